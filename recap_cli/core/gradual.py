@@ -1,0 +1,52 @@
+"""Gradual pruning: N_p steps, each scoring the model as pruned so far (paper, sec. 3.1.2)."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+from recap_cli.core.groups import Axis, Choice, compose, counts, everything, shapes_of, shrink, unit_params
+from recap_cli.core.scoring import Scores
+from recap_cli.core.selection import Scope, select
+from recap_cli.core.surgery import cut_model, indices
+
+
+def prune(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    *,
+    score: Callable[[nn.Module, Sequence[Axis]], Scores],
+    resize: Callable[[nn.Module, dict[str, int]], None],
+    ratio: float,
+    steps: Iterable[int],
+    last_step: int,
+    scope: Scope,
+    floor: float,
+    uniform: bool,
+    round_to: int,
+) -> Choice:
+    """Cut `model` in place down to a share `1 − ratio` of its prunable parameters; return the plan in the coordinates of `axes`.
+
+    Step i of N_p leaves a share `v_p^i` with `1 − v_p^{N_p} = r_p`, counted from the original sizes, so rounding never adds up.
+    A ratio of 0 changes nothing and scores nothing.
+    """
+    original = {axis.name: axis.size for axis in axes}
+    plan = everything(axes)
+    if ratio == 0.0:
+        return plan
+    for step in steps:
+        shapes = shapes_of(model.named_parameters())
+        kept = select(
+            axes,
+            score(model, axes),
+            {axis.name: unit_params(axis, shapes) for axis in axes},
+            original=original,
+            keep_share=(1.0 - ratio) ** (step / last_step),
+            scope=scope,
+            floor=floor,
+            uniform=uniform,
+            round_to=round_to if step == last_step else 1,
+        )
+        cut_model(model, indices(axes, kept, shapes))
+        resize(model, counts(kept))
+        axes, plan = shrink(axes, kept), compose(plan, kept)
+    return plan

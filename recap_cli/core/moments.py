@@ -1,0 +1,64 @@
+"""Optimizer states between the rounds, in full-model coordinates (paper, sec. 3.3, eq. (5) and (6)).
+
+They are kept as one dictionary of tensors: `PARAM/MOMENT`, shape of the parameter, and `PARAM/count`, int32, how many steps its entries
+have taken: one per unit of length along the dimension that the parameter is cut along, or shape (1,) if it is not cut. A parameter
+that has never moved is not in it.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from recap_cli.core.groups import Shape
+from recap_cli.core.optim import Moments
+from recap_cli.core.surgery import Where, put, take
+
+COUNT = "count"
+
+
+def take_moments(stored: Mapping[str, Tensor], where: Where) -> tuple[dict[str, Moments], dict[str, Tensor]]:
+    """The moments, and the counts, of the entries at `where`, by parameter name; every parameter that is stored, if whole."""
+    moments: dict[str, Moments] = {}
+    counts: dict[str, Tensor] = {}
+    for key, tensor in stored.items():
+        name, _, moment = key.rpartition("/")
+        dims = where.get(name, {})
+        if moment == COUNT:
+            counts[name] = take(tensor, {0: index for index in dims.values()} if tensor.numel() > 1 else {})
+        else:
+            moments.setdefault(name, {})[moment] = take(tensor, dims)
+    return moments, counts
+
+
+def put_moments(
+    stored: Mapping[str, Tensor],
+    tuned: Mapping[str, Moments],
+    counts: Mapping[str, Tensor],
+    where: Where,
+    *,
+    shapes: Mapping[str, Shape],
+    along: Mapping[str, int],
+    aging: Mapping[str, float],
+) -> dict[str, Tensor]:
+    """The moments after a round, eq. (5): those of the entries that moved are written back, all others age by their factor once.
+
+    `tuned` and `counts` are compact, at `where` in tensors of `shapes`; `along` names the dimension each cut parameter is cut along;
+    `aging` the factor of each moment. Counts do not age: they say how many steps an entry has taken part in. The tensors in `stored`
+    are changed in place.
+    """
+    after = dict(stored)
+    for key, tensor in after.items():
+        moment = key.rpartition("/")[2]
+        if moment != COUNT:
+            tensor.mul_(aging[moment])
+    for name, moments in tuned.items():
+        dims = where.get(name, {})
+        for moment, tensor in moments.items():
+            full = after.setdefault(f"{name}/{moment}", torch.zeros(shapes[name]))
+            put(full, tensor, dims)
+        length = shapes[name][along[name]] if name in along else 1
+        full = after.setdefault(f"{name}/{COUNT}", torch.zeros(length, dtype=torch.int32))
+        index = next(iter(dims.values()), torch.arange(length))
+        full[index] = counts[name].expand(len(index)).to(torch.int32)
+    return after

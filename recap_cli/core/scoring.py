@@ -1,0 +1,105 @@
+"""How much each group counts: one backward per batch of D_s, summed over every coupled weight (paper, eq. (1) and (4))."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from recap_cli.core.criterion import Criterion, Losses
+from recap_cli.core.groups import Axis, Cut
+
+Scores = dict[str, Tensor]  # axis name → importance, float32, shape (axis.size,)
+
+
+def group_scores(model: nn.Module, axes: Sequence[Axis], criterion: Criterion, losses: Losses) -> Scores:
+    """The importance of every group: `I_m = Σ_{θ_k ∈ G_m} score(θ_k, g_k)`, over all cuts and biases of the group.
+
+    With `score = (g·θ)²` this is eq. (1), with `g²` eq. (4), `g` being the mean derivative over D_s. Only prunable tensors get a
+    gradient, and each gradient is freed as soon as its last contribution is in, so that with one batch no two layers' gradients
+    are held together. The model's `requires_grad` flags are as before when this returns.
+    """
+    if criterion.score_groups is not None:
+        return {axis.name: _checked(axis, s) for axis, s in _pairs(axes, criterion.score_groups(model, axes, losses))}
+    owners = _owners(axes)
+    params = {name: param for name, param in model.named_parameters() if name in owners}
+    totals = {axis.name: torch.zeros(axis.size, device=next(iter(params.values())).device) for axis in axes}
+
+    def add(name: str, grad: Tensor, share: float) -> None:
+        param = params[name].detach()
+        for axis, along in _reduced(criterion, param, grad, owners[name]):
+            totals[axis.name] += share * along
+
+    if criterion.needs == "none":
+        for name, param in params.items():
+            add(name, torch.zeros((), device=param.device, dtype=param.dtype).expand_as(param), 1.0)
+    else:
+        _collect(model, params, losses, each=criterion.needs == "each", add=add)
+    return {name: total.cpu() for name, total in totals.items()}
+
+
+def _collect(
+    model: nn.Module, params: dict[str, nn.Parameter], losses: Losses, *, each: bool, add: Callable[[str, Tensor, float], None]
+) -> None:
+    """Run the backwards and hand each parameter's complete gradient to `add`, then free it."""
+    done, share = False, 0.0
+
+    def complete(name: str) -> Callable[[Tensor], None]:
+        def hook(param: Tensor) -> None:
+            if done and param.grad is not None:
+                add(name, param.grad, share if each else 1.0)
+                param.grad = None
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.callback(_restore, [(p, p.requires_grad) for p in model.parameters()])
+        for param in model.parameters():
+            param.requires_grad_(False)
+        for name, param in params.items():
+            param.requires_grad_(True)
+            stack.callback(param.register_post_accumulate_grad_hook(complete(name)).remove)
+        seen = 0.0
+        for loss, share in losses(each):
+            seen += share
+            done = each or seen > 1 - 1e-9
+            (loss if each else loss * share).backward()  # type: ignore[no-untyped-call]
+
+
+def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for param, flag in flags:
+        param.requires_grad_(flag)
+        param.grad = None
+
+
+def _reduced(
+    criterion: Criterion, param: Tensor, grad: Tensor, owners: list[tuple[Axis, Cut]]
+) -> Iterator[tuple[Axis, Tensor]]:
+    """The score of one parameter, summed to the units of each axis that cuts it."""
+    if criterion.score is None:
+        raise ValueError("this criterion scores whole groups, not entries")
+    score = criterion.score(param, grad)
+    dim = owners[0][1].dim
+    along = score.float().sum(dim=[d for d in range(score.ndim) if d != dim]) if score.ndim > 1 else score.float()
+    for axis, cut in owners:
+        yield axis, along[cut.offset : cut.offset + axis.size * cut.width].view(axis.size, cut.width).sum(1)
+
+
+def _owners(axes: Sequence[Axis]) -> dict[str, list[tuple[Axis, Cut]]]:
+    owners: dict[str, list[tuple[Axis, Cut]]] = defaultdict(list)
+    for axis in axes:
+        for cut in axis.cuts:
+            owners[cut.param].append((axis, cut))
+    return owners
+
+
+def _pairs(axes: Sequence[Axis], scores: Scores) -> Iterator[tuple[Axis, Tensor]]:
+    for axis in axes:
+        yield axis, scores[axis.name]
+
+
+def _checked(axis: Axis, scores: Tensor) -> Tensor:
+    if tuple(scores.shape) != (axis.size,):
+        raise ValueError(f"{axis.name}: {axis.size} scores wanted, the criterion gave shape {tuple(scores.shape)}")
+    return scores.detach().float().cpu()

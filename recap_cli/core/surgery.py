@@ -1,0 +1,111 @@
+"""Gather and scatter: prune takes the kept indices out of full tensors, merge writes them back. They are inverses.
+
+The same two functions move weights, moments and masks, between the full model, the small model and the entries that move.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from recap_cli.core.groups import Axis, Choice, Shape
+
+Where = dict[str, dict[int, Tensor]]  # parameter → dimension → sorted int64 indices; what is not named is whole
+
+
+def indices(axes: Iterable[Axis], choice: Choice, shapes: Mapping[str, Shape]) -> Where:
+    """The entries that `choice` selects in each cut parameter, together with those that belong to no group.
+
+    A dimension of which everything is selected is left out, so that an untouched tensor is never copied.
+    """
+    selected: dict[tuple[str, int], Tensor] = {}
+    for axis in axes:
+        chosen = choice[axis.name]
+        for cut in axis.cuts:
+            key = (cut.param, cut.dim)
+            along = selected.setdefault(key, torch.ones(shapes[cut.param][cut.dim], dtype=torch.bool))
+            along[cut.offset : cut.offset + axis.size * cut.width] = chosen.repeat_interleave(cut.width)
+    where: Where = {}
+    for (param, dim), along in selected.items():
+        if not along.all():
+            where.setdefault(param, {})[dim] = along.nonzero().flatten()
+    return where
+
+
+def compose_where(outer: Where, inner: Where) -> Where:
+    """Where the entries that `inner` selects in the small tensors stand in the full ones that `outer` selects from."""
+    composed: Where = {param: dict(dims) for param, dims in outer.items()}
+    for param, dims in inner.items():
+        for dim, chosen in dims.items():
+            kept = outer.get(param, {}).get(dim)
+            composed.setdefault(param, {})[dim] = chosen if kept is None else kept[chosen]
+    return composed
+
+
+def take(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    """The entries of one tensor at `dims` (dimension → indices); the tensor itself if `dims` is empty."""
+    for dim, chosen in dims.items():
+        tensor = tensor.index_select(dim, chosen.to(tensor.device))
+    return tensor
+
+
+def put(full: Tensor, small: Tensor, dims: Mapping[int, Tensor]) -> None:
+    """Write `small` into `full` at `dims`, in place; every other entry keeps its bits. The inverse of `take`."""
+    if not dims:
+        full.copy_(small)
+    elif len(dims) == 1:
+        ((dim, chosen),) = dims.items()
+        full.index_copy_(dim, chosen.to(full.device), small.to(full))
+    else:
+        grid = [dims.get(dim, torch.arange(size)).to(full.device) for dim, size in enumerate(full.shape)]
+        full[torch.meshgrid(*grid, indexing="ij")] = small.to(full)
+
+
+def gather(tensors: Mapping[str, Tensor], where: Where) -> dict[str, Tensor]:
+    """The small tensors: the entries of each full tensor that `where` names."""
+    return {name: take(tensor, where.get(name, {})) for name, tensor in tensors.items()}
+
+
+def scatter(full: Mapping[str, Tensor], small: Mapping[str, Tensor], where: Where) -> None:
+    """Write the small tensors back into the full ones, in place (the inverse of `gather`)."""
+    for name, tensor in small.items():
+        put(full[name], tensor, where.get(name, {}))
+
+
+def cut_model(model: nn.Module, where: Where) -> None:
+    """Physically cut `model` in place: each parameter keeps the entries that `where` names, linear layers learn their size."""
+    with torch.no_grad():
+        for name, dims in where.items():
+            owner, attribute = owner_of(model, name)
+            param = getattr(owner, attribute)
+            setattr(owner, attribute, nn.Parameter(take(param.detach(), dims), requires_grad=param.requires_grad))
+    state_sizes(model, where)
+
+
+def zero_groups(model: nn.Module, axes: Sequence[Axis], plan: Choice) -> None:
+    """Set every weight of the groups that `plan` drops to zero, in place: what cutting must be equal to (I1)."""
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        for axis in axes:
+            for cut in axis.cuts:
+                gone = torch.zeros(params[cut.param].shape[cut.dim], dtype=torch.bool)
+                gone[cut.offset : cut.offset + axis.size * cut.width] = ~plan[axis.name].repeat_interleave(cut.width)
+                params[cut.param].index_fill_(cut.dim, gone.nonzero().flatten(), 0.0)
+
+
+def state_sizes(model: nn.Module, names: Iterable[str]) -> None:
+    """Make the `in_features` and `out_features` (`nx` and `nf` of a Conv1D) of layers whose weights are named true again."""
+    for name in names:
+        owner, attribute = owner_of(model, name)
+        if attribute != "weight":
+            continue
+        if isinstance(owner, nn.Linear):
+            owner.out_features, owner.in_features = owner.weight.shape
+        elif hasattr(owner, "nf") and hasattr(owner, "nx"):
+            owner.nx, owner.nf = owner.weight.shape
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the tensor `name`, and the attribute it holds it by."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute

@@ -1,0 +1,109 @@
+"""Every error a user can meet, each with a hint (the next command) and an exit code of its own.
+
+    RecapError                 1
+    ├── UsageError             2   a command line that makes no sense
+    ├── RecipeError            3   a recipe with problems, all of them at once
+    ├── DataError              4   a data file, column or label that does not fit
+    ├── ModelError             5   weights, a model type or a head that does not fit
+    │   └── ConformanceError   6   an adapter whose table does not describe the model
+    ├── PluginError            7   a plugin that is unknown, broken or claimed twice
+    ├── StateError             8   a state folder that cannot be used
+    │   ├── StageOrderError    9   a stage that is not the next one
+    │   ├── StateLockedError  10   another process is writing the state
+    │   └── CorruptStateError 11   a file that is not what was committed
+    ├── StorageError          12   the disk is full, or the folder cannot be written
+    ├── TrainingError         13   a loss that is not finite
+    └── SelectionError        14   a ratio that the groups there are cannot meet
+"""
+
+
+class RecapError(Exception):
+    """Base of every error that becomes a message instead of a traceback.
+
+    `message` names the thing and the place; `hint` says what to do next, if anything can be said.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(RecapError):
+    """A command line that makes no sense."""
+
+    exit_code = 2
+
+
+class RecipeError(RecapError):
+    """A recipe with problems; the message lists all of them."""
+
+    exit_code = 3
+
+
+class DataError(RecapError):
+    """A data file, column or label that does not fit."""
+
+    exit_code = 4
+
+
+class ModelError(RecapError):
+    """Weights, a model type or a head that does not fit."""
+
+    exit_code = 5
+
+
+class ConformanceError(ModelError):
+    """An adapter whose table of names does not describe the model at hand."""
+
+    exit_code = 6
+
+
+class PluginError(RecapError):
+    """A plugin that is unknown, broken, or claimed by two distributions."""
+
+    exit_code = 7
+
+
+class StateError(RecapError):
+    """A state folder that cannot be used."""
+
+    exit_code = 8
+
+
+class StageOrderError(StateError):
+    """A stage that is not the next one."""
+
+    exit_code = 9
+
+
+class StateLockedError(StateError):
+    """Another process is writing the state."""
+
+    exit_code = 10
+
+
+class CorruptStateError(StateError):
+    """A file of the state that is not what was committed."""
+
+    exit_code = 11
+
+
+class StorageError(RecapError):
+    """The disk is full, or a folder cannot be written."""
+
+    exit_code = 12
+
+
+class TrainingError(RecapError):
+    """A loss or a gradient that is not finite."""
+
+    exit_code = 13
+
+
+class SelectionError(RecapError):
+    """A ratio that the groups there are cannot meet."""
+
+    exit_code = 14

@@ -1,0 +1,274 @@
+"""The schema of a recipe: its sections and keys as frozen pydantic models, and what must hold between keys.
+
+A description names the paper's symbol after `Paper:`, where there is one; `docs/recipe.md` is generated from these.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import PydanticCustomError
+
+from recap_cli.recipe_problems import CONFLICTS, Conflict
+
+_SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+_FROZEN = ConfigDict(extra="forbid", frozen=True)
+
+
+def _number(value: object) -> object:
+    """Return `value` with `1e-4` as the number that it is in YAML 1.2; PyYAML, at YAML 1.1, hands over a string."""
+    if isinstance(value, str) and _SCIENTIFIC.fullmatch(value):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    return value
+
+
+# Strict, so that `true` is no number, "3" no integer and 2.0 no count.
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(strict=True, min_length=1)]
+Natural = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Number = Annotated[float, BeforeValidator(_number), Field(strict=True, allow_inf_nan=False)]
+Share = Annotated[Number, Field(ge=0, lt=1)]  # of something: 0 is none of it, all of it is never meant
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Device = Annotated[
+    str, Field(strict=True, pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", examples=["auto", "cpu", "cuda", "cuda:1"])
+]
+Scope = Literal["per-kind", "global", "per-layer"]
+
+
+class Model(BaseModel):
+    """The pretrained weights, or the shape of a model with random ones: give `name` or `config`."""
+
+    model_config = _FROZEN
+
+    name: Text | None = Field(None, description="Hub id or folder of the weights; with timm also an architecture.")
+    library: Literal["transformers", "timm"] = Field("transformers", description="The library that builds the model.")
+    config: Annotated[dict[str, JsonValue], BeforeValidator(_number)] | None = Field(
+        None,
+        description="Instead of `name`: build with random weights. transformers: a config with its `model_type`; "
+        "timm: arguments of `create_model` with its `architecture`.",
+    )
+    revision: Text | None = Field(None, description="Branch, tag or commit of `name` on the hub.")
+
+
+class Task(BaseModel):
+    """What the model learns, and the figure that says how well."""
+
+    model_config = _FROZEN
+
+    kind: Literal["text-classification", "image-classification"] = Field(description="What is classified.")
+    metric: Literal["accuracy", "f1", "matthews"] = Field(
+        "accuracy", description="The validation metric that picks the best round; f1 and matthews as GLUE has them."
+    )
+
+
+class Data(BaseModel):
+    """Where the examples come from and what their columns are called: give `name`, `builtin` or `train`."""
+
+    model_config = _FROZEN
+
+    name: Text | None = Field(None, description="Hub id of a data set.")
+    subset: Text | None = Field(None, description="Configuration of `name`, such as `cola` of `nyu-mll/glue`.")
+    builtin: Literal["digits"] | None = Field(None, description="scikit-learn's 1,797 handwritten digits, 8 x 8.")
+    train: Text | None = Field(
+        None, description="A csv, jsonl or parquet file, or an image folder; relative to the working directory."
+    )
+    validation: Text | None = Field(None, description="The validation examples, in the same form as `train`.")
+    train_split: Text = Field("train", description="The split that is trained on.")
+    validation_split: Text = Field("validation", description="The split that is evaluated on.")
+    validation_share: Annotated[Share, Field(gt=0)] | None = Field(
+        None, description="Share of the training examples to hold out where there is no validation split."
+    )
+    text: Text | None = Field(None, description="Column of the sentence, or of the first of two.")
+    text_pair: Text | None = Field(None, description="Column of the second sentence.")
+    image: Text | None = Field(None, description="Column of the image.")
+    label: Text = Field("label", description="Column of the class.")
+    max_length: Count = Field(128, description="Tokens after which a text is cut.")
+    image_size: Count | None = Field(None, description="Pixels along an image's edge; null is what the model expects.")
+    train_samples: Count | None = Field(None, description="Train on the first so many after a seeded shuffle.")
+    validation_samples: Count | None = Field(None, description="Evaluate on the first so many, likewise.")
+    augment: Literal["none", "flip"] = Field("none", description="Random change of training images.")
+    workers: Natural = Field(0, description="Processes that prepare batches; 0 is the main process itself.")
+
+
+class Head(BaseModel):
+    """Warm-up of a new task head on frozen features, so that the first importance is not noise."""
+
+    model_config = _FROZEN
+
+    warmup_epochs: Natural = Field(1, description="Passes over the training data; 0 is the paper's plain algorithm.")
+    lr: Positive = Field(1e-3, description="Learning rate of the warm-up.")
+    batch_size: Count = Field(32, description="Examples a step of the warm-up.")
+
+
+class Importance(BaseModel):
+    """The small random sample on which both importances are estimated."""
+
+    model_config = _FROZEN
+
+    batches: Count = Field(10, description="Batches in the sample, drawn anew each round. Paper: D_s.")
+    batch_size: Count = Field(32, description="Examples a batch of the sample. Paper: D_s.")
+    device: Device = Field("cpu", description="Where the gradients of the importance are computed.")
+
+
+class Prune(BaseModel):
+    """Step 2: from the full model to the small one."""
+
+    model_config = _FROZEN
+
+    ratio: Share = Field(0.333, description="Share of the prunable parameters that goes. Paper: r_p.")
+    steps: Count = Field(4, description="Gradual steps, each with its own importance. Paper: N_p.")
+    criterion: Text = Field("taylor", description="Plugin that scores groups; the default is eq. (1). Paper: I_m.")
+    scope: Scope = Field("per-kind", description="What is ranked together: heads and neurons apart, all, or a layer.")
+    floor: Share = Field(0.15, description="Share of each layer's heads and neurons that stays in any case.")
+    uniform: Flag = Field(False, description="True leaves every layer with the same number of heads and neurons.")
+    round_to: Count = Field(1, description="Kept neurons are rounded to a multiple of this, for the hardware.")
+
+
+class Mask(BaseModel):
+    """Step 3: which part of the small model may move."""
+
+    model_config = _FROZEN
+
+    ratio: Share = Field(0.875, description="Share of the small model's prunable parameters to freeze. Paper: r_f.")
+    criterion: Text = Field("fisher", description="Plugin that scores groups; the default is eq. (4). Paper: I_n.")
+    scope: Scope = Field("per-kind", description="What is ranked together, as in `prune.scope`.")
+    train_embeddings: Flag = Field(False, description="True lets patch, token and position embeddings move.")
+
+
+class Finetune(BaseModel):
+    """Step 4: train what may move."""
+
+    model_config = _FROZEN
+
+    epochs: Positive | None = Field(2, description="Passes over the training data, each round.")
+    steps: Count | None = Field(None, description="Optimizer steps each round; overrides `epochs`. Paper: N_f.")
+    batch_size: Count = Field(32, description="Examples an optimizer step.")
+    micro_batch_size: Count | None = Field(
+        None, description="Examples a backward pass, a divisor of `batch_size`; null is the whole batch at once."
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="The update rule.")
+    lr: Positive = Field(1e-4, description="Learning rate at its peak, each round.")
+    momentum: Share = Field(0.9, description="Momentum of sgd. Paper: beta.")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Moment decays of adamw. Paper: beta_1, beta_2.")
+    eps: Positive = Field(1e-8, description="Added to adamw's denominator.")
+    weight_decay: NonNegative = Field(0.01, description="Decay of the weights that may move; of no others.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="The learning rate over a round.")
+    warmup_ratio: Share = Field(0.0, description="Share of a round's steps in which the learning rate rises.")
+    max_grad_norm: Positive | None = Field(None, description="Clip gradients to this norm; not with `fused_backward`.")
+    resident: Literal["fp32", "bf16"] = Field("fp32", description="Type of the weights on the device.")
+    checkpointing: Flag = Field(False, description="True recomputes activations in the backward pass.")
+    fused_backward: Flag = Field(False, description="True steps each tensor as soon as its gradient is complete.")
+    carry_moments: Flag = Field(True, description="True keeps the moments from round to round. Paper: V.")
+    device: Device = Field("auto", description="Where the small model trains; auto is an accelerator if there is one.")
+
+
+class Evaluate(BaseModel):
+    """Scoring on the validation data."""
+
+    model_config = _FROZEN
+
+    batch_size: Count = Field(64, description="Examples a batch.")
+
+
+class Recipe(BaseModel):
+    """A run of RECAP, from pretrained weights to a small finetuned model."""
+
+    model_config = _FROZEN
+
+    name: Text = Field("recap", description="What the run is called.")
+    seed: Natural = Field(0, description="Seed of every random choice.")
+    rounds: Count = Field(10, description="Rounds of prune, mask, finetune and merge. Paper: K.")
+    patience: Count | None = Field(None, description="Rounds without a better metric after which to stop; null: never.")
+    model: Model
+    task: Task
+    data: Data
+    head: Head = Field(default_factory=Head)
+    importance: Importance = Field(default_factory=Importance)
+    prune: Prune = Field(default_factory=Prune)
+    mask: Mask = Field(default_factory=Mask)
+    finetune: Finetune = Field(default_factory=Finetune)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if found := list(_conflicts(self)):
+            text = "; ".join(f"{conflict.keys[0]}: {conflict.text}" for conflict in found)
+            raise PydanticCustomError(CONFLICTS, "{text}", {"text": text, "conflicts": found})
+        return self
+
+
+ALTERNATIVES = (("model.name", "model.config"), ("data.name", "data.builtin", "data.train"))
+NEEDS = {  # key: the key without which it means nothing
+    "model.revision": "model.name",
+    "data.subset": "data.name",
+    "data.validation": "data.train",
+    "data.text_pair": "data.text",
+}
+# What a recipe with missing sections is checked with, so that conflicts elsewhere are reported in the same go.
+STAND_IN: dict[str, dict[str, Any]] = {"model": {}, "task": {"kind": "text-classification"}, "data": {}}
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(recipe, section), name)
+
+
+def _conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """Yield what is wrong between keys, each of which is well-formed by itself."""
+    for keys in ALTERNATIVES:
+        given = [key for key in keys if _value(recipe, key) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            yield Conflict(tuple(given) or keys, f"expected exactly one of {', '.join(keys)}; found {found}")
+    for key, needed in NEEDS.items():
+        if _value(recipe, key) is not None and _value(recipe, needed) is None:
+            yield Conflict((key, needed), f"expected only beside {needed}; found without it")
+    yield from _input_conflicts(recipe)
+    yield from _training_conflicts(recipe)
+    if recipe.prune.ratio + recipe.prune.floor > 1:
+        yield Conflict(
+            ("prune.ratio", "prune.floor"),
+            f"expected at most {1 - recipe.prune.floor:g}, as prune.floor keeps {recipe.prune.floor:g} of each layer; "
+            f"found {recipe.prune.ratio:g}",
+        )
+
+
+def _input_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    kind, model, data = recipe.task.kind, recipe.model, recipe.data
+    column = {"text-classification": "text", "image-classification": "image"}[kind]
+    if data.builtin is None and getattr(data, column) is None:
+        yield Conflict((f"data.{column}", "task.kind"), f"expected the {column} column, for {kind}; found none")
+    if data.builtin == "digits" and kind != "image-classification":
+        text = f'expected "image-classification", as data.builtin is digits; found "{kind}"'
+        yield Conflict(("task.kind", "data.builtin"), text)
+    if data.validation is not None and data.validation_share is not None:
+        keys = ("data.validation_share", "data.validation")
+        yield Conflict(keys, "expected only without data.validation; found both")
+    key = {"transformers": "model_type", "timm": "architecture"}[model.library]
+    if model.config is not None and not isinstance(model.config.get(key), str):
+        keys = ("model.config", "model.library")
+        yield Conflict(keys, f"expected a `{key}` in it, for library {model.library}; found none")
+
+
+def _training_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    finetune = recipe.finetune
+    batch, micro = finetune.batch_size, finetune.micro_batch_size
+    if micro is not None and batch % micro:
+        keys = ("finetune.micro_batch_size", "finetune.batch_size")
+        yield Conflict(keys, f"expected a divisor of finetune.batch_size ({batch}); found {micro}")
+    if finetune.max_grad_norm is not None and finetune.fused_backward:
+        yield Conflict(
+            ("finetune.max_grad_norm", "finetune.fused_backward"),
+            "expected null with finetune.fused_backward, which never holds all gradients at once; "
+            f"found {finetune.max_grad_norm:g}",
+        )
+    if finetune.epochs is None and finetune.steps is None:
+        keys = ("finetune.epochs", "finetune.steps")
+        yield Conflict(keys, "expected a number here or in finetune.steps; found null in both")

@@ -1,0 +1,1 @@
+"""The outside world: models, data, tasks, training, evaluation, memory."""

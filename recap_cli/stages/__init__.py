@@ -1,0 +1,1 @@
+"""One verb, one function: read the state, compute, write the state."""
