@@ -1,21 +1,22 @@
 """Recipes in and out of YAML: by path or shipped name, with overrides, a digest and a JSON Schema.
 
-Reading reports *all* problems at once: the schema (`recap_cli.recipe_schema`) finds what is wrong with a key and between
-keys, and `recap_cli.recipe_problems` says where each of them stands, in the file or on the command line.
+Reading reports *all* problems at once: `recap_cli.recipe_schema` finds what is wrong with a key and between keys, and
+`recap_cli.recipe_problems` says so in words, with the place in the file or on the command line.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
 
-from recap_cli import recipe_problems as problems
 from recap_cli.errors import RecipeError
+from recap_cli.recipe_problems import conflicts, explain, near, recipe_error, without
 from recap_cli.recipe_schema import (
     ALTERNATIVES,
     NEEDS,
@@ -31,6 +32,7 @@ from recap_cli.recipe_schema import (
     Recipe,
     Task,
 )
+from recap_cli.recipe_yaml import Document, KeyPath, Problem, load
 
 __all__ = [
     "Data",
@@ -64,25 +66,26 @@ def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the text is no YAML mapping, or keys are unknown, missing, doubled, wrong or at odds; all of them.
     """
-    document = problems.load(text, origin, overrides, ALTERNATIVES, NEEDS)
+    document = load(text, origin, overrides, ALTERNATIVES, NEEDS)
     found = list(document.problems)
     recipe = None
-    try:
-        recipe = Recipe.model_validate(document.values)
-    except ValidationError as error:  # pydantic's text lacks the place; explained here and nowhere else
-        faults, suspects = problems.explain(error, document, json_schema())
-        found += faults + _conflicts_beside(suspects, document)
+    if document.root is not None:
+        try:
+            recipe = Recipe.model_validate(document.values)
+        except ValidationError as error:  # says what is wrong, but not where
+            faults, suspects = explain(error, document, json_schema())
+            found += faults + _conflicts_beside(suspects, document)
     if recipe is None or found:
-        raise problems.recipe_error(origin, found)
+        raise recipe_error(origin, found)
     return recipe
 
 
-def _conflicts_beside(suspects: set[str], document: problems.Document) -> list[problems.Problem]:
+def _conflicts_beside(suspects: set[KeyPath], document: Document) -> list[Problem]:
     """Return the conflicts that the `suspects`, keys with a problem of their own, have no part in."""
     try:
-        Recipe.model_validate(problems.without(document.values, suspects, STAND_IN))
+        Recipe.model_validate(without(document.values, suspects, STAND_IN))
     except ValidationError as error:  # a second look, at what the first could not reach
-        return problems.conflicts(error, document, suspects)
+        return conflicts(error, document, suspects)
     return []
 
 
@@ -106,8 +109,8 @@ def read(source: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _unknown(source: str) -> RecipeError:
-    near = problems.near(Path(source).stem, _shipped_files())
-    meant = f"Did you mean {' or '.join(near)}? " if near else ""
+    names = near(Path(source).stem, _shipped_files())
+    meant = f"Did you mean {' or '.join(names)}? " if names else ""
     return RecipeError(
         f"no recipe {source}: there is no such file, and no shipped recipe of that name",
         hint=f"{meant}`recap recipes ls` lists the shipped recipes.",
@@ -153,9 +156,8 @@ class ShippedRecipe(NamedTuple):
 
 def shipped() -> list[ShippedRecipe]:
     """Return the recipes that come with the package, by name."""
-    return [
-        ShippedRecipe(name, shipped_text(name).partition("\n")[0].lstrip("# ").rstrip()) for name in _shipped_files()
-    ]
+    texts = {name: file.read_text(encoding="utf-8") for name, file in _shipped_files().items()}
+    return [ShippedRecipe(name, text.partition("\n")[0].strip("# ")) for name, text in texts.items()]
 
 
 def shipped_text(name: str) -> str:
@@ -169,6 +171,6 @@ def shipped_text(name: str) -> str:
     return files[name].read_text(encoding="utf-8")
 
 
-def _shipped_files() -> dict[str, Any]:
+def _shipped_files() -> dict[str, Traversable]:
     files = {file.name: file for file in resources.files("recap_cli.recipes").iterdir()}
     return {name.removesuffix(".yaml"): files[name] for name in sorted(files) if name.endswith(".yaml")}

@@ -1,57 +1,23 @@
 """What is wrong with a recipe, in words: where it stands, which key, what was expected and what was found.
 
-Works on YAML nodes, plain values, pydantic's errors and the JSON Schema; it knows no key of the recipe by name.
+Turns pydantic's errors into lines with the help of the JSON Schema; it knows no key of the recipe by name.
 """
 
+import copy
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from recap_cli.errors import RecipeError
+from recap_cli.recipe_schema import CONFLICTS
+from recap_cli.recipe_yaml import Document, KeyPath, Problem, overlap, place
 
-CONFLICTS = "recipe_conflicts"  # the type of the pydantic error whose context carries `Conflict`s
-
-_KeyPath = tuple[str, ...]
-
-
-class Conflict(NamedTuple):
-    """Keys that are well-formed and do not go together; the first is the one to change."""
-
-    keys: tuple[str, ...]
-    text: str
-
-
-class Problem(NamedTuple):
-    """One line of the message; problems sort by place in the file, then by order on the command line."""
-
-    order: tuple[int, int, int]
-    where: str
-    key: str
-    text: str
-
-
-class Override(NamedTuple):
-    """One `--set key=value`."""
-
-    text: str
-    path: _KeyPath
-    value: object
-
-
-@dataclass(frozen=True)
-class Document:
-    """A recipe's YAML nodes, the overrides that were applied, the values of both, and the problems so far."""
-
-    origin: str
-    root: yaml.Node | None
-    values: dict[str, Any]
-    overrides: tuple[Override, ...] = ()
-    problems: tuple[Problem, ...] = ()
+_Schema = Mapping[str, Any]
+_LONGEST = 60  # characters of a found value that a message repeats
+_WITHIN_JSON = {"dict", "list"}  # what pydantic puts between the keys of a nested JSON value
 
 
 def recipe_error(origin: str, found: Iterable[Problem]) -> RecipeError:
@@ -66,37 +32,171 @@ def recipe_error(origin: str, found: Iterable[Problem]) -> RecipeError:
     )
 
 
-# Reading: text and overrides in, a document out.
+def explain(error: ValidationError, document: Document, schema: _Schema) -> tuple[list[Problem], set[KeyPath]]:
+    """Return what is wrong with single keys, and the keys that are under suspicion for it: bad, missing, or meant."""
+    found: list[Problem] = []
+    suspects: set[KeyPath] = set()
+    for item in error.errors(include_url=False):
+        if item["type"] == CONFLICTS:
+            continue
+        path = _key_path(item["loc"], document.values)
+        suspects.add(path)
+        if item["type"] == "invalid_key" or "[key]" in item["loc"]:
+            continue  # no text; reading the YAML has found it already
+        unknown = item["type"] == "extra_forbidden"
+        if unknown:
+            meant = _meant(path, schema)
+            suspects.update(tuple(key.split(".")) for key in meant)
+            text = f"unknown key{_did_you_mean(meant) or _known(path, schema)}"
+        else:
+            text = _mismatch(path, document.values, schema)
+        order, where = place(document, [path], at_key=unknown)
+        found.append(Problem(order, where, ".".join(path), text))
+    return found, suspects
 
 
-def load(
-    text: str,
-    origin: str,
-    overrides: Sequence[str],
-    alternatives: Iterable[tuple[str, ...]],
-    needs: dict[str, str],
-) -> Document:
-    """Return the document that YAML `text` and the `overrides` make; doubled keys and the like are among its problems.
+def conflicts(error: ValidationError, document: Document, suspects: set[KeyPath]) -> list[Problem]:
+    """Return what is wrong between keys, leaving out what the `suspects` have a part in."""
+    found = []
+    for item in error.errors(include_url=False):
+        for conflict in item["ctx"]["conflicts"] if item["type"] == CONFLICTS else ():
+            paths = [tuple(key.split(".")) for key in conflict.keys]
+            if not any(overlap(path, suspect) for path in paths for suspect in suspects):
+                order, where = place(document, paths, at_key=True)
+                found.append(Problem(order, where, conflict.keys[0], conflict.text))
+    return found
 
-    An override of one of the `alternatives` removes the others, and what `needs` them, unless overridden as well.
 
-    Raises:
-        RecipeError: the text is not YAML, or not a mapping.
-    """
-    parsed, found = _parse_overrides(overrides)
-    document = Document(origin, None, {}, problems=tuple(found))
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that only looks like one
-        line, column, reason = _yaml_fault(error)
-        raise recipe_error(origin, [*found, _at(document, line, column, "", reason)]) from error
-    if not isinstance(root, yaml.MappingNode):
-        reason = f"expected keys with values, such as `rounds: 10`; found {shown(values)}"
-        raise recipe_error(origin, [*found, _at(document, 0, 0, "", reason)])
-    document = replace(document, root=root)
-    doubled = [_at(document, node.start_mark.line, node.start_mark.column, key, why) for node, key, why in _odd(root)]
-    # A section whose keys are all commented out is an empty one.
-    values = {key: {} if value is None and key not in needs else value for key, value in values.items()}
-    document = replace(document, values=values, problems=(*found, *doubled))
-    return _apply(document, parsed, alternatives, needs)
+def without(values: Mapping[str, Any], suspects: Iterable[KeyPath], stand_in: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of `values` without the `suspects`, with the sections of `stand_in` beneath what is left."""
+    kept: dict[str, Any] = copy.deepcopy(dict(values))
+    for path in suspects:
+        section, names = kept, list(path)
+        while len(names) > 1 and isinstance(section.get(names[0]), dict):
+            section = section[names.pop(0)]
+        for key in [key for key in section if str(key) == names[0]]:
+            del section[key]
+    return kept | {name: {**keys, **(kept.get(name) or {})} for name, keys in stand_in.items()}
+
+
+def near(word: str, words: Iterable[str]) -> list[str]:
+    """Return the few `words` that `word` may be a slip of, best first."""
+    return difflib.get_close_matches(word, list(words), cutoff=0.65)
+
+
+def expected(node: _Schema) -> str:
+    """Return what a node of the JSON Schema admits, in words: "a whole number, at least 1"."""
+    if "anyOf" in node:
+        return " or ".join(expected(option) for option in node["anyOf"])
+    if "enum" in node:
+        return "one of " + ", ".join(node["enum"])
+    if "const" in node:
+        return f'"{node["const"]}"'
+    match node.get("type"):
+        case "integer" | "number":
+            return _number(node)
+        case "array":
+            return f"a list of {len(node['prefixItems'])}, each {expected(node['prefixItems'][0])}"
+        case "string":
+            return "text" + (" such as " + ", ".join(node["examples"]) if "examples" in node else "")
+        case "boolean":
+            return "true or false"
+        case "null":
+            return "null"
+        case "object":
+            return "a section (keys with values)"
+    return (
+        "a section (keys with values)" if "$ref" in node and not node["$ref"].endswith("/JsonValue") else "plain data"
+    )
+
+
+def _number(node: _Schema) -> str:
+    words = "a whole number" if node["type"] == "integer" else "a number"
+    low, above, below = (node.get(name) for name in ("minimum", "exclusiveMinimum", "exclusiveMaximum"))
+    if below is not None:
+        return f"{words} in " + (f"[{low:g}, " if above is None else f"({above:g}, ") + f"{below:g})"
+    return words + (f" above {above:g}" if above is not None else f", at least {low:g}")
+
+
+def _mismatch(path: KeyPath, values: Mapping[str, Any], schema: _Schema) -> str:
+    """Return "expected ..., found ..." for a value that is missing or wrong."""
+    node = _node(schema, path)
+    found, missing = _value(values, path)
+    words = expected(node)
+    text = f"expected {words}, found {'nothing' if missing else _shown(found)}"
+    if words.startswith("text") and not missing and not isinstance(found, str | dict | list | None):
+        return f"{text} (put it in quotes)"
+    options = [option for part in (node, *node.get("anyOf", ())) for option in part.get("enum", ())]
+    return text + _did_you_mean(near(str(found), options))
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def _did_you_mean(words: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(words)}?" if words else ""
+
+
+def _meant(path: KeyPath, schema: _Schema) -> list[str]:
+    """Return the keys that an unknown one may stand for: near ones beside it, the same elsewhere, or near ones there."""
+    *section, name = path
+    every = list(_keys(schema, schema))
+    if name in every:
+        return [name]
+    beside = near(name, _properties(_node(schema, tuple(section)), schema))
+    meant = [".".join((*section, word)) for word in beside]
+    meant += [key for key in every if key.rpartition(".")[2] == name]
+    leaves = near(name, {key.rpartition(".")[2] for key in every})
+    return meant or [key for key in every if key.rpartition(".")[2] in leaves]
+
+
+def _known(path: KeyPath, schema: _Schema) -> str:
+    return "; known here: " + ", ".join(_properties(_node(schema, path[:-1]), schema))
+
+
+def _keys(node: _Schema, schema: _Schema, prefix: str = "") -> Iterator[str]:
+    for name, inner in _properties(node, schema).items():
+        yield prefix + name
+        yield from _keys(inner, schema, f"{prefix}{name}.")
+
+
+def _properties(node: _Schema, schema: _Schema) -> Mapping[str, _Schema]:
+    name = node.get("$ref", "").rpartition("/")[2]
+    properties: Mapping[str, _Schema] = (schema["$defs"][name] if name else node).get("properties", {})
+    return properties
+
+
+def _node(schema: _Schema, path: KeyPath) -> _Schema:
+    """Return the schema of the key at `path`, or, for one inside free-form data, of any value there."""
+    node = schema
+    for part in path:
+        if part in (properties := _properties(node, schema)):
+            node = properties[part]
+        elif part.isdigit() and int(part) < len(node.get("prefixItems", ())):
+            node = node["prefixItems"][int(part)]
+        else:
+            return {}
+    return node
+
+
+def _value(values: Any, path: KeyPath) -> tuple[Any, bool]:
+    """Return the value at `path`, and whether there is none."""
+    for part in path:
+        if isinstance(values, dict) and part in values:
+            values = values[part]
+        elif isinstance(values, list) and part.isdigit() and int(part) < len(values):
+            values = values[int(part)]
+        else:
+            return None, True
+    return values, False
+
+
+def _key_path(location: Sequence[int | str], values: Mapping[str, Any]) -> KeyPath:
+    """Return the keys of a pydantic location, without the types that it puts between those of a JSON value."""
+    path: KeyPath = ()
+    for part in location:
+        if part not in _WITHIN_JSON or not _value(values, (*path, str(part)))[1]:
+            path = (*path, str(part))
+    return path

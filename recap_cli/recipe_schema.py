@@ -5,13 +5,12 @@ A description names the paper's symbol after `Paper:`, where there is one; `docs
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from recap_cli.recipe_problems import CONFLICTS, Conflict
-
+CONFLICTS = "recipe_conflicts"  # the type of the pydantic error whose context carries `Conflict`s
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 _FROZEN = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,14 +31,21 @@ Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
 Count = Annotated[int, Field(strict=True, ge=1)]
-Number = Annotated[float, BeforeValidator(_number), Field(strict=True, allow_inf_nan=False)]
-Share = Annotated[Number, Field(ge=0, lt=1)]  # of something: 0 is none of it, all of it is never meant
-Positive = Annotated[Number, Field(gt=0)]
-NonNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[float, Field(strict=True, ge=0, lt=1), BeforeValidator(_number)]  # nobody means all of it
+PartialShare = Annotated[float, Field(strict=True, gt=0, lt=1), BeforeValidator(_number)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), BeforeValidator(_number)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 Device = Annotated[
     str, Field(strict=True, pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", examples=["auto", "cpu", "cuda", "cuda:1"])
 ]
 Scope = Literal["per-kind", "global", "per-layer"]
+
+
+class Conflict(NamedTuple):
+    """Keys that are well-formed and do not go together; the first is the one to change."""
+
+    keys: tuple[str, ...]
+    text: str
 
 
 class Model(BaseModel):
@@ -47,14 +53,18 @@ class Model(BaseModel):
 
     model_config = _FROZEN
 
-    name: Text | None = Field(None, description="Hub id or folder of the weights; with timm also an architecture.")
-    library: Literal["transformers", "timm"] = Field("transformers", description="The library that builds the model.")
+    name: Text | None = Field(
+        default=None, description="Hub id or folder of the weights; with timm also an architecture."
+    )
+    library: Literal["transformers", "timm"] = Field(
+        default="transformers", description="The library that builds the model."
+    )
     config: Annotated[dict[str, JsonValue], BeforeValidator(_number)] | None = Field(
-        None,
+        default=None,
         description="Instead of `name`: build with random weights. transformers: a config with its `model_type`; "
         "timm: arguments of `create_model` with its `architecture`.",
     )
-    revision: Text | None = Field(None, description="Branch, tag or commit of `name` on the hub.")
+    revision: Text | None = Field(default=None, description="Branch, tag or commit of `name` on the hub.")
 
 
 class Task(BaseModel):
@@ -64,7 +74,8 @@ class Task(BaseModel):
 
     kind: Literal["text-classification", "image-classification"] = Field(description="What is classified.")
     metric: Literal["accuracy", "f1", "matthews"] = Field(
-        "accuracy", description="The validation metric that picks the best round; f1 and matthews as GLUE has them."
+        default="accuracy",
+        description="The validation metric that picks the best round; f1 and matthews as GLUE has them.",
     )
 
 
@@ -73,28 +84,32 @@ class Data(BaseModel):
 
     model_config = _FROZEN
 
-    name: Text | None = Field(None, description="Hub id of a data set.")
-    subset: Text | None = Field(None, description="Configuration of `name`, such as `cola` of `nyu-mll/glue`.")
-    builtin: Literal["digits"] | None = Field(None, description="scikit-learn's 1,797 handwritten digits, 8 x 8.")
+    name: Text | None = Field(default=None, description="Hub id of a data set.")
+    subset: Text | None = Field(default=None, description="Configuration of `name`, such as `cola` of `nyu-mll/glue`.")
+    builtin: Literal["digits"] | None = Field(
+        default=None, description="scikit-learn's 1,797 handwritten digits, 8 x 8."
+    )
     train: Text | None = Field(
-        None, description="A csv, jsonl or parquet file, or an image folder; relative to the working directory."
+        default=None, description="A csv, jsonl or parquet file, or an image folder; relative to the working directory."
     )
-    validation: Text | None = Field(None, description="The validation examples, in the same form as `train`.")
-    train_split: Text = Field("train", description="The split that is trained on.")
-    validation_split: Text = Field("validation", description="The split that is evaluated on.")
-    validation_share: Annotated[Share, Field(gt=0)] | None = Field(
-        None, description="Share of the training examples to hold out where there is no validation split."
+    validation: Text | None = Field(default=None, description="The validation examples, in the same form as `train`.")
+    train_split: Text = Field(default="train", description="The split that is trained on.")
+    validation_split: Text = Field(default="validation", description="The split that is evaluated on.")
+    validation_share: PartialShare | None = Field(
+        default=None, description="Share of the training examples to hold out where there is no validation split."
     )
-    text: Text | None = Field(None, description="Column of the sentence, or of the first of two.")
-    text_pair: Text | None = Field(None, description="Column of the second sentence.")
-    image: Text | None = Field(None, description="Column of the image.")
-    label: Text = Field("label", description="Column of the class.")
-    max_length: Count = Field(128, description="Tokens after which a text is cut.")
-    image_size: Count | None = Field(None, description="Pixels along an image's edge; null is what the model expects.")
-    train_samples: Count | None = Field(None, description="Train on the first so many after a seeded shuffle.")
-    validation_samples: Count | None = Field(None, description="Evaluate on the first so many, likewise.")
-    augment: Literal["none", "flip"] = Field("none", description="Random change of training images.")
-    workers: Natural = Field(0, description="Processes that prepare batches; 0 is the main process itself.")
+    text: Text | None = Field(default=None, description="Column of the sentence, or of the first of two.")
+    text_pair: Text | None = Field(default=None, description="Column of the second sentence.")
+    image: Text | None = Field(default=None, description="Column of the image.")
+    label: Text = Field(default="label", description="Column of the class.")
+    max_length: Count = Field(default=128, description="Tokens after which a text is cut.")
+    image_size: Count | None = Field(
+        default=None, description="Pixels along an image's edge; null is what the model expects."
+    )
+    train_samples: Count | None = Field(default=None, description="Train on the first so many after a seeded shuffle.")
+    validation_samples: Count | None = Field(default=None, description="Evaluate on the first so many, likewise.")
+    augment: Literal["none", "flip"] = Field(default="none", description="Random change of training images.")
+    workers: Natural = Field(default=0, description="Processes that prepare batches; 0 is the main process itself.")
 
 
 class Head(BaseModel):
@@ -102,9 +117,11 @@ class Head(BaseModel):
 
     model_config = _FROZEN
 
-    warmup_epochs: Natural = Field(1, description="Passes over the training data; 0 is the paper's plain algorithm.")
-    lr: Positive = Field(1e-3, description="Learning rate of the warm-up.")
-    batch_size: Count = Field(32, description="Examples a step of the warm-up.")
+    warmup_epochs: Natural = Field(
+        default=1, description="Passes over the training data; 0 is the paper's plain algorithm."
+    )
+    lr: Positive = Field(default=1e-3, description="Learning rate of the warm-up.")
+    batch_size: Count = Field(default=32, description="Examples a step of the warm-up.")
 
 
 class Importance(BaseModel):
@@ -112,9 +129,9 @@ class Importance(BaseModel):
 
     model_config = _FROZEN
 
-    batches: Count = Field(10, description="Batches in the sample, drawn anew each round. Paper: D_s.")
-    batch_size: Count = Field(32, description="Examples a batch of the sample. Paper: D_s.")
-    device: Device = Field("cpu", description="Where the gradients of the importance are computed.")
+    batches: Count = Field(default=10, description="Batches in the sample. Paper: D_s.")
+    batch_size: Count = Field(default=32, description="Examples a batch of the sample. Paper: D_s.")
+    device: Device = Field(default="cpu", description="Where the gradients of the importance are computed.")
 
 
 class Prune(BaseModel):
@@ -122,13 +139,19 @@ class Prune(BaseModel):
 
     model_config = _FROZEN
 
-    ratio: Share = Field(0.333, description="Share of the prunable parameters that goes. Paper: r_p.")
-    steps: Count = Field(4, description="Gradual steps, each with its own importance. Paper: N_p.")
-    criterion: Text = Field("taylor", description="Plugin that scores groups; the default is eq. (1). Paper: I_m.")
-    scope: Scope = Field("per-kind", description="What is ranked together: heads and neurons apart, all, or a layer.")
-    floor: Share = Field(0.15, description="Share of each layer's heads and neurons that stays in any case.")
-    uniform: Flag = Field(False, description="True leaves every layer with the same number of heads and neurons.")
-    round_to: Count = Field(1, description="Kept neurons are rounded to a multiple of this, for the hardware.")
+    ratio: Share = Field(default=0.333, description="Share of the prunable parameters that goes. Paper: r_p.")
+    steps: Count = Field(default=4, description="Gradual steps, each with its own importance. Paper: N_p.")
+    criterion: Text = Field(
+        default="taylor", description="Plugin that scores groups; the default is eq. (1). Paper: I_m."
+    )
+    scope: Scope = Field(
+        default="per-kind", description="What is ranked together: heads and neurons apart, all, or a layer."
+    )
+    floor: Share = Field(default=0.15, description="Share of each layer's heads and neurons that stays in any case.")
+    uniform: Flag = Field(
+        default=False, description="True leaves every layer with the same number of heads and neurons."
+    )
+    round_to: Count = Field(default=1, description="Kept neurons are rounded to a multiple of this, for the hardware.")
 
 
 class Mask(BaseModel):
@@ -136,10 +159,14 @@ class Mask(BaseModel):
 
     model_config = _FROZEN
 
-    ratio: Share = Field(0.875, description="Share of the small model's prunable parameters to freeze. Paper: r_f.")
-    criterion: Text = Field("fisher", description="Plugin that scores groups; the default is eq. (4). Paper: I_n.")
-    scope: Scope = Field("per-kind", description="What is ranked together, as in `prune.scope`.")
-    train_embeddings: Flag = Field(False, description="True lets patch, token and position embeddings move.")
+    ratio: Share = Field(
+        default=0.875, description="Share of the small model's prunable parameters to freeze. Paper: r_f."
+    )
+    criterion: Text = Field(
+        default="fisher", description="Plugin that scores groups; the default is eq. (4). Paper: I_n."
+    )
+    scope: Scope = Field(default="per-kind", description="What is ranked together, as in `prune.scope`.")
+    train_embeddings: Flag = Field(default=False, description="True lets patch, token and position embeddings move.")
 
 
 class Finetune(BaseModel):
@@ -147,26 +174,37 @@ class Finetune(BaseModel):
 
     model_config = _FROZEN
 
-    epochs: Positive | None = Field(2, description="Passes over the training data, each round.")
-    steps: Count | None = Field(None, description="Optimizer steps each round; overrides `epochs`. Paper: N_f.")
-    batch_size: Count = Field(32, description="Examples an optimizer step.")
+    epochs: Positive | None = Field(default=2.0, description="Passes over the training data, each round.")
+    steps: Count | None = Field(default=None, description="Optimizer steps each round; overrides `epochs`. Paper: N_f.")
+    batch_size: Count = Field(default=32, description="Examples an optimizer step.")
     micro_batch_size: Count | None = Field(
-        None, description="Examples a backward pass, a divisor of `batch_size`; null is the whole batch at once."
+        default=None,
+        description="Examples a backward pass, a divisor of `batch_size`; null is the whole batch at once.",
     )
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="The update rule.")
-    lr: Positive = Field(1e-4, description="Learning rate at its peak, each round.")
-    momentum: Share = Field(0.9, description="Momentum of sgd. Paper: beta.")
-    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Moment decays of adamw. Paper: beta_1, beta_2.")
-    eps: Positive = Field(1e-8, description="Added to adamw's denominator.")
-    weight_decay: NonNegative = Field(0.01, description="Decay of the weights that may move; of no others.")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="The learning rate over a round.")
-    warmup_ratio: Share = Field(0.0, description="Share of a round's steps in which the learning rate rises.")
-    max_grad_norm: Positive | None = Field(None, description="Clip gradients to this norm; not with `fused_backward`.")
-    resident: Literal["fp32", "bf16"] = Field("fp32", description="Type of the weights on the device.")
-    checkpointing: Flag = Field(False, description="True recomputes activations in the backward pass.")
-    fused_backward: Flag = Field(False, description="True steps each tensor as soon as its gradient is complete.")
-    carry_moments: Flag = Field(True, description="True keeps the moments from round to round. Paper: V.")
-    device: Device = Field("auto", description="Where the small model trains; auto is an accelerator if there is one.")
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="The update rule.")
+    lr: Positive = Field(default=1e-4, description="Learning rate at its peak, each round.")
+    momentum: Share = Field(default=0.9, description="Momentum of sgd. Paper: beta.")
+    betas: tuple[Share, Share] = Field(
+        default=(0.9, 0.999), description="Moment decays of adamw. Paper: beta_1, beta_2."
+    )
+    eps: Positive = Field(default=1e-8, description="Added to adamw's denominator.")
+    weight_decay: NonNegative = Field(default=0.01, description="Decay of the weights that may move; of no others.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="The learning rate over a round."
+    )
+    warmup_ratio: Share = Field(default=0.0, description="Share of a round's steps in which the learning rate rises.")
+    max_grad_norm: Positive | None = Field(
+        default=None, description="Clip gradients to this norm; not with `fused_backward`."
+    )
+    resident: Literal["fp32", "bf16"] = Field(default="fp32", description="Type of the weights on the device.")
+    checkpointing: Flag = Field(default=False, description="True recomputes activations in the backward pass.")
+    fused_backward: Flag = Field(
+        default=False, description="True steps each tensor as soon as its gradient is complete."
+    )
+    carry_moments: Flag = Field(default=True, description="True keeps the moments from round to round. Paper: V.")
+    device: Device = Field(
+        default="auto", description="Where the small model trains; auto is an accelerator if there is one."
+    )
 
 
 class Evaluate(BaseModel):
@@ -174,7 +212,7 @@ class Evaluate(BaseModel):
 
     model_config = _FROZEN
 
-    batch_size: Count = Field(64, description="Examples a batch.")
+    batch_size: Count = Field(default=64, description="Examples a batch.")
 
 
 class Recipe(BaseModel):
@@ -182,10 +220,12 @@ class Recipe(BaseModel):
 
     model_config = _FROZEN
 
-    name: Text = Field("recap", description="What the run is called.")
-    seed: Natural = Field(0, description="Seed of every random choice.")
-    rounds: Count = Field(10, description="Rounds of prune, mask, finetune and merge. Paper: K.")
-    patience: Count | None = Field(None, description="Rounds without a better metric after which to stop; null: never.")
+    name: Text = Field(default="recap", description="What the run is called.")
+    seed: Natural = Field(default=0, description="Seed of every random choice.")
+    rounds: Count = Field(default=10, description="Rounds of prune, mask, finetune and merge. Paper: K.")
+    patience: Count | None = Field(
+        default=None, description="Rounds without a better metric after which to stop; null: never."
+    )
     model: Model
     task: Task
     data: Data
@@ -195,6 +235,13 @@ class Recipe(BaseModel):
     mask: Mask = Field(default_factory=Mask)
     finetune: Finetune = Field(default_factory=Finetune)
     evaluate: Evaluate = Field(default_factory=Evaluate)
+
+    @field_validator(
+        "model", "task", "data", "head", "importance", "prune", "mask", "finetune", "evaluate", mode="before"
+    )
+    @classmethod
+    def _empty_section(cls, value: object) -> object:
+        return {} if value is None else value  # all of its keys are commented out
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,1 +1,1 @@
-"""Recipes that ship with RECAP."""
+"""The shipped recipes, installed as `recap_cli.recipes` and run by name."""

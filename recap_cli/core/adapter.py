@@ -1,7 +1,8 @@
 """What an architecture adapter is: a table of names, and the walk that turns it into axes (paper, sec. 3.1.1).
 
 A table names, for each attention block, its query, key, value and output layers, and for each feedforward block its layers into
-and out of the hidden dimension. Several tables may be given where a library renamed its modules; the walk says which one it found.
+and out of the hidden dimension. Several tables may be given where a library renamed its modules; the walk says which one it
+found.
 """
 
 import re
@@ -18,9 +19,9 @@ from recap_cli.core.groups import Axis, Cut
 class Heads:
     """One attention block: module names relative to `block`, a path in which `*` stands for the layer's number.
 
-    Give `q`, `k`, `v`, or `fused` where one matrix holds all three one after another. `head_dim` names the attribute that holds the
-    width of a head, on the module `attention`; `count` the attributes that hold the number of heads and `width` those that hold
-    heads · head_dim, which a cut must make true again.
+    Give `q`, `k`, `v`, or `fused` where one matrix holds all three one after another. `head_dim` names the attribute that
+    holds the width of a head, on the module `attention`; `count` the attributes that hold the number of heads and `width`
+    those that hold heads · head_dim, which a cut must make true again.
     """
 
     block: str
@@ -122,6 +123,9 @@ def _head_axis(table: Heads, model: nn.Module, path: str, layer: int) -> Axis | 
     out = model.get_submodule(_join(path, table.out))
     head_dim = int(getattr(model.get_submodule(_join(path, table.attention)), table.head_dim))
     features = _features(out)[1]
+    sections = 3 if table.fused else 1
+    if any(_features(model.get_submodule(_join(path, name)))[0] != sections * features for name, _ in table.inputs):
+        return None
     cuts = []
     for name, section in table.inputs:
         cuts += _row_cuts(model, _join(path, name), head_dim, section * features)
@@ -133,6 +137,8 @@ def _neuron_axis(table: Neurons, model: nn.Module, path: str, layer: int) -> Axi
     if not _has(model, path, table.down, *table.up):
         return None
     size = _features(model.get_submodule(_join(path, table.down)))[1]
+    if any(_features(model.get_submodule(_join(path, name)))[0] != table.chunks * size for name in table.up):
+        return None
     cuts = [
         cut
         for name in table.up
@@ -157,7 +163,7 @@ def _column_cut(model: nn.Module, path: str, width: int) -> Cut:
 
 def _features(layer: nn.Module) -> tuple[int, int]:
     """(out, in) features of a linear layer, read off its weight."""
-    first, second = layer.weight.shape  # type: ignore[union-attr, misc]
+    first, second = layer.get_parameter("weight").shape
     return (second, first) if is_transposed(layer) else (first, second)
 
 

@@ -1,6 +1,6 @@
 """Gradual pruning: N_p steps, each scoring the model as pruned so far (paper, sec. 3.1.2)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -17,14 +17,13 @@ def prune(
     score: Callable[[nn.Module, Sequence[Axis]], Scores],
     resize: Callable[[nn.Module, dict[str, int]], None],
     ratio: float,
-    steps: Iterable[int],
-    last_step: int,
+    steps: int,
     scope: Scope,
     floor: float,
     uniform: bool,
     round_to: int,
 ) -> Choice:
-    """Cut `model` in place down to a share `1 − ratio` of its prunable parameters; return the plan in the coordinates of `axes`.
+    """Cut `model` in place to a share `1 − ratio` of its prunable parameters; return the plan, over the units of `axes`.
 
     Step i of N_p leaves a share `v_p^i` with `1 − v_p^{N_p} = r_p`, counted from the original sizes, so rounding never adds up.
     A ratio of 0 changes nothing and scores nothing.
@@ -33,18 +32,18 @@ def prune(
     plan = everything(axes)
     if ratio == 0.0:
         return plan
-    for step in steps:
+    for step in range(1, steps + 1):
         shapes = shapes_of(model.named_parameters())
         kept = select(
             axes,
             score(model, axes),
             {axis.name: unit_params(axis, shapes) for axis in axes},
             original=original,
-            keep_share=(1.0 - ratio) ** (step / last_step),
+            keep_share=(1.0 - ratio) ** (step / steps),
             scope=scope,
             floor=floor,
             uniform=uniform,
-            round_to=round_to if step == last_step else 1,
+            round_to=round_to if step == steps else 1,
         )
         cut_model(model, indices(axes, kept, shapes))
         resize(model, counts(kept))

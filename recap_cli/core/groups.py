@@ -8,6 +8,7 @@ and a mask (which groups may move) are both a `Choice`: for each axis name, one 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from typing import Literal
 
@@ -94,9 +95,7 @@ def shrink(axes: Sequence[Axis], plan: Choice) -> list[Axis]:
         before = sum(removed[a.name] * c.width for a, c in cuts_of[cut.param, cut.dim] if c.offset < cut.offset)
         return replace(cut, offset=cut.offset - before)
 
-    return [
-        replace(axis, size=axis.size - removed[axis.name], cuts=tuple(moved(cut) for cut in axis.cuts)) for axis in axes
-    ]
+    return [replace(axis, size=axis.size - removed[axis.name], cuts=tuple(moved(cut) for cut in axis.cuts)) for axis in axes]
 
 
 def compose(outer: Choice, inner: Choice) -> Choice:
@@ -114,14 +113,12 @@ def check_axes(axes: Sequence[Axis], shapes: Mapping[str, Shape]) -> list[str]:
 
     Each cut must exist and fit, no entry may belong to two groups, and no parameter may be cut along two dimensions.
     """
-    problems = [
-        f"{axis.name}: {problem}" for axis in axes for cut in axis.cuts if (problem := _misfit(axis, cut, shapes))
-    ]
+    problems = [f"{axis.name}: {problem}" for axis in axes for cut in axis.cuts if (problem := _misfit(axis, cut, shapes))]
     if problems:
         return problems
     for (param, dim), owners in _cuts_by_dim(axes).items():
         ends = sorted((cut.offset, cut.offset + axis.size * cut.width, axis.name) for axis, cut in owners)
-        for (_, end, first), (start, _, second) in zip(ends, ends[1:], strict=False):
+        for (_, end, first), (start, _, second) in pairwise(ends):
             if start < end:
                 problems.append(f"{first} and {second} both own entries of {param} along dimension {dim}")
     dims: dict[str, set[int]] = defaultdict(set)

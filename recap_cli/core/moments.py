@@ -1,8 +1,8 @@
 """Optimizer states between the rounds, in full-model coordinates (paper, sec. 3.3, eq. (5) and (6)).
 
-They are kept as one dictionary of tensors: `PARAM/MOMENT`, shape of the parameter, and `PARAM/count`, int32, how many steps its entries
-have taken: one per unit of length along the dimension that the parameter is cut along, or shape (1,) if it is not cut. A parameter
-that has never moved is not in it.
+They are kept as one dictionary of tensors: `PARAM/MOMENT`, shape of the parameter, and `PARAM/count`, int32, how many steps
+its entries have taken: one per unit of length along the dimension that the parameter is cut along, or shape (1,) if it is not
+cut. A parameter that has never moved is not in it.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def take_moments(stored: Mapping[str, Tensor], where: Where) -> tuple[dict[str, 
         name, _, moment = key.rpartition("/")
         dims = where.get(name, {})
         if moment == COUNT:
-            counts[name] = take(tensor, {0: index for index in dims.values()} if tensor.numel() > 1 else {})
+            counts[name] = tensor if tensor.numel() == 1 else tensor[next(iter(dims.values()), slice(None))]
         else:
             moments.setdefault(name, {})[moment] = take(tensor, dims)
     return moments, counts
@@ -41,11 +41,11 @@ def put_moments(
     along: Mapping[str, int],
     aging: Mapping[str, float],
 ) -> dict[str, Tensor]:
-    """The moments after a round, eq. (5): those of the entries that moved are written back, all others age by their factor once.
+    """The moments after a round, eq. (5): those of entries that moved are written back, all others age once.
 
-    `tuned` and `counts` are compact, at `where` in tensors of `shapes`; `along` names the dimension each cut parameter is cut along;
-    `aging` the factor of each moment. Counts do not age: they say how many steps an entry has taken part in. The tensors in `stored`
-    are changed in place.
+    `tuned` and `counts` are compact, at `where` in tensors of `shapes`; `along` names the dimension each cut parameter is cut
+    along; `aging` the factor of each moment. Counts do not age: they say how many steps an entry has taken part in. The
+    tensors in `stored` are changed in place.
     """
     after = dict(stored)
     for key, tensor in after.items():

@@ -1,9 +1,10 @@
 """SGD and AdamW over compact tensors, with moments that outlive a round (paper, eq. (5)).
 
-`torch.optim` keeps one step count per tensor. Here the entries of one tensor may have moved in different rounds, so each group of
-entries keeps its own count `t` (the number of steps it has taken part in), and bias correction divides by `1 − β^t` entry by entry:
-one that moves for the first time in round 7 is one step old, not seven rounds. Where all counts are equal, which holds in the first
-round and wherever everything moves, the arithmetic is that of `torch.optim.SGD` and `torch.optim.AdamW` (`foreach=False`), to the bit.
+`torch.optim` keeps one step count per tensor. Here the entries of one tensor may have moved in different rounds, so each
+group of entries keeps its own count `t` (the number of steps it has taken part in), and bias correction divides by `1 − β^t`
+entry by entry: one that moves for the first time in round 7 is one step old, not seven rounds. Where all counts are equal,
+which holds in the first round and wherever everything moves, the arithmetic is that of `torch.optim.SGD` and
+`torch.optim.AdamW` (`foreach=False`), to the bit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ class Rule:
 
 
 def sgd(*, momentum: float) -> Rule:
-    """SGD with momentum as in `torch.optim.SGD`: the weight decay is added to the gradient. Without momentum it has no moments."""
+    """SGD as in `torch.optim.SGD`: weight decay is added to the gradient; without momentum there are no moments."""
 
     def apply(master: Tensor, grad: Tensor, moments: Moments, count: Count, lr: float, weight_decay: float) -> None:
         if weight_decay:
@@ -48,7 +49,7 @@ def sgd(*, momentum: float) -> Rule:
 
 
 def adamw(*, betas: tuple[float, float], eps: float) -> Rule:
-    """AdamW (Loshchilov and Hutter, 1711.05101) as in `torch.optim.AdamW`, with the bias correction of each entry's own count."""
+    """AdamW (1711.05101) as in `torch.optim.AdamW`, with the bias correction of each entry's own count."""
     beta1, beta2 = betas
 
     def apply(master: Tensor, grad: Tensor, moments: Moments, count: Count, lr: float, weight_decay: float) -> None:
@@ -72,9 +73,9 @@ def adamw(*, betas: tuple[float, float], eps: float) -> Rule:
 class Optimizer:
     """Moves the masters of `slots` by `rule` and writes them back into the residents.
 
-    `moments` are compact, by slot and moment name, fp32; what is missing starts at zero. `counts` are the steps that the entries of a
-    slot have taken so far, shape (1,), or one per chosen row or column, `along` the dimension named for the slot. Weight decay holds
-    for matrices only, as is usual.
+    `moments` are compact, by slot and moment name, fp32; what is missing starts at zero. `counts` are the steps that the
+    entries of a slot have taken so far, shape (1,), or one per chosen row or column, `along` the dimension named for the
+    slot. Weight decay holds for matrices only, as is usual.
     """
 
     def __init__(

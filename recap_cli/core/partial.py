@@ -1,12 +1,13 @@
 """Linear layers of which only some entries may move: no gradient and no optimizer state for the rest, ever.
 
-The forward is one matrix product on one resident weight, as in a dense layer. What may move is a *compact* parameter that holds only
-those rows (query, key, value, fc1) or columns (output matrix, fc2); the backward computes its gradient directly at that size, from
-`grad_out[:, rows]ᵀ @ x` or `grad_outᵀ @ x[:, cols]`, and saves of `x` no more than that product needs. S2FT (2412.06289) has the
-published relative of the idea; it cannot accumulate gradients, and masks by heads and channels only.
+The forward is one matrix product on one resident weight, as in a dense layer. What may move is a *compact* parameter that
+holds only those rows (query, key, value, fc1) or columns (output matrix, fc2); the backward computes its gradient directly at
+that size, from `grad_out[:, rows]ᵀ @ x` or `grad_outᵀ @ x[:, cols]`, and saves of `x` no more than that product needs. S2FT
+(2412.06289) has the published relative of the idea; it cannot accumulate gradients, and masks by heads and channels only.
 
-Where the chosen rows stand side by side and the resident weight is fp32, the compact parameter is a *view* of it: no second copy, and
-nothing to write back. `bring_forward` permutes each feedforward block (its neurons may stand in any order) so that they do.
+Where the chosen rows stand side by side and the resident weight is fp32, the compact parameter is a *view* of it: no second
+copy, and nothing to write back. `bring_forward` permutes each feedforward block (its neurons may stand in any order) so that
+they do.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,8 +30,8 @@ Place = slice | Tensor  # indices along one dimension: a slice where they stand 
 class Slot:
     """One trainable tensor: what autograd fills, what the optimizer moves, and where the forward reads it.
 
-    `leaf` receives the gradient; `master` holds the fp32 values, shape as `leaf`; `resident` is the (possibly bf16) tensor that the
-    forward uses, of which the master is the entries at `dims`. With fp32 residents the three may share their memory.
+    `leaf` receives the gradient; `master` holds the fp32 values, shape as `leaf`; `resident` is the (possibly bf16) tensor
+    that the forward uses, of which the master is the entries at `dims`. With fp32 residents the three may share their memory.
     """
 
     name: str
@@ -49,8 +50,8 @@ class Slot:
 class PartialLinear(nn.Module):
     """A linear layer whose `weight` is resident and frozen but for the entries at `place` along `dim` of (out, in).
 
-    `x` is (…, in), the result (…, out). `part` has shape (rows, in) for dim 0 and (out, columns) for dim 1, in fp32 or the resident
-    dtype; a transposed layer (GPT-2's Conv1D) keeps weight and part as (in, out). Build it with `make_partial`.
+    `x` is (…, in), the result (…, out). `part` has shape (rows, in) for dim 0 and (out, columns) for dim 1, in fp32 or the
+    resident dtype; a transposed layer (GPT-2's Conv1D) keeps weight and part as (in, out). Build it with `make_partial`.
     """
 
     weight: Tensor
@@ -83,7 +84,7 @@ class PartialLinear(nn.Module):
         place = self.span if self.place is None else self.place
         weight, part = (self.weight.t(), self.part.t()) if self.transposed else (self.weight, self.part)
         # A bias of which only the chosen rows move is read from its resident buffer; its gradient goes to `bias_part`.
-        out: Tensor = _Partial.apply(x, part, self.bias_part, weight, self.bias, self.dim, place)  # type: ignore[no-untyped-call]
+        out: Tensor = _Partial.apply(x, part, self.bias_part, weight, self.bias, self.dim, place)
         return out
 
     def extra_repr(self) -> str:
@@ -93,7 +94,7 @@ class PartialLinear(nn.Module):
 
 
 class _Partial(torch.autograd.Function):
-    """`x @ weightᵀ + bias` with gradients for x, for the chosen rows or columns of the weight, and for what moves of the bias."""
+    """`x @ weightᵀ + bias` with gradients for x, for the chosen rows or columns of the weight, and for its bias."""
 
     @staticmethod
     def forward(
@@ -145,7 +146,9 @@ def make_partial(
     """
     slots: list[Slot] = []
     for path, module in list(model.named_modules()):
-        names = {attribute: f"{path}.{attribute}" if path else attribute for attribute, _ in module.named_parameters(recurse=False)}
+        names = {
+            attribute: f"{path}.{attribute}" if path else attribute for attribute, _ in module.named_parameters(recurse=False)
+        }
         partly = {a for a, n in names.items() if _partly(where.get(n)) and not frozen(n)}
         if "weight" in partly and _is_linear(module):
             made, layer_slots = _partial_layer(module, names, where, frozen=frozen, device=device, dtype=dtype)
@@ -203,8 +206,9 @@ def _partial_layer(
     transposed = is_transposed(layer)
     slot = _compact(names["weight"], layer.get_parameter("weight"), dim, index, device, dtype)
     out_dim = 1 - dim if transposed else dim
-    bias, bias_part, slots = layer.bias, None, [slot]
-    if isinstance(bias, Tensor):
+    bias: Tensor | None = getattr(layer, "bias", None)
+    bias_part, slots = None, [slot]
+    if bias is not None:
         dims = where.get(names["bias"], {})
         if _partly(dims) and not frozen(names["bias"]):
             if out_dim != 0 or not torch.equal(dims[0], index):
@@ -217,13 +221,11 @@ def _partial_layer(
             slots += _dense(layer, "bias", names["bias"], moves=moves, device=device, dtype=dtype)
             bias = layer.bias
     place = _place(index, device)
-    made = PartialLinear(slot.resident, slot.leaf, bias, bias_part, dim=out_dim, place=place, transposed=transposed)  # type: ignore[arg-type]
+    made = PartialLinear(slot.resident, slot.leaf, bias, bias_part, dim=out_dim, place=place, transposed=transposed)
     return made.train(layer.training), slots
 
 
-def _compact(
-    name: str, tensor: Tensor, dim: int, index: Tensor, device: torch.device | str, dtype: torch.dtype
-) -> Slot:
+def _compact(name: str, tensor: Tensor, dim: int, index: Tensor, device: torch.device | str, dtype: torch.dtype) -> Slot:
     resident = _resident(tensor.detach(), device, dtype)
     place = _place(index, device)
     if isinstance(place, slice) and dtype == torch.float32:

@@ -16,9 +16,9 @@ Scores = dict[str, Tensor]  # axis name → importance, float32, shape (axis.siz
 def group_scores(model: nn.Module, axes: Sequence[Axis], criterion: Criterion, losses: Losses) -> Scores:
     """The importance of every group: `I_m = Σ_{θ_k ∈ G_m} score(θ_k, g_k)`, over all cuts and biases of the group.
 
-    With `score = (g·θ)²` this is eq. (1), with `g²` eq. (4), `g` being the mean derivative over D_s. Only prunable tensors get a
-    gradient, and each gradient is freed as soon as its last contribution is in, so that with one batch no two layers' gradients
-    are held together. The model's `requires_grad` flags are as before when this returns.
+    With `score = (g·θ)²` this is eq. (1), with `g²` eq. (4), `g` being the mean derivative over D_s. Only prunable tensors
+    get a gradient, and each gradient is freed as soon as its last contribution is in, so that with one batch no two layers'
+    gradients are held together. The model's `requires_grad` flags are as before when this returns.
     """
     if criterion.score_groups is not None:
         return {axis.name: _checked(axis, s) for axis, s in _pairs(axes, criterion.score_groups(model, axes, losses))}
@@ -59,7 +59,8 @@ def _collect(
             param.requires_grad_(False)
         for name, param in params.items():
             param.requires_grad_(True)
-            stack.callback(param.register_post_accumulate_grad_hook(complete(name)).remove)
+            handle = param.register_post_accumulate_grad_hook(complete(name))  # type: ignore[no-untyped-call]
+            stack.callback(handle.remove)
         seen = 0.0
         for loss, share in losses(each):
             seen += share

@@ -1,4 +1,4 @@
-"""Which groups stay, and which may move: importance against a budget that is counted in parameters (paper, sec. 3.1.2, 3.2.1)."""
+"""Which groups stay, and which may move: importance against a budget counted in parameters (paper, sec. 3.1.2, 3.2.1)."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,8 @@ def select(
     sizes before anything was cut, which `keep_share` and `floor` are shares of (so a gradual schedule ends at exactly the sizes
     of its ratio). `scope` says who competes with whom: each kind on its own, everything in one `global` ranking (by importance
     *per parameter*), or each axis by itself (`per-layer`). `floor` is the share of every axis that must stay, `least` a number
-    of groups (0 for a mask: a layer of which nothing moves is fine). `uniform` makes all axes of a kind keep the same number; `round_to` makes the kept rows of every tensor a multiple.
+    of groups (0 for a mask: a layer of which nothing moves is fine). `uniform` makes all axes of a kind keep the same number;
+    `round_to` makes the kept rows of every tensor a multiple.
 
     Raises `SelectionError` if the floor forbids what the ratio asks, or if a score is not finite.
     """
@@ -104,7 +105,7 @@ def _fill(
         dropped += params[i]
     if goal - dropped > max(params):
         raise SelectionError(
-            f"cannot drop {goal:,.0f} parameters from {_named(pool)}: the floor of {floor:.0%} per axis leaves only {dropped:,}",
+            f"cannot drop {goal:,.0f} parameters from {_named(pool)}: the floor of {floor:.0%} per axis allows {dropped:,}",
             hint="lower prune.ratio or prune.floor",
         )
     return {axis.name: kept for axis, kept in zip(pool, keep, strict=True)}

@@ -102,7 +102,8 @@ def state_sizes(model: nn.Module, names: Iterable[str]) -> None:
         if isinstance(owner, nn.Linear):
             owner.out_features, owner.in_features = owner.weight.shape
         elif hasattr(owner, "nf") and hasattr(owner, "nx"):
-            owner.nx, owner.nf = owner.weight.shape
+            nx, nf = owner.get_parameter("weight").shape
+            owner.nx, owner.nf = nx, nf  # type: ignore[assignment]
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

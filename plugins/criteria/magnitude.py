@@ -1,0 +1,13 @@
+"""Magnitude importance: the squared weight, which needs no data."""
+
+from torch import Tensor
+
+from recap_cli.api import Criterion
+
+
+def score(weight: Tensor, grad: Tensor) -> Tensor:
+    """θ², entry by entry."""
+    return weight.square()
+
+
+MAGNITUDE = Criterion(score=score, needs="none")

@@ -1,0 +1,146 @@
+"""Names the commands; the one place where an error becomes a message and an exit code.
+
+Nothing heavy is imported to print help: each command imports what it needs when it is called.
+"""
+
+import errno
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from recap_cli import console
+from recap_cli.commands import doctor, eval, export, finetune, init, mask, merge, plugins, prune, recipes, run, status
+from recap_cli.errors import RecapError, StorageError
+
+INTERRUPTED = 130
+TRACEBACK = "RECAP_TRACEBACK"
+REFUSED = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "operation not permitted",
+    errno.EROFS: "the file system is read-only",
+}
+
+WHOLE, STAGE, LOOK = "Whole runs", "Stage by stage", "Look around"
+
+app = typer.Typer(
+    name="recap",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(rich_help_panel=WHOLE)(run.run)
+app.command(rich_help_panel=WHOLE)(export.export)
+for stage in (init.init, prune.prune, mask.mask, finetune.finetune, merge.merge):
+    app.command(rich_help_panel=STAGE)(stage)
+app.command(rich_help_panel=LOOK)(status.status)
+app.command("eval", rich_help_panel=LOOK)(eval.evaluate)
+app.add_typer(recipes.app, name="recipes", rich_help_panel=LOOK)
+app.command(rich_help_panel=LOOK)(plugins.plugins)
+app.command(rich_help_panel=LOOK)(doctor.doctor)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.result(f"recap {metadata.version('recap-cli')}")
+        raise typer.Exit
+
+
+VersionOption = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
+
+
+@app.callback()
+def recap(version: VersionOption = False) -> None:
+    """Finetune transformers that do not fit: prune, mask, finetune, merge, round by round.
+
+    Example: [bold]recap run quickstart[/bold]
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code.
+
+    0 done, 2 a wrong command line, 3 to 15 an error of `recap_cli.errors` or `recap_cli.commands`, 130 stopped by Ctrl-C,
+    1 anything else. With RECAP_TRACEBACK=1 each error comes with its traceback.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    _quiet_libraries()
+    try:
+        return _run(given)
+    except KeyboardInterrupt:
+        return _stopped(given)
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does; nobody is left to tell
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for the flush at exit)
+        return 1
+    except Exception as error:  # noqa: BLE001  (the last door: everything becomes a message here)
+        return _failed(error)
+    finally:
+        console.close()
+
+
+def _run(arguments: list[str]) -> int:
+    """Let Typer parse and call; it reports a wrong command line itself, and ends with SystemExit in any case."""
+    try:
+        app(arguments, prog_name="recap")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            raise KeyboardInterrupt from end
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _stopped(arguments: Sequence[str]) -> int:
+    console.close()
+    again = shlex.join(["recap", *arguments])
+    console.error("stopped; the state is as the last finished stage left it", f"go on with `{again}`")
+    return INTERRUPTED
+
+
+def _failed(error: Exception) -> int:
+    console.close()
+    if os.environ.get(TRACEBACK, "") not in ("", "0"):
+        console.say("".join(traceback.format_exception(error)).rstrip())
+    ours = _explained(error)
+    console.error(ours.message, ours.hint)
+    return ours.exit_code
+
+
+def _explained(error: Exception) -> RecapError:
+    """Return the error to show: ours as it is, the machine's limits as a StorageError, the rest as a bug of ours."""
+    if isinstance(error, RecapError):
+        return error
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        place = f"{error.filename}: " if error.filename else ""
+        return StorageError(f"{place}{REFUSED[error.errno]}", hint="make room, or name another folder; the state is as it was")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own, torch not imported
+        first = str(error).partition("\n")[0]
+        return StorageError(
+            f"out of memory{f': {first}' if first else ''}",
+            hint="try --set finetune.micro_batch_size=8, finetune.checkpointing=true, finetune.fused_backward=true "
+            "or finetune.resident=bf16 with a new state; this one is as it was",
+        )
+    return RecapError(
+        f"this is a bug in recap: {type(error).__name__}: {error} ({_place(error)})",
+        hint=f"{TRACEBACK}=1 in the environment shows the traceback; please report it with the command",
+    )
+
+
+def _place(error: Exception) -> str:
+    """Return the file and line where the error was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else "nowhere"
+
+
+def _quiet_libraries() -> None:
+    """Keep the hub's and the data sets' own progress bars out of log files; on a terminal they may stay."""
+    if not sys.stderr.isatty():
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")

@@ -1,0 +1,98 @@
+"""`recap doctor`: what this machine and this installation offer; it reads, and trains nothing."""
+
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from recap_cli import console
+from recap_cli.commands.arguments import JsonOption
+
+PACKAGES = ("recap-cli", "torch", "torchvision", "transformers", "timm", "datasets", "safetensors", "typer", "pydantic")
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Show versions, devices, memory and folders, and what is wrong with them. Exits with 1 if something is.
+
+    Example: [bold]recap doctor[/bold]
+    """
+    versions = {name: _version(name) for name in PACKAGES}
+    devices, problems = _devices()
+    problems += [f"{name} is not installed" for name, version in versions.items() if version is None]
+    folders = {"cache": _folder(_cache()), "here": _folder(Path.cwd())}
+    problems += [f"{folder['path']} cannot be written" for folder in folders.values() if not folder["writable"]]
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "devices": devices,
+        "memory": _memory(),
+        "folders": folders,
+        "problems": problems,
+    }
+    if as_json:
+        console.emit_json(found)
+    else:
+        _print(found)
+    raise typer.Exit(1 if problems else 0)
+
+
+def _print(found: dict[str, Any]) -> None:
+    rows = [["python", found["python"]], ["platform", found["platform"]]]
+    rows += [[name, version or "missing"] for name, version in found["versions"].items()]
+    for device in found["devices"]:
+        free = f", {console.megabytes(device['free_bytes'])} free" if "free_bytes" in device else ""
+        rows.append([device["device"], f"{device['name']}{free}"])
+    memory = found["memory"]
+    free, total = console.megabytes(memory["available_bytes"]), console.megabytes(memory["total_bytes"])
+    rows.append(["memory", f"{free} free of {total}"])
+    for name, folder in found["folders"].items():
+        rows.append([name, f"{folder['path']}, {console.megabytes(folder['free_bytes'])} free"])
+    rows += [["problem", problem] for problem in found["problems"]]
+    console.table(["what", "found"], rows, is_result=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # asked in order to know
+        return None
+
+
+def _devices() -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the devices that torch can use, and what is wrong with torch. The import takes seconds."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # a torch that does not load is what a doctor is asked about
+        return [], [f"torch cannot be imported: {error}"]
+    devices: list[dict[str, Any]] = [{"device": "cpu", "name": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}"}]
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        devices.append({"device": f"cuda:{index}", "name": name, "free_bytes": free, "total_bytes": total})
+    if torch.backends.mps.is_available():
+        devices.append({"device": "mps", "name": "Apple GPU"})
+    return devices, []
+
+
+def _memory() -> dict[str, int]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return {"total_bytes": memory.total, "available_bytes": memory.available}
+
+
+def _cache() -> Path:
+    """Return where models and data sets of the hub are kept."""
+    home = os.environ.get("HF_HOME")
+    return Path(home).expanduser() if home else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "huggingface"
+
+
+def _folder(path: Path) -> dict[str, Any]:
+    """Return whether a folder, or the nearest one above it that exists, can be written, and how much is free there."""
+    there = next(place for place in (path, *path.parents) if place.exists())
+    return {"path": str(path), "writable": os.access(there, os.W_OK), "free_bytes": shutil.disk_usage(there).free}

@@ -1,0 +1,24 @@
+"""`recap plugins`: list the criteria and adapters that are installed, without importing any."""
+
+from recap_cli import console
+from recap_cli.commands.arguments import JsonOption
+
+
+def plugins(as_json: JsonOption = False) -> None:
+    """List the criteria and model adapters that are installed, ours and others'.
+
+    Nothing is imported to list it. A criterion's name goes into a recipe; an adapter's name is the model type it knows.
+
+    Example: [bold]recap plugins[/bold]
+    """
+    from recap_cli.registry import KINDS, SINGULAR, entries
+
+    rows = [
+        {"kind": SINGULAR[kind], "name": entry.name, "distribution": entry.distribution, "version": entry.version}
+        for kind in KINDS
+        for entry in entries(kind)
+    ]
+    if as_json:
+        console.emit_json(rows)
+    else:
+        console.records(rows, is_result=True)

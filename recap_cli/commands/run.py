@@ -1,0 +1,80 @@
+"""`recap run`: all rounds, from wherever the state stands."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from recap_cli import console
+from recap_cli.commands.arguments import RECIPE_HELP, DryRunOption, JsonOption, SetOption, complete_recipe
+from recap_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from recap_cli.recipe import Recipe
+
+OptionalRecipe = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RECIPE",
+        help=f"{RECIPE_HELP} Left out: the recipe of the state named by --state.",
+        show_default=False,
+        autocompletion=complete_recipe,
+    ),
+]
+StateOption = Annotated[
+    Path | None,
+    typer.Option("--state", metavar="DIR", help="The state's folder, new or begun.", show_default="runs/<the recipe's name>"),
+]
+
+
+def run(
+    recipe: OptionalRecipe = None,
+    state: StateOption = None,
+    overrides: SetOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run all rounds of prune, mask, finetune and merge, and print the path of the product.
+
+    Stopped at any moment, the same command goes on after the last finished stage.
+
+    Example: [bold]recap run quickstart --set rounds=3[/bold]
+    """
+    checked = _recipe(recipe, state, overrides or ())
+    if dry_run:
+        from recap_cli.stages.schedule import describe
+
+        for line in describe(checked):
+            console.result(line)
+        return
+    from recap_cli.commands.tables import print_summary
+    from recap_cli.stages import run as stage
+    from recap_cli.stages.schedule import summary
+
+    path = state if state is not None else Path("runs") / checked.name
+    finished = summary(stage.run(checked, path, track=console.track, on_stage=_say_stage))
+    print_summary(finished, is_result=False)
+    if as_json:
+        console.emit_json(finished)
+    elif finished["product"]:
+        console.result(str(finished["product"]))
+
+
+def _recipe(source: str | None, state: Path | None, overrides: Sequence[str]) -> "Recipe":
+    """Return the recipe that was named, or the one of the state that was."""
+    from recap_cli import recipe
+
+    if source is not None:
+        return recipe.read(source, overrides)
+    if state is None:
+        raise UsageError("no recipe was named", hint="`recap run quickstart`; `recap recipes ls` lists the others")
+    from recap_cli.state import State
+
+    return recipe.parse(State.open(state).recipe_text, str(state / "recipe.yaml"), overrides)
+
+
+def _say_stage(facts: Mapping[str, Any]) -> None:
+    from recap_cli.commands.tables import stage_line
+
+    console.say(stage_line(facts))

@@ -1,0 +1,20 @@
+"""`recap status`: where a state stands."""
+
+from recap_cli import console
+from recap_cli.commands.arguments import JsonOption, StateArgument, open_state
+
+
+def status(folder: StateArgument = None, as_json: JsonOption = False) -> None:
+    """Show the rounds of a state, what they cost, and the next command. Loads no model.
+
+    Example: [bold]recap status runs/cola[/bold]
+    """
+    state = open_state(folder)
+    from recap_cli.commands.tables import print_summary
+    from recap_cli.stages.schedule import summary
+
+    found = summary(state)
+    if as_json:
+        console.emit_json(found)
+    else:
+        print_summary(found, is_result=True)

@@ -1,0 +1,242 @@
+"""The one place that prints: results on stdout; tables for people, progress, errors and hints on stderr.
+
+A terminal gets bars and colour. A log file gets plain lines, at most one every ten seconds and loop: no carriage return,
+no escape code. `NO_COLOR` and `COLUMNS` are respected.
+"""
+
+import json
+import math
+import operator
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from recap_cli.progress import Item
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+PIPE_WIDTH = 120
+LINE_SECONDS = 10.0
+
+_live: list["Progress"] = []  # the bars on the screen, or nothing: a terminal has room for one such display
+
+
+def result(text: str) -> None:
+    """Print a line of the result on stdout, as it is, and flush: the next stage of a pipe may wait for it."""
+    print(text, file=sys.stdout, flush=True)  # noqa: T201
+
+
+def emit_json(value: object) -> None:
+    """Print `value` as JSON on stdout; a number that is not finite becomes null, which JSON can say."""
+    result(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
+
+
+def say(text: str) -> None:
+    """Print a line for people on stderr, above the bars where there are some."""
+    _console(sys.stderr).print(text, soft_wrap=True)
+
+
+def error(message: str, hint: str | None = None) -> None:
+    """Print what went wrong and what to do next on stderr, without breaking lines: paths stay whole."""
+    from rich.text import Text
+
+    console = _console(sys.stderr)
+    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    if hint:
+        console.print(Text.assemble(("hint: ", "bold cyan"), hint), soft_wrap=True)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, is_result: bool = False) -> None:
+    """Print a table, on stdout where it is the result that was asked for, else on stderr.
+
+    A column whose cells all begin with a digit (or are empty) is set flush right.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [[str(cell) for cell in row] for row in rows]
+    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        numbers = all(not row[index] or row[index][0] in "0123456789-" for row in cells)
+        shown.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
+    for row in cells:
+        shown.add_row(*(Text(cell) for cell in row))
+    console = _console(sys.stdout if is_result else sys.stderr)
+    console.print(shown)
+    console.file.flush()
+
+
+def records(rows: Sequence[Mapping[str, Any]], *, title: str | None = None, is_result: bool = False) -> None:
+    """Print records as a table: a column per key in order of appearance, the unit taken from the key (`value_text`)."""
+    flat = [dict(_flat(row)) for row in rows]
+    keys = list(dict.fromkeys(key for row in flat for key in row))
+    cells = [[value_text(key, row.get(key)) for key in keys] for row in flat]
+    table([heading(key) for key in keys], cells, title=title, is_result=is_result)
+
+
+def facts(values: Mapping[str, Any], *, title: str | None = None) -> None:
+    """Print the facts of one thing on stderr, a line each."""
+    table(["", ""], [[heading(key), value_text(key, value)] for key, value in _flat(values)], title=title)
+
+
+def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
+    """Pass the items through, as a `recap_cli.progress.Track`: a bar on a terminal, else plain lines."""
+    count = total if total is not None else operator.length_hint(items, -1)
+    known = count if count >= 0 else None
+    return _bar(items, label, known) if _is_terminal(sys.stderr) else _lines(items, label, known)
+
+
+def close() -> None:
+    """Take the bars off the screen, where an exception or Ctrl-C left some."""
+    while _live:
+        _live.pop().stop()
+
+
+def megabytes(count_bytes: float) -> str:
+    """Return bytes as megabytes (10⁶) with one decimal."""
+    return f"{count_bytes / 1e6:,.1f} MB"
+
+
+def millions(count: float) -> str:
+    """Return a number of parameters in millions with two decimals, or whole where it is below 100,000."""
+    return f"{count / 1e6:,.2f} M" if count >= 1e5 else f"{count:,.0f}"
+
+
+def percent(share: float) -> str:
+    """Return a share of one as per cent with one decimal."""
+    return f"{share:.1%}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: `0.4 s`, `2 min 05 s`, `3 h 04 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+# By a word of the key; the first that is found counts, so that a share of the parameters is a share.
+UNITS: dict[str, Callable[[float], str]] = {
+    "bytes": megabytes,
+    "seconds": duration,
+    "share": percent,
+    "ratio": percent,
+    "params": millions,
+    "parameters": millions,
+    "entries": millions,
+    "prunable": millions,
+    "trainable": millions,
+    "moved": millions,
+}
+
+
+def value_text(key: str, value: object) -> str:
+    """Return `value` for people, in the unit that a word of `key` names (`UNITS`): kept_share is a share."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "" if value is None else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return " ".join(value_text(key, item) for item in value)
+    if not isinstance(value, (int, float)):
+        return str(value)
+    words = re.split(r"[._]", key)
+    unit = next((unit for word, unit in UNITS.items() if word in words), None)
+    if unit:
+        return unit(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def heading(key: str) -> str:
+    """Return a key as a heading, without the unit that its cells say already."""
+    return key.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ").replace(".", " ")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+def _console(stream: TextIO) -> "Console":
+    """Return the console of a stream; stderr's is the one the bars are drawn on, which moves them out of the way."""
+    from rich.console import Console
+
+    if _live and stream is sys.stderr:
+        return _live[-1].console
+    fixed = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    return Console(file=stream, width=fixed, markup=False, highlight=False, emoji=False)
+
+
+def _bar(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
+    """Pass the items through under a bar, which goes when the loop ends; an inner loop adds its bar below."""
+    outermost = not _live
+    progress = _bars() if outermost else _live[-1]
+    if outermost:
+        _live.append(progress)
+        progress.start()
+    task = progress.add_task(label, total=total)
+    try:
+        for item in items:
+            yield item
+            progress.advance(task)
+    finally:
+        progress.remove_task(task)
+        if outermost:
+            close()
+
+
+def _bars() -> "Progress":
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(bar_width=None),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left", style="dim"),
+        progress.TimeRemainingColumn(compact=True),
+        console=_console(sys.stderr),
+        transient=True,
+        expand=True,
+        refresh_per_second=4,
+    )
+
+
+def _lines(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
+    """Pass the items through, with a plain line at the start, at the end, and every ten seconds in between."""
+    of = "" if total is None else f" of {total:,}"
+    say(f"{label}: 0{of} ..." if of else f"{label} ...")
+    start = last = time.monotonic()
+    done = 0
+    for item in items:
+        yield item
+        done += 1
+        now = time.monotonic()
+        if now - last >= LINE_SECONDS and done != total:
+            last = now
+            left = "" if not total or done > total else f", {duration((now - start) / done * (total - done))} left"
+            say(f"{label}: {done:,}{of}, {duration(now - start)}{left}")
+    say(f"{label}: {done:,}{of} in {duration(time.monotonic() - start)}")

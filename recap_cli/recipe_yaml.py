@@ -1,0 +1,207 @@
+"""A recipe's YAML as values with their places: text and `--set` overrides in, one document out.
+
+Knows YAML and the command line, and no key of the recipe by name. What is odd here (bad YAML, doubled keys, overrides
+without `=`) becomes a `Problem`; `recap_cli.recipe_problems` adds what the schema finds.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import yaml
+
+KeyPath = tuple[str, ...]
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+_LONGEST = 60  # characters of an override that a message repeats
+
+
+class Problem(NamedTuple):
+    """One line of the message; problems sort by place in the file, then by order on the command line."""
+
+    order: tuple[int, int, int]
+    where: str
+    key: str
+    text: str
+
+
+class Override(NamedTuple):
+    """One `--set key=value`, and its place among them."""
+
+    turn: int
+    text: str
+    path: KeyPath
+    value: Any
+
+
+class Document(NamedTuple):
+    """The values of a file with overrides on top, and what it takes to say where each comes from.
+
+    `root` is None, and there are no values, where the file is no YAML mapping.
+    """
+
+    origin: str
+    root: yaml.Node | None
+    overrides: list[Override]
+    values: dict[str, Any]
+    problems: list[Problem]
+
+
+def load(
+    text: str, origin: str, overrides: Sequence[str], alternatives: Iterable[Sequence[str]], needs: Mapping[str, str]
+) -> Document:
+    """Return the document that YAML `text` and the `overrides` (each `section.key=value`) make.
+
+    An override of one of the `alternatives` removes the others, and what `needs` them, unless overridden as well.
+    """
+    document = Document(origin, None, [], {}, [])
+    try:
+        root, values, odd = _parse(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date like 2024-13-45
+        line, column, reason = _fault(error)
+        document.problems.append(_in_file(origin, line, column, "(yaml)", f"expected YAML: {reason}"))
+        root, values, odd = None, {}, []
+    document.problems.extend(_in_file(origin, mark.line, mark.column, key, reason) for mark, key, reason in odd)
+    if not isinstance(values, dict):
+        kind = "nothing" if values is None else f"a {type(values).__name__}"
+        reason = f"expected keys with values, such as `rounds: 10`, found {kind}"
+        document.problems.append(_in_file(origin, 0, 0, "(yaml)", reason))
+        root, values = None, {}
+    document = document._replace(root=root, values=values)
+    for turn, override in enumerate(overrides):
+        _apply(document, turn, override)
+    _displace(document, alternatives, needs)
+    return document
+
+
+def place(document: Document, paths: Sequence[KeyPath], *, at_key: bool) -> tuple[tuple[int, int, int], str]:
+    """Return the sorting order and the words for where a problem stands that the keys `paths` have a part in.
+
+    That is the last override of one of them, or else the first of them in the file, at the key or at its value, or else
+    the section where it is missing.
+    """
+    for override in reversed(document.overrides):
+        if any(overlap(override.path, path) for path in paths):
+            return (1, override.turn, 0), _said(override.text)
+    found = [_find(document.root, path, at_key=at_key) for path in paths]
+    mark, _ = max(found, key=lambda item: item[1])  # the first of those that reach deepest
+    line, column = (mark.line, mark.column) if mark else (0, 0)
+    return (0, line, column), f"{document.origin}:{line + 1}:{column + 1}"
+
+
+def overlap(a: KeyPath, b: KeyPath) -> bool:
+    """Return whether the keys are the same, or one is a section that holds the other."""
+    depth = min(len(a), len(b))
+    return a[:depth] == b[:depth]
+
+
+def _find(root: yaml.Node | None, path: KeyPath, *, at_key: bool) -> tuple[yaml.Mark | None, float]:
+    """Return the mark of the deepest part of `path` that there is, and the share of `path` that it reaches."""
+    node, mark, depth = root, root.start_mark if root else None, 0
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(key, value) for key, value in node.value if key.value == part]
+        elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
+            pairs = [(node.value[int(part)],) * 2]
+        else:
+            break
+        if not pairs:
+            break
+        key, node = pairs[-1]  # of a doubled key the last one counts
+        depth += 1
+        mark = node.start_mark if depth == len(path) and not at_key else key.start_mark
+    return mark, depth / len(path)
+
+
+def _parse(text: str) -> tuple[yaml.Node | None, Any, list[tuple[yaml.Mark, str, str]]]:
+    """Return the node tree, the value, and keys that are odd in themselves, as (mark, key, what is wrong)."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    odd = list(_odd_keys(root, (), frozenset(), set()))
+    return root, yaml.safe_load(text), odd
+
+
+def _odd_keys(
+    node: yaml.Node | None, path: KeyPath, above: frozenset[int], seen: set[int]
+) -> Iterator[tuple[yaml.Mark, str, str]]:
+    """Yield doubled keys, and keys that are no text; a node that several aliases share is looked at once."""
+    if node is not None and id(node) in above:
+        raise yaml.MarkedYAMLError(problem="an alias stands within its own anchor", problem_mark=node.start_mark)
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    children = node.value if isinstance(node, yaml.CollectionNode) else []
+    lines: dict[str, int] = {}
+    for index, child in enumerate(children):
+        key, value = child if isinstance(node, yaml.MappingNode) else (None, child)
+        name = str(index) if key is None else str(key.value)
+        dotted = ".".join((*path, name))
+        if key is not None and key.tag not in _KEY_TAGS:
+            yield key.start_mark, dotted, f"expected text as a key, found {key.value} (put it in quotes)"
+        elif key is not None and name in lines:
+            yield key.start_mark, dotted, f"expected each key once, found it again after line {lines[name]}"
+        elif key is not None:
+            lines[name] = key.start_mark.line + 1
+        yield from _odd_keys(value, (*path, name), above | {id(node)}, seen)
+
+
+def _fault(error: Exception) -> tuple[int, int, str]:
+    """Return line and column, from 0, and the reason why YAML was refused."""
+    if isinstance(error, RecursionError):
+        return 0, 0, "it is nested too deeply"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        return error.problem_mark.line, error.problem_mark.column, reason
+    return 0, 0, str(error).partition("\n")[0]
+
+
+def _apply(document: Document, turn: int, text: str) -> None:
+    """Set in the document what the override `text` says, or add what is wrong with it to the problems."""
+    key, equals, value = text.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(path):
+        return _refuse(document, turn, text, key.strip() or "-", "expected section.key=value, found " + text)
+    try:
+        _, parsed, odd = _parse(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # as above
+        return _refuse(document, turn, text, ".".join(path), f"expected a YAML value: {_fault(error)[2]}")
+    for _, inner, reason in odd:
+        _refuse(document, turn, text, ".".join((*path, inner)), reason)
+    section = document.values
+    for depth, part in enumerate(path[:-1], 1):
+        inside = section.get(part)
+        if inside is not None and not isinstance(inside, dict):
+            blocker = ".".join(path[:depth])
+            return _refuse(document, turn, text, ".".join(path), f"expected {blocker} to be a section, found a value")
+        section[part] = dict(inside or {})  # a copy: YAML aliases share what they stand for
+        section = section[part]
+    section[path[-1]] = parsed
+    document.overrides.append(Override(turn, text, path, parsed))
+
+
+def _displace(document: Document, alternatives: Iterable[Sequence[str]], needs: Mapping[str, str]) -> None:
+    """Remove the alternatives to what is overridden, and what needs them."""
+    given = [override.path for override in document.overrides if override.value is not None]
+
+    def overridden(key: str) -> bool:
+        path = tuple(key.split("."))
+        return any(other[: len(path)] == path for other in given)
+
+    gone: set[str] = set()
+    for keys in alternatives:
+        chosen = {key for key in keys if overridden(key)}
+        gone |= set(keys) - chosen if chosen else set()
+    gone |= {key for key, needed in needs.items() if needed in gone and not overridden(key)}
+    for key in gone:
+        section, name = key.split(".")
+        if isinstance(inside := document.values.get(section), dict):
+            document.values[section] = {other: value for other, value in inside.items() if other != name}
+
+
+def _in_file(origin: str, line: int, column: int, key: str, text: str) -> Problem:
+    return Problem((0, line, column), f"{origin}:{line + 1}:{column + 1}", key, text)
+
+
+def _refuse(document: Document, turn: int, override: str, key: str, text: str) -> None:
+    document.problems.append(Problem((1, turn, 0), _said(override), key, text))
+
+
+def _said(override: str) -> str:
+    return "--set " + (override if len(override) <= _LONGEST else f"{override[: _LONGEST - 3]}...")

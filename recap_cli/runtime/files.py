@@ -1,0 +1,151 @@
+"""Local files as Arrow tables: csv, tsv, json, jsonl, parquet, and a folder with one folder of images per class.
+
+`datasets` reads them too, but through a copy in the user's home, and csv through pandas, for which the texts "NA", "null" and
+"None" are missing values. Here nothing is written, and only an empty cell without quotes is missing.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recap_cli.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+def read_file(path: Path, *, key: str, text_columns: list[str]) -> "pa.Table":
+    """All columns and rows of one file, its kind told by its suffix. `text_columns` of a csv are text, whatever they hold.
+
+    `key` is the recipe key that names the file, for hints.
+
+    Raises `DataError` if the file is missing, empty, unreadable, of an unknown kind, or not what its suffix says.
+    """
+    import pyarrow as pa
+
+    reader = READERS.get(path.suffix.lower())
+    if not path.exists():
+        raise DataError(f"{path} does not exist", hint=f"name a file that does with --set {key}=FILE")
+    if reader is None:
+        raise DataError(
+            f"{path} is of a kind that is not known, which are: {', '.join(sorted(READERS))}, or a folder with one folder "
+            "of images per class",
+            hint=f"convert it, and name the new file with --set {key}=FILE",
+        )
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty", hint=f"name another file with --set {key}=FILE")
+        table = reader(path, text_columns)
+        table.column_names  # noqa: B018 (decodes the names, which may fail)
+    except (OSError, ValueError, pa.ArrowException) as error:  # unreadable, or torn, or not what the suffix says
+        raise DataError(
+            f"{path} cannot be read as {path.suffix[1:].lower()}: {error}",
+            hint=f"repair the file, or name another with --set {key}=FILE",
+        ) from error
+    if table.num_rows == 0:
+        raise DataError(f"{path} has no rows", hint=f"name another file with --set {key}=FILE")
+    return table
+
+
+def read_folder(path: Path, *, key: str, image_column: str, label_column: str) -> "pa.Table":
+    """One row per image below `path`: the path of the file, and as its label the name of the folder directly below `path`.
+
+    Raises `DataError` if there are no folders with images, or if these folders are themselves splits.
+    """
+    import pyarrow as pa
+
+    found = [
+        (str(file), folder.name)
+        for folder in sorted(path.iterdir())
+        if folder.is_dir() and not folder.name.startswith(".")
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not found:
+        raise DataError(
+            f"{path} has no folders with images in them",
+            hint=f"put the images of each class into a folder named for the class, and set {key} to the folder above",
+        )
+    names = {name for _, name in found}
+    if "train" in names and names <= {"train", "val", "valid", "validation", "test"}:
+        raise DataError(
+            f"{path} holds splits ({', '.join(sorted(names))}), not classes",
+            hint=f"--set data.train={path / 'train'} --set data.validation={path / sorted(names - {'train'} or names)[-1]}",
+        )
+    files, labels = zip(*found, strict=True)
+    return pa.table({image_column: pa.array(files), label_column: pa.array(labels)})
+
+
+def _read_delimited(path: Path, text_columns: list[str], *, delimiter: str, quote: str | bool) -> "pa.Table":
+    from pyarrow import csv
+
+    parse = csv.ParseOptions(delimiter=delimiter, quote_char=quote, newlines_in_values=quote is not False)
+    convert = csv.ConvertOptions(
+        column_types=dict.fromkeys(text_columns, "string"),
+        null_values=[""],
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=False,
+    )
+    return csv.read_csv(path, parse_options=parse, convert_options=convert)
+
+
+def _read_csv(path: Path, text_columns: list[str]) -> "pa.Table":
+    return _read_delimited(path, text_columns, delimiter=",", quote='"')
+
+
+def _read_tsv(path: Path, text_columns: list[str]) -> "pa.Table":
+    # Tab-separated values have no quoting (IANA text/tab-separated-values), and GLUE's have unbalanced quotes in their texts.
+    return _read_delimited(path, text_columns, delimiter="\t", quote=False)
+
+
+def _read_jsonl(path: Path, _: list[str]) -> "pa.Table":
+    rows = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:  # say which line
+                    raise ValueError(f"line {number}: {error}") from error
+    return _from_rows(rows)
+
+
+def _read_json(path: Path, text_columns: list[str]) -> "pa.Table":
+    """A list of objects; many a .json is one object per line, though."""
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("{"):
+        return _read_jsonl(path, text_columns)
+    return _from_rows(json.loads(text))
+
+
+def _from_rows(rows: Any) -> "pa.Table":
+    import pyarrow as pa
+
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("expected objects with the columns as keys")
+    names = dict.fromkeys(name for row in rows for name in row)  # in the order in which they turn up
+    return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
+
+
+def _read_parquet(path: Path, _: list[str]) -> "pa.Table":
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = parquet.read_table(path)
+    for i, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):  # a categorical column of pandas
+            table = table.set_column(i, field.name, table.column(i).cast(field.type.value_type))
+    return table
+
+
+READERS: dict[str, Callable[[Path, list[str]], "pa.Table"]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".parquet": _read_parquet,
+}

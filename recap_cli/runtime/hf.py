@@ -1,0 +1,193 @@
+"""Models of the transformers library: from a folder, from a configuration, or as a skeleton to be filled."""
+
+import inspect
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+
+from recap_cli.errors import ModelError
+from recap_cli.runtime.checkpoints import FOLDER_HINT, check_weights, quiet
+from recap_cli.runtime.specs import ModelSpec, TaskKind, image_facts
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers, 0 … 5
+NOT_IN_DEFAULTS = {"head_dim", "architectures", "tokenizer", "transformers_version", "_name_or_path", "torch_dtype"}
+
+
+def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
+    """The configuration object that `values` (with `model_type`) describe.
+
+    `strict` refuses keys that the model type does not know, which transformers would keep without a word. Raises `ModelError`.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    rest = {key: value for key, value in values.items() if key not in ("model_type", "_name_or_path", "tokenizer")}
+    model_type = str(values.get("model_type"))
+    try:
+        if strict:
+            _check_keys(model_type, rest, AutoConfig.for_model(model_type))
+        config = AutoConfig.for_model(model_type, **rest)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        first_line = " ".join(str(error).split())
+        raise ModelError(f"this is no configuration of a {model_type}: {first_line}", hint="see model.config in the recipe") from error
+    config.architectures = config.architectures or []  # transformers 5.23 iterates over it, None or not
+    return config
+
+
+def build(spec: ModelSpec) -> nn.Module:
+    """A model of this spec on torch's current default device; `quiet`, and random unless that device is `meta`."""
+    with quiet():
+        return from_config(configure(spec.config), spec.task_kind)
+
+
+def from_config(config: Any, task_kind: TaskKind) -> nn.Module:
+    """A model with random weights, from torch's own generator. Raises `ModelError` if the architecture has no such head."""
+    try:
+        model: nn.Module = _auto(task_kind).from_config(config)
+    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+        raise ModelError(f"a {config.model_type} cannot be built for {task_kind}: {_first_line(error)}") from error
+    return model.eval()
+
+
+def from_folder(folder: Path, task_kind: TaskKind, config: Any) -> tuple[nn.Module, set[str], set[str]]:
+    """The model with the folder's weights in float32, in eval mode; the names it lacked, and those of another shape.
+
+    Whatever the folder lacks is random. Raises `ModelError` if weights are damaged, pickled or of another architecture.
+    """
+    check_weights(folder)
+    try:
+        with quiet():
+            model, info = _auto(task_kind).from_pretrained(
+                folder,
+                config=config,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                dtype="float32",
+            )
+    except (ValueError, TypeError, AttributeError, KeyError, OSError, RuntimeError) as error:
+        raise ModelError(f"{folder} cannot be loaded for {task_kind}: {_first_line(error)}") from error
+    return model.eval(), set(info["missing_keys"]), {str(item[0]) for item in info["mismatched_keys"]}
+
+
+def read_configuration(folder: Path, values: dict[str, Any]) -> Any:
+    """The configuration object of a folder, whose config.json holds `values`. Raises `ModelError`."""
+    if not isinstance(values.get("model_type"), str):
+        raise ModelError(f"{folder}/config.json names no model_type", hint=FOLDER_HINT)
+    return configure(values)
+
+
+def set_labels(config: Any, names: Sequence[str]) -> None:
+    """Give a configuration these labels, in this order, and the loss of a single-label classification."""
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.problem_type = "single_label_classification"
+
+
+def to_dict(model: Any) -> dict[str, Any]:
+    """The whole configuration of a model as JSON values, without the path it came from."""
+    values: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    values.pop("_name_or_path", None)
+    values["architectures"] = [type(model).__name__]
+    return values
+
+
+def square_size(config: Any) -> int:
+    """The side, in pixels, of the images that a configuration asks for. Raises `ModelError` if they are not square."""
+    size = config.image_size
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    if len(sides) != 1 or not isinstance(next(iter(sides)), int):
+        raise ModelError(f"a model for images of size {size} is not square", hint="give one side: --set data.image_size=224")
+    return int(next(iter(sides)))
+
+
+def read_image_facts(folder: Path | None, config: Any) -> tuple[dict[str, Any], str | None]:
+    """The preprocessing that the folder's preprocessor_config.json asks for, and a note if there is none."""
+    size, channels = square_size(config), int(config.num_channels)
+    path = None if folder is None else folder / "preprocessor_config.json"
+    if path is None or not path.is_file():
+        note = None if path is None else f"{folder} has no preprocessor_config.json: mean and std are taken to be 0.5"
+        return image_facts(size, channels), note
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        number = given.get("resample")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    interpolation = RESAMPLE[number] if isinstance(number, int) and number < len(RESAMPLE) else "bilinear"
+    return image_facts(size, channels, given.get("image_mean"), given.get("image_std"), interpolation), None
+
+
+def preprocessor_json(image: dict[str, Any]) -> str:
+    """A preprocessor_config.json that says exactly what the model was finetuned with: resize to a square, no crop."""
+    values = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": image["size"], "width": image["size"]},
+        "resample": RESAMPLE.index(image["interpolation"]),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": image["mean"],
+        "image_std": image["std"],
+    }
+    return json.dumps(values, indent=2) + "\n"
+
+
+def read_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer of a folder. Raises `ModelError` if there is none, or it knows more tokens than the model embeds."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would build an empty tokenizer, and every word would be unknown
+        raise ModelError(f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})", hint="save the tokenizer beside it")
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
+        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+    if len(tokenizer) > vocab_size:
+        raise ModelError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens, the model embeds {vocab_size}")
+    return tokenizer
+
+
+def files_of(tokenizer: Any) -> dict[str, bytes]:
+    """The files that make up a tokenizer, by name."""
+    with TemporaryDirectory() as scratch, quiet():
+        tokenizer.save_pretrained(scratch)
+        return {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir()) if path.is_file()}
+
+
+@lru_cache(maxsize=32)
+def inputs_of(model_class: type[nn.Module]) -> frozenset[str]:
+    """The names of the inputs that the forward of a class takes."""
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def _auto(task_kind: TaskKind) -> Any:
+    import transformers
+
+    if task_kind == "text-classification":
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForImageClassification
+
+
+def _check_keys(model_type: str, values: dict[str, Any], defaults: Any) -> None:
+    known = set(defaults.to_dict()) | set(type(defaults).attribute_map) | NOT_IN_DEFAULTS
+    for key in values:
+        if key not in known:
+            near = get_close_matches(key, sorted(known), n=1)
+            hint = f"did you mean {near[0]}?" if near else None
+            raise ModelError(f"a {model_type} has no configuration key {key!r} (model.config.{key})", hint=hint)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

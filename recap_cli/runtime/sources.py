@@ -1,0 +1,187 @@
+"""Where examples come from: local files, a folder of images, the digits that scikit-learn brings along, or the hub.
+
+Whatever the source and its column names, what comes out has the columns `text` (and `text_pair`) or `image`, then `label` and
+`row`, the number of the row in its source, from 1.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recap_cli.errors import DataError
+from recap_cli.runtime.columns import Found, Roles, class_names, pick, roles_for
+from recap_cli.runtime.files import read_file, read_folder
+from recap_cli.runtime.hub import read_hub
+from recap_cli.runtime.labels import label_kind, label_names, label_numbers
+from recap_cli.runtime.order import generator_for
+from recap_cli.runtime.tasks import Kind
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+DIGITS_SHARE = 0.2  # of the digits are for validation, unless the recipe says another share
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Training and validation examples, not yet tensors; `label` is a number, whose name stands in `label_names`."""
+
+    train: "Dataset"
+    validation: "Dataset"
+    label_names: list[str]
+    train_origin: str
+    validation_origin: str
+
+
+def read_splits(
+    kind: Kind,
+    *,
+    seed: int,
+    name: str | None = None,
+    subset: str | None = None,
+    builtin: str | None = None,
+    train: str | Path | None = None,
+    validation: str | Path | None = None,
+    train_split: str = "train",
+    validation_split: str = "validation",
+    validation_share: float | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    image: str | None = None,
+    label: str = "label",
+    train_samples: int | None = None,
+    validation_samples: int | None = None,
+) -> Raw:
+    """Read the examples of a task of this kind; the arguments are the keys of a recipe's `data`, and `seed` is the recipe's.
+
+    A `train` file or folder goes before a `builtin`, and that before the `name` of a data set on the hub. `validation_share`
+    of the training examples is held out for validation, label by label, instead of reading another split; then `..._samples`
+    of either are kept, the first ones after a shuffle.
+
+    Raises `DataError` for whatever is missing, cannot be read, or does not fit: it names the file, the column and the row.
+    """
+    roles = roles_for(kind, text=text, text_pair=text_pair, image=image, label=label)
+    if train is not None:
+        first, second = _read_files(roles, Path(train), None if validation is None else Path(validation), validation_share)
+    elif builtin is not None:
+        first, second, validation_share = _read_builtin(builtin, roles), None, validation_share or DIGITS_SHARE
+    elif name is not None:
+        splits = [train_split] if validation_share is not None else [train_split, validation_split]
+        first, second = _read_hub(name, subset, splits)
+    else:
+        raise DataError("the recipe names no data", hint="name a file with --set data.train=FILE, or try the recipe quickstart")
+    names, examples = _labelled(first, second, roles)
+    if second is None:
+        share = validation_share or 0.0
+        kept, held_out = hold_out(torch.tensor(examples[0]["label"]), share, seed=seed, origin=first.origin)
+        examples = [examples[0].select(kept.tolist()), examples[0].select(held_out.tolist())]
+    return Raw(
+        train=_first(examples[0], train_samples, seed, "training"),
+        validation=_first(examples[1], validation_samples, seed, "validation"),
+        label_names=names,
+        train_origin=first.origin,
+        validation_origin=f"{first.origin} (held out)" if second is None else second.origin,
+    )
+
+
+def hold_out(labels: Tensor, share: float, *, seed: int, origin: str) -> tuple[Tensor, Tensor]:
+    """Indices of the examples that stay for training and of ⌊share · examples⌋ that are held out, each sorted.
+
+    Every label gives its share, to within one example. Raises `DataError` if either would be left without examples.
+    """
+    shuffled = torch.randperm(len(labels), generator=generator_for(seed, 0, "hold out"))
+    by_label = shuffled[labels[shuffled].argsort(stable=True)]
+    counted = (torch.arange(len(labels) + 1, dtype=torch.float64) * share + 1e-9).floor()  # 0.1 · 10 is one, rounding or not
+    out = counted[1:] > counted[:-1]
+    if out.all() or not out.any():
+        raise DataError(
+            f"{share} of the {len(labels)} rows of {origin}, held out for validation, leaves "
+            f"{'none for validation' if not out.any() else 'none for training'}",
+            hint="name a validation file with --set data.validation=FILE, or set data.validation_share between 0 and 1",
+        )
+    return by_label[~out].sort().values, by_label[out].sort().values
+
+
+def _read_files(roles: Roles, train: Path, validation: Path | None, share: float | None) -> tuple[Found, Found | None]:
+    if (validation is None) == (share is None):
+        raise DataError(
+            f"training data is {train}, but {'neither' if share is None else 'both'} data.validation "
+            f"{'nor' if share is None else 'and'} data.validation_share {'is' if share is None else 'are'} set",
+            hint="--set data.validation=FILE, or --set data.validation_share=0.1 to hold out a tenth of the training data",
+        )
+    first = _read_path(train, "data.train", roles)
+    return first, None if validation is None else _read_path(validation, "data.validation", roles)
+
+
+def _read_path(path: Path, key: str, roles: Roles) -> Found:
+    path = path.expanduser()
+    if path.is_dir():
+        image_column = roles.get("image", "image")
+        return Found(read_folder(path, key=key, image_column=image_column, label_column=roles["label"]), str(path))
+    texts = [roles[role] for role in ("text", "text_pair") if role in roles]
+    return Found(read_file(path, key=key, text_columns=texts), str(path), folder=path.parent)
+
+
+def _read_hub(name: str, subset: str | None, splits: list[str]) -> tuple[Found, Found | None]:
+    place = name if subset is None else f"{name} ({subset})"
+    tables = read_hub(name, subset, splits)
+    found = [Found(table, f"split {split!r} of {place}") for table, split in zip(tables, splits, strict=True)]
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def _read_builtin(name: str, roles: Roles) -> Found:
+    """scikit-learn's `load_digits`: 1,797 handwritten digits, 8 × 8 pixels in 17 shades of grey."""
+    import PIL.Image
+    import pyarrow as pa
+    from sklearn.datasets import load_digits
+
+    if name != "digits":
+        raise DataError(f"there is no builtin data set {name!r}, only 'digits'", hint="--set data.builtin=digits")
+    pixels, labels = load_digits(return_X_y=True)
+    images = []
+    for shades in (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8"):
+        png = BytesIO()
+        PIL.Image.fromarray(shades).save(png, "png")
+        images.append(png.getvalue())
+    table = pa.table({roles.get("image", "image"): pa.array(images), roles["label"]: pa.array(labels)})
+    return Found(table, "scikit-learn's digits")
+
+
+def _labelled(first: Found, second: Found | None, roles: Roles) -> "tuple[list[str], list[Dataset]]":
+    """The names of the labels, and each source with its labels as numbers and its columns named for their roles."""
+    picked = [(found, pick(found, roles)) for found in (first, second) if found is not None]
+    place = f"column {roles['label']!r} of {first.origin}"
+    training_labels = picked[0][1]["label"]
+    names = label_names(training_labels, class_names(first, roles["label"]), place)
+    kind = label_kind(training_labels, place)
+    examples = []
+    for found, columns in picked:
+        numbers = label_numbers(columns["label"], names, kind, f"column {roles['label']!r} of {found.origin}")
+        examples.append(_dataset({**columns, "label": numbers}, names))
+    return names, examples
+
+
+def _dataset(columns: "Mapping[str, pa.ChunkedArray]", names: list[str]) -> "Dataset":
+    import datasets
+    import pyarrow as pa
+
+    kinds = {"text": datasets.Value("string"), "text_pair": datasets.Value("string"), "image": datasets.Image()}
+    features = datasets.Features(
+        {role: kinds.get(role, datasets.ClassLabel(names=names)) for role in columns} | {"row": datasets.Value("int64")}
+    )
+    rows = pa.array(range(1, len(columns["label"]) + 1), pa.int64())
+    return datasets.Dataset(pa.table([*columns.values(), rows], schema=features.arrow_schema))
+
+
+def _first(examples: "Dataset", count: int | None, seed: int, which: str) -> "Dataset":
+    """The first `count` examples after a shuffle, or all of them in their own order."""
+    if count is None or count >= len(examples):
+        return examples
+    shuffled = torch.randperm(len(examples), generator=generator_for(seed, 0, f"{which} samples"))
+    return examples.select(shuffled[:count].tolist())

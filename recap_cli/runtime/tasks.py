@@ -1,0 +1,51 @@
+"""What a model is trained for: the kind of task, its loss, and labels that fit the head."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from recap_cli.errors import DataError, ModelError
+
+Kind = Literal["text-classification", "image-classification"]
+Metric = Literal["accuracy", "f1", "matthews"]
+
+KINDS: tuple[Kind, ...] = ("text-classification", "image-classification")
+METRICS: tuple[Metric, ...] = ("accuracy", "f1", "matthews")  # of all of them, more is better
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task: `metric` decides which round is best, `num_labels` is the width of the head."""
+
+    kind: Kind
+    metric: Metric
+    num_labels: int
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy over the batch, a float32 scalar, whatever the type of `logits` (batch, labels)."""
+    return F.cross_entropy(logits.float(), labels)
+
+
+def check_labels(labels: Tensor, num_labels: int, origin: str) -> None:
+    """Raise `DataError` unless every label of `origin` has an output of the head, which has `num_labels` of them."""
+    if len(labels) == 0:
+        raise DataError(f"{origin} holds no examples")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_labels:
+        raise DataError(
+            f"the labels of {origin} go from {low} to {high}, but the head has {num_labels} outputs (0 … {num_labels - 1})",
+            hint="score the model on the data it was made for, or make a new state for this data with `recap init`",
+        )
+
+
+def check_head(outputs: int, num_labels: int, origin: str) -> None:
+    """Raise `ModelError` unless the head has as many `outputs` as `origin` has labels."""
+    if outputs != num_labels:
+        raise ModelError(
+            f"the head has {outputs} outputs, but {origin} has {num_labels} labels",
+            hint="take a model without a head, or with one for these labels (--set model.name=…), or choose the column "
+            "of the labels (--set data.label=…)",
+        )

@@ -1,0 +1,130 @@
+"""Models of timm: an architecture by name, or a folder in timm's own layout (config.json and model.safetensors)."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from recap_cli.errors import ModelError
+from recap_cli.runtime.checkpoints import FOLDER_HINT, locate, quiet, read_config
+from recap_cli.runtime.specs import ModelSpec, image_facts
+
+
+def build(architecture: str, args: Mapping[str, Any]) -> Any:
+    """A model with random weights, in eval mode, on torch's current default device. Raises `ModelError`."""
+    import timm
+
+    check_architecture(architecture)
+    try:
+        with quiet():
+            return timm.create_model(architecture, pretrained=False, **args).eval()
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"timm cannot build {architecture} with {dict(args)}: {said}") from error
+
+
+def check_architecture(architecture: str) -> None:
+    """Raises `ModelError`, with near names, if timm has no such architecture."""
+    import timm
+
+    if not timm.is_model(architecture):
+        near = get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists what there is"
+        raise ModelError(f"timm has no architecture {architecture!r}", hint=hint)
+
+
+def find(name: str, revision: str | None) -> tuple[Path, str, dict[str, Any]]:
+    """The folder with the weights of `name` (a folder, `architecture` or `architecture.tag`, or a hub id), its architecture and args.
+
+    Raises `ModelError` if there is none.
+    """
+    import timm
+
+    architecture = name.partition(".")[0]
+    if Path(name).expanduser().is_dir() or not timm.is_model(architecture):
+        if "/" not in name and not Path(name).exists():
+            check_architecture(architecture)
+        folder = locate(name.removeprefix("hf-hub:").removeprefix("hf_hub:"), revision)
+        config = read_config(folder)
+        if not isinstance(config.get("architecture"), str):
+            raise ModelError(f"{folder}/config.json names no timm architecture", hint="is it a folder of transformers? model.library")
+        return folder, config["architecture"], dict(config.get("model_args") or {})
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if cfg is None or not cfg.hf_hub_id:
+        raise ModelError(f"timm has no pretrained weights of {name}", hint=FOLDER_HINT)
+    return locate(cfg.hf_hub_id, revision), architecture, {}
+
+
+def filtered(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the model's names, position embeddings resampled to its grid, as timm does on loading."""
+    translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    return tensors if translate is None else dict(translate(tensors, model))
+
+
+def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
+    """Copy the tensors that fit into `model`; the names it lacked, and those of another shape, keep their random weights."""
+    own = model.state_dict()
+    missing = {name for name in own if name not in tensors}
+    mismatched = {name for name in own if name in tensors and tensors[name].shape != own[name].shape}
+    model.load_state_dict({name: t for name, t in tensors.items() if name in own and name not in mismatched}, strict=False)
+    return missing, mismatched
+
+
+def model_type(model: Any) -> str:
+    """The name of the adapter for a model: `timm-vit` for every VisionTransformer, else `timm-` and the module it comes from."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    if isinstance(model, VisionTransformer):
+        return "timm-vit"
+    return f"timm-{type(model).__module__.rpartition('.')[2].replace('_', '-')}"
+
+
+def read_image_facts(model: Any, folder: Path | None = None) -> dict[str, Any]:
+    """The size, channels, mean, std and interpolation that a model was pretrained with (a folder's config.json goes first)."""
+    cfg = dict(model.pretrained_cfg)
+    if folder is not None:
+        cfg.update(read_config(folder).get("pretrained_cfg") or {})
+    embed = getattr(model, "patch_embed", None)
+    size = getattr(embed, "img_size", None) or cfg["input_size"][1:]
+    projection = getattr(embed, "proj", None)
+    channels = projection.in_channels if isinstance(projection, nn.Conv2d) else cfg["input_size"][0]
+    return image_facts(int(size[0]), int(channels), cfg.get("mean"), cfg.get("std"), str(cfg.get("interpolation", "bicubic")))
+
+
+def label_names(folder: Path) -> list[str] | None:
+    """The labels that a folder's config.json names, if it names them one by one."""
+    names = read_config(folder).get("label_names")
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
+def config_json(spec: ModelSpec) -> str:
+    """A config.json in timm's layout: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it."""
+    image = spec.image or {}
+    values = {
+        "architecture": spec.config["architecture"],
+        "num_classes": spec.num_labels,
+        "label_names": spec.label_names,
+        "model_args": {key: value for key, value in spec.config["args"].items() if key != "num_classes"},
+        "pretrained_cfg": {
+            "num_classes": spec.num_labels,
+            "input_size": [image["channels"], image["size"], image["size"]],
+            "fixed_input_size": True,
+            "interpolation": image["interpolation"],
+            "crop_pct": 1.0,
+            "mean": image["mean"],
+            "std": image["std"],
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    return json.dumps(values, indent=2) + "\n"
+
+
+def config_of(architecture: str, args: Mapping[str, Any], names: Sequence[str], image_size: int | None) -> dict[str, Any]:
+    """The `config` of a spec: the architecture, and the arguments with the task's classes and image size in them."""
+    sized = {} if image_size is None else {"img_size": image_size}
+    return {"architecture": architecture, "args": {**args, "num_classes": len(names), **sized}}

@@ -1,0 +1,80 @@
+"""`eval`: score the full model, the small model and the best small model on the validation data."""
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+
+from recap_cli.core.groups import counts, shapes_of
+from recap_cli.core.surgery import compose_where, gather, indices, scatter
+from recap_cli.errors import UsageError
+from recap_cli.progress import Track, silent
+from recap_cli.runtime import devices
+from recap_cli.runtime.evaluation import evaluate as score
+from recap_cli.stages import context as shared
+from recap_cli.stages.context import Context
+from recap_cli.stages.finetune import moving
+from recap_cli.state import State
+
+
+def evaluate(state: State, *, which: Sequence[str], track: Track = silent) -> list[dict[str, Any]]:
+    """A row for each model named (`full`, `small`, `best`): its round, parameters, loss and metrics, and seconds.
+
+    Raises `UsageError` if the state holds no such model yet.
+    """
+    here = Context(state)
+    _, validation = here.splits(track)
+    device = devices.pick(here.recipe.finetune.device)
+    rows = []
+    for name in which:
+        tensors, sizes, round = _MODELS[name](here)
+        model = here.model(tensors, sizes).to(device)
+        started = perf_counter()
+        metrics = score(
+            shared.forward_of(here.spec, model),
+            validation,
+            here.task,
+            batch_size=here.recipe.evaluate.batch_size,
+            device=device,
+            track=track,
+            label=f"{name} model",
+        )
+        params = sum(param.numel() for param in model.parameters())
+        rows.append({"model": name, "round": round, "parameters": params, **metrics, "seconds": perf_counter() - started})
+    return rows
+
+
+def best_tensors(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
+    """The tensors, the sizes and the round of the best small model. Raises `UsageError` if no round has been merged."""
+    best = here.state.manifest.best
+    if best is None:
+        raise _not_yet(here, "no best model yet: no round is merged")
+    tensors = here.state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}")
+    return tensors, counts(here.plan(best["folder"])), best["round"]
+
+
+def _full(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
+    return here.full_tensors(), {}, int(here.full.rpartition("-")[2])
+
+
+def _small(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
+    """The small model of the newest round as far as that round is: cut, finetuned, or merged."""
+    state, folder = here.state, here.state.manifest.small
+    if folder is None:
+        raise _not_yet(here, "no small model yet")
+    plan, full = here.plan(folder), here.full_tensors()
+    tensors = gather(full, indices(here.layout.axes, plan, shapes_of(full)))
+    if f"{folder}/{shared.MOVED}" in state.manifest.files:
+        chosen = {name: c.bool() for name, c in state.load_tensors(f"{folder}/{shared.MASK}").items()}
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        scatter(tensors, state.load_tensors(f"{folder}/{shared.MOVED}"), compose_where({}, moving(here, plan, chosen, tensors)))
+    return tensors, counts(plan), state.manifest.round
+
+
+def _not_yet(here: Context, what: str) -> UsageError:
+    path = here.state.path
+    return UsageError(f"{path}: {what}", hint=f"recap {here.state.next_stage()} {path}, or recap run --state {path}")
+
+
+_MODELS = {"full": _full, "small": _small, "best": best_tensors}

@@ -1,0 +1,32 @@
+"""`export`: the best small model as a folder that three lines of Python load."""
+
+from pathlib import Path
+from typing import Any
+
+from recap_cli.progress import Track, silent
+from recap_cli.runtime import models, product
+from recap_cli.stages.context import Context
+from recap_cli.stages.eval import best_tensors
+from recap_cli.state import State
+
+
+def export(state: State, out: Path, *, dense: bool = False, track: Track = silent) -> dict[str, Any]:
+    """Write the best small model to the new folder `out`, or with `dense` a zero-filled checkpoint of the original shapes.
+
+    What was written is loaded again, and its logits are compared, before this returns the facts of it.
+
+    Raises `UsageError` if no round is merged, `StorageError` if `out` is there already.
+    """
+    here = Context(state)
+    tensors, _, round = best_tensors(here)
+    return product.export(
+        here.spec,
+        models.load_processor(state.path / here.full, here.spec),
+        here.adapter,
+        tensors,
+        here.layout.axes,
+        here.plan(str(state.manifest.best["folder"])) if state.manifest.best else {},
+        out,
+        dense=dense,
+        facts={"round": round, **(state.manifest.best or {})},
+    )

@@ -1,0 +1,114 @@
+"""`init`: a pretrained model, a task head that has seen the task, and a state to begin from (paper, Step 1)."""
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from math import ceil
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import torch
+from torch import nn
+
+from recap_cli import recipe as recipes
+from recap_cli import registry
+from recap_cli.core.groups import prunable_params, shapes_of
+from recap_cli.core.optim import Optimizer, adamw, learning_rate
+from recap_cli.core.partial import make_partial
+from recap_cli.progress import Track, silent
+from recap_cli.recipe import Recipe
+from recap_cli.runtime import conformance, devices, models, tasks
+from recap_cli.runtime.data import Split
+from recap_cli.runtime.models import ModelSpec
+from recap_cli.runtime.order import batches, order, seed_for
+from recap_cli.runtime.training import Batch, train
+from recap_cli.stages import context as shared
+from recap_cli.stages.context import Layout
+from recap_cli.state import Draft, State
+
+LIBRARIES = ("torch", "transformers", "timm", "safetensors")
+FULL = "full-000"
+
+
+def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
+    """Make the state of `recipe` at `path`: data and model are read and checked, the head is warmed up, the full model is
+    written.
+
+    Raises `DataError`, `ModelError`, `ConformanceError` or `PluginError` for what does not fit, before anything is written that
+    would stay; `StateError` if there is a state already.
+    """
+    with State.create(path, recipes.dump(recipe), recipes.digest(recipe)) as draft:
+        draft.plugins = {"used": [registry.used("criteria", name) for name in (recipe.prune.criterion, recipe.mask.criterion)]}
+        for name in (recipe.prune.criterion, recipe.mask.criterion):
+            shared.load_criterion(name)
+        devices.pick(recipe.finetune.device), devices.pick(recipe.importance.device)
+        raw = shared.read_raw(recipe)
+        torch.manual_seed(seed_for(recipe.seed, 0, "weights"))
+        created = models.create(
+            library=recipe.model.library,
+            name=recipe.model.name,
+            config=recipe.model.config,
+            revision=recipe.model.revision,
+            task_kind=recipe.task.kind,
+            label_names=raw.label_names,
+            image_size=recipe.data.image_size,
+        )
+        model, spec = created.model, created.spec
+        draft.plugins["used"].append(registry.used("adapters", spec.model_type))
+        adapter = models.adapter_of(spec)
+        report = conformance.check(model, adapter, spec)
+        layout = Layout.of(adapter, model)
+        split, _ = shared.splits_of(recipe, spec, created.processor, track, raw)
+        warm = _warm_up(recipe, model, spec, layout, split, track)
+        _save(draft, model, spec, created.processor, layout)
+        shapes = shapes_of(model.named_parameters())
+        draft.versions = {"recap": version("recap-cli"), "python": python_version(), **{n: version(n) for n in LIBRARIES}}
+        draft.facts |= {
+            "adapter": spec.model_type,
+            "notes": list(created.notes),
+            "layouts": report.found,
+            "not_pruned": report.coverage,
+            "parameters": sum(param.numel() for param in model.parameters()),
+            "prunable_parameters": prunable_params(layout.axes, shapes),
+            "train_examples": len(split),
+            "labels": spec.num_labels,
+            **warm,
+        }
+    return State.open(path)
+
+
+def _warm_up(recipe: Recipe, model: nn.Module, spec: ModelSpec, layout: Layout, split: Split, track: Track) -> dict[str, Any]:
+    """Train the new head on frozen features: nothing but the head gets a gradient, so no backward runs through the model."""
+    settings = recipe.head
+    steps = settings.warmup_epochs * ceil(len(split) / settings.batch_size)
+    if steps == 0:
+        return {}
+    device = devices.pick(recipe.finetune.device)
+    slots = make_partial(model.eval(), {}, frozen=lambda name: name not in layout.head, device=device)
+
+    def epochs() -> Iterator[Batch]:
+        for epoch in range(settings.warmup_epochs):
+            chosen = order(len(split), seed=recipe.seed, round=0, epoch=epoch)
+            yield from batches(split, chosen, settings.batch_size, device=device)
+
+    run = train(
+        shared.forward_of(spec, model),
+        tasks.loss,
+        Optimizer(slots, adamw(betas=(0.9, 0.999), eps=1e-8)),
+        track(epochs(), "warm up the head", steps),
+        rate=lambda step: learning_rate(step, steps=steps, peak=settings.lr, schedule="linear", warmup_ratio=0.0),
+    )
+    return {"head_steps": run.steps, "head_loss": run.loss}
+
+
+def _save(draft: Draft, model: nn.Module, spec: ModelSpec, processor: Any, layout: Layout) -> None:
+    """The full model in its library's layout: weights, what is no part of a checkpoint, description and layout."""
+    stored = set(model.state_dict())
+    tensors = {name: tensor.cpu() for name, tensor in models.tensors_of(model).items()}
+    draft.save_tensors(f"{FULL}/{shared.WEIGHTS}", {name: t for name, t in tensors.items() if name in stored})
+    if buffers := {name: t for name, t in tensors.items() if name not in stored}:
+        draft.save_tensors(f"{FULL}/{shared.BUFFERS}", buffers)
+    draft.save_json(f"{FULL}/{shared.LAYOUT}", layout.to_json())
+    for name, content in models.describe(spec, processor).items():
+        draft.path(f"{FULL}/{name}").write_bytes(content if isinstance(content, bytes) else content.encode())
+    draft.set_full(FULL)

@@ -1,0 +1,84 @@
+"""`merge`: write what moved back into the full model; keep the small model if it is the best so far (paper, sec. 3.3)."""
+
+from typing import Any
+
+from torch import Tensor
+
+from recap_cli.core.groups import shapes_of
+from recap_cli.core.moments import COUNT, put_moments
+from recap_cli.core.surgery import compose_where, gather, indices, scatter
+from recap_cli.progress import Track, silent
+from recap_cli.stages import context as shared
+from recap_cli.stages.context import Context
+from recap_cli.stages.finetune import moving, rule_of
+from recap_cli.state import Draft, State
+
+
+def merge(state: State, *, track: Track = silent) -> dict[str, Any]:
+    """End the round: a new full model and its moments, eq. (5) and (6), and the best small model; return what is best.
+
+    Raises `StageOrderError` if another stage is next.
+    """
+    here = Context(state)
+    with state.writing("merge") as draft:
+        folder, full = f"round-{draft.round:03d}", f"full-{draft.round:03d}"
+        plan = here.plan(folder)
+        tensors = state.load_tensors(f"{here.full}/{shared.WEIGHTS}")
+        shapes = shapes_of(tensors)
+        small = state.load_tensors(f"{folder}/{shared.SMALL}")
+        chosen = {name: c.bool() for name, c in state.load_tensors(f"{folder}/{shared.MASK}").items()}
+        kept = indices(here.layout.axes, plan, shapes)
+        where = compose_where(kept, moving(here, plan, chosen, small))
+        moved = state.load_tensors(f"{folder}/{shared.MOVED}")
+        scatter(tensors, moved, where)  # eq. (6)
+        draft.save_tensors(f"{full}/{shared.WEIGHTS}", tensors)
+        _save_moments(here, draft, folder, full, where, shapes)
+        _copy_the_rest(here, draft, full)
+        _keep_best(here, draft, gather(tensors, kept) | {n: t for n, t in small.items() if n not in tensors}, folder)
+        draft.set_full(full)
+        draft.drop(here.full)
+        for name in (shared.SMALL, shared.MOVED, shared.MOMENTS):
+            draft.drop(f"{folder}/{name}")
+        draft.facts |= {"moved": sum(t.numel() for t in moved.values()), "best_round": (draft.best or {})["round"]}
+    return state.manifest.history[-1]
+
+
+def _save_moments(here: Context, draft: Draft, folder: str, full: str, where: Any, shapes: Any) -> None:
+    """Eq. (5): moments of entries that moved are written back, all others age once."""
+    if not here.recipe.finetune.carry_moments:
+        return
+    before = f"{here.full}/{shared.MOMENTS}"
+    stored = here.state.load_tensors(before) if before in here.state.manifest.files else {}
+    tuned: dict[str, dict[str, Tensor]] = {}
+    counts: dict[str, Tensor] = {}
+    for key, tensor in here.state.load_tensors(f"{folder}/{shared.MOMENTS}").items():
+        name, _, moment = key.rpartition("/")
+        if moment == COUNT:
+            counts[name] = tensor
+        else:
+            tuned.setdefault(name, {})[moment] = tensor
+    aging = rule_of(here.recipe.finetune).aging
+    after = put_moments(stored, tuned, counts, where, shapes=shapes, along=here.layout.along, aging=aging)
+    draft.save_tensors(f"{full}/{shared.MOMENTS}", after)
+
+
+def _copy_the_rest(here: Context, draft: Draft, full: str) -> None:
+    """The configuration, tokenizer or processor, layout and buffers stand beside every full model."""
+    for rel in here.state.manifest.files:
+        name = rel.removeprefix(f"{here.full}/")
+        if name != rel and name not in (shared.WEIGHTS, shared.MOMENTS):
+            draft.path(f"{full}/{name}").write_bytes(here.state.verified(rel).read_bytes())
+
+
+def _keep_best(here: Context, draft: Draft, tuned: dict[str, Tensor], folder: str) -> None:
+    """Make the small model of this round the product if its metric is higher than that of every round before."""
+    metrics = here.state.load_json(f"{folder}/metrics.json")
+    value, best = metrics[here.recipe.task.metric], draft.best
+    if best is not None and not value > best["value"]:
+        return
+    place = f"best-{draft.round:03d}"
+    draft.save_tensors(f"{place}/{shared.WEIGHTS}", tuned)
+    draft.save_tensors(f"{place}/{shared.PLAN}", shared.as_bytes(here.plan(folder)))
+    draft.set_best({"round": draft.round, "metric": here.recipe.task.metric, "value": value, "folder": place})
+    if best is not None:
+        draft.drop(best["folder"])

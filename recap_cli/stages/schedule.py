@@ -1,0 +1,109 @@
+"""Which stage comes next, what a recipe would do, and what a state has done so far. Reads no tensor."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from recap_cli import recipe as recipes
+from recap_cli.recipe import Recipe
+from recap_cli.state import State
+
+HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+
+
+def finished(recipe: Recipe, rounds: int, best: Mapping[str, Any] | None) -> str | None:
+    """Why no further round is to begin after `rounds`, or None."""
+    if rounds >= recipe.rounds:
+        return f"all {recipe.rounds} rounds are done"
+    if recipe.patience is not None and best is not None and rounds - best["round"] >= recipe.patience:
+        return f"{recipe.task.metric} has not improved for {recipe.patience} rounds; {rounds} of {recipe.rounds} are done"
+    return None
+
+
+def next_stage(recipe: Recipe, state: State) -> str | None:
+    """The stage that comes next, or None if the last round is merged."""
+    stage = state.next_stage()
+    over = finished(recipe, state.manifest.round, state.manifest.best)
+    return None if stage == "prune" and over else stage
+
+
+def describe(recipe: Recipe) -> list[str]:
+    """What a run of the recipe would do, a line each, for `--dry-run`."""
+    data, prune, mask, tune = recipe.data, recipe.prune, recipe.mask, recipe.finetune
+    source = data.name or data.builtin or data.train
+    length = f"{tune.steps} steps" if tune.steps is not None else f"{tune.epochs:g} epochs"
+    warm = f"{recipe.head.warmup_epochs} epochs at {recipe.head.lr:g}" if recipe.head.warmup_epochs else "not at all"
+    return [
+        f"{recipe.name}: {recipe.task.kind}, best by {recipe.task.metric}, seed {recipe.seed}",
+        f"model: {recipe.model.name or 'random weights from model.config'} ({recipe.model.library})",
+        f"data: {source}{f' ({data.subset})' if data.subset else ''}",
+        f"init: check the adapter on the model, warm up the head: {warm}",
+        f"{recipe.rounds} rounds{f', fewer after {recipe.patience} without improvement' if recipe.patience else ''}, each:",
+        f"  prune: {prune.ratio:.1%} of the prunable parameters by {prune.criterion}, {prune.scope}, in {prune.steps} steps",
+        f"  mask: {mask.ratio:.1%} of the small model's prunable parameters frozen by {mask.criterion}, {mask.scope}",
+        f"  finetune: {length} of {tune.batch_size} with {tune.optimizer} at {tune.lr:g} ({tune.schedule}), "
+        f"{tune.resident} resident",
+        "  merge: write back what moved, keep the small model if it is the best so far",
+    ]
+
+
+def summary(state: State) -> dict[str, Any]:
+    """Where a state stands, as plain values: a row per round, the product, the next stage."""
+    recipe = recipes.parse(state.recipe_text, str(state.path / "recipe.yaml"))
+    manifest = state.manifest
+    return {
+        "recipe": recipe.name,
+        "state": str(state.path),
+        "stage": manifest.stage,
+        "round": manifest.round,
+        "rounds_planned": recipe.rounds,
+        "next": next_stage(recipe, state),
+        "finished": finished(recipe, manifest.round, manifest.best) if manifest.stage == "merge" else None,
+        "product": str(state.path / manifest.best["folder"]) if manifest.best else None,
+        "best": manifest.best,
+        "seconds": sum(entry["seconds"] for entry in manifest.history),
+        "init": next((entry for entry in manifest.history if entry["stage"] == "init"), None),
+        "rounds": list(_rows(state)),
+    }
+
+
+def _rows(state: State) -> Iterator[dict[str, Any]]:
+    by_round: dict[int, dict[str, dict[str, Any]]] = {}
+    for entry in state.manifest.history:
+        by_round.setdefault(entry["round"], {})[entry["stage"]] = entry
+    best = (state.manifest.best or {}).get("round")
+    for number, stages in by_round.items():
+        if "prune" in stages:
+            yield _row(number, stages, best=number == best)
+
+
+def _row(number: int, stages: Mapping[str, Mapping[str, Any]], *, best: bool) -> dict[str, Any]:
+    """One round; what belongs to stages that are not done yet is left out."""
+    pruned = stages["prune"]
+    row: dict[str, Any] = {
+        "round": number,
+        "best": best,
+        "full_parameters": pruned["params_full"],
+        "small_parameters": pruned["params_small"],
+        "full_prunable": pruned["prunable_full"],
+        "small_prunable": pruned["prunable_small"],
+        "kept_share": pruned["kept_share_of_prunable"],
+        "kept_share_of_all": pruned["params_small"] / pruned["params_full"],
+        "heads": pruned["kept"]["heads"],
+        "neurons": pruned["kept"]["neurons"],
+        "full_heads": pruned["of"]["heads"],
+        "full_neurons": pruned["of"]["neurons"],
+        "seconds": {name: entry["seconds"] for name, entry in stages.items()},
+    }
+    if masked := stages.get("mask"):
+        row["moving_share"] = masked["moving_share_of_prunable"]
+    if tuned := stages.get("finetune"):
+        row |= {
+            "metric": tuned["metric"],
+            "value": tuned[tuned["metric"]],
+            "trainable_entries": tuned["trainable"],
+            "trainable_share": tuned["trainable"] / pruned["params_small"],
+            "steps": tuned["steps"],
+            **{name: tuned[name] for name in HELD},
+            **{f"full_{name}": tuned["full_finetuning"][name] for name in HELD},
+        }
+    return row

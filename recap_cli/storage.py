@@ -1,0 +1,235 @@
+"""Files that last: sealed by size and checksum, flushed before they count, and a full disk that is named.
+
+Nothing here knows what a state is. A seal is what a file must be; reading compares with it, and a file is hashed once
+per process as long as the system says that it has not changed.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recap_cli.errors import CorruptStateError, StorageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+HEADER_BYTES = 1 << 16  # room for what the disk needs beside the tensors: the safetensors header, state.yaml
+
+Fingerprint = tuple[int, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What a committed file must be."""
+
+    bytes: int
+    sha256: str
+
+
+_sealed: dict[Fingerprint, Seal] = {}  # of this process, so that the stages of one run do not hash a file twice
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """What changes when the file is written to or replaced: device, inode, bytes, and both times in nanoseconds."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def seal(path: Path) -> Seal:
+    """The size and checksum of a file; read only if this process has not sealed it, unchanged, before."""
+    before = fingerprint(path)
+    if before in _sealed:
+        return _sealed[before]
+    with path.open("rb") as file:
+        found = Seal(before[2], hashlib.file_digest(file, "sha256").hexdigest())
+    if fingerprint(path) == before:
+        _sealed[before] = found
+    return found
+
+
+def difference(path: Path, expected: Seal) -> str | None:
+    """How the file differs from what was sealed, in words, or None where it does not. A wrong size is not hashed."""
+    try:
+        size = path.stat().st_size
+        if size != expected.bytes:
+            return f"it has {size:,} bytes, {expected.bytes:,} were committed"
+        found = seal(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return "it is missing"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    if found.sha256 != expected.sha256:
+        return f"its sha256 begins with {found.sha256[:12]}, {expected.sha256[:12]} was committed"
+    return None
+
+
+def flush(path: Path) -> None:
+    """Returns when the file, or a folder's list of names, is on the disk and not only in memory."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (error.errno == errno.EINVAL and path.is_dir()):  # some network file systems flush no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def flush_folders(root: Path, rels: Iterable[str]) -> None:
+    """Flushes every folder between `root` (included) and the files `rels` below it, the deepest first."""
+    folders = {root, *(root / parent for rel in rels for parent in Path(rel).parents)}
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+        with storage_errors(folder):
+            flush(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text, not yet flushed.
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
+    data = text.encode()
+    with storage_errors(path, len(data)):
+        path.write_bytes(data)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a whole file at once: whoever opens it, at any moment or after a crash, finds the old or the new text.
+
+    Raises:
+        StorageError: the disk is full or refuses; the old text stands, unless the error names the folder.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    write_text(temporary, text)
+    with storage_errors(path, len(text)):
+        flush(temporary)
+        os.replace(temporary, path)
+    with storage_errors(path.parent):
+        flush(path.parent)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None) -> None:
+    """Writes a safetensors file, not yet flushed; contiguous CPU tensors are not copied.
+
+    Raises:
+        StorageError: the disk is full or refuses; where the space is known not to do, before anything is written.
+    """
+    from safetensors.torch import save_file
+
+    wanted_bytes = HEADER_BYTES + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with storage_errors(path, wanted_bytes):
+        free = free_bytes(path)
+        if free is not None and free < wanted_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        path.touch()
+        mode = path.stat().st_mode
+        packed = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(packed, path, {"format": "pt", **(metadata or {})})
+        path.chmod(mode)  # safetensors 0.8 leaves files that only their owner can read
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, "Tensor"]:
+    """The tensors of a safetensors file. On the CPU they are private pages of it: writing to them changes no file.
+
+    Raises:
+        CorruptStateError: the file is not in the safetensors format.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(path, device)
+    except SafetensorError as error:
+        raise CorruptStateError(f"{path}: is no safetensors file ({error})") from error
+    return tensors
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """The text that stands beside the tensors of a safetensors file.
+
+    Raises:
+        CorruptStateError: the file is not in the safetensors format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise CorruptStateError(f"{path}: is no safetensors file ({error})") from error
+
+
+def free_bytes(path: Path) -> int | None:
+    """What the disk of `path` has left for this user, or None where the file system does not say."""
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
+    try:
+        usage = shutil.disk_usage(there)
+    except OSError:
+        return None
+    return usage.free if usage.total else None
+
+
+@contextmanager
+def storage_errors(path: Path, wanted_bytes: int | None = None) -> Iterator[None]:
+    """Turns whatever the system refuses within into a StorageError that names `path`."""
+    try:
+        yield
+    except Exception as error:  # safetensors has a type of its own, with the system's error only in its text
+        code = system_error(error)
+        if code is None:
+            raise
+        raise storage_error(path, code, wanted_bytes) from error
+
+
+@contextmanager
+def refused_writes(root: Path) -> Iterator[None]:
+    """Turns a full disk, or a refusal to write below `root`, into a StorageError; leaves every other error alone.
+
+    For code that is not ours and writes by itself, as `save_pretrained` does.
+    """
+    try:
+        yield
+    except Exception as error:  # as in storage_errors
+        code = system_error(error)
+        named = getattr(error, "filename", None)
+        place = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else root
+        below = place.absolute().is_relative_to(root.absolute())
+        if code in FULL or (code in REFUSED and below):
+            raise storage_error(place, code) from error
+        raise
+
+
+def system_error(error: BaseException) -> int | None:
+    """The `errno` that an error carries, be it an OSError or one of safetensors' own, or None."""
+    if isinstance(error, OSError):
+        return error.errno
+    if type(error).__name__ == "SafetensorError":
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        return int(found.group(1)) if found else None
+    return None
+
+
+def storage_error(path: Path, code: int, wanted_bytes: int | None = None) -> StorageError:
+    """The error that names the file, why it could not be written, the bytes wanted and the bytes free."""
+    sizes = [] if wanted_bytes is None else [f"{wanted_bytes:,} bytes wanted"]
+    free = free_bytes(path)
+    if free is not None:
+        sizes.append(f"{free:,} bytes free")
+    reason = ", ".join([os.strerror(code), *sizes])
+    if code in FULL:
+        hint = "free some space on that disk, or raise the quota, and run the same command again"
+    else:
+        hint = "make the folder writable, or use another one with --state"
+    return StorageError(f"{path}: cannot be written: {reason}", hint=hint)

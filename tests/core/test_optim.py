@@ -1,0 +1,91 @@
+"""The masked optimizer against torch's own on the sub-tensors, counts of different ages, and learning rates."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recap_cli.core.optim import Optimizer, Rule, adamw, learning_rate, sgd
+from recap_cli.core.partial import Slot
+
+Torch = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+RULES: dict[str, tuple[Rule, Torch]] = {
+    "sgd": (sgd(momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1, foreach=False)),
+    "plain sgd": (sgd(momentum=0.0), lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.1, foreach=False)),
+    "adamw": (
+        adamw(betas=(0.9, 0.99), eps=1e-8),
+        lambda p: torch.optim.AdamW(p, lr=0.05, betas=(0.9, 0.99), weight_decay=0.1, foreach=False),
+    ),
+}
+
+
+def slot(values: Tensor, name: str = "w") -> Slot:
+    leaf = nn.Parameter(values.clone())
+    return Slot(name, leaf, leaf.detach(), leaf.detach(), {})
+
+
+def gradients(shape: torch.Size, steps: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_ten_steps_are_torchs_own_to_the_bit(name: str) -> None:
+    rule, reference = RULES[name]
+    start = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    ours, theirs = slot(start), nn.Parameter(start.clone())
+    optimizer, torchs = Optimizer([ours], rule, weight_decay=0.1), reference([theirs])
+    optimizer.lr = 0.05
+    for grad in gradients(start.shape, 10):
+        ours.leaf.grad, theirs.grad = grad.clone(), grad.clone()
+        optimizer.step()
+        torchs.step()
+    assert torch.equal(ours.master, theirs.detach())
+
+
+def test_entries_of_different_ages_each_match_an_optimizer_of_their_own_age() -> None:
+    rule, reference = RULES["adamw"]
+    start = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    old, new = nn.Parameter(start[:2].clone()), nn.Parameter(start[2:].clone())
+    torch_old, torch_new = reference([old]), reference([new])
+    for grad in gradients(old.shape, 7):
+        old.grad = grad
+        torch_old.step()
+    state = torch_old.state[old]
+    moments = {m: torch.cat([state[m], torch.zeros(2, 3)]) for m in ("exp_avg", "exp_avg_sq")}
+    ours = slot(torch.cat([old.detach(), new.detach()]))
+    counts = torch.tensor([7, 7, 0, 0], dtype=torch.int32)
+    optimizer = Optimizer([ours], rule, weight_decay=0.1, moments={"w": moments}, counts={"w": counts}, along={"w": 0})
+    optimizer.lr = 0.05
+    for grad in gradients(start.shape, 10):
+        ours.leaf.grad, old.grad, new.grad = grad.clone(), grad[:2].clone(), grad[2:].clone()
+        optimizer.step()
+        torch_old.step()
+        torch_new.step()
+    torch.testing.assert_close(ours.master, torch.cat([old.detach(), new.detach()]), rtol=1e-5, atol=1e-6)
+    assert optimizer.counts()["w"].tolist() == [17, 17, 10, 10]
+
+
+def test_state_is_one_tensor_a_moment_and_nothing_more() -> None:
+    slots = [slot(torch.zeros(6, 5), "a"), slot(torch.zeros(7), "b")]
+    assert Optimizer(slots, sgd(momentum=0.9)).state_bytes() == 4 * 37
+    assert Optimizer(slots, sgd(momentum=0.0)).state_bytes() == 0
+    assert Optimizer(slots, adamw(betas=(0.9, 0.999), eps=1e-8)).state_bytes() == 2 * 4 * 37
+
+
+def test_vectors_do_not_decay() -> None:
+    vector = slot(torch.ones(3))
+    optimizer = Optimizer([vector], sgd(momentum=0.9), weight_decay=0.5)
+    optimizer.lr = 1.0
+    vector.leaf.grad = torch.zeros(3)
+    optimizer.step()
+    assert torch.equal(vector.master, torch.ones(3))
+
+
+def test_a_linear_rate_rises_and_falls_to_zero() -> None:
+    rates = [learning_rate(s, steps=10, peak=1.0, schedule="linear", warmup_ratio=0.2) for s in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[-1] == pytest.approx(1 / 8)
+    assert learning_rate(9, steps=10, peak=2.0, schedule="constant", warmup_ratio=0.0) == 2.0

@@ -1,0 +1,118 @@
+"""Selection: budgets in parameters, scopes, floors, sizes of the gradual schedule."""
+
+import pytest
+import torch
+
+from recap_cli.core.groups import Axis, Cut, Kind
+from recap_cli.core.selection import Scope, select
+from recap_cli.errors import SelectionError
+
+
+def axis(name: str, size: int, kind: Kind = "neurons", width: int = 1) -> Axis:
+    return Axis(name, kind, 0, size, (Cut(f"{name}.weight", 0, width),))
+
+
+def rising(*axes: Axis) -> dict[str, torch.Tensor]:
+    start, scores = 0, {}
+    for a in axes:
+        scores[a.name] = torch.arange(start, start + a.size, dtype=torch.float32)
+        start += a.size
+    return scores
+
+
+def sizes(axes: list[Axis]) -> dict[str, int]:
+    return {a.name: a.size for a in axes}
+
+
+def test_the_least_important_go_first() -> None:
+    a = axis("a", 4)
+    kept = select([a], {"a": torch.tensor([3.0, 1.0, 2.0, 0.0])}, {"a": 7}, original={"a": 4}, keep_share=0.5)
+    assert kept["a"].tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize(("heads", "ratio", "left"), [(12, 0.33, 8), (12, 0.333, 8), (16, 0.333, 11), (3, 0.333, 2)])
+def test_the_gradual_schedule_counts_from_the_original_sizes(heads: int, ratio: float, left: int) -> None:
+    # Torch-Pruning, counting from what is left, leaves 4 of 12 heads at 33 % in 4 steps.
+    size = heads
+    for step in range(1, 5):
+        a = axis("a", size, "heads", 64)
+        kept = select([a], rising(a), {"a": 100}, original={"a": heads}, keep_share=(1 - ratio) ** (step / 4), floor=0.15)
+        size = int(kept["a"].sum())
+    assert size == left
+
+
+@pytest.mark.parametrize("scope", ["per-kind", "global", "per-layer"])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.333, 0.5, 0.77])
+def test_the_budget_is_met_within_one_group(scope: Scope, ratio: float) -> None:
+    axes = [axis("h0", 12, "heads", 64), axis("n0", 96), axis("h1", 12, "heads", 64), axis("n1", 96)]
+    params = {"h0": 196, "n0": 15, "h1": 196, "n1": 15}
+    generator = torch.Generator().manual_seed(1)
+    scores = {a.name: torch.rand(a.size, generator=generator) for a in axes}
+    kept = select(axes, scores, params, original=sizes(axes), keep_share=1 - ratio, scope=scope, floor=0.15)
+    total = sum(a.size * params[a.name] for a in axes)
+    left = sum(int(kept[a.name].sum()) * params[a.name] for a in axes)
+    pools = {"per-kind": 2, "global": 1, "per-layer": 4}[scope]
+    assert abs(left - (1 - ratio) * total) <= pools * 196 / 2 + 1
+
+
+def test_per_kind_ranks_heads_against_heads_only() -> None:
+    axes = [axis("h", 4, "heads"), axis("n", 4)]
+    scores = {"h": torch.tensor([9.0, 8.0, 7.0, 6.0]), "n": torch.tensor([0.1, 0.2, 0.3, 0.4])}
+    kept = select(axes, scores, {"h": 10, "n": 10}, original=sizes(axes), keep_share=0.5)
+    assert int(kept["h"].sum()) == int(kept["n"].sum()) == 2
+
+
+def test_global_ranks_by_importance_per_parameter() -> None:
+    axes = [axis("h", 2, "heads"), axis("n", 20)]
+    scores = {"h": torch.tensor([50.0, 40.0]), "n": torch.full((20,), 1.0)}  # 0.5 and 0.4 a parameter against 0.1
+    kept = select(axes, scores, {"h": 100, "n": 10}, original=sizes(axes), keep_share=0.75, scope="global")
+    assert kept["h"].all()
+    assert int(kept["n"].sum()) == 10
+
+
+def test_the_floor_holds_in_every_axis() -> None:
+    axes = [axis("a", 20), axis("b", 20)]
+    kept = select(axes, rising(*axes), {"a": 1, "b": 1}, original=sizes(axes), keep_share=0.5, floor=0.15)
+    assert int(kept["a"].sum()) == 3  # without a floor all of a would go
+    assert int(kept["a"].sum() + kept["b"].sum()) == 20
+
+
+def test_a_mask_may_leave_a_layer_without_any_group() -> None:
+    axes = [axis("a", 10), axis("b", 10)]
+    kept = select(axes, rising(*axes), {"a": 1, "b": 1}, original=sizes(axes), keep_share=0.5, least=0)
+    assert not kept["a"].any()
+    assert kept["b"].all()
+
+
+def test_a_ratio_that_the_floor_forbids_is_refused() -> None:
+    a = axis("a", 10)
+    with pytest.raises(SelectionError, match="floor of 50%"):
+        select([a], rising(a), {"a": 1}, original={"a": 10}, keep_share=0.2, floor=0.5)
+
+
+def test_uniform_leaves_every_layer_alike() -> None:
+    axes = [axis(f"h{i}", 12, "heads", 64) for i in range(4)]
+    kept = select(axes, rising(*axes), dict.fromkeys(sizes(axes), 5), original=sizes(axes), keep_share=0.667, uniform=True)
+    assert {int(k.sum()) for k in kept.values()} == {8}
+
+
+def test_round_to_makes_multiples_and_keeps_the_total() -> None:
+    axes = [axis(f"n{i}", 96) for i in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    scores = {a.name: torch.rand(96, generator=generator) for a in axes}
+    kept = select(axes, scores, dict.fromkeys(scores, 3), original=sizes(axes), keep_share=0.6, round_to=8)
+    numbers = [int(k.sum()) for k in kept.values()]
+    assert all(n % 8 == 0 for n in numbers)
+    assert abs(sum(numbers) - 0.6 * 288) <= 8
+
+
+def test_heads_of_64_rows_are_multiples_of_8_already() -> None:
+    a = axis("h", 12, "heads", 64)
+    kept = select([a], rising(a), {"h": 1}, original={"h": 12}, keep_share=5 / 12, round_to=8)
+    assert int(kept["h"].sum()) == 5
+
+
+def test_an_importance_that_is_not_a_number_is_refused() -> None:
+    a = axis("a", 2)
+    with pytest.raises(SelectionError, match="importance of a is not finite"):
+        select([a], {"a": torch.tensor([1.0, float("nan")])}, {"a": 1}, original={"a": 2}, keep_share=0.5)

@@ -1,0 +1,79 @@
+"""The smallest models there are of every registered adapter: hidden 32, two layers, four heads, fixed weights, no network."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from recap_cli.runtime import models
+from recap_cli.runtime.specs import ModelSpec, image_facts
+
+LABELS = ["cat", "dog", "newt"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(59))]
+HF_SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT: dict[str, Any] = {**HF_SIZES, "intermediate_size": 48, "vocab_size": len(WORDS), "max_position_embeddings": 40}
+VISION: dict[str, Any] = {**HF_SIZES, "intermediate_size": 48, "image_size": 16, "patch_size": 8, "num_channels": 3}
+DINO: dict[str, Any] = {**HF_SIZES, "mlp_ratio": 2, "image_size": 16, "patch_size": 8}
+DISTIL: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": 64, "max_position_embeddings": 40}
+TIMM: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5}
+
+
+def _hf(model_type: str, values: dict[str, Any]) -> ModelSpec:
+    from recap_cli.runtime import hf
+
+    config = hf.configure({"model_type": model_type, **values}, strict=True)
+    hf.set_labels(config, LABELS)
+    image = image_facts(16, 3) if "patch_size" in values else None
+    kind = "text-classification" if image is None else "image-classification"
+    return ModelSpec("transformers", model_type, hf.to_dict(hf.from_config(config, kind)), len(LABELS), LABELS, kind, image)
+
+
+def _timm(architecture: str, **args: Any) -> ModelSpec:
+    config = {"architecture": architecture, "args": {**TIMM, **args, "num_classes": len(LABELS)}}
+    return ModelSpec("timm", "timm-vit", config, len(LABELS), LABELS, "image-classification", image_facts(16, 3))
+
+
+PICO: dict[str, Callable[[], ModelSpec]] = {
+    "bert": partial(_hf, "bert", TEXT),
+    "roberta": partial(_hf, "roberta", {**TEXT, "pad_token_id": 0}),
+    "electra": partial(_hf, "electra", {**TEXT, "embedding_size": 16}),
+    "distilbert": partial(_hf, "distilbert", DISTIL),
+    "vit": partial(_hf, "vit", VISION),
+    "deit": partial(_hf, "deit", VISION),
+    "dinov2": partial(_hf, "dinov2", DINO),
+    "dinov2-swiglu": partial(_hf, "dinov2", {**DINO, "use_swiglu_ffn": True}),
+    "timm-vit": partial(_timm, "vit_tiny_patch16_224"),
+    "timm-vit-distilled": partial(_timm, "deit_tiny_distilled_patch16_224"),
+    "timm-vit-qk-norm": partial(_timm, "vit_tiny_patch16_224", qk_norm=True, init_values=1e-5),
+    "timm-vit-packed-glu": partial(_timm, "vit_giant_patch14_dinov2", mlp_ratio=3, num_heads=4),
+}
+
+
+def pico(name: str, seed: int = 0) -> tuple[nn.Module, ModelSpec]:
+    """A pico model with the random weights of `seed`, in eval mode, and its spec; torch's own generator is left as it was."""
+    spec = PICO[name]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return models._build(spec), spec
+
+
+def write_tokenizer(folder: Path) -> Any:
+    """Write a word-level tokenizer of `WORDS` into `folder`, and return it."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    tokenizer.save_pretrained(folder)
+    return tokenizer

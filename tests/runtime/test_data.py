@@ -1,0 +1,183 @@
+from collections.abc import Iterable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from recap_cli.errors import DataError, ModelError
+from recap_cli.runtime.data import ImageInputs, TextInputs, make_split
+from recap_cli.runtime.order import batches
+from recap_cli.runtime.sources import read_splits
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "sat", "ran", "the"]
+GREY = ImageInputs(size=(4, 6), channels=1, mean=(0.5,), std=(0.25,))
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Any:
+    from transformers import BertTokenizerFast
+
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "BertTokenizerFast", "model_max_length": 16, "do_lower_case": true}', encoding="utf-8"
+    )
+    return BertTokenizerFast.from_pretrained(tmp_path)
+
+
+def texts(*rows: str | tuple[str, str]) -> Dataset:
+    columns: dict[str, list[Any]] = {"label": [i % 2 for i in range(len(rows))], "row": list(range(1, len(rows) + 1))}
+    if isinstance(rows[0], tuple):
+        columns = {"text": [row[0] for row in rows], "text_pair": [row[1] for row in rows], **columns}
+    else:
+        columns = {"text": list(rows), **columns}
+    return Dataset.from_dict(columns)
+
+
+def noise(seed: int, size: tuple[int, int] = (9, 7)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, kind: str = "png") -> bytes:
+    file = BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def images(folder: Path, contents: list[bytes]) -> Dataset:
+    file = folder / "images.parquet"
+    parquet.write_table(pa.table({"image": contents, "label": [i % 2 for i in range(len(contents))]}), file)
+    return read_splits("image-classification", seed=0, train=file, validation=file).train
+
+
+def test_a_text_batch_is_padded_to_its_longest(tokenizer: Any) -> None:
+    split = make_split(texts("a cat", "the dog ran", "cat"), TextInputs(tokenizer, 16), origin="x")
+    batch = split.batch(torch.tensor([2, 0]))
+    assert len(split) == 3
+    assert batch["input_ids"].tolist() == [[2, 6, 3, 0], [2, 5, 6, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [0, 0]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert split.batch(torch.tensor([1]))["input_ids"].shape == (1, 5)
+
+
+def test_a_long_text_is_cut_to_max_length(tokenizer: Any) -> None:
+    split = make_split(texts("a cat sat the dog ran", "a"), TextInputs(tokenizer, 5), origin="x")
+    assert split.batch(torch.arange(2))["input_ids"].tolist() == [[2, 5, 6, 8, 3], [2, 5, 3, 0, 0]]
+
+
+def test_pairs_have_two_segments_and_the_longer_is_cut(tokenizer: Any) -> None:
+    dataset = texts(("a cat sat", "the dog ran"), ("a", "the dog ran a cat sat"))
+    batch = make_split(dataset, TextInputs(tokenizer, 8), origin="x").batch(torch.arange(2))
+    assert batch["input_ids"].tolist() == [[2, 5, 6, 8, 3, 10, 7, 3], [2, 5, 3, 10, 7, 9, 5, 3]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1]]
+
+
+def test_batches_equal_tokenizing_them_on_the_spot(tokenizer: Any) -> None:
+    lines = [" ".join(WORDS[5 + (i * j) % 6] for j in range(1 + i % 5)) for i in range(600)]
+    split = make_split(texts(*lines), TextInputs(tokenizer, 6), origin="x")
+    chosen = torch.tensor([0, 255, 256, 511, 512, 599])
+    expected = tokenizer([lines[i] for i in chosen], truncation=True, max_length=6, padding=True, return_tensors="pt")
+    batch = split.batch(chosen)
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_the_tokenizer_must_pad_and_bear_the_length(tokenizer: Any) -> None:
+    with pytest.raises(ModelError, match=r"data\.max_length is 17.* no more than 16 tokens"):
+        make_split(texts("a"), TextInputs(tokenizer, 17), origin="x")
+    tokenizer.pad_token = None
+    with pytest.raises(ModelError, match="no padding token"):
+        make_split(texts("a"), TextInputs(tokenizer, 8), origin="x")
+
+
+def test_images_are_resized_and_normalised(tmp_path: Path) -> None:
+    inputs = ImageInputs(size=(4, 6), channels=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic")
+    batch = make_split(images(tmp_path, [encoded(noise(i)) for i in range(3)]), inputs, origin="x").batch(torch.tensor([2, 0]))
+    resized = np.array(noise(2).resize((6, 4), Image.Resampling.BICUBIC)).astype(np.float64) / 255
+    expected = (resized - np.array(inputs.mean)) / np.array(inputs.std)
+    assert batch["pixel_values"].shape == (2, 3, 4, 6)
+    assert batch["pixel_values"].dtype == torch.float32
+    np.testing.assert_allclose(batch["pixel_values"][0].permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+
+def test_pixels_are_those_of_the_processor_of_vit(tmp_path: Path) -> None:
+    from transformers import ViTImageProcessorPil
+
+    picture = noise(5)
+    inputs = ImageInputs(size=(4, 6), channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    ours = make_split(images(tmp_path, [encoded(picture)] * 2), inputs, origin="x").batch(torch.arange(2))["pixel_values"][0]
+    processor = ViTImageProcessorPil(size={"height": 4, "width": 6}, resample=Image.Resampling.BILINEAR)
+    theirs = processor(picture, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_any_image_fits_any_number_of_channels(tmp_path: Path) -> None:
+    modes = [noise(0).convert(mode) for mode in ("L", "RGB", "RGBA", "P", "1", "CMYK")]
+    contents = [encoded(image, "tiff") for image in modes]
+    dataset = images(tmp_path, contents)
+    for inputs in (GREY, ImageInputs(size=(4, 6), channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)):
+        batch = make_split(dataset, inputs, origin="x").batch(torch.arange(6))
+        assert batch["pixel_values"].shape == (6, inputs.channels, 4, 6)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_images_decoded_when_used_are_those_held_in_memory(tmp_path: Path, workers: int) -> None:
+    dataset = images(tmp_path, [encoded(noise(i)) for i in range(9)])
+    held = make_split(dataset, GREY, origin="x")
+    late = make_split(dataset, GREY, origin="x", workers=workers, ram_bytes=0)
+    chosen = torch.tensor([8, 1, 1, 4])
+    assert torch.equal(held.batch(chosen)["pixel_values"], late.batch(chosen)["pixel_values"])
+
+
+@pytest.mark.parametrize("ram_bytes", [2**20, 0])
+def test_a_broken_image_names_its_row(tmp_path: Path, ram_bytes: int) -> None:
+    whole = encoded(noise(0, (64, 64)))
+    for broken in (b"no image", whole[: len(whole) // 2]):
+        dataset = images(tmp_path, [whole, whole, broken, whole])
+        with pytest.raises(DataError, match=r"the image in row 3 of a\.parquet cannot be decoded"):
+            make_split(dataset.select([3, 2]), GREY, origin="a.parquet", ram_bytes=ram_bytes).batch(torch.arange(2))
+
+
+def test_channels_must_have_a_mean_and_a_std(tmp_path: Path) -> None:
+    dataset = images(tmp_path, [encoded(noise(i)) for i in range(2)])
+    with pytest.raises(ModelError, match="the model wants 3, with 1 means and 3 stds"):
+        make_split(dataset, ImageInputs((4, 4), 3, (0.5,), (0.5,) * 3), origin="x")
+
+
+def test_flips_come_from_the_seed_alone(tmp_path: Path) -> None:
+    dataset = images(tmp_path, [encoded(noise(i)) for i in range(40)])
+    plain = make_split(dataset, GREY, origin="x")
+    flipping = make_split(dataset, ImageInputs((4, 6), 1, (0.5,), (0.25,), augment="flip"), origin="x")
+    everything = torch.arange(40)
+
+    def pixels(batch_size: int, seed: int | None) -> torch.Tensor:
+        found = batches(flipping, everything, batch_size, augment_seed=seed)
+        return torch.cat([batch["pixel_values"] for batch in found])
+
+    straight = plain.batch(everything)["pixel_values"]
+    augmented = pixels(40, 7)
+    flipped = (augmented == straight.flip(-1)).flatten(1).all(1)
+    assert torch.equal(flipped, ~(augmented == straight).flatten(1).all(1))
+    assert 8 < int(flipped.sum()) < 32
+    assert torch.equal(augmented, pixels(7, 7))
+    assert not torch.equal(augmented, pixels(40, 8))
+    assert torch.equal(straight, pixels(40, None))
+
+
+def test_progress_hears_of_every_chunk(tokenizer: Any) -> None:
+    heard: list[tuple[str, int | None, int]] = []
+
+    def track(items: Iterable[Any], label: str, total: int | None = None) -> Iterator[Any]:
+        counted = list(items)
+        heard.append((label, total, len(counted)))
+        return iter(counted)
+
+    make_split(texts(*["a"] * 300), TextInputs(tokenizer, 8), origin="here", track=track)
+    assert heard == [("tokenize here", 2, 2)]

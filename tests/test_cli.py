@@ -1,0 +1,486 @@
+"""The command line: what each command calls and prints, and which message and exit code each error becomes."""
+
+import errno
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import recap_cli.stages
+from recap_cli import console, errors
+from recap_cli.cli import main
+from recap_cli.commands.arguments import PipeError
+from recap_cli.recipe import digest, dump, parse, shipped
+from recap_cli.state import State
+
+Fake = Callable[..., None]
+RECIPE = "name: pico\nmodel: {name: vit}\ntask: {kind: image-classification}\ndata: {builtin: digits}\n"
+ROUND = {
+    "round": 1,
+    "best": True,
+    "seconds": {"prune": 1.5, "mask": 0.5, "finetune": 61.0, "merge": 0.2},
+    "metric": "accuracy",
+    "accuracy": 0.9512,
+    "params_full": 2_000_000,
+    "params_small": 1_500_000,
+    "kept_share_of_prunable": 0.667,
+    "trainable": 150_000,
+    "kept": {"heads": [3, 2], "neurons": [40, 40]},
+    "of": {"heads": [4, 4], "neurons": [64, 64]},
+    "weights_bytes": 6_000_000,
+    "gradients_bytes": 600_000,
+    "optimizer_bytes": 1_200_000,
+    "full_finetuning": {"weights_bytes": 8_000_000, "gradients_bytes": 8_000_000, "optimizer_bytes": 16_000_000},
+}
+SUMMARY = {
+    "recipe": "pico",
+    "state": "runs/pico",
+    "stage": "prune",
+    "round": 2,
+    "rounds_planned": 3,
+    "next": "mask",
+    "product": "runs/pico/best-001",
+    "seconds": 63.2,
+    "rounds": [ROUND, {"round": 2, "seconds": {"prune": 1.4}, "params_full": 2_000_000}],
+}
+FACTS = {
+    "round": 1,
+    "stage": "prune",
+    "seconds": 1.5,
+    "finished": "2026",
+    "kept_share_of_prunable": 0.667,
+    "kept": {"heads": [3]},
+}
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RECAP_TRACEBACK", "FORCE_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """Puts functions in the place of a stage's module, which is then not imported."""
+
+    def put(stage: str, **functions: object) -> None:
+        module = SimpleNamespace(**functions)
+        monkeypatch.setitem(sys.modules, f"recap_cli.stages.{stage}", module)  # type: ignore[arg-type]
+        monkeypatch.setattr(recap_cli.stages, stage, module, raising=False)
+
+    return put
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A state whose `init` is done."""
+    recipe = parse(RECIPE, "pico.yaml")
+    with State.create(tmp_path / "state", dump(recipe), digest(recipe)):
+        pass
+    return tmp_path / "state"
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def stage(*_: object, **__: object) -> None:
+        raise error
+
+    return stage
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+
+def subclasses(of: type[errors.RecapError]) -> list[type[errors.RecapError]]:
+    return [of, *(found for below in of.__subclasses__() for found in subclasses(below))]
+
+
+# Errors
+
+
+def test_every_error_has_an_exit_code_of_its_own() -> None:
+    ours = [error for error in subclasses(errors.RecapError) if error.__module__.startswith("recap_cli.")]
+    codes = [error.exit_code for error in ours]
+    assert len(set(codes)) == len(codes)
+    assert min(codes) == 1
+    assert PipeError in ours
+
+
+@pytest.mark.parametrize("kind", subclasses(errors.RecapError), ids=lambda kind: kind.__name__)
+def test_an_error_becomes_a_message_a_hint_and_its_exit_code(
+    kind: type[errors.RecapError], fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake("prune", prune=raising(kind("runs/x/full: is truncated", hint="recap status runs/x")))
+    assert main(["prune", str(folder)]) == kind.exit_code
+    out, err = capsys.readouterr()
+    assert not out
+    assert err == "error: runs/x/full: is truncated\nhint: recap status runs/x\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x/a.bin"), "runs/x/a.bin: the disk is full"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), "runs/x: permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "runs/x"), "runs/x: the file system is read-only"),
+        (MemoryError(), "out of memory"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried 2 GiB\nmore"), "out of memory: CUDA out of"),
+    ],
+)
+def test_the_limits_of_the_machine_are_no_bugs(
+    error: Exception, message: str, fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake("finetune", finetune=raising(error))
+    assert main(["finetune", str(folder)]) == errors.StorageError.exit_code
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message}")
+    assert "hint: " in err
+
+
+def test_an_unknown_error_is_called_a_bug_and_shows_no_traceback(
+    fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake("mask", mask=raising(ValueError("shapes differ")))
+    assert main(["mask", str(folder)]) == 1
+    first, hint = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: this is a bug in recap: ValueError: shapes differ (")
+    assert f"{Path(__file__).name}, line " in first
+    assert "RECAP_TRACEBACK=1" in hint
+
+
+def test_the_traceback_is_there_for_who_asks(
+    fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECAP_TRACEBACK", "1")
+    fake("mask", mask=raising(ValueError("shapes differ")))
+    assert main(["mask", str(folder)]) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake("finetune", finetune=raising(KeyboardInterrupt()))
+    assert main(["finetune", str(folder)]) == 130
+    err = capsys.readouterr().err
+    assert err.splitlines() == [
+        "error: stopped; the state is as the last finished stage left it",
+        f"hint: go on with `recap finetune {folder}`",
+    ]
+
+
+def test_ctrl_c_takes_the_bar_off_the_screen(fake: Fake, folder: Path) -> None:
+    def stage(_: State, *, track: Any) -> None:
+        for _item in track(range(3), "finetune"):
+            raise KeyboardInterrupt
+
+    fake("finetune", finetune=stage)
+    assert main(["finetune", str(folder)]) == 130
+    assert not console._live
+
+
+def test_a_reader_that_has_gone_is_no_error(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake("prune", prune=raising(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    kept = sys.stdout, sys.stderr
+    try:
+        assert main(["prune", str(folder)]) == 1
+    finally:
+        sys.stdout, sys.stderr = kept
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["prun"], "'prune'"),
+        (["recipes", "lst"], "'ls'"),
+        (["prune", "--jsn"], "--json"),
+        (["init", "quickstart"], "--state"),
+        (["export", "somewhere"], "OUT"),
+    ],
+)
+def test_a_wrong_command_line_names_what_is_near(line: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert told in err
+
+
+# Pipes
+
+
+@pytest.mark.parametrize("stage", ["prune", "mask", "finetune", "merge"])
+def test_a_stage_prints_the_folder_for_the_next_one(
+    stage: str, fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def run(state: State, *, track: Any) -> dict[str, Any]:
+        seen.append(state.path)
+        list(track([1], "loop"))
+        return FACTS | {"stage": stage}
+
+    fake(stage, **{stage: run})
+    pipe(monkeypatch, f"{folder}\nmore\n")
+    assert main([stage]) == 0
+    out, err = capsys.readouterr()
+    assert seen == [folder]
+    assert out == f"{folder}\n"
+    assert f"round 1 {stage}, 1.5 s: kept share of prunable 66.7%\n" in err
+
+
+def test_json_takes_the_place_of_the_folder(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake("prune", prune=lambda state, track: FACTS)
+    assert main(["prune", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == FACTS
+
+
+def test_an_empty_pipe_means_that_the_stage_before_failed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe(monkeypatch, "")
+    assert main(["mask"]) == PipeError.exit_code == 15
+    assert "the stage before this one in the pipe has failed" in capsys.readouterr().err
+
+
+def test_json_in_the_pipe_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe(monkeypatch, '{\n  "round": 1\n')
+    assert main(["mask"]) == 2
+    assert "leave out --json" in capsys.readouterr().err
+
+
+def test_a_terminal_has_no_folder_to_give(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, closed=False))
+    assert main(["status"]) == 2
+    assert "error: no state was named" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_state_is_refused_before_anything_heavy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", str(tmp_path / "nothing")]) == errors.StateError.exit_code
+    assert "hint: recap init" in capsys.readouterr().err
+
+
+# Commands
+
+
+def test_init_hands_over_the_recipe_with_its_overrides(
+    fake: Fake, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pico.yaml"
+    file.write_text(RECIPE, encoding="utf-8")
+    seen: list[Any] = []
+
+    def init(recipe: Any, path: Path, *, track: Any) -> State:
+        seen.extend([recipe.prune.ratio, recipe.finetune.lr, path])
+        return State.open(folder)
+
+    fake("init", init=init)
+    line = ["init", str(file), "--state", "s", "--set", "prune.ratio=0.5", "--set", "finetune.lr=1e-4"]
+    assert main(line) == 0
+    out, err = capsys.readouterr()
+    assert seen == [0.5, 1e-4, Path("s")]
+    assert out == f"{folder}\n"
+    assert f"next: recap prune {folder}" in err
+
+
+def test_a_bad_override_is_told_before_anything_happens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pico.yaml").write_text(RECIPE, encoding="utf-8")
+    assert main(["run", "pico.yaml", "--set", "prune.ratoi=0.5"]) == errors.RecipeError.exit_code
+    assert "prune.ratoi" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["pico.yaml"]
+
+
+@pytest.mark.parametrize("line", [["run"], ["init", "--state", "s"]])
+def test_a_dry_run_only_describes(
+    line: list[str], fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pico.yaml").write_text(RECIPE, encoding="utf-8")
+    fake("schedule", describe=lambda recipe: [f"{recipe.name}: {recipe.rounds} rounds", "prune"], summary=None)
+    assert main([*line, "pico.yaml", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "pico: 10 rounds\nprune\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["pico.yaml"]
+
+
+@pytest.fixture
+def ran(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Where `run` was called, and with which recipe; its summary is SUMMARY."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pico.yaml").write_text(RECIPE, encoding="utf-8")
+    calls: list[Any] = []
+
+    def run(recipe: Any, path: Path, *, track: Any, on_stage: Callable[[dict[str, Any]], None]) -> str:
+        calls.append((recipe, path))
+        on_stage(FACTS)
+        return "the state"
+
+    fake("run", run=run)
+    fake("schedule", describe=None, summary=lambda state: SUMMARY)
+    return calls
+
+
+def test_run_prints_the_tables_on_stderr_and_the_product_alone_on_stdout(
+    ran: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "pico.yaml"]) == 0
+    out, err = capsys.readouterr()
+    assert ran[0][1] == Path("runs/pico")
+    assert out == "runs/pico/best-001\n"
+    for told in ("round 1 prune, 1.5 s", "1 *", "0.9512", "2.00 M", "66.7%", "0.15 M", "10.0%", "1 min 01 s"):
+        assert told in err
+    for told in ("3 2 of 4", "40 of 64", "7.8 MB", "32.0 MB", "24.4%", "product: runs/pico/best-001"):
+        assert told in err
+    assert "\x1b" not in err
+
+
+def test_run_json_is_the_summary(ran: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "pico.yaml", "--state", "elsewhere", "--json"]) == 0
+    assert ran[0][1] == Path("elsewhere")
+    assert json.loads(capsys.readouterr().out) == SUMMARY
+
+
+def test_run_takes_the_recipe_of_a_state_that_is_there(ran: list[Any], folder: Path) -> None:
+    assert main(["run", "--state", str(folder)]) == 0
+    assert ran == [(parse(RECIPE, "pico.yaml"), folder)]
+
+
+def test_run_without_recipe_or_state_says_what_to_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run"]) == 2
+    assert "recap run quickstart" in capsys.readouterr().err
+
+
+def test_status_is_a_result(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake("schedule", summary=lambda state: SUMMARY)
+    assert main(["status", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    assert "0.9512" in out
+    assert "pico: runs/pico, round 2 of 3, prune done, 1 min 03 s in all" in out
+    assert "next: recap mask runs/pico" in out
+
+
+def test_status_before_the_first_round(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = SUMMARY | {"rounds": [], "stage": "init", "round": 0, "next": "prune", "product": None}
+    fake("schedule", summary=lambda state: begun)
+    assert main(["status", str(folder)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_eval_scores_what_was_asked_for(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+
+    def evaluate(state: State, *, which: list[str], track: Any) -> list[dict[str, Any]]:
+        seen.append(which)
+        return [{"name": name, "accuracy": 0.5, "parameters": 2_000_000, "seconds": 1.0} for name in which]
+
+    fake("eval", evaluate=evaluate)
+    assert main(["eval", str(folder), "--which", "full, best"]) == 0
+    out = capsys.readouterr().out
+    assert seen == [["full", "best"]]
+    assert "2.00 M" in out
+    assert main(["eval", str(folder), "--which", "full", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["accuracy"] == 0.5
+
+
+def test_eval_refuses_a_model_that_no_state_has(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(folder), "--which", "tiny"]) == 2
+    assert "full, small, best" in capsys.readouterr().err
+
+
+def test_export_prints_the_path_and_how_to_load_it(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def export(state: State, out: Path, *, dense: bool, track: Any) -> dict[str, Any]:
+        return {"path": str(out), "kind": "dense" if dense else "ragged", "load": ["import recap_cli"], "difference": 0.0}
+
+    fake("export", export=export)
+    assert main(["export", str(folder), "out", "--dense"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "out\n"
+    assert "    import recap_cli\n" in err
+    assert "dense" in err
+
+
+# Lists
+
+
+def test_recipes_are_listed_shown_and_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "ls", "--json"]) == 0
+    names = [row["name"] for row in json.loads(capsys.readouterr().out)]
+    assert names == [recipe.name for recipe in shipped()]
+    assert main(["recipes", "show", "quickstart"]) == 0
+    text = capsys.readouterr().out
+    assert main(["recipes", "copy", "quickstart"]) == 0
+    assert capsys.readouterr().out == "quickstart.yaml\n"
+    assert (tmp_path / "quickstart.yaml").read_text(encoding="utf-8") == text
+    assert main(["recipes", "show", "quickstart", "--filled"]) == 0
+    filled = parse(capsys.readouterr().out, "filled.yaml")
+    assert filled == parse(text, "quickstart.yaml")
+
+
+def test_a_copy_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "copy", "quickstart", str(tmp_path)]) == 0
+    (tmp_path / "quickstart.yaml").write_text("mine", encoding="utf-8")
+    assert main(["recipes", "copy", "quickstart", str(tmp_path)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "quickstart.yaml").read_text(encoding="utf-8") == "mine"
+    assert main(["recipes", "copy", "quickstart", str(tmp_path / "no" / "x.yaml")]) == 2
+
+
+def test_the_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "schema"]) == 0
+    assert "prune" in json.loads(capsys.readouterr().out)["properties"]
+
+
+def test_plugins_are_listed_with_their_distribution(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugins", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    ours = {(row["kind"], row["name"]) for row in rows if row["distribution"] == "recap-cli"}
+    assert {("criterion", "taylor"), ("adapter", "vit")} <= ours
+    assert main(["plugins"]) == 0
+    assert "taylor" in capsys.readouterr().out
+
+
+def test_doctor_names_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == []
+    assert found["devices"][0]["device"] == "cpu"
+    monkeypatch.setattr("recap_cli.commands.doctor.PACKAGES", ("recap-cli", "no-such-package"))
+    assert main(["doctor"]) == 1
+    assert "no-such-package is not installed" in capsys.readouterr().out
+
+
+# Help
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("recap ")
+
+
+COMMANDS = ["run", "export", "init", "prune", "mask", "finetune", "merge", "status", "eval", "plugins", "doctor"]
+RECIPES = [["recipes", name] for name in ("ls", "show", "copy", "schema")]
+
+
+@pytest.mark.parametrize("command", [[name] for name in COMMANDS] + RECIPES, ids=" ".join)
+def test_every_command_has_help_with_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--help"]) == 0
+    assert f"Example: recap {' '.join(command)}" in capsys.readouterr().out
+
+
+def test_the_shell_completes_commands_and_recipes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_RECAP_COMPLETE", "complete_bash")
+    for words, wanted in (("recap pru", "prune"), ("recap run quick", "quickstart"), ("recap recipes sh", "show")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        assert main([]) == 0
+        assert wanted in capsys.readouterr().out.split()
