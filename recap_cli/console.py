@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 120
 LINE_SECONDS = 10.0
+SHORT_SECONDS = 1.0  # a round has some ten loops that take less
 
 _live: list["Progress"] = []  # the bars on the screen, or nothing: a terminal has room for one such display
 
@@ -54,7 +55,7 @@ def error(message: str, hint: str | None = None) -> None:
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, is_result: bool = False) -> None:
     """Print a table, on stdout where it is the result that was asked for, else on stderr.
 
-    A column whose cells all begin with a digit (or are empty) is set flush right.
+    A column of short cells that all begin with a digit (or are empty) is set flush right.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -63,7 +64,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str |
     cells = [[str(cell) for cell in row] for row in rows]
     shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
-        numbers = all(not row[index] or row[index][0] in "0123456789-" for row in cells)
+        numbers = all(re.fullmatch(r"(-?\d.{,12})?", row[index]) for row in cells)
         shown.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
     for row in cells:
         shown.add_row(*(Text(cell) for cell in row))
@@ -78,11 +79,6 @@ def records(rows: Sequence[Mapping[str, Any]], *, title: str | None = None, is_r
     keys = list(dict.fromkeys(key for row in flat for key in row))
     cells = [[value_text(key, row.get(key)) for key in keys] for row in flat]
     table([heading(key) for key in keys], cells, title=title, is_result=is_result)
-
-
-def facts(values: Mapping[str, Any], *, title: str | None = None) -> None:
-    """Print the facts of one thing on stderr, a line each."""
-    table(["", ""], [[heading(key), value_text(key, value)] for key, value in _flat(values)], title=title)
 
 
 def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
@@ -226,7 +222,7 @@ def _bars() -> "Progress":
 
 
 def _lines(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
-    """Pass the items through, with a plain line at the start, at the end, and every ten seconds in between."""
+    """Pass the items through, with a plain line at the start, every ten seconds, and at the end of all but the shortest."""
     of = "" if total is None else f" of {total:,}"
     say(f"{label}: 0{of} ..." if of else f"{label} ...")
     start = last = time.monotonic()
@@ -239,4 +235,6 @@ def _lines(items: Iterable[Item], label: str, total: int | None) -> Iterator[Ite
             last = now
             left = "" if not total or done > total else f", {duration((now - start) / done * (total - done))} left"
             say(f"{label}: {done:,}{of}, {duration(now - start)}{left}")
-    say(f"{label}: {done:,}{of} in {duration(time.monotonic() - start)}")
+    took = time.monotonic() - start
+    if took >= SHORT_SECONDS:
+        say(f"{label}: {done:,}{of} in {duration(took)}")

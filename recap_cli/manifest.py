@@ -1,4 +1,4 @@
-"""What `state.yaml` says: the stage that is done, what is current, and every file that counts, with size and checksum."""
+"""What `state.yaml` says: the stage that is done, what is current, and every file that counts, with its checksum."""
 
 import re
 import shlex
@@ -124,7 +124,7 @@ def _why_no_state(root: Path) -> str:
     if not root.is_dir():
         return "is a file, not a state folder"
     if (root / UNDER_WAY).exists():
-        return "its `init` was never finished"
+        return "its `init` was stopped, or is still running"
     return f"is not a state: it has no {COMMIT}"
 
 

@@ -56,6 +56,8 @@ __all__ = [
     "shipped_text",
 ]
 
+_HINT = "Give a YAML file, or a name from `recap recipes ls`."
+
 
 def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe that YAML `text` holds, with `overrides` (each `section.key=value`) on top.
@@ -102,18 +104,19 @@ def read(source: str, overrides: Sequence[str] = ()) -> Recipe:
     except FileNotFoundError:  # an unknown name and a missing file are told apart by nobody
         raise _unknown(source) from None
     except OSError as error:  # the one door to the file system; the message names the file
-        raise RecipeError(f"cannot read the recipe {source}: {error.strerror}") from error
+        raise RecipeError(f"cannot read the recipe {source}: {error.strerror}", hint=_HINT) from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"cannot read the recipe {source}: it is not UTF-8 text") from error
+        raise RecipeError(f"cannot read the recipe {source}: it is not UTF-8 text", hint=_HINT) from error
     return parse(text, source, overrides)
 
 
 def _unknown(source: str) -> RecipeError:
-    names = near(Path(source).stem, _shipped_files())
-    meant = f"Did you mean {' or '.join(names)}? " if names else ""
+    stem, names = Path(source).stem, list(_shipped_files())
+    meant = [stem] if stem in names else near(stem, names)
+    question = f"Did you mean {' or '.join(meant)}? " if meant else ""
     return RecipeError(
         f"no recipe {source}: there is no such file, and no shipped recipe of that name",
-        hint=f"{meant}`recap recipes ls` lists the shipped recipes.",
+        hint=f"{question}`recap recipes ls` lists the shipped recipes.",
     )
 
 

@@ -47,7 +47,7 @@ def explain(error: ValidationError, document: Document, schema: _Schema) -> tupl
         if unknown:
             meant = _meant(path, schema)
             suspects.update(tuple(key.split(".")) for key in meant)
-            text = f"unknown key{_did_you_mean(meant) or _known(path, schema)}"
+            text = _unknown(path, meant, schema)
         else:
             text = _mismatch(path, document.values, schema)
         order, where = place(document, [path], at_key=unknown)
@@ -85,49 +85,41 @@ def near(word: str, words: Iterable[str]) -> list[str]:
 
 
 def expected(node: _Schema) -> str:
-    """Return what a node of the JSON Schema admits, in words: "a whole number, at least 1"."""
+    """Return what a node of the JSON Schema admits, in words: "a whole number >= 1 or null"."""
     if "anyOf" in node:
         return " or ".join(expected(option) for option in node["anyOf"])
     if "enum" in node:
         return "one of " + ", ".join(node["enum"])
-    if "const" in node:
-        return f'"{node["const"]}"'
-    match node.get("type"):
-        case "integer" | "number":
-            return _number(node)
-        case "array":
-            return f"a list of {len(node['prefixItems'])}, each {expected(node['prefixItems'][0])}"
-        case "string":
-            return "text" + (" such as " + ", ".join(node["examples"]) if "examples" in node else "")
-        case "boolean":
-            return "true or false"
-        case "null":
-            return "null"
-        case "object":
-            return "a section (keys with values)"
-    return (
-        "a section (keys with values)" if "$ref" in node and not node["$ref"].endswith("/JsonValue") else "plain data"
-    )
+    kind = "const" if "const" in node else "object" if "$ref" in node else node.get("type", "")
+    if kind in ("integer", "number"):
+        return _number(node)
+    if kind == "array":
+        return f"a list of {len(node['prefixItems'])}, each {expected(node['prefixItems'][0])}"
+    if kind == "string" and "examples" in node:
+        return "text such as " + ", ".join(node["examples"])
+    words = {"string": "text", "boolean": "true or false", "null": "null", "object": "a section (keys with values)"}
+    return words.get(kind, f'"{node["const"]}"' if kind == "const" else "text, a number, true, false, null or a list of such")
 
 
 def _number(node: _Schema) -> str:
     words = "a whole number" if node["type"] == "integer" else "a number"
-    low, above, below = (node.get(name) for name in ("minimum", "exclusiveMinimum", "exclusiveMaximum"))
+    low, high, above, below = (node.get(name) for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
+    if high is not None:
+        return f"{words} from {low} to {high}"
     if below is not None:
-        return f"{words} in " + (f"[{low:g}, " if above is None else f"({above:g}, ") + f"{below:g})"
-    return words + (f" above {above:g}" if above is not None else f", at least {low:g}")
+        return f"{words} in " + (f"[{low:g}, {below:g})" if above is None else f"({above:g}, {below:g})")
+    return words + (f" > {above:g}" if above is not None else f" >= {low:g}")
 
 
 def _mismatch(path: KeyPath, values: Mapping[str, Any], schema: _Schema) -> str:
-    """Return "expected ..., found ..." for a value that is missing or wrong."""
+    """Return "expected ...; found ..." for a value that is missing or wrong."""
     node = _node(schema, path)
     found, missing = _value(values, path)
     words = expected(node)
-    text = f"expected {words}, found {'nothing' if missing else _shown(found)}"
+    text = f"expected {words}; found {'nothing' if missing else _shown(found)}"
     if words.startswith("text") and not missing and not isinstance(found, str | dict | list | None):
         return f"{text} (put it in quotes)"
-    options = [option for part in (node, *node.get("anyOf", ())) for option in part.get("enum", ())]
-    return text + _did_you_mean(near(str(found), options))
+    return text + _did_you_mean(near(str(found), node.get("enum", ())))
 
 
 def _shown(value: object) -> str:
@@ -152,8 +144,12 @@ def _meant(path: KeyPath, schema: _Schema) -> list[str]:
     return meant or [key for key in every if key.rpartition(".")[2] in leaves]
 
 
-def _known(path: KeyPath, schema: _Schema) -> str:
-    return "; known here: " + ", ".join(_properties(_node(schema, path[:-1]), schema))
+def _unknown(path: KeyPath, meant: Sequence[str], schema: _Schema) -> str:
+    if list(path) == meant:  # a dotted key, as on the command line
+        section, _, name = path[0].rpartition(".")
+        return f"unknown key; write `{section}:` and, indented below it, `{name}:`"
+    known = ", ".join(_properties(_node(schema, path[:-1]), schema))
+    return "unknown key" + (_did_you_mean(meant) or f"; known here: {known}")
 
 
 def _keys(node: _Schema, schema: _Schema, prefix: str = "") -> Iterator[str]:
@@ -194,9 +190,14 @@ def _value(values: Any, path: KeyPath) -> tuple[Any, bool]:
 
 
 def _key_path(location: Sequence[int | str], values: Mapping[str, Any]) -> KeyPath:
-    """Return the keys of a pydantic location, without the types that it puts between those of a JSON value."""
+    """Return the keys of a pydantic location, without the types that it puts between those of a JSON value.
+
+    What is missing from a list is said of the list.
+    """
     path: KeyPath = ()
     for part in location:
+        if isinstance(part, int) and isinstance(_value(values, path)[0], list) and _value(values, (*path, str(part)))[1]:
+            break
         if part not in _WITHIN_JSON or not _value(values, (*path, str(part)))[1]:
             path = (*path, str(part))
     return path

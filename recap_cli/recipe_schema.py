@@ -3,6 +3,7 @@
 A description names the paper's symbol after `Paper:`, where there is one; `docs/recipe.md` is generated from these.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -17,8 +18,8 @@ _FROZEN = ConfigDict(extra="forbid", frozen=True)
 
 def _number(value: object) -> object:
     """Return `value` with `1e-4` as the number that it is in YAML 1.2; PyYAML, at YAML 1.1, hands over a string."""
-    if isinstance(value, str) and _SCIENTIFIC.fullmatch(value):
-        return float(value)
+    if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) and math.isfinite(number := float(value)):
+        return number
     if isinstance(value, dict):
         return {key: _number(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -30,13 +31,14 @@ def _number(value: object) -> object:
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
+Seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]  # what numpy takes too
 Count = Annotated[int, Field(strict=True, ge=1)]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1), BeforeValidator(_number)]  # nobody means all of it
 PartialShare = Annotated[float, Field(strict=True, gt=0, lt=1), BeforeValidator(_number)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), BeforeValidator(_number)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 Device = Annotated[
-    str, Field(strict=True, pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", examples=["auto", "cpu", "cuda", "cuda:1"])
+    str, Field(strict=True, pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", examples=["auto", "cpu", "mps", "cuda", "cuda:1"])
 ]
 Scope = Literal["per-kind", "global", "per-layer"]
 
@@ -53,12 +55,8 @@ class Model(BaseModel):
 
     model_config = _FROZEN
 
-    name: Text | None = Field(
-        default=None, description="Hub id or folder of the weights; with timm also an architecture."
-    )
-    library: Literal["transformers", "timm"] = Field(
-        default="transformers", description="The library that builds the model."
-    )
+    name: Text | None = Field(default=None, description="Hub id or folder of the weights; with timm also an architecture.")
+    library: Literal["transformers", "timm"] = Field(default="transformers", description="The library that builds the model.")
     config: Annotated[dict[str, JsonValue], BeforeValidator(_number)] | None = Field(
         default=None,
         description="Instead of `name`: build with random weights. transformers: a config with its `model_type`; "
@@ -86,9 +84,7 @@ class Data(BaseModel):
 
     name: Text | None = Field(default=None, description="Hub id of a data set.")
     subset: Text | None = Field(default=None, description="Configuration of `name`, such as `cola` of `nyu-mll/glue`.")
-    builtin: Literal["digits"] | None = Field(
-        default=None, description="scikit-learn's 1,797 handwritten digits, 8 x 8."
-    )
+    builtin: Literal["digits"] | None = Field(default=None, description="scikit-learn's 1,797 handwritten digits, 8 x 8.")
     train: Text | None = Field(
         default=None, description="A csv, jsonl or parquet file, or an image folder; relative to the working directory."
     )
@@ -103,9 +99,7 @@ class Data(BaseModel):
     image: Text | None = Field(default=None, description="Column of the image.")
     label: Text = Field(default="label", description="Column of the class.")
     max_length: Count = Field(default=128, description="Tokens after which a text is cut.")
-    image_size: Count | None = Field(
-        default=None, description="Pixels along an image's edge; null is what the model expects."
-    )
+    image_size: Count | None = Field(default=None, description="Pixels along an image's edge; null is what the model expects.")
     train_samples: Count | None = Field(default=None, description="Train on the first so many after a seeded shuffle.")
     validation_samples: Count | None = Field(default=None, description="Evaluate on the first so many, likewise.")
     augment: Literal["none", "flip"] = Field(default="none", description="Random change of training images.")
@@ -117,9 +111,7 @@ class Head(BaseModel):
 
     model_config = _FROZEN
 
-    warmup_epochs: Natural = Field(
-        default=1, description="Passes over the training data; 0 is the paper's plain algorithm."
-    )
+    warmup_epochs: Natural = Field(default=1, description="Passes over the training data; 0 is the paper's plain algorithm.")
     lr: Positive = Field(default=1e-3, description="Learning rate of the warm-up.")
     batch_size: Count = Field(default=32, description="Examples a step of the warm-up.")
 
@@ -141,16 +133,10 @@ class Prune(BaseModel):
 
     ratio: Share = Field(default=0.333, description="Share of the prunable parameters that goes. Paper: r_p.")
     steps: Count = Field(default=4, description="Gradual steps, each with its own importance. Paper: N_p.")
-    criterion: Text = Field(
-        default="taylor", description="Plugin that scores groups; the default is eq. (1). Paper: I_m."
-    )
-    scope: Scope = Field(
-        default="per-kind", description="What is ranked together: heads and neurons apart, all, or a layer."
-    )
+    criterion: Text = Field(default="taylor", description="Plugin that scores groups; the default is eq. (1). Paper: I_m.")
+    scope: Scope = Field(default="per-kind", description="What is ranked together: heads and neurons apart, all, or a layer.")
     floor: Share = Field(default=0.15, description="Share of each layer's heads and neurons that stays in any case.")
-    uniform: Flag = Field(
-        default=False, description="True leaves every layer with the same number of heads and neurons."
-    )
+    uniform: Flag = Field(default=False, description="True leaves every layer with the same number of heads and neurons.")
     round_to: Count = Field(default=1, description="Kept neurons are rounded to a multiple of this, for the hardware.")
 
 
@@ -159,12 +145,8 @@ class Mask(BaseModel):
 
     model_config = _FROZEN
 
-    ratio: Share = Field(
-        default=0.875, description="Share of the small model's prunable parameters to freeze. Paper: r_f."
-    )
-    criterion: Text = Field(
-        default="fisher", description="Plugin that scores groups; the default is eq. (4). Paper: I_n."
-    )
+    ratio: Share = Field(default=0.875, description="Share of the small model's prunable parameters to freeze. Paper: r_f.")
+    criterion: Text = Field(default="fisher", description="Plugin that scores groups; the default is eq. (4). Paper: I_n.")
     scope: Scope = Field(default="per-kind", description="What is ranked together, as in `prune.scope`.")
     train_embeddings: Flag = Field(default=False, description="True lets patch, token and position embeddings move.")
 
@@ -184,27 +166,17 @@ class Finetune(BaseModel):
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="The update rule.")
     lr: Positive = Field(default=1e-4, description="Learning rate at its peak, each round.")
     momentum: Share = Field(default=0.9, description="Momentum of sgd. Paper: beta.")
-    betas: tuple[Share, Share] = Field(
-        default=(0.9, 0.999), description="Moment decays of adamw. Paper: beta_1, beta_2."
-    )
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="Moment decays of adamw. Paper: beta_1, beta_2.")
     eps: Positive = Field(default=1e-8, description="Added to adamw's denominator.")
     weight_decay: NonNegative = Field(default=0.01, description="Decay of the weights that may move; of no others.")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="The learning rate over a round."
-    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="The learning rate over a round.")
     warmup_ratio: Share = Field(default=0.0, description="Share of a round's steps in which the learning rate rises.")
-    max_grad_norm: Positive | None = Field(
-        default=None, description="Clip gradients to this norm; not with `fused_backward`."
-    )
+    max_grad_norm: Positive | None = Field(default=None, description="Clip gradients to this norm; not with `fused_backward`.")
     resident: Literal["fp32", "bf16"] = Field(default="fp32", description="Type of the weights on the device.")
     checkpointing: Flag = Field(default=False, description="True recomputes activations in the backward pass.")
-    fused_backward: Flag = Field(
-        default=False, description="True steps each tensor as soon as its gradient is complete."
-    )
+    fused_backward: Flag = Field(default=False, description="True steps each tensor as soon as its gradient is complete.")
     carry_moments: Flag = Field(default=True, description="True keeps the moments from round to round. Paper: V.")
-    device: Device = Field(
-        default="auto", description="Where the small model trains; auto is an accelerator if there is one."
-    )
+    device: Device = Field(default="auto", description="Where the small model trains; auto is an accelerator if there is one.")
 
 
 class Evaluate(BaseModel):
@@ -221,11 +193,9 @@ class Recipe(BaseModel):
     model_config = _FROZEN
 
     name: Text = Field(default="recap", description="What the run is called.")
-    seed: Natural = Field(default=0, description="Seed of every random choice.")
+    seed: Seed = Field(default=0, description="Seed of every random choice.")
     rounds: Count = Field(default=10, description="Rounds of prune, mask, finetune and merge. Paper: K.")
-    patience: Count | None = Field(
-        default=None, description="Rounds without a better metric after which to stop; null: never."
-    )
+    patience: Count | None = Field(default=None, description="Rounds without a better metric after which to stop; null: never.")
     model: Model
     task: Task
     data: Data
@@ -236,9 +206,7 @@ class Recipe(BaseModel):
     finetune: Finetune = Field(default_factory=Finetune)
     evaluate: Evaluate = Field(default_factory=Evaluate)
 
-    @field_validator(
-        "model", "task", "data", "head", "importance", "prune", "mask", "finetune", "evaluate", mode="before"
-    )
+    @field_validator("model", "task", "data", "head", "importance", "prune", "mask", "finetune", "evaluate", mode="before")
     @classmethod
     def _empty_section(cls, value: object) -> object:
         return {} if value is None else value  # all of its keys are commented out
@@ -279,7 +247,7 @@ def _conflicts(recipe: Recipe) -> Iterator[Conflict]:
             yield Conflict((key, needed), f"expected only beside {needed}; found without it")
     yield from _input_conflicts(recipe)
     yield from _training_conflicts(recipe)
-    if recipe.prune.ratio + recipe.prune.floor > 1:
+    if recipe.prune.ratio + recipe.prune.floor > 1 + 1e-9:  # the sum of two decimals may round up
         yield Conflict(
             ("prune.ratio", "prune.floor"),
             f"expected at most {1 - recipe.prune.floor:g}, as prune.floor keeps {recipe.prune.floor:g} of each layer; "
@@ -301,7 +269,7 @@ def _input_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     key = {"transformers": "model_type", "timm": "architecture"}[model.library]
     if model.config is not None and not isinstance(model.config.get(key), str):
         keys = ("model.config", "model.library")
-        yield Conflict(keys, f"expected a `{key}` in it, for library {model.library}; found none")
+        yield Conflict(keys, f"expected a key `{key}` in it, for library {model.library}; found none")
 
 
 def _training_conflicts(recipe: Recipe) -> Iterator[Conflict]:

@@ -5,7 +5,7 @@ without `=`) becomes a `Problem`; `recap_cli.recipe_problems` adds what the sche
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 
@@ -61,8 +61,8 @@ def load(
         root, values, odd = None, {}, []
     document.problems.extend(_in_file(origin, mark.line, mark.column, key, reason) for mark, key, reason in odd)
     if not isinstance(values, dict):
-        kind = "nothing" if values is None else f"a {type(values).__name__}"
-        reason = f"expected keys with values, such as `rounds: 10`, found {kind}"
+        found = {"NoneType": "nothing", "list": "a list"}.get(type(values).__name__, "a single value")
+        reason = f"expected keys with values, such as `rounds: 10`; found {found}"
         document.problems.append(_in_file(origin, 0, 0, "(yaml)", reason))
         root, values = None, {}
     document = document._replace(root=root, values=values)
@@ -113,6 +113,10 @@ def _find(root: yaml.Node | None, path: KeyPath, *, at_key: bool) -> tuple[yaml.
 
 def _parse(text: str) -> tuple[yaml.Node | None, Any, list[tuple[yaml.Mark, str, str]]]:
     """Return the node tree, the value, and keys that are odd in themselves, as (mark, key, what is wrong)."""
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if tag := getattr(event, "tag", None):  # PyYAML's constructors answer `!!bool maybe` with a bare KeyError
+            mark = cast(yaml.Mark, event.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"the tag {tag}, where only plain values go", problem_mark=mark)
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     odd = list(_odd_keys(root, (), frozenset(), set()))
     return root, yaml.safe_load(text), odd
@@ -134,9 +138,9 @@ def _odd_keys(
         name = str(index) if key is None else str(key.value)
         dotted = ".".join((*path, name))
         if key is not None and key.tag not in _KEY_TAGS:
-            yield key.start_mark, dotted, f"expected text as a key, found {key.value} (put it in quotes)"
+            yield key.start_mark, dotted, f"expected text as a key; found {key.value} (put it in quotes)"
         elif key is not None and name in lines:
-            yield key.start_mark, dotted, f"expected each key once, found it again after line {lines[name]}"
+            yield key.start_mark, dotted, f"expected each key once; found it again after line {lines[name]}"
         elif key is not None:
             lines[name] = key.start_mark.line + 1
         yield from _odd_keys(value, (*path, name), above | {id(node)}, seen)
@@ -157,7 +161,7 @@ def _apply(document: Document, turn: int, text: str) -> None:
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
-        return _refuse(document, turn, text, key.strip() or "-", "expected section.key=value, found " + text)
+        return _refuse(document, turn, text, key.strip() or "-", "expected section.key=value; found " + text)
     try:
         _, parsed, odd = _parse(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # as above
@@ -169,7 +173,7 @@ def _apply(document: Document, turn: int, text: str) -> None:
         inside = section.get(part)
         if inside is not None and not isinstance(inside, dict):
             blocker = ".".join(path[:depth])
-            return _refuse(document, turn, text, ".".join(path), f"expected {blocker} to be a section, found a value")
+            return _refuse(document, turn, text, ".".join(path), f"expected {blocker} to be a section; found a value")
         section[part] = dict(inside or {})  # a copy: YAML aliases share what they stand for
         section = section[part]
     section[path[-1]] = parsed

@@ -79,9 +79,7 @@ class Draft:
             raise ValueError(f"{rel}: holds committed files; write into a new folder, and drop this one")
         return self._announce(f"{rel}/any", rel).parent
 
-    def save_tensors(
-        self, rel: str, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None
-    ) -> None:
+    def save_tensors(self, rel: str, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
         """Writes a safetensors file; flushing and hashing go on in the background. Tensors are not copied.
 
         Raises:
@@ -266,7 +264,7 @@ class State:
 
     @contextmanager
     def writing(self, stage: str) -> Iterator[Draft]:
-        """The draft of a stage: the end of the `with` block commits it; an error, or Ctrl-C, leaves the state as it was.
+        """The draft of a stage: the end of the `with` block commits it; an error or Ctrl-C leaves the state as it was.
 
         Raises:
             StageOrderError: another stage is next.

@@ -216,20 +216,19 @@ def system_error(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno
     if type(error).__name__ == "SafetensorError":
-        found = re.search(r"\(os error (\d+)\)", str(error))
+        found = re.search(r"(?:os error |code: )(\d+)", str(error))  # as safetensors 0.8, 0.5 write it
         return int(found.group(1)) if found else None
     return None
 
 
 def storage_error(path: Path, code: int, wanted_bytes: int | None = None) -> StorageError:
-    """The error that names the file, why it could not be written, the bytes wanted and the bytes free."""
+    """The error that names the file, why it could not be written and, on a full disk, the bytes wanted and free."""
+    if code not in FULL:
+        hint = "make the folder writable, or use another one with --state"
+        return StorageError(f"{path}: cannot be written: {os.strerror(code)}", hint=hint)
     sizes = [] if wanted_bytes is None else [f"{wanted_bytes:,} bytes wanted"]
     free = free_bytes(path)
     if free is not None:
         sizes.append(f"{free:,} bytes free")
-    reason = ", ".join([os.strerror(code), *sizes])
-    if code in FULL:
-        hint = "free some space on that disk, or raise the quota, and run the same command again"
-    else:
-        hint = "make the folder writable, or use another one with --state"
-    return StorageError(f"{path}: cannot be written: {reason}", hint=hint)
+    hint = "free some space on that disk, or raise the quota, and run the same command again"
+    return StorageError(f"{path}: cannot be written: {', '.join([os.strerror(code), *sizes])}", hint=hint)

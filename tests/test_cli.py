@@ -20,22 +20,30 @@ from recap_cli.state import State
 
 Fake = Callable[..., None]
 RECIPE = "name: pico\nmodel: {name: vit}\ntask: {kind: image-classification}\ndata: {builtin: digits}\n"
-ROUND = {
+PRUNED = {
     "round": 1,
     "best": True,
+    "full_parameters": 2_000_000,
+    "small_parameters": 1_500_000,
+    "kept_share": 0.667,
+    "heads": [3, 2],
+    "neurons": [40, 40],
+    "full_heads": [4, 4],
+    "full_neurons": [64, 64],
+    "seconds": {"prune": 1.5},
+}
+ROUND = PRUNED | {
     "seconds": {"prune": 1.5, "mask": 0.5, "finetune": 61.0, "merge": 0.2},
     "metric": "accuracy",
-    "accuracy": 0.9512,
-    "params_full": 2_000_000,
-    "params_small": 1_500_000,
-    "kept_share_of_prunable": 0.667,
-    "trainable": 150_000,
-    "kept": {"heads": [3, 2], "neurons": [40, 40]},
-    "of": {"heads": [4, 4], "neurons": [64, 64]},
+    "value": 0.9512,
+    "trainable_entries": 150_000,
+    "trainable_share": 0.1,
     "weights_bytes": 6_000_000,
     "gradients_bytes": 600_000,
     "optimizer_bytes": 1_200_000,
-    "full_finetuning": {"weights_bytes": 8_000_000, "gradients_bytes": 8_000_000, "optimizer_bytes": 16_000_000},
+    "full_weights_bytes": 8_000_000,
+    "full_gradients_bytes": 8_000_000,
+    "full_optimizer_bytes": 16_000_000,
 }
 SUMMARY = {
     "recipe": "pico",
@@ -46,7 +54,8 @@ SUMMARY = {
     "next": "mask",
     "product": "runs/pico/best-001",
     "seconds": 63.2,
-    "rounds": [ROUND, {"round": 2, "seconds": {"prune": 1.4}, "params_full": 2_000_000}],
+    "finished": None,
+    "rounds": [ROUND, PRUNED | {"round": 2, "best": False}],
 }
 FACTS = {
     "round": 1,
@@ -70,7 +79,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
     def put(stage: str, **functions: object) -> None:
         module = SimpleNamespace(**functions)
-        monkeypatch.setitem(sys.modules, f"recap_cli.stages.{stage}", module)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, f"recap_cli.stages.{stage}", module)
         monkeypatch.setattr(recap_cli.stages, stage, module, raising=False)
 
     return put
@@ -80,8 +89,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 def folder(tmp_path: Path) -> Path:
     """A state whose `init` is done."""
     recipe = parse(RECIPE, "pico.yaml")
-    with State.create(tmp_path / "state", dump(recipe), digest(recipe)):
-        pass
+    with State.create(tmp_path / "state", dump(recipe), digest(recipe)) as draft:
+        draft.facts |= {"notes": ["a new head"], "not_pruned": ["pooler"]}
     return tmp_path / "state"
 
 
@@ -284,6 +293,7 @@ def test_init_hands_over_the_recipe_with_its_overrides(
     out, err = capsys.readouterr()
     assert seen == [0.5, 1e-4, Path("s")]
     assert out == f"{folder}\n"
+    assert "  note: a new head\n  not pruned: pooler\n" in err
     assert f"next: recap prune {folder}" in err
 
 
@@ -366,6 +376,13 @@ def test_status_is_a_result(fake: Fake, folder: Path, capsys: pytest.CaptureFixt
     assert "next: recap mask runs/pico" in out
 
 
+def test_status_says_why_a_run_is_over(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    over = SUMMARY | {"next": None, "finished": "all 3 rounds are done"}
+    fake("schedule", summary=lambda state: over)
+    assert main(["status", str(folder)]) == 0
+    assert capsys.readouterr().out.endswith("finished: all 3 rounds are done\n")
+
+
 def test_status_before_the_first_round(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begun = SUMMARY | {"rounds": [], "stage": "init", "round": 0, "next": "prune", "product": None}
     fake("schedule", summary=lambda state: begun)
@@ -394,16 +411,24 @@ def test_eval_refuses_a_model_that_no_state_has(folder: Path, capsys: pytest.Cap
     assert "full, small, best" in capsys.readouterr().err
 
 
-def test_export_prints_the_path_and_how_to_load_it(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("form", "stock"), [("ragged", False), ("stock", True), ("dense", True)])
+def test_export_prints_the_path_and_how_to_load_it(
+    form: str, stock: bool, fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+
     def export(state: State, out: Path, *, dense: bool, track: Any) -> dict[str, Any]:
-        return {"path": str(out), "kind": "dense" if dense else "ragged", "load": ["import recap_cli"], "difference": 0.0}
+        seen.append(dense)
+        return {"path": str(out), "form": form, "reason": "its layers differ" if form == "ragged" else None}
 
     fake("export", export=export)
-    assert main(["export", str(folder), "out", "--dense"]) == 0
+    assert main(["export", str(folder), "out", *(["--dense"] if form == "dense" else [])]) == 0
     out, err = capsys.readouterr()
+    assert seen == [form == "dense"]
     assert out == "out\n"
-    assert "    import recap_cli\n" in err
-    assert "dense" in err
+    assert "    model = recap_cli.load('out')\n" in err
+    assert ("AutoModelForImageClassification.from_pretrained('out')" in err) is stock
+    assert ("its layers differ" in err) is not stock
 
 
 # Lists

@@ -92,6 +92,14 @@ def test_a_table_in_a_pipe_is_wider_than_eighty_columns(capsys: pytest.CaptureFi
     assert "a heading 0   a heading 1" in capsys.readouterr().err
 
 
+@pytest.fixture
+def _slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock comes four seconds after the one before."""
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+
+
+@pytest.mark.usefixtures("_slow_clock")
 def test_progress_in_a_log_file_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(console.track(range(3), "finetune")) == [0, 1, 2]
     out, err = capsys.readouterr()
@@ -100,20 +108,23 @@ def test_progress_in_a_log_file_is_plain_lines(capsys: pytest.CaptureFixture[str
     assert "\r" not in err
     first, last = err.splitlines()
     assert first == "finetune: 0 of 3 ..."
-    assert last.startswith("finetune: 3 of 3 in ")
+    assert last == "finetune: 3 of 3 in 16.0 s"
 
 
-def test_progress_in_a_log_file_speaks_at_most_every_ten_seconds(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = iter(range(0, 1000, 4))  # each look at the clock comes four seconds after the one before
-    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+def test_a_short_loop_costs_a_log_file_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    list(console.track(range(3), "score"))
+    assert capsys.readouterr().err == "score: 0 of 3 ...\n"
+
+
+@pytest.mark.usefixtures("_slow_clock")
+def test_progress_in_a_log_file_speaks_at_most_every_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     list(console.track(iter(range(6)), "score", 6))
     err = capsys.readouterr().err.splitlines()
     assert err[1] == "score: 3 of 6, 12.0 s, 12.0 s left"
     assert len(err) == 3
 
 
+@pytest.mark.usefixtures("_slow_clock")
 def test_progress_without_a_total_counts(capsys: pytest.CaptureFixture[str]) -> None:
     list(console.track((i for i in range(2)), "read"))
     assert capsys.readouterr().err.splitlines()[-1].startswith("read: 2 in ")

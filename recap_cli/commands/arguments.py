@@ -70,9 +70,9 @@ def _piped() -> Path:
 
 def report_stage(state: "State", facts: Mapping[str, Any], as_json: bool) -> None:
     """Print the facts of a finished stage for people, and on stdout the state's folder, for the next stage, or JSON."""
-    from recap_cli.commands.tables import stage_line
+    from recap_cli.commands.tables import say_stage
 
-    console.say(stage_line(facts))
+    say_stage(facts)
     if as_json:
         console.emit_json(facts)
     else:

@@ -1,13 +1,25 @@
 """`recap export`: write the best small model so that plain Python loads it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from recap_cli import console
 from recap_cli.commands.arguments import JsonOption, open_state
 
+if TYPE_CHECKING:
+    from recap_cli.state import State
+
+FORMS = {
+    "stock": "a plain checkpoint of the library's own",
+    "dense": "a plain checkpoint of the original shapes, zero where it was pruned",
+    "ragged": "a checkpoint whose layers differ in size",
+}
+AUTO = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
 STATE = typer.Argument(metavar="DIR", help="The state's folder.", show_default=False)
 OUT = typer.Argument(metavar="OUT", help="The new folder for the model.", show_default=False)
 DENSE = typer.Option("--dense", help="Write the original shapes, filled with zeros: the same logits in a plain checkpoint.")
@@ -32,8 +44,20 @@ def export(
     if as_json:
         console.emit_json(facts)
         return
-    console.facts({key: value for key, value in facts.items() if key not in ("path", "load")})
+    console.say(f"wrote {FORMS[facts['form']]}{f' ({reason})' if (reason := facts['reason']) else ''}")
     console.say("Load it with:")
-    for line in facts["load"]:
+    for line in _load_lines(state, str(out), facts["form"]):
         console.say(f"    {line}")
     console.result(str(facts["path"]))
+
+
+def _load_lines(state: "State", out: str, form: str) -> list[str]:
+    """Return the Python that opens the export: ours for every form, the library's own where that can."""
+    from recap_cli.recipe import parse
+
+    lines = ["import recap_cli", f"model = recap_cli.load({out!r})"]
+    recipe = parse(state.recipe_text, str(state.path / "recipe.yaml"))
+    if form == "ragged" or recipe.model.library != "transformers":
+        return lines
+    auto = AUTO[recipe.task.kind]
+    return [*lines, f"# or without recap: transformers.{auto}.from_pretrained({out!r})"]

@@ -30,8 +30,10 @@ def init(
         for line in describe(checked):
             console.result(line)
         return
+    from recap_cli.commands.tables import say_stage
     from recap_cli.stages import init as stage
 
     made = stage.init(checked, state, track=console.track)
+    say_stage(made.manifest.history[-1])
     console.say(f"made {made.path}; next: recap prune {made.path}")
     console.result(str(made.path))

@@ -1,8 +1,8 @@
 """`recap run`: all rounds, from wherever the state stands."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -48,12 +48,12 @@ def run(
         for line in describe(checked):
             console.result(line)
         return
-    from recap_cli.commands.tables import print_summary
+    from recap_cli.commands.tables import print_summary, say_stage
     from recap_cli.stages import run as stage
     from recap_cli.stages.schedule import summary
 
     path = state if state is not None else Path("runs") / checked.name
-    finished = summary(stage.run(checked, path, track=console.track, on_stage=_say_stage))
+    finished = summary(stage.run(checked, path, track=console.track, on_stage=say_stage))
     print_summary(finished, is_result=False)
     if as_json:
         console.emit_json(finished)
@@ -72,9 +72,3 @@ def _recipe(source: str | None, state: Path | None, overrides: Sequence[str]) ->
     from recap_cli.state import State
 
     return recipe.parse(State.open(state).recipe_text, str(state / "recipe.yaml"), overrides)
-
-
-def _say_stage(facts: Mapping[str, Any]) -> None:
-    from recap_cli.commands.tables import stage_line
-
-    console.say(stage_line(facts))

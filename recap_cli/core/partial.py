@@ -219,7 +219,7 @@ def _partial_layer(
         else:
             moves = not frozen(names["bias"]) and not _nothing(dims)
             slots += _dense(layer, "bias", names["bias"], moves=moves, device=device, dtype=dtype)
-            bias = layer.bias
+            bias = layer.get_parameter("bias")
     place = _place(index, device)
     made = PartialLinear(slot.resident, slot.leaf, bias, bias_part, dim=out_dim, place=place, transposed=transposed)
     return made.train(layer.training), slots

@@ -184,4 +184,4 @@ def _indifferent(model: nn.Module, adapter: Adapter, spec: ModelSpec, axes: Sequ
 
 
 def _cuts(axis: Axis) -> str:
-    return ", ".join(f"{cut.param} along {cut.dim}" for cut in axis.cuts)
+    return ", ".join(dict.fromkeys(f"{cut.param} along dimension {cut.dim}" for cut in axis.cuts))

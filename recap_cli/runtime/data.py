@@ -173,7 +173,7 @@ def image_split(
         if generator is not None and inputs.augment == "flip":
             flip = torch.rand(len(indices), generator=generator) < 0.5
             pixels = torch.where(flip.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
-        return {"pixel_values": (pixels / 255 - mean) / std}
+        return {"pixel_values": pixels.to(torch.float32).div_(255).sub_(mean).div_(std)}
 
     return Split(origin, _labels(dataset), fetch)
 
@@ -194,21 +194,22 @@ def _decoder(dataset: "Dataset", inputs: ImageInputs, origin: str, workers: int)
     encoded = dataset.cast_column("image", datasets.Image(decode=False))
     feature = datasets.Image()
 
-    def decode(example: Mapping[str, Any]) -> Tensor:
+    def decode(image: Mapping[str, Any], row: int) -> Tensor:
         try:
-            return _pixels(feature.decode_example(example["image"]), inputs)
+            return _pixels(feature.decode_example(image), inputs)
         except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for files that are not whole images
             raise DataError(
-                f"the image in row {example['row']} of {origin} cannot be decoded: {error}",
+                f"the image in row {row} of {origin} cannot be decoded: {error}",
                 hint="replace the image, or take its row out",
             ) from error
 
     def pixels_at(indices: Tensor) -> Tensor:
-        rows = encoded.select(indices.tolist())
+        examples = encoded.select(indices.tolist())[:]
+        images, rows = examples["image"], examples["row"]
         if workers == 0:
-            return torch.stack([decode(example) for example in rows])
+            return torch.stack(list(map(decode, images, rows)))
         with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes without the interpreter's lock
-            return torch.stack(list(pool.map(decode, rows)))
+            return torch.stack(list(pool.map(decode, images, rows)))
 
     return pixels_at
 

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -79,11 +79,21 @@ def from_folder(folder: Path, task_kind: TaskKind, config: Any) -> tuple[nn.Modu
     return model.eval(), set(info["missing_keys"]), {str(item[0]) for item in info["mismatched_keys"]}
 
 
-def read_configuration(folder: Path, values: dict[str, Any]) -> Any:
-    """The configuration object of a folder, whose config.json holds `values`. Raises `ModelError`."""
+def model_type(values: Mapping[str, Any], origin: str) -> str:
+    """The model type that a configuration names. Raises `ModelError`, naming `origin`, if it names none."""
     if not isinstance(values.get("model_type"), str):
-        raise ModelError(f"{folder}/config.json names no model_type", hint=FOLDER_HINT)
-    return configure(values)
+        raise ModelError(f"{origin} names no model_type", hint=FOLDER_HINT)
+    return str(values["model_type"])
+
+
+def check_task(config: Any, task_kind: TaskKind) -> None:
+    """Raises `ModelError` if the library has no model of this configuration for the task."""
+    import transformers
+
+    text = task_kind == "text-classification"
+    heads = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if text else transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    if type(config) not in heads:
+        raise ModelError(f"transformers has no {config.model_type} for {task_kind}", hint="do model.name and task.kind fit together?")
 
 
 def set_labels(config: Any, names: Sequence[str]) -> None:

@@ -36,12 +36,13 @@ def read_hub(name: str, subset: str | None, splits: Sequence[str]) -> "list[pa.T
 
 
 def _not_there(name: str, subset: str | None, split: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())  # on one line
+    place = name if subset is None else f"{name} ({subset})"
+    hint = "without the hub, use local files: --set data.train=FILE --set data.validation=FILE"
+    if isinstance(error, ConnectionError):
+        return DataError(f"the hub cannot be reached, and {place} is not in its cache on this machine", hint=hint)
     if isinstance(error, ValueError):
         hint = "choose among those with --set data.subset=…, data.train_split=… and data.validation_split=…"
-    else:
-        hint = "without the hub, use local files: --set data.train=FILE --set data.validation=FILE"
-    place = name if subset is None else f"{name} ({subset})"
+    reason = " ".join(str(error).split())  # on one line
     return DataError(f"split {split!r} of {place} cannot be read from the hub: {reason}", hint=hint)
 
 

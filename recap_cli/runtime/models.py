@@ -130,9 +130,12 @@ def forward(spec: ModelSpec) -> Callable[[nn.Module, Batch], Tensor]:
 def enable_checkpointing(model: nn.Module) -> None:
     """Recompute the activations of each block in the backward pass instead of keeping them. Raises `ModelError` if it cannot."""
     switches: Any = model
+    how = {"use_reentrant": False}
     try:
-        if hasattr(model, "gradient_checkpointing_enable"):
-            switches.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(model, "activation_checkpointing_enable"):
+            switches.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+        elif hasattr(model, "gradient_checkpointing_enable"):  # its name in earlier releases of transformers 5
+            switches.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
         else:
             switches.set_grad_checkpointing(True)
     except (AttributeError, ValueError) as error:
@@ -195,9 +198,12 @@ def _create_hf(
 ) -> Created:
     folder = None if name is None else locate(name, revision)
     given = values or {} if folder is None else read_config(folder)
-    spec = ModelSpec("transformers", str(given.get("model_type")), {}, len(labels), labels, task_kind)
+    origin = "model.config" if folder is None else str(folder / "config.json")
+    spec = ModelSpec("transformers", hf.model_type(given, origin), {}, len(labels), labels, task_kind)
     adapter = adapter_of(spec)
-    config = hf.configure(given, strict=True) if folder is None else hf.read_configuration(folder, given)
+    config = hf.configure(given, strict=folder is None)
+    hf.check_task(config, task_kind)
+    processor = None if task_kind == "image-classification" else _tokenizer(folder, given, config.vocab_size)
     own_labels = list(config.id2label.values())
     hf.set_labels(config, labels)
     image, note = hf.read_image_facts(folder, config) if task_kind == "image-classification" else (None, None)
@@ -210,7 +216,6 @@ def _create_hf(
         model, missing, mismatched = hf.from_folder(folder, task_kind, config)
         new, notes = _new_head(model, adapter, missing, mismatched, own_labels, labels, str(folder))
     spec = replace(spec, config=hf.to_dict(model), image=image)
-    processor = None if image is not None else _tokenizer(folder, given, spec)
     if image is not None and image_size not in (None, image["size"]):
         model, spec = _resized(model, spec, adapter, cast(int, image_size))
         notes.append(f"position embeddings resampled from {image['size']} to {image_size} pixels")
@@ -230,7 +235,8 @@ def _create_timm(
         folder, architecture, args = timm_library.find(name, revision)
     else:
         args = dict(values or {})
-        architecture = str(args.pop("architecture", None))
+        architecture = timm_library.architecture_of(args, "model.config")
+        args.pop("architecture")
     config = timm_library.config_of(architecture, args, labels, image_size)
     model = timm_library.build(architecture, config["args"])
     image = timm_library.read_image_facts(model, folder)
@@ -244,14 +250,14 @@ def _create_timm(
     return Created(model, spec, None, tuple(new), tuple(notes))
 
 
-def _tokenizer(folder: Path | None, given: Mapping[str, Any], spec: ModelSpec) -> Any:
+def _tokenizer(folder: Path | None, given: Mapping[str, Any], vocab_size: int) -> Any:
     if folder is not None:
-        return hf.read_tokenizer(folder, spec.config["vocab_size"])
+        return hf.read_tokenizer(folder, vocab_size)
     if "tokenizer" not in given:
         raise ModelError(
             "a text model from a configuration has no tokenizer", hint="name a folder that has one: --set model.config.tokenizer=DIR"
         )
-    return hf.read_tokenizer(locate(str(given["tokenizer"])), spec.config["vocab_size"])
+    return hf.read_tokenizer(locate(str(given["tokenizer"])), vocab_size)
 
 
 def _new_head(

@@ -23,8 +23,7 @@ def build(architecture: str, args: Mapping[str, Any]) -> Any:
         with quiet():
             return timm.create_model(architecture, pretrained=False, **args).eval()
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"timm cannot build {architecture} with {dict(args)}: {said}") from error
+        raise ModelError(f"timm cannot build {architecture}: {_said(error)}") from error
 
 
 def check_architecture(architecture: str) -> None:
@@ -35,6 +34,13 @@ def check_architecture(architecture: str) -> None:
         near = get_close_matches(architecture, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists what there is"
         raise ModelError(f"timm has no architecture {architecture!r}", hint=hint)
+
+
+def architecture_of(values: Mapping[str, Any], origin: str) -> str:
+    """The architecture that a configuration names. Raises `ModelError`, naming `origin`, if it names none."""
+    if not isinstance(values.get("architecture"), str):
+        raise ModelError(f"{origin} names no timm architecture", hint="is it one of transformers? --set model.library=transformers")
+    return str(values["architecture"])
 
 
 def find(name: str, revision: str | None) -> tuple[Path, str, dict[str, Any]]:
@@ -50,13 +56,22 @@ def find(name: str, revision: str | None) -> tuple[Path, str, dict[str, Any]]:
             check_architecture(architecture)
         folder = locate(name.removeprefix("hf-hub:").removeprefix("hf_hub:"), revision)
         config = read_config(folder)
-        if not isinstance(config.get("architecture"), str):
-            raise ModelError(f"{folder}/config.json names no timm architecture", hint="is it a folder of transformers? model.library")
-        return folder, config["architecture"], dict(config.get("model_args") or {})
+        return folder, architecture_of(config, f"{folder}/config.json"), dict(config.get("model_args") or {})
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
     if cfg is None or not cfg.hf_hub_id:
         raise ModelError(f"timm has no pretrained weights of {name}", hint=FOLDER_HINT)
     return locate(cfg.hf_hub_id, revision), architecture, {}
+
+
+def open_folder(folder: Path) -> Any:
+    """The model of a folder in timm's layout, in eval mode, by timm's own call. Raises `ModelError` if timm cannot open it."""
+    import timm
+
+    try:
+        with quiet():
+            return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+        raise ModelError(f"timm cannot open {folder}: {_said(error)}") from error
 
 
 def filtered(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -90,6 +105,8 @@ def read_image_facts(model: Any, folder: Path | None = None) -> dict[str, Any]:
         cfg.update(read_config(folder).get("pretrained_cfg") or {})
     embed = getattr(model, "patch_embed", None)
     size = getattr(embed, "img_size", None) or cfg["input_size"][1:]
+    if size[0] != size[1]:
+        raise ModelError(f"a model for images of size {tuple(size)} is not square", hint="give one side: --set data.image_size=224")
     projection = getattr(embed, "proj", None)
     channels = projection.in_channels if isinstance(projection, nn.Conv2d) else cfg["input_size"][0]
     return image_facts(int(size[0]), int(channels), cfg.get("mean"), cfg.get("std"), str(cfg.get("interpolation", "bicubic")))
@@ -128,3 +145,7 @@ def config_of(architecture: str, args: Mapping[str, Any], names: Sequence[str], 
     """The `config` of a spec: the architecture, and the arguments with the task's classes and image size in them."""
     sized = {} if image_size is None else {"img_size": image_size}
     return {"architecture": architecture, "args": {**args, "num_classes": len(names), **sized}}
+
+
+def _said(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,3 +1,5 @@
+"""Loss and metrics of a split, against scikit-learn."""
+
 from collections.abc import Iterable, Iterator
 from typing import Any
 

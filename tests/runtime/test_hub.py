@@ -1,10 +1,14 @@
+"""Data sets of the hub, with and without one."""
+
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from recap_cli.errors import DataError
 from recap_cli.runtime.sources import Raw, read_splits
@@ -19,7 +23,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     def load(name: str, subset: str | None, *, split: str) -> datasets.Dataset:
         asked.append((name, subset, split, datasets.are_progress_bars_disabled()))
         if split not in ("train", "validation"):
-            raise ValueError(f'Unknown split "{split}". Should be one of [\'train\', \'validation\'].')
+            raise ValueError(f"Unknown split \"{split}\". Should be one of ['train', 'validation'].")
         return datasets.Dataset.from_dict({"sentence": list("abcd"), "label": [0, 1, 1, 0]}, features=features)
 
     monkeypatch.setattr("recap_cli.runtime.hub._answers", lambda endpoint: True)
@@ -47,7 +51,9 @@ def test_a_share_to_hold_out_goes_before_the_validation_split(hub: list[Any]) ->
 
 
 def test_an_unknown_split_lists_those_there_are(hub: list[Any]) -> None:
-    with pytest.raises(DataError, match=r"split 'dev' of org/set \(cola\) cannot be read from the hub: .*'validation'") as caught:
+    with pytest.raises(
+        DataError, match=r"split 'dev' of org/set \(cola\) cannot be read from the hub: .*'validation'"
+    ) as caught:
         read(validation_split="dev")
     assert "data.validation_split" in str(caught.value.hint)
 
@@ -59,8 +65,25 @@ def test_without_a_hub_the_error_comes_at_once(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.delenv(proxy, raising=False)
     offline = datasets.config.HF_HUB_OFFLINE
     started = time.monotonic()
-    with pytest.raises(DataError, match="split 'train' of recap-no-such/set cannot be read from the hub: ") as caught:
+    with pytest.raises(DataError, match="the hub cannot be reached, and recap-no-such/set is not in its cache") as caught:
         read_splits("text-classification", seed=0, name="recap-no-such/set", text="sentence")
     assert time.monotonic() - started < 5
     assert caught.value.hint == "without the hub, use local files: --set data.train=FILE --set data.validation=FILE"
-    assert datasets.config.HF_HUB_OFFLINE == offline
+    assert offline == datasets.config.HF_HUB_OFFLINE
+
+
+def test_datasets_itself_reads_a_folder_laid_out_like_one_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("recap_cli.runtime.hub._answers", lambda endpoint: False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    for split in ("train", "validation"):
+        table = pa.table({"sentence": ["a", "b", split], "label": [0, 1, 1]})
+        parquet.write_table(table, tmp_path / "set" / f"{split}.parquet")
+    raw = read_splits("text-classification", seed=0, name=str(tmp_path / "set"), text="sentence")
+    assert raw.train["text"][:] == ["a", "b", "train"]
+    assert raw.validation["label"][:] == [0, 1, 1]
+    with pytest.raises(DataError, match=r"split 'dev' of .* cannot be read from the hub: .*\['train', 'validation'\]"):
+        read_splits("text-classification", seed=0, name=str(tmp_path / "set"), text="sentence", validation_split="dev")
+    assert capfd.readouterr().err == ""

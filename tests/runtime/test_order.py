@@ -1,3 +1,5 @@
+"""Orders, samples and seeds that their arguments alone decide."""
+
 import torch
 
 from recap_cli.runtime.data import Split
@@ -9,7 +11,7 @@ def counting_split(count: int) -> Split:
 
 
 def test_seeds_are_the_same_everywhere_and_differ_by_each_argument() -> None:
-    assert seed_for(0, 3, "prune") == 2764085022632186063  # blake2b of "0/3/prune", 8 bytes, big endian, halved
+    assert seed_for(0, 3, "prune") == 5668229476761284686  # blake2b of "0/3/prune", 8 bytes, big endian, halved
     seeds = {seed_for(seed, round, stage) for seed in range(5) for round in range(5) for stage in ("prune", "mask")}
     assert len(seeds) == 50
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -21,7 +23,11 @@ def test_an_order_is_a_permutation_that_its_arguments_decide() -> None:
     assert first.sort().values.tolist() == list(range(100))
     torch.rand(3)  # the global generator has no say
     assert torch.equal(first, order(100, seed=0, round=1, epoch=0))
-    for other in (order(100, seed=1, round=1, epoch=0), order(100, seed=0, round=2, epoch=0), order(100, seed=0, round=1, epoch=1)):
+    for other in (
+        order(100, seed=1, round=1, epoch=0),
+        order(100, seed=0, round=2, epoch=0),
+        order(100, seed=0, round=1, epoch=1),
+    ):
         assert not torch.equal(first, other)
 
 

@@ -1,3 +1,5 @@
+"""Examples from files and folders of every kind, and what is said of those that cannot be used."""
+
 import csv
 import json
 import os
@@ -5,10 +7,10 @@ from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as parquet
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 from recap_cli.errors import DataError
 from recap_cli.runtime.sources import Raw, hold_out, read_splits
@@ -162,7 +164,11 @@ def test_a_column_that_is_not_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("column", ["sentence", "label"])
 def test_a_missing_value_names_its_row(tmp_path: Path, column: str) -> None:
-    rows: list[dict[str, object]] = [{"sentence": "a", "label": 0}, {"sentence": "b", "label": 1}, {"sentence": "c", "label": 0}]
+    rows: list[dict[str, object]] = [
+        {"sentence": "a", "label": 0},
+        {"sentence": "b", "label": 1},
+        {"sentence": "c", "label": 0},
+    ]
     rows[2][column] = None
     file = write_jsonl(tmp_path / "a.jsonl", rows)
     message, _ = fails(file)
@@ -194,9 +200,7 @@ def test_labels_that_cannot_be_used(tmp_path: Path, labels: list[object], told: 
 
 
 @pytest.mark.parametrize(("labels", "odd", "names"), [([0, 1], -1, "0, 1"), ([0, 1], 2, "0, 1"), (["a", "b"], "c", "a, b")])
-def test_a_validation_label_that_training_does_not_have(
-    tmp_path: Path, labels: list[object], odd: object, names: str
-) -> None:
+def test_a_validation_label_that_training_does_not_have(tmp_path: Path, labels: list[object], odd: object, names: str) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", [{"sentence": "a", "label": label} for label in labels])
     validation = write_jsonl(tmp_path / "dev.jsonl", [{"sentence": "a", "label": label} for label in (labels[0], odd)])
     message, _ = fails(train, validation)

@@ -1,3 +1,5 @@
+"""The loss, and labels that fit the head."""
+
 import pytest
 import torch
 

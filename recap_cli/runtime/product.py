@@ -1,0 +1,241 @@
+"""The product: the small model as a folder that `recap_cli.load`, and where possible its own library, opens.
+
+Three forms. *stock*: all layers are alike and the library's configuration can say so, so its own `from_pretrained` opens the folder.
+*ragged*: layers differ (or the configuration cannot say what they are), so only `recap_cli.load` opens it. *dense*: the original
+shapes with zeros where groups were cut. BERT and others ignore configuration keys that others obey, so a form is never assumed:
+what was written is opened again, and its shapes and logits are compared, before it is called anything.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from recap_cli import registry
+from recap_cli.core.adapter import Adapter
+from recap_cli.core.groups import Axis, Choice, counts, everything, shapes_of
+from recap_cli.core.surgery import indices, put
+from recap_cli.errors import ModelError, StorageError
+from recap_cli.runtime import candidates, hf, models, timm_library
+from recap_cli.runtime.checkpoints import WEIGHTS, quiet, read_config
+from recap_cli.runtime.specs import ModelSpec
+
+SCHEMA = 1
+FACTS = "recap.json"
+TOLERANCE = 1e-5  # of the largest logit
+METADATA = {"format": "pt"}  # transformers refuses files that do not say so
+
+
+def export(
+    spec: ModelSpec,
+    processor: Any,
+    adapter: Adapter,
+    tensors: Mapping[str, Tensor],
+    axes: Sequence[Axis],
+    plan: Choice,
+    out: Path | str,
+    *,
+    dense: bool = False,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the small model of `tensors` to the new folder `out`; returns what recap.json says, and `path`.
+
+    `axes` are those of the full model, and `plan` the groups of them that are left (nothing pruned if empty). `form` is `stock`,
+    `ragged` or `dense`, and `reason` says why it is not stock. Raises `StorageError` if `out` is there and not empty or cannot be
+    written, `ModelError` if what was written does not give the logits of the small model.
+    """
+    plan = plan or everything(axes)
+    small = models.assemble(spec, tensors, adapter, counts(plan))
+    logits = _logits(spec, small)
+    about: dict[str, Any] = {
+        "schema": SCHEMA,
+        "sizes": counts(plan),
+        "adapter": registry.used("adapters", spec.model_type),
+        "versions": {name: version(name) for name in ("recap-cli", "torch", "transformers", "timm", "safetensors")},
+        "facts": dict(facts or {}),
+    }
+    with _new_folder(Path(out)) as folder:
+        if dense:
+            full = _zero_filled(spec, tensors, axes, plan)
+            _write_stock(folder, spec, processor, adapter, full)
+            _prove(folder, spec, full, logits)
+            about |= {"form": "dense", "reason": None}
+        else:
+            about |= _write_small(folder, spec, processor, adapter, tensors, axes, plan, logits)
+        _write_json(folder / FACTS, about)
+    return {**about, "path": str(out)}
+
+
+def load(folder: Path | str) -> nn.Module:
+    """The model of a folder that `export` wrote, in eval mode, with the ordinary forward of its library.
+
+    Raises `ModelError` if the folder is none of ours, is newer than this version, or its files do not fit together.
+    """
+    folder = Path(folder)
+    about = _read_facts(folder)
+    spec = ModelSpec.from_json(_read_text(folder / "spec.json"), str(folder / "spec.json"))
+    if about["form"] == "ragged":
+        return models.assemble(spec, _read_tensors(folder), models.adapter_of(spec), about["sizes"])
+    return _open_stock(folder, spec)
+
+
+def _write_small(
+    folder: Path,
+    spec: ModelSpec,
+    processor: Any,
+    adapter: Adapter,
+    tensors: Mapping[str, Tensor],
+    axes: Sequence[Axis],
+    plan: Choice,
+    logits: Tensor,
+) -> dict[str, Any]:
+    """Write the stock form if it proves to be one, else the ragged form; returns the form and why it is not stock."""
+    candidate, reason = candidates.stock_spec(spec, axes, plan, shapes_of(tensors))
+    if candidate is not None:
+        try:
+            _write_stock(folder, candidate, processor, adapter, tensors)
+            _prove(folder, candidate, tensors, logits)
+            return {"form": "stock", "reason": None}
+        except ModelError as error:
+            reason = error.message
+            _empty(folder)
+    _describe(folder, spec, processor)
+    _save(tensors, folder)
+    reloaded = models.assemble(spec, _read_tensors(folder), adapter, counts(plan))
+    _compare(_logits(spec, reloaded), logits)
+    return {"form": "ragged", "reason": reason}
+
+
+def _write_stock(folder: Path, spec: ModelSpec, processor: Any, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """What the library itself writes (transformers under the names of its published checkpoints), and our description."""
+    _describe(folder, spec, processor)
+    model: Any = models.assemble(spec, tensors, adapter, {})
+    if spec.library == "timm":
+        _save(model.state_dict(), folder)
+    else:
+        with quiet():
+            model.save_pretrained(folder)
+
+
+def _describe(folder: Path, spec: ModelSpec, processor: Any) -> None:
+    for name, content in models.describe(spec, processor).items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def _save(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, METADATA)
+
+
+def _prove(folder: Path, spec: ModelSpec, tensors: Mapping[str, Tensor], logits: Tensor) -> None:
+    """Open the folder with its own library; raises `ModelError` if names, shapes or logits are not the ones that were written."""
+    model = _open_stock(folder, spec)
+    wanted = {name: shape for name, shape in shapes_of(tensors).items() if name in model.state_dict()}
+    for name, shape in shapes_of(model.state_dict()).items():
+        if wanted.get(name) != shape:
+            raise ModelError(f"{folder.name}: the library makes {name} of shape {shape}, not {wanted.get(name)}")
+    _compare(_logits(spec, model), logits)
+
+
+def _compare(found: Tensor, wanted: Tensor) -> None:
+    difference = float((found - wanted).abs().max()) / max(float(wanted.abs().max()), torch.finfo(torch.float32).tiny)
+    if not difference <= TOLERANCE:  # NaN too
+        raise ModelError(f"loaded again, the model's logits differ by {difference:.1e}")
+
+
+def _open_stock(folder: Path, spec: ModelSpec) -> nn.Module:
+    """The folder opened by its own library, by nothing but its public call. Raises `ModelError` if a weight does not fit."""
+    if spec.library == "timm":
+        return timm_library.open_folder(folder)
+    config = hf.configure(read_config(folder))
+    model, missing, mismatched = hf.from_folder(folder, spec.task_kind, config)
+    if wrong := sorted(missing | mismatched):
+        raise ModelError(f"a plain {type(model).__name__} cannot hold {wrong[0]} as it is")
+    return model
+
+
+@torch.no_grad()
+def _logits(spec: ModelSpec, model: nn.Module) -> Tensor:
+    return models.forward(spec)(model.cpu().eval(), models.example_batch(spec)).double()
+
+
+def _zero_filled(spec: ModelSpec, tensors: Mapping[str, Tensor], axes: Sequence[Axis], plan: Choice) -> dict[str, Tensor]:
+    """The tensors in their original shapes, zero wherever a group was cut (which is the same as cutting it, I1)."""
+    original = models.tensors_of(models.skeleton(spec))
+    where = indices(axes, plan, shapes_of(original))
+    full: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in where:
+            full[name] = torch.zeros(original[name].shape, dtype=tensor.dtype)
+            put(full[name], tensor, where[name])
+        else:
+            full[name] = tensor
+    return full
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when all is written, and is gone if anything fails."""
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise StorageError(f"{out} is there already and not empty", hint="name a new folder, or remove this one")
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    except OSError as error:
+        raise StorageError(f"{out} cannot be written: {error.strerror or error}", hint="name a folder you may write to") from error
+    try:
+        yield scratch
+        scratch.chmod(0o777 & ~_umask())
+        os.replace(scratch, out)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{out} cannot be written: {error}", hint="is the disk full?") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's file mode mask (mkdtemp makes folders that only their owner may open)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    about = json.loads(_read_text(folder / FACTS)) if folder.is_dir() else None
+    if about is None or not isinstance(about.get("schema"), int):
+        raise ModelError(f"{folder} is not a folder that recap export wrote", hint="recap export STATE OUT writes one")
+    if about["schema"] > SCHEMA:
+        raise ModelError(f"{folder} was written by a newer recap (schema {about['schema']})", hint="pip install -U recap-cli")
+    return dict(about)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", hint="recap export STATE OUT writes such a folder") from error
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder / WEIGHTS} is missing, truncated or damaged: {error}", hint="export or copy it again") from error

@@ -1,0 +1,165 @@
+"""From tables of names to axes: both layouts of a library that renamed its modules, fused and packed matrices, counts kept true."""
+
+import pytest
+import torch
+from torch import nn
+
+from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, matches, names_found, resize
+from recap_cli.core.groups import Cut, check_axes, shapes_of
+from recap_cli.plugins.adapters.bert import BERT, DISTILBERT
+from recap_cli.plugins.adapters.timm_vit import TIMM_VIT
+from recap_cli.plugins.adapters.vit import DINOV2, VIT
+
+WIDTH, HIDDEN, HEADS, HEAD_DIM = 8, 12, 4, 2
+
+
+def tree(paths: dict[str, nn.Module]) -> nn.Module:
+    """A module that holds the given ones under dotted paths."""
+    root = nn.Module()
+    for path, module in paths.items():
+        *parents, name = path.split(".")
+        owner = root
+        for parent in parents:
+            if parent not in dict(owner.named_children()):
+                owner.add_module(parent, nn.Module())
+            owner = owner.get_submodule(parent)
+        owner.add_module(name, module)
+    return root
+
+
+def block(prefix: str, attention: str, qkv: str, out: str, up: str, down: str, *, rows: int = HIDDEN) -> dict[str, nn.Module]:
+    inputs = qkv.split()
+    wide = 3 * WIDTH if len(inputs) == 1 else WIDTH
+    layers = {f"{prefix}.{name}": nn.Linear(WIDTH, wide) for name in inputs}
+    layers |= {f"{prefix}.{name}": nn.Linear(WIDTH, rows) for name in up.split()}
+    return {**layers, f"{prefix}.{out}": nn.Linear(WIDTH, WIDTH), f"{prefix}.{down}": nn.Linear(HIDDEN, WIDTH)}
+
+
+def count_on(model: nn.Module, path: str, **counts: int) -> nn.Module:
+    for name, value in counts.items():
+        setattr(model.get_submodule(path), name, value)
+    return model
+
+
+EARLIER = ("attention.attention", "attention.attention.query attention.attention.key attention.attention.value", "attention.output.dense")
+TODAY = ("attention", "attention.q_proj attention.k_proj attention.v_proj", "attention.o_proj")
+SELF = ("attention.self", "attention.self.query attention.self.key attention.self.value", "attention.output.dense")
+DISTIL = ("attention", "attention.q_lin attention.k_lin attention.v_lin", "attention.out_lin")
+FUSED = ("attn", "attn.qkv", "attn.proj")
+SPLIT = ("attn", "attn.q_proj attn.k_proj attn.v_proj", "attn.proj")
+
+LAYOUTS = {
+    "bert": (BERT, "bert.encoder.layer.3", SELF, ("intermediate.dense", "output.dense"), "attention_head_size", 1),
+    "bare bert": (BERT, "encoder.layer.3", SELF, ("intermediate.dense", "output.dense"), "attention_head_size", 1),
+    "distilbert": (DISTILBERT, "distilbert.transformer.layer.3", DISTIL, ("ffn.lin1", "ffn.lin2"), "attention_head_size", 1),
+    "vit": (VIT, "vit.layers.3", TODAY, ("mlp.fc1", "mlp.fc2"), "head_dim", 1),
+    "vit, earlier": (VIT, "vit.encoder.layer.3", EARLIER, ("intermediate.dense", "output.dense"), "attention_head_size", 1),
+    "deit, earlier": (VIT, "deit.encoder.layer.3", EARLIER, ("intermediate.dense", "output.dense"), "attention_head_size", 1),
+    "dinov2": (DINOV2, "dinov2.encoder.layer.3", TODAY, ("mlp.fc1", "mlp.fc2"), "head_dim", 1),
+    "dinov2, earlier": (DINOV2, "dinov2.encoder.layer.3", EARLIER, ("mlp.fc1", "mlp.fc2"), "attention_head_size", 1),
+    "dinov2 SwiGLU": (DINOV2, "dinov2.encoder.layer.3", TODAY, ("mlp.gate_proj mlp.up_proj", "mlp.down_proj"), "head_dim", 1),
+    "dinov2 SwiGLU, earlier": (
+        DINOV2, "dinov2.encoder.layer.3", EARLIER, ("mlp.weights_in", "mlp.weights_out"), "attention_head_size", 2,
+    ),
+    "timm": (TIMM_VIT, "blocks.3", FUSED, ("mlp.fc1", "mlp.fc2"), "head_dim", 1),
+    "timm, separate": (TIMM_VIT, "blocks.3", SPLIT, ("mlp.fc1", "mlp.fc2"), "head_dim", 1),
+    "timm, packed gate": (TIMM_VIT, "blocks.3", FUSED, ("mlp.fc1", "mlp.fc2"), "head_dim", 2),
+    "timm SwiGLU": (TIMM_VIT, "blocks.3", FUSED, ("mlp.fc1_g mlp.fc1_x", "mlp.fc2"), "head_dim", 1),
+}  # fmt: skip
+
+
+def model_of(name: str) -> nn.Module:
+    _, path, (attention, qkv, out), (up, down), head_dim, chunks = LAYOUTS[name]
+    model = tree(block(path, attention, qkv, out, up, down, rows=chunks * HIDDEN))
+    return count_on(model, f"{path}.{attention}", **{head_dim: HEAD_DIM})
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_one_axis_of_heads_and_one_of_neurons(name):
+    adapter, path, *_ = LAYOUTS[name]
+    model = model_of(name)
+    axes = find_axes(adapter, model)
+    assert [(axis.name, axis.size, axis.layer) for axis in axes] == [(f"{path}.heads", HEADS, 3), (f"{path}.neurons", HIDDEN, 3)]
+    assert check_axes(axes, shapes_of(model.named_parameters())) == []
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_covers_all_but_the_output_biases(name):
+    model = model_of(name)
+    cut = {cut.param for axis in find_axes(LAYOUTS[name][0], model) for cut in axis.cuts}
+    down = [f"{LAYOUTS[name][1]}.{path}.bias" for path in (LAYOUTS[name][2][2], LAYOUTS[name][3][1])]
+    assert set(dict(model.named_parameters())) - cut == set(down)
+
+
+def test_a_fused_matrix_is_three_cuts_of_one_parameter():
+    heads, _ = find_axes(TIMM_VIT, model_of("timm"))
+    weight = [cut for cut in heads.cuts if cut.param == "blocks.3.attn.qkv.weight"]
+    assert weight == [Cut("blocks.3.attn.qkv.weight", 0, HEAD_DIM, section * WIDTH) for section in range(3)]
+
+
+def test_gate_and_value_of_a_packed_matrix_are_cut_together():
+    _, neurons = find_axes(DINOV2, model_of("dinov2 SwiGLU, earlier"))
+    offsets = [cut.offset for cut in neurons.cuts if cut.param.endswith("weights_in.weight")]
+    assert offsets == [0, HIDDEN]
+
+
+def test_the_layout_that_was_found_is_named():
+    assert names_found(find_axes(VIT, model_of("vit, earlier")))[0].startswith("heads: vit.encoder.layer.*.attention.attention.key")
+    assert names_found(find_axes(VIT, model_of("vit")))[0].startswith("heads: vit.layers.*.attention.k_proj")
+
+
+def test_key_and_value_heads_that_queries_share_are_not_taken_for_heads():
+    model = model_of("vit")
+    model.get_submodule("vit.layers.3.attention").k_proj = nn.Linear(WIDTH, WIDTH // 2)
+    with pytest.raises(LookupError, match="no heads found"):
+        find_axes(VIT, model)
+
+
+def test_a_model_that_no_table_matches_is_a_lookup_error_with_what_was_looked_for():
+    with pytest.raises(LookupError, match=r"no heads found: no module is named like .*encoder\.layer"):
+        find_axes(BERT, nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_resize_makes_counts_and_widths_true():
+    model = count_on(model_of("timm"), "blocks.3.attn", num_heads=HEADS, attn_dim=WIDTH)
+    resize(TIMM_VIT, model, {"blocks.3.heads": 3, "blocks.3.neurons": 5})
+    attention = model.get_submodule("blocks.3.attn")
+    assert (attention.num_heads, attention.attn_dim, attention.head_dim) == (3, 3 * HEAD_DIM, HEAD_DIM)
+
+
+def test_resize_invents_no_attribute():
+    model = model_of("timm")
+    resize(TIMM_VIT, model, {"blocks.3.heads": 3})
+    assert not hasattr(model.get_submodule("blocks.3.attn"), "num_heads")
+
+
+def test_an_adapter_of_functions_goes_its_own_way():
+    seen = []
+    adapter = Adapter((), (), (), axes=lambda model: [], resize=lambda model, sizes: seen.append(sizes))
+    assert find_axes(adapter, nn.Linear(1, 1)) == []
+    resize(adapter, nn.Linear(1, 1), {"a": 1})
+    assert seen == [{"a": 1}]
+
+
+def test_a_transposed_layer_is_cut_along_the_other_dimension():
+    class Conv1D(nn.Module):  # as GPT-2's: weight (in, out)
+        def __init__(self, rows: int, columns: int) -> None:
+            super().__init__()
+            self.nx, self.nf = rows, columns
+            self.weight, self.bias = nn.Parameter(torch.zeros(rows, columns)), nn.Parameter(torch.zeros(columns))
+
+    model = tree({"h.0.attn.c_attn": Conv1D(8, 24), "h.0.attn.c_proj": Conv1D(8, 8), "h.0.fc": Conv1D(8, 12), "h.0.out": Conv1D(12, 8)})
+    count_on(model, "h.0.attn", head_dim=2)
+    tables = (
+        Heads(block="h.*", attention="attn", fused="attn.c_attn", out="attn.c_proj", head_dim="head_dim"),
+        Neurons(block="h.*", up=("fc",), down="out"),
+    )
+    heads, neurons = find_axes(Adapter(tables, (), ()), model)
+    assert [(cut.dim, cut.offset) for cut in heads.cuts if cut.param.endswith("weight")] == [(1, 0), (1, 8), (1, 16), (0, 0)]
+    assert [cut.dim for cut in neurons.cuts] == [1, 0, 0]
+    assert check_axes([heads, neurons], shapes_of(model.named_parameters())) == []
+
+
+def test_patterns_match_whole_names():
+    assert matches("bert.pooler.dense.weight", ["*.pooler.*"])
+    assert not matches("vit.layers.0.attention.weight", ["*embeddings.*", "head.*"])

@@ -1,0 +1,724 @@
+"""The state folder: one commit point, whoever is killed whenever; one writer; nothing read that was not committed."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from io import BufferedReader
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from recap_cli import state as state_module
+from recap_cli import storage
+from recap_cli.errors import CorruptStateError, StageOrderError, StateError, StateLockedError, StorageError
+from recap_cli.state import STAGES, State
+
+RECIPE = "name: test\n"
+
+
+def create(path: Path) -> State:
+    with State.create(path, RECIPE, "d1") as draft:
+        draft.save_text("full-000/model.txt", "zero")
+        draft.save_json("full-000/deep/config.json", {"hidden": 32})
+        draft.set_full("full-000")
+        draft.versions["recap"] = "0.1.0"
+        draft.facts["metric"] = 0.5
+    return State.open(path)
+
+
+def advance(state: State, stage: str, text: str = "one") -> None:
+    with state.writing(stage) as draft:
+        draft.save_text(f"round-{draft.round:03d}/{stage}.txt", text)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> State:
+    return create(tmp_path / "s")
+
+
+def tree(root: Path) -> set[str]:
+    """Every file below `root`, but not the lock, which stays between writers."""
+    found = {file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()}
+    return found - {".recap-lock"}
+
+
+def committed(root: Path) -> set[str]:
+    return {"state.yaml", *State.open(root).manifest.files}
+
+
+def alter(path: Path, data: bytes) -> None:
+    time.sleep(0.02)  # the clock of file times ticks every few milliseconds
+    path.write_bytes(data)
+
+
+def rewrite(state: State, **changes: object) -> None:
+    place = state.path / "state.yaml"
+    facts = yaml.safe_load(place.read_text())
+    place.write_text(yaml.safe_dump({**facts, **changes}))
+
+
+def script(tmp_path: Path, text: str) -> list[str]:
+    file = tmp_path / "child.py"
+    file.write_text(text)
+    return [sys.executable, str(file)]
+
+
+# --- what a state is -------------------------------------------------------------------------------------------------
+
+
+def test_init_commits_what_was_written_and_nothing_else(state: State) -> None:
+    manifest = state.manifest
+    assert (manifest.schema, manifest.round, manifest.stage, manifest.recipe_digest) == (1, 0, "init", "d1")
+    assert (manifest.full, manifest.small, manifest.best, manifest.versions) == ("full-000", None, None, {"recap": "0.1.0"})
+    assert set(manifest.files) == {"recipe.yaml", "full-000/model.txt", "full-000/deep/config.json"}
+    assert manifest.files["full-000/model.txt"].bytes == 4
+    assert manifest.files["full-000/model.txt"].sha256 == hashlib.sha256(b"zero").hexdigest()
+    assert state.recipe_text == RECIPE
+    assert tree(state.path) == committed(state.path)
+
+
+def test_history_has_one_entry_per_stage_with_its_facts(state: State) -> None:
+    advance(state, "prune")
+    first, second = state.manifest.history
+    assert (first["stage"], first["round"], first["metric"]) == ("init", 0, 0.5)
+    assert (second["stage"], second["round"]) == ("prune", 1)
+    assert second["seconds"] >= 0
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", second["finished"])
+    assert State.open(state.path).manifest == state.manifest
+
+
+def test_a_round_goes_from_prune_to_merge_and_the_next_begins_with_prune(state: State) -> None:
+    for stage, number in [("prune", 1), ("mask", 1), ("finetune", 1), ("merge", 1), ("prune", 2)]:
+        assert state.next_stage() == stage
+        with state.writing(stage) as draft:
+            assert (draft.stage, draft.round) == (stage, number)
+        assert (state.manifest.stage, state.manifest.round) == (stage, number)
+
+
+@pytest.mark.parametrize("asked", [stage for stage in STAGES if stage != "mask"])
+def test_a_stage_out_of_order_names_the_one_done_and_the_next_command(state: State, asked: str) -> None:
+    advance(state, "prune")
+    before = (state.path / "state.yaml").read_bytes()
+    with pytest.raises(StageOrderError) as caught, state.writing(asked):
+        pytest.fail("the body ran")
+    assert "`prune` of round 1 is done" in caught.value.message
+    assert f"not `{asked}`" in caught.value.message
+    assert caught.value.hint == f"recap mask {state.path}"
+    assert (state.path / "state.yaml").read_bytes() == before
+
+
+def test_tensors_come_back_bit_for_bit_with_their_metadata(state: State) -> None:
+    tensors = {
+        "w": torch.randn(4, 6),
+        "t": torch.randn(4, 6).T,
+        "keep": torch.tensor([True, False]),
+        "b": torch.ones(3).bfloat16(),
+    }
+    with state.writing("prune") as draft:
+        draft.save_tensors("round-001/small.safetensors", tensors, {"steps": "4"})
+        draft.set_small("round-001")
+    loaded = state.load_tensors("round-001/small.safetensors")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    assert state.load_metadata("round-001/small.safetensors") == {"format": "pt", "steps": "4"}
+    loaded["w"].zero_()  # the caller's own, not the file's
+    assert torch.equal(State.open(state.path).load_tensors("round-001/small.safetensors")["w"], tensors["w"])
+
+
+def test_saving_copies_no_contiguous_tensor(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    real, seen = safetensors.torch.save_file, {}
+
+    def spy(tensors: dict[str, torch.Tensor], *rest: object) -> None:
+        seen.update({name: tensor.data_ptr() for name, tensor in tensors.items()})
+        real(tensors, *rest)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", spy)
+    weight = torch.nn.Parameter(torch.randn(8, 8))
+    with state.writing("prune") as draft:
+        draft.save_tensors("round-001/w.safetensors", {"w": weight})
+    assert seen == {"w": weight.data_ptr()}
+
+
+def test_saved_files_are_as_readable_as_any_other(state: State) -> None:
+    with state.writing("prune") as draft:
+        draft.save_text("round-001/a.txt", "a")
+        draft.save_tensors("round-001/w.safetensors", {"w": torch.ones(2)})
+    text, tensors = (stat.S_IMODE((state.path / "round-001" / name).stat().st_mode) for name in ("a.txt", "w.safetensors"))
+    assert text == tensors
+
+
+def test_json_and_text_come_back(state: State) -> None:
+    with state.writing("prune") as draft:
+        draft.save_json("round-001/metrics.json", {"accuracy": 0.25, "über": [1, None]})
+        draft.save_text("round-001/note.txt", "žluť\r\n")
+    assert state.load_json("round-001/metrics.json") == {"accuracy": 0.25, "über": [1, None]}
+    assert state.load_text("round-001/note.txt") == "žluť\r\n"
+
+
+def test_all_files_of_a_folder_that_other_code_fills_belong_to_the_state(state: State) -> None:
+    with state.writing("prune") as draft:
+        folder = draft.folder("full-001")
+        (folder / "sub").mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "sub" / "vocab.txt").write_text("[PAD]")
+        draft.set_full("full-001")
+        draft.drop("full-000")
+    assert set(state.manifest.files) == {"recipe.yaml", "full-001/config.json", "full-001/sub/vocab.txt"}
+    assert state.verified("full-001") == state.path / "full-001"
+
+
+def test_a_file_written_again_after_it_was_hashed_is_hashed_again(state: State) -> None:
+    with state.writing("prune") as draft:
+        draft.save_tensors("round-001/w.safetensors", {"w": torch.zeros(4)})
+        time.sleep(0.02)
+        draft.save_tensors("round-001/w.safetensors", {"w": torch.ones(4)})
+        draft.save_tensors("round-001/v.safetensors", {"v": torch.ones(4)})
+        alter(draft.path("round-001/v.safetensors"), b"other")
+    assert state.load_tensors("round-001/w.safetensors")["w"].sum() == 4
+    assert state.load_text("round-001/v.safetensors") == "other"
+
+
+def test_dropped_files_stay_until_the_commit_and_are_gone_after_it(state: State) -> None:
+    with state.writing("prune") as draft:
+        draft.drop("full-000")
+        draft.save_text("full-001/model.txt", "one")
+        draft.set_full("full-001")
+        draft.set_best({"folder": "full-001", "metric": 0.9})
+        assert (state.path / "full-000/model.txt").read_text() == "zero"
+    assert tree(state.path) == {"state.yaml", "recipe.yaml", "full-001/model.txt"}
+    assert not (state.path / "full-000").exists()
+    assert state.manifest.best == {"folder": "full-001", "metric": 0.9}
+
+
+@pytest.mark.parametrize(
+    "misuse",
+    [
+        lambda draft: draft.path("../outside.txt"),
+        lambda draft: draft.path("round-001/../../outside.txt"),
+        lambda draft: draft.path("/etc/passwd"),
+        lambda draft: draft.path("notes/a.txt"),
+        lambda draft: draft.path("full-001"),
+        lambda draft: draft.path("recipe.yaml"),
+        lambda draft: draft.path("full-000/model.txt"),
+        lambda draft: draft.folder("full-000"),
+        lambda draft: draft.folder("round-001"),
+        lambda draft: draft.drop("full-007"),
+        lambda draft: draft.drop("recipe.yaml"),
+        lambda draft: draft.set_small("round-007"),
+        lambda draft: draft.drop("full-000"),
+        lambda draft: draft.facts.update(stage="other"),
+    ],
+)
+def test_misuse_by_a_stage_is_an_error_and_commits_nothing(state: State, misuse: Callable[..., object]) -> None:
+    with pytest.raises(ValueError, match=r"\w+: .+|facts"), state.writing("prune") as draft:
+        misuse(draft)
+    assert State.open(state.path).manifest.stage == "init"
+    assert tree(state.path) == committed(state.path)
+
+
+# --- making and opening ----------------------------------------------------------------------------------------------
+
+
+def test_a_second_init_refuses_the_state_that_is_there(state: State) -> None:
+    with pytest.raises(StateError, match="a state here already") as caught:
+        create(state.path)
+    assert "--state" in str(caught.value.hint)
+    assert f"recap run --state {state.path}" in str(caught.value.hint)
+    assert tree(state.path) == committed(state.path)
+
+
+def test_init_refuses_a_folder_with_other_things_and_leaves_them(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    (tmp_path / "full-000").mkdir()
+    with pytest.raises(StateError, match="not empty"):
+        create(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["full-000", "thesis.tex"]
+
+
+def test_init_takes_an_empty_folder(tmp_path: Path) -> None:
+    assert create(tmp_path).next_stage() == "prune"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("adapter"), KeyboardInterrupt()])
+def test_a_failed_init_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    def fail(root: Path) -> None:
+        with State.create(root, RECIPE, "d") as draft:
+            draft.save_text("full-000/model.txt", "zero")
+            raise error
+
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        with pytest.raises(type(error)):
+            fail(tmp_path / name)
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_init_where_a_file_stands_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StateError, match="is a file"):
+        create(tmp_path / "file")
+    with pytest.raises(StorageError, match=r"file.s: cannot be written: Not a directory"):
+        create(tmp_path / "file" / "s")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+def test_init_in_an_unwritable_folder_says_so(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StorageError, match="Permission denied") as caught:
+        create(tmp_path / "s")
+    tmp_path.chmod(0o700)
+    assert "--state" in str(caught.value.hint)
+
+
+def test_opening_what_is_no_state_says_how_to_make_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for name, message in [("none", "there is no such folder"), ("file", "is a file"), ("folder", "has no state.yaml")]:
+        with pytest.raises(StateError, match=message) as caught:
+            State.open(tmp_path / name)
+        assert caught.value.hint == f"recap init RECIPE --state {tmp_path / name}"
+
+
+def test_a_newer_schema_is_refused_with_both_versions(state: State) -> None:
+    rewrite(state, schema=7, versions={"recap": "9.1"}, files="another shape")
+    with pytest.raises(StateError, match=r"schema 7, written by recap 9\.1, and this recap knows schemas up to 1") as caught:
+        State.open(state.path)
+    assert "upgrade recap" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no schema number"),
+        ("schema: 1\nround: [", "state.yaml, line [23]: is no YAML"),
+        ("schema: 1\n", "round is missing"),
+        ("!!python/object/apply:os.system [echo]", "is no YAML"),
+        ("\0", "is no YAML"),
+    ],
+)
+def test_a_malformed_state_yaml_is_named(state: State, text: str, message: str) -> None:
+    (state.path / "state.yaml").write_text(text)
+    with pytest.raises(CorruptStateError, match=message) as caught:
+        State.open(state.path)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage": "distill"}, "no stage 'distill'"),
+        ({"history": 3}, "history is missing or not"),
+        ({"files": {"../../x": {"bytes": 1, "sha256": "a"}}}, r"entry of '\.\./\.\./x'"),
+        ({"files": {"full-000/x": {"bytes": "1", "sha256": "a"}}}, "entry of 'full-000/x'"),
+    ],
+)
+def test_a_state_yaml_that_makes_no_sense_is_named(state: State, changes: dict[str, object], message: str) -> None:
+    rewrite(state, **changes)
+    with pytest.raises(CorruptStateError, match=message):
+        State.open(state.path)
+
+
+def test_an_edited_recipe_is_refused(state: State) -> None:
+    alter(state.path / "recipe.yaml", b"name: other\n")
+    with pytest.raises(CorruptStateError, match=r"recipe.yaml: .*; the recipe of a state is fixed"):
+        State.open(state.path)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: alter(path, path.read_bytes()[:-1]), "it has 79 bytes, 80 were committed"),
+        (lambda path: alter(path, path.read_bytes()[:-1] + b"\1"), "its sha256 begins with"),
+        (lambda path: path.unlink(), "it is missing"),
+    ],
+)
+def test_a_truncated_altered_or_missing_tensor_file_is_named(
+    state: State, damage: Callable[[Path], object], message: str
+) -> None:
+    with state.writing("prune") as draft:
+        draft.save_tensors("round-001/w.safetensors", {"w": torch.zeros(2)})
+    path = state.path / "round-001/w.safetensors"
+    message = message.replace("79", str(path.stat().st_size - 1)).replace("80", str(path.stat().st_size))
+    assert state.load_tensors("round-001/w.safetensors")["w"].tolist() == [0, 0]
+    damage(path)
+    for read in (state.load_tensors, state.verified, state.load_metadata, lambda _: state.verified("round-001")):
+        with pytest.raises(CorruptStateError, match=re.escape(f"{path}: {message}")) as caught:
+            read("round-001/w.safetensors")
+        assert caught.value.hint
+    assert State.open(state.path).next_stage() == "mask"
+
+
+def test_a_committed_file_that_holds_no_tensors_is_named(state: State) -> None:
+    with pytest.raises(CorruptStateError, match=r"model\.txt: is no safetensors file"):
+        state.load_tensors("full-000/model.txt")
+
+
+def test_reading_what_is_not_part_of_the_state_is_refused(state: State) -> None:
+    (state.path / "full-000/extra.txt").write_text("x")
+    with pytest.raises(StateError, match=r"full-000/extra\.txt is not part of this state"):
+        state.load_text("full-000/extra.txt")
+
+
+def test_a_reader_whose_state_moved_on_is_told_so(state: State) -> None:
+    reader = State.open(state.path)
+    with state.writing("prune") as draft:
+        draft.drop("full-000")
+        draft.set_full(None)  # type: ignore[arg-type]
+    with pytest.raises(StateError, match="another process finished `prune` of round 1") as caught:
+        reader.load_text("full-000/model.txt")
+    assert not isinstance(caught.value, CorruptStateError)
+
+
+def test_a_file_is_hashed_once_per_process(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    with state.writing("prune") as draft:
+        draft.save_tensors("round-001/w.safetensors", {"w": torch.zeros(2)})
+    real, hashed = hashlib.file_digest, []
+
+    def spy(file: BufferedReader, name: str) -> object:
+        hashed.append(file.name)
+        return real(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", spy)
+    State.open(state.path).load_tensors("round-001/w.safetensors")
+    assert hashed == []  # the commit has done it
+    storage._sealed.clear()
+    for _ in range(2):
+        State.open(state.path).load_tensors("round-001/w.safetensors")
+    assert sorted(Path(name).name for name in hashed) == ["recipe.yaml", "w.safetensors"]
+
+
+# --- leftovers and interruptions -------------------------------------------------------------------------------------
+
+
+def test_leftovers_are_swept_and_foreign_files_are_not(state: State, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious.txt").write_text("x")
+    leftovers = ["full-007/a", "round-001/deep/b", "best-001/c", "full-000/.tmpAbCd", "state.yaml.tmp"]
+    foreign = ["notes.txt", "full-backup/a", "full-000.zip", "round-1/a", "mine.tmp", ".git/config"]
+    for rel in [*leftovers, *foreign]:
+        (state.path / rel).parent.mkdir(parents=True, exist_ok=True)
+        (state.path / rel).write_text("x")
+    (state.path / "best-002").symlink_to(outside)
+    (state.path / "full-000" / "link").symlink_to(outside)
+    advance(state, "prune")
+    assert tree(state.path) == committed(state.path) | set(foreign)
+    assert not (state.path / "best-002").is_symlink()
+    assert (outside / "precious.txt").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("nan"), KeyboardInterrupt(), SystemExit(1)])
+def test_an_error_in_a_stage_leaves_the_state_as_it_was(state: State, error: BaseException) -> None:
+    advance(state, "prune")
+    before, text = tree(state.path), (state.path / "state.yaml").read_bytes()
+
+    def fail() -> None:
+        with state.writing("mask") as draft:
+            draft.save_tensors("round-001/mask.safetensors", {"m": torch.ones(1000)})
+            draft.save_text("full-001/new.txt", "x")
+            draft.drop("round-001/prune.txt")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert tree(state.path) == before
+    assert not (state.path / "full-001").exists()
+    assert (state.path / "state.yaml").read_bytes() == text
+    advance(state, "mask")
+
+
+@pytest.mark.parametrize("step", ["flush_folders", "replace_text", "after"])
+def test_ctrl_c_during_the_commit_leaves_the_old_state_or_the_new_one(
+    state: State, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    real = storage.replace_text
+
+    def interrupt(*args: object) -> None:
+        if step == "after":
+            real(*args)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, step if step != "after" else "replace_text", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        advance(state, "prune")
+    monkeypatch.undo()
+    found = State.open(state.path)
+    assert found.manifest.stage == ("prune" if step == "after" else "init")
+    assert tree(state.path) == committed(state.path)
+    advance(found, found.next_stage())
+
+
+KILLED_EVERYWHERE = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+from recap_cli.errors import StateError
+from recap_cli.state import State
+
+EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "os.chmod", "shutil.rmtree"}
+
+
+def init(root):
+    with State.create(root, "name: x\\n", "d") as draft:
+        draft.save_text("full-000/a.txt", "a")
+        draft.save_text("full-000/b.txt", "b")
+        draft.set_full("full-000")
+
+
+def prune(root):
+    with State.open(root).writing("prune") as draft:
+        draft.save_text("full-001/a.txt", "new")
+        draft.save_text("round-001/plan.txt", "plan")
+        draft.drop("full-000")
+        draft.set_full("full-001")
+
+
+def killed_at(number, stage, root):
+    child = os.fork()
+    if not child:
+        seen = 0
+
+        def count(event, args):
+            nonlocal seen
+            seen += event in EVENTS
+            if event in EVENTS and seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        stage(root)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def check(root):
+    state = State.open(root)
+    for rel in state.manifest.files:
+        state.verified(rel)
+    return state.manifest.stage
+
+
+def clean(root):
+    here = {file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()}
+    want = {"state.yaml", ".recap-lock", *State.open(root).manifest.files}
+    assert here == want, here ^ want
+
+
+root, counts, number = Path(sys.argv[1]) / "s", {}, 0
+while True:
+    number += 1
+    shutil.rmtree(root, ignore_errors=True)
+    if sys.argv[2] == "prune":
+        init(root)
+    dead = killed_at(number, init if sys.argv[2] == "init" else prune, root)
+    try:
+        found = check(root)
+    except StateError as error:
+        assert sys.argv[2] == "init" and type(error) is StateError, error
+        found = "nothing"
+    counts[found] = counts.get(found, 0) + 1
+    if found == "nothing":
+        init(root)
+    elif found == "init":
+        prune(root)
+    else:
+        with State.open(root).writing("mask"):
+            pass
+    check(root)
+    clean(root)
+    if not dead:
+        break
+print(json.dumps(counts))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("stage", "outcomes"), [("init", ["nothing", "init"]), ("prune", ["init", "prune"])])
+def test_killed_at_any_moment_the_state_is_the_one_before_or_the_one_after(
+    tmp_path: Path, stage: str, outcomes: list[str]
+) -> None:
+    """Kills the writer at its first, second, … touch of the file system, until it ends; then opens, checks and goes on."""
+    done = subprocess.run([*script(tmp_path, KILLED_EVERYWHERE), tmp_path, stage], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert sorted(counts) == sorted(outcomes)
+    assert all(count >= 2 for count in counts.values())
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from recap_cli.state import State
+
+with State.open(sys.argv[1]).writing("prune") as draft:
+    draft.save_text("round-001/half.txt", "half")
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(state: State, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process in the middle of a stage."""
+    child = subprocess.Popen([*script(tmp_path, HOLDS), state.path], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "writing\n"
+    yield child
+    child.kill()
+    child.wait()
+    child.stdout.close()
+
+
+def test_a_second_writer_is_refused_and_told_who_writes(state: State, holder: subprocess.Popen[str]) -> None:
+    with pytest.raises(StateLockedError, match=rf"process {holder.pid} on .* \(`recap prune`\) is writing") as caught:
+        advance(state, "prune")
+    assert caught.value.hint
+    assert (state.path / "round-001/half.txt").exists()  # not swept from under the writer
+    assert State.open(state.path).load_text("full-000/model.txt") == "zero"  # readers are free
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_kill_9_frees_the_lock_and_its_leftovers_go(state: State, holder: subprocess.Popen[str]) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (state.path / "round-001/half.txt").exists()
+    assert State.open(state.path).manifest.stage == "init"
+    advance(state, "prune")
+    assert tree(state.path) == committed(state.path)
+
+
+def test_a_second_writer_in_the_same_process_is_refused(state: State) -> None:
+    with state.writing("prune"), pytest.raises(StateLockedError, match=f"process {os.getpid()}"):
+        advance(State.open(state.path), "prune")
+    assert state.manifest.stage == "prune"
+
+
+def test_a_second_init_at_the_same_time_is_refused(tmp_path: Path) -> None:
+    with State.create(tmp_path / "s", RECIPE, "d") as draft:
+        draft.save_text("full-000/a.txt", "a")
+        with pytest.raises(StateLockedError):
+            create(tmp_path / "s")
+    assert State.open(tmp_path / "s").load_text("full-000/a.txt") == "a"
+
+
+# --- disks -----------------------------------------------------------------------------------------------------------
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("step", ["write_bytes", "fsync", "replace"])
+def test_a_full_disk_at_any_step_is_named_and_the_state_is_untouched(
+    state: State, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    before, text = tree(state.path), (state.path / "state.yaml").read_bytes()
+    monkeypatch.setattr(Path if step == "write_bytes" else os, step, full_disk)
+    with pytest.raises(StorageError, match=r"No space left on device, \d+ bytes wanted, [\d,]+ bytes free") as caught:
+        advance(state, "prune")
+    monkeypatch.undo()
+    assert str(state.path) in caught.value.message
+    assert "free some space" in str(caught.value.hint)
+    assert (tree(state.path), (state.path / "state.yaml").read_bytes()) == (before, text)
+
+
+def test_tensors_for_which_there_is_no_room_are_not_begun(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, free=1000))
+    told = r"w\.safetensors: .*No space left.* 69,536 bytes wanted, 1,000 bytes free"
+    with pytest.raises(StorageError, match=told), state.writing("prune") as draft:
+        draft.save_tensors("round-001/w.safetensors", {"w": torch.zeros(1000)})
+    assert tree(state.path) == committed(state.path)
+
+
+def test_a_full_disk_met_by_other_code_in_a_stage_is_named(state: State) -> None:
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(state.path / "round-001/vocab.txt"))
+    with pytest.raises(StorageError, match=r"vocab\.txt: cannot be written: No space left"), state.writing("prune"):
+        raise error
+
+
+def test_errors_that_are_not_about_the_state_pass_as_they_are(state: State, tmp_path: Path) -> None:
+    for error in (PermissionError(errno.EACCES, "no", str(tmp_path / "data.csv")), FileNotFoundError(errno.ENOENT, "no", "x")):
+        with pytest.raises(type(error)), state.writing("prune"):
+            raise error
+
+
+ON_A_DISK = """
+import json, shutil, subprocess, sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from recap_cli.errors import RecapError
+from recap_cli.state import State
+
+disk = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=True)
+with State.create(disk / "s", "name: x\\n", "d") as draft:
+    draft.save_text("full-000/a.txt", "a")
+state = State.open(disk / "s")
+before = sorted(map(str, disk.rglob("*"))), (disk / "s/state.yaml").read_bytes()
+told = []
+
+
+def attempt(write):
+    try:
+        with state.writing("prune") as draft:
+            write(draft)
+    except RecapError as error:
+        told.append([type(error).__name__, error.message])
+    assert (sorted(map(str, disk.rglob("*"))), (disk / "s/state.yaml").read_bytes()) == before
+
+
+big = {"w": torch.zeros(1 << 20)}
+attempt(lambda draft: draft.save_text("round-001/big.txt", "x" * (2 << 20)))
+attempt(lambda draft: draft.save_tensors("round-001/big.safetensors", big))
+shutil.disk_usage = lambda path: SimpleNamespace(total=0, free=0)  # a file system that does not say: the write itself fails
+attempt(lambda draft: draft.save_tensors("round-001/big.safetensors", big))
+subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+attempt(lambda draft: draft.save_text("round-001/a.txt", "a"))
+try:
+    with State.create(disk / "t", "name: x\\n", "d"):
+        pass
+except RecapError as error:
+    told.append([type(error).__name__, error.message])
+print(json.dumps(told))
+"""
+
+
+def test_a_real_full_disk_and_a_real_read_only_one(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    unshare = ["unshare", "--map-root-user", "--mount"]
+    try:
+        subprocess.run([*unshare, "mount", "-t", "tmpfs", "none", str(disk)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no disk may be mounted here")
+    done = subprocess.run([*unshare, *script(tmp_path, ON_A_DISK), disk], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [kind for kind, _ in told] == ["StorageError"] * 5
+    for place, message in zip(["big.txt", "big.safetensors", "big.safetensors"], told, strict=False):
+        assert f"{place}: cannot be written: No space left on device" in message[1]
+        assert "bytes wanted" in message[1]
+    assert "bytes free" not in told[2][1]
+    assert all("Read-only file system" in message for _, message in told[3:])
+
+
+def test_the_module_imports_no_torch() -> None:
+    code = "import sys, recap_cli.state; sys.exit(any(name in sys.modules for name in ('torch', 'safetensors.torch')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert state_module.SCHEMA == 1
