@@ -192,7 +192,9 @@ def measure(name: str, *, real: bool) -> dict[str, Any]:
 
 def main() -> None:
     args = parser(__doc__, "partial_memory").parse_args()
-    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # write_back asks if two tensors share memory
+    warnings.filterwarnings(
+        "ignore", message="Accessing the data pointer of FakeTensor"
+    )  # write_back asks if two tensors share memory
     columns = ("activations", "gradients", "optimizer", "weights", "sum_of_maxima", "peak")
     rows, results = [], []
     for name, (trains, _, _) in WAYS.items():
@@ -200,7 +202,12 @@ def main() -> None:
         results.append({"way": name, "trains": trains, "predicted_bytes": predicted, "measured_bytes": measured})
         rows.append([name, trains, *[f"{predicted[c] / 1e6:.1f}" for c in columns], f"{measured['peak'] / 1e6:.1f}"])
     print(table(["predicted MB (10⁶)", "trains", *[c.replace("_", " ") for c in columns], "peak, real step"], rows))
-    write(args.out, "partial_memory", {"bar_mb": BAR_MB, "results": results}, how="predicted: the tracker over fake tensors; measured: the tracker over a real CPU step")
+    write(
+        args.out,
+        "partial_memory",
+        {"bar_mb": BAR_MB, "results": results},
+        how="predicted: the tracker over fake tensors; measured: the tracker over a real CPU step",
+    )
 
 
 if __name__ == "__main__":

@@ -105,9 +105,24 @@ def main() -> None:
                     results.append({**case, "scattered": scattered, **found})
                     ms = [f"{1e3 * median(found['cpu_seconds'][side]):.1f}" for side in ("partial", "dense")]
                     how = "scattered" if scattered else "side by side"
-                    rows.append([f"{layer} {shape[0]}→{shape[1]}", which, how, f"{share:.1%}", *ms, found["ratio"], found["ratio_to_torch_fused"]])
+                    rows.append(
+                        [
+                            f"{layer} {shape[0]}→{shape[1]}",
+                            which,
+                            how,
+                            f"{share:.1%}",
+                            *ms,
+                            found["ratio"],
+                            found["ratio_to_torch_fused"],
+                        ]
+                    )
     print(table(["layer", "what moves", "placed", "share", "partial ms", "dense ms", "ratio", "to fused AdamW"], rows))
-    write(args.out, "partial_speed", {"pairs": args.pairs, "tokens": TOKENS, "results": results}, how="measured: CPU seconds, paired")
+    write(
+        args.out,
+        "partial_speed",
+        {"pairs": args.pairs, "tokens": TOKENS, "results": results},
+        how="measured: CPU seconds, paired",
+    )
 
 
 if __name__ == "__main__":

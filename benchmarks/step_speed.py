@@ -68,7 +68,10 @@ def bert(batch: int) -> Case:
     from transformers import BertConfig, BertForSequenceClassification
 
     model = BertForSequenceClassification(BertConfig())
-    tokens = {"input_ids": torch.randint(1000, 30000, (batch, 128)), "attention_mask": torch.ones(batch, 128, dtype=torch.int64)}
+    tokens = {
+        "input_ids": torch.randint(1000, 30000, (batch, 128)),
+        "attention_mask": torch.ones(batch, 128, dtype=torch.int64),
+    }
     return Case(model, BERT, {**tokens, "labels": torch.randint(2, (batch,))}, 0.5)
 
 
@@ -99,7 +102,10 @@ def small_side(case: Case) -> tuple[Side, dict[str, float]]:
     slots = make_partial(model, where, frozen=lambda name: matches(name, case.adapter.embeddings))
     kept = chosen_params(axes, shapes, plan) / prunable_params(axes, shapes)
     moves = chosen_params(fine, small, mask) / prunable_params(fine, small)
-    return Side(model.train(), Optimizer(slots, adamw(betas=(0.9, 0.999), eps=1e-8))), {"kept_share": kept, "moving_share": moves}
+    return Side(model.train(), Optimizer(slots, adamw(betas=(0.9, 0.999), eps=1e-8))), {
+        "kept_share": kept,
+        "moving_share": moves,
+    }
 
 
 def main() -> None:
@@ -121,7 +127,17 @@ def main() -> None:
                 if turn:
                     times[side].append(taken)
         speedup = ratio(times["full"], times["small"])
-        results.append({"model": name, "batch": size, "r_p": PRUNED, "r_f": case.frozen, **shares, "speedup": speedup, "cpu_seconds": times})
+        results.append(
+            {
+                "model": name,
+                "batch": size,
+                "r_p": PRUNED,
+                "r_f": case.frozen,
+                **shares,
+                "speedup": speedup,
+                "cpu_seconds": times,
+            }
+        )
         rows.append([name, size, f"{case.frozen:.1%}", median(times["full"]), median(times["small"]), f"{speedup:.2f}×"])
     print(table(["model", "batch", "r_f", "full, CPU s", "small, CPU s", "full ÷ small"], rows))
     write(args.out, "step_speed", {"bar": BAR, "pairs": args.pairs, "results": results}, how="measured: CPU seconds, paired")

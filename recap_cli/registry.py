@@ -14,7 +14,9 @@ from recap_cli.errors import PluginError
 Kind = Literal["criteria", "adapters"]
 KINDS: tuple[Kind, ...] = ("criteria", "adapters")
 SINGULAR: dict[Kind, str] = {"criteria": "criterion", "adapters": "adapter"}
-ADD_ADAPTER = "to add one, register an Adapter in the entry-point group recap.adapters under the model type; see docs/plugins.md"
+ADD_ADAPTER = (
+    "to add one, register an Adapter in the entry-point group recap.adapters under the model type; see docs/plugins.md"
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def load(kind: Kind, name: str) -> object:
     source = f"the {SINGULAR[kind]} {name!r} ({entry.target}, from {entry.distribution} {entry.version})"
     try:
         plugin = EntryPoint(name, entry.target, f"recap.{kind}").load()
-    except Exception as error:  # noqa: BLE001 (a plugin is a stranger's code: importing it may raise anything)
+    except Exception as error:  # a plugin is a stranger's code: importing it may raise anything
         raise PluginError(
             f"{source} cannot be loaded: {type(error).__name__}: {error}",
             hint=f"repair or uninstall {entry.distribution}; `recap plugins` lists what there is",

@@ -17,7 +17,14 @@ HF_SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_atte
 TEXT: dict[str, Any] = {**HF_SIZES, "intermediate_size": 48, "vocab_size": len(WORDS), "max_position_embeddings": 40}
 VISION: dict[str, Any] = {**HF_SIZES, "intermediate_size": 48, "image_size": 16, "patch_size": 8, "num_channels": 3}
 DINO: dict[str, Any] = {**HF_SIZES, "mlp_ratio": 2, "image_size": 16, "patch_size": 8}
-DISTIL: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": 64, "max_position_embeddings": 40}
+DISTIL: dict[str, Any] = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 48,
+    "vocab_size": 64,
+    "max_position_embeddings": 40,
+}
 TIMM: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5}
 
 

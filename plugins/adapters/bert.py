@@ -20,7 +20,7 @@ BERT = Adapter(
         Neurons(block="**encoder.layer.*", up=("intermediate.dense",), down="output.dense"),
     ),
     embeddings=EMBEDDINGS,
-    # The pooler stands between encoder and classifier, and a checkpoint of an encoder alone may have none: it is part of the head.
+    # The pooler stands between encoder and classifier, and the checkpoint of a bare encoder may have none: part of the head.
     head=("classifier.*", "*.pooler.*"),
 )
 

@@ -1,7 +1,7 @@
 """Vision transformers of the transformers library: ViT and DeiT in one layout, DINOv2 with its two kinds of feedforward block.
 
-Within transformers 5 the modules were renamed (`attention.attention.query` became `attention.q_proj`, `intermediate.dense` became
-`mlp.fc1`; DINOv2's packed `weights_in` became `gate_proj` and `up_proj`): both layouts are known, whichever a model has is found.
+Within transformers 5 the modules were renamed (`attention.attention.query` became `attention.q_proj`, `intermediate.dense`
+became `mlp.fc1`; DINOv2's packed `weights_in` became `gate_proj` and `up_proj`): both layouts are known, and found.
 """
 
 from recap_cli.api import Adapter, Heads, Neurons

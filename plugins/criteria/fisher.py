@@ -11,4 +11,6 @@ def score(weight: Tensor, grad: Tensor) -> Tensor:
 
 
 FISHER = Criterion(score=score, needs="mean")
-FISHER_PER_EXAMPLE = Criterion(score=score, needs="each")  # the empirical Fisher: the mean of squares, not the square of the mean
+FISHER_PER_EXAMPLE = Criterion(
+    score=score, needs="each"
+)  # the empirical Fisher: the mean of squares, not the square of the mean

@@ -93,7 +93,8 @@ def resize(adapter: Adapter, model: nn.Module, sizes: dict[str, int]) -> None:
     for table in adapter.tables:
         if isinstance(table, Heads):
             for path, _ in _blocks(table.block, model):
-                if (name := f"{path}.heads") in sizes and _has(model, path, table.out):
+                known = _has(model, path, table.out, *(name for name, _ in table.inputs))
+                if known and (name := f"{path}.heads") in sizes:
                     _resize_heads(table, model.get_submodule(_join(path, table.attention)), sizes[name])
 
 

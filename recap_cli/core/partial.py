@@ -180,15 +180,15 @@ def bring_forward(model: nn.Module, axes: Iterable[Axis], mask: Choice, where: W
         if axis.kind != "neurons" or chosen.all() or not chosen.any():
             continue
         order = torch.cat([chosen.nonzero().flatten(), (~chosen).nonzero().flatten()])
-        for cut in axis.cuts:
-            param = params[cut.param]
-            whole = torch.arange(param.shape[cut.dim])
-            span = slice(cut.offset, cut.offset + axis.size)
-            whole[span] = whole[span][order]
+        for name, dim in {(cut.param, cut.dim) for cut in axis.cuts}:
+            param = params[name]
+            whole = torch.arange(param.shape[dim])
+            for cut in axis.cuts:
+                if cut.param == name:  # several where one matrix holds gate and value
+                    whole[cut.offset : cut.offset + axis.size] = order + cut.offset
             with torch.no_grad():
-                param.copy_(param.index_select(cut.dim, whole))
-            here = torch.isin(whole, where[cut.param][cut.dim])
-            moved[cut.param] = {cut.dim: here.nonzero().flatten()}
+                param.copy_(param.index_select(dim, whole))
+            moved[name] = {dim: torch.isin(whole, where[name][dim]).nonzero().flatten()}
     return moved
 
 

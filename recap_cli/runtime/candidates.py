@@ -9,7 +9,8 @@ from recap_cli.errors import ModelError
 from recap_cli.runtime import models
 from recap_cli.runtime.specs import ModelSpec
 
-HEADS = ("num_attention_heads", "n_heads", "num_heads")
+HEADS = ("num_attention_heads", "n_heads")
+HEADS_OF_TIMM = {"num_heads": "attn_head_dim"}
 NEURONS = ("intermediate_size", "hidden_dim")
 
 
@@ -23,7 +24,10 @@ def stock_spec(
     alike: dict[Kind, int] = {}
     for axis in axes:
         if alike.setdefault(axis.kind, sizes[axis.name]) != sizes[axis.name]:
-            return None, f"layers differ in their {axis.kind} ({_range(axes, sizes, axis.kind)}): prune.uniform makes them alike"
+            return (
+                None,
+                f"layers differ in their {axis.kind} ({_range(axes, sizes, axis.kind)}): prune.uniform makes them alike",
+            )
     candidate = replace(spec, config=_with_sizes(spec, axes, alike, shapes))
     try:
         made = shapes_of(models.tensors_of(models.skeleton(candidate)))
@@ -40,7 +44,9 @@ def _range(axes: Sequence[Axis], sizes: Mapping[str, int], kind: Kind) -> str:
     return f"{min(found)} to {max(found)}"
 
 
-def _with_sizes(spec: ModelSpec, axes: Sequence[Axis], alike: Mapping[Kind, int], shapes: Mapping[str, Shape]) -> dict[str, Any]:
+def _with_sizes(
+    spec: ModelSpec, axes: Sequence[Axis], alike: Mapping[Kind, int], shapes: Mapping[str, Shape]
+) -> dict[str, Any]:
     """The configuration with the new counts, under whichever keys this architecture has for them."""
     values = dict(spec.config["args"] if spec.library == "timm" else spec.config)
     for axis in {axis.kind: axis for axis in axes}.values():  # one of each kind; all layers are alike
@@ -48,8 +54,10 @@ def _with_sizes(spec: ModelSpec, axes: Sequence[Axis], alike: Mapping[Kind, int]
         if axis.size == alike[axis.kind]:
             continue
         if axis.kind == "heads":
-            values |= {key: alike["heads"] for key in HEADS if key in values or spec.library == "timm" and key == "num_heads"}
-            values["attn_head_dim" if spec.library == "timm" else "head_dim"] = cut.width
+            named = HEADS_OF_TIMM if spec.library == "timm" else {key: "head_dim" for key in HEADS if key in values}
+            values |= {
+                key: value for count, width in named.items() for key, value in ((count, alike["heads"]), (width, cut.width))
+            }
         else:
             values |= _neuron_keys(values, alike["neurons"], *shapes[cut.param][:2])
     return {**spec.config, "args": values} if spec.library == "timm" else values

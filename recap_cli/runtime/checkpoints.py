@@ -1,4 +1,4 @@
-"""Where weights come from: a local folder, or the hub's files in a local folder; safetensors only, checked before anything is built."""
+"""Where weights come from: a local folder or the hub's cache; safetensors only, checked before anything is built."""
 
 import json
 import logging
@@ -121,7 +121,7 @@ def _download(name: str, revision: str | None) -> Path:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()

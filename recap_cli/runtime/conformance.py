@@ -1,7 +1,7 @@
 """Does an adapter's table describe this very model? Asked before a state is made, so that a wrong table costs seconds (I1).
 
-The check is of structure, so the model that is cut has random weights of a fixed seed: with real ones, a layer scale near zero or
-a bias that is zero would hide a wrong cut.
+The check is of structure, so the model that is cut has random weights of a fixed seed: with real ones, a layer scale near
+zero or a bias that is zero would hide a wrong cut.
 """
 
 import copy
@@ -23,15 +23,15 @@ from recap_cli.runtime.specs import ModelSpec
 TOLERANCE = 1e-5  # of the largest logit
 SEED = 2024
 LISTED = 5  # names in an error message
-HINT = "the library's layout and the adapter's table disagree: see docs/plugins.md, or install the versions the adapter was made for"
+HINT = "the library's layout and the adapter's table disagree: see docs/plugins.md, or install the versions it was made for"
 
 
 @dataclass(frozen=True)
 class Report:
     """What the adapter found, the axes, the matrices in the blocks that no axis touches, and the largest difference of logits.
 
-    `max_difference` is between cutting and zeroing, relative to the largest logit; `control_difference` is the smallest among the
-    two controls that must differ.
+    `max_difference` is between cutting and zeroing, relative to the largest logit; `control_difference` is the smaller of the two
+    controls that must differ.
     """
 
     found: list[str]
@@ -44,8 +44,8 @@ class Report:
 def check(model: nn.Module, adapter: Adapter, spec: ModelSpec) -> Report:
     """The report of a model that its adapter describes; the model is left as it was, and one copy of it is made.
 
-    Raises `ConformanceError`: a cut does not exist or fit, an entry belongs to two groups, cutting differs from zeroing the same
-    groups, or a control that must differ (the uncut model, the wrong groups zeroed) does not.
+    Raises `ConformanceError`: a cut does not exist or fit, an entry belongs to two groups, cutting differs from zeroing the
+    same groups, or a control that must differ (the uncut model, the wrong groups zeroed) does not.
     """
     axes = _axes(model, adapter, spec)
     _check_names(model, adapter, axes, spec)
@@ -122,7 +122,9 @@ def _check_names(model: nn.Module, adapter: Adapter, axes: Sequence[Axis], spec:
         raise ConformanceError(f"{_who(spec)}: {both[0]} is pruned, and is head or embedding as well", hint=HINT)
 
 
-def _differences(model: nn.Module, adapter: Adapter, spec: ModelSpec, axes: Sequence[Axis], plan: Choice) -> tuple[float, float]:
+def _differences(
+    model: nn.Module, adapter: Adapter, spec: ModelSpec, axes: Sequence[Axis], plan: Choice
+) -> tuple[float, float]:
     """How far cutting is from zeroing the same groups, and from the nearer of the two controls; both relative to the logits."""
     logits = _logits_of(spec)
     trial = _randomize(copy.deepcopy(model).eval())
@@ -154,7 +156,7 @@ def _logits_of(spec: ModelSpec) -> Callable[[nn.Module], Tensor]:
 
 
 def _randomize(model: nn.Module) -> nn.Module:
-    """Overwrite every parameter with the same random values each time: matrices that keep the scale, norms near 1, small biases."""
+    """Give every parameter the same random values each time: matrices that keep the scale, norms near 1, small biases."""
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for name, param in model.named_parameters():

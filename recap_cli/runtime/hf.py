@@ -36,7 +36,9 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
         config = AutoConfig.for_model(model_type, **rest)
     except (ValueError, TypeError, StrictDataclassError) as error:
         first_line = " ".join(str(error).split())
-        raise ModelError(f"this is no configuration of a {model_type}: {first_line}", hint="see model.config in the recipe") from error
+        raise ModelError(
+            f"this is no configuration of a {model_type}: {first_line}", hint="see model.config in the recipe"
+        ) from error
     config.architectures = config.architectures or []  # transformers 5.23 iterates over it, None or not
     return config
 
@@ -91,9 +93,13 @@ def check_task(config: Any, task_kind: TaskKind) -> None:
     import transformers
 
     text = task_kind == "text-classification"
-    heads = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if text else transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    heads = (
+        transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if text else transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    )
     if type(config) not in heads:
-        raise ModelError(f"transformers has no {config.model_type} for {task_kind}", hint="do model.name and task.kind fit together?")
+        raise ModelError(
+            f"transformers has no {config.model_type} for {task_kind}", hint="do model.name and task.kind fit together?"
+        )
 
 
 def set_labels(config: Any, names: Sequence[str]) -> None:
@@ -158,7 +164,9 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Any:
 
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         # transformers would build an empty tokenizer, and every word would be unknown
-        raise ModelError(f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})", hint="save the tokenizer beside it")
+        raise ModelError(
+            f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})", hint="save the tokenizer beside it"
+        )
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -177,7 +185,7 @@ def files_of(tokenizer: Any) -> dict[str, bytes]:
 
 
 @lru_cache(maxsize=32)
-def inputs_of(model_class: type[nn.Module]) -> frozenset[str]:
+def inputs_of(model_class: Any) -> frozenset[str]:
     """The names of the inputs that the forward of a class takes."""
     return frozenset(inspect.signature(model_class.forward).parameters)
 

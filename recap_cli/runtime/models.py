@@ -42,7 +42,7 @@ LISTED = 5  # names in an error message
 
 
 class Created(NamedTuple):
-    """A new model in eval mode, its spec, its tokenizer (None for images), the head weights that are new, and what to tell the user."""
+    """A new model in eval mode, its spec, its tokenizer (None for images), its new head weights, and what to tell the user."""
 
     model: nn.Module
     spec: ModelSpec
@@ -78,7 +78,7 @@ def create(
 
 
 def adapter_of(spec: ModelSpec) -> Adapter:
-    """The adapter that is registered for the model type. Raises `ModelError` if there is none, `PluginError` if it is broken."""
+    """The adapter registered for the model type. Raises `ModelError` if there is none, `PluginError` if it is broken."""
     known = registry.names("adapters")
     if spec.model_type not in known:
         message, hint = registry.unknown("adapters", spec.model_type, known)
@@ -128,7 +128,7 @@ def forward(spec: ModelSpec) -> Callable[[nn.Module, Batch], Tensor]:
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Recompute the activations of each block in the backward pass instead of keeping them. Raises `ModelError` if it cannot."""
+    """Recompute each block's activations in the backward pass instead of keeping them. Raises `ModelError` if it cannot."""
     switches: Any = model
     how = {"use_reentrant": False}
     try:
@@ -155,7 +155,7 @@ def embedding_names(adapter: Adapter, model: nn.Module) -> list[str]:
 
 
 def example_batch(spec: ModelSpec, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs that the model accepts: `pixel_values` or `input_ids` and `attention_mask`, from a generator of their own."""
+    """Random inputs that the model accepts (`pixel_values`, or `input_ids` and `attention_mask`) of a fixed seed."""
     generator = torch.Generator().manual_seed(seed)
     if spec.image is not None:
         side = spec.image["size"]
@@ -210,14 +210,14 @@ def _create_hf(
     if folder is None:
         if image is not None and image_size is not None:
             config.image_size = image["size"] = image_size
-        model, new = hf.from_config(config, task_kind), ()
-        notes = ["random weights, from a configuration"]
+        model = hf.from_config(config, task_kind)
+        new, notes = [], ["random weights, from a configuration"]
     else:
         model, missing, mismatched = hf.from_folder(folder, task_kind, config)
         new, notes = _new_head(model, adapter, missing, mismatched, own_labels, labels, str(folder))
     spec = replace(spec, config=hf.to_dict(model), image=image)
     if image is not None and image_size not in (None, image["size"]):
-        model, spec = _resized(model, spec, adapter, cast(int, image_size))
+        model, spec = _resized(model, spec, adapter, image_size)
         notes.append(f"position embeddings resampled from {image['size']} to {image_size} pixels")
     return Created(model, spec, processor, tuple(new), (*notes, *([note] if note else [])))
 
@@ -255,7 +255,8 @@ def _tokenizer(folder: Path | None, given: Mapping[str, Any], vocab_size: int) -
         return hf.read_tokenizer(folder, vocab_size)
     if "tokenizer" not in given:
         raise ModelError(
-            "a text model from a configuration has no tokenizer", hint="name a folder that has one: --set model.config.tokenizer=DIR"
+            "a text model from a configuration has no tokenizer",
+            hint="name a folder that has one: --set model.config.tokenizer=DIR",
         )
     return hf.read_tokenizer(locate(str(given["tokenizer"])), vocab_size)
 
@@ -348,7 +349,8 @@ def _check_complete(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if lacking or foreign:
         what = f"lack {_some(lacking)}" if lacking else f"hold {_some(foreign)}, which the model does not have"
         raise ModelError(
-            f"the tensors {what}", hint="were they written with another version of transformers or timm? `recap status` names it"
+            f"the tensors {what}",
+            hint="were they written with another version of transformers or timm? `recap status` names it",
         )
 
 

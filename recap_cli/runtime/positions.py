@@ -15,7 +15,9 @@ def resample(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     largest square of positions (class and distillation token) stays as it is. Raises `ModelError` for another shape.
     """
     if positions.dim() != 3 or positions.shape[0] != 1:
-        raise ModelError(f"position embeddings of shape {tuple(positions.shape)} cannot be resampled: (1, tokens, hidden) is wanted")
+        raise ModelError(
+            f"position embeddings of shape {tuple(positions.shape)} cannot be resampled: (1, tokens, hidden) is wanted"
+        )
     side = isqrt(positions.shape[1] - 1)  # each of these models has a class token, so one position at least is no patch
     prefix = positions.shape[1] - side * side
     if (side, side) == grid:

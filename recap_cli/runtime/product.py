@@ -1,9 +1,9 @@
 """The product: the small model as a folder that `recap_cli.load`, and where possible its own library, opens.
 
-Three forms. *stock*: all layers are alike and the library's configuration can say so, so its own `from_pretrained` opens the folder.
-*ragged*: layers differ (or the configuration cannot say what they are), so only `recap_cli.load` opens it. *dense*: the original
-shapes with zeros where groups were cut. BERT and others ignore configuration keys that others obey, so a form is never assumed:
-what was written is opened again, and its shapes and logits are compared, before it is called anything.
+Three forms. *stock*: all layers are alike and the library's configuration can say so; its own `from_pretrained` opens the
+folder. *ragged*: layers differ, or the configuration cannot say what they are; only `recap_cli.load` opens it. *dense*: the
+original shapes, with zeros where groups were cut. BERT and others ignore configuration keys that others obey, so a form is never
+assumed: what was written is opened again, and its shapes and logits are compared, before it is called anything.
 """
 
 import json
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -50,9 +50,9 @@ def export(
 ) -> dict[str, Any]:
     """Write the small model of `tensors` to the new folder `out`; returns what recap.json says, and `path`.
 
-    `axes` are those of the full model, and `plan` the groups of them that are left (nothing pruned if empty). `form` is `stock`,
-    `ragged` or `dense`, and `reason` says why it is not stock. Raises `StorageError` if `out` is there and not empty or cannot be
-    written, `ModelError` if what was written does not give the logits of the small model.
+    `axes` are those of the full model, and `plan` the groups of them that are left (nothing pruned if empty). `form` is
+    `stock`, `ragged` or `dense`, and `reason` says why it is not stock. Raises `StorageError` if `out` is there and not empty
+    or cannot be written, `ModelError` if what was written does not give the logits of the small model.
     """
     plan = plan or everything(axes)
     small = models.assemble(spec, tensors, adapter, counts(plan))
@@ -137,7 +137,7 @@ def _save(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def _prove(folder: Path, spec: ModelSpec, tensors: Mapping[str, Tensor], logits: Tensor) -> None:
-    """Open the folder with its own library; raises `ModelError` if names, shapes or logits are not the ones that were written."""
+    """Open the folder with its own library. Raises `ModelError` if names, shapes or logits are not those that were written."""
     model = _open_stock(folder, spec)
     wanted = {name: shape for name, shape in shapes_of(tensors).items() if name in model.state_dict()}
     for name, shape in shapes_of(model.state_dict()).items():
@@ -155,7 +155,7 @@ def _compare(found: Tensor, wanted: Tensor) -> None:
 def _open_stock(folder: Path, spec: ModelSpec) -> nn.Module:
     """The folder opened by its own library, by nothing but its public call. Raises `ModelError` if a weight does not fit."""
     if spec.library == "timm":
-        return timm_library.open_folder(folder)
+        return cast(nn.Module, timm_library.open_folder(folder))
     config = hf.configure(read_config(folder))
     model, missing, mismatched = hf.from_folder(folder, spec.task_kind, config)
     if wrong := sorted(missing | mismatched):
@@ -191,7 +191,9 @@ def _new_folder(out: Path) -> Iterator[Path]:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     except OSError as error:
-        raise StorageError(f"{out} cannot be written: {error.strerror or error}", hint="name a folder you may write to") from error
+        raise StorageError(
+            f"{out} cannot be written: {error.strerror or error}", hint="name a folder you may write to"
+        ) from error
     try:
         yield scratch
         scratch.chmod(0o777 & ~_umask())
@@ -219,11 +221,16 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
-    about = json.loads(_read_text(folder / FACTS)) if folder.is_dir() else None
-    if about is None or not isinstance(about.get("schema"), int):
+    """What recap.json says. Raises `ModelError` if it is not there, not ours, or newer than this version."""
+    if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder that recap export wrote", hint="recap export STATE OUT writes one")
-    if about["schema"] > SCHEMA:
-        raise ModelError(f"{folder} was written by a newer recap (schema {about['schema']})", hint="pip install -U recap-cli")
+    try:
+        about = json.loads(_read_text(folder / FACTS))
+        schema = int(about["schema"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{folder / FACTS} is not what recap export wrote: {error}", hint="export or copy it again") from error
+    if schema > SCHEMA:
+        raise ModelError(f"{folder} was written by a newer recap (schema {schema})", hint="pip install -U recap-cli")
     return dict(about)
 
 
@@ -231,11 +238,15 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}", hint="recap export STATE OUT writes such a folder") from error
+        raise ModelError(
+            f"{path} cannot be read: {error.strerror}", hint="recap export STATE OUT writes such a folder"
+        ) from error
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
-        return load_file(folder / WEIGHTS)
+        return dict(load_file(folder / WEIGHTS))
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder / WEIGHTS} is missing, truncated or damaged: {error}", hint="export or copy it again") from error
+        raise ModelError(
+            f"{folder / WEIGHTS} is missing, truncated or damaged: {error}", hint="export or copy it again"
+        ) from error

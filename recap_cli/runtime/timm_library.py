@@ -39,14 +39,16 @@ def check_architecture(architecture: str) -> None:
 def architecture_of(values: Mapping[str, Any], origin: str) -> str:
     """The architecture that a configuration names. Raises `ModelError`, naming `origin`, if it names none."""
     if not isinstance(values.get("architecture"), str):
-        raise ModelError(f"{origin} names no timm architecture", hint="is it one of transformers? --set model.library=transformers")
+        raise ModelError(
+            f"{origin} names no timm architecture", hint="is it one of transformers? --set model.library=transformers"
+        )
     return str(values["architecture"])
 
 
 def find(name: str, revision: str | None) -> tuple[Path, str, dict[str, Any]]:
-    """The folder with the weights of `name` (a folder, `architecture` or `architecture.tag`, or a hub id), its architecture and args.
+    """The folder with the weights of `name`, its architecture, and the arguments it was made with.
 
-    Raises `ModelError` if there is none.
+    `name` is a folder, `architecture` or `architecture.tag`, or a hub id. Raises `ModelError` if there is none.
     """
     import timm
 
@@ -75,7 +77,7 @@ def open_folder(folder: Path) -> Any:
 
 
 def filtered(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under the model's names, position embeddings resampled to its grid, as timm does on loading."""
+    """The tensors of a checkpoint under the model's names, positions resampled to its grid, as timm does on loading."""
     translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     return tensors if translate is None else dict(translate(tensors, model))
 
@@ -90,7 +92,7 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[set[str]
 
 
 def model_type(model: Any) -> str:
-    """The name of the adapter for a model: `timm-vit` for every VisionTransformer, else `timm-` and the module it comes from."""
+    """The name of a model's adapter: `timm-vit` for every VisionTransformer, else `timm-` and the module it comes from."""
     from timm.models.vision_transformer import VisionTransformer
 
     if isinstance(model, VisionTransformer):
@@ -106,7 +108,9 @@ def read_image_facts(model: Any, folder: Path | None = None) -> dict[str, Any]:
     embed = getattr(model, "patch_embed", None)
     size = getattr(embed, "img_size", None) or cfg["input_size"][1:]
     if size[0] != size[1]:
-        raise ModelError(f"a model for images of size {tuple(size)} is not square", hint="give one side: --set data.image_size=224")
+        raise ModelError(
+            f"a model for images of size {tuple(size)} is not square", hint="give one side: --set data.image_size=224"
+        )
     projection = getattr(embed, "proj", None)
     channels = projection.in_channels if isinstance(projection, nn.Conv2d) else cfg["input_size"][0]
     return image_facts(int(size[0]), int(channels), cfg.get("mean"), cfg.get("std"), str(cfg.get("interpolation", "bicubic")))

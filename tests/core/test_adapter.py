@@ -1,14 +1,14 @@
-"""From tables of names to axes: both layouts of a library that renamed its modules, fused and packed matrices, counts kept true."""
+"""From tables of names to axes: both layouts of a library that renamed its modules, fused and packed matrices, true counts."""
 
 import pytest
 import torch
+from recap_cli.plugins.adapters.bert import BERT, DISTILBERT
+from recap_cli.plugins.adapters.timm_vit import TIMM_VIT
+from recap_cli.plugins.adapters.vit import DINOV2, VIT
 from torch import nn
 
 from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, matches, names_found, resize
 from recap_cli.core.groups import Cut, check_axes, shapes_of
-from recap_cli.plugins.adapters.bert import BERT, DISTILBERT
-from recap_cli.plugins.adapters.timm_vit import TIMM_VIT
-from recap_cli.plugins.adapters.vit import DINOV2, VIT
 
 WIDTH, HIDDEN, HEADS, HEAD_DIM = 8, 12, 4, 2
 
@@ -41,7 +41,11 @@ def count_on(model: nn.Module, path: str, **counts: int) -> nn.Module:
     return model
 
 
-EARLIER = ("attention.attention", "attention.attention.query attention.attention.key attention.attention.value", "attention.output.dense")
+EARLIER = (
+    "attention.attention",
+    "attention.attention.query attention.attention.key attention.attention.value",
+    "attention.output.dense",
+)
 TODAY = ("attention", "attention.q_proj attention.k_proj attention.v_proj", "attention.o_proj")
 SELF = ("attention.self", "attention.self.query attention.self.key attention.self.value", "attention.output.dense")
 DISTIL = ("attention", "attention.q_lin attention.k_lin attention.v_lin", "attention.out_lin")
@@ -79,7 +83,10 @@ def test_every_layout_gives_one_axis_of_heads_and_one_of_neurons(name):
     adapter, path, *_ = LAYOUTS[name]
     model = model_of(name)
     axes = find_axes(adapter, model)
-    assert [(axis.name, axis.size, axis.layer) for axis in axes] == [(f"{path}.heads", HEADS, 3), (f"{path}.neurons", HIDDEN, 3)]
+    assert [(axis.name, axis.size, axis.layer) for axis in axes] == [
+        (f"{path}.heads", HEADS, 3),
+        (f"{path}.neurons", HIDDEN, 3),
+    ]
     assert check_axes(axes, shapes_of(model.named_parameters())) == []
 
 
@@ -104,7 +111,9 @@ def test_gate_and_value_of_a_packed_matrix_are_cut_together():
 
 
 def test_the_layout_that_was_found_is_named():
-    assert names_found(find_axes(VIT, model_of("vit, earlier")))[0].startswith("heads: vit.encoder.layer.*.attention.attention.key")
+    assert names_found(find_axes(VIT, model_of("vit, earlier")))[0].startswith(
+        "heads: vit.encoder.layer.*.attention.attention.key"
+    )
     assert names_found(find_axes(VIT, model_of("vit")))[0].startswith("heads: vit.layers.*.attention.k_proj")
 
 
@@ -148,7 +157,9 @@ def test_a_transposed_layer_is_cut_along_the_other_dimension():
             self.nx, self.nf = rows, columns
             self.weight, self.bias = nn.Parameter(torch.zeros(rows, columns)), nn.Parameter(torch.zeros(columns))
 
-    model = tree({"h.0.attn.c_attn": Conv1D(8, 24), "h.0.attn.c_proj": Conv1D(8, 8), "h.0.fc": Conv1D(8, 12), "h.0.out": Conv1D(12, 8)})
+    model = tree(
+        {"h.0.attn.c_attn": Conv1D(8, 24), "h.0.attn.c_proj": Conv1D(8, 8), "h.0.fc": Conv1D(8, 12), "h.0.out": Conv1D(12, 8)}
+    )
     count_on(model, "h.0.attn", head_dim=2)
     tables = (
         Heads(block="h.*", attention="attn", fused="attn.c_attn", out="attn.c_proj", head_dim="head_dim"),

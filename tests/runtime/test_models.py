@@ -131,7 +131,9 @@ def test_other_labels_get_a_new_head_and_only_that(saved, name, labels):
     created = create(library=library, name=str(saved(name)), config=None, **{**VISION, "label_names": labels})
     old = models.tensors_of(pico(name)[0])
     new = models.tensors_of(created.model)
-    assert set(created.new) == {n for n, t in new.items() if not torch.equal(t, old[n]) or n in ("head.bias", "head_dist.bias", "classifier.bias")}
+    assert set(created.new) == {
+        n for n, t in new.items() if not torch.equal(t, old[n]) or n in ("head.bias", "head_dist.bias", "classifier.bias")
+    }
     assert set(created.new) == {n for n in new if n.startswith(("head", "classifier"))}
     assert logits(created.model, created.spec).shape == (2, len(labels))
     if library == "transformers":
@@ -151,7 +153,13 @@ def test_a_bare_encoder_gets_a_head(saved, name):
 
 def test_a_text_model_from_a_configuration_borrows_a_tokenizer(tmp_path):
     write_tokenizer(tmp_path)
-    config = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = {
+        "model_type": "bert",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
     created = create(library="transformers", name=None, config={**config, "tokenizer": str(tmp_path)}, **TEXT)
     assert "tokenizer" not in created.spec.config
     assert created.notes == ("random weights, from a configuration",)

@@ -1,0 +1,262 @@
+"""I2 to I9 of the design, on whole rounds, over every registered adapter."""
+
+import copy
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from recap_cli import registry
+from recap_cli.core.groups import chosen_params, counts, prunable_params, refine, shapes_of, shrink, unit_params
+from recap_cli.core.moments import COUNT
+from recap_cli.core.partial import bring_forward, make_partial
+from recap_cli.core.surgery import compose_where, gather, indices, scatter, take
+from recap_cli.runtime import models, tasks
+from recap_cli.runtime.order import batches
+from recap_cli.stages import context as shared
+from recap_cli.stages.context import Context
+from recap_cli.stages.finetune import finetune, frozen_whole, moving
+from recap_cli.stages.init import init
+from recap_cli.stages.mask import mask
+from recap_cli.stages.merge import merge
+from recap_cli.stages.prune import prune
+from recap_cli.stages.run import run
+from recap_cli.state import State
+from tests.pico import PICO
+from tests.tiny import tiny
+
+STEPWISE = {"prune": prune, "mask": mask, "finetune": finetune, "merge": merge}
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """A finished run, and a copy of its state after each stage."""
+
+    root: Path
+
+    def at(self, round: int, stage: str) -> Context:
+        return Context(State.open(self.root / f"{round}-{stage}"))
+
+    @property
+    def end(self) -> Context:
+        return Context(State.open(self.root / "state"))
+
+
+@cache
+def rounds_of(name: str) -> Rounds:
+    root = Path(mkdtemp(prefix=f"recap-{name}-"))
+
+    def copy_state(facts: dict[str, Any]) -> None:
+        shutil.copytree(root / "state", root / f"{facts['round']}-{facts['stage']}")
+
+    run(tiny(name), root / "state", on_stage=copy_state)
+    return Rounds(root)
+
+
+@pytest.fixture(params=sorted(PICO))
+def rounds(request: pytest.FixtureRequest) -> Rounds:
+    return rounds_of(request.param)
+
+
+def chosen_in(here: Context, folder: str) -> dict[str, Tensor]:
+    return {name: c.bool() for name, c in here.state.load_tensors(f"{folder}/{shared.MASK}").items()}
+
+
+def stored_files(root: Path) -> dict[str, bytes]:
+    """Every tensor file of a state, and what it decided: all that must be equal where two runs are."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*.safetensors"))}
+
+
+def test_every_registered_adapter_has_a_pico_model() -> None:
+    types = {PICO[name]().model_type for name in PICO}
+    assert {entry.name for entry in registry.entries("adapters") if entry.distribution == "recap-cli"} == types
+
+
+def test_i2_compact_gradients_are_the_dense_gradients_at_those_entries(rounds: Rounds) -> None:
+    here = rounds.at(2, "mask")
+    folder = str(here.state.manifest.small)
+    plan, chosen = here.plan(folder), chosen_in(here, folder)
+    small = here.state.load_tensors(f"{folder}/{shared.SMALL}")
+    where = moving(here, plan, chosen, small)
+    split, _ = here.splits(lambda items, label, total=None: iter(items))
+    (batch,) = batches(split, torch.arange(6), 6)
+    dense, partial = (here.model({n: t.clone() for n, t in small.items()}, counts(plan)) for _ in range(2))
+    forward = models.forward(here.spec)
+    tasks.loss(forward(dense, batch), batch["labels"]).backward()
+    fine = [refine(axis) for axis in shrink(here.layout.axes, plan)]
+    there = bring_forward(partial, fine, chosen, where)
+    slots = make_partial(partial, there, frozen=lambda n: frozen_whole(here, n))
+    tasks.loss(forward(partial, batch), batch["labels"]).backward()
+    wanted = dict(dense.named_parameters())
+    for slot in slots:
+        if (grad := wanted[slot.name].grad) is not None:
+            torch.testing.assert_close(slot.leaf.grad, take(grad, where.get(slot.name, {})), rtol=2e-3, atol=1e-6)
+    assert {slot.name for slot in slots}.isdisjoint(here.layout.embeddings)
+
+
+def test_i3_a_merge_writes_what_moved_and_leaves_every_other_bit(rounds: Rounds) -> None:
+    before, after = rounds.at(2, "finetune"), rounds.at(2, "merge")
+    folder = str(before.state.manifest.small)
+    old, new = before.full_tensors(), after.full_tensors()
+    moved = before.state.load_tensors(f"{folder}/{shared.MOVED}")
+    plan = before.plan(folder)
+    kept = indices(before.layout.axes, plan, shapes_of(old))
+    small = before.state.load_tensors(f"{folder}/{shared.SMALL}")
+    where = compose_where(kept, moving(before, plan, chosen_in(before, folder), small))
+    assert moved
+    for name in old:
+        inside = torch.zeros(old[name].shape, dtype=torch.bool)
+        if name in moved:
+            scatter({name: inside}, {name: torch.ones(moved[name].shape, dtype=torch.bool)}, where)
+            assert torch.equal(take(new[name], where.get(name, {})), moved[name])
+        assert torch.equal(old[name][~inside], new[name][~inside])
+    changed = sum(int((old[n] != new[n]).sum()) for n in moved)
+    assert changed > 0.5 * sum(t.numel() for t in moved.values())
+
+
+def test_i4_scatter_is_the_inverse_of_gather_and_two_plans_compose(rounds: Rounds) -> None:
+    here = rounds.at(1, "prune")
+    full = here.full_tensors()
+    plan = here.plan(str(here.state.manifest.small))
+    where = indices(here.layout.axes, plan, shapes_of(full))
+    small = gather(full, where)
+    again = {name: tensor.clone() for name, tensor in full.items()}
+    scatter(again, small, where)
+    assert all(torch.equal(again[name], full[name]) for name in full)
+    axes = shrink(here.layout.axes, plan)
+    inner = {axis.name: torch.arange(axis.size) % 2 == 0 for axis in axes}
+    inside = indices(axes, inner, shapes_of(small))
+    twice, at_once = gather(small, inside), gather(full, compose_where(where, inside))
+    assert all(torch.equal(twice[name], at_once[name]) for name in full)
+
+
+def test_i7_stage_by_stage_is_run(rounds: Rounds, tmp_path: Path) -> None:
+    recipe = Context(State.open(rounds.root / "state")).recipe
+    state = init(recipe, tmp_path / "state")
+    for _ in range(recipe.rounds):
+        for stage in STEPWISE.values():
+            stage(State.open(tmp_path / "state"))
+    assert stored_files(state.path) == stored_files(rounds.root / "state")
+
+
+def test_i8_optimizer_state_is_two_moments_a_trainable_entry_and_nothing_more(rounds: Rounds) -> None:
+    here = rounds.at(1, "finetune")
+    entry = here.state.manifest.history[-1]
+    folder = str(here.state.manifest.small)
+    moved = here.state.load_tensors(f"{folder}/{shared.MOVED}")
+    trainable = sum(t.numel() for t in moved.values())
+    assert entry["trainable"] == trainable
+    assert entry["optimizer_bytes"] == 2 * 4 * trainable
+    assert entry["gradients_bytes"] == 4 * trainable
+    moments = here.state.load_tensors(f"{folder}/{shared.MOMENTS}")
+    assert sum(t.numel() for name, t in moments.items() if not name.endswith(COUNT)) == 2 * trainable
+
+
+def test_i9_what_is_pruned_and_what_moves_is_within_one_group_of_the_budget(rounds: Rounds) -> None:
+    here = rounds.at(2, "mask")
+    recipe, axes, shapes = here.recipe, here.layout.axes, shapes_of(here.full_tensors())
+    folder = str(here.state.manifest.small)
+    plan, chosen = here.plan(folder), chosen_in(here, folder)
+    small_axes = [refine(axis) for axis in shrink(axes, plan)]
+    small_shapes = shapes_of(here.state.load_tensors(f"{folder}/{shared.SMALL}"))
+    for kind in ("heads", "neurons"):
+        pool = [axis for axis in axes if axis.kind == kind]
+        budget = (1 - recipe.prune.ratio) * prunable_params(pool, shapes)
+        assert abs(chosen_params(pool, shapes, plan) - budget) <= max(unit_params(a, shapes) for a in pool)
+        fine = [axis for axis in small_axes if axis.kind == kind]
+        budget = (1 - recipe.mask.ratio) * prunable_params(fine, small_shapes)
+        assert abs(chosen_params(fine, small_shapes, chosen) - budget) <= max(unit_params(a, small_shapes) for a in fine)
+
+
+def test_the_small_model_is_the_full_one_at_its_plan_after_a_merge(rounds: Rounds) -> None:
+    here = rounds.end
+    best = here.state.manifest.best
+    assert best is not None
+    plan = here.plan(best["folder"])
+    tensors = here.state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}")
+    if best["round"] == here.state.manifest.round:
+        full = here.full_tensors()
+        expected = gather(full, indices(here.layout.axes, plan, shapes_of(full)))
+        assert all(torch.equal(expected[name], tensors[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", sorted(PICO))
+def test_i5_both_ratios_zero_in_one_round_is_plain_finetuning_to_the_bit(name: str, tmp_path: Path) -> None:
+    recipe = tiny(
+        name, rounds=1, prune={"ratio": 0.0}, mask={"ratio": 0.0, "train_embeddings": True}, finetune={"weight_decay": 0.1}
+    )
+    state = init(recipe, tmp_path / "state")
+    here = Context(state)
+    model = here.model({n: t.clone() for n, t in here.full_tensors().items()})
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, foreach=False)
+    split, _ = here.splits(lambda items, label, total=None: iter(items))
+    steps = 5  # one epoch of 40 in batches of 8
+    forward = models.forward(here.spec)
+    model.train()
+    from recap_cli.runtime.order import order, seed_for
+
+    torch.manual_seed(seed_for(recipe.seed, 1, "finetune"))
+    for step, batch in enumerate(batches(split, order(len(split), seed=recipe.seed, round=1, epoch=0), 8)):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.finetune.lr * (1 - step / steps)
+        torch.nn.functional.cross_entropy(forward(model, batch).float(), batch["labels"]).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    end = Context(run(recipe, tmp_path / "state"))
+    ours = end.full_tensors()
+    assert all(torch.equal(ours[n], p.detach()) for n, p in model.named_parameters())
+
+
+class StopHere(KeyboardInterrupt):
+    """What Ctrl-C does, at a chosen moment."""
+
+
+@pytest.mark.parametrize("name", ["bert", "timm-vit"])
+def test_i6_stopped_in_every_stage_and_resumed_is_uninterrupted(name: str, tmp_path: Path) -> None:
+    expected = stored_files(rounds_of(name).root / "state")
+    recipe, path = tiny(name), tmp_path / "state"
+    seen: set[tuple[int, str]] = set()
+
+    def stop_once(items: Any, label: str, total: int | None = None) -> Any:
+        for i, item in enumerate(items):
+            here = (State.open(path).manifest.round, label) if (path / "state.yaml").exists() else (0, label)
+            if i == 1 and here not in seen:
+                seen.add(here)
+                raise StopHere
+            yield item
+
+    for _ in range(60):
+        try:
+            run(recipe, path, track=stop_once)
+            break
+        except StopHere:
+            continue
+    assert len(seen) >= 8  # init, the importances and the finetuning of both rounds were each stopped once
+    assert stored_files(path) == expected
+
+
+def test_runs_from_the_same_seed_are_equal_and_from_another_are_not(tmp_path: Path) -> None:
+    expected = stored_files(rounds_of("vit").root / "state")
+    run(tiny("vit"), tmp_path / "same")
+    run(tiny("vit", seed=1), tmp_path / "other")
+    assert stored_files(tmp_path / "same") == expected
+    assert stored_files(tmp_path / "other") != expected
+
+
+def test_a_deep_copy_is_not_needed_to_read_a_state_twice(tmp_path: Path) -> None:
+    here = rounds_of("vit").at(1, "merge")
+    first = copy.deepcopy(here.full_tensors())
+    for tensor in here.full_tensors().values():
+        tensor.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), here.full_tensors().values(), strict=True))
