@@ -1,11 +1,12 @@
-"""Peak memory of one training step, by how the update mask is implemented: five known ways, and ours.
+"""Peak memory of one training step, by how the update mask is implemented: four known ways, and ours.
 
-The toy: 12 feedforward blocks 768 → 3072 → 768 (no biases, GELU, nothing else), 197 tokens, a mean-square loss, SGD with momentum,
-fp32. 12.5 % of every matrix may move. *Predicted* bytes are torch's memory tracker over fake tensors; *measured* ones are the same
-tracker over a real step on the CPU.
+The toy: 12 feedforward blocks 768 → 3072 → 768 (no biases, GELU, nothing else), 197 tokens, a mean-square loss, SGD
+with momentum, fp32. 12.5 % of every matrix may move. *Predicted* bytes are torch's memory tracker over fake tensors;
+*measured* ones are the same tracker over a real step on the CPU.
 
-The task is equal in the share of entries. Where the rows say "rows", fc1 and fc2 both train 12.5 % of their rows; where they say
-"neurons", fc1 trains the rows and fc2 the columns of the same 12.5 % of the neurons, which is what RECAP's mask selects.
+The task is equal in the share of entries. Where the rows say "rows", fc1 and fc2 both train 12.5 % of their rows; where
+they say "neurons", fc1 trains the rows and fc2 the columns of the same 12.5 % of the neurons, which is what RECAP's
+mask selects.
 """
 
 import warnings
@@ -14,10 +15,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from masked_layers import SHARE, CompactCopy, IndexCopy, Masked, RowsFirst, rows_of
 from record import parser, table, write
 from torch import Tensor, nn, optim
-from torch.autograd.function import once_differentiable
 from tracker import fake, make_fake, step_bytes
 
 from recap_cli.core.groups import Axis, Cut
@@ -25,74 +25,9 @@ from recap_cli.core.optim import Optimizer, sgd
 from recap_cli.core.partial import PartialLinear, Slot, bring_forward, make_partial
 from recap_cli.core.surgery import indices
 
-BLOCKS, WIDTH, HIDDEN, TOKENS, SHARE = 12, 768, 3072, 197, 8
+BLOCKS, WIDTH, HIDDEN, TOKENS = 12, 768, 3072, 197
 BAR_MB = 327
 MOMENTUM, RATE = 0.9, 1e-3
-
-
-class Masked(nn.Linear):
-    """Dense gradients, multiplied by a mask before the step: the authors' code."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-        self.register_buffer("mask", torch.zeros(outputs, inputs))
-        self.mask[rows_of(outputs)] = 1.0
-
-
-class IndexCopy(nn.Module):
-    """The trainable rows are copied into the frozen weight in each forward: the manner of PEFT's trainable tokens."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs), requires_grad=False)
-        self.part = nn.Parameter(torch.randn(outputs // SHARE, inputs))
-        self.register_buffer("rows", rows_of(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.index_copy(0, self.rows, self.part))
-
-
-class CompactCopy(IndexCopy):
-    """An autograd function with a compact gradient; the trainable rows are a second copy, written back after the step."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Compact.apply(x, self.part, self.weight, self.rows)
-        return out
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        self.weight.index_copy_(0, self.rows, self.part)
-
-
-class _Compact(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, part: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, rows)
-        return F.linear(x, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rows = ctx.saved_tensors
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        return grad_x, grad.index_select(-1, rows).t() @ x, None, None
-
-
-class RowsFirst(nn.Module):
-    """The trainable rows stand first and the weight in two pieces: two products and a concatenation."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.part = nn.Parameter(torch.randn(outputs // SHARE, inputs))
-        self.rest = nn.Parameter(torch.randn(outputs - outputs // SHARE, inputs), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([F.linear(x, self.part), F.linear(x, self.rest)], -1)
-
-
-def rows_of(outputs: int) -> Tensor:
-    """One row in eight, scattered."""
-    return torch.arange(0, outputs, SHARE)
 
 
 def toy(linear: Callable[[int, int], nn.Module]) -> nn.Sequential:
@@ -192,9 +127,8 @@ def measure(name: str, *, real: bool) -> dict[str, Any]:
 
 def main() -> None:
     args = parser(__doc__, "partial_memory").parse_args()
-    warnings.filterwarnings(
-        "ignore", message="Accessing the data pointer of FakeTensor"
-    )  # write_back asks if two tensors share memory
+    # `Slot.write_back` asks whether two tensors share memory, which fake ones answer with a warning.
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     columns = ("activations", "gradients", "optimizer", "weights", "sum_of_maxima", "peak")
     rows, results = [], []
     for name, (trains, _, _) in WAYS.items():

@@ -1,8 +1,9 @@
-"""Time of a partial Linear against a dense one: forward, backward (also to the input) and optimizer step, at ViT-base shapes.
+"""Time of a partial Linear against a dense one: forward, backward (also to the input) and optimizer step, at ViT-base
+shapes.
 
-Every case is timed in pairs, partial and dense in turn, within one process; a figure is the median of the pairs' ratios of CPU
-seconds (`time.process_time`, so a neighbour on the machine counts little). Both sides use this project's AdamW; the dense side is
-also timed with `torch.optim.AdamW(fused=True)`, the fastest that torch has.
+Every case is timed in pairs, partial and dense in turn, within one process; a figure is the median of the pairs' ratios
+of CPU seconds (`time.process_time`, so a neighbour on the machine counts little). Both sides use this project's AdamW;
+the dense side is also timed with `torch.optim.AdamW(fused=True)`, the fastest that torch has.
 """
 
 import time

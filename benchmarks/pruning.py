@@ -1,11 +1,14 @@
-"""Pruning ViT-base at r_p = 33 % (importance and surgery), against Torch-Pruning's Taylor pruning: CPU seconds, peak memory, sizes.
+"""Pruning ViT-base at r_p = 33 % (importance and surgery), against Torch-Pruning's Taylor pruning: CPU seconds, peak
+memory, sizes.
 
-Both sides prune whole heads and FFN neurons of the same random model, ranked over all layers within each kind, from the same two
-batches of four images, in one step and in four. Every run is a process of its own; ours and theirs alternate. Counted from after the
-imports and the building of the model: CPU seconds by `getrusage`, and the peak resident set above the resident set at that moment.
+Both sides prune whole heads and FFN neurons of the same random model, ranked over all layers within each kind, from the
+same two batches of four images, in one step and in four. Every run is a process of its own; ours and theirs alternate.
+Counted from after the imports and the building of the model: CPU seconds by `getrusage`, and the peak resident set
+above the resident set at that moment.
 
-The surgery alone cuts the same groups out of copies of one model, in one process, in turn. Torch-Pruning is measured with and
-without the building of its dependency graph; ours includes the walk that finds the axes. Both cuts give the same logits.
+The surgery alone cuts the same groups out of copies of one model, in one process, in turn. Torch-Pruning is measured
+with and without the building of its dependency graph; ours includes the walk that finds the axes. Both cuts give the
+same logits.
 """
 
 import argparse
@@ -22,6 +25,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from recap_cli.plugins.adapters.vit import VIT
+from recap_cli.plugins.criteria.taylor import TAYLOR
 from record import parser, ratio, table, write
 from torch import Tensor, nn
 
@@ -30,8 +35,6 @@ from recap_cli.core.adapter import find_axes, resize
 from recap_cli.core.groups import counts, shapes_of
 from recap_cli.core.scoring import group_scores
 from recap_cli.core.surgery import cut_model, indices
-from recap_cli.plugins.adapters.vit import VIT
-from recap_cli.plugins.criteria.taylor import TAYLOR
 
 RATIO, HEADS = 1 / 3, 12
 Batches = list[tuple[Tensor, Tensor]]
@@ -71,7 +74,7 @@ def ours(model: Any, batches: Batches, *, steps: int, scope: Any) -> None:
         ratio=RATIO,
         steps=steps,
         scope=scope,
-        floor=0.0,
+        floor=0.15,
         uniform=False,
         round_to=1,
     )

@@ -1,9 +1,9 @@
 """Time of a finetuning step of the small model (r_p = 50 %) against one of plain full finetuning of the full model.
 
-ViT-base at 224 pixels and BERT-base at 128 tokens, random weights, fp32, AdamW, the training loop of `recap finetune`. r_f is 87.5 %
-for the image model and 50 % for the text model; embeddings do not move in the small model, everything does in the full one. Groups
-are chosen by random scores, which scatters the rows and columns that move as much as can be. The steps of the two alternate in one
-process; the figure is the median of the pairs' ratios of CPU seconds.
+ViT-base at 224 pixels and BERT-base at 128 tokens, random weights, fp32, AdamW, the training loop of `recap finetune`.
+r_f is 87.5 % for the image model and 50 % for the text model; embeddings do not move in the small model, everything
+does in the full one. Groups are chosen by random scores, which scatters the rows and columns that move as much as can
+be. The steps of the two alternate in one process; the figure is the median of the pairs' ratios of CPU seconds.
 """
 
 import copy
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from recap_cli.plugins.adapters.bert import BERT
+from recap_cli.plugins.adapters.vit import VIT
 from record import parser, ratio, table, write
 from torch import Tensor, nn
 
@@ -22,8 +24,6 @@ from recap_cli.core.optim import Optimizer, adamw
 from recap_cli.core.partial import bring_forward, make_partial
 from recap_cli.core.selection import select
 from recap_cli.core.surgery import cut_model, indices
-from recap_cli.plugins.adapters.bert import BERT
-from recap_cli.plugins.adapters.vit import VIT
 from recap_cli.runtime.training import train
 
 PRUNED = 0.5

@@ -1,4 +1,5 @@
-"""The one place that touches torch's private memory tracker: bytes by category over one training step, fake tensors or real ones."""
+"""The one place that touches torch's private memory tracker: bytes by category over one training step, fake tensors or
+real ones."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -59,8 +60,8 @@ class _NoHook:
 def step_bytes(model: nn.Module, x: Tensor, optimizer: Optimizers, step: Callable[[], None]) -> dict[str, Any]:
     """Bytes over one steady `step`: the maximum of each category, their sum, the peak instant, and what that was made of.
 
-    `optimizer` is one of torch's, or the moments of another. The first call of `step` is not tracked: it makes the states.
-    """
+        `optimizer` is one of torch's, or the moments of another. The first call of `step` is not tracked: it makes the
+    states."""
     step()
     tracker = Tracker()
     tracker.track_external(model, x)

@@ -45,7 +45,7 @@ def select(
         per_param = scope == "global"
         chosen |= _fill(pool, scores, unit_params, original, budget=share, floor=floor, least=least, per_param=per_param)
     if round_to > 1:
-        for pool in _pools(axes, "per-kind"):
+        for pool in _pools(axes, "per-layer" if uniform else "per-kind"):
             chosen |= _rounded(pool, scores, chosen, round_to)
     return chosen
 

@@ -10,7 +10,6 @@ from recap_cli.runtime import models
 from recap_cli.runtime.specs import ModelSpec
 
 HEADS = ("num_attention_heads", "n_heads")
-HEADS_OF_TIMM = {"num_heads": "attn_head_dim"}
 NEURONS = ("intermediate_size", "hidden_dim")
 
 
@@ -54,10 +53,9 @@ def _with_sizes(
         if axis.size == alike[axis.kind]:
             continue
         if axis.kind == "heads":
-            named = HEADS_OF_TIMM if spec.library == "timm" else {key: "head_dim" for key in HEADS if key in values}
-            values |= {
-                key: value for count, width in named.items() for key, value in ((count, alike["heads"]), (width, cut.width))
-            }
+            keys = ["num_heads"] if spec.library == "timm" else [key for key in HEADS if key in values]
+            values |= dict.fromkeys(keys, alike["heads"])
+            values["attn_head_dim" if spec.library == "timm" else "head_dim"] = cut.width
         else:
             values |= _neuron_keys(values, alike["neurons"], *shapes[cut.param][:2])
     return {**spec.config, "args": values} if spec.library == "timm" else values

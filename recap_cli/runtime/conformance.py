@@ -30,8 +30,8 @@ HINT = "the library's layout and the adapter's table disagree: see docs/plugins.
 class Report:
     """What the adapter found, the axes, the matrices in the blocks that no axis touches, and the largest difference of logits.
 
-    `max_difference` is between cutting and zeroing, relative to the largest logit; `control_difference` is the smaller of the two
-    controls that must differ.
+    `max_difference` is between cutting and zeroing, relative to the largest logit; `control_difference` is the smaller of the
+    two controls that must differ.
     """
 
     found: list[str]

@@ -1,7 +1,7 @@
 """Models by their spec: made from the hub, a folder or a configuration; taken apart into tensors and put together again."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -120,7 +120,7 @@ def forward(spec: ModelSpec) -> Callable[[nn.Module, Batch], Tensor]:
         return lambda model, batch: model(batch["pixel_values"], **spec.forward)
 
     def logits(model: nn.Module, batch: Batch) -> Tensor:
-        wanted = hf.inputs_of(type(model)) - {"labels"}
+        wanted = hf.inputs_of(cast(Hashable, type(model))) - {"labels"}
         inputs = {name: tensor for name, tensor in batch.items() if name in wanted}
         return cast(Tensor, model(**inputs, **spec.forward).logits)
 
@@ -207,11 +207,12 @@ def _create_hf(
     own_labels = list(config.id2label.values())
     hf.set_labels(config, labels)
     image, note = hf.read_image_facts(folder, config) if task_kind == "image-classification" else (None, None)
+    new: list[str] = []
     if folder is None:
         if image is not None and image_size is not None:
             config.image_size = image["size"] = image_size
         model = hf.from_config(config, task_kind)
-        new, notes = [], ["random weights, from a configuration"]
+        notes = ["random weights, from a configuration"]
     else:
         model, missing, mismatched = hf.from_folder(folder, task_kind, config)
         new, notes = _new_head(model, adapter, missing, mismatched, own_labels, labels, str(folder))
@@ -239,7 +240,7 @@ def _create_timm(
         args.pop("architecture")
     config = timm_library.config_of(architecture, args, labels, image_size)
     model = timm_library.build(architecture, config["args"])
-    image = timm_library.read_image_facts(model, folder)
+    image = timm_library.read_image_facts(model, config["args"], folder)
     spec = ModelSpec("timm", timm_library.model_type(model), config, len(labels), labels, task_kind, image)
     adapter = adapter_of(spec)
     if folder is None:
@@ -331,8 +332,8 @@ def _aliases(model: nn.Module) -> list[tuple[list[str], bool]]:
     found: dict[int, tuple[list[str], bool]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(tensor), ([], True))[0].append(name)
-    for name, tensor in model.named_buffers(remove_duplicate=False):
-        found.setdefault(id(tensor), ([], False))[0].append(name)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        found.setdefault(id(buffer), ([], False))[0].append(name)
     return list(found.values())
 
 

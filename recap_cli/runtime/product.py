@@ -2,8 +2,8 @@
 
 Three forms. *stock*: all layers are alike and the library's configuration can say so; its own `from_pretrained` opens the
 folder. *ragged*: layers differ, or the configuration cannot say what they are; only `recap_cli.load` opens it. *dense*: the
-original shapes, with zeros where groups were cut. BERT and others ignore configuration keys that others obey, so a form is never
-assumed: what was written is opened again, and its shapes and logits are compared, before it is called anything.
+original shapes, with zeros where groups were cut. BERT and others ignore configuration keys that others obey, so a form is
+never assumed: what was written is opened again, and its shapes and logits are compared, before it is called anything.
 """
 
 import json

@@ -15,8 +15,8 @@ class ModelSpec:
     """A model without its weights.
 
     `model_type` is the name of its adapter. `config` is the whole configuration of transformers, or `architecture` and `args`
-    of timm's `create_model`. `image` holds `size` (pixels, square), `channels`, `mean`, `std` (per channel, of values in [0, 1])
-    and `interpolation`; None for text. `forward` are keyword arguments of every forward call.
+    of timm's `create_model`. `image` holds `size` (pixels, square), `channels`, `mean`, `std` (per channel, of values in
+    [0, 1]) and `interpolation`; None for text. `forward` are keyword arguments of every forward call.
     """
 
     library: Library

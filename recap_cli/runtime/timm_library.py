@@ -100,20 +100,21 @@ def model_type(model: Any) -> str:
     return f"timm-{type(model).__module__.rpartition('.')[2].replace('_', '-')}"
 
 
-def read_image_facts(model: Any, folder: Path | None = None) -> dict[str, Any]:
-    """The size, channels, mean, std and interpolation that a model was pretrained with (a folder's config.json goes first)."""
+def read_image_facts(model: Any, args: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
+    """The size, channels, mean, std and interpolation that a model was pretrained with (a folder's config.json goes first).
+
+    Raises `ModelError` if its images are not square.
+    """
     cfg = dict(model.pretrained_cfg)
     if folder is not None:
         cfg.update(read_config(folder).get("pretrained_cfg") or {})
-    embed = getattr(model, "patch_embed", None)
-    size = getattr(embed, "img_size", None) or cfg["input_size"][1:]
-    if size[0] != size[1]:
+    height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or cfg["input_size"][1:]
+    if height != width:
         raise ModelError(
-            f"a model for images of size {tuple(size)} is not square", hint="give one side: --set data.image_size=224"
+            f"a model for images of {height} × {width} is not square", hint="give one side: --set data.image_size=224"
         )
-    projection = getattr(embed, "proj", None)
-    channels = projection.in_channels if isinstance(projection, nn.Conv2d) else cfg["input_size"][0]
-    return image_facts(int(size[0]), int(channels), cfg.get("mean"), cfg.get("std"), str(cfg.get("interpolation", "bicubic")))
+    channels = int(args.get("in_chans") or cfg["input_size"][0])
+    return image_facts(int(height), channels, cfg.get("mean"), cfg.get("std"), str(cfg.get("interpolation", "bicubic")))
 
 
 def label_names(folder: Path) -> list[str] | None:
@@ -124,9 +125,12 @@ def label_names(folder: Path) -> list[str] | None:
 
 def config_json(spec: ModelSpec) -> str:
     """A config.json in timm's layout: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it."""
-    image = spec.image or {}
+    import timm
+
+    image, architecture = spec.image or {}, spec.config["architecture"]
+    default = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
     values = {
-        "architecture": spec.config["architecture"],
+        "architecture": architecture,
         "num_classes": spec.num_labels,
         "label_names": spec.label_names,
         "model_args": {key: value for key, value in spec.config["args"].items() if key != "num_classes"},
@@ -138,8 +142,8 @@ def config_json(spec: ModelSpec) -> str:
             "crop_pct": 1.0,
             "mean": image["mean"],
             "std": image["std"],
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "first_conv": default and default.first_conv,
+            "classifier": default and default.classifier,
         },
     }
     return json.dumps(values, indent=2) + "\n"

@@ -13,7 +13,7 @@ from recap_cli import recipe as recipes
 from recap_cli import registry
 from recap_cli.core.adapter import Adapter, find_axes
 from recap_cli.core.criterion import Criterion, Losses
-from recap_cli.core.groups import Axis, Choice, Cut
+from recap_cli.core.groups import Axis, Choice, Cut, Shape, shapes_of
 from recap_cli.errors import StageOrderError
 from recap_cli.progress import Track
 from recap_cli.recipe import Recipe
@@ -37,9 +37,10 @@ PLAN, MASK, SMALL, MOVED = "plan.safetensors", "mask.safetensors", "small.safete
 
 @dataclass(frozen=True)
 class Layout:
-    """The axes of the full model, and the names of its embeddings and of its task head."""
+    """The axes of the full model, the shapes of what they cut, and the names of its embeddings and of its task head."""
 
     axes: tuple[Axis, ...]
+    shapes: dict[str, Shape]
     embeddings: tuple[str, ...]
     head: tuple[str, ...]
 
@@ -47,12 +48,16 @@ class Layout:
     def of(cls, adapter: Adapter, model: nn.Module) -> "Layout":
         head = models.head_names(adapter, model)
         embeddings = [name for name in models.embedding_names(adapter, model) if name not in head]
-        return cls(tuple(find_axes(adapter, model)), tuple(embeddings), tuple(head))
+        axes = tuple(find_axes(adapter, model))
+        cut = {cut.param for axis in axes for cut in axis.cuts}
+        shapes = {name: shape for name, shape in shapes_of(model.named_parameters()).items() if name in cut}
+        return cls(axes, shapes, tuple(embeddings), tuple(head))
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Layout":
         axes = (Axis(**{**axis, "cuts": tuple(Cut(**cut) for cut in axis["cuts"])}) for axis in found["axes"])
-        return cls(tuple(axes), tuple(found["embeddings"]), tuple(found["head"]))
+        shapes = {name: tuple(shape) for name, shape in found["shapes"].items()}
+        return cls(tuple(axes), shapes, tuple(found["embeddings"]), tuple(found["head"]))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -25,9 +25,9 @@ def evaluate(state: State, *, which: Sequence[str], track: Track = silent) -> li
     """
     here = Context(state)
     _, validation = here.splits(track)
-    device = devices.pick(here.recipe.finetune.device)
     rows = []
     for name in which:
+        device = devices.pick(here.recipe.importance.device if name == "full" else here.recipe.finetune.device)
         tensors, sizes, round = _MODELS[name](here)
         model = here.model(tensors, sizes).to(device)
         started = perf_counter()

@@ -100,8 +100,8 @@ def _partial(
     here: Context, model: nn.Module, plan: Choice, chosen: Choice, where: Where, device: torch.device, dtype: torch.dtype
 ) -> Optimizer:
     """Make the model partly trainable, and the optimizer of its slots, with the moments they had."""
-    settings, full_shapes = here.recipe.finetune, shapes_of(here.full_tensors())
-    in_full = compose_where(indices(here.layout.axes, plan, full_shapes), where)
+    settings = here.recipe.finetune
+    in_full = compose_where(indices(here.layout.axes, plan, here.layout.shapes), where)
     moments, steps = take_moments(_stored_moments(here), in_full)
     if settings.checkpointing:
         models.enable_checkpointing(model)

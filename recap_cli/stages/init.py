@@ -12,7 +12,7 @@ from torch import nn
 
 from recap_cli import recipe as recipes
 from recap_cli import registry
-from recap_cli.core.groups import prunable_params, shapes_of
+from recap_cli.core.groups import prunable_params
 from recap_cli.core.optim import Optimizer, adamw, learning_rate
 from recap_cli.core.partial import make_partial
 from recap_cli.progress import Track, silent
@@ -61,7 +61,6 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         split, _ = shared.splits_of(recipe, spec, created.processor, track, raw)
         warm = _warm_up(recipe, model, spec, layout, split, track)
         _save(draft, model, spec, created.processor, layout)
-        shapes = shapes_of(model.named_parameters())
         draft.versions = {"recap": version("recap-cli"), "python": python_version(), **{n: version(n) for n in LIBRARIES}}
         draft.facts |= {
             "adapter": spec.model_type,
@@ -69,7 +68,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
             "layouts": report.found,
             "not_pruned": report.coverage,
             "parameters": sum(param.numel() for param in model.parameters()),
-            "prunable_parameters": prunable_params(layout.axes, shapes),
+            "prunable_parameters": prunable_params(layout.axes, layout.shapes),
             "train_examples": len(split),
             "labels": spec.num_labels,
             **warm,
@@ -83,7 +82,7 @@ def _warm_up(recipe: Recipe, model: nn.Module, spec: ModelSpec, layout: Layout, 
     steps = settings.warmup_epochs * ceil(len(split) / settings.batch_size)
     if steps == 0:
         return {}
-    device = devices.pick(recipe.finetune.device)
+    device = devices.pick(recipe.importance.device)
     slots = make_partial(model.eval(), {}, frozen=lambda name: name not in layout.head, device=device)
 
     def epochs() -> Iterator[Batch]:

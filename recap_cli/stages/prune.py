@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from recap_cli.core import adapter, gradual
-from recap_cli.core.groups import Axis, chosen_params, counts, prunable_params, shapes_of
+from recap_cli.core.groups import Axis, chosen_params, counts, prunable_params
 from recap_cli.core.scoring import Scores, group_scores
 from recap_cli.progress import Track, silent
 from recap_cli.runtime import devices, models
@@ -28,7 +28,6 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
     with state.writing("prune") as draft:
         recipe, axes = here.recipe, here.layout.axes
         tensors = here.full_tensors()
-        shapes = shapes_of(tensors)
         model = here.model(tensors)
         torch.manual_seed(seed_for(recipe.seed, draft.round, "prune"))
         device = devices.pick(recipe.importance.device)
@@ -51,7 +50,7 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
         draft.save_tensors(f"{folder}/{shared.SMALL}", small)
         draft.set_small(folder)
         names = {name for name, _ in model.named_parameters()}
-        prunable, kept = prunable_params(axes, shapes), chosen_params(axes, shapes, plan)
+        prunable, kept = prunable_params(axes, here.layout.shapes), chosen_params(axes, here.layout.shapes, plan)
         draft.facts |= {
             "params_full": sum(tensors[name].numel() for name in names),
             "params_small": sum(small[name].numel() for name in names),

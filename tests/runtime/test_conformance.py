@@ -5,7 +5,7 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
-from pico import PICO, pico
+from tests.pico import PICO, pico
 from recap_cli.plugins.adapters.bert import BERT
 from recap_cli.plugins.adapters.timm_vit import FUSED, TIMM_VIT
 from recap_cli.plugins.adapters.vit import DINOV2, VIT

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import LABELS, PICO, WORDS, pico, write_tokenizer
+from tests.pico import LABELS, PICO, WORDS, pico, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 from recap_cli.errors import ModelError

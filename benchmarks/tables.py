@@ -1,0 +1,166 @@
+"""Write docs/benchmarks.md from the figures in benchmarks/results: `python benchmarks/tables.py`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from record import RESULTS, table
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+HEAD = """# Benchmarks
+
+Written by `python benchmarks/tables.py` from the JSON files in `benchmarks/results`, which hold every raw figure, the
+versions and the machine; [benchmarks/README.md](../benchmarks/README.md) says how to run each. MB are 10⁶ bytes. Speed
+is compared in pairs that take turns on one machine, which other programs shared: a ratio is the median of the pairs'
+ratios, of CPU seconds unless it says otherwise. Nothing here was run on a GPU.
+"""
+Result = dict[str, Any]
+
+
+def partial_memory(found: Result) -> str:
+    """Peak memory by the way the mask is implemented."""
+    columns = ("activations", "gradients", "optimizer", "weights", "sum_of_maxima", "peak")
+    rows = []
+    for way in found["results"]:
+        predicted = [f"{way['predicted_bytes'][c] / 1e6:.1f}" for c in columns]
+        rows.append([way["way"], way["trains"], *predicted, f"{way['measured_bytes']['peak'] / 1e6:.1f}"])
+    bold = ["implementation", "12.5 % of", *[c.replace("_", " ") for c in columns], "peak of a real step"]
+    return f"""## Memory of a partial update
+
+12 feedforward blocks 768 → 3072 → 768 (GELU, no biases), 197 tokens, fp32, SGD with momentum; the bar was
+{found["bar_mb"]} MB. All but the last column are *predicted* by torch's memory tracker over fake tensors; the last is
+*measured* by the same tracker over a real step on the CPU. A category's figure is its maximum over the step; the peak
+is the most that is held at one instant, temporaries included.
+
+The share of entries that may move is the same in every row, but not which: "rows" is 12.5 % of the rows of fc1 and of
+fc2; "neurons" is the rows of fc1 and the columns of fc2 of the same 12.5 % of the neurons, as RECAP's mask chooses
+them. Columns need less of the input, hence the smaller activations; "ours, rows in both" is the like-for-like
+comparison with the four rows above it.
+
+{table(bold, rows)}
+"""
+
+
+def partial_speed(found: Result) -> str:
+    """A partial Linear against a dense one."""
+    rows = []
+    for case in found["results"]:
+        ms = [f"{1e3 * median(case['cpu_seconds'][side]):.1f}" for side in ("partial", "dense")]
+        layer = f"{case['layer']} {case['inputs']} → {case['outputs']}"
+        placed = "scattered" if case["scattered"] else "side by side"
+        rows.append([layer, case["moves"], placed, f"{case['share']:.1%}", *ms, case["ratio"], case["ratio_to_torch_fused"]])
+    header = ["layer", "what moves", "placed", "share", "partial, ms", "dense, ms", "ratio", "to dense with fused AdamW"]
+    return f"""## Time of a partial Linear
+
+Forward, backward and AdamW step at {found["tokens"][0]} × {found["tokens"][1]} tokens, *measured* ({found["pairs"]}
+pairs, two threads); the bar is a ratio of 1.
+
+{table(header, rows)}
+"""
+
+
+def step_speed(found: Result) -> str:
+    """A step of the small model against a step of full finetuning."""
+    rows = []
+    for case in found["results"]:
+        times = [median(case["cpu_seconds"][side]) for side in ("full", "small")]
+        rows.append([case["model"], case["batch"], f"{case['r_f']:.1%}", *times, f"{case['speedup']:.2f}×"])
+    header = ["model", "batch", "r_f", "full finetuning, CPU s", "small model, CPU s", "faster by"]
+    return f"""## Time of a finetuning step
+
+The small model at r_p = 50 % against full finetuning of the full model, *measured* ({found["pairs"]} pairs, two
+threads, random weights); the bar was {found["bar"]}×.
+
+{table(header, rows)}
+"""
+
+
+def pruning(found: Result) -> str:
+    """Pruning against Torch-Pruning."""
+    rows = []
+    for case in found["pruning"]:
+        line: list[object] = [case["steps"]]
+        for key, unit in (("cpu_seconds", 1.0), ("peak_bytes", 1e6)):
+            line += [f"{median(r[key] for r in case['runs'][side]) / unit:.1f}" for side in ("ours", "theirs")]
+            line.append(case[f"{key}_ratio"])
+        rows.append(line)
+    alone = found["surgery"]
+    names = {"ours": "RECAP", "theirs": "Torch-Pruning", "theirs_without_graph": "Torch-Pruning, without building its graph"}
+    ours = median(alone["cpu_seconds"]["ours"])
+    cuts = [[names[n], f"{1e3 * median(times):.0f}", median(times) / ours] for n, times in alone["cpu_seconds"].items()]
+    sizes = [
+        [names[s["side"]], s["ranking"], " ".join(map(str, s["heads"])), sum(s["heads"]), f"{sum(s['neurons']):,}"]
+        for s in found["gradual_sizes"]
+    ]
+    header = ["gradual steps", "RECAP, CPU s", "Torch-Pruning, CPU s", "ratio", "RECAP, MB", "Torch-Pruning, MB", "ratio"]
+    return f"""## Pruning
+
+ViT-base, random weights, 224 pixels, r_p = 33.3 %, two batches of four images a step: importance and surgery,
+*measured* ({found["pairs"]} pairs of processes). MB is the peak resident set above that before pruning began. Both rank
+all layers' heads together, and all layers' neurons; the bar is a ratio of 1.
+
+{table(header, rows)}
+
+The surgery alone, same groups, same result (largest difference of logits {alone["largest_difference_of_logits"]:.1g});
+the bar was 5× with the graph, without which Torch-Pruning cannot prune:
+
+{table(["surgery", "CPU ms", "× RECAP"], cuts)}
+
+What is left of 12 × 12 heads and 12 × 3072 neurons after 33.3 % in four steps. Counted from the original sizes, 96
+heads and 24,576 neurons should be. Torch-Pruning's default, ranking within each layer, applies the growing ratio of
+each step to what is left of the heads:
+
+{table(["", "ranking", "heads in each layer", "heads", "neurons"], sizes)}
+"""
+
+
+def merge_speed(found: Result) -> str:
+    """A merge against saving the same tensors."""
+    rows = [
+        [r["where"], *[median(r[k]) for k in ("merge_seconds", "save_seconds")], r["wall_ratio"]]
+        + [median(r[k]) for k in ("merge_cpu_seconds", "save_cpu_seconds")]
+        + [r["cpu_ratio"]]
+        for r in found["results"]
+    ]
+    header = ["merge", "merge, s", "save, s", "ratio", "merge, CPU s", "save, CPU s", "ratio"]
+    return f"""## Merge
+
+The merge of round 2 of a ViT-base state (AdamW; {found["written_bytes"] / 1e6:.0f} MB of weights and moments are
+written) against saving the same tensors with safetensors and flushing them, *measured* ({found["pairs"]} pairs); the
+bar is {found["bar"]:.0f}×. "In a run" the process has verified its inputs before, "alone" it hashes them first. Both
+hash what they write, which plain saving does not.
+
+{table(header, rows)}
+"""
+
+
+SECTIONS: dict[str, Callable[[Result], str]] = {
+    "partial_memory": partial_memory,
+    "partial_speed": partial_speed,
+    "step_speed": step_speed,
+    "pruning": pruning,
+    "merge_speed": merge_speed,
+}
+
+
+def ran_on(found: Result) -> str:
+    """The line below each section: on what, when and how."""
+    machine, libraries = found["machine"], ", ".join(f"{n} {v}" for n, v in found["versions"].items())
+    where = f"{machine['cores']} cores of {machine['cpu']}, {machine['ram_gib']} GiB"
+    return f"<sub>`{found['command']}`, {found['date']}; {where}; {libraries}.</sub>\n"
+
+
+def main() -> None:
+    parts = [HEAD]
+    for name, section in SECTIONS.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            parts += [section(found), ran_on(found)]
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Eq. (1) and (4) against a naive double loop over groups and entries, on every pico model; other criteria; what is freed."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recap_cli import registry
+from recap_cli.core.adapter import find_axes
+from recap_cli.core.criterion import Criterion
+from recap_cli.core.groups import Axis, refine
+from recap_cli.core.scoring import group_scores
+from recap_cli.runtime import models
+from tests.pico import LABELS, PICO, pico
+
+BATCHES = 3
+
+
+def prepared(name: str) -> tuple[nn.Module, list[Axis], list[tuple[dict[str, Tensor], Tensor]], models.ModelSpec]:
+    model, spec = pico(name)
+    axes = find_axes(models.adapter_of(spec), model)
+    inputs = [models.example_batch(spec, batch=2 + i, seed=i) for i in range(BATCHES)]
+    labels = [torch.arange(2 + i) % len(LABELS) for i in range(BATCHES)]
+    return model.eval(), axes, list(zip(inputs, labels, strict=True)), spec
+
+
+def losses_of(model: nn.Module, spec: models.ModelSpec, data: list[tuple[dict[str, Tensor], Tensor]]):  # type: ignore[no-untyped-def]
+    forward = models.forward(spec)
+    total = sum(len(labels) for _, labels in data)
+
+    def losses(each: bool) -> Iterator[tuple[Tensor, float]]:
+        for inputs, labels in data:
+            rows = [slice(i, i + 1) for i in range(len(labels))] if each else [slice(None)]
+            for row in rows:
+                part = {name: tensor[row] for name, tensor in inputs.items()}
+                yield nn.functional.cross_entropy(forward(model, part), labels[row]), len(labels[row]) / total
+
+    return losses
+
+
+def naive_gradients(model: nn.Module, spec: models.ModelSpec, data: list[tuple[dict[str, Tensor], Tensor]]) -> dict[str, Tensor]:
+    """The mean derivative over all examples, from one loss over all of them, example by example."""
+    forward = models.forward(spec)
+    model.zero_grad()
+    total = sum(len(labels) for _, labels in data)
+    for inputs, labels in data:
+        for i in range(len(labels)):
+            part = {name: tensor[i : i + 1] for name, tensor in inputs.items()}
+            (nn.functional.cross_entropy(forward(model, part), labels[i : i + 1]) / total).backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def naive_scores(model: nn.Module, axes: list[Axis], grads: dict[str, Tensor], *, taylor: bool) -> dict[str, list[float]]:
+    params = dict(model.named_parameters())
+    scores: dict[str, list[float]] = {}
+    for axis in axes:
+        scores[axis.name] = []
+        for unit in range(axis.size):
+            total = 0.0
+            for cut in axis.cuts:
+                for index in range(cut.offset + unit * cut.width, cut.offset + (unit + 1) * cut.width):
+                    grad = grads[cut.param].select(cut.dim, index).double()
+                    weight = params[cut.param].detach().select(cut.dim, index).double()
+                    total += float(((grad * weight) ** 2 if taylor else grad**2).sum())
+            scores[axis.name].append(total)
+    return scores
+
+
+@pytest.mark.parametrize("name", sorted(PICO))
+@pytest.mark.parametrize("equation", ["1", "4"])
+def test_importance_is_that_of_a_naive_double_loop(name: str, equation: str) -> None:
+    model, axes, data, spec = prepared(name)
+    axes = axes if equation == "1" else [refine(axis) for axis in axes]
+    criterion = registry.load("criteria", "taylor" if equation == "1" else "fisher")
+    assert isinstance(criterion, Criterion)
+    expected = naive_scores(model, axes, naive_gradients(model, spec, data), taylor=equation == "1")
+    found = group_scores(model, axes, criterion, losses_of(model, spec, data))
+    for axis in axes:
+        torch.testing.assert_close(found[axis.name].double(), torch.tensor(expected[axis.name]).double(), rtol=1e-3, atol=1e-12)
+
+
+def test_per_example_fisher_is_the_mean_of_squared_gradients() -> None:
+    model, axes, data, spec = prepared("vit")
+    criterion = registry.load("criteria", "fisher-per-example")
+    assert isinstance(criterion, Criterion)
+    found = group_scores(model, axes, criterion, losses_of(model, spec, data))
+    singles = [({n: t[i : i + 1] for n, t in x.items()}, y[i : i + 1]) for x, y in data for i in range(len(y))]
+    sums = [naive_scores(model, axes, naive_gradients(model, spec, [single]), taylor=False) for single in singles]
+    for axis in axes:
+        mean = torch.tensor([s[axis.name] for s in sums]).mean(0)
+        torch.testing.assert_close(found[axis.name], mean, rtol=1e-3, atol=1e-10)
+
+
+def test_magnitude_needs_no_loss() -> None:
+    model, axes, _, _ = prepared("bert")
+    criterion = registry.load("criteria", "magnitude")
+    assert isinstance(criterion, Criterion)
+
+    def never(each: bool) -> Iterator[tuple[Tensor, float]]:
+        raise AssertionError("magnitude looked at the data")
+
+    found = group_scores(model, axes, criterion, never)
+    params = dict(model.named_parameters())
+    axis = axes[0]
+    first = sum(float(params[c.param].detach().narrow(c.dim, c.offset, c.width).square().sum()) for c in axis.cuts)
+    assert found[axis.name][0].item() == pytest.approx(first, rel=1e-4)
+
+
+def test_scoring_leaves_flags_as_they_were_and_no_gradient() -> None:
+    model, axes, data, spec = prepared("vit")
+    model.requires_grad_(False)
+    model.get_parameter("classifier.weight").requires_grad_(True)
+    criterion = registry.load("criteria", "taylor")
+    assert isinstance(criterion, Criterion)
+    group_scores(model, axes, criterion, losses_of(model, spec, data))
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["classifier.weight"]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_with_one_batch_no_two_blocks_hold_gradients_at_once() -> None:
+    model, axes, data, spec = prepared("vit")
+    held: list[int] = []
+
+    def score(weight: Tensor, grad: Tensor) -> Tensor:
+        held.append(sum(p.grad is not None for p in model.parameters()))
+        return grad.square()
+
+    group_scores(model, axes, Criterion("mean", score), losses_of(model, spec, data[:1]))
+    assert max(held) <= 2  # a weight and its bias become complete together
+
+
+def test_a_criterion_may_score_whole_groups() -> None:
+    model, axes, data, spec = prepared("vit")
+
+    def by_loss(model: nn.Module, axes: list[Axis], losses):  # type: ignore[no-untyped-def]
+        loss = sum(float(part.detach()) * share for part, share in losses(False))
+        return {axis.name: torch.full((axis.size,), loss) for axis in axes}
+
+    found = group_scores(model, axes, Criterion(score_groups=by_loss), losses_of(model, spec, data))
+    assert all(scores.min() == scores.max() > 0 for scores in found.values())
+
+
+def test_group_scores_of_the_wrong_shape_are_refused() -> None:
+    model, axes, data, spec = prepared("vit")
+    wrong = Criterion(score_groups=lambda model, axes, losses: {axis.name: torch.ones(1) for axis in axes})
+    with pytest.raises(ValueError, match="scores wanted"):
+        group_scores(model, axes, wrong, losses_of(model, spec, data))

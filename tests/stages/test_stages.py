@@ -1,0 +1,231 @@
+"""What stages refuse, and what each finetuning setting does, on tiny states."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recap_cli.core.groups import counts
+from recap_cli.errors import ModelError, PluginError, StageOrderError, StateError, TrainingError, UsageError
+from recap_cli.stages import context as shared
+from recap_cli.stages import eval as evaluation
+from recap_cli.stages import finetune as finetuning
+from recap_cli.stages.context import Context
+from recap_cli.stages.export import export
+from recap_cli.stages.init import init
+from recap_cli.stages.mask import mask
+from recap_cli.stages.merge import merge
+from recap_cli.stages.prune import prune
+from recap_cli.stages.run import run
+from recap_cli.stages.schedule import describe, next_stage, summary
+from recap_cli.state import State
+from tests.tiny import tiny
+
+finetune = finetuning.finetune
+
+
+def moved_by(tmp_path: Path, name: str = "vit", **sections: Any) -> dict[str, torch.Tensor]:
+    """The entries that one round moved, compact."""
+    recipe = tiny(name, rounds=1, **sections)
+    state = init(recipe, tmp_path)
+    for stage in (prune, mask, finetune):
+        stage(state)
+    return state.load_tensors(f"round-001/{shared.MOVED}")
+
+
+def test_a_stage_out_of_order_names_the_right_command(tmp_path: Path) -> None:
+    state = init(tiny("vit"), tmp_path / "state")
+    with pytest.raises(StageOrderError, match="`init` of round 0 is done") as caught:
+        mask(state)
+    assert f"recap prune {tmp_path / 'state'}" in str(caught.value.hint)
+
+
+def test_after_the_last_round_a_further_one_is_refused(tmp_path: Path) -> None:
+    state = run(tiny("vit", rounds=1), tmp_path / "state")
+    assert next_stage(Context(state).recipe, state) is None
+    with pytest.raises(StageOrderError, match="all 1 rounds are done") as caught:
+        prune(state)
+    assert "recap export" in str(caught.value.hint)
+    assert State.open(tmp_path / "state").manifest.stage == "merge"
+
+
+def test_patience_ends_a_run_early(tmp_path: Path) -> None:
+    state = run(tiny("vit", rounds=6, patience=1, finetune={"lr": 1e-12, "weight_decay": 0.0}), tmp_path / "state")
+    assert state.manifest.round < 6
+    assert "has not improved for 1 rounds" in summary(state)["finished"]
+
+
+def test_a_run_with_another_recipe_names_the_keys_that_differ(tmp_path: Path) -> None:
+    run(tiny("vit", rounds=1), tmp_path / "state")
+    with pytest.raises(StateError, match=r"prune\.ratio"):
+        run(tiny("vit", rounds=1, prune={"ratio": 0.2}), tmp_path / "state")
+
+
+def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
+    recipe = tiny("vit", rounds=1)
+    before = run(recipe, tmp_path / "state").manifest
+    assert run(recipe, tmp_path / "state").manifest == before
+
+
+@pytest.mark.filterwarnings("ignore:.*overflow.*")
+def test_a_loss_that_is_not_finite_commits_nothing(tmp_path: Path) -> None:
+    state = init(tiny("vit", finetune={"lr": 1e30, "optimizer": "sgd", "steps": 8}), tmp_path / "state")
+    prune(state)
+    mask(state)
+    files = sorted(p for p in (tmp_path / "state").rglob("*") if p.is_file())
+    with pytest.raises(TrainingError, match="the round is not committed"):
+        finetune(state)
+    assert State.open(tmp_path / "state").manifest.stage == "mask"
+    assert [p for p in files if not p.exists()] == []
+
+
+@pytest.mark.parametrize("section", ["prune", "mask"])
+def test_an_unknown_criterion_is_refused_before_a_state_is_made(section: str, tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match="taylr") as caught:
+        init(tiny("vit", **{section: {"criterion": "taylr"}}), tmp_path / "state")
+    assert "taylor" in str(caught.value.hint)
+    assert not (tmp_path / "state").exists()
+
+
+def test_an_unknown_model_type_names_the_adapters_there_are(tmp_path: Path) -> None:
+    with pytest.raises((ModelError, PluginError), match="swin") as caught:
+        init(tiny("vit", model={"config": {"model_type": "swin"}}), tmp_path / "state")
+    assert "timm-vit" in caught.value.message
+    assert "recap.adapters" in str(caught.value.hint)
+    assert not (tmp_path / "state").exists()
+
+
+def test_fused_backward_moves_the_same_and_holds_fewer_gradients(tmp_path: Path) -> None:
+    plain = moved_by(tmp_path / "plain")
+    fused = moved_by(tmp_path / "fused", finetune={"fused_backward": True})
+    assert all(torch.equal(plain[name], fused[name]) for name in plain)
+    held = [State.open(tmp_path / d).manifest.history[-1]["gradients_bytes"] for d in ("plain", "fused")]
+    assert held[1] < held[0] / 2
+
+
+def test_micro_batches_are_the_big_batch(tmp_path: Path) -> None:
+    settings = {"batch_size": 16, "optimizer": "sgd", "lr": 0.05, "epochs": 2}
+    whole = moved_by(tmp_path / "whole", finetune=settings)
+    parts = moved_by(tmp_path / "parts", finetune={**settings, "micro_batch_size": 4})
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "timm-vit"])
+def test_checkpointing_changes_nothing_but_memory(name: str, tmp_path: Path) -> None:
+    dropless = {"config": {**tiny(name).model.config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}  # type: ignore[dict-item]
+    sections = {} if name == "timm-vit" else {"model": dropless}
+    kept = moved_by(tmp_path / "kept", name, **sections)
+    recomputed = moved_by(tmp_path / "recomputed", name, finetune={"checkpointing": True}, **sections)
+    for key in kept:
+        torch.testing.assert_close(recomputed[key], kept[key], rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_residents_hold_half_the_weights_and_merge_full_precision(tmp_path: Path) -> None:
+    recipe = tiny("vit", rounds=1, finetune={"resident": "bf16"})
+    state = run(recipe, tmp_path / "bf16")
+    fp32 = run(tiny("vit", rounds=1), tmp_path / "fp32")
+    held = [next(e for e in s.manifest.history if e["stage"] == "finetune") for s in (state, fp32)]
+    assert held[0]["weights_bytes"] < 0.9 * held[1]["weights_bytes"]  # half the residents, and the masters beside them
+    assert held[0]["optimizer_bytes"] == held[1]["optimizer_bytes"]
+    first, second = Context(state).full_tensors(), Context(fp32).full_tensors()
+    assert all(tensor.dtype == torch.float32 for tensor in first.values())
+    unmoved = [n for n in first if n in Context(state).layout.embeddings]
+    assert unmoved
+    assert all(torch.equal(first[name], second[name]) for name in unmoved)
+
+
+def test_sgd_has_one_moment_and_without_carrying_none_is_kept(tmp_path: Path) -> None:
+    state = run(tiny("vit", finetune={"optimizer": "sgd"}), tmp_path / "sgd")
+    entry = next(e for e in state.manifest.history if e["stage"] == "finetune")
+    assert entry["optimizer_bytes"] == 4 * entry["trainable"]
+    assert any(name.endswith(shared.MOMENTS) for name in state.manifest.files)
+    forgetful = run(tiny("vit", finetune={"carry_moments": False}), tmp_path / "none")
+    assert not any(name.endswith(shared.MOMENTS) for name in forgetful.manifest.files)
+
+
+def test_uniform_and_rounded_sizes_reach_the_small_model(tmp_path: Path) -> None:
+    recipe = tiny("vit", rounds=1, prune={"ratio": 0.4, "uniform": True, "round_to": 8})
+    state = init(recipe, tmp_path / "state")
+    facts = prune(state)
+    assert len(set(facts["kept"]["heads"])) == 1
+    assert facts["kept"]["neurons"] == [32, 32]  # 48 · 0.6 = 28.8, and the nearest multiple of 8 above it
+
+
+def test_embeddings_move_only_when_asked(tmp_path: Path) -> None:
+    still = moved_by(tmp_path / "still")
+    moving = moved_by(tmp_path / "moving", mask={"train_embeddings": True})
+    embeddings = set(Context(State.open(tmp_path / "still")).layout.embeddings)
+    assert embeddings
+    assert embeddings.isdisjoint(still)
+    assert embeddings <= set(moving)
+
+
+def test_the_head_is_warmed_up_and_nothing_else_moves(tmp_path: Path) -> None:
+    cold = Context(init(tiny("bert", head={"warmup_epochs": 0}), tmp_path / "cold"))
+    warm = Context(init(tiny("bert", head={"warmup_epochs": 2}), tmp_path / "warm"))
+    first, second = cold.full_tensors(), warm.full_tensors()
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    assert changed == set(cold.layout.head)
+    assert warm.state.manifest.history[0]["head_steps"] == 4
+
+
+def test_eval_scores_every_model_of_a_state(tmp_path: Path) -> None:
+    state = run(tiny("vit"), tmp_path / "state")
+    rows = {row["model"]: row for row in evaluation.evaluate(state, which=["full", "small", "best"])}
+    best = state.manifest.best
+    assert best is not None
+    assert rows["best"]["accuracy"] == pytest.approx(best["value"])
+    assert rows["small"]["parameters"] < rows["full"]["parameters"]
+    last = next(e for e in reversed(state.manifest.history) if e["stage"] == "finetune")
+    assert rows["small"]["loss"] == pytest.approx(last["loss"], rel=1e-4)
+
+
+def test_the_small_model_is_scored_as_finetuned_before_the_merge(tmp_path: Path) -> None:
+    state = init(tiny("bert"), tmp_path / "state")
+    for stage in (prune, mask):
+        stage(state)
+    facts = finetune(state)
+    (row,) = evaluation.evaluate(state, which=["small"])
+    assert row["loss"] == pytest.approx(facts["loss"], rel=1e-4)
+    with pytest.raises(UsageError, match="no best model yet"):
+        evaluation.evaluate(state, which=["best"])
+    merge(state)
+    (merged,) = evaluation.evaluate(state, which=["small"])
+    assert merged["loss"] == pytest.approx(facts["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_an_export_gives_the_logits_of_the_best_model(dense: bool, tmp_path: Path) -> None:
+    import recap_cli
+    from recap_cli.runtime import models
+
+    state = run(tiny("vit", rounds=1), tmp_path / "state")
+    facts = export(state, tmp_path / "out", dense=dense)
+    here = Context(state)
+    best = state.manifest.best
+    assert best is not None
+    model = here.model(state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}"), counts(here.plan(best["folder"])))
+    batch = models.example_batch(here.spec)
+    loaded = recap_cli.load(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(pixel_values=batch["pixel_values"]).logits, models.forward(here.spec)(model, batch), rtol=1e-4, atol=1e-5
+        )
+    assert facts["form"] == ("dense" if dense else facts["form"])
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher", "fisher-per-example", "magnitude", "random"])
+def test_every_criterion_prunes_and_masks(criterion: str, tmp_path: Path) -> None:
+    recipe = tiny("vit", prune={"criterion": criterion}, mask={"criterion": criterion}, importance={"batches": 1, "batch_size": 4})
+    state = init(recipe, tmp_path / "state")
+    assert prune(state)["kept_share_of_prunable"] == pytest.approx(0.6, abs=0.06)
+    assert mask(state)["moving_share_of_prunable"] == pytest.approx(0.4, abs=0.05)
+    assert [plugin["name"] for plugin in state.manifest.plugins["used"]] == [criterion, criterion, "vit"]
+
+
+def test_a_dry_run_says_what_would_happen() -> None:
+    lines = "\n".join(describe(tiny("bert")))
+    assert "40.0% of the prunable parameters by taylor" in lines
+    assert "60.0% of the small model's prunable parameters frozen by fisher" in lines
