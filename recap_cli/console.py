@@ -110,7 +110,9 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as people say them: `0.4 s`, `2 min 05 s`, `3 h 04 min`."""
+    """Return seconds as people say them: `12 ms`, `0.4 s`, `2 min 05 s`, `3 h 04 min`."""
+    if seconds < 0.1:
+        return f"{seconds * 1e3:.0f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

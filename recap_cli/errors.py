@@ -2,6 +2,7 @@
 
     RecapError                 1
     ├── UsageError             2   a command line that makes no sense
+    │   └── PipeError         15   standard input named no state: in a pipe, the stage before has failed
     ├── RecipeError            3   a recipe with problems, all of them at once
     ├── DataError              4   a data file, column or label that does not fit
     ├── ModelError             5   weights, a model type or a head that does not fit
@@ -35,6 +36,12 @@ class UsageError(RecapError):
     """A command line that makes no sense."""
 
     exit_code = 2
+
+
+class PipeError(UsageError):
+    """Standard input ended before it named a state: in a pipe, the stage before has failed."""
+
+    exit_code = 15
 
 
 class RecipeError(RecapError):

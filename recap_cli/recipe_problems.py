@@ -28,7 +28,7 @@ def recipe_error(origin: str, found: Iterable[Problem]) -> RecipeError:
     count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
     return RecipeError(
         f"{count} in the recipe {origin}{listing}",
-        hint="`recap recipes show quickstart` prints a recipe that works; docs/recipe.md explains every key.",
+        hint="`recap recipes show quickstart` prints a recipe that works; with --filled, every key there is.",
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 import recap_cli.stages
 from recap_cli import console, errors
 from recap_cli.cli import main
-from recap_cli.commands.arguments import PipeError
+from recap_cli.errors import PipeError
 from recap_cli.recipe import digest, dump, parse, shipped
 from recap_cli.state import State
 

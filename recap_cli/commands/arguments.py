@@ -8,16 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recap_cli import console
-from recap_cli.errors import UsageError
+from recap_cli.errors import PipeError, UsageError
 
 if TYPE_CHECKING:
     from recap_cli.state import State
-
-
-class PipeError(UsageError):
-    """Standard input ended before it named a state: in a pipe, the stage before has failed."""
-
-    exit_code = 15
 
 
 def complete_recipe(incomplete: str) -> list[tuple[str, str]]:

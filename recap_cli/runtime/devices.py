@@ -2,13 +2,13 @@
 
 import torch
 
-from recap_cli.errors import RecapError
+from recap_cli.errors import RecipeError
 
 
 def pick(name: str) -> torch.device:
     """The device a recipe names; `auto` is the first accelerator there is, else the CPU.
 
-    Raises `RecapError` if the named device is not there.
+    Raises `RecipeError` if the named device is not there.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -18,6 +18,9 @@ def pick(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that it does not have or know
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-        raise RecapError(f"there is no device {name!r} on this machine", hint=f"use auto, cpu or {found}") from error
+        there = ["auto", "cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        raise RecipeError(
+            f"there is no device {name!r} on this machine",
+            hint=f"use one of {', '.join(there)}: --set finetune.device=…, --set importance.device=…",
+        ) from error
     return device

@@ -18,10 +18,10 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recap_cli import registry
+from recap_cli import registry, storage
 from recap_cli.core.adapter import Adapter
 from recap_cli.core.groups import Axis, Choice, counts, everything, shapes_of
 from recap_cli.core.surgery import indices, put
@@ -33,7 +33,6 @@ from recap_cli.runtime.specs import ModelSpec
 SCHEMA = 1
 FACTS = "recap.json"
 TOLERANCE = 1e-5  # of the largest logit
-METADATA = {"format": "pt"}  # transformers refuses files that do not say so
 
 
 def export(
@@ -133,7 +132,7 @@ def _describe(folder: Path, spec: ModelSpec, processor: Any) -> None:
 
 
 def _save(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, METADATA)
+    storage.save_tensors(folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in tensors.items()}, None)
 
 
 def _prove(folder: Path, spec: ModelSpec, tensors: Mapping[str, Tensor], logits: Tensor) -> None:

@@ -209,8 +209,10 @@ def draw(recipe: Recipe, split: Split, round: int, stage: str) -> Tensor:
 
 
 def check_rounds(context: Context) -> None:
-    """Raise `StageOrderError` if no further round is to begin: K are done, or the metric has not improved for `patience`."""
+    """Raise `StageOrderError` if the last round is merged: K are done, or the metric has not improved for `patience`."""
     state, recipe = context.state, context.recipe
+    if state.next_stage() != "prune":
+        return
     if reason := finished(recipe, state.manifest.round, state.manifest.best):
         raise StageOrderError(
             f"{state.path}: {reason}",

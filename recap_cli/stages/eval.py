@@ -45,13 +45,18 @@ def evaluate(state: State, *, which: Sequence[str], track: Track = silent) -> li
     return rows
 
 
-def best_tensors(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
-    """The tensors, the sizes and the round of the best small model. Raises `UsageError` if no round has been merged."""
+def best_tensors(here: Context) -> tuple[dict[str, Tensor], dict[str, int], dict[str, Any]]:
+    """The tensors and sizes of the best small model, and what is noted of it. Raises `UsageError` if no round is merged."""
     best = here.state.manifest.best
     if best is None:
         raise _not_yet(here, "no best model yet: no round is merged")
     tensors = here.state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}")
-    return tensors, counts(here.plan(best["folder"])), best["round"]
+    return tensors, counts(here.plan(best["folder"])), best
+
+
+def _best(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
+    tensors, sizes, best = best_tensors(here)
+    return tensors, sizes, int(best["round"])
 
 
 def _full(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
@@ -77,4 +82,4 @@ def _not_yet(here: Context, what: str) -> UsageError:
     return UsageError(f"{path}: {what}", hint=f"recap {here.state.next_stage()} {path}, or recap run --state {path}")
 
 
-_MODELS = {"full": _full, "small": _small, "best": best_tensors}
+_MODELS = {"full": _full, "small": _small, "best": _best}

@@ -18,15 +18,15 @@ def export(state: State, out: Path, *, dense: bool = False, track: Track = silen
     Raises `UsageError` if no round is merged, `StorageError` if `out` is there already.
     """
     here = Context(state)
-    tensors, _, round = best_tensors(here)
+    tensors, _, best = best_tensors(here)
     return product.export(
         here.spec,
         models.load_processor(state.path / here.full, here.spec),
         here.adapter,
         tensors,
         here.layout.axes,
-        here.plan(str(state.manifest.best["folder"])) if state.manifest.best else {},
+        here.plan(best["folder"]),
         out,
         dense=dense,
-        facts={"round": round, **(state.manifest.best or {})},
+        facts={key: best[key] for key in ("round", "metric", "value")},
     )

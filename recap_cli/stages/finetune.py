@@ -32,6 +32,7 @@ def finetune(state: State, *, track: Track = silent) -> dict[str, Any]:
     Raises `StageOrderError` if another stage is next, `TrainingError` if a loss is not finite (nothing is committed then).
     """
     here = Context(state)
+    shared.check_rounds(here)
     with state.writing("finetune") as draft:
         recipe, folder = here.recipe, f"round-{draft.round:03d}"
         device, dtype = devices.pick(recipe.finetune.device), DTYPES[recipe.finetune.resident]

@@ -21,6 +21,7 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
     Raises `StageOrderError` if another stage is next.
     """
     here = Context(state)
+    shared.check_rounds(here)
     with state.writing("mask") as draft:
         recipe, folder = here.recipe, f"round-{draft.round:03d}"
         plan = here.plan(folder)

@@ -20,6 +20,7 @@ def merge(state: State, *, track: Track = silent) -> dict[str, Any]:
     Raises `StageOrderError` if another stage is next.
     """
     here = Context(state)
+    shared.check_rounds(here)
     with state.writing("merge") as draft:
         folder, full = f"round-{draft.round:03d}", f"full-{draft.round:03d}"
         plan = here.plan(folder)

@@ -23,8 +23,7 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
     Raises `StageOrderError` if another stage is next or no round is left, `SelectionError` if the ratio cannot be met.
     """
     here = Context(state)
-    if state.next_stage() == "prune":
-        shared.check_rounds(here)
+    shared.check_rounds(here)
     with state.writing("prune") as draft:
         recipe, axes = here.recipe, here.layout.axes
         tensors = here.full_tensors()

@@ -39,7 +39,9 @@ def losses_of(model: nn.Module, spec: models.ModelSpec, data: list[tuple[dict[st
     return losses
 
 
-def naive_gradients(model: nn.Module, spec: models.ModelSpec, data: list[tuple[dict[str, Tensor], Tensor]]) -> dict[str, Tensor]:
+def naive_gradients(
+    model: nn.Module, spec: models.ModelSpec, data: list[tuple[dict[str, Tensor], Tensor]]
+) -> dict[str, Tensor]:
     """The mean derivative over all examples, from one loss over all of them, example by example."""
     forward = models.forward(spec)
     model.zero_grad()

@@ -5,7 +5,6 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
-from tests.pico import PICO, pico
 from recap_cli.plugins.adapters.bert import BERT
 from recap_cli.plugins.adapters.timm_vit import FUSED, TIMM_VIT
 from recap_cli.plugins.adapters.vit import DINOV2, VIT
@@ -15,6 +14,7 @@ from recap_cli.core.adapter import Adapter, find_axes
 from recap_cli.core.groups import Axis, Cut
 from recap_cli.errors import ConformanceError
 from recap_cli.runtime import conformance, models
+from tests.pico import PICO, pico
 
 
 def ours() -> list[str]:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.pico import LABELS, PICO, WORDS, pico, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 from recap_cli.errors import ModelError
 from recap_cli.runtime import checkpoints, hf, models
 from recap_cli.runtime.models import ModelSpec, create
 from recap_cli.runtime.positions import resample
+from tests.pico import LABELS, PICO, WORDS, pico, write_tokenizer
 
 VISION = {"task_kind": "image-classification", "label_names": LABELS}
 TEXT = {"task_kind": "text-classification", "label_names": LABELS}

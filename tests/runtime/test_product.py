@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from tests.pico import PICO, pico, write_tokenizer
 
 import recap_cli
 from recap_cli.core.adapter import find_axes
@@ -15,6 +14,7 @@ from recap_cli.core.groups import counts, everything, shapes_of
 from recap_cli.core.surgery import gather, indices
 from recap_cli.errors import ModelError, StorageError
 from recap_cli.runtime import conformance, models, product
+from tests.pico import PICO, pico, write_tokenizer
 
 HEADS_SAID_BY_STOCK = {"vit", "deit", "dinov2"}  # in today's layout they obey `head_dim`; the others ignore or refuse it
 NEURONS_NOT_SAID_BY_STOCK = {"dinov2-swiglu"}  # mlp_ratio is a whole number there

@@ -218,7 +218,9 @@ def test_an_export_gives_the_logits_of_the_best_model(dense: bool, tmp_path: Pat
 
 @pytest.mark.parametrize("criterion", ["taylor", "fisher", "fisher-per-example", "magnitude", "random"])
 def test_every_criterion_prunes_and_masks(criterion: str, tmp_path: Path) -> None:
-    recipe = tiny("vit", prune={"criterion": criterion}, mask={"criterion": criterion}, importance={"batches": 1, "batch_size": 4})
+    recipe = tiny(
+        "vit", prune={"criterion": criterion}, mask={"criterion": criterion}, importance={"batches": 1, "batch_size": 4}
+    )
     state = init(recipe, tmp_path / "state")
     assert prune(state)["kept_share_of_prunable"] == pytest.approx(0.6, abs=0.06)
     assert mask(state)["moving_share_of_prunable"] == pytest.approx(0.4, abs=0.05)
