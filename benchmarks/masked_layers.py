@@ -18,6 +18,8 @@ def rows_of(outputs: int) -> Tensor:
 class Masked(nn.Linear):
     """Dense gradients, multiplied by a mask before the step: the authors' code."""
 
+    mask: Tensor
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
         self.register_buffer("mask", torch.zeros(outputs, inputs))
@@ -26,6 +28,8 @@ class Masked(nn.Linear):
 
 class IndexCopy(nn.Module):
     """The trainable rows are copied into the frozen weight in each forward: the manner of PEFT's trainable tokens."""
+
+    rows: Tensor
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

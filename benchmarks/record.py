@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,23 @@ def _options() -> list[str]:
     known, rest = argparse.ArgumentParser(add_help=False), sys.argv[1:]
     known.add_argument("--out")
     return known.parse_known_args(rest)[1]
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process so far, all threads together."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def forget_peak() -> None:
+    """Make the kernel forget the peak resident set (`VmHWM`) of this process so far (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def status_bytes(key: str) -> int:
+    """Bytes that the kernel tells of this process: `VmRSS` now, `VmHWM` at the peak (Linux)."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{key}:")))
 
 
 def _cell(value: object) -> str:

@@ -1,20 +1,20 @@
 """Every error a user can meet, each with a hint (the next command) and an exit code of its own.
 
-    RecapError                 1
-    ├── UsageError             2   a command line that makes no sense
-    │   └── PipeError         15   standard input named no state: in a pipe, the stage before has failed
-    ├── RecipeError            3   a recipe with problems, all of them at once
-    ├── DataError              4   a data file, column or label that does not fit
-    ├── ModelError             5   weights, a model type or a head that does not fit
-    │   └── ConformanceError   6   an adapter whose table does not describe the model
-    ├── PluginError            7   a plugin that is unknown, broken or claimed twice
-    ├── StateError             8   a state folder that cannot be used
-    │   ├── StageOrderError    9   a stage that is not the next one
-    │   ├── StateLockedError  10   another process is writing the state
-    │   └── CorruptStateError 11   a file that is not what was committed
-    ├── StorageError          12   the disk is full, or the folder cannot be written
-    ├── TrainingError         13   a loss that is not finite
-    └── SelectionError        14   a ratio that the groups there are cannot meet
+RecapError                 1
+├── UsageError             2   a command line that makes no sense
+│   └── PipeError         15   standard input named no state: in a pipe, the stage before has failed
+├── RecipeError            3   a recipe with problems, all of them at once
+├── DataError              4   a data file, column or label that does not fit
+├── ModelError             5   weights, a model type or a head that does not fit
+│   └── ConformanceError   6   an adapter whose table does not describe the model
+├── PluginError            7   a plugin that is unknown, broken or claimed twice
+├── StateError             8   a state folder that cannot be used
+│   ├── StageOrderError    9   a stage that is not the next one
+│   ├── StateLockedError  10   another process is writing the state
+│   └── CorruptStateError 11   a file that is not what was committed
+├── StorageError          12   the disk is full, or the folder cannot be written
+├── TrainingError         13   a loss that is not finite
+└── SelectionError        14   a ratio that the groups there are cannot meet
 """
 
 
