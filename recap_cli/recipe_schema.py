@@ -103,7 +103,7 @@ class Data(BaseModel):
     train_samples: Count | None = Field(default=None, description="Train on the first so many after a seeded shuffle.")
     validation_samples: Count | None = Field(default=None, description="Evaluate on the first so many, likewise.")
     augment: Literal["none", "flip"] = Field(default="none", description="Random change of training images.")
-    workers: Natural = Field(default=0, description="Processes that prepare batches; 0 is the main process itself.")
+    workers: Natural = Field(default=0, description="Threads that decode images beside the main one.")
 
 
 class Head(BaseModel):
@@ -123,7 +123,7 @@ class Importance(BaseModel):
 
     batches: Count = Field(default=10, description="Batches in the sample. Paper: D_s.")
     batch_size: Count = Field(default=32, description="Examples a batch of the sample. Paper: D_s.")
-    device: Device = Field(default="cpu", description="Where the full model runs: importance, head warm-up, eval.")
+    device: Device = Field(default="cpu", description="Where importance is computed and the full model runs (head warm-up, eval).")
 
 
 class Prune(BaseModel):
@@ -137,7 +137,7 @@ class Prune(BaseModel):
     scope: Scope = Field(default="per-kind", description="What is ranked together: heads and neurons apart, all, or a layer.")
     floor: Share = Field(default=0.15, description="Share of each layer's heads and neurons that stays in any case.")
     uniform: Flag = Field(default=False, description="True leaves every layer with the same number of heads and neurons.")
-    round_to: Count = Field(default=1, description="Kept neurons are rounded to a multiple of this, for the hardware.")
+    round_to: Count = Field(default=1, description="What is kept of each matrix is a multiple of this many rows or columns.")
 
 
 class Mask(BaseModel):

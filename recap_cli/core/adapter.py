@@ -58,9 +58,9 @@ class Neurons:
 class Adapter:
     """A family of architectures that RECAP can prune.
 
-    `tables` are all the layouts that are known; each block of the model must be matched by one. `embeddings` and `head` are
-    patterns of parameter names (`*` matches anything): what does not move by default, and what is new for a task. For an
-    architecture that no table can say, give `axes` and `resize` as functions.
+    `tables` are all the layouts that are known; what no table matches is not pruned, and `init` reports it. `embeddings` and
+    `head` are patterns of parameter names (`*` matches anything): what does not move by default, and what is new for a task.
+    For an architecture that no table can say, give `axes` and `resize` as functions.
     """
 
     tables: tuple[Heads | Neurons, ...]

@@ -3,7 +3,7 @@
 `torch.optim` keeps one step count per tensor. Here the entries of one tensor may have moved in different rounds, so each
 group of entries keeps its own count `t` (the number of steps it has taken part in), and bias correction divides by `1 − β^t`
 entry by entry: one that moves for the first time in round 7 is one step old, not seven rounds. Where all counts are equal,
-which holds in the first round and wherever everything moves, the arithmetic is that of `torch.optim.SGD` and
+which holds in the first round, and in all of them if everything moves in each, the arithmetic is that of `torch.optim.SGD` and
 `torch.optim.AdamW` (`foreach=False`), to the bit.
 """
 
@@ -54,7 +54,8 @@ def adamw(*, betas: tuple[float, float], eps: float) -> Rule:
 
     def apply(master: Tensor, grad: Tensor, moments: Moments, count: Count, lr: float, weight_decay: float) -> None:
         mean, square = moments["exp_avg"], moments["exp_avg_sq"]
-        master.mul_(1 - lr * weight_decay)
+        if weight_decay:
+            master.mul_(1 - lr * weight_decay)
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         if isinstance(count, int):
@@ -62,9 +63,9 @@ def adamw(*, betas: tuple[float, float], eps: float) -> Rule:
             denominator = (square.sqrt() / correction).add_(eps)
             master.addcdiv_(mean, denominator, value=-lr / (1 - beta1 ** (count + 1)))
         else:
-            t = (count + 1).double()
-            root = (1 - beta2**t).sqrt().to(master.dtype)
-            rate = (lr / (1 - beta1**t)).to(master.dtype)
+            t = (count + 1).double()  # on the CPU: a number per row or column, and MPS knows no float64
+            root = (1 - beta2**t).sqrt().to(master.dtype).to(master.device)
+            rate = (lr / (1 - beta1**t)).to(master.dtype).to(master.device)
             master.sub_(mean / square.sqrt().div_(root).add_(eps) * rate)
 
     return Rule("adamw", {"exp_avg": beta1, "exp_avg_sq": beta2}, apply)
@@ -75,7 +76,7 @@ class Optimizer:
 
     `moments` are compact, by slot and moment name, fp32; what is missing starts at zero. `counts` are the steps that the
     entries of a slot have taken so far, shape (1,), or one per chosen row or column, `along` the dimension named for the
-    slot. Weight decay holds for matrices only, as is usual.
+    slot. Weight decay spares vectors (biases and norms), as is usual.
     """
 
     def __init__(
@@ -120,9 +121,8 @@ class Optimizer:
         return {name: torch.as_tensor(count, dtype=torch.int32).flatten().cpu() for name, count in total.items()}
 
     def state_bytes(self) -> int:
-        """Bytes held for moments, and for step counts where the entries of a tensor differ in age."""
-        held = sum(tensor.nbytes for moments in self.moments.values() for tensor in moments.values())
-        return held + sum(count.nbytes for count in self._before.values() if isinstance(count, Tensor))
+        """Bytes held for moments where the weights are; the step counts, one per row or column at most, stay on the CPU."""
+        return sum(tensor.nbytes for moments in self.moments.values() for tensor in moments.values())
 
 
 def learning_rate(step: int, *, steps: int, peak: float, schedule: Schedule, warmup_ratio: float) -> float:
@@ -136,7 +136,7 @@ def learning_rate(step: int, *, steps: int, peak: float, schedule: Schedule, war
 
 def _start(slot: Slot, rule: Rule, known: Moments) -> Moments:
     if known:
-        return {name: known[name].to(slot.master.device, torch.float32).clone() for name in rule.aging}
+        return {name: known[name].to(slot.master.device, torch.float32, copy=True) for name in rule.aging}
     return {name: torch.zeros(slot.master.shape, device=slot.master.device) for name in rule.aging}
 
 
@@ -146,4 +146,4 @@ def _count(slot: Slot, known: Tensor | None, dim: int | None) -> Count:
         return 0
     if bool((known == known[0]).all()):
         return int(known[0])
-    return known.to(slot.master.device).view([-1 if d == dim else 1 for d in range(slot.master.ndim)])
+    return known.view([-1 if d == dim else 1 for d in range(slot.master.ndim)])

@@ -81,6 +81,8 @@ class PartialLinear(nn.Module):
             self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (…, in) → (…, out)
+        if not torch.is_grad_enabled():
+            return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
         place = self.span if self.place is None else self.place
         weight, part = (self.weight.t(), self.part.t()) if self.transposed else (self.weight, self.part)
         # A bias of which only the chosen rows move is read from its resident buffer; its gradient goes to `bias_part`.
@@ -162,6 +164,8 @@ def make_partial(
             moves = not frozen(name) and not _nothing(where.get(name))
             slots += _dense(module, attribute, name, moves=moves, device=device, dtype=dtype)
     for module in model.modules():
+        if isinstance(module, PartialLinear):
+            continue  # made where it lives, and its parameter may be a view of its weight
         for attribute, buffer in module.named_buffers(recurse=False):
             setattr(module, attribute, _resident(buffer, device, dtype))
     return slots
@@ -232,8 +236,7 @@ def _compact(name: str, tensor: Tensor, dim: int, index: Tensor, device: torch.d
         leaf = nn.Parameter(resident.narrow(dim, place.start, place.stop - place.start))
     else:
         leaf = nn.Parameter(take(tensor.detach(), {dim: index}).to(device, torch.float32))
-    at = place if isinstance(place, Tensor) else torch.arange(place.start, place.stop, device=device)
-    return Slot(name, leaf, leaf.detach(), resident, {dim: at})
+    return Slot(name, leaf, leaf.detach(), resident, {dim: index if isinstance(place, slice) else place})
 
 
 def _dense(
@@ -245,7 +248,10 @@ def _dense(
     setattr(module, attribute, leaf)
     if not moves:
         return []
-    master = leaf.detach() if leaf.dtype == torch.float32 else param.detach().to(device, torch.float32)
+    if leaf.dtype == torch.float32:
+        return [Slot(name, leaf, leaf.detach(), leaf.detach(), {})]
+    leaf.grad_dtype = torch.float32  # as compact gradients: micro-batches are not summed up in bf16
+    master = param.detach().to(device, torch.float32)
     return [Slot(name, leaf, master, leaf.detach(), {})]
 
 

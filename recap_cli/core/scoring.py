@@ -66,6 +66,9 @@ def _collect(
             seen += share
             done = each or seen > 1 - 1e-9
             (loss if each else loss * share).backward()  # type: ignore[no-untyped-call]
+        for name, param in params.items():
+            if param.grad is not None:  # the last batch did not reach it, as with layer drop
+                add(name, param.grad, 1.0)
 
 
 def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:

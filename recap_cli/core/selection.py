@@ -38,7 +38,7 @@ def select(
 
     Raises `SelectionError` if the floor forbids what the ratio asks, or if a score is not finite.
     """
-    _check(axes, scores, uniform)
+    _check(axes, scores, original, uniform, round_to)
     chosen: Choice = {}
     for pool in _pools(axes, "per-layer" if uniform else scope):
         share = keep_share * sum(original[a.name] * unit_params[a.name] for a in pool)
@@ -46,16 +46,23 @@ def select(
         chosen |= _fill(pool, scores, unit_params, original, budget=share, floor=floor, least=least, per_param=per_param)
     if round_to > 1:
         for pool in _pools(axes, "per-layer" if uniform else "per-kind"):
-            chosen |= _rounded(pool, scores, chosen, round_to)
+            chosen |= _rounded(pool, scores, chosen, round_to, {a.name: _floor(a, original, floor, least) for a in pool})
     return chosen
 
 
-def _check(axes: Sequence[Axis], scores: Mapping[str, Tensor], uniform: bool) -> None:
+def _check(
+    axes: Sequence[Axis], scores: Mapping[str, Tensor], original: Mapping[str, int], uniform: bool, round_to: int
+) -> None:
     for axis in axes:
         if not torch.isfinite(scores[axis.name]).all():
             raise SelectionError(
                 f"the importance of {axis.name} is not finite",
                 hint="check the data and the weights: a loss or a weight is infinite or not a number",
+            )
+        if round_to > (rows := original[axis.name] * max(cut.width for cut in axis.cuts)):
+            raise SelectionError(
+                f"prune.round_to is {round_to}, but {axis.name} has only {rows} rows to keep a multiple of",
+                hint="lower prune.round_to; 8 is what tensor cores want",
             )
     if uniform:
         for pool in _pools(axes, "per-kind"):
@@ -87,7 +94,7 @@ def _fill(
 ) -> Choice:
     """Drop the least important units of the pool, one after another, until what is left is nearest to the budget."""
     params = [unit_params[axis.name] for axis in pool]
-    spare = [axis.size - min(axis.size, max(least, ceil(floor * original[axis.name] - 1e-9))) for axis in pool]
+    spare = [axis.size - _floor(axis, original, floor, least) for axis in pool]
     ranked = torch.cat([scores[a.name] / (p if per_param else 1) for a, p in zip(pool, params, strict=True)])
     owner = [i for i, axis in enumerate(pool) for _ in range(axis.size)]
     unit = [u for axis in pool for u in range(axis.size)]
@@ -111,12 +118,20 @@ def _fill(
     return {axis.name: kept for axis, kept in zip(pool, keep, strict=True)}
 
 
-def _rounded(pool: Sequence[Axis], scores: Mapping[str, Tensor], chosen: Choice, round_to: int) -> Choice:
-    """Keep a multiple in every axis: round down, then hand out what is left over by the largest remainder."""
+def _floor(axis: Axis, original: Mapping[str, int], floor: float, least: int) -> int:
+    """How many units of an axis stay in any case."""
+    return min(axis.size, max(least, ceil(floor * original[axis.name] - 1e-9)))
+
+
+def _rounded(
+    pool: Sequence[Axis], scores: Mapping[str, Tensor], chosen: Choice, round_to: int, low: Mapping[str, int]
+) -> Choice:
+    """Keep a multiple in every axis, no less than `low`: round down, then hand out what is left by the largest remainder."""
     step = {axis.name: round_to // gcd(round_to, max(cut.width for cut in axis.cuts)) for axis in pool}
     wanted = {axis.name: int(chosen[axis.name].sum()) for axis in pool}
     size = {axis.name: axis.size for axis in pool}
-    kept = Counter({n: min(size[n], max(step[n], wanted[n] - wanted[n] % step[n])) for n in wanted})
+    lowest = {n: ceil(max(low[n], 1) / step[n]) * step[n] for n in wanted}
+    kept = Counter({n: min(size[n], max(lowest[n], wanted[n] - wanted[n] % step[n])) for n in wanted})
     left = sum(wanted.values()) - kept.total()
     for name in sorted(wanted, key=lambda n: kept[n] - wanted[n]):
         if left < step[name] / 2:

@@ -90,7 +90,7 @@ def zero_groups(model: nn.Module, axes: Sequence[Axis], plan: Choice) -> None:
             for cut in axis.cuts:
                 gone = torch.zeros(params[cut.param].shape[cut.dim], dtype=torch.bool)
                 gone[cut.offset : cut.offset + axis.size * cut.width] = ~plan[axis.name].repeat_interleave(cut.width)
-                params[cut.param].index_fill_(cut.dim, gone.nonzero().flatten(), 0.0)
+                params[cut.param].index_fill_(cut.dim, gone.nonzero().flatten().to(params[cut.param].device), 0.0)
 
 
 def state_sizes(model: nn.Module, names: Iterable[str]) -> None:

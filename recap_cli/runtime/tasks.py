@@ -6,7 +6,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from recap_cli.errors import DataError, ModelError
+from recap_cli.errors import DataError
 
 Kind = Literal["text-classification", "image-classification"]
 Metric = Literal["accuracy", "f1", "matthews"]
@@ -38,14 +38,4 @@ def check_labels(labels: Tensor, num_labels: int, origin: str) -> None:
         raise DataError(
             f"the labels of {origin} go from {low} to {high}, but the head has {num_labels} outputs (0 … {num_labels - 1})",
             hint="score the model on the data it was made for, or make a new state for this data with `recap init`",
-        )
-
-
-def check_head(outputs: int, num_labels: int, origin: str) -> None:
-    """Raise `ModelError` unless the head has as many `outputs` as `origin` has labels."""
-    if outputs != num_labels:
-        raise ModelError(
-            f"the head has {outputs} outputs, but {origin} has {num_labels} labels",
-            hint="take a model without a head, or with one for these labels (--set model.name=…), or choose the column "
-            "of the labels (--set data.label=…)",
         )

@@ -1,7 +1,7 @@
 """`finetune`: train what the mask lets move, on the GPU if there is one (paper, sec. 3.2, Step 4)."""
 
 from collections.abc import Iterator
-from math import ceil
+from math import ceil, isfinite
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from recap_cli.core.moments import COUNT, take_moments
 from recap_cli.core.optim import Optimizer, Rule, adamw, learning_rate, sgd
 from recap_cli.core.partial import bring_forward, make_partial
 from recap_cli.core.surgery import Where, compose_where, indices
+from recap_cli.errors import TrainingError
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Finetune, Recipe
 from recap_cli.runtime import devices, memory, models, tasks
@@ -32,8 +33,8 @@ def finetune(state: State, *, track: Track = silent) -> dict[str, Any]:
     Raises `StageOrderError` if another stage is next, `TrainingError` if a loss is not finite (nothing is committed then).
     """
     here = Context(state)
-    shared.check_rounds(here)
     with state.writing("finetune") as draft:
+        shared.check_rounds(here)
         recipe, folder = here.recipe, f"round-{draft.round:03d}"
         device, dtype = devices.pick(recipe.finetune.device), DTYPES[recipe.finetune.resident]
         memory.reset(device)
@@ -43,12 +44,14 @@ def finetune(state: State, *, track: Track = silent) -> dict[str, Any]:
         chosen = {name: c.bool() for name, c in state.load_tensors(f"{folder}/{shared.MASK}").items()}
         where = moving(here, plan, chosen, small)
         optimizer = _partial(here, model, plan, chosen, where, device, dtype)
+        del small  # what the forward reads is in the model; the fp32 originals of bf16 weights are not needed again
         train_split, validation = here.splits(track)
         torch.manual_seed(seed_for(recipe.seed, draft.round, "finetune"))
         run = _train(here, model, optimizer, train_split, draft.round, device, dtype, track)
         forward = _in_dtype(here, model.eval(), dtype)
         size = recipe.evaluate.batch_size
         metrics = evaluate(forward, validation, here.task, batch_size=size, device=device, track=track, label="validation")
+        _check_finite(metrics["loss"], optimizer)
         _save(draft, folder, optimizer)
         moments = len(optimizer.rule.aging)
         held = {
@@ -62,6 +65,7 @@ def finetune(state: State, *, track: Track = silent) -> dict[str, Any]:
         draft.facts |= {
             "metric": recipe.task.metric,
             **metrics,
+            "evaluated_in": recipe.finetune.resident,
             "train_loss": run.loss,
             "steps": run.steps,
             "step_seconds": run.seconds / max(1, run.steps),
@@ -163,6 +167,17 @@ def _in_dtype(here: Context, model: nn.Module, dtype: torch.dtype) -> Any:
     if dtype == torch.float32:
         return call
     return lambda batch: call({n: t.to(dtype) if t.is_floating_point() else t for n, t in batch.items()})
+
+
+def _check_finite(loss: float, optimizer: Optimizer) -> None:
+    """Refuse what a last step has ruined, which no later loss would show."""
+    bad = next((slot.name for slot in optimizer.slots if not bool(slot.master.isfinite().all())), None)
+    if bad is not None or not isfinite(loss):
+        what = f"{bad} is not finite" if bad is not None else f"the validation loss is {loss}"
+        raise TrainingError(
+            f"{what} after finetuning; the round is not committed",
+            hint="lower finetune.lr (--set finetune.lr=…), or clip with finetune.max_grad_norm",
+        )
 
 
 def _save(draft: Draft, folder: str, optimizer: Optimizer) -> None:

@@ -59,7 +59,8 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         report = conformance.check(model, adapter, spec)
         layout = Layout.of(adapter, model)
         split, _ = shared.splits_of(recipe, spec, created.processor, track, raw)
-        warm = _warm_up(recipe, model, spec, layout, split, track)
+        new = recipe.model.name is None or bool(created.new)
+        warm = _warm_up(recipe, model, spec, layout, split, new=new, track=track)
         _save(draft, model, spec, created.processor, layout)
         draft.versions = {"recap": version("recap-cli"), "python": python_version(), **{n: version(n) for n in LIBRARIES}}
         draft.facts |= {
@@ -76,11 +77,16 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
     return State.open(path)
 
 
-def _warm_up(recipe: Recipe, model: nn.Module, spec: ModelSpec, layout: Layout, split: Split, track: Track) -> dict[str, Any]:
-    """Train the new head on frozen features: nothing but the head gets a gradient, so no backward runs through the model."""
+def _warm_up(
+    recipe: Recipe, model: nn.Module, spec: ModelSpec, layout: Layout, split: Split, *, new: bool, track: Track
+) -> dict[str, Any]:
+    """Train the head on frozen features if it is `new`, or any weight of it: no backward runs through the model.
+
+    The whole head is trained then, BERT's pooler with its classifier; a head that came with the checkpoint is left as it is.
+    """
     settings = recipe.head
     steps = settings.warmup_epochs * ceil(len(split) / settings.batch_size)
-    if steps == 0:
+    if steps == 0 or not new:
         return {}
     device = devices.pick(recipe.importance.device)
     slots = make_partial(model.eval(), {}, frozen=lambda name: name not in layout.head, device=device)

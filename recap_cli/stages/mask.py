@@ -21,8 +21,8 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
     Raises `StageOrderError` if another stage is next.
     """
     here = Context(state)
-    shared.check_rounds(here)
     with state.writing("mask") as draft:
+        shared.check_rounds(here)
         recipe, folder = here.recipe, f"round-{draft.round:03d}"
         plan = here.plan(folder)
         tensors = state.load_tensors(f"{folder}/{shared.SMALL}")

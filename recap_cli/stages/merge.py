@@ -20,8 +20,8 @@ def merge(state: State, *, track: Track = silent) -> dict[str, Any]:
     Raises `StageOrderError` if another stage is next.
     """
     here = Context(state)
-    shared.check_rounds(here)
     with state.writing("merge") as draft:
+        shared.check_rounds(here)
         folder, full = f"round-{draft.round:03d}", f"full-{draft.round:03d}"
         plan = here.plan(folder)
         tensors = state.load_tensors(f"{here.full}/{shared.WEIGHTS}")

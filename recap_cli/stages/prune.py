@@ -23,8 +23,8 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
     Raises `StageOrderError` if another stage is next or no round is left, `SelectionError` if the ratio cannot be met.
     """
     here = Context(state)
-    shared.check_rounds(here)
     with state.writing("prune") as draft:
+        shared.check_rounds(here)
         recipe, axes = here.recipe, here.layout.axes
         tensors = here.full_tensors()
         model = here.model(tensors)

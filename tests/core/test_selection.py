@@ -106,6 +106,18 @@ def test_round_to_makes_multiples_and_keeps_the_total() -> None:
     assert abs(sum(numbers) - 0.6 * 288) <= 8
 
 
+def test_rounding_does_not_go_below_the_floor() -> None:
+    a = axis("a", 20)
+    kept = select([a], rising(a), {"a": 1}, original={"a": 20}, keep_share=0.5, floor=0.5, round_to=8)
+    assert int(kept["a"].sum()) == 16  # the floor is 10, and 8 would be below it
+
+
+def test_a_multiple_larger_than_a_layer_is_refused() -> None:
+    a = axis("a", 20)
+    with pytest.raises(SelectionError, match="round_to is 32, but a has only 20 rows"):
+        select([a], rising(a), {"a": 1}, original={"a": 20}, keep_share=0.5, round_to=32)
+
+
 def test_heads_of_64_rows_are_multiples_of_8_already() -> None:
     a = axis("h", 12, "heads", 64)
     kept = select([a], rising(a), {"h": 1}, original={"h": 12}, keep_share=5 / 12, round_to=8)

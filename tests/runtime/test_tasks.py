@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from recap_cli.errors import DataError, ModelError
-from recap_cli.runtime.tasks import check_head, check_labels, loss
+from recap_cli.errors import DataError
+from recap_cli.runtime.tasks import check_labels, loss
 
 
 def test_the_loss_is_the_mean_cross_entropy() -> None:
@@ -24,7 +24,6 @@ def test_the_loss_of_bf16_logits_is_float32_and_has_their_gradient() -> None:
 
 def test_labels_that_fit_the_head_pass() -> None:
     check_labels(torch.tensor([0, 1, 2]), 3, "x")
-    check_head(3, 3, "x")
 
 
 @pytest.mark.parametrize("labels", [[0, 3], [-1, 2]])
@@ -37,9 +36,3 @@ def test_labels_that_do_not_fit_the_head(labels: list[int]) -> None:
 def test_no_examples() -> None:
     with pytest.raises(DataError, match=r"a\.csv holds no examples"):
         check_labels(torch.tensor([], dtype=torch.int64), 3, "a.csv")
-
-
-def test_a_head_of_another_width() -> None:
-    with pytest.raises(ModelError, match=r"the head has 1000 outputs, but a\.csv has 10 labels") as caught:
-        check_head(1000, 10, "a.csv")
-    assert caught.value.exit_code == 5

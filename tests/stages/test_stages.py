@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+import recap_cli.stages.finetune as finetuning
 from recap_cli.core.groups import counts
 from recap_cli.errors import ModelError, PluginError, StageOrderError, StateError, TrainingError, UsageError
 from recap_cli.stages import context as shared
 from recap_cli.stages import eval as evaluation
-from recap_cli.stages import finetune as finetuning
 from recap_cli.stages.context import Context
 from recap_cli.stages.export import export
 from recap_cli.stages.init import init
@@ -80,6 +80,24 @@ def test_a_loss_that_is_not_finite_commits_nothing(tmp_path: Path) -> None:
     assert [p for p in files if not p.exists()] == []
 
 
+def test_a_last_step_that_ruins_the_model_commits_nothing(tmp_path: Path) -> None:
+    state = init(tiny("vit", finetune={"lr": 1e38, "optimizer": "sgd", "steps": 1}), tmp_path / "state")
+    for stage in (prune, mask):
+        stage(state)
+    with pytest.raises(TrainingError, match="after finetuning; the round is not committed"):
+        finetune(state)
+    assert State.open(tmp_path / "state").manifest.stage == "mask"
+
+
+def test_gradients_are_clipped_to_their_norm(tmp_path: Path) -> None:
+    settings = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant", "steps": 1, "lr": 1.0}
+    state = init(tiny("vit", rounds=1, finetune={**settings, "max_grad_norm": 1e-3}), tmp_path / "state")
+    before = Context(state).full_tensors()
+    after = Context(run(Context(state).recipe, tmp_path / "state")).full_tensors()
+    moved = torch.sqrt(sum((after[n].double() - before[n].double()).square().sum() for n in before))  # type: ignore[call-overload]
+    assert float(moved) == pytest.approx(1e-3, rel=1e-2)
+
+
 @pytest.mark.parametrize("section", ["prune", "mask"])
 def test_an_unknown_criterion_is_refused_before_a_state_is_made(section: str, tmp_path: Path) -> None:
     with pytest.raises(PluginError, match="taylr") as caught:
@@ -113,6 +131,25 @@ def test_micro_batches_are_the_big_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "timm-vit"])
+def test_checkpointing_runs_every_block_twice(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: dict[bool, int] = {}
+    partial = finetuning.make_partial
+    for checkpointing in (False, True):
+        calls[checkpointing] = 0
+
+        def counted(model: Any, *args: Any, on: bool = checkpointing, **settings: Any) -> Any:
+            slots = partial(model, *args, **settings)
+            layers = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
+            for layer in layers:
+                layer.register_forward_pre_hook(lambda *_: calls.__setitem__(on, calls[on] + torch.is_grad_enabled()))
+            return slots
+
+        monkeypatch.setattr(finetuning, "make_partial", counted)
+        moved_by(tmp_path / str(checkpointing), name, finetune={"checkpointing": checkpointing, "steps": 1})
+    assert calls[True] >= calls[False] + 4  # two layers with two norms each
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "timm-vit"])
 def test_checkpointing_changes_nothing_but_memory(name: str, tmp_path: Path) -> None:
     dropless = {"config": {**tiny(name).model.config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}  # type: ignore[dict-item]
     sections = {} if name == "timm-vit" else {"model": dropless}
@@ -131,6 +168,10 @@ def test_bf16_residents_hold_half_the_weights_and_merge_full_precision(tmp_path:
     assert held[0]["optimizer_bytes"] == held[1]["optimizer_bytes"]
     first, second = Context(state).full_tensors(), Context(fp32).full_tensors()
     assert all(tensor.dtype == torch.float32 for tensor in first.values())
+    best = state.manifest.best
+    assert best is not None
+    classifier = first["classifier.weight"]
+    assert not torch.equal(classifier, classifier.bfloat16().float())  # what moved was never rounded
     unmoved = [n for n in first if n in Context(state).layout.embeddings]
     assert unmoved
     assert all(torch.equal(first[name], second[name]) for name in unmoved)
@@ -169,6 +210,18 @@ def test_the_head_is_warmed_up_and_nothing_else_moves(tmp_path: Path) -> None:
     changed = {name for name in first if not torch.equal(first[name], second[name])}
     assert changed == set(cold.layout.head)
     assert warm.state.manifest.history[0]["head_steps"] == 4
+
+
+def test_a_head_that_came_with_the_checkpoint_is_left_as_it_is(tmp_path: Path) -> None:
+    exported = export(run(tiny("vit", rounds=1), tmp_path / "first"), tmp_path / "model", dense=True)
+    state = init(tiny("vit", model={"name": exported["path"], "config": None}), tmp_path / "second")
+    loaded = Context(state).full_tensors()
+    wanted = Context(State.open(tmp_path / "first"))
+    best = wanted.state.manifest.best
+    assert best is not None
+    own = wanted.state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}")
+    assert "head_steps" not in state.manifest.history[0]
+    assert all(torch.equal(loaded[name], own[name]) for name in wanted.layout.head)
 
 
 def test_eval_scores_every_model_of_a_state(tmp_path: Path) -> None:
