@@ -160,9 +160,11 @@ def quality(found: Result) -> str:
     seeds = sorted({cell["seed"] for cell in cells})
     return f"""## Quality: {task}
 
-{TASKS[task]}; {cells[0]["steps"]} AdamW steps of 32 for both, after one epoch of head warm-up for both, {len(seeds)} seeds
-({", ".join(map(str, seeds))}), one CPU thread, *measured*. The metric is that of the best round (full finetuning has one).
-Seconds are CPU seconds over all rounds. The rates were taken as they are, not tuned on this data.
+{TASKS[task]}.
+{cells[0]["steps"]} AdamW steps of 32 for both, after one epoch of head warm-up for both, {len(seeds)} seeds
+({", ".join(map(str, seeds))}), one CPU thread, *measured*. RECAP's metric is that of its best round, chosen on the same
+data as in the paper; full finetuning has one round. Seconds are CPU seconds over all rounds. The learning rates were
+not tuned here.
 
 {table(header, rows)}
 """

@@ -58,6 +58,6 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
         draft.facts |= {
             "moving_prunable": moving,
             "moving_share_of_prunable": moving / prunable,
-            "moving": shared.kept_per_layer(axes, counts(chosen)),
+            "moving_dimensions": shared.kept_per_layer(axes, counts(chosen)),
         }
     return state.manifest.history[-1]
