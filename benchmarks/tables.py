@@ -137,7 +137,7 @@ hash what they write, which plain saving does not.
 
 
 TASKS = {
-    "cifar100": "ViT-tiny (ImageNet weights) on CIFAR-100 at 96 px: 3,000 training and 1,000 test images, r_p = 33.3 %, r_f = 87.5 %",
+    "cifar100": "ViT-tiny (ImageNet weights) on CIFAR-100, 96 px: 3,000 and 1,000 test images, r_p = 33.3 %, r_f = 87.5 %",
     "sst2": "MiniLM sentence encoder (6 layers, d = 384) on SST-2: 6,000 sentences, the whole dev set, r_p = r_f = 50 %",
 }
 

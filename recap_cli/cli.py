@@ -4,6 +4,7 @@ Nothing heavy is imported to print help: each command imports what it needs when
 """
 
 import errno
+import io
 import os
 import shlex
 import sys
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     1 anything else. With RECAP_TRACEBACK=1 each error comes with its traceback.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _open_streams()
     _quiet_libraries()
     try:
         return _run(given)
@@ -100,7 +102,7 @@ def _run(arguments: list[str]) -> int:
 def _stopped(arguments: Sequence[str]) -> int:
     console.close()
     again = shlex.join(["recap", *arguments])
-    console.error("stopped; the state is as the last finished stage left it", f"go on with `{again}`")
+    console.error("stopped; what the stages before have finished is kept, and nothing else", f"go on with `{again}`")
     return INTERRUPTED
 
 
@@ -120,7 +122,7 @@ def _explained(error: Exception) -> RecapError:
     if isinstance(error, OSError) and error.errno in REFUSED:
         place = f"{error.filename}: " if error.filename else ""
         return StorageError(f"{place}{REFUSED[error.errno]}", hint="make room, or name another folder; the state is as it was")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own, torch not imported
+    if _is_out_of_memory(error):
         first = str(error).partition("\n")[0]
         return StorageError(
             f"out of memory{f': {first}' if first else ''}",
@@ -133,10 +135,29 @@ def _explained(error: Exception) -> RecapError:
     )
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python's own, torch's on a device, or torch's on the CPU, which has no type but words."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory")
+    )
+
+
 def _place(error: Exception) -> str:
     """Return the file and line where the error was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else "nowhere"
+
+
+def _open_streams() -> None:
+    """Write to nowhere where a stream was closed, and escape what its encoding cannot say."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (open until the process ends)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libraries() -> None:

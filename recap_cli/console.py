@@ -131,6 +131,7 @@ UNITS: dict[str, Callable[[float], str]] = {
     "prunable": millions,
     "trainable": millions,
     "moved": millions,
+    **dict.fromkeys(("metric", "loss", "accuracy", "f1", "matthews"), "{:.4f}".format),
 }
 
 
@@ -213,9 +214,8 @@ def _bars() -> "Progress":
         progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(bar_width=None),
         progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("left", style="dim"),
         progress.TimeRemainingColumn(compact=True),
+        progress.TextColumn("left", style="dim"),
         console=_console(sys.stderr),
         transient=True,
         expand=True,

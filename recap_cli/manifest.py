@@ -102,7 +102,8 @@ def read_manifest(root: Path) -> Manifest:
     try:
         text = place.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        hint = f"recap init RECIPE --state {quoted(root)}"
+        free = not root.exists() or (root.is_dir() and not any(root.iterdir())) or (root / UNDER_WAY).exists()
+        hint = f"recap init RECIPE --state {quoted(root) if free else 'NEW'}"
         raise StateError(f"{root}: {_why_no_state(root)}", hint=hint) from None
     except OSError as error:
         hint = "look at the permissions of the folder"
@@ -110,7 +111,7 @@ def read_manifest(root: Path) -> Manifest:
     except UnicodeDecodeError as error:
         raise CorruptStateError(f"{place}: is no text", hint=START_OVER) from error
     try:
-        found = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        found = yaml.safe_load(text)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
@@ -143,6 +144,11 @@ def _manifest(place: Path, found: Any) -> Manifest:
             raise CorruptStateError(f"{place}: {name} is missing or not what it should be", hint=START_OVER)
     if found["stage"] not in STAGES:
         raise CorruptStateError(f"{place}: there is no stage {found['stage']!r}", hint=START_OVER)
+    if found["schema"] < 1 or found["round"] < 0 or (found["stage"] == "init") != (found["round"] == 0):
+        raise CorruptStateError(
+            f"{place}: schema {found['schema']}, round {found['round']}, stage {found['stage']} do not go together",
+            hint=START_OVER,
+        )
     return Manifest(**{**{name: found[name] for name in FIELDS}, "files": _seals(place, found["files"])})
 
 

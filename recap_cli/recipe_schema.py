@@ -123,7 +123,7 @@ class Importance(BaseModel):
 
     batches: Count = Field(default=10, description="Batches in the sample. Paper: D_s.")
     batch_size: Count = Field(default=32, description="Examples a batch of the sample. Paper: D_s.")
-    device: Device = Field(default="cpu", description="Where importance is computed and the full model runs (head warm-up, eval).")
+    device: Device = Field(default="cpu", description="Where importance is computed, and the full model runs.")
 
 
 class Prune(BaseModel):

@@ -57,9 +57,9 @@ def load(kind: Kind, name: str) -> object:
     source = f"the {SINGULAR[kind]} {name!r} ({entry.target}, from {entry.distribution} {entry.version})"
     try:
         plugin = EntryPoint(name, entry.target, f"recap.{kind}").load()
-    except Exception as error:  # a plugin is a stranger's code: importing it may raise anything
+    except (Exception, SystemExit) as error:  # a plugin is a stranger's code: importing it may raise anything
         raise PluginError(
-            f"{source} cannot be loaded: {type(error).__name__}: {error}",
+            f"{source} cannot be loaded: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
             hint=f"repair or uninstall {entry.distribution}; `recap plugins` lists what there is",
         ) from error
     wanted = _type_of(kind)

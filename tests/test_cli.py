@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -177,9 +178,33 @@ def test_ctrl_c_says_how_to_go_on(fake: Fake, folder: Path, capsys: pytest.Captu
     assert main(["finetune", str(folder)]) == 130
     err = capsys.readouterr().err
     assert err.splitlines() == [
-        "error: stopped; the state is as the last finished stage left it",
+        "error: stopped; what the stages before have finished is kept, and nothing else",
         f"hint: go on with `recap finetune {folder}`",
     ]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_is_no_bug_of_ours(
+    error: Exception, fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake("finetune", finetune=raising(error))
+    assert main(["finetune", str(folder)]) == 12
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_a_closed_stdout_and_one_that_knows_only_ascii_are_borne() -> None:
+    for settings in ("sys.stdout = None", "sys.stdout.reconfigure(encoding='ascii')"):
+        run = "main(['run', 'quickstart', '--dry-run', '--set', 'name=ü'])"
+        code = f"import sys; {settings}; from recap_cli.cli import main; sys.exit({run})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_dry_run_looks_for_criteria_and_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "quickstart", "--dry-run", "--set", "prune.criterion=tailor"]) == 7
+    assert "taylor" in capsys.readouterr().err
+    assert main(["run", "bert_base_cola", "--dry-run", "--set", "data.train=none.csv"]) == 4
+    assert "none.csv" in capsys.readouterr().err
 
 
 def test_ctrl_c_takes_the_bar_off_the_screen(fake: Fake, folder: Path) -> None:

@@ -82,7 +82,7 @@ def test_records_become_a_table_without_escape_codes(capsys: pytest.CaptureFixtu
     out, err = capsys.readouterr()
     lines = [line.split() for line in out.splitlines() if line.strip()]
     assert lines[0] == ["name", "metrics", "f1", "parameters"]
-    assert lines[2:] == [["full", "0.5"], ["[red]best", "2.00", "M"]]
+    assert lines[2:] == [["full", "0.5000"], ["[red]best", "2.00", "M"]]
     assert "\x1b" not in out
     assert not err
 

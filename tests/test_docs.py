@@ -251,7 +251,12 @@ def test_the_plugins_of_the_documentation_run_a_round(extra, tmp_path):
         "rounds": 1,
         "model": {"config": {"model_type": "megatron-bert", **TEXT, "tokenizer": str(root / "tokenizer")}},
         "task": {"kind": "text-classification"},
-        "data": {"train": str(root / "train.csv"), "validation": str(root / "validation.csv"), "text": "sentence"},
+        "data": {
+            "train": str(root / "train.csv"),
+            "validation": str(root / "validation.csv"),
+            "text": "sentence",
+            "max_length": 16,
+        },
         "importance": {"batches": 1, "batch_size": 8},
         "prune": {"criterion": "abs-taylor", "ratio": 0.5, "steps": 2},
         "mask": {"criterion": "abs-taylor", "ratio": 0.5},

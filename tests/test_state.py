@@ -290,7 +290,8 @@ def test_opening_what_is_no_state_says_how_to_make_one(tmp_path: Path) -> None:
     for name, message in [("none", "there is no such folder"), ("file", "is a file"), ("folder", "has no state.yaml")]:
         with pytest.raises(StateError, match=message) as caught:
             State.open(tmp_path / name)
-        assert caught.value.hint == f"recap init RECIPE --state {tmp_path / name}"
+        free = "NEW" if name == "file" else tmp_path / name
+        assert caught.value.hint == f"recap init RECIPE --state {free}"
 
 
 def test_a_newer_schema_is_refused_with_both_versions(state: State) -> None:

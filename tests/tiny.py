@@ -18,7 +18,7 @@ TRAIN, VALIDATION = 40, 18
 
 @cache
 def data_folder() -> Path:
-    """Made once per test run: a tokenizer, texts as csv, and images in a folder per class, each class with a mark of its own."""
+    """Made once per test run: a tokenizer, texts as csv, and images in a folder per class, each with a mark of its own."""
     root = Path(mkdtemp(prefix="recap-tiny-"))
     write_tokenizer(root / "tokenizer")
     random = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """`recap init`: make a state from a recipe."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -35,5 +36,5 @@ def init(
 
     made = stage.init(checked, state, track=console.track)
     say_stage(made.manifest.history[-1])
-    console.say(f"made {made.path}; next: recap prune {made.path}")
+    console.say(f"made {made.path}; next: recap prune {shlex.quote(str(made.path))}")
     console.result(str(made.path))

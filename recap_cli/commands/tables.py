@@ -4,6 +4,7 @@ The summary of a state, and its record per round, come from `recap_cli.stages.sc
 lacks what belongs to the stages to come; its cells stay empty.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,10 @@ from recap_cli import console
 
 STAGES = ("prune", "mask", "finetune", "merge")
 HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
-SILENT = ("round", "stage", "seconds", "finished")  # said otherwise, or of no use while one looks on
+SILENT = (  # said otherwise, or in the tables at the end
+    *("round", "stage", "seconds", "finished", "metric", "evaluated_in", "train_loss", "step_seconds", *HELD),
+    *("params_full", "prunable_full", "prunable_small", "moving_prunable"),
+)
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]  # headings, cells
 
@@ -32,10 +36,11 @@ def print_summary(summary: Mapping[str, Any], *, is_result: bool) -> None:
     """Print the tables of a summary and the lines below, on stdout where they are what was asked for, else on stderr."""
     rounds = summary["rounds"]
     if rounds:
-        console.table(*_training(rounds), title="Rounds (* the best)", is_result=is_result)
+        console.table(*_training(rounds), title="Rounds (* the best); sizes in parameters", is_result=is_result)
         console.table(*_sizes(rounds), title="What is left, layer by layer", is_result=is_result)
         console.table(*_times(rounds), title="Time", is_result=is_result)
-        console.table(*_memory(rounds), title="Held while finetuning", is_result=is_result)
+        if any(row.get(HELD[0]) is not None for row in rounds):
+            console.table(*_memory(rounds), title="Held while finetuning", is_result=is_result)
     line = console.result if is_result else console.say
     for text in _closing(summary):
         line(text)
@@ -43,7 +48,7 @@ def print_summary(summary: Mapping[str, Any], *, is_result: bool) -> None:
 
 def _training(rounds: Sequence[Row]) -> Table:
     metric = next((row["metric"] for row in rounds if "metric" in row), "metric")
-    columns = ["round", metric, "full", "small", "of prunable", "may move", "of small"]
+    columns = ["round", metric, "full model", "small model", "kept", "may move", "of small"]
     return columns, [_training_row(row) for row in rounds]
 
 
@@ -96,9 +101,9 @@ def _sum(row: Row, prefix: str) -> int | None:
 
 
 def _closing(summary: Mapping[str, Any]) -> Iterator[str]:
-    state = summary["state"]
+    state = shlex.quote(summary["state"])
     yield (
-        f"{summary['recipe']}: {state}, round {summary['round']} of {summary['rounds_planned']}, "
+        f"{summary['recipe']}: {summary['state']}, round {summary['round']} of {summary['rounds_planned']}, "
         f"{summary['stage']} done, {console.duration(summary['seconds'])} in all"
     )
     if summary["product"]:

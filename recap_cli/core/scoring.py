@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from recap_cli.core.criterion import Criterion, Losses
 from recap_cli.core.groups import Axis, Cut
+from recap_cli.errors import PluginError
 
+SCORE_HINT = "`score(weight, grad)` returns a tensor of the weight's shape; see docs/plugins.md, or choose another criterion"
 Scores = dict[str, Tensor]  # axis name → importance, float32, shape (axis.size,)
 
 
@@ -83,11 +85,22 @@ def _reduced(
     """The score of one parameter, summed to the units of each axis that cuts it."""
     if criterion.score is None:
         raise ValueError("this criterion scores whole groups, not entries")
-    score = criterion.score(param, grad)
+    score = _scored(criterion, param, grad)
     dim = owners[0][1].dim
     along = score.float().sum(dim=[d for d in range(score.ndim) if d != dim]) if score.ndim > 1 else score.float()
     for axis, cut in owners:
         yield axis, along[cut.offset : cut.offset + axis.size * cut.width].view(axis.size, cut.width).sum(1)
+
+
+def _scored(criterion: Criterion, param: Tensor, grad: Tensor) -> Tensor:
+    try:
+        score = criterion.score(param, grad)  # type: ignore[misc]
+    except Exception as error:  # a criterion is a stranger's code: it may raise anything
+        raise PluginError(f"the criterion failed: {type(error).__name__}: {error}", hint=SCORE_HINT) from error
+    if not isinstance(score, Tensor) or score.shape != param.shape:
+        found = f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+        raise PluginError(f"the criterion gave {found} for a weight of shape {tuple(param.shape)}", hint=SCORE_HINT)
+    return score
 
 
 def _owners(axes: Sequence[Axis]) -> dict[str, list[tuple[Axis, Cut]]]:

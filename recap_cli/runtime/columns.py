@@ -1,5 +1,6 @@
 """From the columns that a source happens to have to the ones that we read: text, text_pair, image, label."""
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -59,7 +60,7 @@ def _column(found: Found, role: str, name: str) -> "pa.ChunkedArray":
         raise DataError(
             f"{found.origin} has {'no' if there == 0 else 'more than one'} column {name!r}; its columns are: "
             f"{', '.join(found.table.column_names)}",
-            hint=f"name the column with --set data.{role}={_likely(found.table, role, name)}",
+            hint=_column_hint(found.table, role, name),
         )
     column = found.table.column(name)
     row = pc.index(column.is_null(), True).as_py()
@@ -69,6 +70,13 @@ def _column(found: Found, role: str, name: str) -> "pa.ChunkedArray":
             hint="fill these rows in, or take them out",
         )
     return column
+
+
+def _column_hint(table: "pa.Table", role: str, name: str) -> str:
+    names = table.column_names
+    if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        return f"the file is separated by {mark!r}; save it with commas, or as .tsv with tabs"
+    return f"name the column with --set data.{role}={shlex.quote(_likely(table, role, name))}"
 
 
 def _likely(table: "pa.Table", role: str, name: str) -> str:

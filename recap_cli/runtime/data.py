@@ -27,10 +27,14 @@ CHUNK = 256  # examples per step of the progress bar
 
 @dataclass(frozen=True)
 class TextInputs:
-    """How text becomes tensors: a tokenizer in the manner of transformers, and the most tokens that an example may have."""
+    """How text becomes tensors: a tokenizer in the manner of transformers, and the most tokens that an example may have.
+
+    `positions` is how many tokens the model has positions for, where that is known; tokenizers often do not say it.
+    """
 
     tokenizer: Any
     max_length: int
+    positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,11 @@ def _check_tokenizer(inputs: TextInputs) -> None:
             f"data.max_length is {inputs.max_length}, but the tokenizer ({name}) says that its model takes no more than "
             f"{tokenizer.model_max_length} tokens",
             hint=f"--set data.max_length={tokenizer.model_max_length}",
+        )
+    if inputs.positions is not None and inputs.max_length > inputs.positions:
+        raise ModelError(
+            f"data.max_length is {inputs.max_length}, but the model has positions for {inputs.positions} tokens",
+            hint=f"--set data.max_length={inputs.positions}",
         )
 
 

@@ -25,7 +25,12 @@ def label_names(column: "pa.ChunkedArray", names: Sequence[str] | None, place: s
     if kind == "truths":
         return ["False", "True"]
     found = sorted(pc.unique(column).to_pylist())
+    if len(found) < 2 and not names and found[0] != -1:
+        raise DataError(
+            f"{place} holds only one label, {found[0]!r}", hint="choose the column of the labels with --set data.label=NAME"
+        )
     if kind == "numbers":
+        found = [int(number) for number in found]
         named = list(names) if names else [str(number) for number in range(len(found))]
         if found[0] < 0 or (not names and found != list(range(len(found)))):
             raise DataError(
@@ -72,7 +77,7 @@ def label_kind(column: "pa.ChunkedArray", place: str) -> LabelKind:
     """Whether labels are whole numbers, names or truth values; anything else is a `DataError`."""
     import pyarrow as pa
 
-    if pa.types.is_integer(column.type):
+    if pa.types.is_integer(column.type) or _is_whole(column):
         return "numbers"
     if pa.types.is_boolean(column.type):
         return "truths"
@@ -82,6 +87,14 @@ def label_kind(column: "pa.ChunkedArray", place: str) -> LabelKind:
         f"{place} holds values of type {column.type}; labels are whole numbers, texts or booleans",
         hint="choose the column of the labels with --set data.label=NAME",
     )
+
+
+def _is_whole(column: "pa.ChunkedArray") -> bool:
+    """Whether a column of floats holds whole numbers only: pandas writes 1 as 1.0 where a value is missing elsewhere."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return bool(pa.types.is_floating(column.type) and pc.all(pc.equal(column, pc.floor(column))).as_py())
 
 
 def _some(values: Sequence[object]) -> str:

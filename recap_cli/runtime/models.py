@@ -32,6 +32,7 @@ __all__ = [
     "forward",
     "head_names",
     "load_processor",
+    "positions",
     "skeleton",
     "tensors_of",
 ]
@@ -166,6 +167,14 @@ def example_batch(spec: ModelSpec, batch: int = 2, seed: int = 0) -> dict[str, T
     mask = torch.ones_like(ids)
     ids[-1, -2:], mask[-1, -2:] = pad, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def positions(spec: ModelSpec) -> int | None:
+    """How many tokens a text model has positions for; None where its configuration does not say."""
+    known = spec.config.get("max_position_embeddings")
+    if known is None or spec.image is not None:
+        return None
+    return int(known) - (spec.config.get("pad_token_id", 0) + 1 if spec.model_type == "roberta" else 0)
 
 
 def describe(spec: ModelSpec, processor: Any) -> dict[str, str | bytes]:

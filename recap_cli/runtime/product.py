@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
@@ -71,6 +72,7 @@ def export(
             about |= {"form": "dense", "reason": None}
         else:
             about |= _write_small(folder, spec, processor, adapter, tensors, axes, plan, logits)
+        about["files"] = {path.name: asdict(storage.seal(path)) for path in sorted(folder.iterdir())}
         _write_json(folder / FACTS, about)
     return {**about, "path": str(out)}
 
@@ -82,6 +84,7 @@ def load(folder: Path | str) -> nn.Module:
     """
     folder = Path(folder)
     about = _read_facts(folder)
+    _check_files(folder, about["files"])
     spec = ModelSpec.from_json(_read_text(folder / "spec.json"), str(folder / "spec.json"))
     if about["form"] == "ragged":
         return models.assemble(spec, _read_tensors(folder), models.adapter_of(spec), about["sizes"])
@@ -231,6 +234,13 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     if schema > SCHEMA:
         raise ModelError(f"{folder} was written by a newer recap (schema {schema})", hint="pip install -U recap-cli")
     return dict(about)
+
+
+def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `ModelError` unless every file is the one that was written."""
+    for name, facts in files.items():
+        if what := storage.difference(folder / name, storage.Seal(**facts)):
+            raise ModelError(f"{folder / name}: {what}", hint="export or copy it again")
 
 
 def _read_text(path: Path) -> str:

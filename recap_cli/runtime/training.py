@@ -142,5 +142,5 @@ def _check_finite(loss: Tensor, step: int) -> None:
     if not torch.isfinite(loss):
         raise TrainingError(
             f"the loss is {float(loss)} at step {step + 1}; the round is not committed",
-            hint="lower finetune.lr (--set finetune.lr=…), clip with finetune.max_grad_norm, or use finetune.resident=fp32",
+            hint="lower the rate, in a new state: recap run RECIPE --state NEW --set finetune.lr=…",
         )

@@ -15,6 +15,7 @@ from recap_cli.core.adapter import Adapter, find_axes
 from recap_cli.core.criterion import Criterion, Losses
 from recap_cli.core.groups import Axis, Choice, Cut, Shape, shapes_of
 from recap_cli.errors import StageOrderError
+from recap_cli.manifest import quoted
 from recap_cli.progress import Track
 from recap_cli.recipe import Recipe
 from recap_cli.runtime import models, sources, tasks
@@ -147,7 +148,7 @@ def inputs_of(recipe: Recipe, spec: ModelSpec, processor: Any) -> TextInputs | I
     """How the examples of a recipe become the inputs of a model."""
     image = spec.image
     if image is None:
-        return TextInputs(processor, recipe.data.max_length)
+        return TextInputs(processor, recipe.data.max_length, models.positions(spec))
     return ImageInputs(
         size=(image["size"], image["size"]),
         channels=image["channels"],
@@ -213,10 +214,11 @@ def check_rounds(context: Context) -> None:
     state, recipe = context.state, context.recipe
     if state.next_stage() != "prune":
         return
+    path = quoted(state.path)
     if reason := finished(recipe, state.manifest.round, state.manifest.best):
         raise StageOrderError(
             f"{state.path}: {reason}",
-            hint=f"recap export {state.path} OUT writes the best small model; recap status {state.path} shows the rounds",
+            hint=f"recap export {path} OUT writes the best small model; recap status {path} shows the rounds",
         )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from recap_cli.core.groups import counts, shapes_of
 from recap_cli.core.surgery import compose_where, gather, indices, scatter
 from recap_cli.errors import UsageError
+from recap_cli.manifest import quoted
 from recap_cli.progress import Track, silent
 from recap_cli.runtime import devices
 from recap_cli.runtime.evaluation import evaluate as score
@@ -78,8 +79,8 @@ def _small(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
 
 
 def _not_yet(here: Context, what: str) -> UsageError:
-    path = here.state.path
-    return UsageError(f"{path}: {what}", hint=f"recap {here.state.next_stage()} {path}, or recap run --state {path}")
+    path = quoted(here.state.path)
+    return UsageError(f"{here.state.path}: {what}", hint=f"recap {here.state.next_stage()} {path}, or recap run --state {path}")
 
 
 _MODELS = {"full": _full, "small": _small, "best": _best}

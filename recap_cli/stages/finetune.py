@@ -176,7 +176,7 @@ def _check_finite(loss: float, optimizer: Optimizer) -> None:
         what = f"{bad} is not finite" if bad is not None else f"the validation loss is {loss}"
         raise TrainingError(
             f"{what} after finetuning; the round is not committed",
-            hint="lower finetune.lr (--set finetune.lr=…), or clip with finetune.max_grad_norm",
+            hint="lower the rate, in a new state: recap run RECIPE --state NEW --set finetune.lr=…",
         )
 
 

@@ -15,6 +15,7 @@ from recap_cli import registry
 from recap_cli.core.groups import prunable_params
 from recap_cli.core.optim import Optimizer, adamw, learning_rate
 from recap_cli.core.partial import make_partial
+from recap_cli.errors import ModelError
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
 from recap_cli.runtime import conformance, devices, models, tasks
@@ -56,6 +57,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         model, spec = created.model, created.spec
         draft.plugins["used"].append(registry.used("adapters", spec.model_type))
         adapter = models.adapter_of(spec)
+        _check_weights(model, recipe.model.name)
         report = conformance.check(model, adapter, spec)
         layout = Layout.of(adapter, model)
         split, _ = shared.splits_of(recipe, spec, created.processor, track, raw)
@@ -104,6 +106,15 @@ def _warm_up(
         rate=lambda step: learning_rate(step, steps=steps, peak=settings.lr, schedule="linear", warmup_ratio=0.0),
     )
     return {"head_steps": run.steps, "head_loss": run.loss}
+
+
+def _check_weights(model: nn.Module, name: str | None) -> None:
+    """Refuse a checkpoint with weights that are not finite: every importance would be, too."""
+    for weight, param in model.named_parameters():
+        if not bool(param.isfinite().all()):
+            raise ModelError(
+                f"{name}: {weight} holds values that are not finite", hint="the checkpoint is damaged: get it again"
+            )
 
 
 def _save(draft: Draft, model: nn.Module, spec: ModelSpec, processor: Any, layout: Layout) -> None:

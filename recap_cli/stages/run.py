@@ -6,7 +6,7 @@ from typing import Any
 
 from recap_cli import recipe as recipes
 from recap_cli.errors import StateError
-from recap_cli.manifest import COMMIT
+from recap_cli.manifest import COMMIT, quoted
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
 from recap_cli.stages.finetune import finetune
@@ -45,5 +45,5 @@ def _check_same(state: State, recipe: Recipe) -> None:
     if keys := recipes.differences(made_from, recipe):
         raise StateError(
             f"{state.path} was made from another recipe: {', '.join(keys)} differ",
-            hint=f"use another folder with --state, or go on with the state's own recipe: recap run --state {state.path}",
+            hint=f"name another folder, or go on with the state's own recipe: recap run --state {quoted(state.path)}",
         )

@@ -1,9 +1,12 @@
 """Which stage comes next, what a recipe would do, and what a state has done so far. Reads no tensor."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from recap_cli import recipe as recipes
+from recap_cli import registry
+from recap_cli.errors import DataError
 from recap_cli.recipe import Recipe
 from recap_cli.state import State
 
@@ -26,8 +29,26 @@ def next_stage(recipe: Recipe, state: State) -> str | None:
     return None if stage == "prune" and over else stage
 
 
+def check(recipe: Recipe) -> None:
+    """Look, without loading anything, whether what the recipe names is there: criteria, local files, the validation data.
+
+    Raises `PluginError` for a criterion that is not registered, `DataError` for a file that is missing.
+    """
+    for name in (recipe.prune.criterion, recipe.mask.criterion):
+        registry.used("criteria", name)
+    data = recipe.data
+    for key, place in (("train", data.train), ("validation", data.validation)):
+        if place is not None and not Path(place).exists():
+            raise DataError(f"there is no file or folder {place}", hint=f"--set data.{key}=FILE")
+    if data.train is not None and data.validation is None and data.validation_share is None:
+        raise DataError(
+            "the recipe names no validation data", hint="--set data.validation=FILE or --set data.validation_share=0.1"
+        )
+
+
 def describe(recipe: Recipe) -> list[str]:
-    """What a run of the recipe would do, a line each, for `--dry-run`."""
+    """What a run of the recipe would do, a line each, for `--dry-run`. Raises as `check` does."""
+    check(recipe)
     data, prune, mask, tune = recipe.data, recipe.prune, recipe.mask, recipe.finetune
     source = data.name or data.builtin or data.train
     length = f"{tune.steps} steps" if tune.steps is not None else f"{tune.epochs:g} epochs"

@@ -11,6 +11,7 @@ from recap_cli.core.adapter import find_axes
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.groups import Axis, refine
 from recap_cli.core.scoring import group_scores
+from recap_cli.errors import PluginError
 from recap_cli.runtime import models
 from tests.pico import LABELS, PICO, pico
 
@@ -143,6 +144,20 @@ def test_a_criterion_may_score_whole_groups() -> None:
 
     found = group_scores(model, axes, Criterion(score_groups=by_loss), losses_of(model, spec, data))
     assert all(scores.min() == scores.max() > 0 for scores in found.values())
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda w, g: g.sum(), r"gave shape \(\) for a weight of shape"),
+        (lambda w, g: None, "gave NoneType"),
+        (lambda w, g: {}["oops"], "KeyError: 'oops'"),
+    ],
+)
+def test_a_criterion_that_misbehaves_is_named_as_such(score, message: str) -> None:  # type: ignore[no-untyped-def]
+    model, axes, data, spec = prepared("vit")
+    with pytest.raises(PluginError, match=message):
+        group_scores(model, axes, Criterion("mean", score), losses_of(model, spec, data[:1]))
 
 
 def test_group_scores_of_the_wrong_shape_are_refused() -> None:

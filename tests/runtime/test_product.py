@@ -202,7 +202,10 @@ def test_a_newer_schema_and_a_truncated_file_are_refused(tmp_path):
     weights = out / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-8])
-    with pytest.raises(ModelError, match=r"model\.safetensors is missing, truncated or damaged"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: it has [\d,]+ bytes, [\d,]+ were committed"):
+        recap_cli.load(out)
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ModelError, match=r"model\.safetensors: its sha256"):
         recap_cli.load(out)
     weights.write_bytes(whole)
     about = json.loads((out / "recap.json").read_text())

@@ -280,6 +280,25 @@ def test_every_criterion_prunes_and_masks(criterion: str, tmp_path: Path) -> Non
     assert [plugin["name"] for plugin in state.manifest.plugins["used"]] == [criterion, criterion, "vit"]
 
 
+def test_a_checkpoint_with_values_that_are_not_finite_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    exported = export(run(tiny("vit", rounds=1), tmp_path / "first"), tmp_path / "model", dense=True)
+    file = Path(exported["path"]) / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("weight"))
+    tensors[name] = tensors[name].clone().fill_(float("nan"))
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelError, match="values that are not finite"):
+        init(tiny("vit", model={"name": exported["path"], "config": None}), tmp_path / "second")
+
+
+def test_texts_longer_than_the_positions_of_the_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="the model has positions for 40 tokens") as caught:
+        init(tiny("bert", data={"max_length": 41}), tmp_path / "state")
+    assert caught.value.hint == "--set data.max_length=40"
+
+
 def test_a_dry_run_says_what_would_happen() -> None:
     lines = "\n".join(describe(tiny("bert")))
     assert "40.0% of the prunable parameters by taylor" in lines
