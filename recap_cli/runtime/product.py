@@ -199,6 +199,8 @@ def _new_folder(out: Path) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(0o777 & ~_umask())
+        for path in scratch.iterdir():
+            path.chmod(0o666 & ~_umask())  # safetensors 0.8 leaves files that only their owner can read
         os.replace(scratch, out)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{out} cannot be written: {error}", hint="is the disk full?") from error

@@ -196,6 +196,13 @@ def test_folders_that_are_no_product_are_refused(tmp_path):
         recap_cli.load(tmp_path)
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_whoever_may_read_the_folder_may_read_its_files(tmp_path, dense):
+    Small("vit").export(tmp_path / "out", dense=dense)
+    (tmp_path / "plain").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_a_newer_schema_and_a_truncated_file_are_refused(tmp_path):
     out = tmp_path / "out"
     Small("vit").export(out)
