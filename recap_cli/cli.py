@@ -17,7 +17,7 @@ import typer
 
 from recap_cli import console
 from recap_cli.commands import doctor, eval, export, finetune, init, mask, merge, plugins, prune, recipes, run, status
-from recap_cli.errors import RecapError, StorageError
+from recap_cli.errors import PluginError, RecapError, StorageError
 
 INTERRUPTED = 130
 TRACEBACK = "RECAP_TRACEBACK"
@@ -27,6 +27,7 @@ REFUSED = {
     errno.EACCES: "permission denied",
     errno.EPERM: "operation not permitted",
     errno.EROFS: "the file system is read-only",
+    errno.ENAMETOOLONG: "the name is too long",
 }
 
 WHOLE, STAGE, LOOK = "Whole runs", "Stage by stage", "Look around"
@@ -117,6 +118,8 @@ def _failed(error: Exception) -> int:
 
 def _explained(error: Exception) -> RecapError:
     """Return the error to show: ours as it is, the machine's limits as a StorageError, the rest as a bug of ours."""
+    if isinstance(error, PluginError) and isinstance(error.__cause__, Exception) and _is_out_of_memory(error.__cause__):
+        return _explained(error.__cause__)  # memory that ran out in a plugin is not the plugin's fault
     if isinstance(error, RecapError):
         return error
     if isinstance(error, OSError) and error.errno in REFUSED:
@@ -140,7 +143,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("can't allocate memory", "not enough memory")
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "DefaultCPUAllocator")
     )
 
 

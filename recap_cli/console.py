@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from recap_cli.progress import Item
 
@@ -55,9 +55,11 @@ def error(message: str, hint: str | None = None) -> None:
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, is_result: bool = False) -> None:
     """Print a table, on stdout where it is the result that was asked for, else on stderr.
 
-    A column of short cells that all begin with a digit (or are empty) is set flush right.
+    A column of short cells that all begin with a digit (or are empty) is set flush right. A number is never broken: where the
+    screen is too narrow for that, the table is wider than it.
     """
     from rich.box import SIMPLE_HEAD
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
@@ -65,12 +67,23 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str |
     shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         numbers = all(re.fullmatch(r"(-?\d.{,12})?", row[index]) for row in cells)
-        shown.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if numbers else "left"
+        shown.add_column(
+            Text(name), justify=justify, overflow="fold", min_width=_widest((row[index] for row in cells), numbers)
+        )
     for row in cells:
         shown.add_row(*(Text(cell) for cell in row))
     console = _console(sys.stdout if is_result else sys.stderr)
-    console.print(shown)
+    needed = Measurement.get(console, console.options, shown).minimum
+    shown.width = needed if needed > console.width else None
+    console.print(shown, crop=False)
     console.file.flush()
+
+
+def _widest(cells: Iterable[str], numbers: bool) -> int:
+    """Return the width of the widest number, with its unit where the whole column is `numbers`; at least 1."""
+    words = (word for cell in cells for word in ([cell] if numbers else cell.split()) if re.match(r"-?\d", word))
+    return max(map(len, words), default=1)
 
 
 def records(rows: Sequence[Mapping[str, Any]], *, title: str | None = None, is_result: bool = False) -> None:

@@ -30,6 +30,8 @@ class RecapError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:  # for plain Python, whose tracebacks show notes; `cli` prints the hint itself
+            self.add_note(f"hint: {hint}")
 
 
 class UsageError(RecapError):

@@ -19,6 +19,14 @@ LOCK = ".recap-lock"
 HOLDER = ".recap-writer"  # who holds the lock, for the message only
 
 
+def plain(path: str | Path) -> Path:
+    """The path without its `x/..` where there is no `x`: making the folder would make `x` too, and leave it there.
+
+    Where all of them are there the path stays as it is, for `..` behind a link leads to where the link leads.
+    """
+    return Path(path) if os.path.exists(Path(path).parent) else Path(os.path.normpath(path))
+
+
 def claim(root: Path) -> bool:
     """Makes the folder of a new state, or takes an empty one, and marks it. Returns whether it was made here.
 
@@ -42,13 +50,29 @@ def refuse_state(root: Path) -> None:
     Raises:
         StateError: there is a state, or a file in place of the folder.
     """
-    if root.is_file():
+    if root.exists() and not root.is_dir():
         raise StateError(f"{root}: is a file, not a folder", hint="give a new folder with --state")
     if (root / COMMIT).exists():
         raise StateError(
             f"{root}: there is a state here already",
             hint=f"give another folder with --state, or go on with this one: recap run --state {quoted(root)}",
         )
+
+
+def refuse_running(root: Path) -> None:
+    """Passes where no `init` is at work.
+
+    Raises:
+        StateLockedError: another process is making a state there.
+    """
+    lock = FileLock(root / LOCK, timeout=0)
+    with suppress(OSError):  # whoever calls has an error of its own to raise
+        if (root / UNDER_WAY).exists() and (root / LOCK).exists():
+            try:
+                lock.acquire()
+            except Timeout:
+                raise _locked_error(root) from None
+            lock.release()
 
 
 def withdraw(root: Path, made: bool) -> None:

@@ -1,5 +1,6 @@
 """What `state.yaml` says: the stage that is done, what is current, and every file that counts, with its checksum."""
 
+import errno
 import re
 import shlex
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ OURS = re.compile(r"(full|round|best)-\d{3,}")
 
 PREFACE = "# Written by recap, as a whole, when a stage is done. Look at it with `recap status`.\n"
 START_OVER = "restore the file from a copy, or start a new state: recap init RECIPE --state NEW"
+ELSEWHERE = "name a state's folder, or make a new one: recap init RECIPE --state NEW"
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,13 @@ def read_manifest(root: Path) -> Manifest:
     place = root / COMMIT
     try:
         text = place.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        free = not root.exists() or (root.is_dir() and not any(root.iterdir())) or (root / UNDER_WAY).exists()
-        hint = f"recap init RECIPE --state {quoted(root) if free else 'NEW'}"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        free = isinstance(error, FileNotFoundError) and _may_become_one(root)
+        hint = f"recap init RECIPE --state {quoted(root)}" if free else ELSEWHERE
         raise StateError(f"{root}: {_why_no_state(root)}", hint=hint) from None
     except OSError as error:
-        hint = "look at the permissions of the folder"
+        denied = error.errno in (errno.EACCES, errno.EPERM)
+        hint = "look at the permissions of the folder" if denied else ELSEWHERE
         raise StateError(f"{place}: cannot be read: {error.strerror}", hint=hint) from error
     except UnicodeDecodeError as error:
         raise CorruptStateError(f"{place}: is no text", hint=START_OVER) from error
@@ -117,6 +120,11 @@ def read_manifest(root: Path) -> Manifest:
         line = f", line {where.line + 1}" if where else ""
         raise CorruptStateError(f"{place}{line}: is no YAML", hint=START_OVER) from error
     return _manifest(place, found)
+
+
+def _may_become_one(root: Path) -> bool:
+    """Whether `init` would take the folder: it is not there, it is empty, or an `init` was stopped in it."""
+    return not root.exists() or (root / UNDER_WAY).exists() or not any(root.iterdir())
 
 
 def _why_no_state(root: Path) -> str:

@@ -80,8 +80,9 @@ def without(values: Mapping[str, Any], suspects: Iterable[KeyPath], stand_in: Ma
 
 
 def near(word: str, words: Iterable[str]) -> list[str]:
-    """Return the few `words` that `word` may be a slip of, best first."""
-    return difflib.get_close_matches(word, list(words), cutoff=0.65)
+    """Return the few `words` that `word` may be a slip of, best first; upper case is no difference."""
+    lowered = {known.lower(): known for known in words}
+    return [lowered[found] for found in difflib.get_close_matches(word.lower(), lowered, cutoff=0.65)]
 
 
 def expected(node: _Schema) -> str:

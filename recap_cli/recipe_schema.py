@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 CONFLICTS = "recipe_conflicts"  # the type of the pydantic error whose context carries `Conflict`s
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+FLOAT32_MAX = 3.4e38  # rounded down
 _FROZEN = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -27,12 +28,18 @@ def _number(value: object) -> object:
     return value
 
 
+def _whole(value: object) -> object:
+    """Return `value` with `1e3` as the whole number that it is; `1.5e0` stays what it is."""
+    number = _number(value) if isinstance(value, str) else value
+    return int(number) if isinstance(value, str) and isinstance(number, float) and number.is_integer() else value
+
+
 # Strict, so that `true` is no number, "3" no integer and 2.0 no count.
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
-Natural = Annotated[int, Field(strict=True, ge=0)]
-Seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]  # what numpy takes too
-Count = Annotated[int, Field(strict=True, ge=1)]
+Natural = Annotated[int, Field(strict=True, ge=0), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1), BeforeValidator(_whole)]  # what numpy takes too
+Count = Annotated[int, Field(strict=True, ge=1), BeforeValidator(_whole)]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1), BeforeValidator(_number)]  # nobody means all of it
 PartialShare = Annotated[float, Field(strict=True, gt=0, lt=1), BeforeValidator(_number)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), BeforeValidator(_number)]
@@ -287,3 +294,17 @@ def _training_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     if finetune.epochs is None and finetune.steps is None:
         keys = ("finetune.epochs", "finetune.steps")
         yield Conflict(keys, "expected a number here or in finetune.steps; found null in both")
+    yield from _overflows(finetune, recipe.head.lr)
+
+
+def _overflows(finetune: Finetune, head_lr: float) -> Iterator[Conflict]:
+    """Yield the factors of an update that torch refuses, as float32 cannot hold them: `lr / (1 - beta_1)` is AdamW's first."""
+    adamw = finetune.optimizer == "adamw"
+    limits = {
+        "head.lr": (head_lr, FLOAT32_MAX * (1 - 0.9)),
+        "finetune.lr": (finetune.lr, FLOAT32_MAX * (1 - finetune.betas[0]) if adamw else FLOAT32_MAX),
+        "finetune.weight_decay": (finetune.weight_decay, FLOAT32_MAX),
+    }
+    for key, (found, limit) in limits.items():
+        if found > limit:
+            yield Conflict((key,), f"expected at most {limit:.2g}, beyond which float32 overflows; found {found:g}")

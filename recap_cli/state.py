@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from recap_cli import storage
 from recap_cli.errors import CorruptStateError, StageOrderError, StateError
-from recap_cli.folder import claim, locked, refuse_state, sweep, withdraw
+from recap_cli.folder import claim, locked, plain, refuse_running, refuse_state, sweep, withdraw
 from recap_cli.manifest import (
     COMMIT,
     NEXT_STAGE,
@@ -222,7 +222,7 @@ class State:
             StateLockedError: another process is making a state there.
             StorageError: the disk is full, or the folder cannot be made or written.
         """
-        root = Path(path)
+        root = plain(path)
         made = claim(root)
         with locked(root, "init"):
             refuse_state(root)  # again: another `init` may just have finished
@@ -245,10 +245,15 @@ class State:
 
         Raises:
             StateError: there is no state, or one of a newer schema.
+            StateLockedError: another process is making it.
             CorruptStateError: state.yaml makes no sense, or the recipe was edited.
         """
-        root = Path(path)
-        state = cls(root, read_manifest(root), "")
+        root = plain(path)
+        try:
+            state = cls(root, read_manifest(root), "")
+        except StateError:
+            refuse_running(root)
+            raise
         try:
             state.recipe_text = state.load_text(RECIPE)
         except CorruptStateError as error:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+NO_PLACE = frozenset({errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.ELOOP})  # no folder can be of that name
 HEADER_BYTES = 1 << 16  # room for what the disk needs beside the tensors: the safetensors header, state.yaml
 
 Fingerprint = tuple[int, int, int, int, int]
@@ -224,7 +225,8 @@ def system_error(error: BaseException) -> int | None:
 def storage_error(path: Path, code: int, wanted_bytes: int | None = None) -> StorageError:
     """The error that names the file, why it could not be written and, on a full disk, the bytes wanted and free."""
     if code not in FULL:
-        hint = "make the folder writable, or use another one with --state"
+        mend = "" if code in NO_PLACE else "make the folder writable, or "
+        hint = f"{mend}use another one with --state"
         return StorageError(f"{path}: cannot be written: {os.strerror(code)}", hint=hint)
     sizes = [] if wanted_bytes is None else [f"{wanted_bytes:,} bytes wanted"]
     free = free_bytes(path)

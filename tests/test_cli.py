@@ -183,7 +183,21 @@ def test_ctrl_c_says_how_to_go_on(fake: Fake, folder: Path, capsys: pytest.Captu
     ]
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def in_a_plugin(error: Exception) -> errors.PluginError:
+    wrapped = errors.PluginError("the criterion failed")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: no room"),
+        in_a_plugin(MemoryError()),
+    ],
+)
 def test_out_of_memory_is_no_bug_of_ours(
     error: Exception, fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +219,25 @@ def test_a_dry_run_looks_for_criteria_and_files(capsys: pytest.CaptureFixture[st
     assert "taylor" in capsys.readouterr().err
     assert main(["run", "bert_base_cola", "--dry-run", "--set", "data.train=none.csv"]) == 4
     assert "none.csv" in capsys.readouterr().err
+    assert main(["run", "quickstart", "--dry-run", "--set", "model.name=./nowhere"]) == 5
+    assert "there is no folder ./nowhere" in capsys.readouterr().err
+
+
+def test_a_hint_is_shown_in_plain_python_too() -> None:
+    assert errors.DataError("no file", hint="name one").__notes__ == ["hint: name one"]
+    assert not hasattr(errors.DataError("no file"), "__notes__")
+
+
+def test_paths_in_hints_are_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(tmp_path / "my state")]) == errors.StateError.exit_code
+    assert f"hint: recap init RECIPE --state '{tmp_path / 'my state'}'\n" in capsys.readouterr().err
+    assert main(["recipes", "copy", "quickstart", str(tmp_path / "my recipe.yaml")]) == 0
+    assert f"recap run '{tmp_path / 'my recipe.yaml'}'\n" in capsys.readouterr().err
+
+
+def test_a_name_that_is_too_long_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "quickstart", "--state", "n" * 300]) == errors.StorageError.exit_code
+    assert "the name is too long" in capsys.readouterr().err
 
 
 def test_ctrl_c_takes_the_bar_off_the_screen(fake: Fake, folder: Path) -> None:

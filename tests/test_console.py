@@ -92,6 +92,17 @@ def test_a_table_in_a_pipe_is_wider_than_eighty_columns(capsys: pytest.CaptureFi
     assert "a heading 0   a heading 1" in capsys.readouterr().err
 
 
+def test_a_narrow_screen_breaks_no_number(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [["1 *", "0.9512", "85.00 M", "1 min 01 s", "66.7%", "3,052 2,871 of 3,072", "a remark of many words, and more"]]
+    console.table(["round", "accuracy", "full model", "time", "kept", "neurons", "note"], rows)
+    err = capsys.readouterr().err
+    for number in ("1 *", "0.9512", "85.00 M", "1 min 01 s", "66.7%", "3,052", "2,871", "3,072"):
+        assert number in err
+    console.table(["name", "note"], [["1.5", "words " * 12]])
+    assert max(map(len, capsys.readouterr().err.splitlines())) <= 40
+
+
 @pytest.fixture
 def _slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look at the clock comes four seconds after the one before."""

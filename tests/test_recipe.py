@@ -72,6 +72,13 @@ def test_numbers_in_scientific_notation_are_numbers(written: str, number: float)
         assert isinstance(got.finetune.lr, float)
 
 
+@pytest.mark.parametrize("written", ["1e3", "10.0E+2"])
+def test_a_whole_number_in_scientific_notation_is_a_count(written: str) -> None:
+    assert parsed("", f"rounds={written!r}").rounds == 1000
+    assert isinstance(parsed("", "rounds=1e3").rounds, int)
+    assert parsed("", "seed=0e1", "data.workers=2e0").data.workers == 2
+
+
 def test_numbers_in_a_model_config_are_numbers_too() -> None:
     text = TEXT.replace("name: some/model", "config: {model_type: bert, layer_norm_eps: 1e-12, nested: [{a: 1e3}]}")
     config = recipe.parse(text, "r.yaml").model.config
@@ -88,6 +95,7 @@ def test_text_that_looks_like_a_number_to_the_eye_only_stays_text() -> None:
         ('rounds: "three"', "4:9 rounds", 'expected a whole number >= 1; found "three"'),
         ("rounds: true", "4:9 rounds", "expected a whole number >= 1; found true"),
         ("rounds: 2.0", "4:9 rounds", "expected a whole number >= 1; found 2.0"),
+        ("rounds: 15e-1", "4:9 rounds", 'expected a whole number >= 1; found "15e-1"'),
         ("rounds: 0", "4:9 rounds", "expected a whole number >= 1; found 0"),
         ("rounds: [1]", "4:9 rounds", "expected a whole number >= 1; found [1]"),
         ("seed: -1", "4:7 seed", "expected a whole number from 0 to 4294967295; found -1"),
@@ -309,6 +317,19 @@ def test_anchors_and_merge_keys_work_and_overrides_do_not_leak_through_them() ->
             "--set finetune.epochs=null finetune.epochs expected a number here or in finetune.steps; found null in both",
         ),
         (
+            ["head.lr=1e38"],
+            "--set head.lr=1e38 head.lr expected at most 3.4e+37, beyond which float32 overflows; found 1e+38",
+        ),
+        (
+            ["finetune.lr=1e38"],
+            "--set finetune.lr=1e38 finetune.lr expected at most 3.4e+37, beyond which float32 overflows; found 1e+38",
+        ),
+        (
+            ["finetune.weight_decay=1e39"],
+            "--set finetune.weight_decay=1e39 finetune.weight_decay expected at most 3.4e+38, beyond which float32 overflows; "
+            "found 1e+39",
+        ),
+        (
             ["prune.ratio=0.9", "prune.floor=0.2"],
             "--set prune.floor=0.2 prune.ratio expected at most 0.8, as prune.floor keeps 0.2 of each layer; found 0.9",
         ),
@@ -337,6 +358,11 @@ def test_what_is_at_the_edge_of_a_conflict_is_accepted() -> None:
     for metric in ("accuracy", "f1", "matthews"):
         assert parsed("", f"task.metric={metric}").task.metric == metric
         assert recipe.read("quickstart", [f"task.metric={metric}"]).task.metric == metric
+
+
+def test_rates_that_float32_just_holds_are_accepted() -> None:
+    assert parsed("", "head.lr=3e37", "finetune.lr=3e37").head.lr == 3e37
+    assert parsed("", "finetune.lr=1e38", "finetune.optimizer=sgd").finetune.lr == 1e38
 
 
 def test_recipes_made_in_python_are_checked_too() -> None:
@@ -368,6 +394,8 @@ def test_an_override_is_split_at_the_first_equals_sign() -> None:
         ("=3", "- expected section.key=value; found =3"),
         ("prune..ratio=3", "prune..ratio expected section.key=value; found prune..ratio=3"),
         ("prune.ratoi=0.1", "prune.ratoi unknown key; did you mean prune.ratio?"),
+        ("PRUNE.RATIO=0.1", "PRUNE unknown key; did you mean prune?"),
+        ("prune.RATIO=0.1", "prune.RATIO unknown key; did you mean prune.ratio?"),
         ("fintune.lr=1", "fintune unknown key; did you mean finetune?"),
         ("rounds.x=3", "rounds.x expected rounds to be a section; found a value"),
         ("rounds=[1", "rounds expected a YAML value: while parsing a flow sequence, expected ',' or ']'"),

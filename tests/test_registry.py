@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from recap_cli import registry
 from recap_cli.core.adapter import Adapter
 from recap_cli.core.criterion import Criterion
+from recap_cli.core.groups import Axis, Cut
+from recap_cli.core.scoring import group_scores
 from recap_cli.errors import PluginError
 
 
@@ -97,6 +100,37 @@ def test_a_plugin_that_fails_to_import_is_named_with_its_error(distribution):
     with pytest.raises(PluginError, match=r"'broken'.*acme-broken 1.2.*OSError: no such device") as caught:
         registry.load("criteria", "broken")
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_plugin_that_ends_the_process_is_refused_in_one_line(distribution):
+    distribution("acme-exit", "[recap.criteria]\nleave = acme_exit_module:X\n", "raise SystemExit('bye\\nand more')")
+    with pytest.raises(PluginError, match=r"'leave'.*SystemExit: bye") as caught:
+        registry.load("criteria", "leave")
+    assert "more" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda *_: 1 / 0, "failed: ZeroDivisionError: division by zero"),
+        (lambda *_: None, "gave no scores for layer"),
+        (lambda *_: {}, "gave no scores for layer"),
+    ],
+)
+def test_a_criterion_whose_group_scores_are_none_is_named_as_such(given, message):
+    axis = Axis("layer", "neurons", 0, 2, ())
+    with pytest.raises(PluginError, match=message):
+        group_scores(nn.Linear(2, 2), [axis], Criterion(score_groups=given), lambda each: iter(()))
+
+
+def test_only_the_first_line_of_what_a_criterion_raises_is_told():
+    def fail(weight, grad):
+        raise ValueError("first\nsecond")
+
+    axis = Axis("layer", "neurons", 0, 2, (Cut("weight", 0, 1),))
+    with pytest.raises(PluginError, match="ValueError: first") as caught:
+        group_scores(nn.Linear(2, 2), [axis], Criterion(score=fail, needs="none"), lambda each: iter(()))
+    assert "second" not in caught.value.message
 
 
 def test_a_plugin_of_the_wrong_type_is_refused(distribution):

@@ -23,6 +23,7 @@ import yaml
 from recap_cli import state as state_module
 from recap_cli import storage
 from recap_cli.errors import CorruptStateError, StageOrderError, StateError, StateLockedError, StorageError
+from recap_cli.manifest import ELSEWHERE
 from recap_cli.state import STAGES, State
 
 RECIPE = "name: test\n"
@@ -290,8 +291,37 @@ def test_opening_what_is_no_state_says_how_to_make_one(tmp_path: Path) -> None:
     for name, message in [("none", "there is no such folder"), ("file", "is a file"), ("folder", "has no state.yaml")]:
         with pytest.raises(StateError, match=message) as caught:
             State.open(tmp_path / name)
-        free = "NEW" if name == "file" else tmp_path / name
-        assert caught.value.hint == f"recap init RECIPE --state {free}"
+        new = f"recap init RECIPE --state {tmp_path / name}"
+        assert caught.value.hint == (ELSEWHERE if name == "file" else new)
+    (tmp_path / "folder" / "thesis.tex").touch()
+    for place in (tmp_path / "folder", tmp_path / "file" / "below", Path("/dev/null"), tmp_path / ("n" * 300)):
+        with pytest.raises(StateError) as caught:
+            State.open(place)
+        assert caught.value.hint == ELSEWHERE
+
+
+def test_what_can_be_no_folder_is_not_called_unwritable(tmp_path: Path) -> None:
+    for place, error, message in [
+        (Path("/dev/null"), StateError, "is a file, not a folder"),
+        (tmp_path / ("n" * 300), StorageError, "File name too long"),
+    ]:
+        with pytest.raises(error, match=message) as caught:
+            create(place)
+        assert "--state" in str(caught.value.hint)
+        assert "writable" not in str(caught.value.hint)
+
+
+def test_a_path_through_folders_that_are_not_there_makes_none_of_them(state: State, tmp_path: Path) -> None:
+    around = f"{state.path}/full-000/x/../../../{state.path.name}/"
+    with pytest.raises(StateError, match="a state here already"):
+        create(around)  # type: ignore[arg-type]  # as text, which keeps its slashes
+    assert State.open(around).path == state.path
+    assert tree(state.path) == committed(state.path)
+    assert not (state.path / "full-000/x").exists()
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    assert create(tmp_path / "link" / ".." / "new").next_stage() == "prune"
+    assert (tmp_path / "far" / "new" / "state.yaml").exists()
 
 
 def test_a_newer_schema_is_refused_with_both_versions(state: State) -> None:
@@ -323,6 +353,10 @@ def test_a_malformed_state_yaml_is_named(state: State, text: str, message: str) 
     [
         ({"stage": "distill"}, "no stage 'distill'"),
         ({"history": 3}, "history is missing or not"),
+        ({"schema": 0}, "schema 0, round 0, stage init do not go together"),
+        ({"round": -1}, "round -1, stage init do not"),
+        ({"round": 1}, "round 1, stage init do not"),
+        ({"stage": "merge"}, "round 0, stage merge do not"),
         ({"files": {"../../x": {"bytes": 1, "sha256": "a"}}}, r"entry of '\.\./\.\./x'"),
         ({"files": {"full-000/x": {"bytes": "1", "sha256": "a"}}}, "entry of 'full-000/x'"),
     ],
@@ -614,6 +648,9 @@ def test_a_second_init_at_the_same_time_is_refused(tmp_path: Path) -> None:
         draft.save_text("full-000/a.txt", "a")
         with pytest.raises(StateLockedError):
             create(tmp_path / "s")
+        with pytest.raises(StateLockedError, match=r"`recap init`.* is writing") as caught:
+            State.open(tmp_path / "s")
+        assert "wait" in str(caught.value.hint)
     assert State.open(tmp_path / "s").load_text("full-000/a.txt") == "a"
 
 

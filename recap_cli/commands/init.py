@@ -1,6 +1,5 @@
 """`recap init`: make a state from a recipe."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -32,9 +31,10 @@ def init(
             console.result(line)
         return
     from recap_cli.commands.tables import say_stage
+    from recap_cli.manifest import quoted
     from recap_cli.stages import init as stage
 
     made = stage.init(checked, state, track=console.track)
     say_stage(made.manifest.history[-1])
-    console.say(f"made {made.path}; next: recap prune {shlex.quote(str(made.path))}")
+    console.say(f"made {made.path}; next: recap prune {quoted(made.path)}")
     console.result(str(made.path))

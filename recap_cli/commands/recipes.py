@@ -1,5 +1,6 @@
 """`recap recipes`: list, show and copy the shipped recipes, and the JSON Schema of all recipes."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -60,10 +61,12 @@ def copy(name: NameArgument, to: ToArgument = None) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:  # "x" tells and refuses in one step; the message names the file
-        raise UsageError(f"{path}: is there already", hint=f"name another file: recap recipes copy {name} FILE") from None
+        raise UsageError(
+            f"{path}: is there already", hint=f"name another file: recap recipes copy {shlex.quote(name)} FILE"
+        ) from None
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no folder {path.parent}", hint="make it first, or name another file") from None
-    console.say(f"run it with: recap run {path}")
+    console.say(f"run it with: recap run {shlex.quote(str(path))}")
     console.result(str(path))
 
 

@@ -1,7 +1,7 @@
 """How much each group counts: one backward per batch of D_s, summed over every coupled weight (paper, eq. (1) and (4))."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from recap_cli.core.criterion import Criterion, Losses
 from recap_cli.core.groups import Axis, Cut
-from recap_cli.errors import PluginError
+from recap_cli.errors import PluginError, RecapError
 
 SCORE_HINT = "`score(weight, grad)` returns a tensor of the weight's shape; see docs/plugins.md, or choose another criterion"
+GROUPS_HINT = "`score_groups` returns a tensor for every axis, by its name; see docs/plugins.md, or choose another criterion"
 Scores = dict[str, Tensor]  # axis name → importance, float32, shape (axis.size,)
 
 
@@ -23,7 +24,7 @@ def group_scores(model: nn.Module, axes: Sequence[Axis], criterion: Criterion, l
     gradients are held together. The model's `requires_grad` flags are as before when this returns.
     """
     if criterion.score_groups is not None:
-        return {axis.name: _checked(axis, s) for axis, s in _pairs(axes, criterion.score_groups(model, axes, losses))}
+        return {axis.name: _checked(axis, s) for axis, s in _pairs(axes, _scored_groups(criterion, model, axes, losses))}
     owners = _owners(axes)
     params = {name: param for name, param in model.named_parameters() if name in owners}
     totals = {axis.name: torch.zeros(axis.size, device=next(iter(params.values())).device) for axis in axes}
@@ -96,11 +97,31 @@ def _scored(criterion: Criterion, param: Tensor, grad: Tensor) -> Tensor:
     try:
         score = criterion.score(param, grad)  # type: ignore[misc]
     except Exception as error:  # a criterion is a stranger's code: it may raise anything
-        raise PluginError(f"the criterion failed: {type(error).__name__}: {error}", hint=SCORE_HINT) from error
+        raise _failure(error, SCORE_HINT) from error
     if not isinstance(score, Tensor) or score.shape != param.shape:
         found = f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
         raise PluginError(f"the criterion gave {found} for a weight of shape {tuple(param.shape)}", hint=SCORE_HINT)
     return score
+
+
+def _scored_groups(criterion: Criterion, model: nn.Module, axes: Sequence[Axis], losses: Losses) -> Scores:
+    try:
+        scores = criterion.score_groups(model, axes, losses)  # type: ignore[misc]
+    except RecapError:  # of the losses, which are ours
+        raise
+    except Exception as error:  # as in _scored
+        raise _failure(error, GROUPS_HINT) from error
+    lacking = [a.name for a in axes if not isinstance(scores, Mapping) or not isinstance(scores.get(a.name), Tensor)]
+    if lacking:
+        raise PluginError(
+            f"the criterion gave no scores for {lacking[0]} ({len(lacking)} of {len(axes)} axes)", hint=GROUPS_HINT
+        )
+    return scores
+
+
+def _failure(error: Exception, hint: str) -> PluginError:
+    first = str(error).partition("\n")[0]
+    return PluginError(f"the criterion failed: {type(error).__name__}: {first}", hint=hint)
 
 
 def _owners(axes: Sequence[Axis]) -> dict[str, list[tuple[Axis, Cut]]]:

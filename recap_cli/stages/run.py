@@ -6,6 +6,7 @@ from typing import Any
 
 from recap_cli import recipe as recipes
 from recap_cli.errors import StateError
+from recap_cli.folder import plain
 from recap_cli.manifest import COMMIT, quoted
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
@@ -29,6 +30,7 @@ def run(
 
     Raises `StateError` if the state there was made from another recipe, and whatever a stage raises.
     """
+    path = plain(path)
     if (path / COMMIT).exists():
         state = State.open(path)
         _check_same(state, recipe)

@@ -6,7 +6,7 @@ from typing import Any
 
 from recap_cli import recipe as recipes
 from recap_cli import registry
-from recap_cli.errors import DataError
+from recap_cli.errors import DataError, ModelError
 from recap_cli.recipe import Recipe
 from recap_cli.state import State
 
@@ -30,12 +30,15 @@ def next_stage(recipe: Recipe, state: State) -> str | None:
 
 
 def check(recipe: Recipe) -> None:
-    """Look, without loading anything, whether what the recipe names is there: criteria, local files, the validation data.
+    """Look, without loading anything, whether what the recipe names is there: criteria, the model's folder, local files, the
+    validation data.
 
-    Raises `PluginError` for a criterion that is not registered, `DataError` for a file that is missing.
+    Raises `PluginError` for a criterion that is not registered, `ModelError` for a folder and `DataError` for a file that is
+    missing.
     """
     for name in (recipe.prune.criterion, recipe.mask.criterion):
         registry.used("criteria", name)
+    _check_folder(recipe.model.name)
     data = recipe.data
     for key, place in (("train", data.train), ("validation", data.validation)):
         if place is not None and not Path(place).exists():
@@ -44,6 +47,14 @@ def check(recipe: Recipe) -> None:
         raise DataError(
             "the recipe names no validation data", hint="--set data.validation=FILE or --set data.validation_share=0.1"
         )
+
+
+def _check_folder(name: str | None) -> None:
+    """Refuse a model's name that can be nothing but a folder (as `runtime.checkpoints` has it), and is none."""
+    if name is None or Path(name).expanduser().is_dir():
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+        raise ModelError(f"there is no folder {name}", hint="--set model.name=DIR, with its config.json and safetensors files")
 
 
 def describe(recipe: Recipe) -> list[str]:

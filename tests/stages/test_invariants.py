@@ -285,7 +285,7 @@ def test_the_second_round_starts_from_the_moments_and_ages_of_the_first(
             ages |= set(seen["counts"][slot.name].tolist())
         for dim in dims:
             assert seen["along"][slot.name] == dim
-    assert ages == {0, 5}  # some of what moves now has moved for the five steps of round 1, some never has
+    assert ages in ({0, 5}, {5})  # what moves now has moved for the five steps of round 1, or (in most models some) never
 
 
 class StopHere(KeyboardInterrupt):
