@@ -139,5 +139,6 @@ def _pairs(axes: Sequence[Axis], scores: Scores) -> Iterator[tuple[Axis, Tensor]
 
 def _checked(axis: Axis, scores: Tensor) -> Tensor:
     if tuple(scores.shape) != (axis.size,):
-        raise ValueError(f"{axis.name}: {axis.size} scores wanted, the criterion gave shape {tuple(scores.shape)}")
+        found = tuple(scores.shape)
+        raise PluginError(f"{axis.name}: {axis.size} scores wanted, the criterion gave shape {found}", hint=SCORE_HINT)
     return scores.detach().float().cpu()

@@ -163,5 +163,5 @@ def test_a_criterion_that_misbehaves_is_named_as_such(score, message: str) -> No
 def test_group_scores_of_the_wrong_shape_are_refused() -> None:
     model, axes, data, spec = prepared("vit")
     wrong = Criterion(score_groups=lambda model, axes, losses: {axis.name: torch.ones(1) for axis in axes})
-    with pytest.raises(ValueError, match="scores wanted"):
+    with pytest.raises(PluginError, match="scores wanted"):
         group_scores(model, axes, wrong, losses_of(model, spec, data))
