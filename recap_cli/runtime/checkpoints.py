@@ -20,7 +20,9 @@ INDEX = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 WANTED = ("*.json", "*.txt", "*.model", WEIGHTS, "model-*.safetensors")  # tokenizers keep vocabularies in .txt and .model files
 TIMEOUT_SECONDS = 5.0
+LFS_POINTER = b"version https://git-lfs"  # what git leaves in place of a large file that it has not fetched
 FOLDER_HINT = "name a local folder with config.json and model.safetensors: --set model.name=DIR"
+CONFIG_HINT = "copy or download config.json again, or name another folder: --set model.name=DIR"
 
 
 @contextmanager
@@ -68,9 +70,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ModelError(f"{folder} has no config.json", hint=FOLDER_HINT) from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+        raise ModelError(f"{path} cannot be read: {error}", hint=CONFIG_HINT) from error
     if not isinstance(config, dict):
-        raise ModelError(f"{path} holds no JSON object")
+        raise ModelError(f"{path} holds no JSON object, but a {type(config).__name__}", hint=CONFIG_HINT)
     return config
 
 
@@ -84,6 +86,10 @@ def check_weights(folder: Path) -> list[Path]:
         except FileNotFoundError as error:
             raise ModelError(f"{path} is missing, though {INDEX} names it", hint="copy or download it again") from error
         except (SafetensorError, OSError) as error:
+            if _is_pointer(path):
+                raise ModelError(
+                    f"{path} holds no weights, only the pointer of git LFS to them", hint="git lfs pull, in that folder"
+                ) from error
             raise ModelError(f"{path} is truncated or damaged: {error}", hint="copy or download it again") from error
     return files
 
@@ -91,6 +97,14 @@ def check_weights(folder: Path) -> list[Path]:
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder by name. Raises `ModelError` as `check_weights` does."""
     return {name: tensor for path in check_weights(folder) for name, tensor in load_file(path).items()}
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from recap_cli.core.adapter import Adapter, find_axes, is_transposed, names_found, resize
 from recap_cli.core.groups import Axis, Choice, check_axes, counts, refine, shapes_of
 from recap_cli.core.surgery import cut_model, indices, zero_groups
-from recap_cli.errors import ConformanceError
+from recap_cli.errors import ConformanceError, ModelError
 from recap_cli.runtime import models
 from recap_cli.runtime.specs import ModelSpec
 
 TOLERANCE = 1e-5  # of the largest logit
 SEED = 2024
 LISTED = 5  # names in an error message
+LAYERS = ("num_hidden_layers", "n_layers", "depth")  # whichever key the library has for how many there are
 HINT = "the library's layout and the adapter's table disagree: see docs/plugins.md, or install the versions it was made for"
 
 
@@ -44,15 +45,19 @@ class Report:
 def check(model: nn.Module, adapter: Adapter, spec: ModelSpec) -> Report:
     """The report of a model that its adapter describes; the model is left as it was, and one copy of it is made.
 
-    Raises `ConformanceError`: a cut does not exist or fit, an entry belongs to two groups, cutting differs from zeroing the
-    same groups, or a control that must differ (the uncut model, the wrong groups zeroed) does not.
+    Raises `ModelError` if the model has no layers or does not run as it is; `ConformanceError` if a cut does not exist or fit,
+    an entry belongs to two groups, cutting differs from zeroing the same groups, or a control that must differ (the uncut
+    model, the wrong groups zeroed) does not.
     """
+    _check_layers(spec)
     axes = _axes(model, adapter, spec)
     _check_names(model, adapter, axes, spec)
     try:
         cut, control = _differences(model, adapter, spec, axes, random_plan(axes))
     except _Failure as failure:
-        raise ConformanceError(f"{_who(spec)}: {failure}{_culprit(model, adapter, spec, axes)}", hint=HINT) from failure
+        raise ConformanceError(
+            f"{_who(spec)}: with groups cut out, it does not run ({failure}){_culprit(model, adapter, spec, axes)}", hint=HINT
+        ) from failure
     if not cut <= TOLERANCE:  # NaN too
         raise ConformanceError(
             f"{_who(spec)}: cutting groups changes the logits by {cut:.1e} more than zeroing them"
@@ -91,11 +96,18 @@ def random_plan(axes: Sequence[Axis], seed: int = SEED) -> Choice:
 
 
 class _Failure(Exception):
-    """The library's code does not run on a cut model."""
+    """The library's code does not run; the first line of what it said."""
 
 
 def _who(spec: ModelSpec) -> str:
     return f"the adapter {spec.model_type!r} does not describe this model ({spec.library})"
+
+
+def _check_layers(spec: ModelSpec) -> None:
+    values = spec.config["args"] if spec.library == "timm" else spec.config
+    if key := next((key for key in LAYERS if values.get(key, 1) < 1), None):
+        hint = f"correct {key} in model.config, or in the config.json of the model's folder"
+        raise ModelError(f"this {spec.model_type} has no layers ({key} is {values[key]})", hint=hint)
 
 
 def _axes(model: nn.Module, adapter: Adapter, spec: ModelSpec) -> list[Axis]:
@@ -128,7 +140,7 @@ def _differences(
     """How far cutting is from zeroing the same groups, and from the nearer of the two controls; both relative to the logits."""
     logits = _logits_of(spec)
     trial = _randomize(copy.deepcopy(model).eval())
-    uncut = logits(trial)
+    uncut = _untouched(trial, spec)
     zero_groups(trial, axes, {name: ~keep for name, keep in plan.items()})
     wrong = logits(trial)
     zero_groups(_randomize(trial), axes, plan)
@@ -150,9 +162,23 @@ def _logits_of(spec: ModelSpec) -> Callable[[nn.Module], Tensor]:
             return forward(model, batch).double()
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # the library's code, on what we cut
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise _Failure(f"with groups cut out, it does not run ({first_line})") from error
+            raise _Failure(first_line) from error
 
     return logits
+
+
+def _untouched(model: nn.Module, spec: ModelSpec) -> Tensor:
+    """The logits before anything is cut. Raises `ModelError` if there are none: that is not the adapter's fault."""
+    try:
+        return _logits_of(spec)(model)
+    except _Failure as failure:
+        size = (
+            f"images of {spec.image['size']} × {spec.image['size']} pixels"
+            if spec.image
+            else f"texts of {models.EXAMPLE_TOKENS} tokens"
+        )
+        hint = "--set data.image_size=224" if spec.image else "is max_position_embeddings in its config.json too small?"
+        raise ModelError(f"the model does not run at {size} ({failure})", hint=hint) from failure
 
 
 def _randomize(model: nn.Module) -> nn.Module:

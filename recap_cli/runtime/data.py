@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -205,10 +206,11 @@ def _decoder(dataset: "Dataset", inputs: ImageInputs, origin: str, workers: int)
 
     def decode(image: Mapping[str, Any], row: int) -> Tensor:
         try:
-            return _pixels(feature.decode_example(image), inputs)
+            return _pixels(feature.decode_example(_read(image)), inputs)
         except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for files that are not whole images
+            file = f" {image['path']}" if image.get("path") else ""
             raise DataError(
-                f"the image in row {row} of {origin} cannot be decoded: {error}",
+                f"the image{file} in row {row} of {origin} cannot be decoded: {error}",
                 hint="replace the image, or take its row out",
             ) from error
 
@@ -221,6 +223,14 @@ def _decoder(dataset: "Dataset", inputs: ImageInputs, origin: str, workers: int)
             return torch.stack(list(pool.map(decode, images, rows)))
 
     return pixels_at
+
+
+def _read(image: Mapping[str, Any]) -> dict[str, Any]:
+    """The image with its bytes: given a path alone, `datasets` would leave the file open if it cannot be decoded."""
+    path = image["path"]
+    if image["bytes"] is None and path is not None and Path(path).is_file():
+        return {"path": path, "bytes": Path(path).read_bytes()}
+    return dict(image)
 
 
 def _pixels(image: Any, inputs: ImageInputs) -> Tensor:

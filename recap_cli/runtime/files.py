@@ -5,6 +5,7 @@
 """
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,10 +42,7 @@ def read_file(path: Path, *, key: str, text_columns: list[str]) -> "pa.Table":
         table = reader(path, text_columns)
         table.column_names  # noqa: B018 (decodes the names, which may fail)
     except (OSError, ValueError, pa.ArrowException) as error:  # unreadable, or torn, or not what the suffix says
-        raise DataError(
-            f"{path} cannot be read as {path.suffix[1:].lower()}: {error}",
-            hint=f"repair the file, or name another with --set {key}=FILE",
-        ) from error
+        raise _unreadable(path, key, error) from error
     if table.num_rows == 0:
         raise DataError(f"{path} has no rows", hint=f"name another file with --set {key}=FILE")
     return table
@@ -73,10 +71,40 @@ def read_folder(path: Path, *, key: str, image_column: str, label_column: str) -
     if "train" in names and names <= {"train", "val", "valid", "validation", "test"}:
         raise DataError(
             f"{path} holds splits ({', '.join(sorted(names))}), not classes",
-            hint=f"--set data.train={path / 'train'} --set data.validation={path / sorted(names - {'train'} or names)[-1]}",
+            hint=f"--set data.train={shlex.quote(str(path / 'train'))} "
+            f"--set data.validation={shlex.quote(str(path / sorted(names - {'train'} or names)[-1]))}",
         )
     files, labels = zip(*found, strict=True)
     return pa.table({image_column: pa.array(files), label_column: pa.array(labels)})
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether a file anywhere below the folder is named like an image."""
+    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.rglob("*"))
+
+
+def _unreadable(path: Path, key: str, error: Exception) -> DataError:
+    kind = path.suffix[1:].lower()
+    if kind != "parquet" and not _is_utf8(path):
+        return DataError(
+            f"{path} cannot be read as {kind}: its text is not in UTF-8", hint="save it as UTF-8 (in a spreadsheet: CSV UTF-8)"
+        )
+    return DataError(
+        f"{path} cannot be read as {kind}: {error}", hint=f"repair the file, or name another with --set {key}=FILE"
+    )
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether all of a text file is UTF-8; True as well for one that cannot be opened, which is another matter."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for _ in lines:
+                pass
+    except UnicodeDecodeError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _read_delimited(path: Path, text_columns: list[str], *, delimiter: str, quote: str | bool) -> "pa.Table":

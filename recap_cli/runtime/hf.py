@@ -17,6 +17,12 @@ from recap_cli.runtime.specs import ModelSpec, TaskKind, image_facts
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers, 0 … 5
+SIZES = (  # keys of the configurations that count something, of which there must be some; layers are conformance's business
+    *("hidden_size", "dim", "num_attention_heads", "n_heads", "intermediate_size", "hidden_dim"),
+    *("vocab_size", "max_position_embeddings", "image_size", "patch_size", "num_channels"),
+)
+ACTIVATIONS = ("hidden_act", "activation")
+CONFIG_HINT = "correct it in model.config, or in the config.json of the model's folder"
 NOT_IN_DEFAULTS = {"head_dim", "architectures", "tokenizer", "transformers_version", "_name_or_path", "torch_dtype"}
 
 
@@ -30,6 +36,7 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
 
     rest = {key: value for key, value in values.items() if key not in ("model_type", "_name_or_path", "tokenizer")}
     model_type = str(values.get("model_type"))
+    _check_values(model_type, rest)
     try:
         if strict:
             _check_keys(model_type, rest, AutoConfig.for_model(model_type))
@@ -54,7 +61,9 @@ def from_config(config: Any, task_kind: TaskKind) -> nn.Module:
     try:
         model: nn.Module = _auto(task_kind).from_config(config)
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
-        raise ModelError(f"a {config.model_type} cannot be built for {task_kind}: {_first_line(error)}") from error
+        raise ModelError(
+            f"a {config.model_type} cannot be built for {task_kind}: {_first_line(error)}", hint=CONFIG_HINT
+        ) from error
     return model.eval()
 
 
@@ -196,6 +205,22 @@ def _auto(task_kind: TaskKind) -> Any:
     if task_kind == "text-classification":
         return transformers.AutoModelForSequenceClassification
     return transformers.AutoModelForImageClassification
+
+
+def _check_values(model_type: str, values: Mapping[str, Any]) -> None:
+    """Refuse sizes of nothing and unknown activations by their keys, which the library's own errors do not name."""
+    from transformers.activations import ACT2FN
+
+    for key in SIZES:
+        value = values.get(key)
+        if isinstance(value, int) and value < 1:
+            raise ModelError(f"{key} of this {model_type} is {value}, and must be 1 or more", hint=CONFIG_HINT)
+    for key in ACTIVATIONS:
+        value = values.get(key)
+        if isinstance(value, str) and value not in ACT2FN:
+            near = get_close_matches(value, sorted(ACT2FN), n=1)
+            hint = f"did you mean {near[0]}?" if near else CONFIG_HINT
+            raise ModelError(f"{key} of this {model_type} is {value!r}, which transformers does not know", hint=hint)
 
 
 def _check_keys(model_type: str, values: dict[str, Any], defaults: Any) -> None:

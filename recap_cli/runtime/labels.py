@@ -22,13 +22,13 @@ def label_names(column: "pa.ChunkedArray", names: Sequence[str] | None, place: s
     import pyarrow.compute as pc
 
     kind = label_kind(column, place)
-    if kind == "truths":
-        return ["False", "True"]
     found = sorted(pc.unique(column).to_pylist())
     if len(found) < 2 and not names and found[0] != -1:
         raise DataError(
             f"{place} holds only one label, {found[0]!r}", hint="choose the column of the labels with --set data.label=NAME"
         )
+    if kind == "truths":
+        return ["False", "True"]
     if kind == "numbers":
         found = [int(number) for number in found]
         named = list(names) if names else [str(number) for number in range(len(found))]
@@ -94,7 +94,9 @@ def _is_whole(column: "pa.ChunkedArray") -> bool:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    return bool(pa.types.is_floating(column.type) and pc.all(pc.equal(column, pc.floor(column))).as_py())
+    if not pa.types.is_floating(column.type):
+        return False
+    return bool(pc.all(pc.and_(pc.is_finite(column), pc.equal(column, pc.floor(column)))).as_py())
 
 
 def _some(values: Sequence[object]) -> str:

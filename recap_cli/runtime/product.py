@@ -54,6 +54,7 @@ def export(
     `stock`, `ragged` or `dense`, and `reason` says why it is not stock. Raises `StorageError` if `out` is there and not empty
     or cannot be written, `ModelError` if what was written does not give the logits of the small model.
     """
+    check_out(Path(out))
     plan = plan or everything(axes)
     small = models.assemble(spec, tensors, adapter, counts(plan))
     logits = _logits(spec, small)
@@ -75,6 +76,22 @@ def export(
         about["files"] = {path.name: asdict(storage.seal(path)) for path in sorted(folder.iterdir())}
         _write_json(folder / FACTS, about)
     return {**about, "path": str(out)}
+
+
+def check_out(out: Path) -> None:
+    """Raise `StorageError` if `out` is a file, a folder with something in it, or where no folder can be made."""
+    try:
+        if out.is_file():
+            raise StorageError(f"{out} is a file, not a folder", hint="name a new folder, or remove the file")
+        if out.exists() and any(out.iterdir()):
+            raise StorageError(f"{out} is there already and not empty", hint="name a new folder, or remove this one")
+        above = next(folder for folder in out.absolute().parents if folder.exists())
+    except OSError as error:
+        raise _unwritable(out, error.strerror or str(error)) from error
+    if not above.is_dir():
+        raise _unwritable(out, f"{above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise _unwritable(out, f"nothing may be written to {above}")
 
 
 def load(folder: Path | str) -> nn.Module:
@@ -188,14 +205,10 @@ def _zero_filled(spec: ModelSpec, tensors: Mapping[str, Tensor], axes: Sequence[
 def _new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when all is written, and is gone if anything fails."""
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise StorageError(f"{out} is there already and not empty", hint="name a new folder, or remove this one")
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     except OSError as error:
-        raise StorageError(
-            f"{out} cannot be written: {error.strerror or error}", hint="name a folder you may write to"
-        ) from error
+        raise _unwritable(out, error.strerror or str(error)) from error
     try:
         yield scratch
         scratch.chmod(0o777 & ~_umask())
@@ -206,6 +219,10 @@ def _new_folder(out: Path) -> Iterator[Path]:
         raise StorageError(f"{out} cannot be written: {error}", hint="is the disk full?") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _unwritable(out: Path, why: str) -> StorageError:
+    return StorageError(f"{out} cannot be written: {why}", hint="name a folder you may write to")
 
 
 def _umask() -> int:
@@ -235,6 +252,8 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder / FACTS} is not what recap export wrote: {error}", hint="export or copy it again") from error
     if schema > SCHEMA:
         raise ModelError(f"{folder} was written by a newer recap (schema {schema})", hint="pip install -U recap-cli")
+    if lacking := [key for key in ("form", "sizes", "files") if key not in about]:
+        raise ModelError(f"{folder / FACTS} says no {lacking[0]!r}", hint="export or copy it again")
     return dict(about)
 
 

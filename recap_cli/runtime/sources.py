@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recap_cli.errors import DataError
 from recap_cli.runtime.columns import Found, Roles, class_names, pick, roles_for
-from recap_cli.runtime.files import read_file, read_folder
+from recap_cli.runtime.files import holds_images, read_file, read_folder
 from recap_cli.runtime.hub import read_hub
 from recap_cli.runtime.labels import label_kind, label_names, label_numbers
 from recap_cli.runtime.order import generator_for
@@ -122,10 +122,21 @@ def _read_files(roles: Roles, train: Path, validation: Path | None, share: float
 def _read_path(path: Path, key: str, roles: Roles) -> Found:
     path = path.expanduser()
     if path.is_dir():
-        image_column = roles.get("image", "image")
-        return Found(read_folder(path, key=key, image_column=image_column, label_column=roles["label"]), str(path))
+        if "image" not in roles:
+            raise _folder_for_texts(path, key)
+        return Found(read_folder(path, key=key, image_column=roles["image"], label_column=roles["label"]), str(path))
     texts = [roles[role] for role in ("text", "text_pair") if role in roles]
     return Found(read_file(path, key=key, text_columns=texts), str(path), folder=path.parent)
+
+
+def _folder_for_texts(path: Path, key: str) -> DataError:
+    file = f"name a file of texts with --set {key}=FILE"
+    if holds_images(path):
+        return DataError(
+            f"task.kind is text-classification, but the folder {path} holds images",
+            hint=f"--set task.kind=image-classification, or {file}",
+        )
+    return DataError(f"{path} is a folder, but texts are read from a file", hint=file)
 
 
 def _read_hub(name: str, subset: str | None, splits: list[str]) -> tuple[Found, Found | None]:

@@ -22,8 +22,9 @@ def build(architecture: str, args: Mapping[str, Any]) -> Any:
     try:
         with quiet():
             return timm.create_model(architecture, pretrained=False, **args).eval()
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise ModelError(f"timm cannot build {architecture}: {_said(error)}") from error
+    except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        hint = "see model.config in the recipe, or model_args in the folder's config.json"
+        raise ModelError(f"timm cannot build {architecture}: {_said(error)}", hint=hint) from error
 
 
 def check_architecture(architecture: str) -> None:

@@ -17,6 +17,7 @@ def export(state: State, out: Path, *, dense: bool = False, track: Track = silen
 
     Raises `UsageError` if no round is merged, `StorageError` if `out` is there already.
     """
+    product.check_out(out)
     here = Context(state)
     tensors, _, best = best_tensors(here)
     return product.export(

@@ -12,7 +12,7 @@ from torch import nn
 
 from recap_cli.core.adapter import Adapter, find_axes
 from recap_cli.core.groups import Axis, Cut
-from recap_cli.errors import ConformanceError
+from recap_cli.errors import ConformanceError, ModelError
 from recap_cli.runtime import conformance, models
 from tests.pico import PICO, pico
 
@@ -53,6 +53,33 @@ def test_a_random_plan_keeps_and_drops_of_every_axis():
     for axis in axes[1:]:
         assert 0 < int(plan[axis.name].sum()) < axis.size
     assert 150 < int(plan["a500"].sum()) < 350
+
+
+def made(library: str, **config: object) -> models.Created:
+    labels = ["a", "b"]
+    return models.create(library=library, name=None, config=config, task_kind="image-classification", label_names=labels)
+
+
+TINY = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 2, "patch_size": 8}
+TIMM = {"architecture": "vit_tiny_patch16_224", "img_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("created", "told"),
+    [
+        (("transformers", {"model_type": "vit", **TINY, "image_size": 1}), r"does not run at images of 1 × 1 pixels \("),
+        (("timm", {**TIMM, "img_size": 1}), r"does not run at images of 1 × 1 pixels \("),
+        (("transformers", {"model_type": "vit", **TINY, "num_hidden_layers": 0}), r"no layers \(num_hidden_layers is 0\)"),
+        (("timm", {**TIMM, "depth": 0}), r"no layers \(depth is 0\)"),
+    ],
+)
+def test_a_model_that_does_not_run_by_itself_is_not_the_adapters_fault(created, told):
+    library, config = created
+    model, spec = made(library, **config)[:2]
+    with pytest.raises(ModelError, match=told) as caught:
+        conformance.check(model, models.adapter_of(spec), spec)
+    assert caught.value.exit_code == 5
+    assert caught.value.hint
 
 
 def refused(match: str, adapter: Adapter, name: str) -> str:

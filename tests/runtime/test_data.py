@@ -99,6 +99,14 @@ def test_the_tokenizer_must_pad_and_bear_the_length(tokenizer: Any) -> None:
         make_split(texts("a"), TextInputs(tokenizer, 8), origin="x")
 
 
+def test_the_model_must_have_positions_for_the_length(tokenizer: Any) -> None:
+    tokenizer.model_max_length = int(1e30)  # what transformers says where the tokenizer does not
+    with pytest.raises(ModelError, match=r"data\.max_length is 9, but the model has positions for 8 tokens") as caught:
+        make_split(texts("a"), TextInputs(tokenizer, 9, 8), origin="x")
+    assert (caught.value.exit_code, caught.value.hint) == (5, "--set data.max_length=8")
+    assert len(make_split(texts("a"), TextInputs(tokenizer, 8, 8), origin="x")) == 1
+
+
 def test_images_are_resized_and_normalised(tmp_path: Path) -> None:
     inputs = ImageInputs(size=(4, 6), channels=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic")
     batch = make_split(images(tmp_path, [encoded(noise(i)) for i in range(3)]), inputs, origin="x").batch(torch.tensor([2, 0]))
@@ -145,6 +153,16 @@ def test_a_broken_image_names_its_row(tmp_path: Path, ram_bytes: int) -> None:
         dataset = images(tmp_path, [whole, whole, broken, whole])
         with pytest.raises(DataError, match=r"the image in row 3 of a\.parquet cannot be decoded"):
             make_split(dataset.select([3, 2]), GREY, origin="a.parquet", ram_bytes=ram_bytes).batch(torch.arange(2))
+
+
+def test_a_truncated_image_file_is_named(tmp_path: Path) -> None:
+    whole = encoded(noise(0, (64, 64)))
+    for name, content in (("a", whole), ("b", whole[: len(whole) // 2])):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "0.png").write_bytes(content)
+    dataset = read_splits("image-classification", seed=0, train=tmp_path / "set", validation=tmp_path / "set").train
+    with pytest.raises(DataError, match=r"the image .*b/0\.png in row 2 of set cannot be decoded"):
+        make_split(dataset, GREY, origin="set")
 
 
 def test_channels_must_have_a_mean_and_a_std(tmp_path: Path) -> None:

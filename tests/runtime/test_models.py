@@ -258,6 +258,15 @@ def test_a_truncated_file_is_named(saved):
     refused(r"model-00001-of-00002\.safetensors is missing", name=str(folder))
 
 
+@pytest.mark.parametrize("name", ["vit", "timm-vit"])
+def test_the_pointer_of_git_lfs_is_told_from_damage(saved, name):
+    folder = saved(name)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    library = "timm" if name.startswith("timm") else "transformers"
+    error = refused("only the pointer of git LFS", library=library, name=str(folder))
+    assert error.hint == "git lfs pull, in that folder"
+
+
 def test_pickled_weights_are_refused(saved):
     folder = saved("vit")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
@@ -290,7 +299,9 @@ def test_an_unknown_model_type_names_the_adapters_and_how_to_add_one(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     refused(r"config\.json names no model_type", name=str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    refused(r"config\.json cannot be read", name=str(tmp_path))
+    assert refused(r"config\.json cannot be read", name=str(tmp_path)).hint == checkpoints.CONFIG_HINT
+    (tmp_path / "config.json").write_text("[]")
+    assert refused(r"holds no JSON object, but a list", name=str(tmp_path)).hint == checkpoints.CONFIG_HINT
 
 
 def test_configurations_with_mistakes_are_refused():
@@ -299,7 +310,28 @@ def test_configurations_with_mistakes_are_refused():
     refused("no configuration of a vit", name=None, config={"model_type": "vit", "hidden_size": "wide"})
     refused("names no model_type", name=None, config={})
     refused("exactly one of", name=None, config=None)
+    error = refused("hidden_act of this vit is 'gelo'", name=None, config={"model_type": "vit", "hidden_act": "gelo"})
+    assert error.hint == "did you mean gelu?"
     refused("two labels at least", name=None, config={"model_type": "vit"}, label_names=["a"])
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "intermediate_size", "patch_size", "num_channels"])
+def test_a_size_of_nothing_is_named(key):
+    error = refused(f"{key} of this vit is 0, and must be 1 or more", name=None, config={"model_type": "vit", key: 0})
+    assert (error.exit_code, error.hint) == (5, hf.CONFIG_HINT)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("bert", 40), ("distilbert", 40), ("electra", 40), ("roberta", 39), ("vit", None)]
+)
+def test_positions_are_those_that_the_model_runs_with(name, wanted):
+    model, spec = pico(name)
+    assert models.positions(spec) == wanted
+    if wanted is not None:
+        ids = torch.full((1, wanted), 7)
+        assert models.forward(spec)(model, {"input_ids": ids}).shape == (1, 3)
+        with pytest.raises((IndexError, RuntimeError)):
+            models.forward(spec)(model, {"input_ids": torch.full((1, wanted + 1), 7)})
 
 
 def test_a_model_for_another_task_is_refused(saved):
@@ -312,6 +344,10 @@ def test_timm_architectures_with_mistakes_are_refused(saved):
     error = refused("no architecture 'vit_tny_patch16_224'", library="timm", name="vit_tny_patch16_224")
     assert "vit_tiny_patch16_224" in str(error.hint)
     refused("depht", library="timm", name=None, config={"architecture": "vit_tiny_patch16_224", "depht": 1})
+    error = refused(
+        "timm cannot build", library="timm", name=None, config={"architecture": "vit_tiny_patch16_224", "num_heads": 0}
+    )
+    assert "model.config" in str(error.hint)
     refused("names no timm architecture", library="timm", name=str(saved("vit")))
     refused("'timm-resnet' is unknown", library="timm", name=None, config={"architecture": "resnet18"})
 

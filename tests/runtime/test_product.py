@@ -189,6 +189,44 @@ def test_a_file_in_the_way_is_named(tmp_path):
         Small("vit").export(tmp_path / "file" / "out")
 
 
+def test_the_place_is_looked_at_before_anything_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "assemble", lambda *_: pytest.fail("computed first"))
+    file = tmp_path / "file"
+    file.write_text("x")
+    small = Small("vit")
+    with pytest.raises(StorageError, match="file is a file, not a folder") as caught:
+        small.export(file)
+    assert caught.value.exit_code == 12
+    assert caught.value.hint == "name a new folder, or remove the file"
+    with pytest.raises(StorageError, match=r"out cannot be written: .*file"):
+        small.export(file / "new" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "spec.json", "model.safetensors"])
+def test_a_file_that_was_altered_or_is_missing_is_named(tmp_path, name):
+    out = tmp_path / "out"
+    files = Small("vit").export(out)["files"]
+    assert set(files) == {path.name for path in out.iterdir()} - {"recap.json"}
+    content = (out / name).read_bytes()
+    (out / name).write_bytes(content[:-2] + b"  ")
+    with pytest.raises(ModelError, match=rf"{name}: its sha256") as caught:
+        recap_cli.load(out)
+    assert caught.value.hint == "export or copy it again"
+    (out / name).unlink()
+    with pytest.raises(ModelError, match=rf"{name}: it is missing"):
+        recap_cli.load(out)
+
+
+def test_a_recap_json_without_its_files_is_refused(tmp_path):
+    Small("vit").export(tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "recap.json").read_text())
+    del about["files"]
+    (tmp_path / "out" / "recap.json").write_text(json.dumps(about))
+    with pytest.raises(ModelError, match=r"recap\.json says no 'files'"):
+        recap_cli.load(tmp_path / "out")
+
+
 def test_folders_that_are_no_product_are_refused(tmp_path):
     with pytest.raises(ModelError, match="is not a folder that recap export wrote"):
         recap_cli.load(tmp_path / "nowhere")

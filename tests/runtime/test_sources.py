@@ -120,6 +120,7 @@ def test_sentence_pairs(tmp_path: Path) -> None:
         (["spam", "ham", "eggs", "ham"], ["eggs", "ham", "spam"], [2, 1, 0, 1]),
         ([True, False, True, False], ["False", "True"], [1, 0, 1, 0]),
         ([2, 0, 1, 1], ["0", "1", "2"], [2, 0, 1, 1]),
+        ([1.0, 0.0, 1.0], ["0", "1"], [1, 0, 1]),
     ],
 )
 def test_labels_become_numbers(tmp_path: Path, labels: list[object], names: list[str], numbers: list[int]) -> None:
@@ -156,6 +157,25 @@ def test_a_missing_column_lists_those_found_and_the_likely_one(tmp_path: Path) -
     assert hint.endswith("--set data.label=label")
 
 
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_a_csv_with_another_separator_is_told(tmp_path: Path, mark: str) -> None:
+    _, hint = fails(write_csv(tmp_path / "a.csv", ["a", "b"], [0, 1], mark))
+    assert hint == f"the file is separated by {mark!r}; save it with commas, or as .tsv with tabs"
+
+
+def test_a_hint_with_a_column_is_for_a_shell(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"the sentence": "a", "label": 0}, {"the sentence": "b", "label": 1}])
+    assert fails(file)[1] == "name the column with --set data.text='the sentence'"
+
+
+def test_a_folder_is_no_text(tmp_path: Path) -> None:
+    message, hint = fails(write_folder(tmp_path / "set", {"dog": 1, "cat": 1}))
+    assert message == f"task.kind is text-classification, but the folder {tmp_path / 'set'} holds images"
+    assert hint == "--set task.kind=image-classification, or name a file of texts with --set data.train=FILE"
+    (tmp_path / "none").mkdir()
+    assert fails(tmp_path / "none")[0] == f"{tmp_path / 'none'} is a folder, but texts are read from a file"
+
+
 def test_a_column_that_is_not_text(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"sentence": 1, "label": 0}, {"sentence": 2, "label": 1}])
     message, _ = fails(file)
@@ -190,7 +210,12 @@ def test_an_empty_cell_of_a_csv_is_missing_and_a_quoted_one_is_not(tmp_path: Pat
         ([0, 1, 3], "holds 0, 1, 3; labels that are whole numbers must be 0, 1, …"),
         ([1, 2, 3], "holds 1, 2, 3; labels"),
         (["x", "x", "x"], "holds only one label, 'x'"),
+        ([0, 0, 0], "holds only one label, 0"),
+        ([1.0, 1.0], "holds only one label, 1.0"),
+        ([True, True], "holds only one label, True"),
         ([0.5, 1.0, 2.5], "holds values of type double; labels are"),
+        ([0.0, 1.0, float("inf")], "holds values of type double; labels are"),
+        ([0.0, 1.0, float("nan")], "holds values of type double; labels are"),
     ],
 )
 def test_labels_that_cannot_be_used(tmp_path: Path, labels: list[object], told: str) -> None:
@@ -239,6 +264,19 @@ def test_files_that_are_empty_or_something_else(tmp_path: Path, suffix: str) -> 
     assert fails(file)[0] == f"{file} is empty"
     file.write_bytes(b'\xff\xfe{"\x00garbage\n\x80\x81')
     assert fails(file)[0].startswith(f"{file} cannot be read as {suffix}: ")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "encoding"),
+    [("csv", "utf-16"), ("csv", "latin-1"), ("tsv", "latin-1"), ("json", "utf-16"), ("jsonl", "latin-1")],
+)
+def test_a_text_that_is_not_utf8(tmp_path: Path, suffix: str, encoding: str) -> None:
+    contents = {"csv": "sentence,label\ncafé,0\nb,1\n", "tsv": "sentence\tlabel\ncafé\t0\nb\t1\n"}
+    file = tmp_path / f"a.{suffix}"
+    file.write_bytes(contents.get(suffix, '[{"sentence": "café", "label": 0}]').encode(encoding))
+    message, hint = fails(file)
+    assert message == f"{file} cannot be read as {suffix}: its text is not in UTF-8"
+    assert hint.startswith("save it as UTF-8")
 
 
 def test_a_truncated_parquet_file(tmp_path: Path) -> None:
