@@ -16,8 +16,22 @@ from typing import Annotated
 import typer
 
 from recap_cli import console
-from recap_cli.commands import doctor, eval, export, finetune, init, mask, merge, plugins, prune, recipes, run, status
-from recap_cli.errors import PluginError, RecapError, StorageError
+from recap_cli.commands import (
+    doctor,
+    eval,
+    export,
+    finetune,
+    init,
+    mask,
+    merge,
+    plugins,
+    profile_memory,
+    prune,
+    recipes,
+    run,
+    status,
+)
+from recap_cli.errors import DeviceMemoryError, PluginError, RecapError, StorageError, lacks_device_memory
 
 INTERRUPTED = 130
 TRACEBACK = "RECAP_TRACEBACK"
@@ -41,6 +55,7 @@ app = typer.Typer(
 )
 app.command(rich_help_panel=WHOLE)(run.run)
 app.command(rich_help_panel=WHOLE)(export.export)
+app.command("profile-memory", rich_help_panel=WHOLE)(profile_memory.profile_memory)
 for stage in (init.init, prune.prune, mask.mask, finetune.finetune, merge.merge):
     app.command(rich_help_panel=STAGE)(stage)
 app.command(rich_help_panel=LOOK)(status.status)
@@ -70,7 +85,7 @@ def recap(version: VersionOption = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code.
 
-    0 done, 2 a wrong command line, 3 to 15 an error of `recap_cli.errors` or `recap_cli.commands`, 130 stopped by Ctrl-C,
+    0 done, 2 a wrong command line, 3 to 17 an error of `recap_cli.errors` or `recap_cli.commands`, 130 stopped by Ctrl-C,
     1 anything else. With RECAP_TRACEBACK=1 each error comes with its traceback.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -118,29 +133,41 @@ def _failed(error: Exception) -> int:
 
 def _explained(error: Exception) -> RecapError:
     """Return the error to show: ours as it is, the machine's limits as a StorageError, the rest as a bug of ours."""
-    if isinstance(error, PluginError) and isinstance(error.__cause__, Exception) and _is_out_of_memory(error.__cause__):
+    if isinstance(error, PluginError) and isinstance(error.__cause__, Exception) and _lacks_memory(error.__cause__):
         return _explained(error.__cause__)  # memory that ran out in a plugin is not the plugin's fault
     if isinstance(error, RecapError):
         return error
     if isinstance(error, OSError) and error.errno in REFUSED:
         place = f"{error.filename}: " if error.filename else ""
         return StorageError(f"{place}{REFUSED[error.errno]}", hint="make room, or name another folder; the state is as it was")
-    if _is_out_of_memory(error):
-        first = str(error).partition("\n")[0]
-        return StorageError(
-            f"out of memory{f': {first}' if first else ''}",
-            hint="try --set finetune.micro_batch_size=8, finetune.checkpointing=true, finetune.fused_backward=true "
-            "or finetune.resident=bf16 with a new state; this one is as it was",
-        )
+    if _lacks_memory(error):
+        return _out_of_memory(error)
     return RecapError(
         f"this is a bug in recap: {type(error).__name__}: {error} ({_place(error)})",
         hint=f"{TRACEBACK}=1 in the environment shows the traceback; please report it with the command",
     )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: Python's own, torch's on a device, or torch's on the CPU, which has no type but words."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+def _out_of_memory(error: Exception) -> RecapError:
+    """Return what to show where a device's memory ran out anywhere but in `finetune`, which knows more; or the machine's."""
+    first = str(error).partition("\n")[0]
+    told = f"out of memory{f': {first}' if first else ''}"
+    if lacks_device_memory(error):
+        return DeviceMemoryError(
+            told,
+            hint="the state is as it was; importance.device=cpu estimates importance on the CPU, a smaller evaluate.batch_size "
+            "scores with less: recap run --state DIR --set importance.device=cpu goes on in the same state",
+        )
+    return StorageError(
+        told,
+        hint="try --set finetune.micro_batch_size=8, finetune.checkpointing=true, finetune.fused_backward=true "
+        "or finetune.resident=bf16: recap run --state DIR --set … goes on in the same state, which is as it was",
+    )
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python's own, an accelerator's, or torch's on the CPU, which has no type but words."""
+    if isinstance(error, MemoryError) or lacks_device_memory(error):
         return True
     return isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("can't allocate memory", "not enough memory", "DefaultCPUAllocator")

@@ -69,7 +69,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str |
         numbers = all(re.fullmatch(r"(-?\d.{,12})?", row[index]) for row in cells)
         justify: Literal["left", "right"] = "right" if numbers else "left"
         shown.add_column(
-            Text(name), justify=justify, overflow="fold", min_width=_widest((row[index] for row in cells), numbers)
+            Text(name),
+            justify=justify,
+            overflow="fold",
+            min_width=max(_widest((row[index] for row in cells), numbers), *map(len, name.split()), 1),
         )
     for row in cells:
         shown.add_row(*(Text(cell) for cell in row))

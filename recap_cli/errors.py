@@ -14,7 +14,9 @@ RecapError                 1
 │   └── CorruptStateError 11   a file that is not what was committed
 ├── StorageError          12   the disk is full, or the folder cannot be written
 ├── TrainingError         13   a loss that is not finite
-└── SelectionError        14   a ratio that the groups there are cannot meet
+├── SelectionError        14   a ratio that the groups there are cannot meet
+├── DeviceMemoryError     16   the accelerator's memory ran out
+└── BudgetError           17   a memory budget that no settings fit in
 """
 
 
@@ -116,3 +118,26 @@ class SelectionError(RecapError):
     """A ratio that the groups there are cannot meet."""
 
     exit_code = 14
+
+
+class DeviceMemoryError(RecapError):
+    """The memory of the accelerator ran out; that of the machine is a `StorageError`."""
+
+    exit_code = 16
+
+
+# How a lack says so that has no type of its own: MPS, the driver when a context or a library finds no room, and cuBLAS.
+LACKS = ("MPS backend out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def lacks_device_memory(error: BaseException) -> bool:
+    """Whether an exception of torch's says that the memory of an accelerator ran out; by name and words, without torch."""
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in LACKS)
+    )
+
+
+class BudgetError(RecapError):
+    """A memory budget that no settings fit in."""
+
+    exit_code = 17

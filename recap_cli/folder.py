@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from recap_cli import storage
 from recap_cli.errors import StateError, StateLockedError
-from recap_cli.manifest import COMMIT, OURS, RECIPE, UNDER_WAY, quoted
+from recap_cli.manifest import COMMIT, OURS, RECIPES, UNDER_WAY, quoted
 
 LOCK = ".recap-lock"
 HOLDER = ".recap-writer"  # who holds the lock, for the message only
@@ -126,10 +126,10 @@ def sweep(root: Path, keep: Collection[str]) -> None:
     Raises:
         OSError: something cannot be removed.
     """
-    names = {COMMIT + ".tmp", RECIPE} | ({UNDER_WAY} if (root / COMMIT).exists() else set())
+    names = {COMMIT + ".tmp"} | ({UNDER_WAY} if (root / COMMIT).exists() else set())
     for entry in list(root.iterdir()):
         name = entry.name
-        if name in names and name not in keep:
+        if (name in names or RECIPES.fullmatch(name)) and name not in keep:
             entry.unlink()
         elif OURS.fullmatch(name):
             _sweep_folder(root, entry, keep)

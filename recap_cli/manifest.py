@@ -13,12 +13,14 @@ import yaml
 from recap_cli.errors import CorruptStateError, StateError
 from recap_cli.storage import Seal
 
-SCHEMA = 1
+SCHEMA = 2  # the newest there is; a state is of the oldest that can say what it holds, so that older versions read it
+AMENDED = 2  # the schema from which on a state may have changed settings
 NEXT_STAGE = {"init": "prune", "prune": "mask", "mask": "finetune", "finetune": "merge", "merge": "prune"}
 STAGES = tuple(NEXT_STAGE)
 
 COMMIT = "state.yaml"
 RECIPE = "recipe.yaml"
+RECIPES = re.compile(r"recipe(-\d{3,})?\.yaml")  # of which the manifest names one: `amended_name` says what the next is called
 UNDER_WAY = ".recap-init"  # lies in a folder from the first moment of its `init` to the commit
 OURS = re.compile(r"(full|round|best)-\d{3,}")
 
@@ -33,6 +35,7 @@ class Manifest:
 
     `full` and `small` are the folders (or files) that hold the current models, `best` whatever `merge` notes about the
     best small model; `files` are all files that count; `history` has one entry per finished stage, oldest first.
+    `recipe` is the file of the recipe as it is now, `changes` what was changed in it since `init`, oldest first.
     """
 
     round: int
@@ -45,7 +48,9 @@ class Manifest:
     plugins: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, Seal] = field(default_factory=dict)
-    schema: int = SCHEMA
+    schema: int = 1
+    recipe: str = RECIPE
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
 
 FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -61,6 +66,20 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "history": list,
     "files": dict,
 }
+AMENDED_FIELDS: dict[str, type | tuple[type, ...]] = {"recipe": str, "changes": list}
+
+
+def fields_of(schema: int) -> dict[str, type | tuple[type, ...]]:
+    """The keys of a state.yaml of that schema, and what each holds; those of the newest schema stand before the long ones."""
+    if schema < AMENDED:
+        return FIELDS
+    last = {name: FIELDS[name] for name in ("history", "files")}
+    return {name: kind for name, kind in FIELDS.items() if name not in last} | AMENDED_FIELDS | last
+
+
+def amended_name(manifest: Manifest) -> str:
+    """What the file of the next changed recipe is called: a name that no commit has had."""
+    return f"recipe-{len(manifest.changes) + 2:03d}.yaml"
 
 
 def round_of(manifest: Manifest, stage: str) -> int:
@@ -88,7 +107,7 @@ def quoted(path: Path) -> str:
 def manifest_text(manifest: Manifest) -> str:
     """The text of state.yaml; what a reader looks for first stands first."""
     facts = asdict(manifest)
-    ordered = {name: facts[name] for name in FIELDS}
+    ordered = {name: facts[name] for name in fields_of(manifest.schema)}
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     return PREFACE + str(yaml.dump(ordered, Dumper=dumper, sort_keys=False, allow_unicode=True))
 
@@ -147,7 +166,8 @@ def _manifest(place: Path, found: Any) -> Manifest:
             f"{place}: has schema {found['schema']}{by} and this recap knows schemas up to {SCHEMA}",
             hint="upgrade recap, or use the version that made the state",
         )
-    for name, kind in FIELDS.items():
+    fields = fields_of(found["schema"])
+    for name, kind in fields.items():
         if name not in found or not isinstance(found[name], kind):
             raise CorruptStateError(f"{place}: {name} is missing or not what it should be", hint=START_OVER)
     if found["stage"] not in STAGES:
@@ -157,13 +177,22 @@ def _manifest(place: Path, found: Any) -> Manifest:
             f"{place}: schema {found['schema']}, round {found['round']}, stage {found['stage']} do not go together",
             hint=START_OVER,
         )
-    return Manifest(**{**{name: found[name] for name in FIELDS}, "files": _seals(place, found["files"])})
+    manifest = Manifest(**{**{name: found[name] for name in fields}, "files": _seals(place, found["files"])})
+    if not RECIPES.fullmatch(manifest.recipe) or not all(map(_is_change, manifest.changes)):
+        raise CorruptStateError(f"{place}: recipe or changes make no sense", hint=START_OVER)
+    return manifest
+
+
+def _is_change(found: Any) -> bool:
+    """Whether an entry of `changes` has what is said of it: when, after which stage, and the values before and after."""
+    kinds = {"changed": str, "round": int, "stage": str, "before": dict, "after": dict}
+    return isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
 
 
 def _seals(place: Path, files: Mapping[Any, Any]) -> dict[str, Seal]:
     seals = {}
     for rel, facts in files.items():
-        ok = isinstance(rel, str) and (rel == RECIPE or is_ours(rel)) and isinstance(facts, dict)
+        ok = isinstance(rel, str) and (RECIPES.fullmatch(rel) is not None or is_ours(rel)) and isinstance(facts, dict)
         if not ok or not isinstance(facts.get("bytes"), int) or not isinstance(facts.get("sha256"), str):
             raise CorruptStateError(f"{place}: the entry of {rel!r} in files makes no sense", hint=START_OVER)
         seals[rel] = Seal(facts["bytes"], facts["sha256"])

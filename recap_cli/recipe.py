@@ -6,7 +6,7 @@ Reading reports *all* problems at once: `recap_cli.recipe_schema` finds what is 
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -31,6 +31,7 @@ from recap_cli.recipe_schema import (
     Prune,
     Recipe,
     Task,
+    bytes_of,
 )
 from recap_cli.recipe_yaml import Document, KeyPath, Problem, load
 
@@ -46,6 +47,8 @@ __all__ = [
     "Recipe",
     "ShippedRecipe",
     "Task",
+    "bytes_of",
+    "changed",
     "differences",
     "digest",
     "dump",
@@ -143,6 +146,15 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def changed(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """A copy of a recipe with the values of some dotted keys, as in `{"finetune.checkpointing": True}`; checked as a whole.
+
+    Raises:
+        RecipeError: the values do not go together.
+    """
+    return parse(dump(recipe), recipe.name, [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
 
 def json_schema() -> dict[str, Any]:

@@ -47,7 +47,17 @@ NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), Be
 Device = Annotated[
     str, Field(strict=True, pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", examples=["auto", "cpu", "mps", "cuda", "cuda:1"])
 ]
+UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_AMOUNT = r"^(\d+(?:\.\d+)?) ?([KMGT]i?|)B$"
+Bytes = Annotated[str, Field(strict=True, pattern=_AMOUNT, examples=["2GiB", "1500MB", "0.5GB"])]
 Scope = Literal["per-kind", "global", "per-layer"]
+
+
+def bytes_of(text: str) -> int:
+    """How many bytes an amount such as `2GiB`, `1500 MB` or `0.5GB` is. Raises `ValueError` for anything else."""
+    if (match := re.fullmatch(_AMOUNT, text)) is None:
+        raise ValueError(f"expected an amount of memory, as in 2GiB or 1500MB; found {text!r}")
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 class Conflict(NamedTuple):
@@ -130,7 +140,11 @@ class Importance(BaseModel):
 
     batches: Count = Field(default=10, description="Batches in the sample. Paper: D_s.")
     batch_size: Count = Field(default=32, description="Examples a batch of the sample. Paper: D_s.")
-    device: Device = Field(default="cpu", description="Where importance is computed, and the full model runs.")
+    device: Device = Field(
+        default="cpu",
+        description="Where importance, the head's warm-up and the full model's scores are computed; "
+        "an accelerator gets one block of the model at a time.",
+    )
 
 
 class Prune(BaseModel):
@@ -179,7 +193,15 @@ class Finetune(BaseModel):
     schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="The learning rate over a round.")
     warmup_ratio: Share = Field(default=0.0, description="Share of a round's steps in which the learning rate rises.")
     max_grad_norm: Positive | None = Field(default=None, description="Clip gradients to this norm; not with `fused_backward`.")
-    resident: Literal["fp32", "bf16"] = Field(default="fp32", description="Type of the weights on the device.")
+    memory_budget: Bytes | None = Field(
+        default=None,
+        description="What the device may give, as in 2GiB: `init` changes settings until the prediction fits, and says which.",
+    )
+    resident: Literal["fp32", "bf16", "int8"] = Field(
+        default="fp32",
+        description="Type of the weights on the device (int8: of frozen matrices, the rest is bf16); "
+        "what moves has fp32 masters.",
+    )
     checkpointing: Flag = Field(default=False, description="True recomputes activations in the backward pass.")
     fused_backward: Flag = Field(default=False, description="True steps each tensor as soon as its gradient is complete.")
     carry_moments: Flag = Field(default=True, description="True keeps the moments from round to round. Paper: V.")

@@ -2,7 +2,8 @@
 
 `state.yaml` names every file that counts, with its size and checksum. A stage writes new files under new names, flushes
 them, and then replaces `state.yaml`; so whoever is killed, at any moment, leaves the state before the stage or the one
-after it. Whatever else lies in `full-NNN`, `round-NNN` and `best-NNN` is a leftover, and the next writer removes it.
+after it. Whatever else lies in `full-NNN`, `round-NNN` and `best-NNN`, or is called
+`recipe-NNN.yaml`, is a leftover, and the next writer removes it.
 """
 
 import json
@@ -19,6 +20,7 @@ from recap_cli import storage
 from recap_cli.errors import CorruptStateError, StageOrderError, StateError
 from recap_cli.folder import claim, locked, plain, refuse_running, refuse_state, sweep, withdraw
 from recap_cli.manifest import (
+    AMENDED,
     COMMIT,
     NEXT_STAGE,
     RECIPE,
@@ -26,6 +28,7 @@ from recap_cli.manifest import (
     STAGES,
     START_OVER,
     Manifest,
+    amended_name,
     below,
     is_ours,
     manifest_text,
@@ -57,6 +60,7 @@ class Draft:
         self._before = before
         self._announced: set[str] = set()
         self._dropped: set[str] = set()
+        self._amended: dict[str, Any] = {}  # what a change of the recipe commits, in place of a stage's facts
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="recap-state")
         self._sealing: dict[str, tuple[storage.Fingerprint, Future[None], Future[Seal]]] = {}
         self._started = time.monotonic()
@@ -111,7 +115,7 @@ class Draft:
             ValueError: nothing of that name is committed.
         """
         dropped = below(self._before.files, rel)
-        if not dropped or RECIPE in dropped:
+        if not dropped or self._before.recipe in dropped:
             raise ValueError(f"{rel}: no file of that name can be dropped")
         self._dropped.update(dropped)
 
@@ -126,6 +130,15 @@ class Draft:
     def set_best(self, best: dict[str, Any] | None) -> None:
         """Notes what is known of the best small model; plain values, its place under the key `folder`."""
         self.best = best
+
+    def _amend(self, text: str, digest: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """Puts another recipe, under a name of its own, in the place of the one there is; no stage is done by that."""
+        name, old = amended_name(self._before), self._before
+        storage.write_text(self._root / name, text)
+        self._announced.add(name)
+        self._dropped.add(old.recipe)
+        change = {"changed": _now(), "round": old.round, "stage": old.stage, "before": dict(before), "after": dict(after)}
+        self._amended = {"schema": AMENDED, "recipe": name, "recipe_digest": digest, "changes": [*old.changes, change]}
 
     def _announce(self, rel: str, announced: str) -> Path:
         if not is_ours(rel):
@@ -175,26 +188,27 @@ class Draft:
         for name in (self.full, self.small, (self.best or {}).get("folder")):
             if name is not None and not below(files, name):
                 raise ValueError(f"{name}: is to be current, but no file of it is part of the state")
-        after = replace(
-            self._before,
-            round=self.round,
-            stage=self.stage,
-            full=self.full,
-            small=self.small,
-            best=self.best,
-            versions=self.versions,
-            plugins=self.plugins,
-            history=[*self._before.history, self._entry()],
-            files=files,
-        )
+        after = replace(self._before, files=files, **(self._amended or self._stage_done()))
         storage.replace_text(self._root / COMMIT, manifest_text(after))
+
+    def _stage_done(self) -> dict[str, Any]:
+        return {
+            "round": self.round,
+            "stage": self.stage,
+            "full": self.full,
+            "small": self.small,
+            "best": self.best,
+            "versions": self.versions,
+            "plugins": self.plugins,
+            "history": [*self._before.history, self._entry()],
+        }
 
     def _entry(self) -> dict[str, Any]:
         entry = {
             "round": self.round,
             "stage": self.stage,
             "seconds": round(time.monotonic() - self._started, 3),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished": _now(),
         }
         if clash := entry.keys() & self.facts.keys():
             raise ValueError(f"facts may not be named {', '.join(sorted(clash))}")
@@ -255,11 +269,12 @@ class State:
             refuse_running(root)
             raise
         try:
-            state.recipe_text = state.load_text(RECIPE)
+            state.recipe_text = state.load_text(state.manifest.recipe)
         except CorruptStateError as error:
             raise CorruptStateError(
-                f"{error.message}; the recipe of a state is fixed",
-                hint="put recipe.yaml back, or start a new state from the changed one: recap init RECIPE --state NEW",
+                f"{error.message}; the recipe of a state is not edited by hand",
+                hint=f"put {state.manifest.recipe} back, or start a new state from the changed one: "
+                "recap init RECIPE --state NEW; --set of `recap run` changes what may be changed in a state",
             ) from error
         return state
 
@@ -277,13 +292,32 @@ class State:
             StorageError: the disk is full, or the folder cannot be written.
         """
         with locked(self.path, stage):
-            self.manifest = read_manifest(self.path)
-            self._check_order(stage)
+            self._catch_up()
+            self.check_order(stage)
             with storage.storage_errors(self.path):
                 sweep(self.path, self.manifest.files)
             with _drafting(self.path, self.manifest, stage) as draft:
                 yield draft
             self.manifest = read_manifest(self.path)
+
+    def amend(self, recipe_text: str, digest: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """Commits another recipe in the place of the one there is, and notes the values `before` and `after` by key.
+
+        What may differ is the caller's business. Whoever is killed leaves the old recipe or the new one.
+
+        Raises:
+            StateError: another process has changed the recipe in the meantime.
+            StateLockedError: another process is writing this state.
+            StorageError: the disk is full, or the folder cannot be written.
+        """
+        with locked(self.path, "run"):
+            self._catch_up()
+            with storage.storage_errors(self.path):
+                sweep(self.path, self.manifest.files)
+            with _drafting(self.path, self.manifest, self.manifest.stage) as draft:
+                draft._amend(recipe_text, digest, before, after)
+            self.manifest = read_manifest(self.path)
+            self.recipe_text = recipe_text
 
     def verified(self, rel: str) -> Path:
         """The path of a committed file, or folder, after a look at size and checksum, once per process and file.
@@ -321,20 +355,36 @@ class State:
         """A committed text file. Raises as `verified`."""
         return self.verified(rel).read_bytes().decode()
 
-    def _check_order(self, asked: str) -> None:
+    def check_order(self, asked: str) -> None:
+        """Passes where the stage `asked` is the next one.
+
+        Raises:
+            StageOrderError: another stage is next.
+        """
         right = self.next_stage()
         if asked != right:
             done = f"`{self.manifest.stage}` of round {self.manifest.round} is done"
             message = f"{self.path}: {done}, so `{right}` comes next, not `{asked}`"
             raise StageOrderError(message, hint=f"recap {right} {quoted(self.path)}")
 
+    def _catch_up(self) -> None:
+        """Takes over what other processes have committed since; but not another recipe, which the caller has read."""
+        now = read_manifest(self.path)
+        if now.recipe != self.manifest.recipe:
+            message = f"{self.path}: another process changed settings of this state in the meantime"
+            raise StateError(message, hint="run the same command again")
+        self.manifest = now
+
     def _refuse_stale(self) -> None:
         now = read_manifest(self.path)
         if now != self.manifest:
-            raise StateError(
-                f"{self.path}: another process finished `{now.stage}` of round {now.round} in the meantime",
-                hint="run the same command again",
-            )
+            changed = now.recipe != self.manifest.recipe
+            what = "changed settings of this state" if changed else f"finished `{now.stage}` of round {now.round}"
+            raise StateError(f"{self.path}: another process {what} in the meantime", hint="run the same command again")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @contextmanager

@@ -66,6 +66,14 @@ FACTS = {
     "kept_share_of_prunable": 0.667,
     "kept": {"heads": [3]},
 }
+CHANGE = {
+    "changed": "2026-07-28T10:00:00+00:00",
+    "round": 2,
+    "stage": "mask",
+    "before": {"finetune.checkpointing": False, "finetune.micro_batch_size": None},
+    "after": {"finetune.checkpointing": True, "finetune.micro_batch_size": 8},
+}
+CHANGED = "finetune.checkpointing false → true, finetune.micro_batch_size null → 8"
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +148,6 @@ def test_an_error_becomes_a_message_a_hint_and_its_exit_code(
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), "runs/x: permission denied"),
         (OSError(errno.EROFS, "Read-only file system", "runs/x"), "runs/x: the file system is read-only"),
         (MemoryError(), "out of memory"),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried 2 GiB\nmore"), "out of memory: CUDA out of"),
     ],
 )
 def test_the_limits_of_the_machine_are_no_bugs(
@@ -206,6 +213,26 @@ def test_out_of_memory_is_no_bug_of_ours(
     assert "out of memory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1.00 GB, max allowed: 9.07 GB). Tried to allocate 2 GB"),
+        RuntimeError("CUDA error: out of memory"),
+        in_a_plugin(type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory.")),
+    ],
+)
+@pytest.mark.parametrize("stage", ["prune", "mask"])
+def test_a_device_whose_memory_runs_out_has_a_code_of_its_own(
+    stage: str, error: Exception, fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(stage, **{stage: raising(error)})
+    assert main([stage, str(folder)]) == errors.DeviceMemoryError.exit_code == 16
+    err = capsys.readouterr().err
+    assert err.startswith("error: out of memory: ")
+    assert "recap run --state DIR --set importance.device=cpu goes on in the same state" in err
+
+
 def test_a_closed_stdout_and_one_that_knows_only_ascii_are_borne() -> None:
     for settings in ("sys.stdout = None", "sys.stdout.reconfigure(encoding='ascii')"):
         run = "main(['run', 'quickstart', '--dry-run', '--set', 'name=ü'])"
@@ -241,7 +268,7 @@ def test_a_name_that_is_too_long_is_no_bug(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_ctrl_c_takes_the_bar_off_the_screen(fake: Fake, folder: Path) -> None:
-    def stage(_: State, *, track: Any) -> None:
+    def stage(_: State, *, track: Any, **__: Any) -> None:
         for _item in track(range(3), "finetune"):
             raise KeyboardInterrupt
 
@@ -286,7 +313,7 @@ def test_a_stage_prints_the_folder_for_the_next_one(
 ) -> None:
     seen = []
 
-    def run(state: State, *, track: Any) -> dict[str, Any]:
+    def run(state: State, *, track: Any, **_: Any) -> dict[str, Any]:
         seen.append(state.path)
         list(track([1], "loop"))
         return FACTS | {"stage": stage}
@@ -384,8 +411,9 @@ def ran(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any
     (tmp_path / "pico.yaml").write_text(RECIPE, encoding="utf-8")
     calls: list[Any] = []
 
-    def run(recipe: Any, path: Path, *, track: Any, on_stage: Callable[[dict[str, Any]], None]) -> str:
+    def run(recipe: Any, path: Path, *, track: Any, on_stage: Callable[..., None], on_change: Callable[..., None]) -> str:
         calls.append((recipe, path))
+        on_change(CHANGE)
         on_stage(FACTS)
         return "the state"
 
@@ -403,6 +431,7 @@ def test_run_prints_the_tables_on_stderr_and_the_product_alone_on_stdout(
     assert out == "runs/pico/best-001\n"
     for told in ("round 1 prune, 1.5 s", "1 *", "0.9512", "2.00 M", "66.7%", "0.15 M", "10.0%", "1 min 01 s"):
         assert told in err
+    assert f"{CHANGED}, in this state from now on\n" in err
     for told in ("3 2 of 4", "40 of 64", "7.8 MB", "32.0 MB", "24.4%", "product: runs/pico/best-001"):
         assert told in err
     assert "\x1b" not in err
@@ -419,6 +448,21 @@ def test_run_takes_the_recipe_of_a_state_that_is_there(ran: list[Any], folder: P
     assert ran == [(parse(RECIPE, "pico.yaml"), folder)]
 
 
+def test_finetune_changes_settings_and_says_so(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[Any] = []
+
+    def finetune(state: State, *, on_change: Callable[..., None], **settings: Any) -> dict[str, Any]:
+        seen.append((settings["overrides"], settings["snapshot_to"]))
+        on_change(CHANGE)
+        return FACTS | {"stage": "finetune"}
+
+    fake("finetune", finetune=finetune)
+    assert main(["finetune", str(folder), "--set", "a.b=1", "--set", "a.c=2", "--snapshot", "x.pickle"]) == 0
+    assert main(["finetune", str(folder)]) == 0
+    assert seen == [(["a.b=1", "a.c=2"], Path("x.pickle")), ((), None)]
+    assert f"{CHANGED}, in this state from now on\n" in capsys.readouterr().err
+
+
 def test_run_without_recipe_or_state_says_what_to_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run"]) == 2
     assert "recap run quickstart" in capsys.readouterr().err
@@ -432,6 +476,14 @@ def test_status_is_a_result(fake: Fake, folder: Path, capsys: pytest.CaptureFixt
     assert "0.9512" in out
     assert "pico: runs/pico, round 2 of 3, prune done, 1 min 03 s in all" in out
     assert "next: recap mask runs/pico" in out
+
+
+def test_status_says_which_settings_were_changed_when_and_from_what(
+    fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake("schedule", summary=lambda state: SUMMARY | {"changes": [CHANGE]})
+    assert main(["status", str(folder)]) == 0
+    assert f"changed 2026-07-28T10:00:00+00:00, after mask of round 2: {CHANGED}\n" in capsys.readouterr().out
 
 
 def test_status_says_why_a_run_is_over(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -540,6 +592,33 @@ def test_doctor_names_what_is_missing(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setattr("recap_cli.commands.doctor.PACKAGES", ("recap-cli", "no-such-package"))
     assert main(["doctor"]) == 1
     assert "no-such-package is not installed" in capsys.readouterr().out
+
+
+def test_doctor_asks_the_driver_who_holds_the_devices(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from recap_cli.runtime import nvml
+
+    holders = [nvml.Processes(1, 2_000_000, ()), nvml.Processes(not_seen=("what processes hold on cuda:1: it sleeps",))]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (6_000_000, 8_000_000))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Made Up 3000")
+    monkeypatch.setattr(nvml, "processes", lambda device: holders[device.index])
+    monkeypatch.setattr(nvml, "driver", lambda: ("580.65.06", None))
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["driver"], found["nvml"]) == ("580.65.06", "works")
+    assert [device.get("other_processes_bytes") for device in found["devices"][1:]] == [2_000_000, None]
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "2.0 MB held by other processes" in out
+    assert "it sleeps" in out
+    assert "580.65.06" in out
+    monkeypatch.setattr(nvml, "driver", lambda: (None, "NVML says nothing: Not Supported"))
+    assert main(["doctor"]) == 0
+    assert "NVML says nothing: Not Supported" in capsys.readouterr().out
 
 
 # Help

@@ -42,7 +42,7 @@ MEMBERS = {
     "recipe_yaml": "recipe",
 }
 LIGHT = {"errors", "progress", "storage", "state", "recipe", "registry", "console", "commands", "cli", "__main__", "__init__"}
-HEAVY = {"torch", "transformers", "timm", "datasets", "sklearn", "torchvision", "torchmetrics", "matplotlib"}
+HEAVY = {"torch", "transformers", "timm", "datasets", "sklearn", "torchvision", "torchmetrics", "matplotlib", "peft"}
 
 
 class Import(NamedTuple):

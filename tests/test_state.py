@@ -23,7 +23,7 @@ import yaml
 from recap_cli import state as state_module
 from recap_cli import storage
 from recap_cli.errors import CorruptStateError, StageOrderError, StateError, StateLockedError, StorageError
-from recap_cli.manifest import ELSEWHERE
+from recap_cli.manifest import ELSEWHERE, FIELDS, manifest_text
 from recap_cli.state import STAGES, State
 
 RECIPE = "name: test\n"
@@ -326,7 +326,7 @@ def test_a_path_through_folders_that_are_not_there_makes_none_of_them(state: Sta
 
 def test_a_newer_schema_is_refused_with_both_versions(state: State) -> None:
     rewrite(state, schema=7, versions={"recap": "9.1"}, files="another shape")
-    with pytest.raises(StateError, match=r"schema 7, written by recap 9\.1, and this recap knows schemas up to 1") as caught:
+    with pytest.raises(StateError, match=r"schema 7, written by recap 9\.1, and this recap knows schemas up to 2") as caught:
         State.open(state.path)
     assert "upgrade recap" in str(caught.value.hint)
 
@@ -369,7 +369,7 @@ def test_a_state_yaml_that_makes_no_sense_is_named(state: State, changes: dict[s
 
 def test_an_edited_recipe_is_refused(state: State) -> None:
     alter(state.path / "recipe.yaml", b"name: other\n")
-    with pytest.raises(CorruptStateError, match=r"recipe.yaml: .*; the recipe of a state is fixed"):
+    with pytest.raises(CorruptStateError, match=r"recipe.yaml: .*; the recipe of a state is not edited by hand"):
         State.open(state.path)
 
 
@@ -439,6 +439,111 @@ def test_a_file_is_hashed_once_per_process(state: State, monkeypatch: pytest.Mon
     assert sorted(Path(name).name for name in hashed) == ["recipe.yaml", "w.safetensors"]
 
 
+# --- a changed recipe ------------------------------------------------------------------------------------------------
+
+
+def amend(state: State, value: int = 2, text: str = "name: changed\n") -> None:
+    state.amend(text, f"d{value}", {"finetune.micro_batch_size": None}, {"finetune.micro_batch_size": value})
+
+
+def test_a_changed_recipe_is_committed_under_a_new_name_with_the_values_before(state: State) -> None:
+    advance(state, "prune")
+    amend(state)
+    manifest = State.open(state.path).manifest
+    assert manifest == state.manifest
+    assert (manifest.recipe, manifest.recipe_digest, manifest.schema) == ("recipe-002.yaml", "d2", 2)
+    assert state.recipe_text == State.open(state.path).recipe_text == "name: changed\n"
+    (change,) = manifest.changes
+    assert (change["round"], change["stage"]) == (1, "prune")
+    assert (change["before"], change["after"]) == ({"finetune.micro_batch_size": None}, {"finetune.micro_batch_size": 2})
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", change["changed"])
+    assert [entry["stage"] for entry in manifest.history] == ["init", "prune"]
+    assert tree(state.path) == committed(state.path)
+    assert "recipe.yaml" not in manifest.files
+
+
+def test_stages_go_on_after_a_changed_recipe_and_it_may_change_again(state: State) -> None:
+    amend(state)
+    advance(state, "prune")
+    amend(state, 4, "name: again\n")
+    advance(state, "mask")
+    found = State.open(state.path)
+    assert (found.manifest.recipe, found.recipe_text, found.manifest.recipe_digest) == (
+        "recipe-003.yaml",
+        "name: again\n",
+        "d4",
+    )
+    assert [change["after"]["finetune.micro_batch_size"] for change in found.manifest.changes] == [2, 4]
+    assert found.manifest.stage == "mask"
+    assert tree(state.path) == committed(state.path)
+
+
+def test_a_state_whose_recipe_was_never_changed_is_of_the_first_schema_which_older_versions_read(state: State) -> None:
+    facts = yaml.safe_load((state.path / "state.yaml").read_text())
+    assert facts["schema"] == 1
+    assert set(facts) == set(FIELDS)
+    assert manifest_text(state.manifest) == (state.path / "state.yaml").read_text()
+    amend(state)
+    facts = yaml.safe_load((state.path / "state.yaml").read_text())
+    assert facts["schema"] == 2
+    assert set(facts) == {*FIELDS, "recipe", "changes"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe": "../recipe.yaml"},
+        {"recipe": None},
+        {"changes": [{"changed": "2026"}]},
+        {"changes": ["x"]},
+    ],
+)
+def test_a_changed_recipe_that_makes_no_sense_is_named(state: State, changes: dict[str, object]) -> None:
+    amend(state)
+    rewrite(state, **changes)
+    with pytest.raises(CorruptStateError, match=r"recipe (is missing|or changes)"):
+        State.open(state.path)
+
+
+def test_a_changed_recipe_that_was_edited_is_refused_under_its_name(state: State) -> None:
+    amend(state)
+    alter(state.path / "recipe-002.yaml", b"name: other\n")
+    with pytest.raises(CorruptStateError, match=r"recipe-002\.yaml: .*not edited by hand") as caught:
+        State.open(state.path)
+    assert "put recipe-002.yaml back" in str(caught.value.hint)
+
+
+def test_a_writer_that_has_read_the_recipe_before_it_was_changed_is_refused(state: State) -> None:
+    late, later = State.open(state.path), State.open(state.path)
+    amend(state)
+    with pytest.raises(StateError, match="another process changed settings of this state"):
+        advance(late, "prune")
+    with pytest.raises(StateError, match="another process changed settings of this state"):
+        amend(later)
+    with pytest.raises(StateError, match="another process changed settings of this state"):
+        late.load_text("recipe.yaml")
+    assert tree(state.path) == committed(state.path)
+
+
+def test_the_recipe_is_not_changed_while_another_process_writes(state: State) -> None:
+    with state.writing("prune"), pytest.raises(StateLockedError):
+        amend(State.open(state.path))
+    assert State.open(state.path).manifest.recipe == "recipe.yaml"
+
+
+@pytest.mark.parametrize("step", ["write_bytes", "fsync", "replace"])
+def test_a_full_disk_while_the_recipe_is_changed_leaves_the_old_one(
+    state: State, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    before, text = tree(state.path), (state.path / "state.yaml").read_bytes()
+    monkeypatch.setattr(Path if step == "write_bytes" else os, step, full_disk)
+    with pytest.raises(StorageError, match="No space left on device"):
+        amend(state)
+    monkeypatch.undo()
+    assert (tree(state.path), (state.path / "state.yaml").read_bytes()) == (before, text)
+    assert (State.open(state.path).recipe_text, state.recipe_text) == (RECIPE, RECIPE)
+
+
 # --- leftovers and interruptions -------------------------------------------------------------------------------------
 
 
@@ -446,7 +551,7 @@ def test_leftovers_are_swept_and_foreign_files_are_not(state: State, tmp_path: P
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious.txt").write_text("x")
-    leftovers = ["full-007/a", "round-001/deep/b", "best-001/c", "full-000/.tmpAbCd", "state.yaml.tmp"]
+    leftovers = ["full-007/a", "round-001/deep/b", "best-001/c", "full-000/.tmpAbCd", "state.yaml.tmp", "recipe-002.yaml"]
     foreign = ["notes.txt", "full-backup/a", "full-000.zip", "round-1/a", "mine.tmp", ".git/config"]
     for rel in [*leftovers, *foreign]:
         (state.path / rel).parent.mkdir(parents=True, exist_ok=True)
@@ -516,6 +621,10 @@ def init(root):
         draft.set_full("full-000")
 
 
+def amend(root):
+    State.open(root).amend("name: y\\n", "e", {"k": 1}, {"k": 2})
+
+
 def prune(root):
     with State.open(root).writing("prune") as draft:
         draft.save_text("full-001/a.txt", "new")
@@ -545,7 +654,10 @@ def check(root):
     state = State.open(root)
     for rel in state.manifest.files:
         state.verified(rel)
-    return state.manifest.stage
+    changed = state.manifest.recipe != "recipe.yaml"
+    assert (state.recipe_text, state.manifest.recipe_digest) == (("name: y\\n", "e") if changed else ("name: x\\n", "d"))
+    assert len(state.manifest.changes) == changed
+    return "amended" if sys.argv[2] == "amend" and changed else state.manifest.stage
 
 
 def clean(root):
@@ -555,12 +667,13 @@ def clean(root):
 
 
 root, counts, number = Path(sys.argv[1]) / "s", {}, 0
+stage = {"init": init, "prune": prune, "amend": amend}[sys.argv[2]]
 while True:
     number += 1
     shutil.rmtree(root, ignore_errors=True)
-    if sys.argv[2] == "prune":
+    if stage is not init:
         init(root)
-    dead = killed_at(number, init if sys.argv[2] == "init" else prune, root)
+    dead = killed_at(number, stage, root)
     try:
         found = check(root)
     except StateError as error:
@@ -569,7 +682,7 @@ while True:
     counts[found] = counts.get(found, 0) + 1
     if found == "nothing":
         init(root)
-    elif found == "init":
+    elif found in ("init", "amended"):
         prune(root)
     else:
         with State.open(root).writing("mask"):
@@ -583,7 +696,9 @@ print(json.dumps(counts))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(("stage", "outcomes"), [("init", ["nothing", "init"]), ("prune", ["init", "prune"])])
+@pytest.mark.parametrize(
+    ("stage", "outcomes"), [("init", ["nothing", "init"]), ("prune", ["init", "prune"]), ("amend", ["init", "amended"])]
+)
 def test_killed_at_any_moment_the_state_is_the_one_before_or_the_one_after(
     tmp_path: Path, stage: str, outcomes: list[str]
 ) -> None:
@@ -759,4 +874,4 @@ def test_a_real_full_disk_and_a_real_read_only_one(tmp_path: Path) -> None:
 def test_the_module_imports_no_torch() -> None:
     code = "import sys, recap_cli.state; sys.exit(any(name in sys.modules for name in ('torch', 'safetensors.torch')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert state_module.SCHEMA == 1
+    assert state_module.SCHEMA == 2

@@ -21,7 +21,7 @@ def doctor(as_json: JsonOption = False) -> None:
     Example: [bold]recap doctor[/bold]
     """
     versions = {name: _version(name) for name in PACKAGES}
-    devices, problems = _devices()
+    devices, driver, problems = _devices()
     problems += [f"{name} is not installed" for name, version in versions.items() if version is None]
     folders = {"cache": _folder(_cache()), "here": _folder(Path.cwd())}
     problems += [f"{folder['path']} cannot be written" for folder in folders.values() if not folder["writable"]]
@@ -30,6 +30,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "platform": platform.platform(),
         "versions": versions,
         "devices": devices,
+        **driver,
         "memory": _memory(),
         "folders": folders,
         "problems": problems,
@@ -46,7 +47,8 @@ def _print(found: dict[str, Any]) -> None:
     rows += [[name, version or "missing"] for name, version in found["versions"].items()]
     for device in found["devices"]:
         free = f", {console.megabytes(device['free_bytes'])} free" if "free_bytes" in device else ""
-        rows.append([device["device"], f"{device['name']}{free}"])
+        rows.append([device["device"], f"{device['name']}{free}{_holders(device)}"])
+    rows += [[name, found[name]] for name in ("driver", "nvml") if found.get(name)]
     memory = found["memory"]
     free, total = console.megabytes(memory["available_bytes"]), console.megabytes(memory["total_bytes"])
     rows.append(["memory", f"{free} free of {total}"])
@@ -56,6 +58,14 @@ def _print(found: dict[str, Any]) -> None:
     console.table(["what", "found"], rows, is_result=True)
 
 
+def _holders(device: dict[str, Any]) -> str:
+    """Return what other processes hold of a device, or why that cannot be seen; nothing where nobody asked."""
+    held = device.get("other_processes_bytes")
+    told = [] if held is None else [f"{console.megabytes(held)} held by other processes"]
+    told += [f"not seen: {text}" for text in device.get("not_seen", ())]
+    return "".join(f", {text}" for text in told)
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -63,20 +73,25 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _devices() -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the devices that torch can use, and what is wrong with torch. The import takes seconds."""
+def _devices() -> tuple[list[dict[str, Any]], dict[str, str | None], list[str]]:
+    """Return the devices that torch can use, what the NVIDIA driver says, and what is wrong with torch. The import takes
+    seconds.
+    """
     try:
         import torch
+
+        from recap_cli.stages import doctor as stage
     except (ImportError, OSError) as error:  # a torch that does not load is what a doctor is asked about
-        return [], [f"torch cannot be imported: {error}"]
+        return [], {}, [f"torch cannot be imported: {error}"]
     devices: list[dict[str, Any]] = [{"device": "cpu", "name": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}"}]
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
-        devices.append({"device": f"cuda:{index}", "name": name, "free_bytes": free, "total_bytes": total})
+        facts = {"device": f"cuda:{index}", "name": name, "free_bytes": free, "total_bytes": total}
+        devices.append({**facts, **stage.holders(index)})
     if torch.backends.mps.is_available():
         devices.append({"device": "mps", "name": "Apple GPU"})
-    return devices, []
+    return devices, stage.driver(), []
 
 
 def _memory() -> dict[str, int]:

@@ -37,7 +37,8 @@ def run(
 ) -> None:
     """Run all rounds of prune, mask, finetune and merge, and print the path of the product.
 
-    Stopped at any moment, the same command goes on after the last finished stage.
+    Stopped at any moment, the same command goes on after the last finished stage. Settings that say how, not what, is computed
+    may differ then: after a lack of memory, --set finetune.checkpointing=true goes on with the same state.
 
     Example: [bold]recap run quickstart --set rounds=3[/bold]
     """
@@ -48,12 +49,12 @@ def run(
         for line in describe(checked):
             console.result(line)
         return
-    from recap_cli.commands.tables import print_summary, say_stage
+    from recap_cli.commands.tables import print_summary, say_change, say_stage
     from recap_cli.stages import run as stage
     from recap_cli.stages.schedule import summary
 
     path = state if state is not None else Path("runs") / checked.name
-    finished = summary(stage.run(checked, path, track=console.track, on_stage=say_stage))
+    finished = summary(stage.run(checked, path, track=console.track, on_stage=say_stage, on_change=say_change))
     print_summary(finished, is_result=False)
     if as_json:
         console.emit_json(finished)
@@ -71,4 +72,5 @@ def _recipe(source: str | None, state: Path | None, overrides: Sequence[str]) ->
         raise UsageError("no recipe was named", hint="`recap run quickstart`; `recap recipes ls` lists the others")
     from recap_cli.state import State
 
-    return recipe.parse(State.open(state).recipe_text, str(state / "recipe.yaml"), overrides)
+    found = State.open(state)
+    return recipe.parse(found.recipe_text, str(state / found.manifest.recipe), overrides)

@@ -4,6 +4,7 @@ The summary of a state, and its record per round, come from `recap_cli.stages.sc
 lacks what belongs to the stages to come; its cells stay empty.
 """
 
+import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,11 @@ def say_stage(facts: Mapping[str, Any]) -> None:
         console.say(f"  note: {note}")
     if skipped := facts.get("not_pruned"):
         console.say(f"  not pruned: {', '.join(skipped)}")
+
+
+def say_change(change: Mapping[str, Any]) -> None:
+    """Print on stderr which settings of a state were changed, and from what."""
+    console.say(f"{_change_text(change)}, in this state from now on")
 
 
 def print_summary(summary: Mapping[str, Any], *, is_result: bool) -> None:
@@ -106,9 +112,17 @@ def _closing(summary: Mapping[str, Any]) -> Iterator[str]:
         f"{summary['recipe']}: {summary['state']}, round {summary['round']} of {summary['rounds_planned']}, "
         f"{summary['stage']} done, {console.duration(summary['seconds'])} in all"
     )
+    for change in summary.get("changes", ()):
+        yield f"changed {change['changed']}, after {change['stage']} of round {change['round']}: {_change_text(change)}"
     if summary["product"]:
         yield f"product: {summary['product']} (recap export {state} OUT makes it loadable)"
     if summary["next"]:
         yield f"next: recap {summary['next']} {state}, or recap run --state {state} for all that is left"
     elif summary["finished"]:
         yield f"finished: {summary['finished']}"
+
+
+def _change_text(change: Mapping[str, Any]) -> str:
+    """Return what a change of settings changed, as `finetune.checkpointing false → true`."""
+    before, after = change["before"], change["after"]
+    return ", ".join(f"{key} {json.dumps(before.get(key))} → {json.dumps(after[key])}" for key in after)

@@ -98,6 +98,20 @@ def resize(adapter: Adapter, model: nn.Module, sizes: dict[str, int]) -> None:
                     _resize_heads(table, model.get_submodule(_join(path, table.attention)), sizes[name])
 
 
+def block_paths(model: nn.Module, axes: Sequence[Axis]) -> list[str]:
+    """The paths of the blocks that hold `axes`, the outermost only, in their order; empty if the names do not say them all.
+
+    A table names its axes `<block>.heads` and `<block>.neurons`. The functions of an adapter may choose any names, so a path
+    counts only if it is that of a module with a forward, which holds all that the axis cuts.
+    """
+    modules = dict(model.named_modules())
+    paths = list(dict.fromkeys(axis.name.rpartition(".")[0] for axis in axes))
+    called = all(path in modules and type(modules[path]).forward is not nn.Module.forward for path in paths)
+    if not called or any(not cut.param.startswith(f"{a.name.rpartition('.')[0]}.") for a in axes for cut in a.cuts):
+        return []
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a parameter's name is like one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

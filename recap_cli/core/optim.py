@@ -27,7 +27,8 @@ Schedule = Literal["linear", "cosine", "constant"]
 class Rule:
     """An update rule: its moments, each with the factor it ages by in a round it sits out (eq. (5)), and one step.
 
-    `apply(master, grad, moments, count, lr, weight_decay)` moves `master` in place; all are fp32 and of one shape.
+    `apply(master, grad, moments, count, lr, weight_decay)` moves `master` in place; all are fp32 and of one shape. It may write
+    into `grad` too, and makes no more than one tensor of that shape.
     """
 
     name: str
@@ -40,7 +41,7 @@ def sgd(*, momentum: float) -> Rule:
 
     def apply(master: Tensor, grad: Tensor, moments: Moments, count: Count, lr: float, weight_decay: float) -> None:
         if weight_decay:
-            grad = grad.add(master, alpha=weight_decay)
+            grad = grad.add_(master, alpha=weight_decay)
         if momentum:
             grad = moments["momentum"].mul_(momentum).add_(grad)
         master.add_(grad, alpha=-lr)
@@ -60,13 +61,14 @@ def adamw(*, betas: tuple[float, float], eps: float) -> Rule:
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         if isinstance(count, int):
             correction = (1 - beta2 ** (count + 1)) ** 0.5
-            denominator = (square.sqrt() / correction).add_(eps)
+            denominator = square.sqrt().div_(correction).add_(eps)
             master.addcdiv_(mean, denominator, value=-lr / (1 - beta1 ** (count + 1)))
         else:
             t = (count + 1).double()  # on the CPU: a number per row or column, and MPS knows no float64
             root = (1 - beta2**t).sqrt().to(master.dtype).to(master.device)
             rate = (lr / (1 - beta1**t)).to(master.dtype).to(master.device)
-            master.sub_(mean / square.sqrt().div_(root).add_(eps) * rate)
+            denominator = square.sqrt().div_(root).add_(eps)
+            master.sub_(torch.div(mean, denominator, out=denominator).mul_(rate))
 
     return Rule("adamw", {"exp_avg": beta1, "exp_avg_sq": beta2}, apply)
 
@@ -106,9 +108,10 @@ class Optimizer:
             return
         decay = self.weight_decay if slot.leaf.ndim > 1 else 0.0
         count = self._before[slot.name] + self._steps[slot.name]
-        self.rule.apply(slot.master, slot.leaf.grad.to(slot.master.dtype), self.moments[slot.name], count, self.lr, decay)
+        master = slot.master
+        self.rule.apply(master, slot.leaf.grad.to(master.dtype), self.moments[slot.name], count, self.lr, decay)
         self._steps[slot.name] += 1
-        slot.write_back()
+        slot.write_back(master)
 
     def zero_grad(self) -> None:
         """Free every gradient."""
@@ -136,8 +139,10 @@ def learning_rate(step: int, *, steps: int, peak: float, schedule: Schedule, war
 
 def _start(slot: Slot, rule: Rule, known: Moments) -> Moments:
     if known:
-        return {name: known[name].to(slot.master.device, torch.float32, copy=True) for name in rule.aging}
-    return {name: torch.zeros(slot.master.shape, device=slot.master.device) for name in rule.aging}
+        return {name: known[name].to(slot.leaf.device, torch.float32, copy=True) for name in rule.aging}
+    return {
+        name: torch.zeros_like(slot.leaf, dtype=torch.float32, memory_format=torch.contiguous_format) for name in rule.aging
+    }
 
 
 def _count(slot: Slot, known: Tensor | None, dim: int | None) -> Count:
@@ -146,4 +151,4 @@ def _count(slot: Slot, known: Tensor | None, dim: int | None) -> Count:
         return 0
     if bool((known == known[0]).all()):
         return int(known[0])
-    return known.view([-1 if d == dim else 1 for d in range(slot.master.ndim)])
+    return known.view([-1 if d == dim else 1 for d in range(slot.leaf.ndim)])

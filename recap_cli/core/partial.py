@@ -5,13 +5,14 @@ holds only those rows (query, key, value, fc1) or columns (output matrix, fc2); 
 that size, from `grad_out[:, rows]ᵀ @ x` or `grad_outᵀ @ x[:, cols]`, and saves of `x` no more than that product needs. S2FT
 (2412.06289) has the published relative of the idea; it cannot accumulate gradients, and masks by heads and channels only.
 
-Where the chosen rows stand side by side and the resident weight is fp32, the compact parameter is a *view* of it: no second
-copy, and nothing to write back. `bring_forward` permutes each feedforward block (its neurons may stand in any order) so that
-they do.
+No moving entry is held twice where the resident weight is fp32. Where the chosen rows stand side by side, the compact parameter
+is a *view* of it; `bring_forward` permutes each feedforward block (its neurons may stand in any order) so that they do. Where
+they do not, it is a handle: a shape for autograd, without memory, and the optimizer reads and writes the resident's entries.
+With bf16 or int8 residents the compact parameter holds the fp32 masters.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,59 +22,75 @@ from torch.autograd.function import once_differentiable
 
 from recap_cli.core.adapter import is_transposed
 from recap_cli.core.groups import Axis, Choice
+from recap_cli.core.quantized import Place, QuantizedEmbedding, dequantize, place_of, quantize, rest_of
 from recap_cli.core.surgery import Where, owner_of, put, take
-
-Place = slice | Tensor  # indices along one dimension: a slice where they stand side by side
 
 
 @dataclass(frozen=True)
 class Slot:
     """One trainable tensor: what autograd fills, what the optimizer moves, and where the forward reads it.
 
-    `leaf` receives the gradient; `master` holds the fp32 values, shape as `leaf`; `resident` is the (possibly bf16) tensor
-    that the forward uses, of which the master is the entries at `dims`. With fp32 residents the three may share their memory.
+    `leaf` receives the gradient. `own` holds the fp32 values, shape as `leaf`, or is None where they are the entries at `dims`
+    of an fp32 `resident` and nowhere else. `resident` is what the forward reads, where a step must write into it.
     """
 
     name: str
     leaf: nn.Parameter
-    master: Tensor
-    resident: Tensor
-    dims: dict[int, Tensor]
+    own: Tensor | None
+    resident: Tensor | None = None
+    dims: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def master(self) -> Tensor:
+        """The fp32 values, shape as `leaf`: the tensor itself, or a copy of the resident's entries."""
+        if self.own is not None:
+            return self.own
+        if self.resident is None:
+            raise ValueError(f"{self.name}: a slot has values of its own, or a resident that holds them")
+        return take(self.resident, self.dims)
 
     @torch.no_grad()
-    def write_back(self) -> None:
-        """Copy the master into the resident tensor, unless they are the same memory."""
-        if self.master.untyped_storage().data_ptr() != self.resident.untyped_storage().data_ptr():
-            put(self.resident, self.master.to(self.resident.dtype), self.dims)
+    def write_back(self, master: Tensor) -> None:
+        """Put moved values to where the forward reads them, if that is elsewhere."""
+        if self.resident is not None:
+            put(self.resident, master.to(self.resident.dtype), self.dims)
 
 
 class PartialLinear(nn.Module):
     """A linear layer whose `weight` is resident and frozen but for the entries at `place` along `dim` of (out, in).
 
-    `x` is (…, in), the result (…, out). `part` has shape (rows, in) for dim 0 and (out, columns) for dim 1, in fp32 or the
-    resident dtype; a transposed layer (GPT-2's Conv1D) keeps weight and part as (in, out). Build it with `make_partial`.
+    `x` is (…, in), the result (…, out). `part` has shape (rows, in) for dim 0 and (out, columns) for dim 1, in fp32; a
+    transposed layer (GPT-2's Conv1D) keeps weight and part as (in, out). With a `scale`, (out, 1), `weight` holds int8 codes,
+    (out, in), of the frozen entries only: each forward and backward makes the dense weight of this one layer from them and from
+    `part`, and drops it again. Build it with `make_partial`.
     """
 
     weight: Tensor
     bias: Tensor | None
     place: Tensor | None
+    scale: Tensor | None
+    rest: Tensor | None
 
     def __init__(
         self,
         weight: Tensor,
-        part: nn.Parameter,
+        part: nn.Parameter | None,
         bias: Tensor | None,
         bias_part: nn.Parameter | None,
         *,
         dim: int,
-        place: Place,
+        place: Place | None,
         transposed: bool = False,
+        scale: Tensor | None = None,
+        rest: Place | None = None,
     ) -> None:
         super().__init__()
         self.dim, self.transposed = dim, transposed
-        self.span = place if isinstance(place, slice) else None
+        self.span, self.rest_span = (p if isinstance(p, slice) else None for p in (place, rest))
         self.register_buffer("place", place if isinstance(place, Tensor) else None, persistent=False)
+        self.register_buffer("rest", rest if isinstance(rest, Tensor) else None, persistent=False)
         self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
         self.part, self.bias_part = part, bias_part
         if isinstance(bias, nn.Parameter):
             self.register_parameter("bias", bias)
@@ -81,18 +98,24 @@ class PartialLinear(nn.Module):
             self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (…, in) → (…, out)
+        part = self.part.t() if self.transposed and self.part is not None else self.part
+        weight = self.weight.t() if self.transposed and self.scale is None else self.weight
+        where = (self.dim, self.span or self.place, self.rest_span or self.rest)
         if not torch.is_grad_enabled():
-            return F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
-        place = self.span if self.place is None else self.place
-        weight, part = (self.weight.t(), self.part.t()) if self.transposed else (self.weight, self.part)
+            return F.linear(x, _whole(weight, self.scale, part, where, x.dtype), self.bias)
         # A bias of which only the chosen rows move is read from its resident buffer; its gradient goes to `bias_part`.
-        out: Tensor = _Partial.apply(x, part, self.bias_part, weight, self.bias, self.dim, place)
+        out: Tensor = _Partial.apply(x, part, self.bias_part, weight, self.scale, self.bias, where)
         return out
 
     def extra_repr(self) -> str:
-        rows, columns = self.weight.t().shape if self.transposed else self.weight.shape
+        kind = "int8" if self.scale is not None else str(self.weight.dtype).removeprefix("torch.")
+        if self.part is None:
+            return f"{kind}, nothing moves"
         moving = self.part.shape[1 - self.dim if self.transposed else self.dim]
-        return f"in={columns}, out={rows}, {moving} {('rows', 'columns')[self.dim]} move"
+        return f"{kind}, {moving} {('rows', 'columns')[self.dim]} move"
+
+
+Places = tuple[int, Place | None, Place | None]  # the dimension of (out, in); what moves along it; what does not
 
 
 class _Partial(torch.autograd.Function):
@@ -100,34 +123,63 @@ class _Partial(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, part: Tensor, bias_part: Tensor | None, weight: Tensor, bias: Tensor | None, dim: int, place: Place
+        ctx: Any,
+        x: Tensor,
+        part: Tensor | None,
+        bias_part: Tensor | None,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        where: Places,
     ) -> Tensor:
+        dim, place, _ = where
         saved = (x if dim == 0 else _at(x, place, keep=False)) if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(saved, weight if ctx.needs_input_grad[0] else None)
-        ctx.dim, ctx.place, ctx.part_dtype = dim, place, part.dtype
+        kept = (weight, scale, part if scale is not None else None) if ctx.needs_input_grad[0] else (None, None, None)
+        ctx.save_for_backward(saved, *kept)
+        ctx.where, ctx.part_dtype = where, None if part is None else part.dtype
         ctx.bias_dtype = None if bias_part is None else bias_part.dtype
-        return F.linear(x, weight, bias)
+        return F.linear(x, _whole(weight, scale, part, where, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        _, needs_part, needs_rows, _, needs_bias, _, _ = ctx.needs_input_grad
+        x, weight, scale, part = ctx.saved_tensors
+        needs_part, needs_rows, needs_bias = (ctx.needs_input_grad[i] for i in (1, 2, 5))
+        dim, place, _ = ctx.where
         flat = grad_out.reshape(-1, grad_out.shape[-1])  # (tokens, out)
-        grad_x = grad_out @ weight if weight is not None else None
-        rows = _at(flat, ctx.place, keep=True) if ctx.dim == 0 and (needs_part or needs_rows) else flat
+        rows = _at(flat, place, keep=True) if dim == 0 and (needs_part or needs_rows) else flat
         grad_part = (rows.t() @ x.reshape(-1, x.shape[-1])).to(ctx.part_dtype) if needs_part else None
         grad_rows = rows.sum(0).to(ctx.bias_dtype) if needs_rows else None
         grad_bias = flat.sum(0) if needs_bias else None
-        return grad_x, grad_part, grad_rows, None, grad_bias, None, None
+        grad_x = None if weight is None else grad_out @ _whole(weight, scale, part, ctx.where, grad_out.dtype)
+        return grad_x, grad_part, grad_rows, None, None, grad_bias, None
 
 
-def _at(x: Tensor, place: Place, *, keep: bool) -> Tensor:
-    """The features of `x` at `place`; a copy unless `keep` says that `x` lives on anyway."""
+def _whole(weight: Tensor, scale: Tensor | None, part: Tensor | None, where: Places, dtype: torch.dtype) -> Tensor:
+    """The whole weight, (out, in): the resident itself, or a new tensor made of int8 codes and masters."""
+    return weight if scale is None else dequantize(weight, scale, part, *where, dtype=dtype)
+
+
+def _at(x: Tensor, place: Place | None, *, keep: bool) -> Tensor:
+    """The features of `x` at `place` (None: all); a copy unless `keep` says that `x` lives on anyway."""
+    if place is None:
+        return x
     if isinstance(place, slice):
         part = x[..., place]
         return part if keep else part.contiguous()
     return x.index_select(-1, place)
+
+
+@dataclass(frozen=True)
+class _Home:
+    """Where tensors live, and in which type the forward reads them; `int8` says that frozen matrices are quantized."""
+
+    device: torch.device | str
+    dtype: torch.dtype
+    int8: bool
+
+    def resident(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
 
 def make_partial(
@@ -137,37 +189,44 @@ def make_partial(
     frozen: Callable[[str], bool],
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    int8: bool = False,
 ) -> list[Slot]:
     """Rebuild `model` in place so that just the entries at `where` (and every parameter that it does not name) may move.
 
     Returns one slot for each trainable tensor, named as in the model before. Parameters that `frozen` names, and those of which
     `where` selects nothing, are frozen whole. Everything is moved to `device`, and what the forward reads to `dtype`, a layer
-    at a time; the masters are fp32. The model must not be moved afterwards: compact parameters may be views of their residents.
+    at a time; the masters are fp32. With `int8` the frozen entries of linear layers and embeddings become codes, made dense in
+    `dtype` where they are read. The model must not be moved afterwards: compact parameters may be views of their residents.
 
     Raises `TypeError` for a parameter that would move in part but is no linear layer's.
     """
-    slots: list[Slot] = []
+    home, slots = _Home(device, dtype, int8), list[Slot]()
     for path, module in list(model.named_modules()):
         names = {
             attribute: f"{path}.{attribute}" if path else attribute for attribute, _ in module.named_parameters(recurse=False)
         }
-        partly = {a for a, n in names.items() if _partly(where.get(n)) and not frozen(n)}
-        if "weight" in partly and _is_linear(module):
-            made, layer_slots = _partial_layer(module, names, where, frozen=frozen, device=device, dtype=dtype)
-            owner, attribute = owner_of(model, path)
-            setattr(owner, attribute, made)
+        moves = {a for a, n in names.items() if not frozen(n) and not _nothing(where.get(n))}
+        partly = {a for a in moves if where.get(names[a])}
+        made: nn.Module | None = None
+        if _is_linear(module) and ("weight" in partly or (int8 and "weight" not in moves)):
+            made, layer_slots = _partial_layer(module, names, where, moves, home)
             slots += layer_slots
-            continue
-        if partly:
+        elif partly:
             raise TypeError(f"{names[min(partly)]} would move in part, but {type(module).__name__} is no linear layer")
-        for attribute, name in names.items():
-            moves = not frozen(name) and not _nothing(where.get(name))
-            slots += _dense(module, attribute, name, moves=moves, device=device, dtype=dtype)
+        elif int8 and isinstance(module, nn.Embedding) and not moves:
+            codes, scale = quantize(module.weight)
+            made = QuantizedEmbedding(codes.to(device), scale.to(device), dtype)
+        else:
+            for attribute, name in names.items():
+                slots += _dense(module, attribute, name, moves=attribute in moves, home=home)
+        if made is not None:
+            owner, attribute = owner_of(model, path)
+            setattr(owner, attribute, made.train(module.training))
     for module in model.modules():
-        if isinstance(module, PartialLinear):
+        if isinstance(module, PartialLinear | QuantizedEmbedding):
             continue  # made where it lives, and its parameter may be a view of its weight
         for attribute, buffer in module.named_buffers(recurse=False):
-            setattr(module, attribute, _resident(buffer, device, dtype))
+            setattr(module, attribute, home.resident(buffer))
     return slots
 
 
@@ -197,79 +256,96 @@ def bring_forward(model: nn.Module, axes: Iterable[Axis], mask: Choice, where: W
 
 
 def _partial_layer(
-    layer: nn.Module,
-    names: dict[str, str],
-    where: Where,
-    *,
-    frozen: Callable[[str], bool],
-    device: torch.device | str,
-    dtype: torch.dtype,
+    layer: nn.Module, names: dict[str, str], where: Where, moves: set[str], home: _Home
 ) -> tuple[PartialLinear, list[Slot]]:
-    """The partial layer in place of `layer`, with the slots of its weight and bias."""
-    ((dim, index),) = where[names["weight"]].items()
-    transposed = is_transposed(layer)
-    slot = _compact(names["weight"], layer.get_parameter("weight"), dim, index, device, dtype)
+    """The partial layer in place of `layer`, with the slots of its weight and bias; of the weight, nothing may move either."""
+    name, weight, transposed = names["weight"], layer.get_parameter("weight").detach(), is_transposed(layer)
+    dim, index = next(iter(where[name].items())) if "weight" in moves else (0, torch.empty(0, dtype=torch.int64))
     out_dim = 1 - dim if transposed else dim
-    bias: Tensor | None = getattr(layer, "bias", None)
-    bias_part, slots = None, [slot]
-    if bias is not None:
-        dims = where.get(names["bias"], {})
-        if _partly(dims) and not frozen(names["bias"]):
-            if out_dim != 0 or not torch.equal(dims[0], index):
-                raise TypeError(f"{names['bias']} would move at other rows than {names['weight']}")
-            bias_slot = _compact(names["bias"], bias, 0, index, device, dtype)
-            bias, bias_part = bias_slot.resident, bias_slot.leaf
-            slots.append(bias_slot)
-        else:
-            moves = not frozen(names["bias"]) and not _nothing(dims)
-            slots += _dense(layer, "bias", names["bias"], moves=moves, device=device, dtype=dtype)
-            bias = layer.get_parameter("bias")
-    place = _place(index, device)
-    made = PartialLinear(slot.resident, slot.leaf, bias, bias_part, dim=out_dim, place=place, transposed=transposed)
-    return made.train(layer.training), slots
-
-
-def _compact(name: str, tensor: Tensor, dim: int, index: Tensor, device: torch.device | str, dtype: torch.dtype) -> Slot:
-    resident = _resident(tensor.detach(), device, dtype)
-    place = _place(index, device)
-    if isinstance(place, slice) and dtype == torch.float32:
-        leaf = nn.Parameter(resident.narrow(dim, place.start, place.stop - place.start))
+    bias, bias_part, slots = _bias(layer, names, where, moves, home, index if out_dim == 0 else None)
+    if home.int8:
+        slot, codes, scale = _quantized(name, weight, dim, index, transposed, home)
+        rest = place_of(rest_of(index, weight.shape[dim]), home.device) if slot else None
+        resident = codes
     else:
-        leaf = nn.Parameter(take(tensor.detach(), {dim: index}).to(device, torch.float32))
-    return Slot(name, leaf, leaf.detach(), resident, {dim: index if isinstance(place, slice) else place})
+        slot, resident = _compact(name, weight, dim, index, home)
+        scale, rest = None, None
+    made = PartialLinear(
+        resident,
+        slot.leaf if slot else None,
+        bias,
+        bias_part,
+        dim=out_dim,
+        place=place_of(index, home.device) if slot else None,
+        transposed=transposed,
+        scale=scale,
+        rest=rest,
+    )
+    return made, [slot, *slots] if slot else slots
 
 
-def _dense(
-    module: nn.Module, attribute: str, name: str, *, moves: bool, device: torch.device | str, dtype: torch.dtype
-) -> Sequence[Slot]:
+def _bias(
+    layer: nn.Module, names: dict[str, str], where: Where, moves: set[str], home: _Home, rows: Tensor | None
+) -> tuple[Tensor | None, nn.Parameter | None, list[Slot]]:
+    """The resident bias, the part of it that moves where that are just the `rows` of the weight, and the slot if it moves."""
+    if getattr(layer, "bias", None) is None:
+        return None, None, []
+    name = names["bias"]
+    if "bias" in moves and where.get(name):
+        if rows is None or not torch.equal(where[name][0], rows):
+            raise TypeError(f"{name} would move at other rows than {names['weight']}")
+        slot, resident = _compact(name, layer.get_parameter("bias"), 0, rows, home)
+        return resident, slot.leaf, [slot]
+    slots = _dense(layer, "bias", name, moves="bias" in moves, home=home)
+    return layer.get_parameter("bias"), None, list(slots)
+
+
+def _compact(name: str, tensor: Tensor, dim: int, index: Tensor, home: _Home) -> tuple[Slot, Tensor]:
+    """The slot of the entries at `index`, and the resident tensor that they are part of."""
+    resident, place = home.resident(tensor.detach()), place_of(index, home.device)
+    dims = {dim: index if isinstance(place, slice) else place}
+    if home.dtype != torch.float32:
+        leaf = _master(tensor, dim, index, home)
+        return Slot(name, leaf, leaf.detach(), resident, dims), resident
+    if isinstance(place, slice):
+        leaf = nn.Parameter(resident.narrow(dim, place.start, place.stop - place.start))
+        return Slot(name, leaf, leaf.detach()), resident
+    shape = [len(index) if d == dim else size for d, size in enumerate(resident.shape)]
+    handle = nn.Parameter(resident.new_empty(()).expand(shape))
+    return Slot(name, handle, None, resident, dims), resident
+
+
+def _quantized(
+    name: str, weight: Tensor, dim: int, index: Tensor, transposed: bool, home: _Home
+) -> tuple[Slot | None, Tensor, Tensor]:
+    """The slot of what moves, if anything does, and the codes, (out, in), and scales of what does not."""
+    still = take(weight, {dim: rest_of(index, weight.shape[dim])})
+    codes, scale = (t.to(home.device) for t in quantize(still.t() if transposed else still))
+    if len(index) == 0:
+        return None, codes, scale
+    leaf = _master(weight, dim, index, home)
+    return Slot(name, leaf, leaf.detach()), codes, scale
+
+
+def _master(tensor: Tensor, dim: int, index: Tensor, home: _Home) -> nn.Parameter:
+    return nn.Parameter(take(tensor.detach(), {dim: index}).to(home.device, torch.float32, copy=True))
+
+
+def _dense(module: nn.Module, attribute: str, name: str, *, moves: bool, home: _Home) -> Sequence[Slot]:
     """Move one whole parameter to where it lives; its slot if it may move."""
     param = getattr(module, attribute)
-    leaf = nn.Parameter(_resident(param.detach(), device, dtype), requires_grad=moves)
+    leaf = nn.Parameter(home.resident(param.detach()), requires_grad=moves)
     setattr(module, attribute, leaf)
     if not moves:
         return []
     if leaf.dtype == torch.float32:
-        return [Slot(name, leaf, leaf.detach(), leaf.detach(), {})]
+        return [Slot(name, leaf, leaf.detach())]
     leaf.grad_dtype = torch.float32  # as compact gradients: micro-batches are not summed up in bf16
-    master = param.detach().to(device, torch.float32)
-    return [Slot(name, leaf, master, leaf.detach(), {})]
-
-
-def _resident(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    return tensor.to(device, dtype if tensor.is_floating_point() else None)
-
-
-def _place(index: Tensor, device: torch.device | str) -> Place:
-    first, last = int(index[0]), int(index[-1])
-    return slice(first, last + 1) if last - first + 1 == len(index) else index.to(device)
+    return [Slot(name, leaf, param.detach().to(home.device, torch.float32), leaf.detach())]
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_transposed(module)
-
-
-def _partly(dims: dict[int, Tensor] | None) -> bool:
-    return bool(dims) and not _nothing(dims)
 
 
 def _nothing(dims: dict[int, Tensor] | None) -> bool:

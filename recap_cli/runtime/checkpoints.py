@@ -19,6 +19,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 WANTED = ("*.json", "*.txt", "*.model", WEIGHTS, "model-*.safetensors")  # tokenizers keep vocabularies in .txt and .model files
+CONFIGS = ("config.json", "preprocessor_config.json")
 TIMEOUT_SECONDS = 5.0
 LFS_POINTER = b"version https://git-lfs"  # what git leaves in place of a large file that it has not fetched
 FOLDER_HINT = "name a local folder with config.json and model.safetensors: --set model.name=DIR"
@@ -47,8 +48,10 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def locate(name: str, revision: str | None = None) -> Path:
+def locate(name: str, revision: str | None = None, *, only_config: bool = False) -> Path:
     """The folder with the files of a model: `name` itself if it is one, else the hub's files in its cache.
+
+    With `only_config` nothing but its small JSON files is downloaded.
 
     Raises `ModelError` if there is no such folder, or the hub cannot be reached or has no such model.
     """
@@ -59,7 +62,7 @@ def locate(name: str, revision: str | None = None) -> Path:
         raise ModelError(f"{name} is a file, not a folder with a model", hint=FOLDER_HINT)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"there is no folder {name}", hint=FOLDER_HINT)
-    return _download(name, revision)
+    return _download(name, revision, CONFIGS if only_config else WANTED)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ModelError(f"{folder} has no {WEIGHTS}", hint=FOLDER_HINT)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, wanted: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -140,7 +143,7 @@ def _download(name: str, revision: str | None) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(WANTED), etag_timeout=TIMEOUT_SECONDS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted), etag_timeout=TIMEOUT_SECONDS))
     except GatedRepoError as error:
         raise ModelError(f"the hub gives {name} only to those it knows", hint="log in: hf auth login") from error
     except RevisionNotFoundError as error:

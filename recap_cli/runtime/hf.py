@@ -120,9 +120,13 @@ def set_labels(config: Any, names: Sequence[str]) -> None:
 
 def to_dict(model: Any) -> dict[str, Any]:
     """The whole configuration of a model as JSON values, without the path it came from."""
-    values: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    return {**config_values(model.config), "architectures": [type(model).__name__]}
+
+
+def config_values(config: Any) -> dict[str, Any]:
+    """A configuration as JSON values, without the path it came from."""
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     values.pop("_name_or_path", None)
-    values["architectures"] = [type(model).__name__]
     return values
 
 

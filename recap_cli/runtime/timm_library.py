@@ -46,8 +46,18 @@ def architecture_of(values: Mapping[str, Any], origin: str) -> str:
     return str(values["architecture"])
 
 
-def find(name: str, revision: str | None) -> tuple[Path, str, dict[str, Any]]:
+def classes_of(architecture: str) -> int:
+    """How many classes the pretrained head of an architecture has: ImageNet's, if it does not say."""
+    import timm
+
+    default = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
+    return int(default.num_classes) if default is not None and default.num_classes else 1000
+
+
+def find(name: str, revision: str | None, *, only_config: bool = False) -> tuple[Path | None, str, dict[str, Any]]:
     """The folder with the weights of `name`, its architecture, and the arguments it was made with.
+
+    With `only_config` no weights are fetched: the folder of an architecture of timm's own is None then.
 
     `name` is a folder, `architecture` or `architecture.tag`, or a hub id. Raises `ModelError` if there is none.
     """
@@ -57,9 +67,11 @@ def find(name: str, revision: str | None) -> tuple[Path, str, dict[str, Any]]:
     if Path(name).expanduser().is_dir() or not timm.is_model(architecture):
         if "/" not in name and not Path(name).exists():
             check_architecture(architecture)
-        folder = locate(name.removeprefix("hf-hub:").removeprefix("hf_hub:"), revision)
+        folder = locate(name.removeprefix("hf-hub:").removeprefix("hf_hub:"), revision, only_config=only_config)
         config = read_config(folder)
         return folder, architecture_of(config, f"{folder}/config.json"), dict(config.get("model_args") or {})
+    if only_config:
+        return None, architecture, {}
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
     if cfg is None or not cfg.hf_hub_id:
         raise ModelError(f"timm has no pretrained weights of {name}", hint=FOLDER_HINT)

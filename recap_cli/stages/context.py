@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from recap_cli import recipe as recipes
 from recap_cli import registry
-from recap_cli.core.adapter import Adapter, find_axes
+from recap_cli.core.adapter import Adapter, block_paths, find_axes
 from recap_cli.core.criterion import Criterion, Losses
 from recap_cli.core.groups import Axis, Choice, Cut, Shape, shapes_of
+from recap_cli.core.streaming import streamed
 from recap_cli.errors import StageOrderError
 from recap_cli.manifest import quoted
 from recap_cli.progress import Track
@@ -179,6 +181,24 @@ def splits_of(
         _SPLITS.clear()
         _SPLITS[key] = made
     return _SPLITS[key]
+
+
+def on_device(model: nn.Module, axes: Sequence[Axis], device: torch.device) -> AbstractContextManager[None]:
+    """Inside, a model on the CPU runs on `device`, a block at a time; on the CPU it runs as it is, and is not touched."""
+    return nullcontext() if device.type == "cpu" else streamed(model, block_paths(model, axes), device)
+
+
+def importance_batch_size(recipe: Recipe, device: torch.device) -> int:
+    """Examples at a time; on an accelerator so many that importance fits into the memory that finetuning takes there.
+
+    Importance is computed in fp32, and each of its blocks holds all of its activations: half as many examples where finetuning
+    has bf16 activations, and half again where it has checkpoints.
+    """
+    if device.type == "cpu":
+        return recipe.importance.batch_size
+    tune = recipe.finetune
+    size = (tune.micro_batch_size or tune.batch_size) // (1 + (tune.resident != "fp32")) // (1 + tune.checkpointing)
+    return min(recipe.importance.batch_size, max(1, size))
 
 
 def losses_over(

@@ -1,13 +1,15 @@
 """`eval`: score the full model, the small model and the best small model on the validation data."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from recap_cli.core.groups import counts, shapes_of
-from recap_cli.core.surgery import compose_where, gather, indices, scatter
+from recap_cli.core.surgery import gather, indices, scatter
 from recap_cli.errors import UsageError
 from recap_cli.manifest import quoted
 from recap_cli.progress import Track, silent
@@ -15,7 +17,7 @@ from recap_cli.runtime import devices
 from recap_cli.runtime.evaluation import evaluate as score
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
-from recap_cli.stages.finetune import moving
+from recap_cli.stages.trainable import moving
 from recap_cli.state import State
 
 
@@ -30,20 +32,26 @@ def evaluate(state: State, *, which: Sequence[str], track: Track = silent) -> li
     for name in which:
         device = devices.pick(here.recipe.importance.device if name == "full" else here.recipe.finetune.device)
         tensors, sizes, round = _MODELS[name](here)
-        model = here.model(tensors, sizes).to(device)
-        started = perf_counter()
-        metrics = score(
-            shared.forward_of(here.spec, model),
-            validation,
-            here.task,
-            batch_size=here.recipe.evaluate.batch_size,
-            device=device,
-            track=track,
-            label=f"{name} model",
-        )
+        model = here.model(tensors, sizes)
+        with _on_device(here, name, model, device):
+            started = perf_counter()
+            metrics = score(
+                shared.forward_of(here.spec, model),
+                validation,
+                here.task,
+                batch_size=here.recipe.evaluate.batch_size,
+                device=device,
+                track=track,
+                label=f"{name} model",
+            )
         params = sum(param.numel() for param in model.parameters())
         rows.append({"model": name, "round": round, "parameters": params, **metrics, "seconds": perf_counter() - started})
     return rows
+
+
+def _on_device(here: Context, name: str, model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+    """The full model goes to the device a block at a time, a small one as a whole."""
+    return shared.on_device(model, here.layout.axes, device) if name == "full" else nullcontext(model.to(device))
 
 
 def best_tensors(here: Context) -> tuple[dict[str, Tensor], dict[str, int], dict[str, Any]]:
@@ -74,7 +82,7 @@ def _small(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
     if f"{folder}/{shared.MOVED}" in state.manifest.files:
         chosen = {name: c.bool() for name, c in state.load_tensors(f"{folder}/{shared.MASK}").items()}
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        scatter(tensors, state.load_tensors(f"{folder}/{shared.MOVED}"), compose_where({}, moving(here, plan, chosen, tensors)))
+        scatter(tensors, state.load_tensors(f"{folder}/{shared.MOVED}"), moving(here.layout, plan, chosen, tensors))
     return tensors, counts(plan), state.manifest.round
 
 

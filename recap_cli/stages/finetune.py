@@ -1,65 +1,100 @@
 """`finetune`: train what the mask lets move, on the GPU if there is one (paper, sec. 3.2, Step 4)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import ceil, isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recap_cli.core.groups import Choice, counts, refine, shapes_of, shrink
+from recap_cli.core.groups import Choice, counts
 from recap_cli.core.moments import COUNT, take_moments
-from recap_cli.core.optim import Optimizer, Rule, adamw, learning_rate, sgd
-from recap_cli.core.partial import bring_forward, make_partial
+from recap_cli.core.optim import Optimizer, learning_rate
 from recap_cli.core.surgery import Where, compose_where, indices
-from recap_cli.errors import TrainingError
+from recap_cli.errors import TrainingError, lacks_device_memory
 from recap_cli.progress import Track, silent
-from recap_cli.recipe import Finetune, Recipe
-from recap_cli.runtime import devices, memory, models, tasks
+from recap_cli.recipe import Recipe
+from recap_cli.runtime import devices, memory, models, snapshot, tasks
 from recap_cli.runtime.data import Split
 from recap_cli.runtime.evaluation import evaluate
 from recap_cli.runtime.order import batches, order, seed_for
-from recap_cli.runtime.training import Batch, Training, train
+from recap_cli.runtime.training import Batch, Forward, Training, train
 from recap_cli.stages import context as shared
+from recap_cli.stages import exhaustion
 from recap_cli.stages.context import Context
+from recap_cli.stages.exhaustion import Ledger
+from recap_cli.stages.settings import OnChange, adopt, recipe_of, unheard
+from recap_cli.stages.trainable import RESIDENTS, in_dtype, make_trainable, moving, rule_of
 from recap_cli.state import Draft, State
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-
-def finetune(state: State, *, track: Track = silent) -> dict[str, Any]:
+def finetune(
+    state: State,
+    *,
+    track: Track = silent,
+    overrides: Sequence[str] = (),
+    on_change: OnChange = unheard,
+    snapshot_to: Path | None = None,
+) -> dict[str, Any]:
     """Train the small model of this round where its mask allows; write the values and moments that moved, and its metrics.
 
-    Raises `StageOrderError` if another stage is next, `TrainingError` if a loss is not finite (nothing is committed then).
+    `overrides` change execution settings of the state first (`settings.adopt`). `snapshot_to` gets torch's record of CUDA's
+    allocator, whether the training succeeds or not.
+
+    Raises `StageOrderError` if another stage is next, `UsageError` or `StorageError` if there can be no snapshot (nothing is
+    changed then), `TrainingError` if a loss is not finite and `DeviceMemoryError` if the device is too small (nothing is
+    committed then).
     """
+    state.check_order("finetune")
+    recipe = recipe_of(state, overrides)
+    ledger = Ledger(devices.pick(recipe.finetune.device))
+    if snapshot_to is not None:
+        snapshot.check(snapshot_to, ledger.device)
+    adopt(state, recipe, on_change=on_change)
     here = Context(state)
-    with state.writing("finetune") as draft:
+    try:
+        return _finetune(here, ledger, track, snapshot_to)
+    except Exception as error:
+        if not lacks_device_memory(error):
+            raise
+        ledger.measure(error)
+    # The error, with the frames that hold the model and its activations, ends above: `explained` has the device to itself.
+    raise exhaustion.explained(here, state.manifest.round, ledger)
+
+
+def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | None) -> dict[str, Any]:
+    """The stage itself. What `ledger` is told is for the message if the device's memory runs out."""
+    state, device = here.state, ledger.device
+    with (
+        state.writing("finetune") as draft,
+        snapshot.recording(snapshot_to, lambda text: draft.facts.update(notes=[text])),  # ends before the commit
+    ):
         shared.check_rounds(here)
         recipe, folder = here.recipe, f"round-{draft.round:03d}"
-        device, dtype = devices.pick(recipe.finetune.device), DTYPES[recipe.finetune.resident]
         memory.reset(device)
         plan = here.plan(folder)
         small = state.load_tensors(f"{folder}/{shared.SMALL}")
-        model = here.model(small, counts(plan))
+        model = ledger.model = here.model(small, counts(plan))
         chosen = {name: c.bool() for name, c in state.load_tensors(f"{folder}/{shared.MASK}").items()}
-        where = moving(here, plan, chosen, small)
-        optimizer = _partial(here, model, plan, chosen, where, device, dtype)
+        where = moving(here.layout, plan, chosen, small)
+        optimizer = ledger.optimizer = _partial(here, model, plan, chosen, where, device)
         del small  # what the forward reads is in the model; the fp32 originals of bf16 weights are not needed again
         train_split, validation = here.splits(track)
         torch.manual_seed(seed_for(recipe.seed, draft.round, "finetune"))
-        run = _train(here, model, optimizer, train_split, draft.round, device, dtype, track)
-        forward = _in_dtype(here, model.eval(), dtype)
+        ledger.doing = exhaustion.TRAINING
+        run = _train(here, model, optimizer, train_split, draft.round, device, track)
+        held: dict[str, Any] = {**memory.held(model, optimizer, run.gradient_bytes)}
+        peak = memory.training_peak(device, held)  # before the evaluation, which may have a higher one
+        ledger.doing = exhaustion.EVALUATING
+        forward = _forward(here, model.eval())
         size = recipe.evaluate.batch_size
         metrics = evaluate(forward, validation, here.task, batch_size=size, device=device, track=track, label="validation")
         _check_finite(metrics["loss"], optimizer)
         _save(draft, folder, optimizer)
         moments = len(optimizer.rule.aging)
-        held = {
-            **memory.held(model, optimizer, run.gradient_bytes),
-            "full_finetuning": memory.full_finetuning(_entry(state, "prune")["params_full"], moments),
-            "process": memory.process(device),
-            "device": str(device),
-        }
+        held["full_finetuning"] = memory.full_finetuning(_entry(state, "prune")["params_full"], moments)
+        held |= memory.measured(device, peak)
         draft.save_json(f"{folder}/memory.json", held)
         draft.save_json(f"{folder}/metrics.json", metrics)
         draft.facts |= {
@@ -75,24 +110,6 @@ def finetune(state: State, *, track: Track = silent) -> dict[str, Any]:
     return state.manifest.history[-1]
 
 
-def rule_of(settings: Finetune) -> Rule:
-    """The update rule that a recipe names."""
-    if settings.optimizer == "sgd":
-        return sgd(momentum=settings.momentum)
-    return adamw(betas=settings.betas, eps=settings.eps)
-
-
-def moving(here: Context, plan: Choice, chosen: Choice, small: dict[str, Tensor]) -> Where:
-    """The entries of the small model's tensors that the mask lets move; parameters that are not named move whole."""
-    axes = [refine(axis) for axis in shrink(here.layout.axes, plan)]
-    return indices(axes, chosen, shapes_of(small))
-
-
-def frozen_whole(here: Context, name: str) -> bool:
-    """Whether a parameter does not move at all, being an embedding."""
-    return name in here.layout.embeddings and not here.recipe.mask.train_embeddings
-
-
 def steps_in_round(recipe: Recipe, examples: int) -> int:
     """N_f: the optimizer steps of a round."""
     settings = recipe.finetune
@@ -101,17 +118,14 @@ def steps_in_round(recipe: Recipe, examples: int) -> int:
     return max(1, round((settings.epochs or 0) * ceil(examples / settings.batch_size)))
 
 
-def _partial(
-    here: Context, model: nn.Module, plan: Choice, chosen: Choice, where: Where, device: torch.device, dtype: torch.dtype
-) -> Optimizer:
+def _partial(here: Context, model: nn.Module, plan: Choice, chosen: Choice, where: Where, device: torch.device) -> Optimizer:
     """Make the model partly trainable, and the optimizer of its slots, with the moments they had."""
     settings = here.recipe.finetune
     in_full = compose_where(indices(here.layout.axes, plan, here.layout.shapes), where)
     moments, steps = take_moments(_stored_moments(here), in_full)
     if settings.checkpointing:
         models.enable_checkpointing(model)
-    forward = bring_forward(model, [refine(axis) for axis in shrink(here.layout.axes, plan)], chosen, where)
-    slots = make_partial(model, forward, frozen=lambda name: frozen_whole(here, name), device=device, dtype=dtype)
+    slots = make_trainable(model, here.layout, here.recipe, plan, chosen, device)
     return Optimizer(
         slots, rule_of(settings), weight_decay=settings.weight_decay, moments=moments, counts=steps, along=here.layout.along
     )
@@ -130,13 +144,12 @@ def _train(
     split: Split,
     round: int,
     device: torch.device,
-    dtype: torch.dtype,
     track: Track,
 ) -> Training:
     recipe, settings = here.recipe, here.recipe.finetune
     steps = steps_in_round(recipe, len(split))
     return train(
-        _in_dtype(here, model.train(), dtype),
+        _forward(here, model.train()),
         tasks.loss,
         optimizer,
         track(_epochs(recipe, split, round, steps, device), f"finetune, round {round}", steps),
@@ -161,12 +174,8 @@ def _epochs(recipe: Recipe, split: Split, round: int, steps: int, device: torch.
         epoch += 1
 
 
-def _in_dtype(here: Context, model: nn.Module, dtype: torch.dtype) -> Any:
-    """The forward pass with floating-point inputs in the residents' type."""
-    call = shared.forward_of(here.spec, model)
-    if dtype == torch.float32:
-        return call
-    return lambda batch: call({n: t.to(dtype) if t.is_floating_point() else t for n, t in batch.items()})
+def _forward(here: Context, model: nn.Module) -> Forward:
+    return in_dtype(shared.forward_of(here.spec, model), RESIDENTS[here.recipe.finetune.resident])
 
 
 def _check_finite(loss: float, optimizer: Optimizer) -> None:

@@ -1,6 +1,7 @@
 """`init`: a pretrained model, a task head that has seen the task, and a state to begin from (paper, Step 1)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from math import ceil
 from pathlib import Path
@@ -14,7 +15,7 @@ from recap_cli import recipe as recipes
 from recap_cli import registry
 from recap_cli.core.groups import prunable_params
 from recap_cli.core.optim import Optimizer, adamw, learning_rate
-from recap_cli.core.partial import make_partial
+from recap_cli.core.partial import Slot
 from recap_cli.errors import ModelError
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
@@ -23,6 +24,7 @@ from recap_cli.runtime.data import Split
 from recap_cli.runtime.models import ModelSpec
 from recap_cli.runtime.order import batches, order, seed_for
 from recap_cli.runtime.training import Batch, train
+from recap_cli.stages import budget
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Layout
 from recap_cli.state import Draft, State
@@ -35,10 +37,17 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
     """Make the state of `recipe` at `path`: data and model are read and checked, the head is warmed up, the full model is
     written.
 
+    With a `finetune.memory_budget` the settings that fit are found first, and the state is made with them.
+
     Raises `DataError`, `ModelError`, `ConformanceError` or `PluginError` for what does not fit, before anything is written that
-    would stay; `StateError` if there is a state already.
+    would stay; `BudgetError` if nothing fits the memory budget; `StateError` if there is a state already.
     """
+    recipe, changes = budget.solved(recipe, track)
     with State.create(path, recipes.dump(recipe), recipes.digest(recipe)) as draft:
+        if recipe.finetune.memory_budget is not None:
+            amount = recipe.finetune.memory_budget
+            draft.facts["budget"] = {"memory_budget": amount, "changes": [asdict(change) for change in changes]}
+            draft.facts["notes"] = list(budget.told(amount, changes))
         draft.plugins = {"used": [registry.used("criteria", name) for name in (recipe.prune.criterion, recipe.mask.criterion)]}
         for name in (recipe.prune.criterion, recipe.mask.criterion):
             shared.load_criterion(name)
@@ -67,7 +76,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         draft.versions = {"recap": version("recap-cli"), "python": python_version(), **{n: version(n) for n in LIBRARIES}}
         draft.facts |= {
             "adapter": spec.model_type,
-            "notes": list(created.notes),
+            "notes": [*draft.facts.get("notes", ()), *created.notes],
             "layouts": report.found,
             "not_pruned": report.coverage,
             "parameters": sum(param.numel() for param in model.parameters()),
@@ -91,21 +100,28 @@ def _warm_up(
     if steps == 0 or not new:
         return {}
     device = devices.pick(recipe.importance.device)
-    slots = make_partial(model.eval(), {}, frozen=lambda name: name not in layout.head, device=device)
 
     def epochs() -> Iterator[Batch]:
         for epoch in range(settings.warmup_epochs):
             chosen = order(len(split), seed=recipe.seed, round=0, epoch=epoch)
             yield from batches(split, chosen, settings.batch_size, device=device)
 
-    run = train(
-        shared.forward_of(spec, model),
-        tasks.loss,
-        Optimizer(slots, adamw(betas=(0.9, 0.999), eps=1e-8)),
-        track(epochs(), "warm up the head", steps),
-        rate=lambda step: learning_rate(step, steps=steps, peak=settings.lr, schedule="linear", warmup_ratio=0.0),
-    )
+    with shared.on_device(model.eval(), layout.axes, device):
+        run = train(
+            shared.forward_of(spec, model),
+            tasks.loss,
+            Optimizer(_head_slots(model, layout.head), adamw(betas=(0.9, 0.999), eps=1e-8)),
+            track(epochs(), "warm up the head", steps),
+            rate=lambda step: learning_rate(step, steps=steps, peak=settings.lr, schedule="linear", warmup_ratio=0.0),
+        )
     return {"head_steps": run.steps, "head_loss": run.loss}
+
+
+def _head_slots(model: nn.Module, head: Sequence[str]) -> list[Slot]:
+    """Freeze all but the head; a slot for each of its parameters, which moves where it stands."""
+    for name, param in model.named_parameters():
+        param.requires_grad_(name in head)
+    return [Slot(name, param, param.detach()) for name, param in model.named_parameters() if name in head]
 
 
 def _check_weights(model: nn.Module, name: str | None) -> None:
@@ -120,7 +136,7 @@ def _check_weights(model: nn.Module, name: str | None) -> None:
 def _save(draft: Draft, model: nn.Module, spec: ModelSpec, processor: Any, layout: Layout) -> None:
     """The full model in its library's layout: weights, what is no part of a checkpoint, description and layout."""
     stored = set(model.state_dict())
-    tensors = {name: tensor.cpu() for name, tensor in models.tensors_of(model).items()}
+    tensors = models.tensors_of(model)
     draft.save_tensors(f"{FULL}/{shared.WEIGHTS}", {name: t for name, t in tensors.items() if name in stored})
     if buffers := {name: t for name, t in tensors.items() if name not in stored}:
         draft.save_tensors(f"{FULL}/{shared.BUFFERS}", buffers)

@@ -36,17 +36,19 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
             train, _ = here.splits(track)
             device = devices.pick(recipe.importance.device)
             losses = shared.losses_over(
-                shared.forward_of(here.spec, model.to(device)),
+                shared.forward_of(here.spec, model),
                 train,
                 shared.draw(recipe, train, draft.round, "mask"),
-                batch_size=recipe.importance.batch_size,
+                batch_size=shared.importance_batch_size(recipe, device),
                 device=device,
                 track=track,
                 label="importance for the mask",
             )
+            with shared.on_device(model, axes, device):
+                scores = group_scores(model, axes, shared.load_criterion(recipe.mask.criterion), losses)
             chosen = select(
                 axes,
-                group_scores(model, axes, shared.load_criterion(recipe.mask.criterion), losses),
+                scores,
                 {axis.name: unit_params(axis, shapes) for axis in axes},
                 original={axis.name: axis.size for axis in axes},
                 keep_share=1.0 - recipe.mask.ratio,

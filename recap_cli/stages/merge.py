@@ -10,7 +10,7 @@ from recap_cli.core.surgery import compose_where, gather, indices, scatter
 from recap_cli.progress import Track, silent
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
-from recap_cli.stages.finetune import moving, rule_of
+from recap_cli.stages.trainable import moving, rule_of
 from recap_cli.state import Draft, State
 
 
@@ -29,7 +29,7 @@ def merge(state: State, *, track: Track = silent) -> dict[str, Any]:
         small = state.load_tensors(f"{folder}/{shared.SMALL}")
         chosen = {name: c.bool() for name, c in state.load_tensors(f"{folder}/{shared.MASK}").items()}
         kept = indices(here.layout.axes, plan, shapes)
-        where = compose_where(kept, moving(here, plan, chosen, small))
+        where = compose_where(kept, moving(here.layout, plan, chosen, small))
         moved = state.load_tensors(f"{folder}/{shared.MOVED}")
         scatter(tensors, moved, where)  # eq. (6)
         draft.save_tensors(f"{full}/{shared.WEIGHTS}", tensors)

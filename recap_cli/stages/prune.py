@@ -29,12 +29,10 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
         tensors = here.full_tensors()
         model = here.model(tensors)
         torch.manual_seed(seed_for(recipe.seed, draft.round, "prune"))
-        device = devices.pick(recipe.importance.device)
-        model.to(device)
         plan = gradual.prune(
             model,
             axes,
-            score=_scorer(here, draft.round, device, track),
+            score=_scorer(here, draft.round, devices.pick(recipe.importance.device), track),
             resize=lambda cut, sizes: adapter.resize(here.adapter, cut, sizes),
             ratio=recipe.prune.ratio,
             steps=recipe.prune.steps,
@@ -44,7 +42,7 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
             round_to=recipe.prune.round_to,
         )
         folder = f"round-{draft.round:03d}"
-        small = {name: tensor.cpu() for name, tensor in models.tensors_of(model).items()}
+        small = models.tensors_of(model)
         draft.save_tensors(f"{folder}/{shared.PLAN}", shared.as_bytes(plan))
         draft.save_tensors(f"{folder}/{shared.SMALL}", small)
         draft.set_small(folder)
@@ -63,7 +61,7 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
 
 
 def _scorer(here: Context, round: int, device: torch.device, track: Track) -> Any:
-    """Eq. (1), or another criterion, on a sample that is drawn anew for each gradual step."""
+    """Eq. (1), or another criterion, on a sample that is drawn anew for each gradual step; the model is cut on the CPU."""
     recipe = here.recipe
     criterion = shared.load_criterion(recipe.prune.criterion)
     train, _ = here.splits(track)
@@ -75,11 +73,12 @@ def _scorer(here: Context, round: int, device: torch.device, track: Track) -> An
             shared.forward_of(here.spec, model),
             train,
             shared.draw(recipe, train, round, f"prune {step}"),
-            batch_size=recipe.importance.batch_size,
+            batch_size=shared.importance_batch_size(recipe, device),
             device=device,
             track=track,
             label=f"importance, step {step} of {recipe.prune.steps}",
         )
-        return group_scores(model, axes, criterion, losses)
+        with shared.on_device(model, axes, device):
+            return group_scores(model, axes, criterion, losses)
 
     return score

@@ -4,48 +4,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recap_cli import recipe as recipes
-from recap_cli.errors import StateError
 from recap_cli.folder import plain
-from recap_cli.manifest import COMMIT, quoted
+from recap_cli.manifest import COMMIT
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
+from recap_cli.stages.budget import as_solved
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
 from recap_cli.stages.schedule import next_stage
+from recap_cli.stages.settings import OnChange, adopt, unheard
 from recap_cli.state import State
 
 STAGES = {"prune": prune, "mask": mask, "finetune": finetune, "merge": merge}
 
 
 def run(
-    recipe: Recipe, path: Path, *, track: Track = silent, on_stage: Callable[[dict[str, Any]], None] = lambda _: None
+    recipe: Recipe,
+    path: Path,
+    *,
+    track: Track = silent,
+    on_stage: Callable[[dict[str, Any]], None] = lambda _: None,
+    on_change: OnChange = unheard,
 ) -> State:
     """Run every stage that is left of `recipe` in the state at `path`, which is made if it is not there.
 
-    A state that was stopped goes on after its last committed stage. `on_stage` hears of each finished stage.
+    A state that was stopped goes on after its last committed stage. `on_stage` hears of each finished stage. Where the recipe
+    differs from the state's in execution settings only (`settings.EXECUTION`), the state takes them over; `on_change` hears.
 
-    Raises `StateError` if the state there was made from another recipe, and whatever a stage raises.
+    Raises `StateError` if the state there was made from a recipe that differs in more, and whatever a stage raises.
     """
     path = plain(path)
     if (path / COMMIT).exists():
         state = State.open(path)
-        _check_same(state, recipe)
+        adopt(state, as_solved(recipe, state), on_change=on_change)
     else:
         state = init(recipe, path, track=track)
         on_stage(state.manifest.history[-1])
     while stage := next_stage(recipe, state):
         on_stage(STAGES[stage](state, track=track))
     return state
-
-
-def _check_same(state: State, recipe: Recipe) -> None:
-    made_from = recipes.parse(state.recipe_text, str(state.path / "recipe.yaml"))
-    if keys := recipes.differences(made_from, recipe):
-        raise StateError(
-            f"{state.path} was made from another recipe: {', '.join(keys)} differ",
-            hint=f"name another folder, or go on with the state's own recipe: recap run --state {quoted(state.path)}",
-        )

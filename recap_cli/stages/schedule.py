@@ -80,8 +80,8 @@ def describe(recipe: Recipe) -> list[str]:
 
 def summary(state: State) -> dict[str, Any]:
     """Where a state stands, as plain values: a row per round, the product, the next stage."""
-    recipe = recipes.parse(state.recipe_text, str(state.path / "recipe.yaml"))
     manifest = state.manifest
+    recipe = recipes.parse(state.recipe_text, str(state.path / manifest.recipe))
     return {
         "recipe": recipe.name,
         "state": str(state.path),
@@ -94,6 +94,7 @@ def summary(state: State) -> dict[str, Any]:
         "best": manifest.best,
         "seconds": sum(entry["seconds"] for entry in manifest.history),
         "init": next((entry for entry in manifest.history if entry["stage"] == "init"), None),
+        "changes": manifest.changes,
         "rounds": list(_rows(state)),
     }
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli.core.optim import Optimizer, Rule, adamw, learning_rate, sgd
-from recap_cli.core.partial import Slot
+from recap_cli.core.partial import Slot, make_partial
+from recap_cli.runtime.tracker import Tracker
 
 Torch = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -23,7 +24,7 @@ RULES: dict[str, tuple[Rule, Torch]] = {
 
 def slot(values: Tensor, name: str = "w") -> Slot:
     leaf = nn.Parameter(values.clone())
-    return Slot(name, leaf, leaf.detach(), leaf.detach(), {})
+    return Slot(name, leaf, leaf.detach())
 
 
 def gradients(shape: torch.Size, steps: int) -> list[Tensor]:
@@ -89,3 +90,50 @@ def test_a_linear_rate_rises_and_falls_to_zero() -> None:
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[-1] == pytest.approx(1 / 8)
     assert learning_rate(9, steps=10, peak=2.0, schedule="constant", warmup_ratio=0.0) == 2.0
+
+
+COUNTS = {
+    "new": None,
+    "of one age": torch.full((64,), 3, dtype=torch.int32),
+    "of many ages": torch.arange(64, dtype=torch.int32),
+}
+SLOT_BYTES = 64 * 32 * 4
+
+
+def temporary_bytes(optimizer: Optimizer) -> int:
+    """The most that one step holds beside what there was before, apart from numbers of a row or a column."""
+    optimizer.lr = 0.05
+    tracker = Tracker()
+    for ours in optimizer.slots:
+        ours.leaf.grad = torch.ones(ours.leaf.shape)
+        known = [ours.leaf, ours.leaf.grad, *optimizer.moments[ours.name].values()]
+        known += [tensor for tensor in (ours.own, ours.resident) if tensor is not None]
+        tracker.know([(ours.name, tensor) for tensor in known], "other")
+    with torch.no_grad(), tracker:
+        optimizer.step()
+    return tracker.usage().maxima["temporary"]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("ages", COUNTS)
+@pytest.mark.parametrize("name", RULES)
+def test_a_step_makes_at_most_one_tensor_of_a_slots_size(name: str, ages: str, decay: float) -> None:
+    counts = COUNTS[ages]
+    known = {} if counts is None else {"w": counts}
+    optimizer = Optimizer([slot(torch.randn(64, 32))], RULES[name][0], weight_decay=decay, counts=known, along={"w": 0})
+    per_row = 8 * 512  # what counts become on the way to a rate per row; not of the slot's size, which is 16 times 512
+    assert temporary_bytes(optimizer) <= (SLOT_BYTES if name == "adamw" else 0) + per_row
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_entries_without_a_copy_of_their_own_cost_a_step_one_more(name: str) -> None:
+    rows = torch.arange(0, 128, 2)
+    slots = make_partial(nn.Sequential(nn.Linear(32, 128, bias=False)), {"0.weight": {0: rows}}, frozen=lambda _: False)
+    own = SLOT_BYTES if name == "adamw" else 0
+    assert temporary_bytes(Optimizer(slots, RULES[name][0], weight_decay=0.1)) == own + SLOT_BYTES
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_steps_one_slot_after_another_hold_the_tensors_of_one(name: str) -> None:
+    slots = [slot(torch.randn(64, 32), letter) for letter in "abc"]
+    assert temporary_bytes(Optimizer(slots, RULES[name][0], weight_decay=0.1)) == (SLOT_BYTES if name == "adamw" else 0)

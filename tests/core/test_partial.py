@@ -4,14 +4,19 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recap_cli.core.groups import Axis, Cut
-from recap_cli.core.optim import Optimizer, adamw
+from recap_cli.core.groups import Axis, Cut, refine, shapes_of
+from recap_cli.core.optim import Optimizer, Rule, adamw, sgd
 from recap_cli.core.partial import PartialLinear, Slot, bring_forward, make_partial
-from recap_cli.core.surgery import Where, take
+from recap_cli.core.quantized import QuantizedEmbedding, quantize, rest_of
+from recap_cli.core.surgery import Where, indices, put, take
+from recap_cli.runtime import models
+from recap_cli.stages.context import Layout
+from tests.pico import pico
 
 ROWS = torch.tensor([1, 4, 5, 11])
 
@@ -176,8 +181,10 @@ def test_bringing_neurons_forward_changes_no_function_and_makes_views() -> None:
     torch.testing.assert_close(model(x), expected)
     slots = make_partial(model, forward, frozen=lambda _: False)
     weights: list[Slot] = [s for s in slots if s.name in where]
-    assert all(s.master.untyped_storage().data_ptr() == s.resident.untyped_storage().data_ptr() for s in weights)
     for s in weights:
+        assert s.resident is None  # nothing to write back: what the forward reads is
+        layer, _, kind = s.name.partition(".")
+        assert s.master.untyped_storage().data_ptr() == getattr(model[int(layer)], kind).untyped_storage().data_ptr()
         assert torch.equal(s.master, take(before[s.name], where[s.name]))
 
 
@@ -197,6 +204,7 @@ def test_bf16_residents_are_moved_by_fp32_masters() -> None:
         assert slot.master.dtype == torch.float32
         assert not torch.equal(slot.master, start)  # moved in fp32, by less than a bf16 step
         torch.testing.assert_close(slot.master, start, rtol=0, atol=1e-5)
+        assert slot.resident is not None
         assert torch.equal(take(slot.resident, slot.dims), slot.master.bfloat16())
 
 
@@ -204,3 +212,199 @@ def test_what_is_no_linear_layer_cannot_move_in_part() -> None:
     model = nn.Sequential(nn.Conv2d(3, 12, 1))
     with pytest.raises(TypeError, match=r"0\.weight would move in part, but Conv2d"):
         make_partial(model, {"0.weight": {0: ROWS}}, frozen=lambda _: False)
+
+
+def dequantized(weight: Tensor, dims: dict[int, Tensor], dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
+    """A copy of `weight` whose entries at `dims` are exact, and all others what their code says, before `dtype` rounds both."""
+    dense = weight.detach().clone()
+    rest = {dim: rest_of(index, weight.shape[dim]) for dim, index in dims.items()}
+    still = take(dense, rest)
+    codes, scale = quantize(still.t() if transposed else still)
+    near = codes.float() * scale
+    put(dense, near.t() if transposed else near, rest)
+    return dense.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("form", FORMS)
+def test_int8_residents_compute_what_the_dequantized_weight_does(form: str, dtype: torch.dtype) -> None:
+    model, where = model_and_where(form)
+    transposed = form.startswith("transposed")
+    full = {name: param.detach().clone() for name, param in model.named_parameters()}
+    weight = dequantized(full["0.weight"], where["0.weight"], dtype, transposed=transposed).requires_grad_()
+    bias = full["0.bias"].to(dtype).requires_grad_()
+    slots = make_partial(model, where, frozen=lambda _: False, dtype=dtype, int8=True)
+    assert model[0].weight.dtype == torch.int8  # type: ignore[index]
+    x = torch.randn(2, 3, 12 if "columns" in form else 8).to(dtype)
+    x_int8, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, expected = model(x_int8), F.linear(x_dense, weight.t() if transposed else weight, bias)
+    torch.testing.assert_close(out, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)  # scoring makes the same weight
+    out.float().sin().sum().backward()
+    expected.float().sin().sum().backward()
+    torch.testing.assert_close(x_int8.grad, x_dense.grad)
+    wanted = {"0.weight": weight.grad, "0.bias": bias.grad}
+    assert {slot.name for slot in slots} == set(wanted)
+    for slot in slots:
+        gradient = wanted[slot.name]
+        assert gradient is not None
+        assert slot.leaf.grad is not None
+        assert (slot.leaf.grad.dtype, slot.leaf.grad.shape) == (torch.float32, slot.leaf.shape)
+        torch.testing.assert_close(slot.leaf.grad.to(dtype), take(gradient, where.get(slot.name, {})))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_of_int8_residents_moves_the_masters_and_no_code(form: str) -> None:
+    model, where = model_and_where(form)
+    transposed = form.startswith("transposed")
+    full = {name: param.detach().clone() for name, param in model.named_parameters()}
+    optimizer = Optimizer(
+        make_partial(model, where, frozen=lambda _: False, dtype=torch.bfloat16, int8=True), sgd(momentum=0.9)
+    )
+    optimizer.lr = 0.1
+    codes = model[0].weight.clone()  # type: ignore[index]
+    x = torch.randn(2, 12 if "columns" in form else 8).bfloat16()
+    model(x).float().square().sum().backward()
+    optimizer.step()
+    moved = next(slot.master for slot in optimizer.slots if slot.name == "0.weight")
+    assert not torch.equal(moved, take(full["0.weight"], where["0.weight"]))
+    assert torch.equal(model[0].weight, codes)  # type: ignore[index]
+    after = full["0.weight"].clone()
+    put(after, moved, where["0.weight"])
+    weight = dequantized(after, where["0.weight"], torch.bfloat16, transposed=transposed)
+    bias = model[0].bias  # type: ignore[index]
+    torch.testing.assert_close(model(x), F.linear(x, weight.t() if transposed else weight, bias))
+
+
+def test_frozen_layers_and_embeddings_get_codes_and_what_moves_whole_does_not() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 12), Conv1D(12, 12), nn.LayerNorm(12), nn.Linear(12, 3))
+    full = {name: param.detach().clone() for name, param in model.named_parameters()}
+    still = {"0.weight", "1.weight", "1.bias", "2.weight"}
+    slots = make_partial(model, {}, frozen=lambda name: name in still, dtype=torch.bfloat16, int8=True)
+    embedding, linear, transposed, norm, head = model
+    assert isinstance(embedding, QuantizedEmbedding)
+    assert isinstance(linear, PartialLinear)
+    assert isinstance(transposed, PartialLinear)
+    assert (embedding.codes.dtype, linear.weight.dtype, transposed.weight.dtype) == (torch.int8,) * 3
+    assert transposed.weight.shape == (12, 12)
+    assert linear.bias is not None
+    assert (linear.part, linear.bias.dtype, norm.weight.dtype, head.weight.dtype) == (None, *(torch.bfloat16,) * 3)
+    assert {slot.name for slot in slots} == set(full) - still
+    assert all(torch.equal(slot.master, full[slot.name]) for slot in slots)
+    ids = torch.randint(0, 20, (2, 5), generator=torch.Generator().manual_seed(1))
+    whole = {
+        n: dequantized(full[n], {0: torch.tensor([], dtype=torch.int64)}, torch.bfloat16) for n in ("0.weight", "1.weight")
+    }
+    whole["2.weight"] = dequantized(full["2.weight"].t(), {0: torch.tensor([], dtype=torch.int64)}, torch.bfloat16)
+    short = {name: param.bfloat16() for name, param in full.items()} | whole
+    hidden = F.linear(F.embedding(ids, short["0.weight"]), short["1.weight"], short["1.bias"])
+    hidden = F.layer_norm(F.linear(hidden, short["2.weight"], short["2.bias"]), (12,), short["3.weight"], short["3.bias"])
+    torch.testing.assert_close(model(ids), F.linear(hidden, short["4.weight"], short["4.bias"]))
+
+
+def test_nothing_of_an_int8_layer_that_is_still_asks_for_a_gradient() -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
+    make_partial(model, {}, frozen=lambda name: name.startswith("0"), int8=True)
+    assert not model[0](torch.randn(3, 8)).requires_grad
+    assert saved_by(model[:1], torch.randn(3, 8)) == []
+
+
+@pytest.mark.parametrize("name", ["bert", "timm-vit", "distilbert", "dinov2-swiglu"])
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_masters_are_the_full_models_values_before_training(name: str, dtype: torch.dtype, int8: bool) -> None:
+    model, spec = pico(name)
+    layout = Layout.of(models.adapter_of(spec), model)
+    full = {n: p.detach().clone() for n, p in model.named_parameters()}
+    axes = [refine(axis) for axis in layout.axes]
+    generator = torch.Generator().manual_seed(1)
+    chosen = {axis.name: torch.rand(axis.size, generator=generator) < 0.3 for axis in axes}
+    where = indices(axes, chosen, shapes_of(full))
+    slots = make_partial(model, where, frozen=lambda n: n in layout.embeddings, dtype=dtype, int8=int8)
+    assert {slot.name for slot in slots} == set(full) - set(layout.embeddings)
+    for slot in slots:
+        assert slot.master.dtype == torch.float32
+        assert torch.equal(slot.master, take(full[slot.name], where.get(slot.name, {})))
+    assert any(isinstance(module, QuantizedEmbedding) for module in model.modules()) == (int8 and spec.image is None)
+
+
+def storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the storages of these tensors, each counted once however many views there are."""
+    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(found.values())
+
+
+def held(model: nn.Module, slots: list[Slot]) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers(), *(slot.own for slot in slots if slot.own is not None)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scattered_entries_in_fp32_are_held_once(form: str) -> None:
+    model, where = model_and_where(form)
+    dense_bytes = storage_bytes(list(model.parameters()))
+    slots = make_partial(model, where, frozen=lambda _: False)
+    index_bytes = storage_bytes([buffer for buffer in model.buffers() if buffer.dtype == torch.int64])
+    handles = [slot.leaf for slot in slots if slot.own is None]
+    assert len(handles) == (0 if form == "side by side" else len(where))
+    assert all(handle.untyped_storage().nbytes() == 4 for handle in handles)
+    assert index_bytes == (0 if form == "side by side" else ROWS.nbytes)
+    assert storage_bytes(held(model, slots)) == dense_bytes + index_bytes + 4 * len(handles)
+
+
+@pytest.mark.parametrize(("dtype", "int8", "bytes_of_frozen"), [(torch.bfloat16, False, 2), (torch.bfloat16, True, 1)])
+def test_short_residents_cost_their_own_size_and_the_masters(dtype: torch.dtype, int8: bool, bytes_of_frozen: int) -> None:
+    model = nn.Sequential(nn.Linear(64, 128, bias=False))
+    index = torch.arange(0, 128, 4)
+    slots = make_partial(model, {"0.weight": {0: index}}, frozen=lambda _: False, dtype=dtype, int8=int8)
+    resident = 96 * 64 + 4 * 96 + 8 * 96 if int8 else 2 * 128 * 64  # codes, scales and where they belong; or the whole in bf16
+    assert storage_bytes(held(model, slots)) == resident + 4 * 32 * 64 + 8 * 32
+    assert model[0].weight.element_size() == bytes_of_frozen
+
+
+@pytest.mark.parametrize("form", ["rows", "columns", "transposed rows", "transposed columns"])
+def test_gradients_of_handles_accumulate_and_are_clipped_as_dense_ones(form: str) -> None:
+    model, where = model_and_where(form)
+    dense = copy.deepcopy(model)
+    batches = [torch.randn(3, 12 if "columns" in form else 8) for _ in range(2)]
+    slots = make_partial(model, where, frozen=lambda _: False)
+    for x in batches:
+        model(x).square().sum().backward()
+        dense(x).square().sum().backward()
+    wanted = [take(param.grad, where.get(name, {})) for name, param in dense.named_parameters() if param.grad is not None]
+    norm = torch.stack([gradient.norm() for gradient in wanted]).norm()
+    clipped = nn.utils.clip_grad_norm_([slot.leaf for slot in slots], 0.5)
+    torch.testing.assert_close(clipped, norm)
+    for slot, gradient in zip(slots, wanted, strict=True):
+        torch.testing.assert_close(slot.leaf.grad, gradient * (0.5 / norm))
+
+
+RULES: dict[str, Rule] = {"sgd": sgd(momentum=0.9), "plain sgd": sgd(momentum=0.0), "adamw": adamw(betas=(0.9, 0.99), eps=1e-8)}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("form", ["rows", "columns", "transposed rows", "transposed columns"])
+def test_steps_with_handles_are_those_with_a_compact_copy_to_the_bit(form: str, rule: str) -> None:
+    model, where = model_and_where(form)
+    full = {name: param.detach().clone() for name, param in model.named_parameters()}
+    handles = make_partial(model, where, frozen=lambda _: False)
+    copies = []
+    for slot in handles:
+        leaf = nn.Parameter(take(full[slot.name], where.get(slot.name, {})).clone())
+        copies.append(Slot(slot.name, leaf, leaf.detach()))
+    optimizers = [Optimizer(slots, RULES[rule], weight_decay=0.1) for slots in (handles, copies)]
+    for optimizer in optimizers:
+        optimizer.lr = 0.05
+    for _ in range(4):
+        model(torch.randn(3, 12 if "columns" in form else 8)).square().sum().backward()
+        for ours, theirs in zip(handles, copies, strict=True):
+            assert ours.leaf.grad is not None
+            theirs.leaf.grad = ours.leaf.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for ours, theirs in zip(handles, copies, strict=True):
+        assert torch.equal(ours.master, theirs.master)
+        put(full[ours.name], theirs.master, where.get(ours.name, {}))
+    assert torch.equal(model[0].weight, full["0.weight"])  # type: ignore[index]
+    assert torch.equal(model[0].bias, full["0.bias"])  # type: ignore[index]

@@ -22,12 +22,13 @@ from recap_cli.runtime import models, tasks
 from recap_cli.runtime.order import batches, order, seed_for
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
-from recap_cli.stages.finetune import finetune, frozen_whole, moving
+from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
+from recap_cli.stages.trainable import frozen_whole, moving
 from recap_cli.state import State
 from tests.pico import PICO
 from tests.tiny import tiny
@@ -84,7 +85,7 @@ def test_i2_compact_gradients_are_the_dense_gradients_at_those_entries(rounds: R
     folder = str(here.state.manifest.small)
     plan, chosen = here.plan(folder), chosen_in(here, folder)
     small = here.state.load_tensors(f"{folder}/{shared.SMALL}")
-    where = moving(here, plan, chosen, small)
+    where = moving(here.layout, plan, chosen, small)
     split, _ = here.splits(lambda items, label, total=None: iter(items))
     (batch,) = batches(split, torch.arange(6), 6)
     dense, partial = (here.model({n: t.clone() for n, t in small.items()}, counts(plan)) for _ in range(2))
@@ -92,7 +93,7 @@ def test_i2_compact_gradients_are_the_dense_gradients_at_those_entries(rounds: R
     tasks.loss(forward(dense, batch), batch["labels"]).backward()
     fine = [refine(axis) for axis in shrink(here.layout.axes, plan)]
     there = bring_forward(partial, fine, chosen, where)
-    slots = make_partial(partial, there, frozen=lambda n: frozen_whole(here, n))
+    slots = make_partial(partial, there, frozen=lambda n: frozen_whole(here.layout, here.recipe, n))
     tasks.loss(forward(partial, batch), batch["labels"]).backward()
     wanted = dict(dense.named_parameters())
     for slot in slots:
@@ -109,7 +110,7 @@ def test_i3_a_merge_writes_what_moved_and_leaves_every_other_bit(rounds: Rounds)
     plan = before.plan(folder)
     kept = indices(before.layout.axes, plan, shapes_of(old))
     small = before.state.load_tensors(f"{folder}/{shared.SMALL}")
-    where = compose_where(kept, moving(before, plan, chosen_in(before, folder), small))
+    where = compose_where(kept, moving(before.layout, plan, chosen_in(before, folder), small))
     assert moved
     for name in old:
         inside = torch.zeros(old[name].shape, dtype=torch.bool)
@@ -271,7 +272,7 @@ def test_the_second_round_starts_from_the_moments_and_ages_of_the_first(
     folder = str(here.state.manifest.small)
     plan, chosen = here.plan(folder), chosen_in(here, folder)
     small = here.state.load_tensors(f"{folder}/{shared.SMALL}")
-    where = compose_where(indices(here.layout.axes, plan, here.layout.shapes), moving(here, plan, chosen, small))
+    where = compose_where(indices(here.layout.axes, plan, here.layout.shapes), moving(here.layout, plan, chosen, small))
     stored = here.state.load_tensors(f"{here.full}/{shared.MOMENTS}")
     monkeypatch.setattr(finetuning, "Optimizer", spy)
     with pytest.raises(Stop):

@@ -1,16 +1,31 @@
 """What stages refuse, and what each finetuning setting does, on tiny states."""
 
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import recap_cli.stages.finetune as finetuning
+from recap_cli import recipe as recipes
 from recap_cli.core.groups import counts
-from recap_cli.errors import ModelError, PluginError, StageOrderError, StateError, TrainingError, UsageError
+from recap_cli.core.optim import Optimizer
+from recap_cli.errors import (
+    DeviceMemoryError,
+    ModelError,
+    PluginError,
+    RecipeError,
+    StageOrderError,
+    StateError,
+    TrainingError,
+    UsageError,
+)
 from recap_cli.stages import context as shared
 from recap_cli.stages import eval as evaluation
+from recap_cli.stages import exhaustion, trainable
 from recap_cli.stages.context import Context
 from recap_cli.stages.export import export
 from recap_cli.stages.init import init
@@ -19,6 +34,7 @@ from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
 from recap_cli.stages.schedule import describe, next_stage, summary
+from recap_cli.stages.settings import EXECUTION
 from recap_cli.state import State
 from tests.tiny import tiny
 
@@ -133,7 +149,7 @@ def test_micro_batches_are_the_big_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["bert", "vit", "timm-vit"])
 def test_checkpointing_runs_every_block_twice(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: dict[bool, int] = {}
-    partial = finetuning.make_partial
+    partial = trainable.make_partial
     for checkpointing in (False, True):
         calls[checkpointing] = 0
 
@@ -144,7 +160,7 @@ def test_checkpointing_runs_every_block_twice(name: str, tmp_path: Path, monkeyp
                 layer.register_forward_pre_hook(lambda *_: calls.__setitem__(on, calls[on] + torch.is_grad_enabled()))
             return slots
 
-        monkeypatch.setattr(finetuning, "make_partial", counted)
+        monkeypatch.setattr(trainable, "make_partial", counted)
         moved_by(tmp_path / str(checkpointing), name, finetune={"checkpointing": checkpointing, "steps": 1})
     assert calls[True] >= calls[False] + 4  # two layers with two norms each
 
@@ -303,3 +319,217 @@ def test_a_dry_run_says_what_would_happen() -> None:
     lines = "\n".join(describe(tiny("bert")))
     assert "40.0% of the prunable parameters by taylor" in lines
     assert "60.0% of the small model's prunable parameters frozen by fisher" in lines
+
+
+# Settings that may be changed, and a device whose memory runs out
+
+
+def masked(place: Path, name: str = "vit", **sections: Any) -> State:
+    """A state whose next stage is the first `finetune`."""
+    state = init(tiny(name, **sections), place)
+    for stage in (prune, mask):
+        stage(state)
+    return state
+
+
+def test_execution_settings_are_changed_in_the_state_and_the_run_goes_on(tmp_path: Path) -> None:
+    recipe = tiny("vit", rounds=1)
+    masked(tmp_path / "state", rounds=1)
+    heard: list[Any] = []
+    lighter = tiny("vit", rounds=1, finetune={"micro_batch_size": 4, "fused_backward": True}, evaluate={"batch_size": 6})
+    state = run(lighter, tmp_path / "state", on_change=heard.append)
+    assert state.manifest.stage == "merge"
+    (change,) = heard
+    assert change["before"] == {
+        "finetune.micro_batch_size": None,
+        "finetune.fused_backward": False,
+        "evaluate.batch_size": recipe.evaluate.batch_size,
+    }
+    assert change["after"] == {"finetune.micro_batch_size": 4, "finetune.fused_backward": True, "evaluate.batch_size": 6}
+    found = State.open(tmp_path / "state")
+    assert Context(found).recipe == lighter
+    assert found.manifest.recipe_digest == recipes.digest(lighter)
+    assert summary(found)["changes"] == [change]
+    again = run(recipe, tmp_path / "state")  # what is named counts, also where it takes a change back
+    assert Context(again).recipe == recipe
+    assert len(again.manifest.changes) == 2
+
+
+def test_what_a_result_is_of_may_not_be_changed_and_the_message_says_what_may(tmp_path: Path) -> None:
+    masked(tmp_path / "state")
+    with pytest.raises(StateError, match=r"prune\.ratio differ; in a state only .*finetune\.checkpointing.* may be") as caught:
+        run(tiny("vit", prune={"ratio": 0.2}, finetune={"checkpointing": True}), tmp_path / "state")
+    assert f"recap run --state {tmp_path / 'state'}" in str(caught.value.hint)
+    with pytest.raises(StateError, match=r"finetune\.lr differ"):
+        finetune(State.open(tmp_path / "state"), overrides=["finetune.lr=0.5"])
+    assert State.open(tmp_path / "state").manifest.changes == []
+
+
+def test_every_execution_setting_is_a_key_of_the_recipe() -> None:
+    recipe = tiny("vit").model_dump()
+    assert [key for key in EXECUTION if key.partition(".")[2] not in recipe[key.partition(".")[0]]] == []
+
+
+def test_finetune_takes_changed_settings(tmp_path: Path) -> None:
+    state = masked(tmp_path / "state")
+    heard: list[Any] = []
+    facts = finetune(state, overrides=["finetune.checkpointing=true"], on_change=heard.append)
+    assert facts["stage"] == "finetune"
+    assert [change["after"] for change in heard] == [{"finetune.checkpointing": True}]
+    assert state.manifest.stage == State.open(tmp_path / "state").manifest.stage == "finetune"
+    with pytest.raises(StageOrderError):
+        finetune(state, overrides=["finetune.checkpointing=false"])
+    assert len(State.open(tmp_path / "state").manifest.changes) == 1
+
+
+def test_an_override_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    state = masked(tmp_path / "state")
+    for wrong in ("finetune.micro_batch_size=3", "finetune.chekpointing=true"):
+        with pytest.raises(RecipeError):
+            finetune(state, overrides=[wrong])
+    assert State.open(tmp_path / "state").manifest.changes == []
+
+
+def test_a_snapshot_without_cuda_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    state = masked(tmp_path / "state")
+    with pytest.raises(UsageError, match="--snapshot records CUDA's allocator, and this stage would run on cpu"):
+        finetune(state, overrides=["finetune.checkpointing=true"], snapshot_to=tmp_path / "a.pickle")
+    assert State.open(tmp_path / "state").manifest.changes == []
+    assert not (tmp_path / "a.pickle").exists()
+
+
+def test_memory_json_says_what_was_held_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
+    state = masked(tmp_path / "state")
+    facts = finetune(state)
+    found = state.load_json("round-001/memory.json")
+    for kind in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "full_finetuning"):
+        assert found[kind] == facts[kind]
+    assert found["process"]["rss_bytes"] > 0
+    assert found["process"]["peak_rss_bytes"] > 0
+    assert (found["device"], found["training_peak"], found["accelerator"]) == ("cpu", None, None)
+    assert len(found["not_seen"]) == 1
+
+
+LACK = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
+
+
+@pytest.fixture
+def lacking(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
+    """Makes a step of `finetune` run out of the device's memory; gives weak references to what was held then."""
+
+    def put(step: str) -> list[Any]:
+        seen: list[Any] = []
+        real = getattr(finetuning, step)
+
+        def fail(*given: Any, **settings: Any) -> Any:
+            made = real(*given, **settings) if step == "_partial" else None  # all on the device, and then one more
+            activations = torch.zeros(1000)
+            held = [thing for thing in (*given, made) if isinstance(thing, (torch.nn.Module, Optimizer))]
+            seen.extend(weakref.ref(thing) for thing in (*held, activations))
+            raise torch.OutOfMemoryError(LACK)
+
+        monkeypatch.setattr(finetuning, step, fail)
+        return seen
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("step", "doing"),
+    [("_partial", "moving the model there"), ("_train", "training"), ("evaluate", "evaluating")],
+)
+def test_a_device_that_is_too_small_is_explained_and_the_state_goes_on_with_less(
+    step: str, doing: str, lacking: Callable[[str], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = masked(tmp_path / "state", rounds=1)
+    before = (tmp_path / "state/state.yaml").read_bytes()
+    held, asked = lacking(step), []
+
+    def savings(here: Context) -> list[tuple[str, int]]:
+        asked.append([thing() for thing in held])
+        return [("finetune.checkpointing=true", 5_000_000), ("prune.ratio=0.5", 3_000_000), ("finetune.resident=bf16", 0)]
+
+    monkeypatch.setattr(exhaustion, "_savings", savings)
+    with pytest.raises(DeviceMemoryError) as caught:
+        finetune(state)
+    told, hint = caught.value.message, str(caught.value.hint)
+    assert told.startswith(f"cpu: out of memory in `finetune` of round 1, while {doing}, where 2.00 GiB more were asked for;")
+    assert "this run held weights 0." in told
+    assert "gradients " in told
+    assert "optimizer state " in told
+    assert held
+    assert (caught.value.__cause__, caught.value.__context__) == (None, None)
+    if doing == "evaluating":
+        assert f"by evaluate.batch_size=32: recap run --state {tmp_path / 'state'} --set evaluate.batch_size=32" in hint
+        assert not asked
+        assert [thing() for thing in held] == [None] * len(held)
+    else:
+        assert asked == [[None] * len(held)]  # all was let go before
+        assert "by finetune.checkpointing=true (about 5.0 MB less): " in hint
+        assert f": recap run --state {tmp_path / 'state'} --set finetune.checkpointing=true; " in hint
+        assert "in a new state, prune.ratio=0.5 (about 3.0 MB less)" in hint
+        assert "bf16" not in hint
+    assert (tmp_path / "state/state.yaml").read_bytes() == before
+    monkeypatch.undo()
+    assert run(tiny("vit", rounds=1, finetune={"checkpointing": True}), tmp_path / "state").manifest.stage == "merge"
+
+
+def test_without_a_prediction_the_settings_that_are_still_off_are_named(
+    lacking: Callable[[str], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking("_train")
+
+    def broken(_: Context) -> None:
+        raise RuntimeError("fake tensors, and what not")
+
+    monkeypatch.setattr(exhaustion.budget, "savings", broken)
+    with pytest.raises(DeviceMemoryError) as caught:
+        finetune(masked(tmp_path / "state", finetune={"checkpointing": True}))
+    hint = str(caught.value.hint)
+    assert "by finetune.fused_backward=true, finetune.micro_batch_size=4, finetune.resident=bf16: recap run" in hint
+    assert "checkpointing" not in hint
+
+
+def test_on_cuda_the_message_names_the_card_what_was_held_and_what_others_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recap_cli.runtime import nvml
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 70_000_000)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 80_000_000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10_000_000, 100_000_000))
+    properties = SimpleNamespace(name="Made Up 3000", total_memory=100_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(nvml, "processes", lambda _: nvml.Processes(1, 9_000_000, ()))
+    ledger = exhaustion.Ledger(torch.device("cuda"), "training")
+    ledger.measure(torch.OutOfMemoryError(LACK))
+    told = exhaustion._message(3, ledger)
+    assert told == (
+        "cuda (Made Up 3000, 100.0 MB in all): out of memory in `finetune` of round 3, while training, where 2.00 GiB more "
+        "were asked for; this run held 70.0 MB: weights 0.0 MB, gradients 0.0 MB, optimizer state 0.0 MB, activations and "
+        "temporary 70.0 MB; other processes held 9.0 MB"
+    )
+    monkeypatch.setattr(nvml, "processes", lambda _: nvml.Processes())
+    ledger.measure(torch.OutOfMemoryError(LACK))
+    assert exhaustion._message(3, ledger).endswith(
+        "; 10.0 MB were held outside this run's allocator: by other processes, and by CUDA itself"
+    )
+
+    def refuse(_: object) -> int:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", refuse)
+    ledger.measure(RuntimeError("CUDA error: out of memory"))
+    assert exhaustion._message(3, ledger) == (
+        "cuda: out of memory in `finetune` of round 3, while training; this run held weights 0.0 MB, gradients 0.0 MB, "
+        "optimizer state 0.0 MB"
+    )
+
+
+def test_memory_of_the_machine_that_runs_out_is_left_to_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(finetuning, "_train", fail)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        finetune(masked(tmp_path / "state"))

@@ -1,0 +1,127 @@
+"""What one training step holds, without the machine that will take it: the real step of the real model on fake tensors.
+
+Weights, batch and optimizer state have shapes and no memory, and everything else is the code that trains: the partial layers,
+the loop in `training`, the optimizer. The same function runs on real tensors too, which is how the prediction is tested.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from recap_cli.core.optim import Optimizer
+from recap_cli.runtime.kernels import Answers, cuda_kernels
+from recap_cli.runtime.tracker import Tracker, Usage
+from recap_cli.runtime.training import Batch, train
+
+Kernels = Literal["cuda", "cpu"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that takes part in one optimizer step. `batch` is the whole batch, with `labels`; `loss` as in `training.train`."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    forward: Callable[[Batch], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    batch: Batch
+    micro_batch_size: int | None = None
+    fused_backward: bool = False
+
+
+class Fakes:
+    """Makes tensors that have shapes and no memory, and runs steps on them."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def like(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fake tensors on the CPU, of the shapes and types of these (which may be on the meta device)."""
+        with self.mode:
+            return {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
+
+    def usage(self, step: Step, kernels: Kernels = "cuda") -> Usage:
+        """What a step on fake tensors would hold."""
+        with self._pretending(kernels):
+            return usage(step)
+
+    def evaluation_bytes(self, step: Step, batch: Batch, kernels: Kernels = "cuda") -> int:
+        """The peak of scoring one batch with the model of a step, its optimizer's state held all the while."""
+        with self._pretending(kernels):
+            return evaluation_bytes(step, batch)
+
+    def peak_bytes(
+        self, work: Callable[[], None], *, host: Iterable[Tensor], inputs: Mapping[str, Tensor], kernels: Kernels = "cuda"
+    ) -> int:
+        """The most that any other work on fake tensors holds on its device; the tensors of the `host` are not there."""
+        tracker = Tracker()
+        tracker.ignore(host)
+        tracker.know(inputs, "other")
+        with self._pretending(kernels), tracker.watch([]):
+            work()
+        return tracker.usage().peak_bytes
+
+    @contextmanager
+    def _pretending(self, kernels: Kernels) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self.mode)
+            stack.enter_context(Answers())  # type: ignore[no-untyped-call]
+            if kernels == "cuda":
+                stack.enter_context(cuda_kernels())
+            stack.enter_context(_silence())
+            yield
+
+
+def usage(step: Step) -> Usage:
+    """What a step holds, counted while it runs on the tensors that it is given. It takes the step: weights move."""
+    tracker = _tracker(step, step.batch)
+    with tracker.watch([(slot.name, slot.leaf) for slot in step.optimizer.slots]):
+        take_step(step)
+    return tracker.usage()
+
+
+def take_step(step: Step) -> None:
+    """Take the step, at a learning rate that moves next to nothing."""
+    train(
+        step.forward,
+        step.loss,
+        step.optimizer,
+        [step.batch],
+        rate=lambda _: 1e-6,
+        micro_batch_size=step.micro_batch_size,
+        fused_backward=step.fused_backward,
+    )
+
+
+def evaluation_bytes(step: Step, batch: Batch) -> int:
+    """The peak of scoring one batch, counted while it runs."""
+    tracker = _tracker(step, batch)
+    step.model.eval()
+    with torch.no_grad(), tracker.watch([]):
+        step.loss(step.forward(batch), batch["labels"])
+    return tracker.usage().peak_bytes
+
+
+def _tracker(step: Step, batch: Batch) -> Tracker:
+    """A tracker that knows what is there before the step."""
+    slots, moments = step.optimizer.slots, step.optimizer.moments
+    tracker = Tracker(step.model)
+    tracker.know([*step.model.named_parameters(), *step.model.named_buffers()], "weights")
+    tracker.know([(slot.name, slot.own) for slot in slots if slot.own is not None], "weights")
+    tracker.know([(slot.name, m) for slot in slots for m in moments[slot.name].values()], "optimizer")
+    tracker.know(batch, "other")
+    return tracker
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Fake tensors warn of what is harmless here, such as a look at the address of their data."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,83 @@
+"""Measured memory of a few real training steps: the same step as `profile` predicts, on random weights, on this machine.
+
+On CUDA the allocator's peak is the measure. Anywhere else it is the tracker's count over the real tensors, which sees what
+torch makes for tensors and nothing else.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from recap_cli.errors import StorageError
+from recap_cli.progress import Track, silent
+from recap_cli.recipe import Recipe
+from recap_cli.runtime import devices, memory
+from recap_cli.runtime.prediction import Step, take_step, usage
+from recap_cli.runtime.tracker import KINDS
+from recap_cli.stages.profile import Method, Outline, predict, prepare
+
+STEPS = 3  # the allocator's peak is that of the second and third; the first makes what is made once
+
+
+def measure(model: Outline, recipe: Recipe, methods: Sequence[Method], track: Track = silent) -> list[dict[str, Any]]:
+    """Predicted beside measured bytes of each method's training step, by kind, on the recipe's `finetune.device`.
+
+    Raises `RecipeError` if the device is not there, `StorageError` if the tensors would not fit into this machine's memory.
+    """
+    device = devices.pick(recipe.finetune.device)
+    return [_measured(model, recipe, method, device) for method in track(methods, "measure", len(methods))]
+
+
+def _measured(model: Outline, recipe: Recipe, method: Method, device: torch.device) -> dict[str, Any]:
+    predicted = predict(model, recipe, method, kernels="cuda" if device.type == "cuda" else "cpu")
+    _check_room(predicted.usage.peak_bytes, method, device)
+    torch.manual_seed(recipe.seed)
+    step, _ = prepare(model, recipe, method, _random, device=device)
+    seen = _allocated(step, device) if device.type == "cuda" else {}
+    counted = usage(step)
+    measured = seen.get("max_allocated_bytes", counted.peak_bytes)
+    return {
+        "method": method,
+        "predicted_bytes": predicted.usage.peak_bytes,
+        "measured_bytes": measured,
+        "error_share": predicted.usage.peak_bytes / measured - 1,
+        **seen,
+        **{f"{kind}_bytes": counted.maxima[kind] for kind in KINDS},
+        "at_peak": {f"{kind}_bytes": counted.at_peak[kind] for kind in KINDS},
+        "counted_bytes": counted.peak_bytes,
+        **memory.measured(device, None),
+    }
+
+
+def _allocated(step: Step, device: torch.device) -> dict[str, int]:
+    take_step(step)
+    memory.reset(device)
+    for _ in range(STEPS - 1):
+        take_step(step)
+    torch.cuda.synchronize(device)
+    return {
+        "max_allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "max_reserved_bytes": torch.cuda.max_memory_reserved(device),
+    }
+
+
+def _random(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Real tensors on the CPU of the shapes of these: small random numbers, zeros where they are whole numbers."""
+    return {
+        name: torch.empty(t.shape, dtype=t.dtype).normal_(std=0.02)
+        if t.is_floating_point()
+        else torch.zeros(t.shape, dtype=t.dtype)
+        for name, t in tensors.items()
+    }
+
+
+def _check_room(needed: int, method: str, device: torch.device) -> None:
+    free = psutil.virtual_memory().available
+    if device.type == "cpu" and needed > free:
+        raise StorageError(
+            f"a real step of {method} holds about {needed / 1e6:,.0f} MB, and this machine has {free / 1e6:,.0f} MB free",
+            hint="leave out --measure: the prediction needs none of it",
+        )

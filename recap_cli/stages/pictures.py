@@ -1,0 +1,32 @@
+"""The pictures of `profile-memory`: bars by kind where there is one setting, a curve for each list of settings."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recap_cli.recipe import Recipe, bytes_of
+from recap_cli.runtime import figures
+
+
+def check(path: Path) -> None:
+    """Raise `UsageError` or `StorageError` if no picture can be written to `path`."""
+    figures.check_path(path)
+
+
+def draw(
+    rows: Sequence[Mapping[str, Any]], path: Path, recipe: Recipe, batch_sizes: Sequence[int], prune_ratios: Sequence[float]
+) -> list[Path]:
+    """Write the bars of these predictions to `path`, or their curves beside it; the paths of what was written."""
+    budget = recipe.finetune.memory_budget
+    given: dict[str, Any] = {"title": recipe.name, "budget_bytes": None if budget is None else bytes_of(budget)}
+    grids: dict[figures.By, Sequence[float]] = {"batch_size": batch_sizes, "prune_ratio": prune_ratios}
+    curves = [by for by, values in grids.items() if len(values) > 1]
+    if not curves:
+        figures.bars(rows, path, **given)
+        return [path]
+    written = []
+    for by in curves:
+        place = path if len(curves) == 1 else path.with_stem(f"{path.stem}-{by.replace('_', '-')}")
+        figures.curves(rows, place, by=by, **given)
+        written.append(place)
+    return written

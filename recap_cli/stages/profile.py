@@ -1,0 +1,321 @@
+"""`profile-memory`: what finetuning by a recipe holds on its device, predicted from the configuration alone.
+
+Each method is the real model, made trainable as the method has it, and one real training step on fake tensors
+(`runtime.prediction`). Where the groups to prune and to move are not known yet, every layer gives the same share of them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from recap_cli import recipe as recipes
+from recap_cli.core.adapter import Adapter, block_paths
+from recap_cli.core.criterion import Criterion
+from recap_cli.core.groups import Axis, Choice, Shape, counts, everything, shapes_of, unit_params
+from recap_cli.core.optim import Optimizer
+from recap_cli.core.partial import Slot, make_partial
+from recap_cli.core.scoring import group_scores
+from recap_cli.core.selection import select
+from recap_cli.core.streaming import streamed
+from recap_cli.core.surgery import indices
+from recap_cli.errors import DataError
+from recap_cli.progress import Track, silent
+from recap_cli.recipe import Recipe
+from recap_cli.runtime import low_rank, models, tasks
+from recap_cli.runtime.models import ModelSpec
+from recap_cli.runtime.prediction import Fakes, Kernels, Step
+from recap_cli.runtime.tracker import KINDS, Usage
+from recap_cli.runtime.training import Batch
+from recap_cli.stages import context as shared
+from recap_cli.stages.context import Context, Layout
+from recap_cli.stages.trainable import RESIDENTS, fine_axes, in_dtype, make_trainable, rule_of
+
+Method = Literal["full", "head", "lora", "pre-ft", "recap"]
+METHODS: tuple[Method, ...] = ("full", "head", "lora", "pre-ft", "recap")
+PRUNED: tuple[Method, ...] = ("pre-ft", "recap")
+Like = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+TAYLOR = Criterion(score=lambda weight, grad: (weight * grad).square_(), needs="mean")  # eq. (1), as the plugin `taylor` has it
+SEED = 0  # of the groups that a prediction takes for chosen
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model without weights: its spec, adapter and layout, the tensors' shapes (on the meta device).
+
+    `plan` and `mask` are those of a state's newest round, or None where they are not chosen yet.
+    """
+
+    spec: ModelSpec
+    adapter: Adapter
+    layout: Layout
+    tensors: dict[str, Tensor]
+    plan: Choice | None = None
+    mask: Choice | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one method holds: `usage` of a training step, the peak of scoring, and the numbers of parameters.
+
+    `resident` are the parameters that lie on the device (without adapters of LoRA), `trainable` the entries that move.
+    """
+
+    method: Method
+    recipe: Recipe
+    usage: Usage
+    evaluation_bytes: int
+    total: int
+    resident: int
+    trainable: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held at one instant, of a training step or of scoring."""
+        return max(self.usage.peak_bytes, self.evaluation_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: bytes by kind at their own maxima and at the peak instant, and the settings they belong to."""
+        tune = self.recipe.finetune
+        return {
+            "method": self.method,
+            "batch_size": tune.batch_size,
+            "micro_batch_size": tune.micro_batch_size or tune.batch_size,
+            "resident": tune.resident,
+            "checkpointing": tune.checkpointing,
+            "fused_backward": tune.fused_backward,
+            "optimizer": tune.optimizer,
+            "evaluation_batch_size": self.recipe.evaluate.batch_size,
+            "prune_ratio": self.recipe.prune.ratio if self.method in PRUNED else 0.0,
+            "mask_ratio": self.recipe.mask.ratio if self.method == "recap" else 0.0,
+            **{f"{kind}_bytes": self.usage.maxima[kind] for kind in KINDS},
+            "at_peak": {f"{kind}_bytes": self.usage.at_peak[kind] for kind in KINDS},
+            "training_peak_bytes": self.usage.peak_bytes,
+            "sum_of_maxima_bytes": self.usage.sum_of_maxima_bytes,
+            "evaluation_peak_bytes": self.evaluation_bytes,
+            "peak_bytes": self.peak_bytes,
+            "total_parameters": self.total,
+            "resident_parameters": self.resident,
+            "trainable_parameters": self.trainable,
+        }
+
+
+def outline(recipe: Recipe, label_names: Sequence[str] = ()) -> Outline:
+    """The outline of a recipe's model; reads its configuration and nothing else. Raises `ModelError`, `PluginError`."""
+    spec = models.outline(
+        library=recipe.model.library,
+        name=recipe.model.name,
+        config=recipe.model.config,
+        revision=recipe.model.revision,
+        task_kind=recipe.task.kind,
+        label_names=label_names,
+        image_size=recipe.data.image_size,
+    )
+    adapter, skeleton = models.adapter_of(spec), models.skeleton(spec)
+    return Outline(spec, adapter, Layout.of(adapter, skeleton), models.tensors_of(skeleton))
+
+
+def labels_of(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """The labels that local data name, and a note where the head is that of the configuration instead."""
+    data = recipe.data
+    local = data.builtin or (data.train is not None and Path(data.train).exists())
+    if not local:
+        return [], ["the data are not here, so the head is that of the model's configuration"]
+    try:
+        return list(shared.read_raw(recipe).label_names), []
+    except DataError as error:  # memory does not hang on it, and `init` will say so again
+        return [], [f"the data cannot be read, so the head is that of the model's configuration: {error.message}"]
+
+
+def outline_of(here: Context) -> Outline:
+    """The outline of a state's model, with the plan and the mask of its newest round as far as they are chosen."""
+    state, folder = here.state, here.state.manifest.small
+    files = state.manifest.files
+    plan = here.plan(folder) if folder and f"{folder}/{shared.PLAN}" in files else None
+    mask = None
+    if folder and plan is not None and f"{folder}/{shared.MASK}" in files:
+        mask = {name: chosen.bool() for name, chosen in state.load_tensors(f"{folder}/{shared.MASK}").items()}
+    tensors = models.tensors_of(models.skeleton(here.spec))
+    return Outline(here.spec, here.adapter, here.layout, tensors, plan, mask)
+
+
+def predict(model: Outline, recipe: Recipe, method: Method, *, kernels: Kernels = "cuda") -> Prediction:
+    """What finetuning by a method holds with the settings of a recipe; the other methods use them too, as far as they can."""
+    fakes = Fakes()
+    step, resident = prepare(model, recipe, method, fakes.like)
+    trainable = sum(slot.leaf.numel() for slot in step.optimizer.slots)
+    usage = fakes.usage(step, kernels)
+    evaluation = _scored(fakes, model, recipe, step, kernels)
+    parameters = {name for name, _ in models.skeleton(model.spec).named_parameters()}
+    total = sum(model.tensors[name].numel() for name in parameters)
+    return Prediction(method, recipe, usage, evaluation, total, resident, trainable)
+
+
+def evaluation_bytes(model: Outline, recipe: Recipe, method: Method, *, kernels: Kernels = "cuda") -> int:
+    """The peak of scoring alone, as `predict` has it beside that of a training step."""
+    fakes = Fakes()
+    return _scored(fakes, model, recipe, prepare(model, recipe, method, fakes.like)[0], kernels)
+
+
+def _scored(fakes: Fakes, model: Outline, recipe: Recipe, step: Step, kernels: Kernels) -> int:
+    return fakes.evaluation_bytes(step, fakes.like(batch_of(model.spec, recipe, recipe.evaluate.batch_size)), kernels)
+
+
+def grid(
+    model: Outline,
+    recipe: Recipe,
+    methods: Sequence[Method],
+    batch_sizes: Sequence[int] = (),
+    prune_ratios: Sequence[float] = (),
+    track: Track = silent,
+) -> list[Prediction]:
+    """A prediction for every method at every batch size (not in micro-batches) and every r_p; the recipe's own for none."""
+    batches = [{"finetune.batch_size": size, "finetune.micro_batch_size": None} for size in batch_sizes] or [{}]
+    ratios = [{"prune.ratio": ratio} for ratio in prune_ratios] or [{}]
+    cells = [
+        (method, {**batch, **ratio})
+        for method in methods
+        for batch in batches
+        for ratio in (ratios if method in PRUNED else [{}])
+    ]
+    if prune_ratios:
+        model = replace(model, plan=None, mask=None)
+    recipes_of = [(method, recipes.changed(recipe, values) if values else recipe) for method, values in cells]
+    return [predict(model, one, method) for method, one in track(recipes_of, "predict", len(cells))]
+
+
+def importance_bytes(model: Outline, recipe: Recipe, kernels: Kernels = "cuda") -> int:
+    """The peak of `importance.device` while the full model is scored, its blocks one at a time (`core.streaming`).
+
+    The sample is one batch; gradients that add up over several do so on the CPU.
+    """
+    fakes = Fakes()
+    size = shared.importance_batch_size(recipe, torch.device("cuda"))
+    batch = fakes.like(batch_of(model.spec, recipe, size))
+    built = models.assemble(model.spec, fakes.like(model.tensors), model.adapter, {})
+    call, axes = models.forward(model.spec), model.layout.axes
+
+    def score() -> None:
+        with streamed(built, block_paths(built, axes), "cpu"):
+            group_scores(built, axes, TAYLOR, lambda _: iter([(tasks.loss(call(built, batch), batch["labels"]), 1.0)]))
+
+    return fakes.peak_bytes(score, host=[*built.parameters(), *built.buffers()], inputs=batch, kernels=kernels)
+
+
+def by_block(model: Outline, usage: Usage) -> dict[str, dict[str, int]]:
+    """What was held at the peak, by the model's blocks in their order, and by the module at the top for what is in none."""
+    blocks = list(dict.fromkeys(axis.name.rpartition(".")[0] for axis in model.layout.axes))
+    found: dict[str, dict[str, int]] = {}
+    for path, kinds in usage.by_module.items():
+        block = next((name for name in blocks if path == name or path.startswith(f"{name}.")), path.partition(".")[0])
+        row = found.setdefault(block or "outside", dict.fromkeys(KINDS, 0))
+        for kind, count in kinds.items():
+            row[kind] += count
+    return dict(sorted(found.items(), key=lambda item: blocks.index(item[0]) if item[0] in blocks else -1))
+
+
+def prepare(model: Outline, recipe: Recipe, method: Method, like: Like, device: torch.device | str = "cpu") -> tuple[Step, int]:
+    """A training step of a method, and the number of parameters that are resident.
+
+    `like` makes the tensors of the small model and of the batch, fake or real, of the shapes that it is shown.
+    """
+    plan, chosen = choices(model, recipe, method)
+    where = indices(model.layout.axes, plan, shapes_of(model.tensors))
+    small = like({name: _shape_of(tensor, where.get(name, {})) for name, tensor in model.tensors.items()})
+    built, tune = models.assemble(model.spec, small, model.adapter, counts(plan)), recipe.finetune
+    resident = sum(param.numel() for param in built.parameters())
+    if method == "lora":
+        low_rank.inject(built, model.layout.axes, like)
+    if tune.checkpointing:
+        models.enable_checkpointing(built)
+    slots = _slots(model, recipe, method, built, plan, chosen, device)
+    optimizer = Optimizer(slots, rule_of(tune), weight_decay=tune.weight_decay)
+    call = models.forward(model.spec)
+    forward = in_dtype(lambda inputs: call(built, inputs), RESIDENTS[tune.resident])
+    batch = {name: tensor.to(device) for name, tensor in like(batch_of(model.spec, recipe, tune.batch_size)).items()}
+    return Step(built.train(), optimizer, forward, tasks.loss, batch, tune.micro_batch_size, tune.fused_backward), resident
+
+
+def batch_of(spec: ModelSpec, recipe: Recipe, size: int) -> Batch:
+    """The shapes of a batch of `size` examples as the recipe's data give them, on the meta device; texts at their longest.
+
+    Texts of more than one example are padded, so that there is a mask.
+    """
+    with torch.device("meta"):
+        labels = torch.zeros(size, dtype=torch.int64)
+        if spec.image is not None:
+            side = spec.image["size"]
+            return {"pixel_values": torch.zeros(size, spec.image["channels"], side, side), "labels": labels}
+        ids = torch.zeros(
+            size, min(recipe.data.max_length, models.positions(spec) or recipe.data.max_length), dtype=torch.int64
+        )
+        mask = {"attention_mask": torch.zeros_like(ids)} if size > 1 else {}
+        return {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), **mask, "labels": labels}
+
+
+def choices(model: Outline, recipe: Recipe, method: Method) -> tuple[Choice, Choice]:
+    """The plan, and the mask of the small model's fine groups: a state's own, or ones that treat all layers alike."""
+    axes = model.layout.axes
+    plan = everything(axes)
+    if method in PRUNED:
+        prune = recipe.prune
+        plan = model.plan or _even(
+            axes, model.layout.shapes, 1 - prune.ratio, floor=prune.floor, uniform=prune.uniform, round_to=prune.round_to
+        )
+    fine = fine_axes(model.layout, plan)
+    if method != "recap":
+        return plan, everything(fine)
+    if model.mask is not None and model.plan is not None:
+        return plan, model.mask
+    shapes = {name: tuple(shape) for name, shape in model.layout.shapes.items()}
+    where = indices(axes, plan, shapes)
+    small = {name: _cut(shape, where.get(name, {})) for name, shape in shapes.items()}
+    return plan, _even(fine, small, 1 - recipe.mask.ratio, least=0)
+
+
+def _even(axes: Sequence[Axis], shapes: Mapping[str, Shape], share: float, **limits: Any) -> Choice:
+    """A share of the groups of every axis, scattered over it; all of them for a share of 1."""
+    if share == 1.0:
+        return everything(axes)
+    random = torch.Generator().manual_seed(SEED)
+    return select(
+        axes,
+        {axis.name: torch.rand(axis.size, generator=random) for axis in axes},
+        {axis.name: unit_params(axis, shapes) for axis in axes},
+        original={axis.name: axis.size for axis in axes},
+        keep_share=share,
+        scope="per-layer",
+        **limits,
+    )
+
+
+def _cut(shape: Shape, dims: Mapping[int, Tensor]) -> Shape:
+    return tuple(len(dims[dim]) if dim in dims else size for dim, size in enumerate(shape))
+
+
+def _shape_of(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    """What is left of a tensor, on the meta device."""
+    return torch.empty(_cut(tuple(tensor.shape), dims), dtype=tensor.dtype, device="meta")
+
+
+def _slots(
+    model: Outline,
+    recipe: Recipe,
+    method: Method,
+    built: nn.Module,
+    plan: Choice,
+    chosen: Choice,
+    device: torch.device | str,
+) -> list[Slot]:
+    if method == "recap":
+        return make_trainable(built, model.layout, recipe, plan, chosen, device)
+    names = {name for name, _ in built.named_parameters()}
+    if method in ("head", "lora"):
+        names = {name for name in names if name in model.layout.head or low_rank.is_adapter(name)}
+    resident = RESIDENTS[recipe.finetune.resident]
+    return make_partial(
+        built, {}, frozen=lambda name: name not in names, device=device, dtype=resident.dtype, int8=resident.int8
+    )

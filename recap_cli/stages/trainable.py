@@ -1,0 +1,69 @@
+"""How the settings of a recipe make a small model partly trainable: what `finetune` does, and what its prediction runs."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from recap_cli.core.groups import Axis, Choice, refine, shapes_of, shrink
+from recap_cli.core.optim import Rule, adamw, sgd
+from recap_cli.core.partial import Slot, bring_forward, make_partial
+from recap_cli.core.surgery import Where, indices
+from recap_cli.recipe import Finetune, Recipe
+from recap_cli.runtime.training import Batch, Forward
+from recap_cli.stages.context import Layout
+
+
+@dataclass(frozen=True)
+class Resident:
+    """How weights lie on the device: the type that the forward computes in, and whether frozen matrices are int8 codes."""
+
+    dtype: torch.dtype
+    int8: bool = False
+
+
+RESIDENTS = {"fp32": Resident(torch.float32), "bf16": Resident(torch.bfloat16), "int8": Resident(torch.bfloat16, int8=True)}
+
+
+def rule_of(settings: Finetune) -> Rule:
+    """The update rule that a recipe names."""
+    if settings.optimizer == "sgd":
+        return sgd(momentum=settings.momentum)
+    return adamw(betas=settings.betas, eps=settings.eps)
+
+
+def fine_axes(layout: Layout, plan: Choice) -> list[Axis]:
+    """The groups of the mask: one per hidden dimension of the small model that `plan` leaves."""
+    return [refine(axis) for axis in shrink(layout.axes, plan)]
+
+
+def moving(layout: Layout, plan: Choice, chosen: Choice, small: dict[str, Tensor]) -> Where:
+    """The entries of the small model's tensors that the mask lets move; parameters that are not named move whole."""
+    return indices(fine_axes(layout, plan), chosen, shapes_of(small))
+
+
+def frozen_whole(layout: Layout, recipe: Recipe, name: str) -> bool:
+    """Whether a parameter does not move at all, being an embedding."""
+    return name in layout.embeddings and not recipe.mask.train_embeddings
+
+
+def make_trainable(
+    model: nn.Module, layout: Layout, recipe: Recipe, plan: Choice, chosen: Choice, device: torch.device | str
+) -> list[Slot]:
+    """Make a small model partly trainable, in place and on the device, in the types of the recipe; returns its slots."""
+    axes, resident = fine_axes(layout, plan), RESIDENTS[recipe.finetune.resident]
+    where = bring_forward(model, axes, chosen, indices(axes, chosen, shapes_of(model.named_parameters())))
+    frozen = partial(frozen_whole, layout, recipe)
+    return make_partial(model, where, frozen=frozen, device=device, dtype=resident.dtype, int8=resident.int8)
+
+
+def in_dtype(call: Forward, resident: Resident) -> Forward:
+    """The forward pass with floating-point inputs in the type that the residents compute in."""
+    if resident.dtype == torch.float32:
+        return call
+
+    def cast(batch: Batch) -> Tensor:
+        return call({name: t.to(resident.dtype) if t.is_floating_point() else t for name, t in batch.items()})
+
+    return cast

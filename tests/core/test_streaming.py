@@ -1,0 +1,309 @@
+"""A streamed model gives the same logits and scores, holds one block at a time, and is left as it was; on every pico model."""
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recap_cli import registry
+from recap_cli.core.adapter import block_paths
+from recap_cli.core.criterion import Criterion
+from recap_cli.core.groups import Axis, Cut
+from recap_cli.core.scoring import group_scores
+from recap_cli.core.streaming import streamed
+from recap_cli.runtime import models
+from tests.core.test_scoring import losses_of, prepared
+from tests.pico import PICO
+
+
+class Block(nn.Module):
+    """Takes and gives nested tensors, shares a weight with itself, has one it does not use, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.idle = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.register_buffer("shift", torch.ones(4))
+
+    def forward(self, pair: tuple[Tensor, Tensor], *, scale: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        x = self.second(torch.tanh(self.first(pair[0] + pair[1]))) * scale["by"] + self.shift
+        return x, {"count": scale["count"], "sum": x.sum(-1), "whole": x.detach().long()}
+
+
+class Toy(nn.Module):
+    """Two blocks, of which the second has its bias in common with the head that stands outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(4, 4)
+        self.blocks[1].first.bias = self.head.bias  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            y, more = block((x, x.square()), scale={"by": x, "count": 3})
+            x = y + more["sum"][:, None] * more["count"] / 9
+        return self.head(x)
+
+
+def toy() -> Toy:
+    torch.manual_seed(0)
+    return Toy().eval()
+
+
+TOY_BLOCKS = ["blocks.0", "blocks.1"]
+
+
+def state_of(model: nn.Module) -> dict[str, tuple[int, int, str, Tensor]]:
+    """Of every tensor: which object and which memory it is, its device, and its bits."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: (id(t), t.data_ptr(), t.device.type, t.detach().clone()) for name, t in named}
+
+
+def assert_as_before(model: nn.Module, before: dict[str, tuple[int, int, str, Tensor]]) -> None:
+    after = state_of(model)
+    assert all(after[name][:3] == before[name][:3] and torch.equal(after[name][3], before[name][3]) for name in before)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", sorted(PICO))
+def test_scores_and_logits_are_those_of_the_plain_model_and_nothing_is_left_behind(name: str) -> None:
+    model, axes, data, spec = prepared(name)
+    blocks, forward, before = block_paths(model, axes), models.forward(spec), state_of(model)
+    assert len(blocks) == 2
+    for criterion in (registry.load("criteria", "taylor"), registry.load("criteria", "fisher")):
+        assert isinstance(criterion, Criterion)
+        for batches in (data[:1], data):
+            plain = group_scores(model, axes, criterion, losses_of(model, spec, batches))
+            with streamed(model, blocks, "cpu"):
+                found = group_scores(model, axes, criterion, losses_of(model, spec, batches))
+            for axis in axes:
+                torch.testing.assert_close(found[axis.name], plain[axis.name], rtol=1e-5, atol=0)
+    logits = forward(model, data[0][0])
+    with streamed(model, blocks, "cpu"):
+        assert torch.equal(forward(model, data[0][0]), logits)
+        with torch.inference_mode():
+            assert torch.equal(forward(model, data[0][0]), logits)
+    assert_as_before(model, before)
+
+
+def test_an_exception_inside_leaves_the_model_as_it_was() -> None:
+    model, axes, data, spec = prepared("bert")
+    before = state_of(model)
+
+    def fail(weight: Tensor, grad: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), streamed(model, block_paths(model, axes), "cpu"):
+        group_scores(model, axes, Criterion("mean", fail), losses_of(model, spec, data[:1]))
+    assert_as_before(model, before)
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_a_forward_that_the_block_had_for_itself_is_run_and_given_back() -> None:
+    model = toy()
+    block, calls = model.blocks[0], []
+    own = block.forward = lambda *args, **kwargs: (calls.append(args), Block.forward(block, *args, **kwargs))[1]  # type: ignore
+    with streamed(model, TOY_BLOCKS, "cpu"):
+        model(torch.ones(2, 4))
+        assert len(calls) == 1
+        assert block.forward is not own
+    assert block.forward is own
+
+
+def test_with_one_batch_no_two_blocks_hold_gradients_at_once() -> None:
+    model, axes, data, spec = prepared("vit")
+    held: list[set[str]] = []
+
+    def score(weight: Tensor, grad: Tensor) -> Tensor:
+        assert grad.device.type == "cpu"
+        held.append({name.split(".")[2] for name, p in model.named_parameters() if p.grad is not None})
+        return grad.square()
+
+    with streamed(model, block_paths(model, axes), "cpu"):
+        group_scores(model, axes, Criterion("mean", score), losses_of(model, spec, data[:1]))
+    assert {len(layers) for layers in held} == {1}
+    assert held[0] == {"1"}
+    assert held[-1] == {"0"}
+
+
+class Copies(TorchDispatchMode):
+    """Which copies of the blocks' weights are alive whenever another one is made."""
+
+    def __init__(self, model: nn.Module, blocks: list[str]) -> None:
+        super().__init__()
+        self.block_of = {p.data_ptr(): path for path in blocks for p in model.get_submodule(path).parameters()}
+        self.alive: weakref.WeakKeyDictionary[Tensor, str] = weakref.WeakKeyDictionary()
+        self.seen: list[tuple[frozenset[str], int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and (block := self.block_of.get(args[0].data_ptr())):
+            self.alive[out] = block
+            self.seen.append((frozenset(self.alive.values()), len(self.alive)))
+        return out
+
+
+def test_no_more_than_one_block_is_on_the_device_at_any_moment() -> None:
+    model, axes, data, spec = prepared("timm-vit")
+    blocks = block_paths(model, axes)
+    criterion = registry.load("criteria", "taylor")
+    assert isinstance(criterion, Criterion)
+    with streamed(model, blocks, "cpu"), Copies(model, blocks) as copies:
+        group_scores(model, axes, criterion, losses_of(model, spec, data))
+    whole = len(list(model.get_submodule(blocks[0]).parameters()))
+    assert {len(layers) for layers, _ in copies.seen} == {1}
+    assert max(count for _, count in copies.seen) == whole
+    assert len(copies.seen) == whole * len(blocks) * 2 * len(data)  # fetched in the forward and in the backward, no more
+    assert not copies.alive
+
+
+THERE = "lazy"  # a device that needs no driver where tensors are fake: shapes and devices are checked, nothing is computed
+
+
+def put_there(model: nn.Module, blocks: list[str], mode: FakeTensorMode) -> None:
+    """Make every tensor of `model` fake. Those outside `blocks` are on the device at once, for fake ones cannot move there."""
+    for path, module in model.named_modules():
+        device = "cpu" if any(f"{path}.".startswith(f"{block}.") for block in blocks) else THERE
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                if tensor is not None:
+                    fake = mode.from_tensor(tensor).detach().to(device)
+                    tensors[key] = nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "vit", "dinov2-swiglu", "timm-vit"])
+def test_weights_go_to_another_device_and_their_gradients_come_back(name: str) -> None:
+    model, axes, data, spec = prepared(name)
+    blocks = block_paths(model, axes)
+    with FakeTensorMode() as mode:
+        put_there(model, blocks, mode)
+        inputs = {key: mode.from_tensor(tensor).to(THERE) for key, tensor in data[0][0].items()}
+        with streamed(model, blocks, THERE):
+            for _ in range(2):  # the second is added to the first
+                logits = models.forward(spec)(model, inputs)
+                logits.sum().backward()
+    assert logits.device.type == THERE
+    trained = {key: param for key, param in model.named_parameters() if param.grad is not None}
+    for key, param in trained.items():
+        where = "cpu" if any(key.startswith(f"{block}.") for block in blocks) else THERE
+        assert param.device.type == param.grad.device.type == where  # type: ignore[union-attr]
+    assert {cut.param for axis in axes for cut in axis.cuts} <= trained.keys()
+
+
+def test_buffers_go_to_another_device() -> None:
+    model = toy()
+    with FakeTensorMode() as mode:
+        put_there(model, TOY_BLOCKS, mode)
+        with streamed(model, TOY_BLOCKS, THERE):
+            model(torch.ones(2, 4, device=THERE)).sum().backward()
+        assert model.blocks[0].shift.device.type == "cpu"
+
+
+def test_the_input_of_a_block_is_freed_by_its_backward() -> None:
+    model, kept = toy(), []
+    model.blocks[1].register_forward_pre_hook(lambda block, args: kept.append(weakref.ref(args[0][0])))
+    with streamed(model, TOY_BLOCKS, "cpu"):
+        loss = model(torch.ones(2, 4)).sum()
+        assert [ref() is None for ref in kept] == [False]
+        loss.backward()
+        assert [ref() is None for ref in kept] == [True]
+
+
+def test_nested_arguments_shared_weights_and_unused_ones_get_the_plain_gradients() -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    plain, model = toy(), toy()
+    before = state_of(model)
+    entry, streamed_entry = x.clone().requires_grad_(), x.clone().requires_grad_()
+    wanted = plain(entry)
+    wanted.square().sum().backward()
+    with streamed(model, TOY_BLOCKS, "cpu"):
+        found = model(streamed_entry)
+        found.square().sum().backward()
+    assert torch.equal(found, wanted)
+    torch.testing.assert_close(streamed_entry.grad, entry.grad)
+    for (name, param), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (param.grad is None) == (other.grad is None) == ("idle" in name)
+        torch.testing.assert_close(param.grad, other.grad)
+    assert_as_before(model, before)
+
+
+def test_what_is_frozen_gets_no_gradient_and_its_block_still_passes_one_on() -> None:
+    model = toy()
+    model.blocks[1].requires_grad_(False)
+    with streamed(model, TOY_BLOCKS, "cpu"):
+        model(torch.ones(2, 4)).sum().backward()
+    assert {name.split(".")[1] for name, p in model.blocks.named_parameters("blocks") if p.grad is not None} == {"0"}
+
+
+def test_what_is_trained_outside_the_blocks_comes_back_to_the_same_tensors() -> None:
+    plain, model = toy(), toy()
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    before = state_of(model)
+
+    def train(one: Toy) -> Tensor:
+        for _ in range(3):
+            one.zero_grad()
+            one(x).square().sum().backward()
+            with torch.no_grad():
+                one.head.weight.sub_(one.head.weight.grad, alpha=0.1)
+        return one.head.weight
+
+    with streamed(model, TOY_BLOCKS, "cpu"):
+        assert train(model).data_ptr() != before["head.weight"][1]
+    torch.testing.assert_close(model.head.weight, train(plain), rtol=1e-5, atol=1e-6)
+    after = state_of(model)
+    assert all(after[name][:3] == before[name][:3] for name in before)
+    assert [name for name in before if not torch.equal(after[name][3], before[name][3])] == ["head.weight"]
+
+
+def test_without_blocks_the_whole_model_moves_and_comes_back() -> None:
+    model = toy()
+    before, x = state_of(model), torch.ones(2, 4)
+    wanted = model(x)
+    with streamed(model, [], "cpu"):
+        assert all(t.data_ptr() != before[name][1] for name, t in model.named_parameters())
+        assert torch.equal(model(x), wanted)
+    assert_as_before(model, before)
+
+
+def test_a_block_that_drops_at_random_is_refused() -> None:
+    model = toy()
+    model.blocks[1].idle.train()
+    before = state_of(model)
+    with streamed(model, TOY_BLOCKS, "cpu"), pytest.raises(ValueError, match="a streamed Block must be in evaluation mode"):
+        model(torch.ones(2, 4))
+    assert_as_before(model, before)
+
+
+def axis_of(name: str, *params: str) -> Axis:
+    return Axis(name, "heads", 0, 1, tuple(Cut(param, 0) for param in params))
+
+
+def test_blocks_are_named_once_and_the_outermost_holds_the_inner() -> None:
+    axes = [
+        axis_of("blocks.1.first.heads", "blocks.1.first.weight"),
+        axis_of("blocks.0.heads", "blocks.0.first.weight"),
+        axis_of("blocks.0.neurons", "blocks.0.second.bias"),
+        axis_of("blocks.1.neurons", "blocks.1.second.bias"),
+    ]
+    assert block_paths(toy(), axes) == TOY_BLOCKS
+    assert block_paths(toy(), axes[:1]) == ["blocks.1.first"]
+
+
+@pytest.mark.parametrize(
+    ("name", "param"),
+    [
+        ("first layer", "blocks.0.first.weight"),  # a name of no form
+        ("blocks.7.heads", "blocks.0.first.weight"),  # no such module
+        ("blocks.heads", "blocks.0.first.weight"),  # a list, which no forward runs
+        ("blocks.0.heads", "blocks.1.first.weight"),  # cut elsewhere
+        (".heads", "head.weight"),  # the model itself
+    ],
+)
+def test_names_that_say_no_block_give_none_at_all(name: str, param: str) -> None:
+    assert block_paths(toy(), [axis_of("blocks.0.heads", "blocks.0.first.weight"), axis_of(name, param)]) == []

@@ -1,0 +1,71 @@
+"""Where the full model runs: the stages with streamed blocks decide what they decide without."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from recap_cli.core.adapter import block_paths
+from recap_cli.core.groups import Axis
+from recap_cli.core.streaming import streamed
+from recap_cli.stages import context as shared
+from recap_cli.stages.context import Context
+from recap_cli.stages.eval import evaluate
+from recap_cli.stages.init import init
+from recap_cli.stages.mask import mask
+from recap_cli.stages.prune import prune
+from recap_cli.state import State
+from tests.pico import pico
+from tests.tiny import tiny
+
+
+def decided(state: State) -> dict[str, Any]:
+    """A round up to its mask, and a score of the full model."""
+    prune(state)
+    mask(state)
+    (row,) = evaluate(state, which=["full"])
+    files = {name: state.load_tensors(f"round-001/{name}") for name in (shared.PLAN, shared.MASK, shared.SMALL)}
+    return {**files, "full": Context(state).full_tensors(), "loss": row["loss"]}
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "timm-vit-packed-glu"])
+def test_streamed_stages_choose_the_same_plan_and_mask(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = decided(init(tiny(name), tmp_path / "plain"))
+    entered: list[list[str]] = []
+
+    def on_cpu(model: nn.Module, axes: Sequence[Axis], device: torch.device) -> AbstractContextManager[None]:
+        entered.append(block_paths(model, axes))
+        return streamed(model, entered[-1], device)
+
+    monkeypatch.setattr(shared, "on_device", on_cpu)
+    found = decided(init(tiny(name), tmp_path / "streamed"))
+    assert [len(blocks) for blocks in entered] == [2] * 5  # warm-up, two gradual steps, mask, eval
+    assert found.pop("loss") == plain.pop("loss")
+    for file, tensors in plain.items():
+        assert tensors.keys() == found[file].keys()
+        assert all(torch.equal(found[file][key], tensor) for key, tensor in tensors.items()), file
+
+
+def test_on_the_cpu_the_model_is_not_touched() -> None:
+    model, _ = pico("vit")
+    with shared.on_device(model, [], torch.device("cpu")):
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("device", "finetune", "expected"),
+    [
+        ("cpu", {"batch_size": 4, "micro_batch_size": 2}, 8),
+        ("cuda", {"batch_size": 4, "micro_batch_size": 2}, 2),
+        ("cuda", {"batch_size": 4}, 4),
+        ("cuda", {"batch_size": 16}, 8),
+    ],
+)
+def test_on_an_accelerator_importance_takes_no_more_examples_than_finetuning(
+    device: str, finetune: dict[str, int], expected: int
+) -> None:
+    assert shared.importance_batch_size(tiny("vit", finetune=finetune), torch.device(device)) == expected
