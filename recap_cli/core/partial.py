@@ -31,7 +31,8 @@ class Slot:
     """One trainable tensor: what autograd fills, what the optimizer moves, and where the forward reads it.
 
     `leaf` receives the gradient. `own` holds the fp32 values, shape as `leaf`, or is None where they are the entries at `dims`
-    of an fp32 `resident` and nowhere else. `resident` is what the forward reads, where a step must write into it.
+    of an fp32 `resident` and nowhere else. `resident` is what the forward reads, where a step must write into it. The values
+    (and with them the moments) may be on another device than what the forward reads.
     """
 
     name: str
@@ -48,6 +49,11 @@ class Slot:
         if self.resident is None:
             raise ValueError(f"{self.name}: a slot has values of its own, or a resident that holds them")
         return take(self.resident, self.dims)
+
+    @property
+    def home(self) -> torch.device:
+        """The device of the values, where the optimizer works."""
+        return self.leaf.device if self.own is None else self.own.device
 
     @torch.no_grad()
     def write_back(self, master: Tensor) -> None:
@@ -136,8 +142,7 @@ class _Partial(torch.autograd.Function):
         saved = (x if dim == 0 else _at(x, place, keep=False)) if ctx.needs_input_grad[1] else None
         kept = (weight, scale, part if scale is not None else None) if ctx.needs_input_grad[0] else (None, None, None)
         ctx.save_for_backward(saved, *kept)
-        ctx.where, ctx.part_dtype = where, None if part is None else part.dtype
-        ctx.bias_dtype = None if bias_part is None else bias_part.dtype
+        ctx.where = where
         return F.linear(x, _whole(weight, scale, part, where, x.dtype), bias)
 
     @staticmethod
@@ -148,8 +153,8 @@ class _Partial(torch.autograd.Function):
         dim, place, _ = ctx.where
         flat = grad_out.reshape(-1, grad_out.shape[-1])  # (tokens, out)
         rows = _at(flat, place, keep=True) if dim == 0 and (needs_part or needs_rows) else flat
-        grad_part = (rows.t() @ x.reshape(-1, x.shape[-1])).to(ctx.part_dtype) if needs_part else None
-        grad_rows = rows.sum(0).to(ctx.bias_dtype) if needs_rows else None
+        grad_part = (rows.t() @ x.reshape(-1, x.shape[-1])).float() if needs_part else None
+        grad_rows = rows.sum(0).float() if needs_rows else None
         grad_bias = flat.sum(0) if needs_bias else None
         grad_x = None if weight is None else grad_out @ _whole(weight, scale, part, ctx.where, grad_out.dtype)
         return grad_x, grad_part, grad_rows, None, None, grad_bias, None
@@ -170,16 +175,27 @@ def _at(x: Tensor, place: Place | None, *, keep: bool) -> Tensor:
     return x.index_select(-1, place)
 
 
+Rows = tuple[Tensor, Place]  # which rows (or columns): on the CPU, and where the layer lives
+
+
 @dataclass(frozen=True)
 class _Home:
-    """Where tensors live, and in which type the forward reads them; `int8` says that frozen matrices are quantized."""
+    """Where tensors live, and in which type the forward reads them.
+
+    `int8` says that frozen matrices are quantized, `offload` that the fp32 masters of all that moves stay on the CPU.
+    """
 
     device: torch.device | str
     dtype: torch.dtype
     int8: bool
+    offload: bool
 
     def resident(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+    def master(self, tensor: Tensor, dims: dict[int, Tensor]) -> Tensor:
+        """A copy, in fp32, of the entries at `dims`."""
+        return take(tensor.detach(), dims).to("cpu" if self.offload else self.device, torch.float32, copy=True)
 
 
 def make_partial(
@@ -190,17 +206,19 @@ def make_partial(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     int8: bool = False,
+    offload: bool = False,
 ) -> list[Slot]:
     """Rebuild `model` in place so that just the entries at `where` (and every parameter that it does not name) may move.
 
     Returns one slot for each trainable tensor, named as in the model before. Parameters that `frozen` names, and those of which
     `where` selects nothing, are frozen whole. Everything is moved to `device`, and what the forward reads to `dtype`, a layer
     at a time; the masters are fp32. With `int8` the frozen entries of linear layers and embeddings become codes, made dense in
-    `dtype` where they are read. The model must not be moved afterwards: compact parameters may be views of their residents.
+    `dtype` where they are read. With `offload` the masters stay on the CPU, and the device holds what the forward reads and no
+    more. The model must not be moved afterwards: compact parameters may be views of their residents.
 
     Raises `TypeError` for a parameter that would move in part but is no linear layer's.
     """
-    home, slots = _Home(device, dtype, int8), list[Slot]()
+    home, slots = _Home(device, dtype, int8, offload), list[Slot]()
     for path, module in list(model.named_modules()):
         names = {
             attribute: f"{path}.{attribute}" if path else attribute for attribute, _ in module.named_parameters(recurse=False)
@@ -262,13 +280,14 @@ def _partial_layer(
     name, weight, transposed = names["weight"], layer.get_parameter("weight").detach(), is_transposed(layer)
     dim, index = next(iter(where[name].items())) if "weight" in moves else (0, torch.empty(0, dtype=torch.int64))
     out_dim = 1 - dim if transposed else dim
-    bias, bias_part, slots = _bias(layer, names, where, moves, home, index if out_dim == 0 else None)
+    place = place_of(index, home.device)
+    bias, bias_part, slots = _bias(layer, names, where, moves, home, (index, place) if out_dim == 0 else None)
     if home.int8:
         slot, codes, scale = _quantized(name, weight, dim, index, transposed, home)
         rest = place_of(rest_of(index, weight.shape[dim]), home.device) if slot else None
         resident = codes
     else:
-        slot, resident = _compact(name, weight, dim, index, home)
+        slot, resident = _compact(name, weight, dim, (index, place), home)
         scale, rest = None, None
     made = PartialLinear(
         resident,
@@ -276,7 +295,7 @@ def _partial_layer(
         bias,
         bias_part,
         dim=out_dim,
-        place=place_of(index, home.device) if slot else None,
+        place=place if slot else None,
         transposed=transposed,
         scale=scale,
         rest=rest,
@@ -285,14 +304,14 @@ def _partial_layer(
 
 
 def _bias(
-    layer: nn.Module, names: dict[str, str], where: Where, moves: set[str], home: _Home, rows: Tensor | None
+    layer: nn.Module, names: dict[str, str], where: Where, moves: set[str], home: _Home, rows: Rows | None
 ) -> tuple[Tensor | None, nn.Parameter | None, list[Slot]]:
     """The resident bias, the part of it that moves where that are just the `rows` of the weight, and the slot if it moves."""
     if getattr(layer, "bias", None) is None:
         return None, None, []
     name = names["bias"]
     if "bias" in moves and where.get(name):
-        if rows is None or not torch.equal(where[name][0], rows):
+        if rows is None or not torch.equal(where[name][0], rows[0]):
             raise TypeError(f"{name} would move at other rows than {names['weight']}")
         slot, resident = _compact(name, layer.get_parameter("bias"), 0, rows, home)
         return resident, slot.leaf, [slot]
@@ -300,19 +319,25 @@ def _bias(
     return layer.get_parameter("bias"), None, list(slots)
 
 
-def _compact(name: str, tensor: Tensor, dim: int, index: Tensor, home: _Home) -> tuple[Slot, Tensor]:
-    """The slot of the entries at `index`, and the resident tensor that they are part of."""
-    resident, place = home.resident(tensor.detach()), place_of(index, home.device)
+def _compact(name: str, tensor: Tensor, dim: int, rows: Rows, home: _Home) -> tuple[Slot, Tensor]:
+    """The slot of the entries at `rows` along `dim`, and the resident tensor that they are part of."""
+    index, place = rows
+    resident = home.resident(tensor.detach())
     dims = {dim: index if isinstance(place, slice) else place}
-    if home.dtype != torch.float32:
-        leaf = _master(tensor, dim, index, home)
-        return Slot(name, leaf, leaf.detach(), resident, dims), resident
-    if isinstance(place, slice):
-        leaf = nn.Parameter(resident.narrow(dim, place.start, place.stop - place.start))
-        return Slot(name, leaf, leaf.detach()), resident
-    shape = [len(index) if d == dim else size for d, size in enumerate(resident.shape)]
-    handle = nn.Parameter(resident.new_empty(()).expand(shape))
-    return Slot(name, handle, None, resident, dims), resident
+    if home.dtype == torch.float32 and not home.offload:
+        if isinstance(place, slice):
+            leaf = nn.Parameter(resident.narrow(dim, place.start, place.stop - place.start))
+            return Slot(name, leaf, leaf.detach()), resident
+        return Slot(name, _handle(resident, dim, len(index)), None, resident, dims), resident
+    own = home.master(tensor, {dim: index})
+    leaf = _handle(resident, dim, len(index)) if home.offload else nn.Parameter(own)
+    return Slot(name, leaf, own, resident, dims), resident
+
+
+def _handle(resident: Tensor, dim: int, length: int) -> nn.Parameter:
+    """A parameter that has a shape, for a gradient in fp32, and no memory."""
+    shape = [length if d == dim else size for d, size in enumerate(resident.shape)]
+    return nn.Parameter(resident.new_empty((), dtype=torch.float32).expand(shape))
 
 
 def _quantized(
@@ -323,25 +348,28 @@ def _quantized(
     codes, scale = (t.to(home.device) for t in quantize(still.t() if transposed else still))
     if len(index) == 0:
         return None, codes, scale
-    leaf = _master(weight, dim, index, home)
-    return Slot(name, leaf, leaf.detach()), codes, scale
+    return _mastered(name, take(weight, {dim: index}), home), codes, scale
 
 
-def _master(tensor: Tensor, dim: int, index: Tensor, home: _Home) -> nn.Parameter:
-    return nn.Parameter(take(tensor.detach(), {dim: index}).to(home.device, torch.float32, copy=True))
+def _mastered(name: str, values: Tensor, home: _Home, dtype: torch.dtype = torch.float32) -> Slot:
+    """The slot of a tensor that moves whole: of `dtype`, or with `offload` of the type that the forward reads."""
+    dtype = home.dtype if home.offload else dtype
+    leaf = nn.Parameter(values.to(home.device, dtype))
+    if dtype == torch.float32 and not home.offload:
+        return Slot(name, leaf, leaf.detach())
+    leaf.grad_dtype = torch.float32  # as compact gradients: micro-batches are not summed up in bf16
+    return Slot(name, leaf, home.master(values, {}), leaf.detach())
 
 
 def _dense(module: nn.Module, attribute: str, name: str, *, moves: bool, home: _Home) -> Sequence[Slot]:
     """Move one whole parameter to where it lives; its slot if it may move."""
-    param = getattr(module, attribute)
-    leaf = nn.Parameter(home.resident(param.detach()), requires_grad=moves)
-    setattr(module, attribute, leaf)
+    param = getattr(module, attribute).detach()
     if not moves:
+        setattr(module, attribute, nn.Parameter(home.resident(param), requires_grad=False))
         return []
-    if leaf.dtype == torch.float32:
-        return [Slot(name, leaf, leaf.detach())]
-    leaf.grad_dtype = torch.float32  # as compact gradients: micro-batches are not summed up in bf16
-    return [Slot(name, leaf, param.detach().to(home.device, torch.float32), leaf.detach())]
+    slot = _mastered(name, param, home, dtype=home.dtype)
+    setattr(module, attribute, slot.leaf)
+    return [slot]
 
 
 def _is_linear(module: nn.Module) -> bool:

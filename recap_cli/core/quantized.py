@@ -41,7 +41,9 @@ def dequantize(
 
 
 def place_of(index: Tensor, device: torch.device | str) -> Place:
-    """Sorted indices as a slice where they stand side by side, else on the device."""
+    """Sorted indices as a slice where they stand side by side (or are none), else on the device."""
+    if len(index) == 0:
+        return slice(0, 0)
     first, last = int(index[0]), int(index[-1])
     return slice(first, last + 1) if last - first + 1 == len(index) else index.to(device)
 

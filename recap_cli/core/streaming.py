@@ -2,7 +2,8 @@
 
 A block's forward runs on copies that are dropped when it ends. Its backward copies them once more, recomputes the block, and
 hands the gradients of its weights to autograd *on the CPU*. What the device holds is one block (weights, gradients,
-activations), the input of every block, and whatever stands outside the blocks: embeddings, last norm, head.
+activations), the input of every block, and whatever stands outside the blocks: last norm, head. Rows of embeddings are looked
+up on the CPU.
 
 Why not a library: the offload hooks of accelerate let each forward run on fresh copies, which the graph would keep until its
 backward, and which would get the gradients in the place of the parameters (accelerate issue 3770). FSDP2 with
@@ -34,8 +35,12 @@ def streamed(model: nn.Module, blocks: Sequence[str], device: torch.device | str
     dropout the two would differ, and its call raises `ValueError`.
     """
     inside = [model.get_submodule(path) for path in blocks]
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     with ExitStack() as stack:
-        for tensor in _outside(model, inside):
+        for table in tables if blocks else ():
+            stack.callback(_set_forward, table, table.__dict__.get("forward"))
+            _set_forward(table, _looking_up(table, torch.device(device)))
+        for tensor in _outside(model, [*inside, *tables] if blocks else []):
             stack.callback(_put_back, tensor, tensor.data)
             tensor.data = tensor.data.to(device, copy=True)
         for block in inside:
@@ -66,6 +71,11 @@ def _set_forward(block: nn.Module, forward: Callable[..., Any] | None) -> None:
         del block.forward
     else:
         block.forward = forward
+
+
+def _looking_up(table: nn.Embedding, device: torch.device) -> Callable[[Tensor], Tensor]:
+    plain = table.forward
+    return lambda ids: plain(ids.to(table.weight.device)).to(device)
 
 
 class _Plain(nn.Module):

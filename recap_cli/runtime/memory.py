@@ -23,14 +23,18 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def held(model: nn.Module, optimizer: Optimizer, gradient_bytes: int) -> dict[str, int]:
-    """Bytes held while finetuning: `weights` (residents, compact parameters and masters), `gradients` at their peak,
-    `optimizer`.
+    """Bytes held on the device while finetuning: `weights` (residents, compact parameters and masters), `gradients` at their
+    peak, `optimizer`; and `offloaded`, masters and moments that are on the CPU instead.
     """
-    weights = [*model.parameters(), *model.buffers(), *_masters(optimizer)]
+    weights = [*model.parameters(), *model.buffers()]
+    devices = {weight.device.type for weight in weights}
+    kept = [*_masters(optimizer), *(m for moments in optimizer.moments.values() for m in moments.values())]
+    away = [tensor for tensor in kept if tensor.device.type not in devices]
     return {
-        "weights_bytes": storage_bytes(weights),
+        "weights_bytes": storage_bytes([*weights, *(t for t in _masters(optimizer) if t.device.type in devices)]),
         "gradients_bytes": gradient_bytes,
-        "optimizer_bytes": optimizer.state_bytes(),
+        "optimizer_bytes": 0 if away else optimizer.state_bytes(),
+        "offloaded_bytes": storage_bytes(away),
     }
 
 

@@ -162,6 +162,11 @@ def enable_checkpointing(model: nn.Module) -> None:
             switches.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
         else:
             switches.set_grad_checkpointing(True)
+        if hasattr(model, "disable_input_require_grads"):
+            # transformers makes the embeddings' output want a gradient, and the backward then runs through frozen layers too
+            switches.disable_input_require_grads()
+        if hasattr(getattr(model, "config", None), "use_cache"):
+            switches.config.use_cache = False  # it does not go with checkpoints, and transformers says so at every forward
     except (AttributeError, ValueError) as error:
         raise ModelError(
             f"{type(model).__name__} cannot recompute its activations", hint="--set finetune.checkpointing=false"
@@ -294,6 +299,7 @@ def _outline_hf(
     folder = None if name is None else locate(name, revision, only_config=True)
     given = values or {} if folder is None else read_config(folder)
     kind = hf.model_type(given, "model.config" if folder is None else str(folder / "config.json"))
+    adapter_of(ModelSpec("transformers", kind, {}, len(labels), labels, task_kind))
     config = hf.configure(given, strict=folder is None)
     hf.check_task(config, task_kind)
     if labels:
@@ -320,8 +326,8 @@ def _outline_timm(
         args.pop("architecture")
     else:
         folder, architecture, args = timm_library.find(name, revision, only_config=True)
-    count = int(args.get("num_classes") or timm_library.classes_of(architecture))
-    names = labels or [f"LABEL_{i}" for i in range(count)]
+    own = None if folder is None else timm_library.label_names(folder)
+    names = labels or own or [f"LABEL_{i}" for i in range(timm_library.classes_of(architecture, args, folder))]
     config = timm_library.config_of(architecture, args, names, image_size)
     with torch.device("meta"):
         model = timm_library.build(architecture, config["args"])

@@ -33,6 +33,7 @@ class Step:
     batch: Batch
     micro_batch_size: int | None = None
     fused_backward: bool = False
+    offload: bool = False  # True: masters and moments are on the CPU, and count for nothing
 
 
 class Fakes:
@@ -48,12 +49,12 @@ class Fakes:
 
     def usage(self, step: Step, kernels: Kernels = "cuda") -> Usage:
         """What a step on fake tensors would hold."""
-        with self._pretending(kernels):
+        with self.pretending(kernels):
             return usage(step)
 
     def evaluation_bytes(self, step: Step, batch: Batch, kernels: Kernels = "cuda") -> int:
         """The peak of scoring one batch with the model of a step, its optimizer's state held all the while."""
-        with self._pretending(kernels):
+        with self.pretending(kernels):
             return evaluation_bytes(step, batch)
 
     def peak_bytes(
@@ -63,12 +64,13 @@ class Fakes:
         tracker = Tracker()
         tracker.ignore(host)
         tracker.know(inputs, "other")
-        with self._pretending(kernels), tracker.watch([]):
+        with self.pretending(kernels), tracker.watch([]):
             work()
         return tracker.usage().peak_bytes
 
     @contextmanager
-    def _pretending(self, kernels: Kernels) -> Iterator[None]:
+    def pretending(self, kernels: Kernels) -> Iterator[None]:
+        """Inside, tensors that are made are fake, and attention and dropout are those of `kernels`."""
         with ExitStack() as stack:
             stack.enter_context(self.mode)
             stack.enter_context(Answers())  # type: ignore[no-untyped-call]
@@ -113,8 +115,13 @@ def _tracker(step: Step, batch: Batch) -> Tracker:
     slots, moments = step.optimizer.slots, step.optimizer.moments
     tracker = Tracker(step.model)
     tracker.know([*step.model.named_parameters(), *step.model.named_buffers()], "weights")
-    tracker.know([(slot.name, slot.own) for slot in slots if slot.own is not None], "weights")
-    tracker.know([(slot.name, m) for slot in slots for m in moments[slot.name].values()], "optimizer")
+    masters = [(slot.name, slot.own) for slot in slots if slot.own is not None]
+    states = [(slot.name, moment) for slot in slots for moment in moments[slot.name].values()]
+    if step.offload:
+        tracker.ignore(tensor for _, tensor in (*masters, *states))
+    else:
+        tracker.know(masters, "weights")
+        tracker.know(states, "optimizer")
     tracker.know(batch, "other")
     return tracker
 

@@ -46,12 +46,19 @@ def architecture_of(values: Mapping[str, Any], origin: str) -> str:
     return str(values["architecture"])
 
 
-def classes_of(architecture: str) -> int:
-    """How many classes the pretrained head of an architecture has: ImageNet's, if it does not say."""
+def classes_of(architecture: str, args: Mapping[str, Any], folder: Path | None) -> int:
+    """How many classes a model has: as its arguments, its folder's config.json or the pretrained architecture says.
+
+    Raises `ModelError` if that is no number of classes.
+    """
     import timm
 
     default = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
-    return int(default.num_classes) if default is not None and default.num_classes else 1000
+    given = [args.get("num_classes"), read_config(folder).get("num_classes") if folder else None]
+    found = next((count for count in given if count is not None), default.num_classes if default is not None else 1000)
+    if not isinstance(found, int) or found < 2:
+        raise ModelError(f"num_classes of {architecture} is {found!r}, and must be 2 or more", hint="see model.config")
+    return found
 
 
 def find(name: str, revision: str | None, *, only_config: bool = False) -> tuple[Path | None, str, dict[str, Any]]:

@@ -81,6 +81,7 @@ LADDER = (
     ),
     _switch("finetune.checkpointing", True, "time: each block runs twice", lambda r: not r.finetune.checkpointing),
     Rung("finetune.micro_batch_size", _micro_batches, float, "time: the same batch in smaller parts"),
+    _switch("finetune.offload", True, "time: masters and moments are in main memory", lambda r: not r.finetune.offload),
     Rung("mask.ratio", lambda r: _ratios(r.mask.ratio, MOST_FROZEN), lambda x: 1 - x, "quality: less of the model moves"),
     Rung(
         "prune.ratio",

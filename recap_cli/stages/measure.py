@@ -35,7 +35,7 @@ def _measured(model: Outline, recipe: Recipe, method: Method, device: torch.devi
     predicted = predict(model, recipe, method, kernels="cuda" if device.type == "cuda" else "cpu")
     _check_room(predicted.usage.peak_bytes, method, device)
     torch.manual_seed(recipe.seed)
-    step, _ = prepare(model, recipe, method, _random, device=device)
+    step, _ = prepare(model, recipe, method, random_tensors, device=device)
     seen = _allocated(step, device) if device.type == "cuda" else {}
     counted = usage(step)
     measured = seen.get("max_allocated_bytes", counted.peak_bytes)
@@ -64,7 +64,7 @@ def _allocated(step: Step, device: torch.device) -> dict[str, int]:
     }
 
 
-def _random(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def random_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Real tensors on the CPU of the shapes of these: small random numbers, zeros where they are whole numbers."""
     return {
         name: torch.empty(t.shape, dtype=t.dtype).normal_(std=0.02)

@@ -87,6 +87,7 @@ class Prediction:
             "resident": tune.resident,
             "checkpointing": tune.checkpointing,
             "fused_backward": tune.fused_backward,
+            "offload": tune.offload,
             "optimizer": tune.optimizer,
             "evaluation_batch_size": self.recipe.evaluate.batch_size,
             "prune_ratio": self.recipe.prune.ratio if self.method in PRUNED else 0.0,
@@ -236,7 +237,8 @@ def prepare(model: Outline, recipe: Recipe, method: Method, like: Like, device: 
     call = models.forward(model.spec)
     forward = in_dtype(lambda inputs: call(built, inputs), RESIDENTS[tune.resident])
     batch = {name: tensor.to(device) for name, tensor in like(batch_of(model.spec, recipe, tune.batch_size)).items()}
-    return Step(built.train(), optimizer, forward, tasks.loss, batch, tune.micro_batch_size, tune.fused_backward), resident
+    step = Step(built.train(), optimizer, forward, tasks.loss, batch, tune.micro_batch_size, tune.fused_backward, tune.offload)
+    return step, resident
 
 
 def batch_of(spec: ModelSpec, recipe: Recipe, size: int) -> Batch:
@@ -317,5 +319,11 @@ def _slots(
         names = {name for name in names if name in model.layout.head or low_rank.is_adapter(name)}
     resident = RESIDENTS[recipe.finetune.resident]
     return make_partial(
-        built, {}, frozen=lambda name: name not in names, device=device, dtype=resident.dtype, int8=resident.int8
+        built,
+        {},
+        frozen=lambda name: name not in names,
+        device=device,
+        dtype=resident.dtype,
+        int8=resident.int8,
+        offload=recipe.finetune.offload,
     )

@@ -22,6 +22,7 @@ EXECUTION = (
     "finetune.resident",
     "finetune.checkpointing",
     "finetune.fused_backward",
+    "finetune.offload",
     "finetune.device",
     "evaluate.batch_size",
 )

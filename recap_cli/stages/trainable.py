@@ -55,7 +55,15 @@ def make_trainable(
     axes, resident = fine_axes(layout, plan), RESIDENTS[recipe.finetune.resident]
     where = bring_forward(model, axes, chosen, indices(axes, chosen, shapes_of(model.named_parameters())))
     frozen = partial(frozen_whole, layout, recipe)
-    return make_partial(model, where, frozen=frozen, device=device, dtype=resident.dtype, int8=resident.int8)
+    return make_partial(
+        model,
+        where,
+        frozen=frozen,
+        device=device,
+        dtype=resident.dtype,
+        int8=resident.int8,
+        offload=recipe.finetune.offload,
+    )
 
 
 def in_dtype(call: Forward, resident: Resident) -> Forward:

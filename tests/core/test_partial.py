@@ -156,6 +156,21 @@ def test_columns_save_only_their_part_of_the_input() -> None:
     assert torch.Size([5, 12]) not in sizes
 
 
+def test_columns_side_by_side_do_not_keep_the_rest_of_the_input_alive() -> None:
+    model = nn.Sequential(nn.Linear(12, 8))
+    make_partial(model, {"0.weight": {1: torch.arange(2, 6)}}, frozen=lambda _: False)
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.randn(100, 12, requires_grad=True))
+    assert 100 * 4 * 4 in kept
+    assert 100 * 12 * 4 not in kept
+
+
 def test_a_layer_of_which_nothing_moves_saves_no_input() -> None:
     model, _ = model_and_where("rows")
     nothing = torch.tensor([], dtype=torch.int64)
@@ -408,3 +423,41 @@ def test_steps_with_handles_are_those_with_a_compact_copy_to_the_bit(form: str, 
         put(full[ours.name], theirs.master, where.get(ours.name, {}))
     assert torch.equal(model[0].weight, full["0.weight"])  # type: ignore[index]
     assert torch.equal(model[0].bias, full["0.bias"])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("form", FORMS)
+def test_offloaded_masters_take_the_same_steps_to_the_bit(form: str, dtype: str) -> None:
+    settings = {"dtype": torch.float32 if dtype == "fp32" else torch.bfloat16, "int8": dtype == "int8"}
+    x = torch.randn(3, 2, 12 if "columns" in form else 8, dtype=settings["dtype"])  # type: ignore[arg-type]
+    moved = {}
+    for offload in (False, True):
+        model, where = model_and_where(form)
+        slots = make_partial(model, where, frozen=lambda _: False, offload=offload, **settings)  # type: ignore[arg-type]
+        optimizer = Optimizer(slots, adamw(betas=(0.9, 0.999), eps=1e-8))
+        optimizer.lr = 0.01
+        for part in x:
+            model(part).float().square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved[offload] = {slot.name: slot.master for slot in slots} | {"out": model(x[0]).detach()}
+    for name, tensor in moved[False].items():
+        assert torch.equal(moved[True][name], tensor), name
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_offloaded_is_not_on_the_device(form: str, int8: bool) -> None:
+    model, where = model_and_where(form)
+    slots = make_partial(model, where, frozen=lambda _: False, device="meta", dtype=torch.bfloat16, int8=int8, offload=True)
+    optimizer = Optimizer(slots, adamw(betas=(0.9, 0.999), eps=1e-8))
+    for slot in slots:
+        assert slot.own is not None
+        assert (slot.home.type, slot.own.dtype) == ("cpu", torch.float32)
+        assert slot.leaf.device.type == "meta"
+        assert all(moment.device.type == "cpu" for moment in optimizer.moments[slot.name].values())
+    fp32 = [
+        name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.dtype == torch.float32 and t.numel() > 1
+    ]
+    holding = [name for name in fp32 if model.get_submodule("0").__getattr__(name[2:]).untyped_storage().nbytes() > 4]
+    assert holding == (["0.scale"] if int8 else [])  # the rest are handles
