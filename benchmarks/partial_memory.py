@@ -1,33 +1,46 @@
 """Peak memory of one training step, by how the update mask is implemented: four known ways, and ours.
 
 The toy: 12 feedforward blocks 768 → 3072 → 768 (no biases, GELU, nothing else), 197 tokens, a mean-square loss, SGD
-with momentum, fp32. 12.5 % of every matrix may move. *Predicted* bytes are torch's memory tracker over fake tensors;
-*measured* ones are the same tracker over a real step on the CPU.
+with momentum, fp32. 12.5 % of every matrix may move. *Predicted* bytes are the tracker's (`recap_cli.runtime.tracker`) over
+fake tensors; *measured* ones are the same tracker's over a real step on the CPU.
 
 The task is equal in the share of entries. Where the rows say "rows", fc1 and fc2 both train 12.5 % of their rows; where
 they say "neurons", fc1 trains the rows and fc2 the columns of the same 12.5 % of the neurons, which is what RECAP's
 mask selects.
 """
 
-import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from masked_layers import SHARE, CompactCopy, IndexCopy, Masked, RowsFirst, rows_of
 from record import parser, table, write
 from torch import Tensor, nn, optim
-from tracker import fake, make_fake, step_bytes
 
 from recap_cli.core.groups import Axis, Cut
 from recap_cli.core.optim import Optimizer, sgd
 from recap_cli.core.partial import PartialLinear, Slot, bring_forward, make_partial
 from recap_cli.core.surgery import indices
+from recap_cli.runtime.prediction import Fakes
+from recap_cli.runtime.tracker import Tracker
+from recap_cli.runtime.training import train
 
 BLOCKS, WIDTH, HIDDEN, TOKENS = 12, 768, 3072, 197
 BAR_MB = 327
 MOMENTUM, RATE = 0.9, 1e-3
+COLUMNS = ("activations", "gradients", "optimizer", "weights")
+Making = AbstractContextManager[Any]  # the mode that makes fake tensors, or nothing
+
+
+def known(linear: Callable[[int, int], nn.Module]) -> Callable[[Making], nn.Module]:
+    """The toy of some other layer, made where `making` has it."""
+
+    def build(making: Making) -> nn.Module:
+        with making:
+            return toy(linear)
+
+    return build
 
 
 def toy(linear: Callable[[int, int], nn.Module]) -> nn.Sequential:
@@ -38,11 +51,13 @@ def dense(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
 
 
-def torch_sgd(model: nn.Module) -> tuple[optim.Optimizer, Callable[[], None]]:
+def torch_sgd(model: nn.Module, x: Tensor) -> tuple[optim.Optimizer, Callable[[], None]]:
+    """torch's optimizer, and one step of it with whatever the layers of `model` want besides."""
     moving = [p for p in model.parameters() if p.requires_grad]
     optimizer = optim.SGD(moving, lr=RATE, momentum=MOMENTUM, foreach=False)
 
-    def finish() -> None:
+    def step() -> None:
+        model(x).square().mean().backward()
         for module in model.modules():
             if isinstance(module, Masked) and module.weight.grad is not None:
                 module.weight.grad.mul_(module.mask)
@@ -52,12 +67,13 @@ def torch_sgd(model: nn.Module) -> tuple[optim.Optimizer, Callable[[], None]]:
                 module.write_back()
         optimizer.zero_grad()
 
-    return optimizer, finish
+    return optimizer, step
 
 
-def ours(*, neurons: bool) -> nn.Module:
+def ours(making: Making, *, neurons: bool) -> nn.Module:
     """The toy as `finetune` makes it: the chosen neurons stand first and are views. Without `neurons`, the first rows move."""
-    model = toy(dense)
+    with making:
+        model = toy(dense)
     if not neurons:
         where = {name: {0: torch.arange(param.shape[0] // SHARE)} for name, param in model.named_parameters()}
     else:
@@ -69,67 +85,67 @@ def ours(*, neurons: bool) -> nn.Module:
     return model
 
 
-def our_sgd(*, fused: bool) -> Callable[[nn.Module], tuple[list[Tensor], Callable[[], None]]]:
-    def build(model: nn.Module) -> tuple[list[Tensor], Callable[[], None]]:
+def our_sgd(*, fused: bool) -> Callable[[nn.Module, Tensor], tuple[list[Tensor], Callable[[], None]]]:
+    """RECAP's optimizer and training loop."""
+
+    def build(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
         layers = {path: m for path, m in model.named_modules() if isinstance(m, PartialLinear)}
-        # The slots again, for the layers' tensors may have been swapped for fake ones since they were made.
-        slots = [Slot(path, m.part, m.part.detach(), m.weight, {}) for path, m in layers.items()]
+        slots = [Slot(path, m.part, m.part.detach()) for path, m in layers.items() if m.part is not None]
         optimizer = Optimizer(slots, sgd(momentum=MOMENTUM))
-        optimizer.lr = RATE
+        batch = {"x": x, "labels": x}
 
-        def now(slot: Slot) -> Callable[[Tensor], None]:
-            def step(_: Tensor) -> None:
-                optimizer.step_slot(slot)
-                slot.leaf.grad = None
+        def step() -> None:
+            train(
+                lambda inputs: model(inputs["x"]),
+                lambda out, _: out.square().mean(),
+                optimizer,
+                [batch],
+                rate=lambda _: RATE,
+                fused_backward=fused,
+            )
 
-            return step
-
-        if fused:
-            for slot in slots:
-                slot.leaf.register_post_accumulate_grad_hook(now(slot))
-
-        def finish() -> None:
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return [moment for moments in optimizer.moments.values() for moment in moments.values()], finish
+        return [moment for moments in optimizer.moments.values() for moment in moments.values()], step
 
     return build
 
 
-WAYS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[nn.Module], tuple[Any, Callable[[], None]]]]] = {
-    "dense gradients × mask (the authors)": ("rows", lambda: toy(Masked), torch_sgd),
-    "weight.index_copy (PEFT's trainable tokens)": ("rows", lambda: toy(IndexCopy), torch_sgd),
-    "autograd.Function, compact copy": ("rows", lambda: toy(CompactCopy), torch_sgd),
-    "rows first, two products + cat": ("rows", lambda: toy(RowsFirst), torch_sgd),
-    "ours, rows in both": ("rows", lambda: ours(neurons=False), our_sgd(fused=False)),
-    "ours": ("neurons", lambda: ours(neurons=True), our_sgd(fused=False)),
-    "ours, fused backward": ("neurons", lambda: ours(neurons=True), our_sgd(fused=True)),
+WAYS: dict[str, tuple[str, Callable[[Making], nn.Module], Callable[[nn.Module, Tensor], tuple[Any, Callable[[], None]]]]] = {
+    "dense gradients × mask (the authors)": ("rows", known(Masked), torch_sgd),
+    "weight.index_copy (PEFT's trainable tokens)": ("rows", known(IndexCopy), torch_sgd),
+    "autograd.Function, compact copy": ("rows", known(CompactCopy), torch_sgd),
+    "rows first, two products + cat": ("rows", known(RowsFirst), torch_sgd),
+    "ours, rows in both": ("rows", lambda making: ours(making, neurons=False), our_sgd(fused=False)),
+    "ours": ("neurons", lambda making: ours(making, neurons=True), our_sgd(fused=False)),
+    "ours, fused backward": ("neurons", lambda making: ours(making, neurons=True), our_sgd(fused=True)),
 }
 
 
 def measure(name: str, *, real: bool) -> dict[str, Any]:
-    """Bytes of one step of an implementation; over fake tensors unless `real`."""
+    """Bytes of one steady step of an implementation; over fake tensors unless `real`."""
     _, build, optimize = WAYS[name]
-    model, mode = build(), fake()
-    if not real:
-        make_fake(mode, model)
-    with nullcontext() if real else mode:
-        optimizer, finish = optimize(model)
+    fakes = Fakes()
+    model = build(nullcontext() if real else fakes.mode)
+    with nullcontext() if real else fakes.pretending("cpu"):
         x = torch.randn(TOKENS, WIDTH)
-
-        def step() -> None:
-            model(x).square().mean().backward()
-            finish()
-
-        return step_bytes(model, x, optimizer, step)
+        optimizer, step = optimize(model, x)
+        step()  # makes the moments
+        tracker = Tracker(model)
+        states = optimizer
+        if isinstance(optimizer, optim.Optimizer):
+            states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        tracker.know([*model.named_parameters(), *model.named_buffers()], "weights")
+        tracker.know([("", state) for state in states], "optimizer")
+        tracker.know({"x": x}, "other")
+        with tracker.watch([(n, p) for n, p in model.named_parameters() if p.requires_grad]):
+            step()
+    found = tracker.usage()
+    named = {kind: found.maxima[kind] for kind in COLUMNS}
+    return {**named, "sum_of_maxima": sum(named.values()), "peak": found.peak_bytes, "at_the_peak": found.at_peak}
 
 
 def main() -> None:
     args = parser(__doc__, "partial_memory").parse_args()
-    # `Slot.write_back` asks whether two tensors share memory, which fake ones answer with a warning.
-    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-    columns = ("activations", "gradients", "optimizer", "weights", "sum_of_maxima", "peak")
+    columns = (*COLUMNS, "sum_of_maxima", "peak")
     rows, results = [], []
     for name, (trains, _, _) in WAYS.items():
         predicted, measured = measure(name, real=False), measure(name, real=True)

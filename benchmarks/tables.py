@@ -30,8 +30,8 @@ def partial_memory(found: Result) -> str:
     return f"""## Memory of a partial update
 
 12 feedforward blocks 768 → 3072 → 768 (GELU, no biases), 197 tokens, fp32, SGD with momentum; the bar was
-{found["bar_mb"]} MB. All but the last column are *predicted* by torch's memory tracker over fake tensors; the last is
-*measured* by the same tracker over a real step on the CPU. A category's figure is its maximum over the step; the peak
+{found["bar_mb"]} MB. All but the last column are *predicted* by RECAP's tracker over fake tensors (torch's own private one gave
+the same figures); the last is *measured* by the same tracker over a real step on the CPU. A category's figure is its maximum over the step; the peak
 is the most that is held at one instant, temporaries included.
 
 The share of entries that may move is the same in every row, but not which: "rows" is 12.5 % of the rows of fc1 and of
@@ -153,7 +153,7 @@ def quality(found: Result) -> str:
         held = [f"{mine[0][key] / 1e6:.1f}" for key in ("weights_bytes", "gradients_bytes", "optimizer_bytes")]
         stages = [f"{median(c['cpu_seconds'][s] for c in mine):.0f}" for s in ("init", "prune", "mask", "finetune", "merge")]
         size = f"{mine[0]['parameters']['product'] / 1e6:.2f}"
-        rows.append([{"recap": "RECAP", "full": "full finetuning"}[method], *mean, f"{mine[0]['lr']:g}", *stages, *held, size])
+        rows.append([QUALITY[method], *mean, f"{mine[0]['lr']:g}", *stages, *held, size])
     names = ["init", "prune", "mask", "finetune", "merge"]
     header = ["method", f"{cells[0]['metric']}, mean %", "each seed", "rate", *[f"{n}, CPU s" for n in names]]
     header += ["weights, MB", "gradients, MB", "optimizer, MB", "product, M parameters"]
@@ -161,17 +161,23 @@ def quality(found: Result) -> str:
     return f"""## Quality: {task}
 
 {TASKS[task]}.
-{cells[0]["steps"]} AdamW steps of 32 for both, after one epoch of head warm-up for both, {len(seeds)} seeds
+{cells[0]["steps"]} AdamW steps of 32 for all, after one epoch of head warm-up for all, {len(seeds)} seeds
 ({", ".join(map(str, seeds))}), one CPU thread, *measured*. RECAP's metric is that of its best round, chosen on the same
-data as in the paper; full finetuning has one round. Seconds are CPU seconds over all rounds. No rate was searched for
-in these runs, but RECAP's for cifar100 is the better of two that a one-seed prototype tried on this very task, and full
-finetuning's the only one it tried; those for sst2 were chosen by hand beforehand. The runs were made during development,
-before the last changes to the code; those leave this configuration's arithmetic alone, and were not measured again.
+data as in the paper; full finetuning has one round. Seconds are CPU seconds over all rounds; a CPU computes bf16 more
+slowly than fp32. No rate was searched for in these runs, but RECAP's for cifar100 is the better of two that a one-seed
+prototype tried on this very task, and full finetuning's the only one it tried; those for sst2 were chosen by hand
+beforehand. {found.get("note", "")}
 
 {table(header, rows)}
 """
 
 
+QUALITY = {
+    "recap": "RECAP",
+    "recap-bf16": "RECAP, bf16, fused backward, checkpoints",
+    "recap-int8": "the same, frozen matrices in int8",
+    "full": "full finetuning",
+}
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "quality_cifar100": quality,
     "quality_sst2": quality,

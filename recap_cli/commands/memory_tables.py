@@ -1,73 +1,135 @@
 """What `recap profile-memory` tells people: tables of bytes by kind, of parameters, and of what a budget asks for."""
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recap_cli import console
 
-if TYPE_CHECKING:
-    from recap_cli.stages.budget import Fit
-    from recap_cli.state import State
-
-KINDS = ("weights", "gradients", "optimizer", "activations", "temporary", "other")
+FIGURES = {
+    "weights": "weights_bytes",
+    "gradients": "gradients_bytes",
+    "optimizer state": "optimizer_bytes",
+    "activations": "activations_bytes",
+    "sum of these maxima": "sum_of_maxima_bytes",
+    "temporary": "temporary_bytes",
+    "other": "other_bytes",
+    "peak instant": "training_peak_bytes",
+    "scoring, at its peak": "evaluation_peak_bytes",
+}
+KINDS = ("weights", "gradients", "optimizer", "activations")
+REST = ("temporary", "other")
+ABREAST = 5  # columns of figures in one table, for 80 characters
+MEANING = (
+    "Each kind's line is its own maximum over a training step; the sum of the first four is how the paper counts. "
+    "The peak instant is the most held at once, of all kinds."
+)
+NOT_INCLUDED = (
+    "cuBLAS's workspace (8 to 32 MiB)",
+    "fragmentation of the allocator",
+    "the CUDA context (some 100 MB, outside the allocator)",
+)
 Row = Mapping[str, Any]
+Table = tuple[list[str], list[list[str]]]  # headings, cells
 
 
-def budget_json(fit: "Fit", asked: str) -> dict[str, Any]:
-    """What was changed for a budget, as plain values."""
-    from dataclasses import asdict
-
-    return {"memory_budget": asked, "changes": [asdict(change) for change in fit.changes]}
-
-
-def show(found: Mapping[str, Any], state: "State | None") -> None:
-    """Print everything that was found, as the result."""
+def show(found: Mapping[str, Any]) -> None:
+    """Print everything that was found, as the result; on stderr what it means and what to do next."""
     if "budget" in found:
-        _show_budget(found["budget"], found, state)
+        _show_budget(found["budget"])
     rows = found["predicted"]
-    console.table(*_bytes(rows), title=f"{found['recipe']}: predicted, in MB (10⁶ bytes)", is_result=True)
+    console.result(f"{found['recipe']}: finetuning {_settings_text(rows)}")
+    for title, some in _blocks_of_rows(rows):
+        console.table(*_bytes(some, rows), title=f"{title}redicted, in MB (10⁶ bytes)", is_result=True)
+    if _is_grid(rows) and len({row["method"] for row in rows}) > 1:
+        console.table(*_peaks(rows), title="Peak instant, in MB", is_result=True)
     console.table(*_parameters(rows), title="Parameters", is_result=True)
-    for method, blocks in found.get("by_module", {}).items():
-        console.table(*_blocks(blocks), title=f"{method}: held at the peak, in MB", is_result=True)
+    for row in rows:
+        if "by_module" in row:
+            console.table(*_modules(row["by_module"]), title=f"{_label(row, rows)}: held at the peak, in MB", is_result=True)
     if "measured" in found:
-        console.table(*_measured(found["measured"]), title="Measured, a real step, in MB", is_result=True)
+        console.table(*_measured(found["measured"]), title="A real step beside its prediction, in MB", is_result=True)
     for line in _closing(found):
         console.say(line)
 
 
-def _settings(rows: Sequence[Row]) -> list[str]:
-    """The columns that tell rows apart besides the method."""
-    pruned = [row for row in rows if row["prune_ratio"]]
-    keys = ["batch_size"] if len({row["batch_size"] for row in rows}) > 1 else []
-    return [*keys, *(["prune_ratio"] if len({row["prune_ratio"] for row in pruned}) > 1 else [])]
+def _is_grid(rows: Sequence[Row]) -> bool:
+    return len(rows) > len({row["method"] for row in rows})
 
 
-def _label(row: Row, settings: Sequence[str]) -> list[str]:
-    return [row["method"], *(console.value_text(key, row[key]) for key in settings)]
+def _settings_text(rows: Sequence[Row]) -> str:
+    """The settings that all rows share: `at batch size 8 (4 at a time) with adamw, bf16 weights, checkpoints`."""
+    row = rows[0]
+    shared = row["batch_size"] if len({row["batch_size"] for row in rows}) == 1 else None
+    parts = "" if row["micro_batch_size"] == row["batch_size"] else f" ({row['micro_batch_size']:,} at a time)"
+    batch = "" if shared is None else f"at batch size {shared:,}{parts} "
+    names = {"checkpointing": "checkpoints", "fused_backward": "fused backward", "offload": "offloaded optimizer"}
+    flags = [name for key, name in names.items() if row[key]]
+    how = ", ".join([row["optimizer"], f"{row['resident']} weights", *flags])
+    return f"{batch}with {how}; scoring at batch size {row['evaluation_batch_size']:,}"
 
 
-def _bytes(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    settings = _settings(rows)
-    columns = ["method", *(console.heading(key) for key in settings), *KINDS, "sum of maxima", "peak instant", "scoring"]
-    keys = [*(f"{kind}_bytes" for kind in KINDS), "sum_of_maxima_bytes", "training_peak_bytes", "evaluation_peak_bytes"]
-    return columns, [[*_label(row, settings), *(_mb(row[key]) for key in keys)] for row in rows]
+def _blocks_of_rows(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """The rows in tables that fit on a screen, each with the beginning of its title; of a grid, one method at a time."""
+    methods = dict.fromkeys(row["method"] for row in rows) if _is_grid(rows) else [None]
+    for method in methods:
+        mine = [row for row in rows if method in (None, row["method"])]
+        for start in range(0, len(mine), ABREAST):
+            yield "P" if method is None else f"{method}: p", mine[start : start + ABREAST]
 
 
-def _parameters(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    settings = [key for key in _settings(rows) if key == "prune_ratio"]
-    seen = {tuple(_label(row, settings)): row for row in rows}
+def _setting(row: Row, rows: Sequence[Row]) -> list[str]:
+    """The settings that tell a row apart from the others of its method."""
+    mine = [other for other in rows if other["method"] == row["method"]]
+    batch = [f"batch {row['batch_size']:,}"] if len({other["batch_size"] for other in rows}) > 1 else []
+    ratio = [f"r_p {row['prune_ratio']:.1%}"] if len({other["prune_ratio"] for other in mine}) > 1 else []
+    return [*batch, *ratio]
+
+
+def _label(row: Row, rows: Sequence[Row]) -> str:
+    return ", ".join([row["method"], *_setting(row, rows)])
+
+
+def _bytes(some: Sequence[Row], rows: Sequence[Row]) -> Table:
+    heads = [(", ".join(_setting(row, rows)) or row["method"]) if _is_grid(rows) else row["method"] for row in some]
+    return ["at most", *heads], [[name, *(_mb(row[key]) for row in some)] for name, key in FIGURES.items()]
+
+
+def _peaks(rows: Sequence[Row]) -> Table:
+    """The peaks of a grid, a line for each setting; a method that does not prune has its one figure at every ratio."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines: list[list[str]] = []
+    most = max((sum(row["method"] == method for row in rows), method) for method in methods)[1]
+    for row in (row for row in rows if row["method"] == most):
+        cells = []
+        for method in methods:
+            mine = [r for r in rows if r["method"] == method and r["batch_size"] == row["batch_size"]]
+            same = [r for r in mine if r["prune_ratio"] == row["prune_ratio"]] or mine
+            cells.append(_mb(same[0]["training_peak_bytes"]))
+        lines.append([", ".join(_setting(row, rows)), *cells])
+    return ["", *methods], lines
+
+
+def _parameters(rows: Sequence[Row]) -> Table:
+    seen: dict[tuple[str, float], Row] = {(row["method"], row["prune_ratio"]): row for row in rows}
+    ratios = any(len([1 for name, _ in seen if name == method]) > 1 for method, _ in seen)
     keys = ("total_parameters", "resident_parameters", "trainable_parameters")
-    columns = ["method", *(console.heading(key) for key in settings), "total", "resident", "trainable"]
-    return columns, [[*label, *(console.millions(row[key]) for key in keys)] for label, row in seen.items()]
+    lines = []
+    for (method, ratio), row in seen.items():
+        pruned = [f"{ratio:.1%}" if len([1 for name, _ in seen if name == method]) > 1 else ""] if ratios else []
+        lines.append([method, *pruned, *(console.millions(row[key]) for key in keys)])
+    return ["method", *(["r_p"] if ratios else []), "total", "resident", "trainable"], lines
 
 
-def _blocks(blocks: Mapping[str, Row]) -> tuple[list[str], list[list[str]]]:
-    rows = [[path, *(_mb(kinds[kind]) for kind in KINDS), _mb(sum(kinds.values()))] for path, kinds in blocks.items()]
-    return ["module", *KINDS, "sum"], rows
+def _modules(blocks: Mapping[str, Row]) -> Table:
+    lines = []
+    for path, kinds in blocks.items():
+        name = "batch, loss, step" if path == "outside" else path
+        rest = sum(kinds[kind] for kind in REST)
+        lines.append([name, *(_mb(kinds[kind]) for kind in KINDS), _mb(rest), _mb(sum(kinds.values()))])
+    return ["module", *KINDS, "rest", "sum"], lines
 
 
-def _measured(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def _measured(rows: Sequence[Row]) -> Table:
     reserved = any("max_reserved_bytes" in row for row in rows)
     keys = ["predicted_bytes", "measured_bytes", *(["max_reserved_bytes"] if reserved else [])]
     columns = ["method", "device", *(key.removesuffix("_bytes").replace("_", " ") for key in keys), "error", "process RSS"]
@@ -83,42 +145,50 @@ def _measured(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def _show_budget(budget: Row, found: Row, state: "State | None") -> None:
+def _show_budget(budget: Row) -> None:
     changes = budget["changes"]
-    peak = found["predicted"][-1]["peak_bytes"]
     if not changes:
-        console.result(f"The recipe fits in {budget['memory_budget']} as it is.")
+        console.result(f"It fits in {budget['memory_budget']} as it is.")
         return
+    from recap_cli.stages.budget import value_text
+
     rows = [
-        [c["key"], str(c["before"]).lower(), str(c["after"]).lower(), _mb(c["before_bytes"]), _mb(c["after_bytes"]), c["cost"]]
+        [c["key"], f"{value_text(c['before'])} → {value_text(c['after'])}", _mb(c["before_bytes"]), _mb(c["after_bytes"])]
         for c in changes
     ]
-    columns = ["setting", "was", "now", "peak before", "after", "what it costs"]
-    console.table(columns, rows, title=f"To fit in {budget['memory_budget']} (MB)", is_result=True)
-    sets = " ".join(f"--set {c['key']}={str(c['after']).lower()}" for c in changes)
-    if state is not None:
-        console.say(f"go on with these in the same state: recap run --state {shlex.quote(str(state.path))} {sets}")
-    else:
-        console.say(f"run with these: recap run {shlex.quote(found['target'])} {sets}")
-        console.say(f"or let init find them: --set finetune.memory_budget={budget['memory_budget']} (peak {_mb(peak)} MB)")
+    columns = ["setting", "change", "peak before", "after"]
+    console.table(columns, rows, title=f"Recap, to fit in {budget['memory_budget']} (MB)", is_result=True)
+    for change in changes:
+        console.result(f"{change['key']} costs {change['cost']}")
+    console.result("")
 
 
 def _closing(found: Row) -> Iterator[str]:
     yield from (f"note: {note}" for note in found["notes"])
     if "importance_peak_bytes" in found:
         yield f"importance on its device, the full model streamed: {_mb(found['importance_peak_bytes'])} MB at its peak"
-    yield (
-        "Columns are each kind's own maximum; their sum is how the paper counts, the peak instant is the most held at once. "
-        "Scoring is the peak of evaluating."
-    )
-    yield (
-        "Not in it, and on a GPU besides: cuBLAS's workspace (8 to 32 MiB), fragmentation of the allocator, and the CUDA "
-        "context (some 100 MB, outside the allocator)."
-    )
+    yield MEANING
+    yield f"Not included, and on a GPU besides: {', '.join(NOT_INCLUDED)}."
     for sentence in dict.fromkeys(s for row in found.get("measured", ()) for s in row["not_seen"]):
         yield f"not seen: {sentence}"
     for path in found.get("pictures", ()):
         yield f"wrote {path}"
+    if "budget" in found:
+        yield from _next(found["budget"])
+
+
+def _next(budget: Row) -> Iterator[str]:
+    held = max(budget["training_peak_bytes"], budget["evaluation_peak_bytes"])
+    yield (
+        f"{budget['memory_budget']} are {_mb(budget['budget_bytes'])} MB: {_mb(held)} MB of recap at its peak, "
+        f"{_mb(budget['workspace_bytes'])} MB allowed for cuBLAS"
+    )
+    if not budget["commands"]:
+        yield "in this state nothing is left to run with it"
+    else:
+        first, *others = budget["commands"]
+        yield f"run so: {first}"
+        yield from (f"or let init find the settings: {line}" for line in others)
 
 
 def _mb(count: float) -> str:

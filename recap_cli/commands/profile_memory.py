@@ -1,8 +1,8 @@
 """`recap profile-memory`: what finetuning will hold on its device, predicted or measured, and what fits a budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, cast
 
 import typer
 
@@ -12,11 +12,11 @@ from recap_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from recap_cli.recipe import Recipe
-    from recap_cli.stages.budget import Fit
     from recap_cli.stages.profile import Method, Outline
     from recap_cli.state import State
 
 Number = TypeVar("Number", int, float)
+MOST = 2**31  # examples in a batch: torch counts what it indexes so far
 
 Target = Annotated[
     str,
@@ -28,12 +28,31 @@ Target = Annotated[
     ),
 ]
 Methods = Annotated[str, typer.Option("--methods", metavar="LIST", help="Of full, head, lora, pre-ft and recap.")]
-BatchSizes = Annotated[str | None, typer.Option("--batch-sizes", metavar="LIST", help="A row for each batch size: 1,8,32.")]
-Ratios = Annotated[str | None, typer.Option("--ratios", metavar="LIST", help="A row for each r_p: 0.166,0.333,0.5.")]
-Budget = Annotated[str | None, typer.Option("--budget", metavar="SIZE", help="Find settings that fit, as in 2GiB.")]
-Measure = Annotated[bool, typer.Option("--measure", help="Take a few real steps too, on the recipe's finetune.device.")]
-ByModule = Annotated[bool, typer.Option("--by-module", help="What is held at the peak, block by block.")]
-Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Write pictures: a .png, .svg or .pdf.")]
+BatchSizes = Annotated[
+    str | None,
+    typer.Option("--batch-sizes", metavar="LIST", help="Predict for each finetune.batch_size of a list: 1,8,32."),
+]
+Ratios = Annotated[
+    str | None, typer.Option("--ratios", metavar="LIST", help="Predict for each prune.ratio of a list: 0.166,0.333,0.5.")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option("--budget", metavar="SIZE", help="Find settings that fit, as in 2GiB.", show_default="finetune.memory_budget"),
+]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Take real steps too, with random weights, on the recipe's finetune.device.")
+]
+ByModule = Annotated[bool, typer.Option("--by-module", help="Show what is held at the peak, block by block.")]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Write a picture: a .png, .svg or .pdf.")]
+
+
+class _Subject(NamedTuple):
+    """What is asked about: a recipe, or a state with its recipe, each with the overrides given, and the model's outline."""
+
+    recipe: "Recipe"
+    state: "State | None"
+    model: "Outline"
+    notes: list[str]
 
 
 def profile_memory(
@@ -55,46 +74,42 @@ def profile_memory(
     Example: [bold]recap profile-memory quickstart --methods full,lora,recap --batch-sizes 1,8,32[/bold]
     """
     sizes, shares = _numbers("--batch-sizes", batch_sizes, int), _numbers("--ratios", ratios, float)
-    recipe, state = _open(target, overrides or ())
     from recap_cli.commands import memory_tables as tables
     from recap_cli.stages import measure as measuring
     from recap_cli.stages import pictures, profile
 
     asked = _methods(methods)
+    if budget is not None:
+        _bytes_of(budget)
     if plot is not None:
         pictures.check(plot)
-    model, notes = _outline(recipe, state)
-    found: dict[str, Any] = {"target": target, "recipe": recipe.name, "notes": notes}
+    recipe, state, model, notes = _open(target, overrides or ())
+    _check_ratios(shares, ratios, asked, recipe)
+    if measure:
+        measuring.check(recipe)
+    if budget is None and state is None:
+        budget = recipe.finetune.memory_budget  # `run` would keep to it, too
+    found: dict[str, Any] = {"target": target, "recipe": recipe.name}
     if budget is not None:
-        fit = _fit(model, recipe, state, budget)
-        recipe, found["budget"] = fit.recipe, tables.budget_json(fit, budget)
+        found["budget"], recipe = _fit(_Subject(recipe, state, model, notes), target, overrides or (), budget)
     predictions = profile.grid(model, recipe, asked, sizes, shares, track=console.track)
     found["predicted"] = [prediction.to_json() for prediction in predictions]
-    if recipe.importance.device not in ("cpu", "auto"):
-        found["importance_peak_bytes"] = profile.importance_bytes(model, recipe)
     if by_module:
-        found["by_module"] = {p.method: profile.by_block(model, p.usage) for p in predictions}
+        for row, prediction in zip(found["predicted"], predictions, strict=True):
+            row["by_module"] = profile.by_block(model, prediction.usage)
+    if recipe.importance.device != "cpu":
+        found["importance_peak_bytes"] = profile.importance_bytes(model, recipe)
     if measure:
         found["measured"] = measuring.measure(model, recipe, asked, track=console.track)
     if plot is not None:
-        found["pictures"] = [str(path) for path in pictures.draw(found["predicted"], plot, recipe, sizes, shares)]
+        limit = None if budget is None else _bytes_of(budget)
+        given: dict[str, Any] = {"batch_sizes": sizes, "prune_ratios": shares, "budget_bytes": limit}
+        found["pictures"] = [str(path) for path in pictures.draw(found["predicted"], plot, title=recipe.name, **given)]
+    found["notes"] = [*notes, *_assumptions(model, recipe, asked, sizes, shares, measure)]
     if as_json:
-        console.emit_json(found)
+        console.emit_json(found | {"not_included": tables.NOT_INCLUDED})
     else:
-        tables.show(found, state)
-
-
-def _open(target: str, overrides: Sequence[str]) -> "tuple[Recipe, State | None]":
-    """The recipe that was named, or the state and its recipe."""
-    from recap_cli import recipe as recipes
-
-    if not Path(target).is_dir():
-        return recipes.read(target, overrides), None
-    from recap_cli.stages.settings import recipe_of
-    from recap_cli.state import State
-
-    state = State.open(target)
-    return recipe_of(state, overrides), state
+        tables.show(found)
 
 
 def _methods(text: str) -> "list[Method]":
@@ -105,44 +120,163 @@ def _methods(text: str) -> "list[Method]":
     if unknown or not given:
         what = f"there is no method {unknown[0]!r}" if unknown else "no method was named"
         hint = f"choose among {', '.join(METHODS)} (post-ft and movement hold at their peak what full does)"
-        raise UsageError(f"--methods {text}: {what}", hint=hint)
+        raise UsageError(f"--methods {text or repr(text)}: {what}", hint=hint)
     return list(dict.fromkeys(cast("list[Method]", given)))
 
 
 def _numbers(option: str, text: str | None, kind: Callable[[str], Number]) -> list[Number]:
     """The numbers of a list such as 1,8,32, each once."""
+    if text is None:
+        return []
+    is_share = kind is float
     try:
-        found = [] if text is None else [kind(part) for part in text.split(",")]
+        found = [kind(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"{option} {text}: numbers with commas between them are wanted, as in 1,8,32") from None
-    if any(not 0 < number < (1 if kind is float else 2**20) for number in found):
-        limits = "between 0 and 1" if kind is float else "from 1 on"
-        raise UsageError(f"{option} {text}: each must be {limits}", hint="see recap profile-memory --help")
+        found = []
+    if not found or not all(0 <= number < 1 if is_share else 0 < number < MOST for number in found):
+        wanted = "shares from 0 to below 1" if is_share else f"whole numbers from 1 to {MOST - 1:,}"
+        example = "0.166,0.333,0.5" if is_share else "1,8,32"
+        raise UsageError(
+            f"{option} {text or repr(text)}: expected {wanted}, with commas between them", hint=f"as in {option} {example}"
+        )
     return list(dict.fromkeys(found))
 
 
-def _outline(recipe: "Recipe", state: "State | None") -> "tuple[Outline, list[str]]":
-    """The model's outline, and what to tell of how it was come by."""
-    from recap_cli.stages import profile
-
-    if state is None:
-        labels, notes = profile.labels_of(recipe)
-        return profile.outline(recipe, labels), notes
-    from recap_cli.stages.context import Context
-
-    model = profile.outline_of(Context(state))
-    known = " and mask" if model.mask is not None else ""
-    return model, [f"the plan{known} of round {state.manifest.round} count"] if model.plan is not None else []
-
-
-def _fit(model: "Outline", recipe: "Recipe", state: "State | None", text: str) -> "Fit":
+def _bytes_of(budget: str) -> int:
     from recap_cli.recipe import bytes_of
-    from recap_cli.stages import budget
-    from recap_cli.stages.settings import EXECUTION
 
     try:
-        amount = bytes_of(text)
+        return bytes_of(budget)
     except ValueError as error:
-        raise UsageError(f"--budget: {error}") from None
+        hint = "units are B, KB, MB, GB and TB, and KiB, MiB, GiB and TiB"
+        raise UsageError(f"--budget {budget or repr(budget)}: {error}", hint=hint) from None
+
+
+def _check_ratios(shares: Sequence[float], text: str | None, methods: "Sequence[Method]", recipe: "Recipe") -> None:
+    from recap_cli.stages.profile import PRUNED
+
+    if shares and not any(method in PRUNED for method in methods):
+        raise UsageError(
+            f"--ratios {text}: none of the methods {', '.join(methods)} prunes", hint=f"--methods {','.join(PRUNED)}"
+        )
+    floor = recipe.prune.floor
+    if any(share + floor > 1 + 1e-9 for share in shares):
+        raise UsageError(
+            f"--ratios {text}: expected at most {1 - floor:g}, as prune.floor keeps {floor:g} of each layer",
+            hint=f"with less of it, --set prune.floor={max(0.0, 1 - max(shares)):.3g}, they go together",
+        )
+
+
+def _open(target: str, overrides: Sequence[str]) -> _Subject:
+    """The recipe that was named, or the state and its recipe; its model, and what to tell of how that was come by."""
+    from recap_cli import recipe as recipes
+    from recap_cli.stages import profile
+
+    if not Path(target).is_dir():
+        recipe = recipes.read(target, overrides)
+        labels, notes = profile.labels_of(recipe)
+        return _Subject(recipe, None, profile.outline(recipe, labels), notes)
+    from recap_cli.stages.context import Context
+    from recap_cli.stages.settings import recipe_of
+    from recap_cli.state import State
+
+    state = State.open(target)
+    recipe = recipe_of(state, overrides)
+    other = recipes.differences(recipe_of(state), recipe)
+    model, notes = _as_overridden(profile.outline_of(Context(state)), state, other)
+    return _Subject(recipe, state, model, notes)
+
+
+def _as_overridden(model: "Outline", state: "State", other: Sequence[str]) -> "tuple[Outline, list[str]]":
+    """The outline of a state without what its own plan or mask say nothing of, as these keys are `other` than its own."""
+    from dataclasses import replace
+
+    from recap_cli.manifest import quoted
+
+    fixed = [key for key in other if key.startswith(("model.", "task.")) or key == "data.image_size"]
+    if fixed:
+        raise UsageError(
+            f"--set {fixed[0]}: the model of the state {state.path} is what it is",
+            hint=f"ask with a recipe: recap profile-memory {quoted(state.path / state.manifest.recipe)} --set {fixed[0]}=…",
+        )
+    pruned = [key for key in other if key.startswith("prune.")]
+    masked = [key for key in other if key.startswith("mask.") and key != "mask.train_embeddings"]
+    notes = []
+    if model.plan is not None and pruned:
+        notes.append(f"{', '.join(pruned)} is not the state's own, and so its plan and mask do not count here")
+    elif model.mask is not None and masked:
+        notes.append(f"{', '.join(masked)} is not the state's own, and so its mask does not count here")
+    plan = None if pruned else model.plan
+    return replace(model, plan=plan, mask=None if masked or plan is None else model.mask), notes
+
+
+def _fit(subject: _Subject, target: str, overrides: Sequence[str], text: str) -> "tuple[dict[str, Any], Recipe]":
+    """What was changed for a budget, with the commands that run so, as plain values; and the recipe with the changes."""
+    from dataclasses import asdict
+
+    from recap_cli import recipe as recipes
+    from recap_cli.stages import budget
+    from recap_cli.stages.settings import EXECUTION, recipe_of
+
+    recipe, state, model, _ = subject
+    if state is not None:
+        fixed = [key for key in recipes.differences(recipe_of(state), recipe) if key not in EXECUTION]
+        if fixed:
+            raise UsageError(
+                f"--budget {text} --set {fixed[0]}: in a state only settings of execution may change, and {fixed[0]} is none",
+                hint=f"leave it out, or ask with a recipe; what may change is {', '.join(EXECUTION)}",
+            )
     may_change = (lambda _: True) if state is None else EXECUTION.__contains__
-    return budget.fit(model, recipe, amount, may_change=may_change, track=console.track)
+    fit = budget.fit(model, recipe, _bytes_of(text), may_change=may_change, track=console.track)
+    found = {
+        "memory_budget": text,
+        "budget_bytes": _bytes_of(text),
+        "workspace_bytes": budget.WORKSPACE_BYTES,
+        "training_peak_bytes": fit.prediction.usage.peak_bytes,
+        "evaluation_peak_bytes": fit.prediction.evaluation_bytes,
+        "changes": [asdict(change) for change in fit.changes],
+        "commands": list(_commands(subject, target, overrides, text, fit.changes)),
+    }
+    return found, fit.recipe
+
+
+def _commands(subject: _Subject, target: str, overrides: Sequence[str], text: str, changes: "Sequence[Any]") -> Iterator[str]:
+    """The command lines that run with the changes; none in a state that has nothing left to run."""
+    import shlex
+
+    from recap_cli.stages.budget import value_text
+    from recap_cli.stages.schedule import next_stage
+
+    recipe, state = subject.recipe, subject.state
+    if state is not None and next_stage(recipe, state) is None:
+        return
+    sets = [*overrides, *(f"{change.key}={value_text(change.after)}" for change in changes)]
+    if state is None and recipe.finetune.memory_budget is not None:
+        sets.append("finetune.memory_budget=null")  # which would change them once more
+    place = [target] if state is None else ["--state", target]
+    for given in (sets, [*overrides, f"finetune.memory_budget={text}"]) if state is None else (sets,):
+        yield shlex.join(["recap", "run", *place, *(word for value in given for word in ("--set", value))])
+
+
+def _assumptions(
+    model: "Outline",
+    recipe: "Recipe",
+    methods: "Sequence[Method]",
+    sizes: Sequence[int],
+    shares: Sequence[float],
+    measure: bool,
+) -> Iterator[str]:
+    """What the figures take for granted that the recipe does not say."""
+    from recap_cli.stages.profile import PRUNED
+
+    if any(method in PRUNED for method in methods):
+        if model.plan is None or shares:
+            yield "the groups to prune and to move are not chosen yet: here every layer gives the same share of them"
+        elif model.mask is None:
+            yield "recap and pre-ft have the state's own plan; the entries to move are not chosen yet"
+        else:
+            yield "recap and pre-ft have the state's own plan, and recap its mask"
+    if sizes and recipe.finetune.micro_batch_size is not None:
+        yield f"--batch-sizes are taken whole, without finetune.micro_batch_size={recipe.finetune.micro_batch_size}"
+    if measure and (sizes or shares):
+        yield "measured are the recipe's own batch size and ratio"

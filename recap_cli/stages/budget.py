@@ -1,24 +1,27 @@
 """Settings that fit a memory budget: found by prediction, in a stated order, never by trial and running out of memory.
 
 First what costs nothing, then what costs time, last what costs quality: `LADDER`. Each rung is one prediction. Where it has
-many values (micro-batches, ratios) it is two, at its ends, and one to check: the peak is affine in them where it is not flat.
+many values (micro-batches, ratios) it is one at the far end, one where a straight line to there meets the budget, and some more
+around that, as far as the peak is no straight line, until the first value that fits is known.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 from recap_cli import recipe as recipes
 from recap_cli.errors import BudgetError
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
-from recap_cli.stages.context import Context
-from recap_cli.stages.profile import Outline, Prediction, evaluation_bytes, outline, outline_of, predict
+from recap_cli.stages.context import Context, read_raw
+from recap_cli.stages.profile import Outline, Prediction, evaluation_bytes, importance_bytes, outline, outline_of, predict
 from recap_cli.state import State
 
 WORKSPACE_BYTES = 32 * 2**20  # what cuBLAS takes from the allocator on Hopper, 8.1 MiB before it: stated, not measured here
 MOST_FROZEN, MOST_PRUNED, RATIO_STEP = 0.95, 0.75, 0.005
+LINE_TRIES = 2  # values tried around the straight line's estimate, before what is left is halved
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ LADDER = (
     ),
 )
 SCORING = "evaluate.batch_size"
+IMPORTANCE = "importance.device"
 INT8 = {"finetune.resident": "int8"}  # quantized weights are for a user to choose
 
 
@@ -102,7 +106,8 @@ def fit(
     may_change: Callable[[str], bool] = lambda _: True,
     track: Track = silent,
 ) -> Fit:
-    """The settings nearest to the recipe's whose prediction, with cuBLAS's workspace, fits in `budget_bytes`.
+    """The settings nearest to the recipe's with which training, scoring and importance, if it is computed on an accelerator,
+    are predicted to fit in `budget_bytes` with cuBLAS's workspace.
 
     Raises `BudgetError` with the least that the rungs can do, if that is more.
     """
@@ -121,14 +126,23 @@ def fit(
     scored = _scoring(model, now, allowed, may_change)
     if scored.recipe != now.recipe:
         changes.append(_change(SCORING, "nothing: the validation data in smaller batches", now, scored, scoring=True))
+    if scored.evaluation_bytes > allowed:
+        raise _nothing_fits(model, scored, budget_bytes, may_change)
+    if moved := _importance(model, scored.recipe, allowed, may_change):
+        changes.append(moved)
+        scored = replace(scored, recipe=recipes.changed(scored.recipe, {IMPORTANCE: moved.after}))
     return Fit(scored.recipe, tuple(changes), scored)
 
 
 def solved(recipe: Recipe, track: Track = silent) -> tuple[Recipe, tuple[Change, ...]]:
-    """A recipe with settings that fit its `finetune.memory_budget`, and what was changed; as it is, if it has none."""
+    """A recipe with settings that fit its `finetune.memory_budget`, and what was changed; as it is, if it has none.
+
+    Reads the data for their labels, whose number is that of the head's rows. Raises `DataError` if it cannot.
+    """
     if recipe.finetune.memory_budget is None:
         return recipe, ()
-    found = fit(outline(recipe), recipe, recipes.bytes_of(recipe.finetune.memory_budget), track=track)
+    model = outline(recipe, read_raw(recipe).label_names)
+    found = fit(model, recipe, recipes.bytes_of(recipe.finetune.memory_budget), track=track)
     return found.recipe, found.changes
 
 
@@ -137,9 +151,16 @@ def told(amount: str, changes: Sequence[Change]) -> Iterator[str]:
     if not changes:
         yield f"fits the memory budget of {amount} as it is"
     for c in changes:
-        before, after = (json.dumps(value).replace('"', "") for value in (c.before, c.after))
         peaks = f"{_mb(c.before_bytes)} to {_mb(c.after_bytes)} predicted"
-        yield f"for the memory budget of {amount}: {c.key} from {before} to {after} ({peaks}); costs {c.cost}"
+        yield (
+            f"for the memory budget of {amount}: {c.key} from {value_text(c.before)} to {value_text(c.after)} ({peaks}); "
+            f"costs {c.cost}"
+        )
+
+
+def value_text(value: Any) -> str:
+    """A value as `--set` takes it."""
+    return json.dumps(value).replace('"', "")
 
 
 def as_solved(recipe: Recipe, state: State) -> Recipe:
@@ -154,13 +175,19 @@ def as_solved(recipe: Recipe, state: State) -> Recipe:
 def savings(here: Context) -> list[tuple[str, int]]:
     """What each setting by itself would save of the predicted peak of a state's next training step: (`key=value`, bytes)."""
     model, recipe = outline_of(here), here.recipe
-    now = predict(model, recipe, "recap").usage.peak_bytes
-    found = []
+    even = {
+        "mask.ratio": replace(model, mask=None),
+        "prune.ratio": replace(model, plan=None, mask=None),
+    }  # its own are for its own
+
+    def peak(of: Outline, settings: Recipe) -> int:
+        return predict(of, settings, "recap").usage.peak_bytes
+
+    now, found = peak(model, recipe), []
     for key, value in _single_changes(recipe):
-        if key.endswith("ratio"):  # the state's own plan and mask are for its own ratios
-            model = replace(model, mask=None, plan=None if key == "prune.ratio" else model.plan)
-        peak = predict(model, recipes.changed(recipe, {key: value}), "recap").usage.peak_bytes
-        found.append((f"{key}={json.dumps(value)}".replace('"', ""), now - peak))
+        before = peak(even[key], recipe) if key in even else now
+        saved = before - peak(even.get(key, model), recipes.changed(recipe, {key: value}))
+        found.append((f"{key}={value_text(value)}", saved))
     return [(choice, saved) for choice, saved in found if saved > 0]
 
 
@@ -183,23 +210,29 @@ def _climb(model: Outline, now: Prediction, rung: Rung, allowed: int) -> Predict
     def at(value: Any) -> Prediction:
         return predict(model, recipes.changed(now.recipe, {rung.key: value}), "recap")
 
-    last = at(values[-1])
-    if len(values) == 1 or last.usage.peak_bytes > allowed:
-        return last
-    for value in _from_estimate(values, rung.size, _current(now.recipe, rung.key), now, last, allowed):
-        found = last if value == values[-1] else at(value)
-        if found.usage.peak_bytes <= allowed:
-            return found
-    return last
+    found = at(values[-1])
+    if found.usage.peak_bytes > allowed:
+        return found
+    sizes = [rung.size(value) for value in values]
+    low, high = -1, len(values) - 1  # the one does not fit, the other does
+    guess, tries = _estimate(sizes, rung.size(_current(now.recipe, rung.key)), now, found, allowed), 0
+    while high - low > 1:
+        guess = min(max(guess, low + 1), high - 1)
+        tried, tries = at(values[guess]), tries + 1
+        if fits := tried.usage.peak_bytes <= allowed:
+            high, found = guess, tried
+        else:
+            low = guess
+        near = guess - 1 if fits else guess + 1
+        guess = near if tries < LINE_TRIES else (low + high) // 2
+    return found
 
 
-def _from_estimate(
-    values: Sequence[Any], size: Callable[[Any], float], start: Any, first: Prediction, last: Prediction, allowed: int
-) -> Iterable[Any]:
-    """The values from the one on that should fit, if the peak were affine in `size` between the two that are known."""
-    rise = (first.usage.peak_bytes - last.usage.peak_bytes) / (size(start) - size(values[-1]))
+def _estimate(sizes: Sequence[float], start: float, first: Prediction, last: Prediction, allowed: int) -> int:
+    """The place of the first value that should fit, if the peak were affine in the size between the two that are known."""
+    rise = (first.usage.peak_bytes - last.usage.peak_bytes) / (start - sizes[-1])
     room = allowed - last.usage.peak_bytes
-    return [value for value in values if rise * (size(value) - size(values[-1])) <= room] or [values[-1]]
+    return next((at for at, size in enumerate(sizes) if rise * (size - sizes[-1]) <= room), len(sizes) - 1)
 
 
 def _scoring(model: Outline, now: Prediction, allowed: int, may_change: Callable[[str], bool]) -> Prediction:
@@ -210,6 +243,14 @@ def _scoring(model: Outline, now: Prediction, allowed: int, may_change: Callable
         recipe = recipes.changed(now.recipe, {SCORING: size})
         peak = evaluation_bytes(model, recipe, "recap")
     return replace(now, recipe=recipe, evaluation_bytes=peak)
+
+
+def _importance(model: Outline, recipe: Recipe, allowed: int, may_change: Callable[[str], bool]) -> Change | None:
+    """Importance back to the CPU, if an accelerator is to compute it (`auto` may mean one) and has not the memory."""
+    device = recipe.importance.device
+    if device == "cpu" or not may_change(IMPORTANCE) or (peak := importance_bytes(model, recipe)) <= allowed:
+        return None
+    return Change(IMPORTANCE, device, "cpu", peak, 0, "time: importance is computed on the CPU")
 
 
 def _current(recipe: Recipe, key: str) -> Any:
@@ -224,17 +265,32 @@ def _change(key: str, cost: str, before: Prediction, after: Prediction, *, scori
 
 
 def _nothing_fits(model: Outline, least: Prediction, budget_bytes: int, may_change: Callable[[str], bool]) -> BudgetError:
-    needed = least.usage.peak_bytes + WORKSPACE_BYTES
-    settings = ", ".join(f"{rung.key}={_current(least.recipe, rung.key)}" for rung in LADDER if may_change(rung.key))
-    hint = f"a budget of {_mb(needed)} fits"
+    def least_bytes(recipe: Recipe) -> int:
+        training = least.usage if recipe is least.recipe else predict(model, recipe, "recap").usage
+        size = 1 if may_change(SCORING) else recipe.evaluate.batch_size
+        scoring = evaluation_bytes(model, recipes.changed(recipe, {SCORING: size}), "recap")
+        return max(training.peak_bytes, scoring) + WORKSPACE_BYTES
+
+    needed = least_bytes(least.recipe)
+    keys = [rung.key for rung in LADDER if may_change(rung.key)]
+    settings = ", ".join(f"{key}={value_text(_current(least.recipe, key))}" for key in keys)
+    hint = f"a budget of {_enough(needed)} fits"
     if may_change("finetune.resident") and least.recipe.finetune.resident != "int8":
-        smaller = predict(model, recipes.changed(least.recipe, INT8), "recap").usage.peak_bytes + WORKSPACE_BYTES
-        hint += f"; with --set finetune.resident=int8, which is not chosen here, one of {_mb(smaller)}"
+        int8 = least_bytes(recipes.changed(least.recipe, INT8))
+        if int8 <= needed - 1e5:
+            hint += f"; with --set finetune.resident=int8, which is not chosen here, one of {_enough(int8)}"
+    if fixed := [rung.key for rung in LADDER if not may_change(rung.key)]:
+        hint += f"; a new state may have another {' and '.join(fixed)}, too: ask with its recipe"
     return BudgetError(
-        f"nothing fits in {_mb(budget_bytes)}: the least is {_mb(needed)}, with {settings} "
+        f"nothing fits in {budget_bytes // 10**5 / 10:.1f}MB: the least is {_enough(needed)}, with {settings} "
         f"({_mb(WORKSPACE_BYTES)} of it allowed for cuBLAS)",
         hint=hint,
     )
+
+
+def _enough(count: int) -> str:
+    """A budget that is no less than `count` bytes, as `--budget` takes it."""
+    return f"{ceil(count / 1e5) / 10:.1f}MB"
 
 
 def _mb(count: int) -> str:

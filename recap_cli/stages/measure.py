@@ -11,21 +11,28 @@ import psutil
 import torch
 from torch import Tensor
 
-from recap_cli.errors import StorageError
+from recap_cli.errors import DeviceMemoryError, StorageError
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
 from recap_cli.runtime import devices, memory
 from recap_cli.runtime.prediction import Step, take_step, usage
-from recap_cli.runtime.tracker import KINDS
+from recap_cli.runtime.tracker import KINDS, Usage
 from recap_cli.stages.profile import Method, Outline, predict, prepare
 
+KERNELS = "what CUDA's kernels take: this device has others, and is compared with a prediction for its own"
 STEPS = 3  # the allocator's peak is that of the second and third; the first makes what is made once
+
+
+def check(recipe: Recipe) -> None:
+    """Raise `RecipeError` if the recipe's `finetune.device` is not there."""
+    devices.pick(recipe.finetune.device)
 
 
 def measure(model: Outline, recipe: Recipe, methods: Sequence[Method], track: Track = silent) -> list[dict[str, Any]]:
     """Predicted beside measured bytes of each method's training step, by kind, on the recipe's `finetune.device`.
 
-    Raises `RecipeError` if the device is not there, `StorageError` if the tensors would not fit into this machine's memory.
+    Raises `RecipeError` if the device is not there, `StorageError` if the tensors would not fit into this machine's memory,
+    `DeviceMemoryError` if the step would not fit into that of the GPU.
     """
     device = devices.pick(recipe.finetune.device)
     return [_measured(model, recipe, method, device) for method in track(methods, "measure", len(methods))]
@@ -33,14 +40,17 @@ def measure(model: Outline, recipe: Recipe, methods: Sequence[Method], track: Tr
 
 def _measured(model: Outline, recipe: Recipe, method: Method, device: torch.device) -> dict[str, Any]:
     predicted = predict(model, recipe, method, kernels="cuda" if device.type == "cuda" else "cpu")
-    _check_room(predicted.usage.peak_bytes, method, device)
+    _check_room(predicted.usage, method, device)
     torch.manual_seed(recipe.seed)
     step, _ = prepare(model, recipe, method, random_tensors, device=device)
     seen = _allocated(step, device) if device.type == "cuda" else {}
     counted = usage(step)
     measured = seen.get("max_allocated_bytes", counted.peak_bytes)
+    facts = memory.measured(device, None)
+    facts["not_seen"] += [] if device.type == "cuda" else [KERNELS]
     return {
         "method": method,
+        "batch_size": recipe.finetune.batch_size,
         "predicted_bytes": predicted.usage.peak_bytes,
         "measured_bytes": measured,
         "error_share": predicted.usage.peak_bytes / measured - 1,
@@ -48,7 +58,7 @@ def _measured(model: Outline, recipe: Recipe, method: Method, device: torch.devi
         **{f"{kind}_bytes": counted.maxima[kind] for kind in KINDS},
         "at_peak": {f"{kind}_bytes": counted.at_peak[kind] for kind in KINDS},
         "counted_bytes": counted.peak_bytes,
-        **memory.measured(device, None),
+        **facts,
     }
 
 
@@ -74,10 +84,19 @@ def random_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _check_room(needed: int, method: str, device: torch.device) -> None:
-    free = psutil.virtual_memory().available
-    if device.type == "cpu" and needed > free:
+def _check_room(predicted: Usage, method: str, device: torch.device) -> None:
+    """Refuse what would not fit, before anything is made. The weights are made in main memory, whatever the device."""
+    needed = predicted.maxima["weights"] if device.type == "cuda" else predicted.peak_bytes
+    hint = "leave out --measure: the prediction needs none of it"
+    if needed > (free := psutil.virtual_memory().available):
         raise StorageError(
-            f"a real step of {method} holds about {needed / 1e6:,.0f} MB, and this machine has {free / 1e6:,.0f} MB free",
-            hint="leave out --measure: the prediction needs none of it",
+            f"a real step of {method} holds about {_mb(needed)}, and this machine has {_mb(free)} free", hint=hint
         )
+    if device.type == "cuda" and predicted.peak_bytes > (free := torch.cuda.mem_get_info(device)[0]):
+        raise DeviceMemoryError(
+            f"a real step of {method} holds about {_mb(predicted.peak_bytes)}, and {device} has {_mb(free)} free", hint=hint
+        )
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"

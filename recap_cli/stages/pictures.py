@@ -4,21 +4,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recap_cli.recipe import Recipe, bytes_of
+from recap_cli.errors import StorageError
 from recap_cli.runtime import figures
 
 
 def check(path: Path) -> None:
     """Raise `UsageError` or `StorageError` if no picture can be written to `path`."""
     figures.check_path(path)
+    if path.is_dir():
+        raise StorageError(f"{path} cannot be written: it is a folder", hint=f"name a file in it: {path / 'memory.svg'}")
 
 
 def draw(
-    rows: Sequence[Mapping[str, Any]], path: Path, recipe: Recipe, batch_sizes: Sequence[int], prune_ratios: Sequence[float]
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    title: str,
+    batch_sizes: Sequence[int] = (),
+    prune_ratios: Sequence[float] = (),
+    budget_bytes: int | None = None,
 ) -> list[Path]:
-    """Write the bars of these predictions to `path`, or their curves beside it; the paths of what was written."""
-    budget = recipe.finetune.memory_budget
-    given: dict[str, Any] = {"title": recipe.name, "budget_bytes": None if budget is None else bytes_of(budget)}
+    """Write the bars of these predictions to `path`, or their curves, beside it if they are of both settings; returns the
+    paths of what was written.
+    """
+    given: dict[str, Any] = {"title": title, "budget_bytes": budget_bytes}
     grids: dict[figures.By, Sequence[float]] = {"batch_size": batch_sizes, "prune_ratio": prune_ratios}
     curves = [by for by, values in grids.items() if len(values) > 1]
     if not curves:

@@ -22,7 +22,7 @@ from recap_cli.core.scoring import group_scores
 from recap_cli.core.selection import select
 from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import indices
-from recap_cli.errors import DataError
+from recap_cli.errors import ConformanceError, DataError
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
 from recap_cli.runtime import low_rank, models, tasks
@@ -116,7 +116,14 @@ def outline(recipe: Recipe, label_names: Sequence[str] = ()) -> Outline:
         image_size=recipe.data.image_size,
     )
     adapter, skeleton = models.adapter_of(spec), models.skeleton(spec)
-    return Outline(spec, adapter, Layout.of(adapter, skeleton), models.tensors_of(skeleton))
+    try:
+        layout = Layout.of(adapter, skeleton)
+    except LookupError as error:  # the adapter's, as in `conformance`: a model without layers, or of another layout
+        raise ConformanceError(
+            f"the adapter {spec.model_type!r} does not describe this model ({spec.library}): {error}",
+            hint="look at the number of layers in model.config, or in the config.json of the model's folder",
+        ) from error
+    return Outline(spec, adapter, layout, models.tensors_of(skeleton))
 
 
 def labels_of(recipe: Recipe) -> tuple[list[str], list[str]]:
@@ -207,7 +214,9 @@ def importance_bytes(model: Outline, recipe: Recipe, kernels: Kernels = "cuda") 
 
 
 def by_block(model: Outline, usage: Usage) -> dict[str, dict[str, int]]:
-    """What was held at the peak, by the model's blocks in their order, and by the module at the top for what is in none."""
+    """What was held at the peak, by the model's blocks in their order, and by the module at the top for what is in none: what
+    holds the blocks stands before them, the head after; last "outside", the batch, the loss and the optimizer's step.
+    """
     blocks = list(dict.fromkeys(axis.name.rpartition(".")[0] for axis in model.layout.axes))
     found: dict[str, dict[str, int]] = {}
     for path, kinds in usage.by_module.items():
@@ -215,7 +224,14 @@ def by_block(model: Outline, usage: Usage) -> dict[str, dict[str, int]]:
         row = found.setdefault(block or "outside", dict.fromkeys(KINDS, 0))
         for kind, count in kinds.items():
             row[kind] += count
-    return dict(sorted(found.items(), key=lambda item: blocks.index(item[0]) if item[0] in blocks else -1))
+
+    def place(name: str) -> int:
+        if name in blocks:
+            return blocks.index(name)
+        holds = any(block.startswith(f"{name}.") for block in blocks)
+        return -1 if holds else len(blocks) + (name == "outside")
+
+    return dict(sorted(found.items(), key=lambda item: place(item[0])))
 
 
 def prepare(model: Outline, recipe: Recipe, method: Method, like: Like, device: torch.device | str = "cpu") -> tuple[Step, int]:
