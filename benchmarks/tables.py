@@ -30,9 +30,9 @@ def partial_memory(found: Result) -> str:
     return f"""## Memory of a partial update
 
 12 feedforward blocks 768 → 3072 → 768 (GELU, no biases), 197 tokens, fp32, SGD with momentum; the bar was
-{found["bar_mb"]} MB. All but the last column are *predicted* by RECAP's tracker over fake tensors (torch's own private one gave
-the same figures); the last is *measured* by the same tracker over a real step on the CPU. A category's figure is its maximum over the step; the peak
-is the most that is held at one instant, temporaries included.
+{found["bar_mb"]} MB. All but the last column are *predicted* by RECAP's tracker over fake tensors (torch's own private one
+gave the same figures); the last is *measured* by the same tracker over a real step on the CPU. A kind's figure is its
+maximum over the step; the peak is the most that is held at one instant, temporaries included.
 
 The share of entries that may move is the same in every row, but not which: "rows" is 12.5 % of the rows of fc1 and of
 fc2; "neurons" is the rows of fc1 and the columns of fc2 of the same 12.5 % of the neurons, as RECAP's mask chooses

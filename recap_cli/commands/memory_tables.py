@@ -10,15 +10,16 @@ FIGURES = {
     "gradients": "gradients_bytes",
     "optimizer state": "optimizer_bytes",
     "activations": "activations_bytes",
-    "sum of these maxima": "sum_of_maxima_bytes",
+    "sum of maxima": "sum_of_maxima_bytes",
     "temporary": "temporary_bytes",
     "other": "other_bytes",
     "peak instant": "training_peak_bytes",
-    "scoring, at its peak": "evaluation_peak_bytes",
+    "scoring at peak": "evaluation_peak_bytes",
 }
+SETTINGS = {"batch_size": "batch size", "prune_ratio": "prune.ratio"}
 KINDS = ("weights", "gradients", "optimizer", "activations")
 REST = ("temporary", "other")
-ABREAST = 5  # columns of figures in one table, for 80 characters
+ABREAST, MODULE = 5, 15  # columns of figures in one table, and characters of a module's path: for a width of 80
 MEANING = (
     "Each kind's line is its own maximum over a training step; the sum of the first four is how the paper counts. "
     "The peak instant is the most held at once, of all kinds."
@@ -37,17 +38,17 @@ def show(found: Mapping[str, Any]) -> None:
     if "budget" in found:
         _show_budget(found["budget"])
     rows = found["predicted"]
-    console.result(f"{found['recipe']}: finetuning {_settings_text(rows)}")
+    console.result(f"{found['recipe']}, in MB (10⁶ bytes): finetuning {_settings_text(rows)}")
     for title, some in _blocks_of_rows(rows):
-        console.table(*_bytes(some, rows), title=f"{title}redicted, in MB (10⁶ bytes)", is_result=True)
+        console.table(*_bytes(some, rows), title=f"{title}redicted", is_result=True)
     if _is_grid(rows) and len({row["method"] for row in rows}) > 1:
-        console.table(*_peaks(rows), title="Peak instant, in MB", is_result=True)
+        console.table(*_peaks(rows), title="Peak instant", is_result=True)
     console.table(*_parameters(rows), title="Parameters", is_result=True)
     for row in rows:
         if "by_module" in row:
-            console.table(*_modules(row["by_module"]), title=f"{_label(row, rows)}: held at the peak, in MB", is_result=True)
+            console.table(*_modules(row["by_module"]), title=f"{_label(row, rows)}: held at the peak", is_result=True)
     if "measured" in found:
-        console.table(*_measured(found["measured"]), title="A real step beside its prediction, in MB", is_result=True)
+        console.table(*_measured(found["measured"]), title="A real step beside its prediction", is_result=True)
     for line in _closing(found):
         console.say(line)
 
@@ -77,21 +78,23 @@ def _blocks_of_rows(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
             yield "P" if method is None else f"{method}: p", mine[start : start + ABREAST]
 
 
-def _setting(row: Row, rows: Sequence[Row]) -> list[str]:
-    """The settings that tell a row apart from the others of its method."""
+def _setting(row: Row, rows: Sequence[Row]) -> dict[str, str]:
+    """The settings that tell a row apart from the others of its method, by what they are called."""
     mine = [other for other in rows if other["method"] == row["method"]]
-    batch = [f"batch {row['batch_size']:,}"] if len({other["batch_size"] for other in rows}) > 1 else []
-    ratio = [f"r_p {row['prune_ratio']:.1%}"] if len({other["prune_ratio"] for other in mine}) > 1 else []
-    return [*batch, *ratio]
+    differ = [key for key in SETTINGS if len({other[key] for other in mine}) > 1]
+    return {SETTINGS[key]: f"{row[key]:,}" if key == "batch_size" else f"{row[key]:.1%}" for key in differ}
 
 
 def _label(row: Row, rows: Sequence[Row]) -> str:
-    return ", ".join([row["method"], *_setting(row, rows)])
+    return ", ".join([row["method"], *(f"{name} {value}" for name, value in _setting(row, rows).items())])
 
 
 def _bytes(some: Sequence[Row], rows: Sequence[Row]) -> Table:
-    heads = [(", ".join(_setting(row, rows)) or row["method"]) if _is_grid(rows) else row["method"] for row in some]
-    return ["at most", *heads], [[name, *(_mb(row[key]) for row in some)] for name, key in FIGURES.items()]
+    settings = [_setting(row, rows) for row in some]
+    heads = [", ".join(each.values()) or row["method"] for each, row in zip(settings, some, strict=True)]
+    return [", ".join(settings[0]) or "at most", *heads], [
+        [name, *(_mb(row[key]) for row in some)] for name, key in FIGURES.items()
+    ]
 
 
 def _peaks(rows: Sequence[Row]) -> Table:
@@ -105,8 +108,9 @@ def _peaks(rows: Sequence[Row]) -> Table:
             mine = [r for r in rows if r["method"] == method and r["batch_size"] == row["batch_size"]]
             same = [r for r in mine if r["prune_ratio"] == row["prune_ratio"]] or mine
             cells.append(_mb(same[0]["training_peak_bytes"]))
-        lines.append([", ".join(_setting(row, rows)), *cells])
-    return ["", *methods], lines
+        lines.append([*_setting(row, rows).values(), *cells])
+    names = next((list(_setting(row, rows)) for row in rows if row["method"] == most), [])
+    return [*names, *methods], lines
 
 
 def _parameters(rows: Sequence[Row]) -> Table:
@@ -117,13 +121,14 @@ def _parameters(rows: Sequence[Row]) -> Table:
     for (method, ratio), row in seen.items():
         pruned = [f"{ratio:.1%}" if len([1 for name, _ in seen if name == method]) > 1 else ""] if ratios else []
         lines.append([method, *pruned, *(console.millions(row[key]) for key in keys)])
-    return ["method", *(["r_p"] if ratios else []), "total", "resident", "trainable"], lines
+    return ["method", *([SETTINGS["prune_ratio"]] if ratios else []), "total", "resident", "trainable"], lines
 
 
 def _modules(blocks: Mapping[str, Row]) -> Table:
     lines = []
     for path, kinds in blocks.items():
-        name = "batch, loss, step" if path == "outside" else path
+        short = path if len(path) <= MODULE else f"…{'.'.join(path.split('.')[-2:])}"
+        name = "outside modules" if path == "outside" else short
         rest = sum(kinds[kind] for kind in REST)
         lines.append([name, *(_mb(kinds[kind]) for kind in KINDS), _mb(rest), _mb(sum(kinds.values()))])
     return ["module", *KINDS, "rest", "sum"], lines
@@ -180,8 +185,8 @@ def _closing(found: Row) -> Iterator[str]:
 def _next(budget: Row) -> Iterator[str]:
     held = max(budget["training_peak_bytes"], budget["evaluation_peak_bytes"])
     yield (
-        f"{budget['memory_budget']} are {_mb(budget['budget_bytes'])} MB: {_mb(held)} MB of recap at its peak, "
-        f"{_mb(budget['workspace_bytes'])} MB allowed for cuBLAS"
+        f"of {budget['memory_budget']}, recap takes {_mb(held)} MB at its peak, and "
+        f"{_mb(budget['workspace_bytes'])} MB are allowed for cuBLAS"
     )
     if not budget["commands"]:
         yield "in this state nothing is left to run with it"

@@ -163,7 +163,7 @@ def _check_ratios(shares: Sequence[float], text: str | None, methods: "Sequence[
     if any(share + floor > 1 + 1e-9 for share in shares):
         raise UsageError(
             f"--ratios {text}: expected at most {1 - floor:g}, as prune.floor keeps {floor:g} of each layer",
-            hint=f"with less of it, --set prune.floor={max(0.0, 1 - max(shares)):.3g}, they go together",
+            hint=f"with --set prune.floor={1 - max(shares):.3g} it can",
         )
 
 
@@ -250,6 +250,7 @@ def _commands(subject: _Subject, target: str, overrides: Sequence[str], text: st
     recipe, state = subject.recipe, subject.state
     if state is not None and next_stage(recipe, state) is None:
         return
+    overrides = [given for given in overrides if not given.startswith("finetune.memory_budget=")]
     sets = [*overrides, *(f"{change.key}={value_text(change.after)}" for change in changes)]
     if state is None and recipe.finetune.memory_budget is not None:
         sets.append("finetune.memory_budget=null")  # which would change them once more
@@ -271,9 +272,9 @@ def _assumptions(
 
     if any(method in PRUNED for method in methods):
         if model.plan is None or shares:
-            yield "the groups to prune and to move are not chosen yet: here every layer gives the same share of them"
+            yield "groups to prune and to move are taken evenly from all layers here; a real choice differs a little"
         elif model.mask is None:
-            yield "recap and pre-ft have the state's own plan; the entries to move are not chosen yet"
+            yield "recap and pre-ft have the state's own plan here; the entries to move are an even share of every layer"
         else:
             yield "recap and pre-ft have the state's own plan, and recap its mask"
     if sizes and recipe.finetune.micro_batch_size is not None:

@@ -94,6 +94,7 @@ LADDER = (
     ),
 )
 SCORING = "evaluate.batch_size"
+MICRO = "finetune.micro_batch_size"
 IMPORTANCE = "importance.device"
 INT8 = {"finetune.resident": "int8"}  # quantized weights are for a user to choose
 
@@ -113,16 +114,24 @@ def fit(
     """
     allowed = budget_bytes - WORKSPACE_BYTES
     changes: list[Change] = []
-    now = predict(model, recipe, "recap")
+    now, spare = (
+        predict(model, recipe, "recap"),
+        list[Rung](),
+    )  # spare: what did not help at its turn, as all was held elsewhere
     for rung in track([rung for rung in LADDER if may_change(rung.key)], "fit the budget"):
-        if now.usage.peak_bytes <= allowed:
-            continue
-        after = _climb(model, now, rung, allowed)
-        if after.usage.peak_bytes < now.usage.peak_bytes:
-            changes.append(_change(rung.key, rung.cost, now, after))
-            now = after
+        for turn in [rung, *spare]:
+            if now.usage.peak_bytes <= allowed:
+                break
+            after = _climb(model, now, turn, allowed)
+            if after.usage.peak_bytes < now.usage.peak_bytes:
+                changes.append(_change(turn.key, turn.cost, now, after))
+                now, spare = after, [other for other in spare if other is not turn]
+            elif turn is rung:
+                spare.append(rung)
+                break  # nothing has changed for the others
     if now.usage.peak_bytes > allowed:
         raise _nothing_fits(model, now, budget_bytes, may_change)
+    now, changes = _larger_parts(model, now, changes, recipe.finetune.micro_batch_size, allowed)
     scored = _scoring(model, now, allowed, may_change)
     if scored.recipe != now.recipe:
         changes.append(_change(SCORING, "nothing: the validation data in smaller batches", now, scored, scoring=True))
@@ -211,7 +220,7 @@ def _climb(model: Outline, now: Prediction, rung: Rung, allowed: int) -> Predict
         return predict(model, recipes.changed(now.recipe, {rung.key: value}), "recap")
 
     found = at(values[-1])
-    if found.usage.peak_bytes > allowed:
+    if len(values) == 1 or found.usage.peak_bytes > allowed:
         return found
     sizes = [rung.size(value) for value in values]
     low, high = -1, len(values) - 1  # the one does not fit, the other does
@@ -226,6 +235,28 @@ def _climb(model: Outline, now: Prediction, rung: Rung, allowed: int) -> Predict
         near = guess - 1 if fits else guess + 1
         guess = near if tries < LINE_TRIES else (low + high) // 2
     return found
+
+
+def _larger_parts(
+    model: Outline, now: Prediction, changes: Sequence[Change], first: int | None, allowed: int
+) -> tuple[Prediction, list[Change]]:
+    """Micro-batches once more, where switches after them made room: no smaller than they must be now; and all changes."""
+    at = next((at for at, change in enumerate(changes) if change.key == MICRO), len(changes))
+    later = changes[at + 1 :]
+    if not later or any(change.key.endswith("ratio") for change in later):
+        return now, list(changes)
+    whole, peak = now, changes[at].before_bytes
+    recipe = recipes.changed(now.recipe, {MICRO: first, **{change.key: change.before for change in later}})
+    redone = list(changes[:at])
+    for change in later:
+        recipe = recipes.changed(recipe, {change.key: change.after})
+        whole = predict(model, recipe, "recap")
+        redone.append(replace(change, before_bytes=peak, after_bytes=whole.usage.peak_bytes))
+        peak = whole.usage.peak_bytes
+    if peak <= allowed:
+        return whole, redone
+    again = _climb(model, whole, next(rung for rung in LADDER if rung.key == MICRO), allowed)
+    return again, [*redone, _change(MICRO, changes[at].cost, whole, again)]
 
 
 def _estimate(sizes: Sequence[float], start: float, first: Prediction, last: Prediction, allowed: int) -> int:

@@ -25,10 +25,10 @@ from recap_cli.core.surgery import indices
 from recap_cli.errors import ConformanceError, DataError
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
-from recap_cli.runtime import low_rank, models, tasks
+from recap_cli.runtime import low_rank, models, outlines, tasks
 from recap_cli.runtime.models import ModelSpec
 from recap_cli.runtime.prediction import Fakes, Kernels, Step
-from recap_cli.runtime.tracker import KINDS, Usage
+from recap_cli.runtime.tracker import GRANULE_BYTES, KINDS, Kind, Usage
 from recap_cli.runtime.training import Batch
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context, Layout
@@ -39,6 +39,7 @@ METHODS: tuple[Method, ...] = ("full", "head", "lora", "pre-ft", "recap")
 PRUNED: tuple[Method, ...] = ("pre-ft", "recap")
 Like = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 TAYLOR = Criterion(score=lambda weight, grad: (weight * grad).square_(), needs="mean")  # eq. (1), as the plugin `taylor` has it
+MICRO_BATCHES = 3  # the first, the last, and one for all between, each of which holds what the others there do
 SEED = 0  # of the groups that a prediction takes for chosen
 
 
@@ -106,7 +107,7 @@ class Prediction:
 
 def outline(recipe: Recipe, label_names: Sequence[str] = ()) -> Outline:
     """The outline of a recipe's model; reads its configuration and nothing else. Raises `ModelError`, `PluginError`."""
-    spec = models.outline(
+    spec = outlines.outline(
         library=recipe.model.library,
         name=recipe.model.name,
         config=recipe.model.config,
@@ -152,10 +153,13 @@ def outline_of(here: Context) -> Outline:
 
 def predict(model: Outline, recipe: Recipe, method: Method, *, kernels: Kernels = "cuda") -> Prediction:
     """What finetuning by a method holds with the settings of a recipe; the other methods use them too, as far as they can."""
-    fakes = Fakes()
-    step, resident = prepare(model, recipe, method, fakes.like)
+    fakes, tune = Fakes(), recipe.finetune
+    size = min(tune.batch_size, MICRO_BATCHES * (tune.micro_batch_size or tune.batch_size))
+    step, resident = prepare(model, recipes.changed(recipe, {"finetune.batch_size": size}), method, fakes.like)
     trainable = sum(slot.leaf.numel() for slot in step.optimizer.slots)
-    usage = fakes.usage(step, kernels)
+    usage = _with_other(
+        fakes.usage(step, kernels), _held_bytes(model, recipe, tune.batch_size) - _held_bytes(model, recipe, size)
+    )
     evaluation = _scored(fakes, model, recipe, step, kernels)
     parameters = {name for name, _ in models.skeleton(model.spec).named_parameters()}
     total = sum(model.tensors[name].numel() for name in parameters)
@@ -166,6 +170,22 @@ def evaluation_bytes(model: Outline, recipe: Recipe, method: Method, *, kernels:
     """The peak of scoring alone, as `predict` has it beside that of a training step."""
     fakes = Fakes()
     return _scored(fakes, model, recipe, prepare(model, recipe, method, fakes.like)[0], kernels)
+
+
+def _held_bytes(model: Outline, recipe: Recipe, size: int) -> int:
+    """What a batch of `size` examples takes, in the allocator's granules."""
+    counts_bytes = (tensor.numel() * tensor.element_size() for tensor in batch_of(model.spec, recipe, size).values())
+    return sum(-(-count // GRANULE_BYTES) * GRANULE_BYTES for count in counts_bytes)
+
+
+def _with_other(usage: Usage, more_bytes: int) -> Usage:
+    """The same with `more_bytes` of the batch, which is held from the beginning of a step to its end."""
+
+    def more(kinds: Mapping[Kind, int]) -> dict[Kind, int]:
+        return {**kinds, "other": kinds.get("other", 0) + more_bytes}
+
+    by_module = {**usage.by_module, "": more(usage.by_module.get("", {}))} if more_bytes else usage.by_module
+    return Usage(more(usage.at_peak), more(usage.maxima), by_module)
 
 
 def _scored(fakes: Fakes, model: Outline, recipe: Recipe, step: Step, kernels: Kernels) -> int:

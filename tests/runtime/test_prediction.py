@@ -16,7 +16,7 @@ from torch.profiler import profile as torch_profile
 
 from recap_cli.errors import ModelError
 from recap_cli.recipe import Recipe
-from recap_cli.runtime import low_rank, memory, models, prediction
+from recap_cli.runtime import low_rank, memory, models, outlines, prediction
 from recap_cli.runtime.kernels import Answers, cuda_kernels
 from recap_cli.runtime.models import ModelSpec
 from recap_cli.runtime.prediction import Fakes, Step
@@ -350,7 +350,7 @@ def outlined(pico_name: str, **arguments: Any) -> ModelSpec:
     section = model_section(pico_name)
     kind = "text-classification" if is_text(pico_name) else "image-classification"
     given = {"name": None, "config": section["config"], "task_kind": kind, "label_names": LABELS, **arguments}
-    return models.outline(library=section.get("library", "transformers"), **given)
+    return outlines.outline(library=section.get("library", "transformers"), **given)
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
