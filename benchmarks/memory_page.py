@@ -27,13 +27,13 @@ What finetuning holds on its device, predicted, beside the paper's figures and b
 `python benchmarks/memory_page.py` from the JSON files in `benchmarks/results`. MB are 10⁶ bytes.
 
 - *Predicted*: one training step of the real model on tensors that have shapes and no memory, with the kernels that CUDA
-  would choose (`recap profile-memory`). *Computed*: arithmetic on such a figure. *Measured*: on this machine's CPU.
+  would choose (`recap profile-memory RECIPE`). *Computed*: arithmetic on such a figure. *Measured*: on this machine's CPU.
   Nothing here ran on a GPU.
 - *Peak*: the most that is held at one instant. *Sum of maxima*: each kind's own maximum, added up, which is how the
   paper counts.
-- A GPU adds what no tensor of the model is: cuBLAS's workspace (8 to 32 MiB, inside the allocator), fragmentation and
-  the allocator's rounding (`max_reserved`), and the CUDA context (some 100 MB, outside of it: NVML's figure for the
-  process).
+- A GPU adds what no tensor of the model is: cuBLAS's workspaces (8 to 32 MiB on each of two threads, inside the
+  allocator), fragmentation and the allocator's rounding (`max_reserved`), and the CUDA context (some 100 MB, outside of
+  it: NVML's figure for the process).
 - Weights are random; memory does not depend on their values. Every layer is taken to lose, and to move, the same share.
 
 """

@@ -155,8 +155,8 @@ def _out_of_memory(error: Exception) -> RecapError:
     if lacks_device_memory(error):
         return DeviceMemoryError(
             told,
-            hint="the state is as it was; importance.device=cpu estimates importance on the CPU, a smaller evaluate.batch_size "
-            "scores with less: recap run --state DIR --set importance.device=cpu goes on in the same state",
+            hint="whatever state there is, is as it was: the same recap run again, with --set importance.device=cpu or a "
+            "smaller evaluate.batch_size, goes on from there",
         )
     return StorageError(
         told,

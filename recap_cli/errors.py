@@ -127,7 +127,13 @@ class DeviceMemoryError(RecapError):
 
 
 # How a lack says so that has no type of its own: MPS, the driver when a context or a library finds no room, and cuBLAS.
-LACKS = ("MPS backend out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+LACKS = (
+    "MPS backend out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 def lacks_device_memory(error: BaseException) -> bool:

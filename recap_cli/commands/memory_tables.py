@@ -25,7 +25,7 @@ MEANING = (
     "The peak instant is the most held at once, of all kinds."
 )
 NOT_INCLUDED = (
-    "cuBLAS's workspace (8 to 32 MiB)",
+    "cuBLAS's workspaces (8 to 32 MiB on each of two threads)",
     "fragmentation of the allocator",
     "the CUDA context (some 100 MB, outside the allocator)",
 )

@@ -170,8 +170,11 @@ def _check_ratios(shares: Sequence[float], text: str | None, methods: "Sequence[
 def _open(target: str, overrides: Sequence[str]) -> _Subject:
     """The recipe that was named, or the state and its recipe; its model, and what to tell of how that was come by."""
     from recap_cli import recipe as recipes
+    from recap_cli.manifest import COMMIT, quoted
     from recap_cli.stages import profile
 
+    if Path(target).name == COMMIT:
+        raise UsageError(f"{target} is the record of a state", hint=f"name its folder: {quoted(Path(target).parent)}")
     if not Path(target).is_dir():
         recipe = recipes.read(target, overrides)
         labels, notes = profile.labels_of(recipe)

@@ -54,7 +54,9 @@ def run(
     from recap_cli.stages.schedule import summary
 
     path = state if state is not None else Path("runs") / checked.name
-    finished = summary(stage.run(checked, path, track=console.track, on_stage=say_stage, on_change=say_change))
+    said = None if recipe is None else {given.partition("=")[0] for given in overrides or ()}
+    done = stage.run(checked, path, track=console.track, on_stage=say_stage, on_change=say_change, said=said)
+    finished = summary(done)
     print_summary(finished, is_result=False)
     if as_json:
         console.emit_json(finished)

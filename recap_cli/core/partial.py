@@ -104,13 +104,12 @@ class PartialLinear(nn.Module):
             self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (…, in) → (…, out)
-        part = self.part.t() if self.transposed and self.part is not None else self.part
         weight = self.weight.t() if self.transposed and self.scale is None else self.weight
-        where = (self.dim, self.span or self.place, self.rest_span or self.rest)
+        where = (self.dim, self.span or self.place, self.rest_span or self.rest, self.transposed)
         if not torch.is_grad_enabled():
-            return F.linear(x, _whole(weight, self.scale, part, where, x.dtype), self.bias)
+            return F.linear(x, _whole(weight, self.scale, self.part, where, x.dtype), self.bias)
         # A bias of which only the chosen rows move is read from its resident buffer; its gradient goes to `bias_part`.
-        out: Tensor = _Partial.apply(x, part, self.bias_part, weight, self.scale, self.bias, where)
+        out: Tensor = _Partial.apply(x, self.part, self.bias_part, weight, self.scale, self.bias, where)
         return out
 
     def extra_repr(self) -> str:
@@ -121,7 +120,8 @@ class PartialLinear(nn.Module):
         return f"{kind}, {moving} {('rows', 'columns')[self.dim]} move"
 
 
-Places = tuple[int, Place | None, Place | None]  # the dimension of (out, in); what moves along it; what does not
+# The dimension of (out, in); what moves along it; what does not; whether `part` is (in, out).
+Places = tuple[int, Place | None, Place | None, bool]
 
 
 class _Partial(torch.autograd.Function):
@@ -138,7 +138,7 @@ class _Partial(torch.autograd.Function):
         bias: Tensor | None,
         where: Places,
     ) -> Tensor:
-        dim, place, _ = where
+        dim, place, _, _ = where
         saved = (x if dim == 0 else _at(x, place, keep=False)) if ctx.needs_input_grad[1] else None
         kept = (weight, scale, part if scale is not None else None) if ctx.needs_input_grad[0] else (None, None, None)
         ctx.save_for_backward(saved, *kept)
@@ -150,19 +150,27 @@ class _Partial(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, part = ctx.saved_tensors
         needs_part, needs_rows, needs_bias = (ctx.needs_input_grad[i] for i in (1, 2, 5))
-        dim, place, _ = ctx.where
+        dim, place, _, transposed = ctx.where
         flat = grad_out.reshape(-1, grad_out.shape[-1])  # (tokens, out)
         rows = _at(flat, place, keep=True) if dim == 0 and (needs_part or needs_rows) else flat
-        grad_part = (rows.t() @ x.reshape(-1, x.shape[-1])).float() if needs_part else None
+        grad_part = _product(rows, x.reshape(-1, x.shape[-1]), transposed) if needs_part else None
         grad_rows = rows.sum(0).float() if needs_rows else None
         grad_bias = flat.sum(0) if needs_bias else None
         grad_x = None if weight is None else grad_out @ _whole(weight, scale, part, ctx.where, grad_out.dtype)
         return grad_x, grad_part, grad_rows, None, None, grad_bias, None
 
 
+def _product(rows: Tensor, x: Tensor, transposed: bool) -> Tensor:
+    """The gradient of a compact parameter in its own layout, so that autograd takes it as it is."""
+    return (x.t() @ rows if transposed else rows.t() @ x).float()
+
+
 def _whole(weight: Tensor, scale: Tensor | None, part: Tensor | None, where: Places, dtype: torch.dtype) -> Tensor:
     """The whole weight, (out, in): the resident itself, or a new tensor made of int8 codes and masters."""
-    return weight if scale is None else dequantize(weight, scale, part, *where, dtype=dtype)
+    if scale is None:
+        return weight
+    dim, place, rest, transposed = where
+    return dequantize(weight, scale, part.t() if transposed and part is not None else part, dim, place, rest, dtype=dtype)
 
 
 def _at(x: Tensor, place: Place | None, *, keep: bool) -> Tensor:

@@ -2,7 +2,8 @@
 
 On the CPU attention with dropout falls back to plain products and saves the probabilities, and dropout saves a mask of its
 input's type; on CUDA the fused attention saves a number per row, and dropout a byte per entry. The rules are those of
-`sdp_utils.cpp` and `Dropout.cpp` in torch; they are for shapes only, a real tensor must not come here.
+`sdp_utils.cpp` and `Dropout.cpp` in torch (without cuDNN's attention, which newer releases may choose on newer cards); they are
+for shapes only, a real tensor must not come here.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ BIAS_ALIGNMENT = 16  # entries of a row of the mask, to which the memory-efficie
 
 @contextmanager
 def cuda_kernels() -> Iterator[None]:
-    """Inside, attention and dropout are those that CUDA would run.
+    """Inside, attention and dropout are those that CUDA would run, for every thread: one prediction at a time, and no training.
 
     The functions are swapped where both libraries look them up. A torch-function mode would not do: it is off within the
     `backward` that it sees, so what a checkpoint recomputes there would be other kernels.

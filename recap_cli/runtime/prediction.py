@@ -7,19 +7,20 @@ the loop in `training`, the optimizer. The same function runs on real tensors to
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from recap_cli.core.optim import Optimizer
+from recap_cli.errors import ModelError
 from recap_cli.runtime.kernels import Answers, cuda_kernels
 from recap_cli.runtime.tracker import Tracker, Usage
 from recap_cli.runtime.training import Batch, train
 
 Kernels = Literal["cuda", "cpu"]
+WITHOUT = "training needs no prediction: recap run goes on without one, if the recipe has no finetune.memory_budget"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,13 @@ class Fakes:
     """Makes tensors that have shapes and no memory, and runs steps on them."""
 
     def __init__(self) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        """Raises `ModelError` if this torch has no fake tensors where they are known to be: they are no public part of it."""
+        try:
+            from torch._subclasses import fake_tensor
+        except ImportError as error:
+            raise ModelError(f"torch {torch.__version__} has no fake tensors as they are known here", hint=WITHOUT) from error
+        self.mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+        self._refusals = (fake_tensor.DynamicOutputShapeException, fake_tensor.UnsupportedFakeTensorException)
 
     def like(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Fake tensors on the CPU, of the shapes and types of these (which may be on the meta device)."""
@@ -70,14 +77,21 @@ class Fakes:
 
     @contextmanager
     def pretending(self, kernels: Kernels) -> Iterator[None]:
-        """Inside, tensors that are made are fake, and attention and dropout are those of `kernels`."""
+        """Inside, tensors that are made are fake, and attention and dropout are those of `kernels`.
+
+        Raises `ModelError` for a model whose shapes depend on the values of its tensors, which fake ones do not have.
+        """
         with ExitStack() as stack:
             stack.enter_context(self.mode)
             stack.enter_context(Answers())  # type: ignore[no-untyped-call]
             if kernels == "cuda":
                 stack.enter_context(cuda_kernels())
             stack.enter_context(_silence())
-            yield
+            try:
+                yield
+            except self._refusals as error:
+                what = "this model makes tensors of a shape that depends on values; its memory cannot be predicted"
+                raise ModelError(f"{what} ({type(error).__name__})", hint=WITHOUT) from error
 
 
 def usage(step: Step) -> Usage:
@@ -112,13 +126,15 @@ def evaluation_bytes(step: Step, batch: Batch) -> int:
 
 def _tracker(step: Step, batch: Batch) -> Tracker:
     """A tracker that knows what is there before the step."""
-    slots, moments = step.optimizer.slots, step.optimizer.moments
-    tracker = Tracker(step.model)
+    optimizer = step.optimizer
+    slots, moments = optimizer.slots, optimizer.moments
+    tracker = Tracker(step.model, next(step.model.parameters()).device)
     tracker.know([*step.model.named_parameters(), *step.model.named_buffers()], "weights")
     masters = [(slot.name, slot.own) for slot in slots if slot.own is not None]
     states = [(slot.name, moment) for slot in slots for moment in moments[slot.name].values()]
     if step.offload:
         tracker.ignore(tensor for _, tensor in (*masters, *states))
+        optimizer.rule = replace(optimizer.rule, apply=tracker.unseen(optimizer.rule.apply))
     else:
         tracker.know(masters, "weights")
         tracker.know(states, "optimizer")

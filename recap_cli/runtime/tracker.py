@@ -58,10 +58,11 @@ class Tracker(TorchDispatchMode):
 
     What is made in a module's forward, or outside of modules with gradients on (a loss), is an activation; what is made in a
     backward or an optimizer step is temporary, until it turns out to be the gradient of a leaf that `watch` was told of.
-    Storages of the `host` are not counted: they stand for what does not lie on the device.
+    What lies on another `device` is not counted, nor are tensors that it was told to `ignore` and what an `unseen` function
+    makes: among fake tensors, which are all on the CPU, they stand for what is in main memory.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None, device: torch.device | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._paths = {module: path for path, module in model.named_modules()} if model is not None else {}
         self._held: dict[int, _Held] = {}
@@ -71,6 +72,7 @@ class Tracker(TorchDispatchMode):
         self._peak_bytes, self._is_peak = 0, False
         self._at_peak: list[_Held] = []
         self._inside: list[str] = []
+        self._device, self._is_looking = device, True
 
     def know(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], kind: Kind) -> None:
         """Count these tensors, named by the parameter they belong to, as `kind` from now on."""
@@ -82,6 +84,18 @@ class Tracker(TorchDispatchMode):
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._host[storage._cdata] = weakref.ref(storage, self._forget(storage._cdata))
+
+    def unseen(self, function: Callable[..., None]) -> Callable[..., None]:
+        """The same function, of which nothing that it makes is counted."""
+
+        def call(*args: Any) -> None:
+            self._is_looking = False
+            try:
+                function(*args)
+            finally:
+                self._is_looking = True
+
+        return call
 
     @contextmanager
     def watch(self, leaves: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
@@ -121,6 +135,8 @@ class Tracker(TorchDispatchMode):
         return "activations" if forward else "temporary"
 
     def _add(self, tensor: Tensor, kind: Kind, module: str) -> None:
+        if not self._is_looking or (self._device is not None and tensor.device.type != self._device.type):
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._held or key in self._host:

@@ -76,7 +76,7 @@ class Context:
 
     def __init__(self, state: State) -> None:
         self.state = state
-        self.recipe: Recipe = recipes.parse(state.recipe_text, str(state.path / "recipe.yaml"))
+        self.recipe: Recipe = recipes.parse(state.recipe_text, str(state.path / state.manifest.recipe))
 
     @cached_property
     def full(self) -> str:

@@ -6,6 +6,7 @@ block, so that all of it goes, and only then asks for the error, whose figures o
 
 import gc
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +56,8 @@ def explained(here: Context, round: int, ledger: Ledger) -> DeviceMemoryError:
     """The error to raise, with all that the device held given back before the message is made."""
     gc.collect()  # modules with hooks are cycles
     if ledger.device.type == "cuda":
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # a device in trouble: the message is worth more
+            torch.cuda.empty_cache()
     return DeviceMemoryError(_message(round, ledger), hint=_hint(here, round, ledger))
 
 
@@ -137,20 +139,11 @@ def _savings(here: Context) -> list[tuple[str, int]]:
 
 
 def _lighter(recipe: Recipe, doing: str) -> list[str]:
-    """Settings that need less than the recipe's, the one that costs least time first; without figures."""
-    settings, found = recipe.finetune, []
+    """Settings that need less than the recipe's, in the order of `budget.LADDER`; without figures."""
     if doing == EVALUATING:
         size = recipe.evaluate.batch_size
         return [f"evaluate.batch_size={size // 2}"] if size > 1 else []
-    if not settings.fused_backward and settings.max_grad_norm is None:
-        found.append("finetune.fused_backward=true")
-    size = settings.micro_batch_size or settings.batch_size
-    found += [f"finetune.micro_batch_size={n}" for n in range(size // 2, 0, -1) if settings.batch_size % n == 0][:1]
-    if not settings.checkpointing:
-        found.append("finetune.checkpointing=true")
-    if settings.resident == "fp32":
-        found.append("finetune.resident=bf16")
-    return found
+    return [f"{key}={budget.value_text(value)}" for key, value in budget.single_changes(recipe)]
 
 
 def _mb(count: int) -> str:

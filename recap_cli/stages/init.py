@@ -113,6 +113,7 @@ def _warm_up(
             Optimizer(_head_slots(model, layout.head), adamw(betas=(0.9, 0.999), eps=1e-8)),
             track(epochs(), "warm up the head", steps),
             rate=lambda step: learning_rate(step, steps=steps, peak=settings.lr, schedule="linear", warmup_ratio=0.0),
+            micro_batch_size=None if device.type == "cpu" else shared.importance_batch_size(recipe, device),
         )
     return {"head_steps": run.steps, "head_loss": run.loss}
 

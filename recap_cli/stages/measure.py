@@ -75,13 +75,17 @@ def _allocated(step: Step, device: torch.device) -> dict[str, int]:
 
 
 def random_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Real tensors on the CPU of the shapes of these: small random numbers, zeros where they are whole numbers."""
-    return {
-        name: torch.empty(t.shape, dtype=t.dtype).normal_(std=0.02)
-        if t.is_floating_point()
-        else torch.zeros(t.shape, dtype=t.dtype)
-        for name, t in tensors.items()
-    }
+    """Real tensors on the CPU of the shapes of these: small random numbers, zeros where they are whole numbers.
+
+    Of a mask of tokens the last is masked and the others are not, so that there is padding and something beside it.
+    """
+    made = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in tensors.items()}
+    for name, tensor in made.items():
+        if tensor.is_floating_point():
+            tensor.normal_(std=0.02)
+        elif name == "attention_mask":
+            tensor[:, :-1] = 1
+    return made
 
 
 def _check_room(predicted: Usage, method: str, device: torch.device) -> None:

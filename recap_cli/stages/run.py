@@ -1,6 +1,6 @@
 """`run`: the same stages in a loop, from wherever the state stands."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,21 @@ def run(
     track: Track = silent,
     on_stage: Callable[[dict[str, Any]], None] = lambda _: None,
     on_change: OnChange = unheard,
+    said: Collection[str] | None = (),
 ) -> State:
     """Run every stage that is left of `recipe` in the state at `path`, which is made if it is not there.
 
     A state that was stopped goes on after its last committed stage. `on_stage` hears of each finished stage. Where the recipe
     differs from the state's in execution settings only (`settings.EXECUTION`), the state takes them over; `on_change` hears.
+    `said` are the keys that a user has set beside the recipe, which a memory budget does not solve once more; None says that
+    the recipe is the state's own.
 
     Raises `StateError` if the state there was made from a recipe that differs in more, and whatever a stage raises.
     """
     path = plain(path)
     if (path / COMMIT).exists():
         state = State.open(path)
-        adopt(state, as_solved(recipe, state), on_change=on_change)
+        adopt(state, recipe if said is None else as_solved(recipe, state, said), on_change=on_change)
     else:
         state = init(recipe, path, track=track)
         on_stage(state.manifest.history[-1])
