@@ -327,3 +327,12 @@ def test_a_reader_that_has_gone_is_no_error(
     monkeypatch.setattr("sys.stdout", Gone())
     assert main(["profile-memory", "vit.yaml", "--methods", "head"]) == 1
     assert "rror" not in capsys.readouterr().err
+
+
+def test_a_snapshot_needs_real_steps_on_cuda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "snapshot.pickle"
+    assert main(["profile-memory", "quickstart", "--snapshot", str(file)]) == 2
+    assert "expected only with --measure" in capsys.readouterr().err
+    assert main(["profile-memory", "quickstart", "--measure", "--snapshot", str(file), "--set", "finetune.device=cpu"]) == 2
+    assert "--snapshot records CUDA's allocator, and this stage would run on cpu" in capsys.readouterr().err
+    assert not file.exists()

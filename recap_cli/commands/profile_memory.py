@@ -42,6 +42,10 @@ Budget = Annotated[
 Measure = Annotated[
     bool, typer.Option("--measure", help="Take real steps too, with random weights, on the recipe's finetune.device.")
 ]
+Snapshot = Annotated[
+    Path | None,
+    typer.Option("--snapshot", metavar="FILE", help="With --measure on CUDA: write torch's record of the allocator."),
+]
 ByModule = Annotated[bool, typer.Option("--by-module", help="Show what is held at the peak, block by block.")]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Write a picture: a .png, .svg or .pdf.")]
 
@@ -62,6 +66,7 @@ def profile_memory(
     ratios: Ratios = None,
     budget: Budget = None,
     measure: Measure = False,
+    snapshot: Snapshot = None,
     by_module: ByModule = False,
     plot: Plot = None,
     overrides: SetOption = None,
@@ -85,8 +90,7 @@ def profile_memory(
         pictures.check(plot)
     recipe, state, model, notes = _open(target, overrides or ())
     _check_ratios(shares, ratios, asked, recipe)
-    if measure:
-        measuring.check(recipe)
+    _check_measure(recipe, measure, snapshot)
     if budget is None and state is None:
         budget = recipe.finetune.memory_budget  # `run` would keep to it, too
     found: dict[str, Any] = {"target": target, "recipe": recipe.name}
@@ -100,7 +104,7 @@ def profile_memory(
     if recipe.importance.device != "cpu":
         found["importance_peak_bytes"] = profile.importance_bytes(model, recipe)
     if measure:
-        found["measured"] = measuring.measure(model, recipe, asked, track=console.track)
+        found["measured"] = measuring.measure(model, recipe, asked, track=console.track, snapshot_to=snapshot)
     if plot is not None:
         limit = None if budget is None else _bytes_of(budget)
         given: dict[str, Any] = {"batch_sizes": sizes, "prune_ratios": shares, "budget_bytes": limit}
@@ -150,6 +154,15 @@ def _bytes_of(budget: str) -> int:
     except ValueError as error:
         hint = "units are B, KB, MB, GB and TB, and KiB, MiB, GiB and TiB"
         raise UsageError(f"--budget {budget or repr(budget)}: {error}", hint=hint) from None
+
+
+def _check_measure(recipe: "Recipe", measure: bool, snapshot: Path | None) -> None:
+    from recap_cli.stages import measure as measuring
+
+    if snapshot is not None and not measure:
+        raise UsageError(f"--snapshot {snapshot}: expected only with --measure", hint="a prediction allocates nothing")
+    if measure:
+        measuring.check(recipe, snapshot)
 
 
 def _check_ratios(shares: Sequence[float], text: str | None, methods: "Sequence[Method]", recipe: "Recipe") -> None:

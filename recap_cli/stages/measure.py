@@ -5,6 +5,7 @@ torch makes for tensors and nothing else.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,7 +15,7 @@ from torch import Tensor
 from recap_cli.errors import DeviceMemoryError, StorageError
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
-from recap_cli.runtime import devices, memory
+from recap_cli.runtime import devices, memory, snapshot
 from recap_cli.runtime.prediction import Step, take_step, usage
 from recap_cli.runtime.tracker import KINDS, Usage
 from recap_cli.stages.profile import Method, Outline, predict, prepare
@@ -23,19 +24,30 @@ KERNELS = "what CUDA's kernels take: this device has others, and is compared wit
 STEPS = 3  # the allocator's peak is that of the second and third; the first makes what is made once
 
 
-def check(recipe: Recipe) -> None:
-    """Raise `RecipeError` if the recipe's `finetune.device` is not there."""
-    devices.pick(recipe.finetune.device)
+def check(recipe: Recipe, snapshot_to: Path | None = None) -> None:
+    """Raise `RecipeError` if the recipe's `finetune.device` is not there, `UsageError` if no snapshot can be made of it."""
+    device = devices.pick(recipe.finetune.device)
+    if snapshot_to is not None:
+        snapshot.check(snapshot_to, device)
 
 
-def measure(model: Outline, recipe: Recipe, methods: Sequence[Method], track: Track = silent) -> list[dict[str, Any]]:
+def measure(
+    model: Outline, recipe: Recipe, methods: Sequence[Method], track: Track = silent, snapshot_to: Path | None = None
+) -> list[dict[str, Any]]:
     """Predicted beside measured bytes of each method's training step, by kind, on the recipe's `finetune.device`.
+
+    `snapshot_to` gets torch's record of CUDA's allocator over all of them.
 
     Raises `RecipeError` if the device is not there, `StorageError` if the tensors would not fit into this machine's memory,
     `DeviceMemoryError` if the step would not fit into that of the GPU.
     """
     device = devices.pick(recipe.finetune.device)
-    return [_measured(model, recipe, method, device) for method in track(methods, "measure", len(methods))]
+    failed: list[str] = []
+    with snapshot.recording(snapshot_to, failed.append):
+        rows = [_measured(model, recipe, method, device) for method in track(methods, "measure", len(methods))]
+    for row in rows:
+        row["not_seen"] += failed
+    return rows
 
 
 def _measured(model: Outline, recipe: Recipe, method: Method, device: torch.device) -> dict[str, Any]:
