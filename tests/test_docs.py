@@ -288,3 +288,11 @@ def test_the_picture_is_plain_svg_without_anything_from_elsewhere():
     assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
     assert "prefers-color-scheme: dark" in text
     assert re.findall(r'(?:href="(?!#)|url\((?!#)|<script|@import)', text) == []
+
+
+def test_the_page_on_states_names_all_settings_that_may_be_changed() -> None:
+    from recap_cli.stages.settings import EXECUTION
+
+    text = text_of("docs/state.md")
+    listed = text[text.index("how something is computed and not what:") : text.index("So a stage that ran out of memory")]
+    assert set(re.findall(r"`([a-z_.]+)`", listed)) == set(EXECUTION)

@@ -448,3 +448,14 @@ def test_a_model_type_without_an_adapter_is_named_with_the_recipe() -> None:
     recipe = tiny("timm-vit", model={"library": "timm", "config": config})
     with pytest.raises(ModelError, match="'timm-resnet' is unknown"):
         profile.outline(recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})}))
+
+
+def test_what_an_offloaded_optimizer_makes_in_main_memory_is_not_on_the_device() -> None:
+    peaks = {}
+    for optimizer in ("sgd", "adamw"):  # AdamW makes a denominator of a slot's size, SGD nothing
+        settings = {"optimizer": optimizer, "offload": True, "fused_backward": True, "checkpointing": True, "weight_decay": 0.0}
+        recipe = recipe_of("bert", finetune=settings)
+        found = profile.predict(profile.outline(recipe, LABELS), recipe, "full")
+        peaks[optimizer] = (found.usage.maxima["optimizer"], found.usage.peak_bytes)
+    assert peaks["sgd"] == peaks["adamw"]
+    assert peaks["sgd"][0] == 0

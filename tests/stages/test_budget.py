@@ -337,3 +337,15 @@ def test_a_state_knows_which_budget_it_was_made_with(tmp_path: Path) -> None:
     recipe = tiny("vit", finetune={"memory_budget": "1GB"})
     assert as_solved(recipe, state) == recipe
     assert State.open(tmp_path / "state").manifest.history[0].get("budget") is None
+
+
+def test_what_a_user_sets_beside_a_budget_is_not_solved_once_more(tmp_path: Path) -> None:
+    plain = tiny("vit", rounds=1, prune={"steps": 1}, finetune={"steps": 1}, evaluate={"batch_size": 8})
+    recipe = recipes.changed(plain, {"finetune.memory_budget": f"{budget_between(plain, 0.95)}B"})
+    state = init(recipe, tmp_path / "state")
+    first = state.manifest.history[0]["budget"]["changes"][0]
+    said = recipes.changed(recipe, {first["key"]: first["before"]})
+    state = run(said, tmp_path / "state", said={first["key"]})
+    assert [dict(change["after"]) for change in state.manifest.changes] == [{first["key"]: first["before"]}]
+    again = run(recipe_of(state), tmp_path / "state", said=None)  # as `recap run --state` does: the state's own recipe
+    assert len(again.manifest.changes) == 1
