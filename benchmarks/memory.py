@@ -158,11 +158,8 @@ def _side_by_side(model: Outline, recipe: Recipe) -> Iterator[tuple[str, dict[st
 def _predicted(model: Outline, recipe: Recipe, method: Any) -> dict[str, Any]:
     found = profile.predict(model, recipe, method)
     peak, states = found.usage.peak_bytes, found.usage.maxima["optimizer"]
-    return {
-        "peak_bytes": peak,
-        "peak_with_8_bit_moments_bytes": round(peak - states + EIGHT_BIT_BYTES * found.trainable),
-        "trainable_parameters": found.trainable,
-    }
+    eight = {"peak_with_8_bit_moments_bytes": round(peak - states + EIGHT_BIT_BYTES * found.trainable)}
+    return {"peak_bytes": peak, **({} if recipe.finetune.offload else eight), "trainable_parameters": found.trainable}
 
 
 def _plain(model: Outline, recipe: Recipe, *, offload: bool) -> dict[str, Any]:

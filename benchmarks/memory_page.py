@@ -101,15 +101,15 @@ def rivals(found: Result) -> str:
     return """## Beside other methods, with AdamW
 
 Peaks in MB, predicted. Rows of one block have the same types, attention and checkpoints. Full finetuning is lean:
-gradients are freed
-between steps, no `foreach`, fused attention. In bf16 it has two rows: with fp32 masters as RECAP has them, and without
-any, all in bf16,
-which costs accuracy. LoRA is peft's, r = 8 on query and value, its own weights with fp32 masters. torchao's CPU offload
-(`CPUOffloadOptimizer(offload_gradients=True)`) needs CUDA to run; its row is a lower bound: weights, activations and
-one gradient.
-"Fused" is `finetune.fused_backward`, "offloaded" `finetune.offload`. The last column puts two moments of 8 bit, with a
-scale for each
-256, in the place of the fp32 ones; no library here provides them for partial updates.
+gradients are freed between steps, no `foreach`, fused attention. In bf16 it has two rows: with fp32 masters as RECAP has
+them, and without any, all in bf16, which costs accuracy. LoRA is peft's, r = 8 on query and value, its own weights with
+fp32 masters. torchao's CPU offload (`CPUOffloadOptimizer(offload_gradients=True)`) needs CUDA to run; its row is a lower
+bound: weights, activations and one gradient, in the resident type, without masters on the device. "Fused" is
+`finetune.fused_backward`, "offloaded" `finetune.offload`. The last column puts two moments of 8 bit, with a scale for
+each 256, in the place of the fp32 ones; no library here provides them for partial updates.
+
+At batch 1 and in bf16, LoRA and torchao's bound are below RECAP that keeps its masters and moments on the device: with
+r_f = 50 % these are most of what it holds. Offloaded, as torchao's are, RECAP is below both at every batch size.
 
 """ + "\n".join(parts)
 
@@ -140,15 +140,13 @@ SGD with momentum, RECAP; without the saving and with it.
 {table(["model", "batch", "saving", "over", "off", "on", "change", "how"], rows)}
 
 At batch 1 a fused backward alone changes little, because the peak is at the end of the forward; it counts once
-checkpoints have taken
-the activations away.
+checkpoints have taken the activations away.
 """
     if speed is not None:
         timed = [[r["model"], r["batch"], r["saving"], f"{r['ratio']:.2f}"] for r in speed["results"]]
         text += f"""
 What they cost in time, *measured* on the CPU: a step with the saving over a step without it, AdamW, fp32 otherwise. A
-CPU says little
-about a GPU: bf16 is emulated in part here, and offloading has nowhere to go.
+CPU says little about a GPU: bf16 is emulated in part here, and offloading has nowhere to go.
 
 {table(["model", "batch", "saving", "time, with ÷ without"], timed)}
 """
@@ -173,9 +171,9 @@ def importance(found: Result) -> str:
     return f"""## The pruning and mask stages
 
 With `importance.device` on an accelerator the full model stays in main memory and its blocks travel one at a time.
-Predicted peaks of
-scoring the full model, in fp32, beside those of finetuning the small one with AdamW: importance needs less {told}. Scores
-equal the CPU's to 2.5e-7 relative over all test models (tests hold 1e-5). Seconds on a GPU: not measured.
+Predicted peaks of scoring the full model, in fp32, beside those of finetuning the small one with AdamW: importance needs
+less {told}. Scores equal the CPU's to 2.5e-7 relative over all test models (tests hold 1e-5). Seconds on a GPU: not
+measured.
 
 {table(["model", "batch", "finetuning with", "importance", "finetuning", "full model"], rows)}
 """
@@ -190,11 +188,9 @@ def pruning(found: Result) -> str:
             rows.append(
                 [name, case["steps"], mb(sorted(peaks)[len(peaks) // 2], 0), f"{sorted(peaks)[len(peaks) // 2] / 343.5e6:.2f}"]
             )
-    return f"""On the CPU, *measured*: peak resident set of a process that prunes ViT-base (343.5 MB of weights) by
-33.3 %, interpreter and
-libraries included ([benchmarks.md](benchmarks.md) has the whole comparison). Ours holds gradients of prunable tensors
-only, and frees
-each as soon as its scores are summed where the sample is one batch.
+    return f"""On the CPU, *measured*: peak resident set of a process that prunes ViT-base (343.5 MB of weights) by 33.3 %, interpreter
+and libraries included ([benchmarks.md](benchmarks.md) has the whole comparison). Ours holds gradients of prunable tensors
+only, and frees each as soon as its scores are summed where the sample is one batch.
 
 {table(["", "gradual steps", "peak, MB", "÷ the model's weights"], rows)}
 """
@@ -235,13 +231,12 @@ Beside the same step on real tensors on the CPU (with the CPU's kernels on both 
 {table(["model", "method", "settings", "predicted, MB", "real step, MB", "error"], real)}
 
 Tests hold this for all methods on every family of models, and hold the tracker against the CPU allocator's own record
-(`torch.profiler`): equal to the byte in fp32 but for the rounding to 512 bytes, 0.3 % with checkpoints. In bf16 and
-int8 the CPU's
-kernels convert inputs into scratch memory that no tracker of tensors sees, up to 8 % on small models.
+(`torch.profiler`): equal to the byte in fp32 but for the rounding to 512 bytes, 0.3 % with checkpoints. In bf16 and int8
+the CPU's kernels convert inputs into scratch memory that no tracker of tensors sees, up to 8 % on small models.
 
 What is not modelled: scratch inside CUDA's kernels (the backward of fused attention has some), cuBLAS and cuDNN
-workspaces, and the
-allocator. `recap finetune` on CUDA measures all of that: `memory.json` has `training_peak` beside the prediction's kinds.
+workspaces, and the allocator. `recap finetune` on CUDA measures all of that: `memory.json` has `training_peak` beside the
+prediction's kinds.
 """
 
 
