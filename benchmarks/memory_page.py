@@ -189,8 +189,8 @@ def pruning(found: Result) -> str:
                 [name, case["steps"], mb(sorted(peaks)[len(peaks) // 2], 0), f"{sorted(peaks)[len(peaks) // 2] / 343.5e6:.2f}"]
             )
     return f"""On the CPU, *measured*: peak resident set of a process that prunes ViT-base (343.5 MB of weights) by 33.3 %,
-interpreter and libraries included ([benchmarks.md](benchmarks.md) has the whole comparison). Ours holds gradients of prunable tensors
-only, and frees each as soon as its scores are summed where the sample is one batch.
+interpreter and libraries included ([benchmarks.md](benchmarks.md) has the whole comparison). Ours holds gradients of
+prunable tensors only, and frees each as soon as its scores are summed where the sample is one batch.
 
 {table(["", "gradual steps", "peak, MB", "÷ the model's weights"], rows)}
 """
