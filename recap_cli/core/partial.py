@@ -331,15 +331,16 @@ def _compact(name: str, tensor: Tensor, dim: int, rows: Rows, home: _Home) -> tu
     """The slot of the entries at `rows` along `dim`, and the resident tensor that they are part of."""
     index, place = rows
     resident = home.resident(tensor.detach())
-    dims = {dim: index if isinstance(place, slice) else place}
+    dims = {} if isinstance(place, slice) else {dim: place}
+    entries = resident.narrow(dim, place.start, len(index)) if isinstance(place, slice) else resident
     if home.dtype == torch.float32 and not home.offload:
         if isinstance(place, slice):
-            leaf = nn.Parameter(resident.narrow(dim, place.start, place.stop - place.start))
+            leaf = nn.Parameter(entries)
             return Slot(name, leaf, leaf.detach()), resident
-        return Slot(name, _handle(resident, dim, len(index)), None, resident, dims), resident
+        return Slot(name, _handle(resident, dim, len(index)), None, entries, dims), resident
     own = home.master(tensor, {dim: index})
     leaf = _handle(resident, dim, len(index)) if home.offload else nn.Parameter(own)
-    return Slot(name, leaf, own, resident, dims), resident
+    return Slot(name, leaf, own, entries, dims), resident
 
 
 def _handle(resident: Tensor, dim: int, length: int) -> nn.Parameter:
