@@ -25,8 +25,9 @@ def draw(
     budget_bytes: int | None = None,
 ) -> list[Path]:
     """Write the bars of these predictions to `path`, or their curves, beside it if they are of both settings; returns the
-    paths of what was written.
+    paths of what was written. The peak is that of a training step: scoring may take whatever batch fits.
     """
+    rows = [{**row, "peak_bytes": row["training_peak_bytes"], "evaluation_peak_bytes": 0} for row in rows]
     given: dict[str, Any] = {"title": title, "budget_bytes": budget_bytes}
     grids: dict[figures.By, Sequence[float]] = {"batch_size": batch_sizes, "prune_ratio": prune_ratios}
     curves = [by for by, values in grids.items() if len(values) > 1]
