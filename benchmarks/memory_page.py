@@ -34,6 +34,7 @@ What finetuning holds on its device, predicted, beside the paper's figures and b
 - A GPU adds what no tensor of the model is: cuBLAS's workspaces (8 to 32 MiB on each of two threads, inside the
   allocator), fragmentation and the allocator's rounding (`max_reserved`), and the CUDA context (some 100 MB, outside of
   it: NVML's figure for the process).
+- Peaks are those of a training step. Scoring has its own, which `evaluate.batch_size` decides.
 - Weights are random; memory does not depend on their values. Every layer is taken to lose, and to move, the same share.
 
 """

@@ -230,7 +230,7 @@ def test_a_device_whose_memory_runs_out_has_a_code_of_its_own(
     assert main([stage, str(folder)]) == errors.DeviceMemoryError.exit_code == 16
     err = capsys.readouterr().err
     assert err.startswith("error: out of memory: ")
-    assert "recap run --state DIR --set importance.device=cpu goes on in the same state" in err
+    assert "the same recap run again, with --set importance.device=cpu" in err
 
 
 def test_a_closed_stdout_and_one_that_knows_only_ascii_are_borne() -> None:
@@ -411,7 +411,10 @@ def ran(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any
     (tmp_path / "pico.yaml").write_text(RECIPE, encoding="utf-8")
     calls: list[Any] = []
 
-    def run(recipe: Any, path: Path, *, track: Any, on_stage: Callable[..., None], on_change: Callable[..., None]) -> str:
+    def run(
+        recipe: Any, path: Path, *, track: Any, on_stage: Callable[..., None], on_change: Callable[..., None], said: Any
+    ) -> str:
+        assert said is None or said == set()  # None: the recipe of a state
         calls.append((recipe, path))
         on_change(CHANGE)
         on_stage(FACTS)
