@@ -35,6 +35,7 @@ TABLE = {
     "__init__": {"runtime", "errors"},
 }
 MEMBERS = {
+    "draft": "state",
     "folder": "state",
     "manifest": "state",
     "recipe_problems": "recipe",
