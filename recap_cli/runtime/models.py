@@ -24,6 +24,7 @@ __all__ = [
     "ModelSpec",
     "adapter_of",
     "assemble",
+    "check_source",
     "create",
     "describe",
     "embedding_names",
@@ -70,12 +71,17 @@ def create(
     """
     if len(label_names) < 2:
         raise ModelError(f"a classification needs two labels at least; the data have {len(label_names)}", hint="see data.label")
+    check_source(library, name, config, task_kind)
+    make = _create_timm if library == "timm" else _create_hf
+    return make(name, config, revision, task_kind, list(label_names), image_size)
+
+
+def check_source(library: Library, name: str | None, config: dict[str, Any] | None, task_kind: TaskKind) -> None:
+    """Raise `ModelError` unless there is exactly one source of the model, and its library knows the task."""
     if library == "timm" and task_kind != "image-classification":
         raise ModelError(f"timm has no models for {task_kind}", hint="--set model.library=transformers")
     if (name is None) == (config is None):
         raise ModelError("give exactly one of model.name and model.config", hint=FOLDER_HINT)
-    make = _create_timm if library == "timm" else _create_hf
-    return make(name, config, revision, task_kind, list(label_names), image_size)
 
 
 def adapter_of(spec: ModelSpec) -> Adapter:

@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 
-from recap_cli.errors import ModelError
 from recap_cli.runtime import hf, timm_library
-from recap_cli.runtime.checkpoints import FOLDER_HINT, locate, read_config
-from recap_cli.runtime.models import adapter_of
+from recap_cli.runtime.checkpoints import locate, read_config
+from recap_cli.runtime.models import adapter_of, check_source
 from recap_cli.runtime.specs import Library, ModelSpec, TaskKind
 
 
@@ -26,10 +25,7 @@ def outline(
 
     Without `label_names` the head has the labels of the configuration. Raises `ModelError` for anything that does not fit.
     """
-    if library == "timm" and task_kind != "image-classification":
-        raise ModelError(f"timm has no models for {task_kind}", hint="--set model.library=transformers")
-    if (name is None) == (config is None):
-        raise ModelError("give exactly one of model.name and model.config", hint=FOLDER_HINT)
+    check_source(library, name, config, task_kind)
     make = _outline_timm if library == "timm" else _outline_hf
     return make(name, config, revision, task_kind, list(label_names), image_size)
 

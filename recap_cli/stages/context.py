@@ -125,6 +125,15 @@ def load_criterion(name: str) -> Criterion:
     return cast(Criterion, registry.load("criteria", name))
 
 
+def source_of(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of its model, as `models.create` and `outlines.outline` take it."""
+    return {
+        **recipe.model.model_dump(),
+        "task_kind": recipe.task.kind,
+        "image_size": recipe.data.image_size,
+    }
+
+
 def task_of(recipe: Recipe, spec: ModelSpec) -> Task:
     """What the model is trained for."""
     return Task(recipe.task.kind, recipe.task.metric, spec.num_labels)

@@ -54,15 +54,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         devices.pick(recipe.finetune.device), devices.pick(recipe.importance.device)
         raw = shared.read_raw(recipe)
         torch.manual_seed(seed_for(recipe.seed, 0, "weights"))
-        created = models.create(
-            library=recipe.model.library,
-            name=recipe.model.name,
-            config=recipe.model.config,
-            revision=recipe.model.revision,
-            task_kind=recipe.task.kind,
-            label_names=raw.label_names,
-            image_size=recipe.data.image_size,
-        )
+        created = models.create(**shared.source_of(recipe), label_names=raw.label_names)
         model, spec = created.model, created.spec
         draft.plugins["used"].append(registry.used("adapters", spec.model_type))
         adapter = models.adapter_of(spec)

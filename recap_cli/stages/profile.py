@@ -107,15 +107,7 @@ class Prediction:
 
 def outline(recipe: Recipe, label_names: Sequence[str] = ()) -> Outline:
     """The outline of a recipe's model; reads its configuration and nothing else. Raises `ModelError`, `PluginError`."""
-    spec = outlines.outline(
-        library=recipe.model.library,
-        name=recipe.model.name,
-        config=recipe.model.config,
-        revision=recipe.model.revision,
-        task_kind=recipe.task.kind,
-        label_names=label_names,
-        image_size=recipe.data.image_size,
-    )
+    spec = outlines.outline(**shared.source_of(recipe), label_names=label_names)
     adapter, skeleton = models.adapter_of(spec), models.skeleton(spec)
     try:
         layout = Layout.of(adapter, skeleton)

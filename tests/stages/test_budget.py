@@ -1,12 +1,11 @@
 """Budgets: what the solver chooses, in how few predictions, what it says, and that `init` and `run` keep to it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from recap_cli import recipe as recipes
 from recap_cli.errors import BudgetError, StateError
@@ -29,12 +28,7 @@ MB = 10**6
 Peak = Callable[[Recipe], float]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def straight(recipe: Recipe) -> float:
