@@ -179,7 +179,7 @@ def test_what_a_budget_changes_in_a_state_runs_there(ask: Any, state: Path, caps
     changed = {change["key"] for change in found["changes"]}
     assert set(recipes.differences(recipe, now)) == {"evaluate.batch_size", *changed}
     _, out, err = ask(f"state --methods recap --budget {amount}B")
-    assert out.startswith(f"It fits in {amount}B as it is.\n")
+    assert out.startswith(f"RECAP fits in {amount}B as it is.\n")
     assert "in this state nothing is left to run with it" in err
 
 
@@ -230,7 +230,7 @@ def test_the_advice_for_a_recipe_keeps_the_settings_that_were_given_and_runs(
 def test_the_budget_of_a_recipe_counts_without_being_named(ask: Any) -> None:
     code, out, err = ask("vit.yaml --methods recap --set finetune.memory_budget=2GiB")
     assert code == 0
-    assert out.startswith("It fits in 2GiB as it is.\n")
+    assert out.startswith("RECAP fits in 2GiB as it is.\n")
     assert "of 2GiB, recap takes" in err
 
 
@@ -333,3 +333,10 @@ def test_a_snapshot_needs_real_steps_on_cuda(tmp_path: Path, capsys: pytest.Capt
     assert main(["profile-memory", "quickstart", "--measure", "--snapshot", str(file), "--set", "finetune.device=cpu"]) == 2
     assert "--snapshot records CUDA's allocator, and this stage would run on cpu" in capsys.readouterr().err
     assert not file.exists()
+
+
+def test_advice_with_a_given_configuration_says_that_it_would_train_random_weights(ask: Callable[..., Answer]) -> None:
+    told = "a run from model.config has random weights"
+    for line, warned in (("--set model.config.hidden_size=32", True), ("--set seed=1", False)):
+        code, _, err = ask(f"vit.yaml --methods recap --budget 2GiB {line}")
+        assert (code, told in err) == (0, warned)

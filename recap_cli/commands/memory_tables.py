@@ -153,7 +153,7 @@ def _measured(rows: Sequence[Row]) -> Table:
 def _show_budget(budget: Row) -> None:
     changes = budget["changes"]
     if not changes:
-        console.result(f"It fits in {budget['memory_budget']} as it is.")
+        console.result(f"RECAP fits in {budget['memory_budget']} as it is.")
         return
     from recap_cli.stages.budget import value_text
 

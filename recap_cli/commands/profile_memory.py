@@ -109,6 +109,8 @@ def profile_memory(
         limit = None if budget is None else _bytes_of(budget)
         given: dict[str, Any] = {"batch_sizes": sizes, "prune_ratios": shares, "budget_bytes": limit}
         found["pictures"] = [str(path) for path in pictures.draw(found["predicted"], plot, title=recipe.name, **given)]
+    if budget is not None and any(given.startswith("model.config") for given in overrides or ()):
+        notes = [*notes, "a run from model.config has random weights: leave it out there, or --set model.name=DIR"]
     found["notes"] = [*notes, *_assumptions(model, recipe, asked, sizes, shares, measure)]
     if as_json:
         console.emit_json(found | {"not_included": tables.NOT_INCLUDED})
