@@ -1,22 +1,30 @@
-"""All that a plugin may import: the records that a criterion or an adapter is made of, and the errors it may raise."""
+"""All that a plugin may import: the records that a plugin is made of, and the errors it may raise."""
 
 from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, is_transposed
 from recap_cli.core.criterion import Criterion, GroupScores
 from recap_cli.core.groups import Axis, Choice, Cut, refine
+from recap_cli.core.method import Attached, Frame, Method, Settings, Turn
+from recap_cli.core.surgery import owner_of
 from recap_cli.errors import ModelError, PluginError
 
 __all__ = [
     "Adapter",
+    "Attached",
     "Axis",
     "Choice",
     "Criterion",
     "Cut",
+    "Frame",
     "GroupScores",
     "Heads",
+    "Method",
     "ModelError",
     "Neurons",
     "PluginError",
+    "Settings",
+    "Turn",
     "find_axes",
     "is_transposed",
+    "owner_of",
     "refine",
 ]

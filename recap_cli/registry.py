@@ -1,6 +1,6 @@
 """Plugins by kind and name: entry points, listed without loading anything, loaded one at a time.
 
-Ours register through the same groups as a stranger's: `recap.criteria` and `recap.adapters`.
+Ours register through the same groups as a stranger's: `recap.criteria`, `recap.adapters` and `recap.methods`.
 """
 
 from collections.abc import Iterable
@@ -11,9 +11,9 @@ from typing import Literal
 
 from recap_cli.errors import PluginError
 
-Kind = Literal["criteria", "adapters"]
-KINDS: tuple[Kind, ...] = ("criteria", "adapters")
-SINGULAR: dict[Kind, str] = {"criteria": "criterion", "adapters": "adapter"}
+Kind = Literal["criteria", "adapters", "methods"]
+KINDS: tuple[Kind, ...] = ("criteria", "adapters", "methods")
+SINGULAR: dict[Kind, str] = {"criteria": "criterion", "adapters": "adapter", "methods": "method"}
 ADD_ADAPTER = (
     "to add one, register an Adapter in the entry-point group recap.adapters under the model type; see docs/plugins.md"
 )
@@ -48,7 +48,7 @@ def used(kind: Kind, name: str) -> dict[str, str]:
 
 
 def load(kind: Kind, name: str) -> object:
-    """The plugin itself (a `Criterion` or an `Adapter`); imports its module and no other plugin's.
+    """The plugin itself (a `Criterion`, an `Adapter` or a `Method`); imports its module and no other plugin's.
 
     Raises `PluginError` if there is no such name, two distributions claim it, its module cannot be imported, or it is something
     else than its kind asks for.
@@ -103,6 +103,10 @@ def _type_of(kind: Kind) -> type:
         from recap_cli.core.criterion import Criterion
 
         return Criterion
+    if kind == "methods":
+        from recap_cli.core.method import Method
+
+        return Method
     from recap_cli.core.adapter import Adapter
 
     return Adapter

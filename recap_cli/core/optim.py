@@ -79,7 +79,8 @@ class Optimizer:
 
     `moments` are compact, by slot and moment name, fp32; what is missing starts at zero. `counts` are the steps that the
     entries of a slot have taken so far, shape (1,), or one per chosen row or column, `along` the dimension named for the
-    slot. Weight decay spares vectors (biases and norms), as is usual.
+    slot. Weight decay spares vectors (biases and norms), as is usual. `scale` has factors of
+    the learning rate by slot, 1 for those that it does not name.
     """
 
     def __init__(
@@ -91,11 +92,13 @@ class Optimizer:
         moments: Mapping[str, Moments] | None = None,
         counts: Mapping[str, Tensor] | None = None,
         along: Mapping[str, int] | None = None,
+        scale: Mapping[str, float] | None = None,
     ) -> None:
         self.slots, self.rule, self.weight_decay, self.lr = slots, rule, weight_decay, 0.0
         self.moments = {s.name: _start(s, rule, (moments or {}).get(s.name, {})) for s in slots}
         self._before = {s.name: _count(s, (counts or {}).get(s.name), (along or {}).get(s.name)) for s in slots}
         self._steps = {s.name: 0 for s in slots}
+        self._scale = {s.name: (scale or {}).get(s.name, 1.0) for s in slots}
 
     def step(self) -> None:
         """Move every slot that has a gradient."""
@@ -111,7 +114,7 @@ class Optimizer:
         count = self._before[slot.name] + self._steps[slot.name]
         master = slot.master
         grad = slot.leaf.grad.to(master.device, master.dtype)
-        self.rule.apply(master, grad, self.moments[slot.name], count, self.lr, decay)
+        self.rule.apply(master, grad, self.moments[slot.name], count, self.lr * self._scale[slot.name], decay)
         self._steps[slot.name] += 1
         slot.write_back(master)
 

@@ -1,0 +1,1 @@
+"""Finetuning methods, each under its own entry point in `recap.methods`."""

@@ -1,0 +1,80 @@
+"""LoRA (2106.09685) as the library peft has it: low-rank adapters beside frozen matrices, added to them at the end."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from recap_cli.api import Attached, Axis, Frame, Method, Settings, Turn, is_transposed
+
+MARK = ".lora_"  # of the names that peft gives
+PLACES = ("query", "key", "value", "output", "up", "down")
+
+
+def turns(settings: Settings) -> list[Turn]:
+    """One round in which the adapters and the task head move."""
+    for name in ("rank", "alpha"):
+        _count(name, settings.options[name])
+    _places(settings.options["targets"])
+    return [Turn(moves="training")]
+
+
+def attach(frame: Frame) -> Attached:
+    """Put adapters of `rank` beside the layers at `targets`; the weights get `alpha / rank · B A` at the end."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    rank, alpha = frame.options["rank"], frame.options["alpha"]
+    paths = targets(frame.axes, frame.options["targets"])
+    transposed = {path: is_transposed(frame.model.get_submodule(path)) for path in paths}
+    config = LoraConfig(r=_count("rank", rank), lora_alpha=_count("alpha", alpha), target_modules=paths)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of GPT-2's transposed layers, which it then handles
+        inject_adapter_in_model(config, frame.model)
+    head, scale = set(frame.head), config.lora_alpha / config.r
+
+    def result(values: Mapping[str, Tensor], small: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        moved = {name: value for name, value in values.items() if MARK not in name}
+        for path in paths:
+            down, up = (values[f"{path}{MARK}{side}.default.weight"] for side in "AB")  # (rank, in), (out, rank)
+            delta = scale * up @ down
+            weight = f"{path}.weight"
+            moved[weight] = small[weight] + (delta.t() if transposed[path] else delta)
+        return moved, {}
+
+    return Attached(moves=lambda name: name in head or MARK in name, result=result)
+
+
+def targets(axes: Sequence[Axis], places: Any) -> list[str]:
+    """The paths of the layers at `places`; one that makes several of them (a fused qkv) is named once."""
+    found: list[str] = []
+    for axis in axes:
+        weights = [cut.param.removesuffix(".weight") for cut in axis.cuts if cut.param.endswith(".weight")]
+        *rows, last = weights
+        if axis.kind == "heads":
+            query, key, value = rows if len(rows) == 3 else (rows * 3)[:3]
+            layers = {"query": [query], "key": [key], "value": [value], "output": [last]}
+        else:
+            layers = {"up": rows, "down": [last]}
+        found += [path for place in _places(places) for path in layers.get(place, [])]
+    return list(dict.fromkeys(found))
+
+
+def _places(value: Any) -> Sequence[str]:
+    if not isinstance(value, (list, tuple)) or not value or not all(place in PLACES for place in value):
+        raise ValueError(f"options.targets: expected some of {', '.join(PLACES)}; found {value!r}")
+    return value
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"options.{name}: expected a whole number of at least 1; found {value!r}")
+    return value
+
+
+LORA = Method(
+    "LoRA: low-rank adapters on the attention of a frozen model, by peft.",
+    turns,
+    training=attach,
+    options={"rank": 8, "alpha": 16, "targets": ("query", "value")},
+)

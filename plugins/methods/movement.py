@@ -1,0 +1,135 @@
+"""Movement pruning (Sanh et al. 2020, 2005.07683), of whole heads and neurons: their scores are learned while finetuning.
+
+Each group has a score S. The forward keeps the groups of the highest scores, as many as the cubic schedule says; the backward
+passes straight through the choice, so that ∂L/∂S is the sum over the group of ∂L/∂w · w, and a score rises where weights move
+away from zero. The sum is taken where a group meets the matrix that it goes out through (the output matrix of the attention,
+the second one of the feedforward), at whose input the gates stand: there, closing a gate is the same as cutting the group.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recap_cli.api import Attached, Axis, Cut, Frame, Method, Settings, Turn, is_transposed, owner_of
+
+SCORES = "movement_scores"
+
+
+def turns(settings: Settings) -> list[Turn]:
+    """Two rounds: the scores are learned in the first, on gated groups; the second finetunes what is then left."""
+    last = _share("cooldown_share", settings.options["cooldown_share"])
+    _share("warmup_share", settings.options["warmup_share"]), _rate(settings.options["scores_lr"])
+    return [
+        Turn(moves="training", share=1 - last, course=(0.0, 1 - last), embeddings=True, product=False),
+        Turn(settings.prune_ratio, plan="learned", share=last, course=(1 - last, 1.0), embeddings=True),
+    ]
+
+
+def attach(frame: Frame) -> Attached:
+    """Put a score and a gate to every group, in front of the layer that it goes out through."""
+    warmup = _share("warmup_share", frame.options["warmup_share"])
+    rate = _rate(frame.options["scores_lr"])
+    gates = {axis.name: _Gates(frame.model, axis) for axis in frame.axes}
+    target = frame.turns[-1].prune_ratio
+
+    def scores() -> dict[str, Tensor]:
+        return {name: gate.scores() for name, gate in gates.items()}
+
+    def before_step(step: int, steps: int) -> None:
+        for name, kept in frame.choose(scores(), keep_share(step + 1, steps, ratio=target, warmup=warmup)).items():
+            gates[name].keep(kept)
+
+    def result(values: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        moved = {name: value for name, value in values.items() if not name.endswith(SCORES)}
+        return moved, {name: values[gate.name] for name, gate in gates.items()}
+
+    return Attached(
+        moves=lambda _: True,
+        rate=lambda name: rate / frame.lr if name.endswith(SCORES) else 1.0,
+        before_step=before_step,
+        result=result,
+    )
+
+
+def keep_share(step: int, steps: int, *, ratio: float, warmup: float) -> float:
+    """The share of the prunable parameters that is kept after `step` of `steps`: cubic from 1 to 1 − `ratio`, 1 before."""
+    start = round(steps * warmup)
+    if step <= start:
+        return 1.0
+    left = 1 - (step - start) / (steps - start)
+    return 1 - ratio * (1 - left**3)
+
+
+class _Gates:
+    """The gates of one axis: a score for each group, a parameter of the layer that the groups go out through."""
+
+    def __init__(self, model: nn.Module, axis: Axis) -> None:
+        self.layer, self.cut, self.name = _way_out(model, axis)
+        size = self.layer.get_parameter("weight").shape[self.cut.dim]
+        self.layer.register_parameter(SCORES, nn.Parameter(torch.zeros(axis.size)))
+        self.layer.register_buffer("movement_gate", torch.ones(size), persistent=False)
+        self.layer.register_forward_pre_hook(self._close)
+
+    def scores(self) -> Tensor:
+        return self.layer.get_parameter(SCORES).detach().float().cpu()
+
+    def keep(self, kept: Tensor) -> None:
+        """Open the gates of the groups that are kept, (axis.size,) bool, and close all others."""
+        gate = self.layer.get_buffer("movement_gate")
+        wide = kept.repeat_interleave(self.cut.width).to(gate)
+        gate[self.cut.offset : self.cut.offset + len(wide)] = wide
+
+    def _close(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *others = inputs
+        gated: Tensor = _StraightThrough.apply(x, layer.get_parameter(SCORES), layer.get_buffer("movement_gate"), self.cut)
+        return (gated, *others)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """x · gate, with the gradient of the scores as if each were its gate."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scores: Tensor, gate: Tensor, cut: Cut) -> Tensor:  # x, result: (…, features)
+        ctx.save_for_backward(x, gate)
+        ctx.cut, ctx.size = cut, len(scores)
+        return x * gate
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate = ctx.saved_tensors
+        cut, size = ctx.cut, ctx.size
+        along = (grad * x).flatten(0, -2).sum(0).narrow(0, cut.offset, size * cut.width)  # (size · width,)
+        return grad * gate, along.view(size, cut.width).sum(1), None, None
+
+
+def _way_out(model: nn.Module, axis: Axis) -> tuple[nn.Module, Cut, str]:
+    """The layer whose input features an axis cuts, that cut, and what the scores there are called."""
+    for cut in axis.cuts:
+        path, _, attribute = cut.param.rpartition(".")
+        layer, _ = owner_of(model, cut.param)
+        if attribute == "weight" and cut.dim == (0 if is_transposed(layer) else 1):
+            return layer, cut, f"{path}.{SCORES}"
+    raise ValueError(f"{axis.name} cuts the input of no linear layer, where movement pruning has its gates")
+
+
+def _share(name: str, value: Any) -> float:
+    if not isinstance(value, float) or not 0 < value < 1:
+        raise ValueError(f"options.{name}: expected a number between 0 and 1; found {value!r}")
+    return value
+
+
+def _rate(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ValueError(f"options.scores_lr: expected a number above 0; found {value!r}")
+    return value
+
+
+MOVEMENT = Method(
+    "Movement pruning: the groups to keep are learned while finetuning, along a cubic schedule.",
+    turns,
+    prunes=True,
+    training=attach,
+    options={"warmup_share": 0.1, "cooldown_share": 0.3, "scores_lr": 0.01},
+)

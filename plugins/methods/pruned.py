@@ -1,0 +1,23 @@
+"""Pruning before finetuning, and after it: the small model moves as a whole."""
+
+from recap_cli.api import Method, Settings, Turn
+
+
+def pre(settings: Settings) -> list[Turn]:
+    """One round: prune by the importance for the task that the pretrained model has, then finetune."""
+    return [Turn(settings.prune_ratio, embeddings=True)]
+
+
+def post(settings: Settings) -> list[Turn]:
+    """Two rounds: finetune the full model, prune it, finetune what is left; the learning rate decays once over both."""
+    first = settings.options["full_share"]
+    if not isinstance(first, float) or not 0 < first < 1:
+        raise ValueError(f"options.full_share: expected a number between 0 and 1; found {first!r}")
+    return [
+        Turn(share=first, course=(0.0, first), embeddings=True, product=False),
+        Turn(settings.prune_ratio, share=1 - first, course=(first, 1.0), embeddings=True),
+    ]
+
+
+PRE = Method("Prune, then finetune what is left.", pre, prunes=True)
+POST = Method("Finetune the full model, prune, finetune again.", post, prunes=True, options={"full_share": 0.5})

@@ -1,0 +1,121 @@
+"""What a finetuning method is: a value, not a class to inherit from.
+
+A method is a list of *turns*, each a round of the same four stages: which plan it prunes to, what may move, for what share of
+the run's steps. Most methods are nothing more. One that trains something else than the model's own entries (the adapters of
+LoRA, the scores of movement pruning) brings a `Training` too.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # so that `recap status` reads turns without torch
+    from torch import Tensor, nn
+
+    from recap_cli.core.groups import Axis, Choice
+
+Plan = Literal["importance", "same", "learned"]
+Moves = Literal["mask", "head", "training"]
+Option = bool | int | float | str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one round does.
+
+    `plan` says which groups stay: by `importance` down to a share `1 − prune_ratio`, the `same` as in the round before, or
+    those of the highest scores that a training of the round before has `learned`. `moves` says what is trained: what the
+    `mask` lets move (a share `1 − mask_ratio`, and what lies outside every group), the `head` alone, or what the method's own
+    `training` names. `share` is the round's share of the optimizer steps of the run; `course` the window of the learning
+    rate's way from its rise to its decay, (0, 1) being all of it. `product` says whether this round's small model may be what
+    the run is for.
+    """
+
+    prune_ratio: float = 0.0
+    mask_ratio: float = 0.0
+    plan: Plan = "importance"
+    moves: Moves = "mask"
+    share: float = 1.0
+    course: tuple[float, float] = (0.0, 1.0)
+    embeddings: bool = False
+    product: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "course": list(self.course)}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Turn":
+        known = {f.name for f in fields(cls)}
+        return cls(**{**{name: value for name, value in found.items() if name in known}, "course": tuple(found["course"])})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a recipe says to a method: K, r_p, r_f, whether embeddings may move, and the method's own options.
+
+    `restarts` says that the learning rate runs its course in every round anew, `settled` in how many of the last rounds the
+    plan stays as it is.
+    """
+
+    rounds: int
+    prune_ratio: float
+    mask_ratio: float
+    embeddings: bool = False
+    restarts: bool = False
+    settled: int = 0
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+
+Scores = dict[str, "Tensor"]  # axis name → one score per group, shape (axis.size,)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What a training of its own has put into a small model.
+
+    `moves(name)` says which parameters are trained, the new ones included; `rate(name)` is a factor of their learning rate;
+    `before_step(step, steps)` runs before each optimizer step. `result(values, small)` takes the trained values (name → fp32
+    tensor on the CPU) and the small model's tensors as they were, and gives what of them has moved, whole, and the scores that
+    a later turn prunes by (none for most).
+    """
+
+    moves: Callable[[str], bool]
+    result: "Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[dict[str, Tensor], Scores]]"
+    rate: Callable[[str], float] = lambda _: 1.0
+    before_step: Callable[[int, int], None] = lambda _step, _steps: None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a training of its own is given: the small model, its axes, the names of its task head, this turn and those after
+    it, the peak learning rate, and the method's options.
+
+    `choose(scores, keep_share)` says which groups a pruning to that share of the prunable parameters would keep.
+    """
+
+    model: "nn.Module"
+    axes: "Sequence[Axis]"
+    head: Sequence[str]
+    turns: Sequence[Turn]
+    lr: float
+    options: Mapping[str, Option]
+    choose: "Callable[[Scores, float], Choice]"
+
+
+Training = Callable[[Frame], Attached]  # puts something into the model, in place
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a pretrained model is finetuned: the turns of a run and, where it needs one, a training step of its own.
+
+    `prunes` and `masks` say whether the ratios r_p and r_f mean anything to it. `options` are the method's own settings with
+    their defaults; a recipe gives others under `options`.
+    """
+
+    title: str
+    turns: Callable[[Settings], Iterable[Turn]]
+    prunes: bool = False
+    masks: bool = False
+    training: Training | None = None
+    options: Mapping[str, Option] = field(default_factory=dict)
