@@ -17,6 +17,7 @@ import typer
 
 from recap_cli import console
 from recap_cli.commands import (
+    compare,
     doctor,
     eval,
     export,
@@ -28,6 +29,7 @@ from recap_cli.commands import (
     profile_memory,
     prune,
     recipes,
+    report,
     run,
     status,
 )
@@ -54,11 +56,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(rich_help_panel=WHOLE)(run.run)
+app.command(rich_help_panel=WHOLE)(compare.compare)
 app.command(rich_help_panel=WHOLE)(export.export)
 app.command("profile-memory", rich_help_panel=WHOLE)(profile_memory.profile_memory)
 for stage in (init.init, prune.prune, mask.mask, finetune.finetune, merge.merge):
     app.command(rich_help_panel=STAGE)(stage)
 app.command(rich_help_panel=LOOK)(status.status)
+app.command(rich_help_panel=LOOK)(report.report)
 app.command("eval", rich_help_panel=LOOK)(eval.evaluate)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=LOOK)
 app.command(rich_help_panel=LOOK)(plugins.plugins)
@@ -85,7 +89,7 @@ def recap(version: VersionOption = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code.
 
-    0 done, 2 a wrong command line, 3 to 17 an error of `recap_cli.errors` or `recap_cli.commands`, 130 stopped by Ctrl-C,
+    0 done, 2 a wrong command line, 3 to 18 an error of `recap_cli.errors` or `recap_cli.commands`, 130 stopped by Ctrl-C,
     1 anything else. With RECAP_TRACEBACK=1 each error comes with its traceback.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)

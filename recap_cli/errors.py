@@ -16,7 +16,8 @@ RecapError                 1
 ├── TrainingError         13   a loss that is not finite
 ├── SelectionError        14   a ratio that the groups there are cannot meet
 ├── DeviceMemoryError     16   the accelerator's memory ran out
-└── BudgetError           17   a memory budget that no settings fit in
+├── BudgetError           17   a memory budget that no settings fit in
+└── ComparisonError       18   a comparison some of whose cells are not done
 """
 
 
@@ -147,3 +148,9 @@ class BudgetError(RecapError):
     """A memory budget that no settings fit in."""
 
     exit_code = 17
+
+
+class ComparisonError(RecapError):
+    """A comparison some of whose cells are not done: they failed, or their settings are impossible."""
+
+    exit_code = 18

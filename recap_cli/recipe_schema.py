@@ -42,6 +42,7 @@ Seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1), BeforeValidator(_w
 Count = Annotated[int, Field(strict=True, ge=1), BeforeValidator(_whole)]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1), BeforeValidator(_number)]  # nobody means all of it
 PartialShare = Annotated[float, Field(strict=True, gt=0, lt=1), BeforeValidator(_number)]
+Fraction = Annotated[float, Field(strict=True, gt=0, le=1), BeforeValidator(_number)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), BeforeValidator(_number)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 Device = Annotated[
@@ -50,6 +51,7 @@ Device = Annotated[
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _AMOUNT = r"^(\d+(?:\.\d+)?) ?([KMGT]i?|)B$"
 Bytes = Annotated[str, Field(strict=True, pattern=_AMOUNT, examples=["2GiB", "1500MB", "0.5GB"])]
+Setting = bool | int | float | str | list[str] | None
 Scope = Literal["per-kind", "global", "per-layer"]
 
 
@@ -157,7 +159,15 @@ class Prune(BaseModel):
     criterion: Text = Field(default="taylor", description="Plugin that scores groups; the default is eq. (1). Paper: I_m.")
     scope: Scope = Field(default="per-kind", description="What is ranked together: heads and neurons apart, all, or a layer.")
     floor: Share = Field(default=0.15, description="Share of each layer's heads and neurons that stays in any case.")
+    settled: Share = Field(
+        default=0.5, description="Share of the rounds, the last ones, in which the plan stays as it is; 0 is the paper's."
+    )
     uniform: Flag = Field(default=False, description="True leaves every layer with the same number of heads and neurons.")
+    ramp: Fraction = Field(
+        default=0.5,
+        description="The first round moves this share of what the last may, and prunes less for the memory that is saved; "
+        "1 is the paper's.",
+    )
     round_to: Count = Field(default=1, description="What is kept of each matrix is a multiple of this many rows or columns.")
 
 
@@ -185,13 +195,18 @@ class Finetune(BaseModel):
         description="Examples a backward pass, a divisor of `batch_size`; null is the whole batch at once.",
     )
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="The update rule.")
-    lr: Positive = Field(default=1e-4, description="Learning rate at its peak, each round.")
+    lr: Positive = Field(default=1e-4, description="Learning rate at its peak.")
     momentum: Share = Field(default=0.9, description="Momentum of sgd. Paper: beta.")
     betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="Moment decays of adamw. Paper: beta_1, beta_2.")
     eps: Positive = Field(default=1e-8, description="Added to adamw's denominator.")
     weight_decay: NonNegative = Field(default=0.01, description="Decay of the weights that may move; of no others.")
-    schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="The learning rate over a round.")
-    warmup_ratio: Share = Field(default=0.0, description="Share of a round's steps in which the learning rate rises.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="The learning rate over its course."
+    )
+    course: Literal["run", "round"] = Field(
+        default="run", description="The learning rate runs its schedule once over the run, or (the paper) anew each round."
+    )
+    warmup_ratio: Share = Field(default=0.0, description="Share of a course's steps in which the learning rate rises.")
     max_grad_norm: Positive | None = Field(default=None, description="Clip gradients to this norm; not with `fused_backward`.")
     memory_budget: Bytes | None = Field(
         default=None,
@@ -219,14 +234,28 @@ class Evaluate(BaseModel):
     batch_size: Count = Field(default=64, description="Examples a batch.")
 
 
+# What the paper's plain algorithm has, where our defaults differ.
+FAITHFUL: dict[str, Any] = {"head.warmup_epochs": 0, "prune.settled": 0.0, "prune.ramp": 1.0, "finetune.course": "round"}
+
+
 class Recipe(BaseModel):
-    """A run of RECAP, from pretrained weights to a small finetuned model."""
+    """A run of RECAP, or of a method to compare it with, from pretrained weights to a finetuned model."""
 
     model_config = _FROZEN
 
     name: Text = Field(default="recap", description="What the run is called.")
+    method: Text = Field(default="recap", description="Plugin that says what each round does; `recap plugins` lists them.")
+    options: Annotated[dict[str, Setting], BeforeValidator(_number)] = Field(
+        default_factory=dict, description="The method's own settings, as in {rank: 8}."
+    )
+    faithful: Flag = Field(
+        default=False, description="True keeps the paper's plain algorithm: what it has no word for is off (`FAITHFUL`)."
+    )
     seed: Seed = Field(default=0, description="Seed of every random choice.")
-    rounds: Count = Field(default=10, description="Rounds of prune, mask, finetune and merge. Paper: K.")
+    rounds: Count = Field(
+        default=10,
+        description="Rounds of prune, mask, finetune and merge; other methods spend the same optimizer steps. Paper: K.",
+    )
     patience: Count | None = Field(default=None, description="Rounds without a better metric after which to stop; null: never.")
     model: Model
     task: Task
@@ -242,6 +271,20 @@ class Recipe(BaseModel):
     @classmethod
     def _empty_section(cls, value: object) -> object:
         return {} if value is None else value  # all of its keys are commented out
+
+    @model_validator(mode="before")
+    @classmethod
+    def _faithful(cls, values: Any) -> Any:
+        """Fill in the paper's settings where the recipe asks for them and says nothing itself."""
+        if not isinstance(values, dict) or values.get("faithful") is not True:
+            return values
+        filled = dict(values)
+        for key, value in FAITHFUL.items():
+            section, name = key.split(".")
+            known = filled.get(section) or {}
+            if isinstance(known, dict) and name not in known:
+                filled[section] = {**known, name: value}
+        return filled
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -277,6 +320,9 @@ def _conflicts(recipe: Recipe) -> Iterator[Conflict]:
     for key, needed in NEEDS.items():
         if _value(recipe, key) is not None and _value(recipe, needed) is None:
             yield Conflict((key, needed), f"expected only beside {needed}; found without it")
+    for key, value in FAITHFUL.items():
+        if recipe.faithful and (found := _value(recipe, key)) != value:
+            yield Conflict((key, "faithful"), f"expected {value} with faithful: true, as the paper has it; found {found}")
     yield from _input_conflicts(recipe)
     yield from _training_conflicts(recipe)
     if recipe.prune.ratio + recipe.prune.floor > 1 + 1e-9:  # the sum of two decimals may round up

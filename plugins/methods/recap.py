@@ -1,22 +1,51 @@
-"""RECAP: K rounds of prune, mask, finetune and merge, the last of them on a plan that stays as it is."""
+"""RECAP: K rounds of prune, mask, finetune and merge.
+
+The first rounds explore: each prunes anew. The last ones keep the plan, so that what is left heals together. While exploring,
+the model is pruned less than in the end, and as many fewer entries move as the memory for that needs: no round holds more of
+weights, gradients and optimizer state than the last.
+"""
 
 from recap_cli.api import Method, Settings, Turn
 
 
 def turns(settings: Settings) -> list[Turn]:
     """K rounds of equal length; the learning rate decays once over all, or (the paper) in each of them."""
-    rounds, settled = settings.rounds, min(settings.settled, settings.rounds - 1)
-    return [
-        Turn(
-            settings.prune_ratio,
-            settings.mask_ratio,
-            plan="same" if number >= rounds - settled else "importance",
-            share=1 / rounds,
-            course=(0.0, 1.0) if settings.restarts else (number / rounds, (number + 1) / rounds),
-            embeddings=settings.embeddings,
+    rounds = settings.rounds
+    explore = rounds - min(settings.settled, rounds - 1)
+    made = []
+    for number in range(rounds):
+        prune_ratio, mask_ratio = _ratios(settings, min(1.0, number / (explore - 1)) if explore > 1 else 1.0)
+        made.append(
+            Turn(
+                prune_ratio,
+                mask_ratio,
+                plan="same" if number >= explore else "importance",
+                share=1 / rounds,
+                course=(0.0, 1.0) if settings.restarts else (number / rounds, (number + 1) / rounds),
+                embeddings=settings.embeddings,
+                product=prune_ratio == settings.prune_ratio,
+            )
         )
-        for number in range(rounds)
-    ]
+    return made
+
+
+def _ratios(settings: Settings, way: float) -> tuple[float, float]:
+    """r_p and r_f when this share of the `way` to those of the settings is gone.
+
+    A model of which a share 1 − r_p is left, and of that a share m = 1 − r_f moves, holds (1 − r_p)(1 + c·m) times what the
+    full model's weights take, c being `entry_cost`. The ramp lets m rise from `ramp` times its last value, and r_p so that
+    this stays the same.
+    """
+    last = 1 - settings.mask_ratio
+    moves = last * (settings.ramp + (1 - settings.ramp) * way)
+    cost = settings.entry_cost
+    kept = (1 - settings.prune_ratio) * (1 + cost * last) / (1 + cost * moves)
+    if way >= 1 or settings.ramp == 1 or settings.prune_ratio == 0:
+        return settings.prune_ratio, settings.mask_ratio
+    if kept <= 1:
+        return 1 - kept, 1 - moves
+    moves = ((1 - settings.prune_ratio) * (1 + cost * last) - 1) / cost  # nothing is pruned, and memory is left: more may move
+    return 0.0, 1 - min(last, moves)
 
 
 RECAP = Method("RECAP: prune, mask, finetune, merge, round by round.", turns, prunes=True, masks=True)

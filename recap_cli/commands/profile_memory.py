@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
 
@@ -12,7 +12,7 @@ from recap_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from recap_cli.recipe import Recipe
-    from recap_cli.stages.profile import Method, Outline
+    from recap_cli.stages.profile import Outline
     from recap_cli.state import State
 
 Number = TypeVar("Number", int, float)
@@ -118,16 +118,18 @@ def profile_memory(
         tables.show(found)
 
 
-def _methods(text: str) -> "list[Method]":
-    from recap_cli.stages.profile import METHODS
+def _methods(text: str) -> list[str]:
+    from recap_cli import registry
+    from recap_cli.stages.profile import SHORT
 
+    known = registry.names("methods")
     given = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in given if name not in METHODS]
+    unknown = [name for name in given if name not in known and name not in SHORT]
     if unknown or not given:
         what = f"there is no method {unknown[0]!r}" if unknown else "no method was named"
-        hint = f"choose among {', '.join(METHODS)} (post-ft and movement hold at their peak what full does)"
-        raise UsageError(f"--methods {text or repr(text)}: {what}", hint=hint)
-    return list(dict.fromkeys(cast("list[Method]", given)))
+        short = ", ".join(f"{a} for {b}" for a, b in SHORT.items())
+        raise UsageError(f"--methods {text or repr(text)}: {what}", hint=f"choose among {', '.join(known)} ({short})")
+    return list(dict.fromkeys(given))
 
 
 def _numbers(option: str, text: str | None, kind: Callable[[str], Number]) -> list[Number]:
@@ -167,13 +169,11 @@ def _check_measure(recipe: "Recipe", measure: bool, snapshot: Path | None) -> No
         measuring.check(recipe, snapshot)
 
 
-def _check_ratios(shares: Sequence[float], text: str | None, methods: "Sequence[Method]", recipe: "Recipe") -> None:
-    from recap_cli.stages.profile import PRUNED
+def _check_ratios(shares: Sequence[float], text: str | None, methods: Sequence[str], recipe: "Recipe") -> None:
+    from recap_cli.stages.profile import prunes
 
-    if shares and not any(method in PRUNED for method in methods):
-        raise UsageError(
-            f"--ratios {text}: none of the methods {', '.join(methods)} prunes", hint=f"--methods {','.join(PRUNED)}"
-        )
+    if shares and not any(prunes(method) for method in methods):
+        raise UsageError(f"--ratios {text}: none of the methods {', '.join(methods)} prunes", hint="--methods pre-ft,recap")
     floor = recipe.prune.floor
     if any(share + floor > 1 + 1e-9 for share in shares):
         raise UsageError(
@@ -280,15 +280,15 @@ def _commands(subject: _Subject, target: str, overrides: Sequence[str], text: st
 def _assumptions(
     model: "Outline",
     recipe: "Recipe",
-    methods: "Sequence[Method]",
+    methods: Sequence[str],
     sizes: Sequence[int],
     shares: Sequence[float],
     measure: bool,
 ) -> Iterator[str]:
     """What the figures take for granted that the recipe does not say."""
-    from recap_cli.stages.profile import PRUNED
+    from recap_cli.stages.profile import prunes
 
-    if any(method in PRUNED for method in methods):
+    if any(prunes(method) for method in methods):
         if model.plan is None or shares:
             yield "groups to prune and to move are taken evenly from all layers here; a real choice differs a little"
         elif model.mask is None:

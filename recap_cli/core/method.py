@@ -54,7 +54,8 @@ class Settings:
     """What a recipe says to a method: K, r_p, r_f, whether embeddings may move, and the method's own options.
 
     `restarts` says that the learning rate runs its course in every round anew, `settled` in how many of the last rounds the
-    plan stays as it is.
+    plan stays as it is, `ramp` with what share of r_f's moving entries the first round begins (1: all), and `entry_cost` what a
+    moving entry holds on the device beside its weight (gradient, moments, master), in weights.
     """
 
     rounds: int
@@ -63,6 +64,8 @@ class Settings:
     embeddings: bool = False
     restarts: bool = False
     settled: int = 0
+    ramp: float = 1.0
+    entry_cost: float = 3.0
     options: Mapping[str, Option] = field(default_factory=dict)
 
 

@@ -101,7 +101,7 @@ def bars(rows: Sequence[Row], path: Path, *, title: str, budget_bytes: int | Non
     """
     _check(rows, path)
     labels = _labels(rows, without=())
-    with _picture(path, 1.9 + sum(0.2 + 0.17 * (label.count("\n") + 1) for label in labels)) as figure:
+    with picture(path, 1.9 + sum(0.2 + 0.17 * (label.count("\n") + 1) for label in labels)) as figure:
         axes = figure.add_subplot()
         ends = _stacks(axes, rows)
         _peaks(axes, rows, ends)
@@ -130,7 +130,7 @@ def curves(rows: Sequence[Row], path: Path, *, by: By, title: str, budget_bytes:
     """
     _check(rows, path)
     lines = _lines(rows, by)
-    with _picture(path, 4.2) as figure:
+    with picture(path, 4.2) as figure:
         axes = figure.add_subplot()
         for line in lines:
             _draw(axes, line)
@@ -169,7 +169,7 @@ def _unwritable(path: Path, why: str) -> StorageError:
 
 
 @contextmanager
-def _picture(path: Path, height: float) -> Iterator["Figure"]:
+def picture(path: Path, height: float) -> Iterator["Figure"]:
     """Lend an empty figure, `height` inches high, and write it to `path` at the end."""
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -299,7 +299,7 @@ def _title(figure: "Figure", rows: Sequence[Row], title: str, what: str, *, with
     shared = [key for key in SETTINGS if key not in without and len(_found(rows, key)) == 1]
     settings = [SETTINGS[key](value) for key in shared if (value := _found(rows, key)[0]) is not False]
     said = "predicted and measured" if any(_measured(row) is not None for row in rows) else "predicted"
-    text = [f"{_latin(title)}: {said} {what}", ", ".join(settings)]
+    text = [f"{latin(title)}: {said} {what}", ", ".join(settings)]
     figure.suptitle("\n".join(textwrap.fill(line, 82) for line in text if line), x=0.01, ha="left", fontsize=10.5)
 
 
@@ -309,12 +309,12 @@ def _labels(rows: Sequence[Row], *, without: Sequence[str]) -> list[str]:
     labels = []
     for row in rows:
         settings = [SETTINGS[key](row[key]) for key in differ if key in row and _applies(rows, row, key)]
-        text = ", ".join([_latin(row["method"]), *(setting.replace(" ", "\xa0") for setting in settings)])
+        text = ", ".join([latin(row["method"]), *(setting.replace(" ", "\xa0") for setting in settings)])
         labels.append(textwrap.fill(text, 30).replace("\xa0", " "))
     return labels
 
 
-def _latin(text: str) -> str:
+def latin(text: str) -> str:
     """The text in one line, with question marks for letters that the font may lack."""
     return " ".join(text.encode("latin-1", "replace").decode("latin-1").split())
 

@@ -39,8 +39,9 @@ def train(
     micro_batch_size: int | None = None,
     max_grad_norm: float | None = None,
     fused_backward: bool = False,
+    before_step: Callable[[int], None] = lambda _: None,
 ) -> Training:
-    """Take one optimizer step per batch, at learning rate `rate(step)`.
+    """Take one optimizer step per batch, at learning rate `rate(step)`, after a call of `before_step(step)`.
 
     `batches` yields dictionaries of tensors on the device, with the key `labels`; a batch larger than `micro_batch_size` is
     accumulated from several, each weighted by its share, so that the gradient is that of the whole batch. With `fused_backward`
@@ -55,6 +56,7 @@ def train(
         complete = stack.enter_context(_fused(optimizer, watch)) if fused_backward else None
         for step, batch in enumerate(batches):
             optimizer.lr = rate(step)
+            before_step(step)
             losses.append(_accumulate(forward, loss, batch, micro_batch_size, complete))
             if complete is None:
                 watch.all_held()

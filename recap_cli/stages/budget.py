@@ -117,7 +117,7 @@ def fit(
     allowed = budget_bytes - WORKSPACE_BYTES
     changes: list[Change] = []
     now, spare = (
-        predict(model, recipe, "recap"),
+        predict(model, recipe, recipe.method),
         list[Rung](),
     )  # spare: what did not help at its turn, as all was held elsewhere
     for rung in track([rung for rung in LADDER if may_change(rung.key)], "fit the budget"):
@@ -197,7 +197,7 @@ def savings(here: Context) -> list[tuple[str, int]]:
     }  # its own are for its own
 
     def peak(of: Outline, settings: Recipe) -> int:
-        return predict(of, settings, "recap").usage.peak_bytes
+        return predict(of, settings, settings.method).usage.peak_bytes
 
     now, found = peak(model, recipe), []
     for key, value in single_changes(recipe):
@@ -224,7 +224,7 @@ def _climb(model: Outline, now: Prediction, rung: Rung, allowed: int) -> Predict
         return now
 
     def at(value: Any) -> Prediction:
-        return predict(model, recipes.changed(now.recipe, {rung.key: value}), "recap")
+        return predict(model, recipes.changed(now.recipe, {rung.key: value}), now.recipe.method)
 
     found = at(values[-1])
     if len(values) == 1 or found.usage.peak_bytes > allowed:
@@ -257,7 +257,7 @@ def _larger_parts(
     redone = list(changes[:at])
     for change in later:
         recipe = recipes.changed(recipe, {change.key: change.after})
-        whole = predict(model, recipe, "recap")
+        whole = predict(model, recipe, recipe.method)
         redone.append(replace(change, before_bytes=peak, after_bytes=whole.usage.peak_bytes))
         peak = whole.usage.peak_bytes
     if peak <= allowed:
@@ -279,7 +279,7 @@ def _scoring(model: Outline, now: Prediction, allowed: int, may_change: Callable
     while peak > allowed and size > 1 and may_change(SCORING):
         size //= 2
         recipe = recipes.changed(now.recipe, {SCORING: size})
-        peak = evaluation_bytes(model, recipe, "recap")
+        peak = evaluation_bytes(model, recipe, recipe.method)
     return replace(now, recipe=recipe, evaluation_bytes=peak)
 
 
@@ -304,9 +304,9 @@ def _change(key: str, cost: str, before: Prediction, after: Prediction, *, scori
 
 def _nothing_fits(model: Outline, least: Prediction, budget_bytes: int, may_change: Callable[[str], bool]) -> BudgetError:
     def least_bytes(recipe: Recipe) -> int:
-        training = least.usage if recipe is least.recipe else predict(model, recipe, "recap").usage
+        training = least.usage if recipe is least.recipe else predict(model, recipe, recipe.method).usage
         size = 1 if may_change(SCORING) else recipe.evaluate.batch_size
-        scoring = evaluation_bytes(model, recipes.changed(recipe, {SCORING: size}), "recap")
+        scoring = evaluation_bytes(model, recipes.changed(recipe, {SCORING: size}), recipe.method)
         return max(training.peak_bytes, scoring) + WORKSPACE_BYTES
 
     needed = least_bytes(least.recipe)

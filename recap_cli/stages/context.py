@@ -15,6 +15,7 @@ from recap_cli import registry
 from recap_cli.core.adapter import Adapter, block_paths, find_axes
 from recap_cli.core.criterion import Criterion, Losses
 from recap_cli.core.groups import Axis, Choice, Cut, Shape, shapes_of
+from recap_cli.core.method import Turn
 from recap_cli.core.streaming import streamed
 from recap_cli.errors import StageOrderError
 from recap_cli.manifest import quoted
@@ -26,6 +27,7 @@ from recap_cli.runtime.models import ModelSpec
 from recap_cli.runtime.order import batches, sample
 from recap_cli.runtime.tasks import Task
 from recap_cli.stages.schedule import finished
+from recap_cli.stages.turns import turns_of
 from recap_cli.state import State
 
 WEIGHTS, BUFFERS, SPEC, LAYOUT, MOMENTS = (
@@ -35,7 +37,13 @@ WEIGHTS, BUFFERS, SPEC, LAYOUT, MOMENTS = (
     "layout.json",
     "moments.safetensors",
 )
-PLAN, MASK, SMALL, MOVED = "plan.safetensors", "mask.safetensors", "small.safetensors", "moved.safetensors"
+PLAN, MASK, SMALL, MOVED, SCORES = (
+    "plan.safetensors",
+    "mask.safetensors",
+    "small.safetensors",
+    "moved.safetensors",
+    "scores.safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,11 @@ class Context:
     def full(self) -> str:
         """The folder of the full model as it is now."""
         return str(self.state.manifest.full)
+
+    @cached_property
+    def turns(self) -> tuple[Turn, ...]:
+        """What each round does."""
+        return turns_of(self.state.manifest, self.recipe)
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -244,7 +257,7 @@ def check_rounds(context: Context) -> None:
     if state.next_stage() != "prune":
         return
     path = quoted(state.path)
-    if reason := finished(recipe, state.manifest.round, state.manifest.best):
+    if reason := finished(recipe, state.manifest):
         raise StageOrderError(
             f"{state.path}: {reason}",
             hint=f"recap export {path} OUT writes the best small model; recap status {path} shows the rounds",

@@ -1,6 +1,6 @@
 """`finetune`: train what the mask lets move, on the GPU if there is one (paper, sec. 3.2, Step 4)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli.core.groups import Choice, counts
+from recap_cli.core.method import Attached, Turn
 from recap_cli.core.moments import COUNT, take_moments
 from recap_cli.core.optim import Optimizer, learning_rate
 from recap_cli.core.surgery import Where, compose_where, indices
@@ -25,7 +26,8 @@ from recap_cli.stages import exhaustion
 from recap_cli.stages.context import Context
 from recap_cli.stages.exhaustion import Ledger
 from recap_cli.stages.settings import OnChange, adopt, recipe_of, unheard
-from recap_cli.stages.trainable import RESIDENTS, in_dtype, make_trainable, moving, rule_of
+from recap_cli.stages.trainable import RESIDENTS, attach, in_dtype, make_own, make_trainable, moving, rule_of
+from recap_cli.stages.turns import steps_of
 from recap_cli.state import Draft, State
 
 
@@ -73,17 +75,20 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
         shared.check_rounds(here)
         recipe, folder = here.recipe, f"round-{draft.round:03d}"
         memory.reset(device)
-        plan = here.plan(folder)
+        turn, plan = here.turns[draft.round - 1], here.plan(folder)
         small = state.load_tensors(f"{folder}/{shared.SMALL}")
         model = ledger.model = here.model(small, counts(plan))
         chosen = {name: c.bool() for name, c in state.load_tensors(f"{folder}/{shared.MASK}").items()}
         where = moving(here.layout, plan, chosen, small)
-        optimizer = ledger.optimizer = _partial(here, model, plan, chosen, where, device)
+        torch.manual_seed(seed_for(recipe.seed, draft.round, "training"))
+        own = attach(model, here.layout, recipe, plan, here.turns[draft.round - 1 :]) if turn.moves == "training" else None
+        optimizer = ledger.optimizer = _partial(here, model, turn, plan, chosen, where, own, device)
+        before = small if own else {}
         del small  # what the forward reads is in the model; the fp32 originals of bf16 weights are not needed again
         train_split, validation = here.splits(track)
         torch.manual_seed(seed_for(recipe.seed, draft.round, "finetune"))
         ledger.doing = exhaustion.TRAINING
-        run = _train(here, model, optimizer, train_split, draft.round, device, track)
+        run = _train(here, model, optimizer, own, train_split, draft.round, device, track)
         held: dict[str, Any] = {**memory.held(model, optimizer, run.gradient_bytes)}
         peak = memory.training_peak(device, held)  # before the evaluation, which may have a higher one
         ledger.doing = exhaustion.EVALUATING
@@ -91,7 +96,7 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
         size = recipe.evaluate.batch_size
         metrics = evaluate(forward, validation, here.task, batch_size=size, device=device, track=track, label="validation")
         _check_finite(metrics["loss"], optimizer)
-        _save(draft, folder, optimizer)
+        _save(draft, folder, optimizer, own, before)
         moments = len(optimizer.rule.aging)
         held["full_finetuning"] = memory.full_finetuning(_entry(state, "prune")["params_full"], moments)
         held |= memory.measured(device, peak)
@@ -103,6 +108,7 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
             "evaluated_in": recipe.finetune.resident,
             "train_loss": run.loss,
             "steps": run.steps,
+            "lr": recipe.finetune.lr,
             "step_seconds": run.seconds / max(1, run.steps),
             "trainable": sum(slot.leaf.numel() for slot in optimizer.slots),
             **{name: held[name] for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "full_finetuning")},
@@ -118,16 +124,35 @@ def steps_in_round(recipe: Recipe, examples: int) -> int:
     return max(1, round((settings.epochs or 0) * ceil(examples / settings.batch_size)))
 
 
-def _partial(here: Context, model: nn.Module, plan: Choice, chosen: Choice, where: Where, device: torch.device) -> Optimizer:
+def _partial(
+    here: Context,
+    model: nn.Module,
+    turn: Turn,
+    plan: Choice,
+    chosen: Choice,
+    where: Where,
+    own: Attached | None,
+    device: torch.device,
+) -> Optimizer:
     """Make the model partly trainable, and the optimizer of its slots, with the moments they had."""
     settings = here.recipe.finetune
     in_full = compose_where(indices(here.layout.axes, plan, here.layout.shapes), where)
     moments, steps = take_moments(_stored_moments(here), in_full)
     if settings.checkpointing:
         models.enable_checkpointing(model)
-    slots = make_trainable(model, here.layout, here.recipe, plan, chosen, device)
+    if own is None:
+        slots, scale = make_trainable(model, here.layout, here.recipe, turn, plan, chosen, device), {}
+    else:
+        slots = make_own(model, own, here.recipe, device)
+        scale = {slot.name: own.rate(slot.name) for slot in slots}
     return Optimizer(
-        slots, rule_of(settings), weight_decay=settings.weight_decay, moments=moments, counts=steps, along=here.layout.along
+        slots,
+        rule_of(settings),
+        weight_decay=settings.weight_decay,
+        moments=moments,
+        counts=steps,
+        along=here.layout.along,
+        scale=scale,
     )
 
 
@@ -141,37 +166,49 @@ def _train(
     here: Context,
     model: nn.Module,
     optimizer: Optimizer,
+    own: Attached | None,
     split: Split,
-    round: int,
+    number: int,
     device: torch.device,
     track: Track,
 ) -> Training:
-    recipe, settings = here.recipe, here.recipe.finetune
-    steps = steps_in_round(recipe, len(split))
+    recipe, settings, turn = here.recipe, here.recipe.finetune, here.turns[number - 1]
+    each = steps_of(here.turns, recipe.rounds * steps_in_round(recipe, len(split)))
+    before, steps = sum(each[: number - 1]), each[number - 1]
+    start, end = turn.course
+    whole = round(steps / (end - start))  # the steps of a whole course, of which this turn takes its window
+    first = round(start * whole)
+
+    def rate(step: int) -> float:
+        warmup = settings.warmup_ratio
+        return learning_rate(first + step, steps=whole, peak=settings.lr, schedule=settings.schedule, warmup_ratio=warmup)
+
     return train(
         _forward(here, model.train()),
         tasks.loss,
         optimizer,
-        track(_epochs(recipe, split, round, steps, device), f"finetune, round {round}", steps),
-        rate=lambda step: learning_rate(
-            step, steps=steps, peak=settings.lr, schedule=settings.schedule, warmup_ratio=settings.warmup_ratio
-        ),
+        track(_epochs(recipe, split, before, steps, device), f"finetune, round {number}", steps),
+        rate=rate,
         micro_batch_size=settings.micro_batch_size,
         max_grad_norm=settings.max_grad_norm,
         fused_backward=settings.fused_backward,
+        before_step=(lambda step: own.before_step(step, steps)) if own else lambda _: None,
     )
 
 
-def _epochs(recipe: Recipe, split: Split, round: int, steps: int, device: torch.device) -> Iterator[Batch]:
-    """Exactly `steps` batches, epoch after epoch, in an order that follows from seed, round and epoch alone."""
-    epoch = 0
+def _epochs(recipe: Recipe, split: Split, before: int, steps: int, device: torch.device) -> Iterator[Batch]:
+    """Exactly `steps` batches, from where the `before` of earlier rounds have ended, epoch after epoch: the run sees its
+    examples in an order that follows from the seed alone, however it is cut into rounds.
+    """
+    size = recipe.finetune.batch_size
+    per_epoch = ceil(len(split) / size)
     while steps > 0:
-        chosen = order(len(split), seed=recipe.seed, round=round, epoch=epoch)[: steps * recipe.finetune.batch_size]
-        augment_seed = seed_for(recipe.seed, round, f"augmentation of epoch {epoch}")
-        for batch in batches(split, chosen, recipe.finetune.batch_size, augment_seed=augment_seed, device=device):
+        epoch, done = divmod(before, per_epoch)
+        chosen = order(len(split), seed=recipe.seed, round=1, epoch=epoch)[done * size :][: steps * size]
+        augment_seed = seed_for(recipe.seed, 1, f"augmentation of epoch {epoch}, from batch {done}")
+        for batch in batches(split, chosen, size, augment_seed=augment_seed, device=device):
             yield batch
-            steps -= 1
-        epoch += 1
+            steps, before = steps - 1, before + 1
 
 
 def _forward(here: Context, model: nn.Module) -> Forward:
@@ -189,12 +226,22 @@ def _check_finite(loss: float, optimizer: Optimizer) -> None:
         )
 
 
-def _save(draft: Draft, folder: str, optimizer: Optimizer) -> None:
-    """The values and the moments of the entries that may move, compact: all that the merge needs."""
-    draft.save_tensors(f"{folder}/{shared.MOVED}", {slot.name: slot.master.cpu() for slot in optimizer.slots})
+def _save(draft: Draft, folder: str, optimizer: Optimizer, own: Attached | None, before: Mapping[str, Tensor]) -> None:
+    """The values and the moments of the entries that may move, compact: all that the merge needs.
+
+    Of a method's own training, what it makes of the small model's tensors as they were `before`, and the scores it learned.
+    """
+    moved = {slot.name: slot.master.cpu() for slot in optimizer.slots}
+    kept = set(moved)
+    if own is not None:
+        moved, scores = own.result(moved, before)
+        kept &= set(before)
+        if scores:
+            draft.save_tensors(f"{folder}/{shared.SCORES}", scores)
+    draft.save_tensors(f"{folder}/{shared.MOVED}", {name: tensor.contiguous() for name, tensor in moved.items()})
     counts_after = optimizer.counts()
-    stored = {f"{name}/{m}": t.cpu() for name, moments in optimizer.moments.items() for m, t in moments.items()}
-    stored |= {f"{name}/{COUNT}": count for name, count in counts_after.items() if optimizer.moments[name]}
+    stored = {f"{name}/{m}": optimizer.moments[name][m].cpu() for name in kept for m in optimizer.moments[name]}
+    stored |= {f"{name}/{COUNT}": counts_after[name] for name in kept if optimizer.moments[name]}
     draft.save_tensors(f"{folder}/{shared.MOMENTS}", stored)
 
 

@@ -27,6 +27,7 @@ from recap_cli.runtime.training import Batch, train
 from recap_cli.stages import budget
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Layout
+from recap_cli.stages.turns import turns_for
 from recap_cli.state import Draft, State
 
 LIBRARIES = ("torch", "transformers", "timm", "safetensors")
@@ -39,17 +40,19 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
 
     With a `finetune.memory_budget` the settings that fit are found first, and the state is made with them.
 
-    Raises `DataError`, `ModelError`, `ConformanceError` or `PluginError` for what does not fit, before anything is written that
-    would stay; `BudgetError` if nothing fits the memory budget; `StateError` if there is a state already.
+    Raises `DataError`, `ModelError`, `ConformanceError`, `RecipeError` or `PluginError` for what does not fit, before anything
+    is written that would stay; `BudgetError` if nothing fits the memory budget; `StateError` if there is a state already.
     """
     recipe, changes = budget.solved(recipe, track)
+    turns = turns_for(recipe)  # after that: what a moving entry holds may have changed
     with State.create(path, recipes.dump(recipe), recipes.digest(recipe)) as draft:
         if recipe.finetune.memory_budget is not None:
             amount = recipe.finetune.memory_budget
             draft.facts["budget"] = {"memory_budget": amount, "changes": [asdict(change) for change in changes]}
             draft.facts["notes"] = list(budget.told(amount, changes))
-        draft.plugins = {"used": [registry.used("criteria", name) for name in (recipe.prune.criterion, recipe.mask.criterion)]}
+        draft.plugins = {"used": [registry.used("methods", recipe.method)]}
         for name in (recipe.prune.criterion, recipe.mask.criterion):
+            draft.plugins["used"].append(registry.used("criteria", name))
             shared.load_criterion(name)
         devices.pick(recipe.finetune.device), devices.pick(recipe.importance.device)
         raw = shared.read_raw(recipe)
@@ -67,6 +70,8 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         _save(draft, model, spec, created.processor, layout)
         draft.versions = {"recap": version("recap-cli"), "python": python_version(), **{n: version(n) for n in LIBRARIES}}
         draft.facts |= {
+            "method": recipe.method,
+            "turns": [turn.to_json() for turn in turns],
             "adapter": spec.model_type,
             "notes": [*draft.facts.get("notes", ()), *created.notes],
             "layouts": report.found,

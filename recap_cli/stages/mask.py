@@ -23,15 +23,15 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
     here = Context(state)
     with state.writing("mask") as draft:
         shared.check_rounds(here)
-        recipe, folder = here.recipe, f"round-{draft.round:03d}"
+        recipe, folder, turn = here.recipe, f"round-{draft.round:03d}", here.turns[draft.round - 1]
         plan = here.plan(folder)
         tensors = state.load_tensors(f"{folder}/{shared.SMALL}")
         shapes = shapes_of(tensors)
         axes = [refine(axis) for axis in shrink(here.layout.axes, plan)]
         model = here.model(tensors, counts(plan))
         torch.manual_seed(seed_for(recipe.seed, draft.round, "mask"))
-        if recipe.mask.ratio == 0.0:
-            chosen = {axis.name: torch.ones(axis.size, dtype=torch.bool) for axis in axes}
+        if turn.moves != "mask" or turn.mask_ratio == 0.0:
+            chosen = {axis.name: torch.full((axis.size,), turn.moves != "head") for axis in axes}
         else:
             train, _ = here.splits(track)
             device = devices.pick(recipe.importance.device)
@@ -51,13 +51,15 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
                 scores,
                 {axis.name: unit_params(axis, shapes) for axis in axes},
                 original={axis.name: axis.size for axis in axes},
-                keep_share=1.0 - recipe.mask.ratio,
+                keep_share=1.0 - turn.mask_ratio,
                 scope=recipe.mask.scope,
                 least=0,
             )
         draft.save_tensors(f"{folder}/{shared.MASK}", shared.as_bytes(chosen))
         moving, prunable = chosen_params(axes, shapes, chosen), prunable_params(axes, shapes)
         draft.facts |= {
+            "moves": turn.moves,
+            "mask_ratio": turn.mask_ratio,
             "moving_prunable": moving,
             "moving_share_of_prunable": moving / prunable,
             "moving_dimensions": shared.kept_per_layer(axes, counts(chosen)),

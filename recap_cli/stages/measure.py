@@ -18,7 +18,7 @@ from recap_cli.recipe import Recipe
 from recap_cli.runtime import devices, memory, snapshot
 from recap_cli.runtime.prediction import Step, take_step, usage
 from recap_cli.runtime.tracker import KINDS, Usage
-from recap_cli.stages.profile import Method, Outline, predict, prepare
+from recap_cli.stages.profile import Outline, predict, prepare
 
 KERNELS = "what CUDA's kernels take: this device has others, and is compared with a prediction for its own"
 STEPS = 3  # the allocator's peak is that of the second and third; the first makes what is made once
@@ -32,7 +32,7 @@ def check(recipe: Recipe, snapshot_to: Path | None = None) -> None:
 
 
 def measure(
-    model: Outline, recipe: Recipe, methods: Sequence[Method], track: Track = silent, snapshot_to: Path | None = None
+    model: Outline, recipe: Recipe, methods: Sequence[str], track: Track = silent, snapshot_to: Path | None = None
 ) -> list[dict[str, Any]]:
     """Predicted beside measured bytes of each method's training step, by kind, on the recipe's `finetune.device`.
 
@@ -50,7 +50,7 @@ def measure(
     return rows
 
 
-def _measured(model: Outline, recipe: Recipe, method: Method, device: torch.device) -> dict[str, Any]:
+def _measured(model: Outline, recipe: Recipe, method: str, device: torch.device) -> dict[str, Any]:
     predicted = predict(model, recipe, method, kernels="cuda" if device.type == "cuda" else "cpu")
     _check_room(predicted.usage, method, device)
     torch.manual_seed(recipe.seed)

@@ -35,12 +35,13 @@ def merge(state: State, *, track: Track = silent) -> dict[str, Any]:
         draft.save_tensors(f"{full}/{shared.WEIGHTS}", tensors)
         _save_moments(here, draft, folder, full, where, shapes)
         _copy_the_rest(here, draft, full)
-        _keep_best(here, draft, gather(tensors, kept) | {n: t for n, t in small.items() if n not in tensors}, folder)
+        if here.turns[draft.round - 1].product:
+            _keep_best(here, draft, gather(tensors, kept) | {n: t for n, t in small.items() if n not in tensors}, folder)
         draft.set_full(full)
         draft.drop(here.full)
         for name in (shared.SMALL, shared.MOVED, shared.MOMENTS):
             draft.drop(f"{folder}/{name}")
-        draft.facts |= {"moved": sum(t.numel() for t in moved.values()), "best_round": (draft.best or {})["round"]}
+        draft.facts |= {"moved": sum(t.numel() for t in moved.values()), "best_round": (draft.best or {}).get("round")}
     return state.manifest.history[-1]
 
 

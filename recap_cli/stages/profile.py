@@ -7,7 +7,7 @@ Each method is the real model, made trainable as the method has it, and one real
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +16,26 @@ from recap_cli import recipe as recipes
 from recap_cli.core.adapter import Adapter, block_paths
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.groups import Axis, Choice, Shape, counts, everything, shapes_of, unit_params
+from recap_cli.core.method import Attached, Turn
 from recap_cli.core.optim import Optimizer
-from recap_cli.core.partial import Slot, make_partial
 from recap_cli.core.scoring import group_scores
 from recap_cli.core.selection import select
 from recap_cli.core.streaming import streamed
-from recap_cli.core.surgery import indices
+from recap_cli.core.surgery import indices, owner_of
 from recap_cli.errors import ConformanceError, DataError
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
-from recap_cli.runtime import low_rank, models, outlines, tasks
+from recap_cli.runtime import models, outlines, tasks
 from recap_cli.runtime.models import ModelSpec
 from recap_cli.runtime.prediction import Fakes, Kernels, Step
 from recap_cli.runtime.tracker import GRANULE_BYTES, KINDS, Kind, Usage
 from recap_cli.runtime.training import Batch
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context, Layout
-from recap_cli.stages.trainable import RESIDENTS, fine_axes, in_dtype, make_trainable, rule_of
+from recap_cli.stages.trainable import RESIDENTS, attach, fine_axes, in_dtype, make_own, make_trainable, rule_of
+from recap_cli.stages.turns import method_of_name, turns_for
 
-Method = Literal["full", "head", "lora", "pre-ft", "recap"]
-METHODS: tuple[Method, ...] = ("full", "head", "lora", "pre-ft", "recap")
-PRUNED: tuple[Method, ...] = ("pre-ft", "recap")
+SHORT = {"full": "full-ft", "head": "head-ft", "lora": "lora-ft"}  # what is written most is written short
 Like = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 TAYLOR = Criterion(score=lambda weight, grad: (weight * grad).square_(), needs="mean")  # eq. (1), as the plugin `taylor` has it
 MICRO_BATCHES = 3  # the first, the last, and one for all between, each of which holds what the others there do
@@ -60,13 +59,15 @@ class Outline:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one method holds: `usage` of a training step, the peak of scoring, and the numbers of parameters.
+    """What one method holds in that `turn` of its own which holds most: `usage` of a training step, the peak of
+    scoring, and the numbers of parameters.
 
     `resident` are the parameters that lie on the device (without adapters of LoRA), `trainable` the entries that move.
     """
 
-    method: Method
+    method: str
     recipe: Recipe
+    turn: Turn
     usage: Usage
     evaluation_bytes: int
     total: int
@@ -80,7 +81,7 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: bytes by kind at their own maxima and at the peak instant, and the settings they belong to."""
-        tune = self.recipe.finetune
+        tune, turn = self.recipe.finetune, self.turn
         return {
             "method": self.method,
             "batch_size": tune.batch_size,
@@ -91,8 +92,8 @@ class Prediction:
             "offload": tune.offload,
             "optimizer": tune.optimizer,
             "evaluation_batch_size": self.recipe.evaluate.batch_size,
-            "prune_ratio": self.recipe.prune.ratio if self.method in PRUNED else 0.0,
-            "mask_ratio": self.recipe.mask.ratio if self.method == "recap" else 0.0,
+            "prune_ratio": turn.prune_ratio,
+            "mask_ratio": turn.mask_ratio,
             **{f"{kind}_bytes": self.usage.maxima[kind] for kind in KINDS},
             "at_peak": {f"{kind}_bytes": self.usage.at_peak[kind] for kind in KINDS},
             "training_peak_bytes": self.usage.peak_bytes,
@@ -143,11 +144,44 @@ def outline_of(here: Context) -> Outline:
     return Outline(here.spec, here.adapter, here.layout, tensors, plan, mask)
 
 
-def predict(model: Outline, recipe: Recipe, method: Method, *, kernels: Kernels = "cuda") -> Prediction:
-    """What finetuning by a method holds with the settings of a recipe; the other methods use them too, as far as they can."""
+def predict(model: Outline, recipe: Recipe, method: str, *, kernels: Kernels = "cuda") -> Prediction:
+    """What finetuning by a method holds with the settings of a recipe; the other methods use them too, as far as they can.
+
+    Of rounds that differ, the one that holds most counts. Raises `PluginError` if there is no such method.
+    """
+    found = (_predicted(model, recipe, method, turns, kernels) for turns in distinct(planned(recipe, method)))
+    return max(found, key=lambda one: one.peak_bytes)
+
+
+def planned(recipe: Recipe, method: str) -> tuple[Turn, ...]:
+    """The turns that a method, by its name or short name, plans with the settings of a recipe."""
+    return turns_for(by(recipe, method))
+
+
+def by(recipe: Recipe, method: str) -> Recipe:
+    """The recipe with another method; the options are the method's own defaults where they belong to another."""
+    name = SHORT.get(method, method)
+    return recipe if name == recipe.method else recipe.model_copy(update={"method": name, "options": {}})
+
+
+def distinct(turns: Sequence[Turn]) -> list[Sequence[Turn]]:
+    """The turns that may hold most, each with those that follow it: the least pruned and the least masked of those alike."""
+    kinds = {(turn.moves, turn.embeddings) for turn in turns}
+    alike = [[n for n, turn in enumerate(turns) if (turn.moves, turn.embeddings) == kind] for kind in kinds]
+    least_pruned = {min(ns, key=lambda n: (turns[n].prune_ratio, turns[n].mask_ratio)) for ns in alike}
+    least_masked = {min(ns, key=lambda n: (turns[n].mask_ratio, turns[n].prune_ratio)) for ns in alike}
+    return [turns[number:] for number in sorted(least_pruned | least_masked)]
+
+
+def prunes(method: str) -> bool:
+    """Whether the prune ratio means anything to a method."""
+    return method_of_name(SHORT.get(method, method)).prunes
+
+
+def _predicted(model: Outline, recipe: Recipe, method: str, turns: Sequence[Turn], kernels: Kernels) -> Prediction:
     fakes, tune = Fakes(), recipe.finetune
     size = min(tune.batch_size, MICRO_BATCHES * (tune.micro_batch_size or tune.batch_size))
-    step, resident = prepare(model, recipes.changed(recipe, {"finetune.batch_size": size}), method, fakes.like)
+    step, resident = prepare(model, recipes.changed(recipe, {"finetune.batch_size": size}), method, fakes.like, turns=turns)
     trainable = sum(slot.leaf.numel() for slot in step.optimizer.slots)
     usage = _with_other(
         fakes.usage(step, kernels), _held_bytes(model, recipe, tune.batch_size) - _held_bytes(model, recipe, size)
@@ -155,10 +189,10 @@ def predict(model: Outline, recipe: Recipe, method: Method, *, kernels: Kernels 
     evaluation = _scored(fakes, model, recipe, step, kernels)
     parameters = {name for name, _ in models.skeleton(model.spec).named_parameters()}
     total = sum(model.tensors[name].numel() for name in parameters)
-    return Prediction(method, recipe, usage, evaluation, total, resident, trainable)
+    return Prediction(method, recipe, turns[0], usage, evaluation, total, resident, trainable)
 
 
-def evaluation_bytes(model: Outline, recipe: Recipe, method: Method, *, kernels: Kernels = "cuda") -> int:
+def evaluation_bytes(model: Outline, recipe: Recipe, method: str, *, kernels: Kernels = "cuda") -> int:
     """The peak of scoring alone, as `predict` has it beside that of a training step."""
     fakes = Fakes()
     return _scored(fakes, model, recipe, prepare(model, recipe, method, fakes.like)[0], kernels)
@@ -187,7 +221,7 @@ def _scored(fakes: Fakes, model: Outline, recipe: Recipe, step: Step, kernels: K
 def grid(
     model: Outline,
     recipe: Recipe,
-    methods: Sequence[Method],
+    methods: Sequence[str],
     batch_sizes: Sequence[int] = (),
     prune_ratios: Sequence[float] = (),
     track: Track = silent,
@@ -199,7 +233,7 @@ def grid(
         (method, {**batch, **ratio})
         for method in methods
         for batch in batches
-        for ratio in (ratios if method in PRUNED else [{}])
+        for ratio in (ratios if prunes(method) else [{}])
     ]
     if prune_ratios:
         model = replace(model, plan=None, mask=None)
@@ -246,21 +280,33 @@ def by_block(model: Outline, usage: Usage) -> dict[str, dict[str, int]]:
     return dict(sorted(found.items(), key=lambda item: place(item[0])))
 
 
-def prepare(model: Outline, recipe: Recipe, method: Method, like: Like, device: torch.device | str = "cpu") -> tuple[Step, int]:
-    """A training step of a method, and the number of parameters that are resident.
+def prepare(
+    model: Outline,
+    recipe: Recipe,
+    method: str,
+    like: Like,
+    device: torch.device | str = "cpu",
+    turns: Sequence[Turn] | None = None,
+) -> tuple[Step, int]:
+    """A training step of a method in the first of `turns` (all of its own for None), and the number of parameters that are
+    resident.
 
     `like` makes the tensors of the small model and of the batch, fake or real, of the shapes that it is shown.
     """
-    plan, chosen = choices(model, recipe, method)
+    recipe = by(recipe, method)
+    turns = turns or planned(recipe, method)
+    plan, chosen = choices(model, recipe, turns[0])
     where = indices(model.layout.axes, plan, shapes_of(model.tensors))
     small = like({name: _shape_of(tensor, where.get(name, {})) for name, tensor in model.tensors.items()})
     built, tune = models.assemble(model.spec, small, model.adapter, counts(plan)), recipe.finetune
     resident = sum(param.numel() for param in built.parameters())
-    if method == "lora":
-        low_rank.inject(built, model.layout.axes, like)
+    own = _attached(built, model.layout, recipe, plan, turns, like) if turns[0].moves == "training" else None
     if tune.checkpointing:
         models.enable_checkpointing(built)
-    slots = _slots(model, recipe, method, built, plan, chosen, device)
+    if own is None:
+        slots = make_trainable(built, model.layout, recipe, turns[0], plan, chosen, device)
+    else:
+        slots = make_own(built, own, recipe, device)
     optimizer = Optimizer(slots, rule_of(tune), weight_decay=tune.weight_decay)
     call = models.forward(model.spec)
     forward = in_dtype(lambda inputs: call(built, inputs), RESIDENTS[tune.resident])
@@ -286,24 +332,39 @@ def batch_of(spec: ModelSpec, recipe: Recipe, size: int) -> Batch:
         return {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), **mask, "labels": labels}
 
 
-def choices(model: Outline, recipe: Recipe, method: Method) -> tuple[Choice, Choice]:
+def _attached(built: nn.Module, layout: Layout, recipe: Recipe, plan: Choice, turns: Sequence[Turn], like: Like) -> Attached:
+    """Attach a method's own training, and make what it puts into the model as `like` makes tensors."""
+    known = {*dict(built.named_parameters()).values(), *dict(built.named_buffers()).values()}
+    own = attach(built, layout, recipe, plan, turns)
+    params = {name: param for name, param in built.named_parameters() if param not in known}
+    buffers = {name: buffer for name, buffer in built.named_buffers() if buffer not in known}
+    for name, tensor in like(params | buffers).items():
+        owner, attribute = owner_of(built, name)
+        if name in params:
+            owner.register_parameter(attribute, nn.Parameter(tensor))
+        else:
+            owner.register_buffer(attribute, tensor, persistent=False)
+    return own
+
+
+def choices(model: Outline, recipe: Recipe, turn: Turn) -> tuple[Choice, Choice]:
     """The plan, and the mask of the small model's fine groups: a state's own, or ones that treat all layers alike."""
     axes = model.layout.axes
     plan = everything(axes)
-    if method in PRUNED:
+    if turn.prune_ratio > 0:
         prune = recipe.prune
         plan = model.plan or _even(
-            axes, model.layout.shapes, 1 - prune.ratio, floor=prune.floor, uniform=prune.uniform, round_to=prune.round_to
+            axes, model.layout.shapes, 1 - turn.prune_ratio, floor=prune.floor, uniform=prune.uniform, round_to=prune.round_to
         )
     fine = fine_axes(model.layout, plan)
-    if method != "recap":
+    if turn.moves != "mask" or turn.mask_ratio == 0:
         return plan, everything(fine)
     if model.mask is not None and model.plan is not None:
         return plan, model.mask
     shapes = {name: tuple(shape) for name, shape in model.layout.shapes.items()}
     where = indices(axes, plan, shapes)
     small = {name: _cut(shape, where.get(name, {})) for name, shape in shapes.items()}
-    return plan, _even(fine, small, 1 - recipe.mask.ratio, least=0)
+    return plan, _even(fine, small, 1 - turn.mask_ratio, least=0)
 
 
 def _even(axes: Sequence[Axis], shapes: Mapping[str, Shape], share: float, **limits: Any) -> Choice:
@@ -329,29 +390,3 @@ def _cut(shape: Shape, dims: Mapping[int, Tensor]) -> Shape:
 def _shape_of(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     """What is left of a tensor, on the meta device."""
     return torch.empty(_cut(tuple(tensor.shape), dims), dtype=tensor.dtype, device="meta")
-
-
-def _slots(
-    model: Outline,
-    recipe: Recipe,
-    method: Method,
-    built: nn.Module,
-    plan: Choice,
-    chosen: Choice,
-    device: torch.device | str,
-) -> list[Slot]:
-    if method == "recap":
-        return make_trainable(built, model.layout, recipe, plan, chosen, device)
-    names = {name for name, _ in built.named_parameters()}
-    if method in ("head", "lora"):
-        names = {name for name in names if name in model.layout.head or low_rank.is_adapter(name)}
-    resident = RESIDENTS[recipe.finetune.resident]
-    return make_partial(
-        built,
-        {},
-        frozen=lambda name: name not in names,
-        device=device,
-        dtype=resident.dtype,
-        int8=resident.int8,
-        offload=recipe.finetune.offload,
-    )

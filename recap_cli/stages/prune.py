@@ -1,20 +1,32 @@
-"""`prune`: score the full model on D_s, cut it to the small model of this round (paper, sec. 3.1)."""
+"""`prune`: cut the full model to the small model of this round, by importance on D_s (paper, sec. 3.1) or as its turn says."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recap_cli.core import adapter, gradual
-from recap_cli.core.groups import Axis, chosen_params, counts, prunable_params
+from recap_cli.core.groups import Axis, Choice, Shape, chosen_params, counts, prunable_params, unit_params
+from recap_cli.core.method import Turn
 from recap_cli.core.scoring import Scores, group_scores
+from recap_cli.core.selection import select
+from recap_cli.core.surgery import cut_model, indices
 from recap_cli.progress import Track, silent
+from recap_cli.recipe import Recipe
 from recap_cli.runtime import devices, models
 from recap_cli.runtime.order import seed_for
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
 from recap_cli.state import State
+
+
+class Limits(TypedDict):
+    """The arguments of a selection that follow from the recipe alone."""
+
+    floor: float
+    uniform: bool
+    round_to: int
 
 
 def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
@@ -25,22 +37,11 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
     here = Context(state)
     with state.writing("prune") as draft:
         shared.check_rounds(here)
-        recipe, axes = here.recipe, here.layout.axes
+        axes, turn = here.layout.axes, here.turns[draft.round - 1]
         tensors = here.full_tensors()
         model = here.model(tensors)
-        torch.manual_seed(seed_for(recipe.seed, draft.round, "prune"))
-        plan = gradual.prune(
-            model,
-            axes,
-            score=_scorer(here, draft.round, devices.pick(recipe.importance.device), track),
-            resize=lambda cut, sizes: adapter.resize(here.adapter, cut, sizes),
-            ratio=recipe.prune.ratio,
-            steps=recipe.prune.steps,
-            scope=recipe.prune.scope,
-            floor=recipe.prune.floor,
-            uniform=recipe.prune.uniform,
-            round_to=recipe.prune.round_to,
-        )
+        torch.manual_seed(seed_for(here.recipe.seed, draft.round, "prune"))
+        plan = _PLANS[turn.plan](here, model, turn, draft.round, track)
         folder = f"round-{draft.round:03d}"
         small = models.tensors_of(model)
         draft.save_tensors(f"{folder}/{shared.PLAN}", shared.as_bytes(plan))
@@ -49,6 +50,8 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
         names = {name for name, _ in model.named_parameters()}
         prunable, kept = prunable_params(axes, here.layout.shapes), chosen_params(axes, here.layout.shapes, plan)
         draft.facts |= {
+            "plan": turn.plan,
+            "prune_ratio": turn.prune_ratio,
             "params_full": sum(tensors[name].numel() for name in names),
             "params_small": sum(small[name].numel() for name in names),
             "prunable_full": prunable,
@@ -58,6 +61,61 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
             "of": shared.kept_per_layer(axes, {axis.name: axis.size for axis in axes}),
         }
     return state.manifest.history[-1]
+
+
+def _by_importance(here: Context, model: nn.Module, turn: Turn, round: int, track: Track) -> Choice:
+    """Cut the model in gradual steps, each by an importance of its own."""
+    recipe = here.recipe
+    return gradual.prune(
+        model,
+        here.layout.axes,
+        score=_scorer(here, round, devices.pick(recipe.importance.device), track),
+        resize=lambda cut, sizes: adapter.resize(here.adapter, cut, sizes),
+        ratio=turn.prune_ratio,
+        steps=recipe.prune.steps,
+        scope=recipe.prune.scope,
+        **limits(recipe),
+    )
+
+
+def _as_before(here: Context, model: nn.Module, turn: Turn, round: int, track: Track) -> Choice:
+    """Cut the model to the plan of the round before."""
+    return _cut(here, model, here.plan(f"round-{round - 1:03d}"))
+
+
+def _as_learned(here: Context, model: nn.Module, turn: Turn, round: int, track: Track) -> Choice:
+    """Cut the model to the groups whose scores, of the training in the round before, are highest."""
+    scores = here.state.load_tensors(f"round-{round - 1:03d}/{shared.SCORES}")
+    return _cut(here, model, choose(here.recipe, here.layout.axes, here.layout.shapes, scores, 1.0 - turn.prune_ratio))
+
+
+_PLANS = {"importance": _by_importance, "same": _as_before, "learned": _as_learned}
+
+
+def _cut(here: Context, model: nn.Module, plan: Choice) -> Choice:
+    cut_model(model, indices(here.layout.axes, plan, here.layout.shapes))
+    adapter.resize(here.adapter, model, counts(plan))
+    return plan
+
+
+def choose(
+    recipe: Recipe, axes: Sequence[Axis], shapes: Mapping[str, Shape], scores: Mapping[str, Tensor], keep_share: float
+) -> Choice:
+    """The groups of the highest scores that hold a share of the prunable parameters, by the recipe's scope and limits."""
+    return select(
+        axes,
+        scores,
+        {axis.name: unit_params(axis, shapes) for axis in axes},
+        original={axis.name: axis.size for axis in axes},
+        keep_share=keep_share,
+        scope=recipe.prune.scope,
+        **limits(recipe),
+    )
+
+
+def limits(recipe: Recipe) -> Limits:
+    """What a plan must respect, whatever its ratio."""
+    return {"floor": recipe.prune.floor, "uniform": recipe.prune.uniform, "round_to": recipe.prune.round_to}
 
 
 def _scorer(here: Context, round: int, device: torch.device, track: Track) -> Any:

@@ -1,43 +1,47 @@
 """Which stage comes next, what a recipe would do, and what a state has done so far. Reads no tensor."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from recap_cli import recipe as recipes
 from recap_cli import registry
+from recap_cli.core.method import Turn
 from recap_cli.errors import DataError, ModelError
 from recap_cli.recipe import Recipe
-from recap_cli.state import State
+from recap_cli.stages.turns import turns_for, turns_of
+from recap_cli.state import Manifest, State
 
 HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
 
-def finished(recipe: Recipe, rounds: int, best: Mapping[str, Any] | None) -> str | None:
-    """Why no further round is to begin after `rounds`, or None."""
-    if rounds >= recipe.rounds:
-        return f"all {recipe.rounds} rounds are done"
+def finished(recipe: Recipe, manifest: Manifest) -> str | None:
+    """Why no further round is to begin, or None."""
+    rounds, best, planned = manifest.round, manifest.best, len(turns_of(manifest, recipe))
+    if rounds >= planned:
+        return f"all {planned} rounds are done" if planned > 1 else "its one round is done"
     if recipe.patience is not None and best is not None and rounds - best["round"] >= recipe.patience:
-        return f"{recipe.task.metric} has not improved for {recipe.patience} rounds; {rounds} of {recipe.rounds} are done"
+        return f"{recipe.task.metric} has not improved for {recipe.patience} rounds; {rounds} of {planned} are done"
     return None
 
 
 def next_stage(recipe: Recipe, state: State) -> str | None:
     """The stage that comes next, or None if the last round is merged."""
     stage = state.next_stage()
-    over = finished(recipe, state.manifest.round, state.manifest.best)
-    return None if stage == "prune" and over else stage
+    return None if stage == "prune" and finished(recipe, state.manifest) else stage
 
 
 def check(recipe: Recipe) -> None:
     """Look, without loading anything, whether what the recipe names is there: criteria, the model's folder, local files, the
     validation data.
 
-    Raises `PluginError` for a criterion that is not registered, `ModelError` for a folder and `DataError` for a file that is
-    missing.
+    Raises `PluginError` for a method or a criterion that is not registered, `RecipeError` for an option that the method does
+    not have, `ModelError` for a folder and `DataError` for a file that is missing.
     """
     for name in (recipe.prune.criterion, recipe.mask.criterion):
         registry.used("criteria", name)
+    turns_for(recipe)
     _check_folder(recipe.model.name)
     data = recipe.data
     for key, place in (("train", data.train), ("validation", data.validation)):
@@ -60,22 +64,53 @@ def _check_folder(name: str | None) -> None:
 def describe(recipe: Recipe) -> list[str]:
     """What a run of the recipe would do, a line each, for `--dry-run`. Raises as `check` does."""
     check(recipe)
-    data, prune, mask, tune = recipe.data, recipe.prune, recipe.mask, recipe.finetune
+    data, tune = recipe.data, recipe.finetune
     source = data.name or data.builtin or data.train
     length = f"{tune.steps} steps" if tune.steps is not None else f"{tune.epochs:g} epochs"
     warm = f"{recipe.head.warmup_epochs} epochs at {recipe.head.lr:g}" if recipe.head.warmup_epochs else "not at all"
+    turns = turns_for(recipe)
+    fewer = f", fewer after {recipe.patience} without improvement" if recipe.patience else ""
     return [
         f"{recipe.name}: {recipe.task.kind}, best by {recipe.task.metric}, seed {recipe.seed}",
+        f"method: {recipe.method}{', the paper’s plain algorithm' if recipe.faithful else ''}",
         f"model: {recipe.model.name or 'random weights from model.config'} ({recipe.model.library})",
         f"data: {source}{f' ({data.subset})' if data.subset else ''}",
         f"init: check the adapter on the model, warm up the head: {warm}",
-        f"{recipe.rounds} rounds{f', fewer after {recipe.patience} without improvement' if recipe.patience else ''}, each:",
-        f"  prune: {prune.ratio:.1%} of the prunable parameters by {prune.criterion}, {prune.scope}, in {prune.steps} steps",
-        f"  mask: {mask.ratio:.1%} of the small model's prunable parameters frozen by {mask.criterion}, {mask.scope}",
-        f"  finetune: {length} of {tune.batch_size} with {tune.optimizer} at {tune.lr:g} ({tune.schedule}), "
-        f"{tune.resident} resident",
-        "  merge: write back what moved, keep the small model if it is the best so far",
+        f"finetuning in all: {recipe.rounds} x {length} of {tune.batch_size} with {tune.optimizer} at {tune.lr:g} "
+        f"({tune.schedule}, over {'the run' if tune.course == 'run' else 'each round'}), {tune.resident} resident",
+        f"{len(turns)} round{'s' if len(turns) > 1 else ''}{fewer}, each prune, mask, finetune, merge:",
+        *_described(recipe, turns),
     ]
+
+
+def _described(recipe: Recipe, turns: Sequence[Turn]) -> Iterator[str]:
+    """A line for each run of rounds that are alike."""
+    number = 1
+    for text, alike in groupby(turns, key=lambda turn: _turn_text(recipe, turn)):
+        count = len(list(alike))
+        which = f"round {number}" if count == 1 else f"rounds {number} to {number + count - 1}, each"
+        yield f"  {which}: {text}"
+        number += count
+
+
+def _turn_text(recipe: Recipe, turn: Turn) -> str:
+    prune, mask = recipe.prune, recipe.mask
+    if turn.plan == "same":
+        pruned = "the same groups as in the round before"
+    elif turn.plan == "learned":
+        pruned = f"prune {turn.prune_ratio:.1%} of the prunable parameters by the scores learned"
+    elif turn.prune_ratio == 0:
+        pruned = "prune nothing"
+    else:
+        how = f"{prune.criterion}, {prune.scope}, in {prune.steps} steps"
+        pruned = f"prune {turn.prune_ratio:.1%} of the prunable parameters by {how}"
+    moves = {"head": "the task head moves", "training": f"what {recipe.method} trains moves", "mask": "everything moves"}[
+        turn.moves
+    ]
+    if turn.moves == "mask" and turn.mask_ratio > 0:
+        moves = f"{turn.mask_ratio:.1%} of what is left frozen by {mask.criterion}, {mask.scope}"
+    kept = "" if turn.product else "; not the product"
+    return f"{pruned}; {moves}; {turn.share:.1%} of the steps{kept}"
 
 
 def summary(state: State) -> dict[str, Any]:
@@ -87,9 +122,10 @@ def summary(state: State) -> dict[str, Any]:
         "state": str(state.path),
         "stage": manifest.stage,
         "round": manifest.round,
-        "rounds_planned": recipe.rounds,
+        "method": recipe.method,
+        "rounds_planned": len(turns_of(manifest, recipe)),
         "next": next_stage(recipe, state),
-        "finished": finished(recipe, manifest.round, manifest.best) if manifest.stage == "merge" else None,
+        "finished": finished(recipe, manifest) if manifest.stage == "merge" else None,
         "product": str(state.path / manifest.best["folder"]) if manifest.best else None,
         "best": manifest.best,
         "seconds": sum(entry["seconds"] for entry in manifest.history),

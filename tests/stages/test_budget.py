@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from recap_cli import recipe as recipes
+from recap_cli.core.method import Turn
 from recap_cli.errors import BudgetError, StateError
 from recap_cli.recipe import Recipe
 from recap_cli.runtime.tracker import Usage
@@ -75,7 +76,9 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[Peak], list[Recipe]]:
             assert method == "recap"
             asked.append(recipe)
             usage = Usage({"weights": int(peak(recipe) * MB)}, {"weights": int(peak(recipe) * MB)})
-            return Prediction("recap", recipe, usage, int(scoring(recipe) * MB), 0, 0, 0)
+            return Prediction(
+                "recap", recipe, Turn(recipe.prune.ratio, recipe.mask.ratio), usage, int(scoring(recipe) * MB), 0, 0, 0
+            )
 
         monkeypatch.setattr(recipes, "changed", quickly_changed)
         monkeypatch.setattr(budget, "predict", predict)

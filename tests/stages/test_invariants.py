@@ -93,7 +93,7 @@ def test_i2_compact_gradients_are_the_dense_gradients_at_those_entries(rounds: R
     tasks.loss(forward(dense, batch), batch["labels"]).backward()
     fine = [refine(axis) for axis in shrink(here.layout.axes, plan)]
     there = bring_forward(partial, fine, chosen, where)
-    slots = make_partial(partial, there, frozen=lambda n: frozen_whole(here.layout, here.recipe, n))
+    slots = make_partial(partial, there, frozen=lambda n: frozen_whole(here.layout, here.turns[0], n))
     tasks.loss(forward(partial, batch), batch["labels"]).backward()
     wanted = dict(dense.named_parameters())
     for slot in slots:
@@ -247,8 +247,8 @@ def test_two_rounds_in_which_everything_moves_are_one_torch_optimizer(tmp_path: 
     model.train()
     for round in (1, 2):
         torch.manual_seed(seed_for(here.recipe.seed, round, "finetune"))
-        for step, batch in enumerate(batches(split, order(len(split), seed=here.recipe.seed, round=round, epoch=0), 8)):
-            optimizer.param_groups[0]["lr"] = here.recipe.finetune.lr * (1 - step / 5)
+        for step, batch in enumerate(batches(split, order(len(split), seed=here.recipe.seed, round=1, epoch=round - 1), 8)):
+            optimizer.param_groups[0]["lr"] = here.recipe.finetune.lr * (1 - ((round - 1) * 5 + step) / 10)
             torch.nn.functional.cross_entropy(forward(model, batch).float(), batch["labels"]).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -313,7 +313,7 @@ def test_i6_stopped_in_every_stage_and_resumed_is_uninterrupted(name: str, tmp_p
             break
         except StopHere:
             continue
-    assert len(seen) >= 8  # init, the importances and the finetuning of both rounds were each stopped once
+    assert len(seen) >= 7  # init, the importances and the finetuning of both rounds were each stopped once
     assert stored_files(path) == expected
 
 

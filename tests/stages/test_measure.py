@@ -10,9 +10,10 @@ import torch
 from recap_cli.errors import DeviceMemoryError, RecipeError, StorageError
 from recap_cli.runtime.tracker import KINDS, Usage
 from recap_cli.stages import measure, profile
-from recap_cli.stages.profile import METHODS
 from tests.pico import LABELS
 from tests.tiny import tiny
+
+METHODS = ("full", "head", "lora", "pre-ft", "post-ft", "movement", "recap")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,6 +10,7 @@ import torch
 import recap_cli.stages.finetune as finetuning
 from recap_cli import recipe as recipes
 from recap_cli.core.groups import counts
+from recap_cli.core.method import Turn
 from recap_cli.errors import ConformanceError, ModelError, RecipeError
 from recap_cli.runtime import models, prediction, tasks
 from recap_cli.runtime.order import batches
@@ -56,7 +57,9 @@ def step_of(state: State, settings: dict[str, Any]) -> Step:
     small = state.load_tensors(f"round-001/{shared.SMALL}")
     chosen = {name: c.bool() for name, c in state.load_tensors(f"round-001/{shared.MASK}").items()}
     model = here.model(small, counts(plan))
-    optimizer = finetuning._partial(here, model, plan, chosen, moving(here.layout, plan, chosen, small), torch.device("cpu"))
+    optimizer = finetuning._partial(
+        here, model, here.turns[0], plan, chosen, moving(here.layout, plan, chosen, small), None, torch.device("cpu")
+    )
     call = models.forward(here.spec)
     forward = in_dtype(lambda inputs: call(model, inputs), RESIDENTS[tune.resident])
     batch = next(iter(batches(here.splits(lambda items, *_: iter(items))[0], torch.arange(8), 8, device=torch.device("cpu"))))
@@ -116,7 +119,7 @@ def test_a_model_larger_than_the_machine_is_predicted_without_its_memory() -> No
 
 def test_grids_have_a_row_for_each_setting_that_means_something(monkeypatch: pytest.MonkeyPatch) -> None:
     usage, recipe = Usage({}, {}), tiny("vit", finetune={"micro_batch_size": 4})
-    monkeypatch.setattr(profile, "predict", lambda _, recipe, method: Prediction(method, recipe, usage, 0, 0, 0, 0))
+    monkeypatch.setattr(profile, "predict", lambda _, recipe, method: Prediction(method, recipe, Turn(), usage, 0, 0, 0, 0))
     rows = profile.grid(profile.outline(recipe, LABELS), recipe, ["full", "recap"], [2, 6], [0.0, 0.4])
     settings = [(row.recipe.finetune.batch_size, row.recipe.prune.ratio if row.method == "recap" else 0.0) for row in rows]
     assert [(row.method, *setting) for row, setting in zip(rows, settings, strict=True)] == [

@@ -1,0 +1,146 @@
+"""`recap compare`: a grid of methods, ratios and seeds, each cell a run in a process of its own."""
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from recap_cli import console
+from recap_cli.commands.arguments import DryRunOption, JsonOption, RecipeArgument
+from recap_cli.errors import ComparisonError, UsageError
+
+if TYPE_CHECKING:
+    from recap_cli.stages.grid import Plan
+
+Value = TypeVar("Value", int, float, str)
+Wanted = tuple[str, str]  # what a list is of, and an example
+
+METHODS: Wanted = ("names of methods, each once", "full-ft,recap")
+RATIOS: Wanted = ("shares from 0 to below 1, each once", "0.166,0.333,0.5")
+SEEDS: Wanted = ("whole numbers from 0, each once", "0,1,2")
+MOST_SEED = 2**32 - 1
+MethodsOption = Annotated[
+    str | None,
+    typer.Option("--methods", metavar="LIST", help="Methods to compare, as in full-ft,pre-ft,recap.", show_default="all"),
+]
+RatiosOption = Annotated[
+    str | None,
+    typer.Option("--ratios", metavar="LIST", help="Prune ratios r_p, for methods that prune.", show_default="the recipe's"),
+]
+MaskRatiosOption = Annotated[
+    str | None,
+    typer.Option("--mask-ratios", metavar="LIST", help="Mask ratios r_f, for methods that mask.", show_default="the recipe's"),
+]
+SeedsOption = Annotated[str, typer.Option("--seeds", metavar="LIST", help="Seeds; results are means over them.")]
+JobsOption = Annotated[int, typer.Option("--jobs", metavar="N", min=1, help="Cells that run at a time.")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="The comparison's folder, new or begun.", show_default="runs/compare-<name>"),
+]
+CellSetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="[METHOD:]KEY=VALUE",
+        help="Override a value of the recipe, for all cells or for those of one method. May be repeated.",
+    ),
+]
+
+
+def compare(
+    recipe: RecipeArgument,
+    methods: MethodsOption = None,
+    ratios: RatiosOption = None,
+    mask_ratios: MaskRatiosOption = None,
+    seeds: SeedsOption = "0,1,2",
+    jobs: JobsOption = 1,
+    out: OutOption = None,
+    overrides: CellSetOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe with several methods, ratios and seeds; write the results as JSON and CSV, and draw them.
+
+    Each cell of the grid is a state of its own below DIR/cells. Stopped at any moment, the same command goes on; with a larger
+    grid it adds cells. Exits with 18 if a cell has failed or is impossible: all others have run, and stand in the results.
+
+    Example: [bold]recap compare quickstart --methods full-ft,pre-ft,recap --seeds 0,1[/bold]
+    """
+    given: dict[str, Any] = {
+        "methods": _list("--methods", methods, str.strip, METHODS, lambda name: name != ""),
+        "ratios": _list("--ratios", ratios, float, RATIOS, lambda ratio: 0 <= ratio < 1),
+        "mask_ratios": _list("--mask-ratios", mask_ratios, float, RATIOS, lambda ratio: 0 <= ratio < 1),
+        "seeds": _list("--seeds", seeds, int, SEEDS, lambda seed: 0 <= seed <= MOST_SEED),
+    }
+    from recap_cli.commands import comparison_tables as tables
+    from recap_cli.stages import compare as stage
+    from recap_cli.stages import grid
+
+    plan = grid.plan(recipe, overrides or (), **given)
+    path = out if out is not None else Path("runs") / f"compare-{plan.base.name}"
+    records = stage.describe(plan, path)
+    if dry_run:
+        if as_json:
+            console.emit_json(records)
+        else:
+            tables.print_plan(records, path)
+        return
+    command = _command(recipe, given, jobs, path, overrides or ())
+    done = sum(record["status"] == "done" for record in records)
+    console.say(f"{len(plan.cells)} cells in {path}, {done} done before; what each says is in {path / 'logs'}")
+    results = stage.compare(plan, path, jobs=jobs, command=command, track=console.track, on_cell=tables.say_cell)
+    if as_json:
+        console.emit_json(results)
+    else:
+        tables.print_results(results, path)
+    _check_done(results, plan, path, command)
+
+
+def _check_done(results: Mapping[str, Any], plan: "Plan", path: Path, command: str) -> None:
+    """Raise `ComparisonError` if cells of the plan are not done."""
+    from recap_cli.stages.compare import failures
+
+    left = failures(results["cells"], plan)
+    if not left:
+        return
+    statuses = [record["status"] for record in left]
+    told = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+    logs = f"{path / 'logs'} has what they said; `{command}` tries them again" if "failed" in statuses else None
+    raise ComparisonError(
+        f"{len(left)} of {len(plan.cells)} cells are not done: {told}",
+        hint=logs or "leave out the ratios or settings that are named above",
+    )
+
+
+def _list(
+    option: str, text: str | None, kind: Callable[[str], Value], wanted: Wanted, fits: Callable[[Value], bool]
+) -> list[Value]:
+    """The values of a list with commas. Raises `UsageError` for what is none, does not fit, or is there twice."""
+    if text is None:
+        return []
+    words, example = wanted
+    hint = f"as in {option} {example}"
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:  # a part that is no number
+        found = []
+    if not found or not all(map(fits, found)):
+        raise UsageError(f"{option} {text or repr(text)}: expected {words}, with commas between them", hint=hint)
+    if twice := [value for at, value in enumerate(found) if value in found[:at]]:
+        raise UsageError(f"{option} {text}: {twice[0]} is there twice", hint=hint)
+    return found
+
+
+def _command(recipe: str, given: Mapping[str, Sequence[Any]], jobs: int, out: Path, overrides: Sequence[str]) -> str:
+    """The command line that makes the same comparison, for the results and for hints."""
+    words = ["recap", "compare", recipe]
+    for name, values in given.items():
+        if values:
+            words += [f"--{name.replace('_', '-')}", ",".join(f"{value}" for value in values)]
+    words += ["--jobs", str(jobs)] if jobs > 1 else []
+    words += ["--out", str(out)]
+    for override in overrides:
+        words += ["--set", override]
+    return shlex.join(words)

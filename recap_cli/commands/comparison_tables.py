@@ -1,0 +1,104 @@
+"""What `recap compare` tells people: a line per cell as it ends, and the tables of the results."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recap_cli import console
+
+Record = Mapping[str, Any]
+RATIOS = {"prune_ratio": "r_p", "mask_ratio": "r_f"}
+HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+
+
+def say_cell(record: Record) -> None:
+    """Print on stderr what a cell came to."""
+    name = record["state"].rpartition("/")[2]
+    if record["status"] != "done":
+        console.say(f"{name}: {record['status']}: {record['error']}")
+        return
+    took = console.duration(sum(seconds or 0.0 for seconds in record["seconds"].values()))
+    console.say(f"{name}: {console.value_text('metric', record['value'])}, {took}")
+
+
+def print_plan(records: Sequence[Record], path: Path) -> None:
+    """Print the cells that a comparison would run, and those that it would not."""
+    rows = [[record["state"].rpartition("/")[2], _plan_text(record)] for record in records]
+    console.table(["cell", "what would happen"], rows, is_result=True)
+    left = sum(record["status"] == "waiting" for record in records)
+    console.say(f"{left} of {len(records)} cells would run, in {path}; nothing was written")
+
+
+def print_results(results: Mapping[str, Any], path: Path) -> None:
+    """Print the tables of a comparison on stdout; where its files are, and what was noted, on stderr."""
+    from recap_cli.stages.comparison import groups
+
+    rows = groups(results["cells"])
+    console.table(*_quality(rows, results["metric"]), title=f"{results['recipe']}: means over the seeds", is_result=True)
+    if any(row["memory"]["weights_bytes"] is not None for row in rows):
+        title = "Memory of finetuning (activations and peak: predicted)"
+        console.table(*_memory(rows), title=title, is_result=True)
+    if left := [record for record in results["cells"] if record["status"] != "done"]:
+        cells = [[record["state"].rpartition("/")[2], record["status"], record["error"] or ""] for record in left]
+        console.table(["cell", "status", "why"], cells, title="Not done", is_result=True)
+    for note in results["notes"]:
+        console.say(f"note: {note}")
+    files = ["results.json", "results.csv", *results.get("pictures", ())]
+    console.say(f"wrote {', '.join(files)} in {path}; `recap report {shlex.quote(str(path))}` makes a page of it")
+
+
+def _plan_text(record: Record) -> str:
+    if record["status"] == "impossible":
+        return f"impossible: {record['error']}"
+    if record["status"] == "done":
+        return f"done before: {console.value_text('metric', record['value'])}"
+    return "run, or go on where it was stopped"
+
+
+def _quality(rows: Sequence[Record], metric: str) -> tuple[list[str], list[list[str]]]:
+    ratios = _ratios(rows)
+    columns = ["method", *(RATIOS[key] for key in ratios), f"{metric} ± s.d.", "n", "steps", "time", "parameters", "size"]
+    cells = [
+        [
+            *_place(row, ratios),
+            _value_text(row),
+            f"{row['n']}" if row["n"] == row["of"] else f"{row['n']} of {row['of']}",
+            "" if row["steps"] is None else f"{row['steps']:,.0f}",
+            _seconds_text(row),
+            console.value_text("parameters", row["parameters"]["product"]),
+            console.value_text("bytes", row["product"]["bytes"]),
+            console.value_text("seconds", row["product"]["latency_seconds"]),
+        ]
+        for row in rows
+    ]
+    batch = next((row["product"]["latency_batch"] for row in rows if row["product"]["latency_batch"]), None)
+    return [*columns, f"latency of {batch:g}" if batch else "latency"], cells
+
+
+def _memory(rows: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    ratios = _ratios(rows)
+    keys = [*HELD, "activations_bytes", "peak_bytes"]
+    keys += ["device_peak_bytes"] if any(row["memory"]["device_peak_bytes"] is not None for row in rows) else []
+    names = {"optimizer_bytes": "optimizer state", "device_peak_bytes": "peak, measured"}
+    columns = ["method", *(RATIOS[key] for key in ratios), *(names.get(key) or console.heading(key) for key in keys)]
+    return columns, [[*_place(row, ratios), *(console.value_text("bytes", row["memory"][key]) for key in keys)] for row in rows]
+
+
+def _ratios(rows: Sequence[Record]) -> list[str]:
+    return [key for key in RATIOS if any(row[key] is not None for row in rows)]
+
+
+def _place(row: Record, ratios: Sequence[str]) -> list[str]:
+    return [row["method"], *("" if row[key] is None else f"{row[key]:.4g}" for key in ratios)]
+
+
+def _value_text(row: Record) -> str:
+    if row["value"] is None:
+        return ""
+    return f"{row['value']:.4f}" + ("" if row["deviation"] is None else f" ± {row['deviation']:.4f}")
+
+
+def _seconds_text(row: Record) -> str:
+    known = [seconds for seconds in row["seconds"].values() if seconds is not None]
+    return console.duration(sum(known)) if known else ""

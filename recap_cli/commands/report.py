@@ -1,0 +1,25 @@
+"""`recap report`: a page of a state, or of a comparison, for a browser."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recap_cli import console
+
+SOURCE_HELP = "A state's folder, or the results.json of [bold]recap compare[/bold] (or its folder)."
+SOURCE = typer.Argument(metavar="STATE|RESULTS", help=SOURCE_HELP, show_default=False)
+OUT_HELP = "The page; an older page of recap's is replaced. [default: report.html in the folder of what is reported]"
+OUT = typer.Option("--out", metavar="FILE", help=OUT_HELP, show_default=False)
+
+
+def report(source: Annotated[Path, SOURCE], out: Annotated[Path | None, OUT] = None) -> None:
+    """Write one HTML page on a state or a comparison: results, pictures, memory, time, settings.
+
+    The page needs no network. Its path is printed on standard output.
+
+    Example: [bold]recap report runs/cola[/bold]
+    """
+    from recap_cli.stages import report as stage
+
+    console.result(str(stage.report(source, out)))

@@ -1,0 +1,110 @@
+"""Pictures of a comparison show what there is, for any methods and any grid, without a display."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from recap_cli.runtime import comparison_figures as figures
+
+ALL = ("metric-prune-ratio.png", "metric-mask-ratio.png", "metric-memory.png", "memory-time.png")
+
+
+def row(method: str, value: float = 0.9, r_p: float | None = None, r_f: float | None = None, **memory: Any) -> dict[str, Any]:
+    """A row as `stages.comparison.groups` gives it."""
+    held = {"weights_bytes": 800_000, "gradients_bytes": 400_000, "optimizer_bytes": 800_000}
+    return {
+        "method": method,
+        "prune_ratio": r_p,
+        "mask_ratio": r_f,
+        "n": 2,
+        "of": 2,
+        "value": value,
+        "deviation": 0.01,
+        "steps": 90.0,
+        "seconds": {"init": 1.0, "prune": 2.0, "mask": 1.0, "finetune": 9.0, "merge": 0.1},
+        "memory": {**held, "activations_bytes": 600_000, "peak_bytes": 2_500_000, "device_peak_bytes": None, **memory},
+        "parameters": {"full": 200_000.0, "product": 130_000.0, "trainable": 60_000.0},
+        "product": {"bytes": 500_000.0, "latency_seconds": 0.01, "latency_batch": 32.0},
+    }
+
+
+def grid() -> list[dict[str, Any]]:
+    ratios = (0.166, 0.333, 0.5)
+    return [
+        row("full-ft", 0.95),
+        *(row("pre-ft", 0.9 - r / 5, r, peak_bytes=2_000_000) for r in ratios),
+        *(row("recap", 0.94 - r / 5, r, f, peak_bytes=1_500_000) for r in ratios for f in (0.5, 0.875)),
+    ]
+
+
+def draw(rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    return figures.draw(rows, folder, metric="accuracy", title="digits")
+
+
+def test_a_whole_grid_has_all_pictures_and_the_methods_in_their_colours(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # it would look for a display; importing it would fail
+    assert sorted(draw(grid(), tmp_path)) == sorted(ALL)
+    for name in ALL[:3]:
+        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1])
+        assert (pixels == int(figures.LOOKS["recap"][0][1:], 16)).any(), name
+
+
+def test_what_has_no_figures_is_not_drawn(tmp_path: Path) -> None:
+    waiting = row("recap", r_p=0.3, r_f=0.5) | {"value": None, "n": 0}
+    assert draw([waiting], tmp_path) == []
+    assert draw([row("full-ft"), waiting], tmp_path) == ["metric-memory.png", "memory-time.png"]
+    unknown = row("recap", r_p=0.3, r_f=0.5, weights_bytes=None)
+    assert draw([unknown], tmp_path) == ["metric-prune-ratio.png"]
+
+
+def test_one_seed_and_one_ratio_are_drawn_as_well(tmp_path: Path) -> None:
+    alone = row("recap", r_p=0.3, r_f=0.5) | {"deviation": None, "n": 1}
+    assert draw([alone], tmp_path) == ["metric-prune-ratio.png", "metric-memory.png", "memory-time.png"]
+
+
+def test_methods_with_names_that_no_font_has_are_drawn(tmp_path: Path) -> None:
+    rows = [row("$x$ 方法", r_p=0.3, activations_bytes=None, peak_bytes=None), row("full-ft")]
+    assert len(draw(rows, tmp_path)) == 3
+    look = figures.looks_of(rows)["$x$ 方法"]
+    assert look not in figures.LOOKS.values()
+
+
+@pytest.mark.parametrize("by", ["prune_ratio", "mask_ratio"])
+def test_a_line_is_a_method_at_one_value_of_its_other_ratio(by: str) -> None:
+    lines = {line.label: line.points for line in figures.lines(grid(), by)}
+    assert [ratio for ratio, _, _ in lines["full-ft"]] == [None]
+    if by == "prune_ratio":
+        assert [ratio for ratio, _, _ in lines["pre-ft"]] == [0.166, 0.333, 0.5]
+        assert lines.keys() == {"full-ft", "pre-ft", "recap, r_f 0.5", "recap, r_f 0.875"}
+    else:
+        assert [ratio for ratio, _, _ in lines["recap, r_p 0.333"]] == [0.5, 0.875]
+        assert lines.keys() == {"full-ft", "recap, r_p 0.166", "recap, r_p 0.333", "recap, r_p 0.5"}
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    points = [(3.0, 0.9), (1.0, 0.8), (2.0, 0.7), (1.0, 0.6), (4.0, 0.9), (5.0, 0.95)]
+    assert figures.front(points) == [1, 0, 5]
+    assert figures.front([]) == []
+
+
+def test_memory_is_compared_by_the_best_figure_that_all_have() -> None:
+    rows = [row("full-ft", device_peak_bytes=3_000_000), row("recap", r_p=0.3, device_peak_bytes=2_000_000)]
+    assert figures.memory_of(rows) == ([3.0, 2.0], "peak memory of a training step, measured")
+    rows[0]["memory"]["device_peak_bytes"] = None
+    assert figures.memory_of(rows) == ([2.5, 2.5], "peak memory of a training step, predicted")
+    rows[0]["memory"]["peak_bytes"] = None
+    assert figures.memory_of(rows) == ([2.0, 2.0], "weights, gradients and optimizer state, held")
+
+
+def test_the_bars_are_of_each_methods_best_ratios() -> None:
+    best = figures.best_rows(grid())
+    assert [(one["method"], one["prune_ratio"]) for one in best] == [("full-ft", None), ("pre-ft", 0.166), ("recap", 0.166)]
+
+
+def test_every_stage_and_every_method_of_ours_has_a_colour_of_its_own() -> None:
+    for colours in ([colour for colour, _ in figures.LOOKS.values()], list(figures.STAGE_COLOURS.values())):
+        assert len(set(colours)) == len(colours)

@@ -1,0 +1,244 @@
+"""Every registered method on whole runs: what moves and what does not, the product, and runs that were stopped."""
+
+import itertools
+import shutil
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+from recap_cli.plugins.methods.lora import targets
+from recap_cli.plugins.methods.movement import keep_share
+from torch import Tensor
+
+from recap_cli import registry
+from recap_cli.core.groups import counts, everything
+from recap_cli.runtime.evaluation import evaluate
+from recap_cli.stages import context as shared
+from recap_cli.stages.context import Context
+from recap_cli.stages.export import export
+from recap_cli.stages.run import STAGES, run
+from recap_cli.stages.schedule import summary
+from recap_cli.state import State
+from tests.pico import PICO
+from tests.tiny import tiny
+
+METHODS = registry.names("methods")
+PRUNING = [name for name in METHODS if name not in ("full-ft", "head-ft", "lora-ft")]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@cache
+def run_of(method: str, name: str = "vit") -> Path:
+    path = Path(mkdtemp(prefix=f"recap-{method}-{name}-")) / "state"
+    run(tiny(name, method=method), path)
+    return path
+
+
+def files_of(path: Path) -> dict[str, str]:
+    """The checksums of a state's tensors."""
+    return {rel: seal.sha256 for rel, seal in State.open(path).manifest.files.items() if rel.endswith(".safetensors")}
+
+
+def before_and_after(method: str, name: str = "vit") -> tuple[Context, dict[str, Tensor], dict[str, Tensor]]:
+    """The finished run, the full model it began with, and the one it ended with."""
+    here = Context(State.open(run_of(method, name)))
+    start = here.model({n: t.clone() for n, t in before(name).items()})
+    return here, {n: p.detach() for n, p in start.named_parameters()}, here.full_tensors()
+
+
+@cache
+def before(name: str) -> dict[str, Tensor]:
+    from recap_cli.stages.init import init
+
+    state = init(tiny(name), Path(mkdtemp(prefix=f"recap-start-{name}-")) / "state")
+    return Context(state).full_tensors()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_takes_the_steps_of_the_recipe_and_ends_in_a_product_that_scores_what_was_said(method: str) -> None:
+    state = State.open(run_of(method))
+    here, found = Context(state), summary(State.open(run_of(method)))
+    assert sum(row["steps"] for row in found["rounds"]) == 2 * 5  # rounds · steps a round, whatever the method
+    assert found["next"] is None
+    assert found["method"] == method
+    best = state.manifest.best
+    assert best is not None
+    assert here.turns[best["round"] - 1].product
+    model = here.model(state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}"), counts(here.plan(best["folder"])))
+    _, validation = here.splits(lambda items, label, total=None: iter(items))
+    scored = evaluate(shared.forward_of(here.spec, model), validation, here.task, batch_size=64)
+    assert scored["accuracy"] == pytest.approx(best["value"])
+
+
+@pytest.mark.parametrize("name", PICO)
+@pytest.mark.parametrize("method", ["lora-ft", "movement"])
+def test_a_training_of_its_own_runs_on_every_adapter(method: str, name: str) -> None:
+    state = State.open(run_of(method, name))
+    assert summary(state)["next"] is None
+    full = Context(state).full_tensors()
+    assert set(full) == set(before(name))  # nothing of the training is left in the model
+    assert all(tensor.isfinite().all() for tensor in full.values())
+
+
+def test_full_finetuning_moves_every_weight() -> None:
+    _, start, end = before_and_after("full-ft")
+    assert {name for name, tensor in start.items() if torch.equal(tensor, end[name])} <= {
+        name
+        for name in start
+        if "mask_token" in name  # which no classification reads
+    }
+
+
+def test_head_finetuning_moves_the_head_alone_to_the_bit() -> None:
+    here, start, end = before_and_after("head-ft")
+    assert {name for name, tensor in start.items() if not torch.equal(tensor, end[name])} == set(here.layout.head)
+    history = here.state.manifest.history
+    assert next(e for e in history if e["stage"] == "finetune")["trainable"] == sum(start[n].numel() for n in here.layout.head)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "timm-vit", "timm-vit-packed-glu"])
+def test_lora_moves_its_targets_by_a_matrix_of_its_rank_and_the_head(name: str) -> None:
+    here, start, end = before_and_after("lora-ft", name)
+    moved = {n for n, tensor in start.items() if not torch.equal(tensor, end[n])}
+    wanted = {f"{path}.weight" for path in targets(here.layout.axes, ["query", "value"])}
+    assert moved == wanted | set(here.layout.head)
+    for weight in wanted:
+        assert 1 <= torch.linalg.matrix_rank(end[weight] - start[weight], atol=1e-6) <= 8
+
+
+def test_lora_puts_adapters_where_it_is_told() -> None:
+    axes = Context(State.open(run_of("full-ft"))).layout.axes
+    every = targets(axes, ["query", "key", "value", "output", "up", "down"])
+    assert len(every) == len(set(every)) == 2 * 6
+    assert set(targets(axes, ["down"])) == {path for path in every if path.endswith("fc2")}
+
+
+@pytest.mark.parametrize("method", PRUNING)
+def test_a_pruning_method_ends_at_the_ratio(method: str) -> None:
+    state = State.open(run_of(method))
+    last = summary(state)["rounds"][-1]
+    assert last["kept_share"] == pytest.approx(0.6, abs=0.06)
+    assert state.manifest.best is not None
+    assert last["round"] == state.manifest.best["round"] or method == "recap"
+
+
+def test_movement_prunes_by_the_scores_that_it_learned() -> None:
+    state = State.open(run_of("movement"))
+    here = Context(state)
+    scores, plan = state.load_tensors(f"round-001/{shared.SCORES}"), here.plan("round-002")
+    for kind in ("heads", "neurons"):
+        kept = torch.cat([scores[axis.name][plan[axis.name]] for axis in here.layout.axes if axis.kind == kind])
+        gone = torch.cat([scores[axis.name][~plan[axis.name]] for axis in here.layout.axes if axis.kind == kind])
+        assert kept.numel() > 0 < gone.numel()
+        assert kept.mean() > gone.mean()
+    assert any(score.unique().numel() > 1 for score in scores.values())
+
+
+def test_the_cubic_schedule_begins_at_one_and_ends_at_the_ratio() -> None:
+    shares = [keep_share(step, 100, ratio=0.5, warmup=0.1) for step in range(101)]
+    assert shares[:11] == [1.0] * 11
+    assert shares[-1] == pytest.approx(0.5)
+    assert all(b < a for a, b in itertools.pairwise(shares))
+    middle = keep_share(55, 100, ratio=0.5, warmup=0.1)
+    assert middle == pytest.approx(0.5 + 0.5 * 0.5**3)  # Sanh et al. 2020, sec. 4.2: v_f + (v_i − v_f)(1 − t)³
+
+
+def test_gates_that_are_closed_are_groups_that_are_cut() -> None:
+    from recap_cli.plugins.methods.movement import MOVEMENT, attach
+
+    from recap_cli.api import Frame, Turn
+    from recap_cli.core import adapter as adapters
+    from recap_cli.core.surgery import cut_model, indices
+
+    here = Context(State.open(run_of("full-ft")))
+    tensors = here.full_tensors()
+    axes, plan = here.layout.axes, everything(here.layout.axes)
+    for number, axis in enumerate(axes):
+        plan[axis.name][number % axis.size] = False
+    gated, small = (here.model({n: t.clone() for n, t in tensors.items()}) for _ in range(2))
+    frame = Frame(gated, axes, (), (Turn(moves="training"), Turn(0.4)), 1e-3, MOVEMENT.options, lambda _s, _k: plan)
+    attach(frame).before_step(0, 1)
+    cut_model(small, indices(axes, plan, here.layout.shapes))
+    adapters.resize(here.adapter, small, counts(plan))
+    split, _ = here.splits(lambda items, label, total=None: iter(items))
+    batch = split.batch(torch.arange(6))
+    with torch.no_grad():
+        ours, cut = (shared.forward_of(here.spec, model)(batch) for model in (gated, small))
+    assert torch.allclose(ours, cut, atol=1e-5)
+
+
+def test_the_gradient_of_a_score_is_the_sum_of_gradient_times_weight_over_its_group() -> None:
+    from recap_cli.plugins.methods.movement import MOVEMENT, SCORES, attach
+
+    from recap_cli.api import Frame, Turn
+
+    here = Context(State.open(run_of("full-ft")))
+    model = here.model({n: t.clone() for n, t in here.full_tensors().items()})
+    attach(Frame(model, here.layout.axes, (), (Turn(0.4),), 1e-3, MOVEMENT.options, lambda _s, _k: {}))
+    split, _ = here.splits(lambda items, label, total=None: iter(items))
+    shared.forward_of(here.spec, model)(split.batch(torch.arange(6))).square().sum().backward()
+    params = dict(model.named_parameters())
+    for axis in here.layout.axes:
+        cut = next(cut for cut in axis.cuts if cut.dim == 1)
+        weight = params[cut.param]
+        product = (weight * weight.grad).sum(0).view(axis.size, cut.width).sum(1)
+        score = params[f"{cut.param.removesuffix('.weight')}.{SCORES}"]
+        assert torch.allclose(score.grad, product, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "recap"])
+def test_stopped_in_every_stage_and_resumed_is_uninterrupted(method: str, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    path, seen = tmp_path / "state", set[tuple[int, str]]()
+
+    def stop_once(items: Any, label: str, total: int | None = None) -> Any:
+        for number, item in enumerate(items):
+            where = (State.open(path).manifest.round if (path / "state.yaml").exists() else 0, label)
+            if number == 1 and where not in seen:
+                seen.add(where)
+                raise Stop
+            yield item
+
+    while True:
+        try:
+            run(tiny("vit", method=method), path, track=stop_once)
+            break
+        except Stop:
+            continue
+    assert seen
+    assert files_of(path) == files_of(run_of(method))
+
+
+@pytest.mark.parametrize("method", ["post-ft", "movement", "lora-ft"])
+def test_stage_by_stage_is_what_run_does(method: str, tmp_path: Path) -> None:
+    from recap_cli.stages.init import init
+    from recap_cli.stages.schedule import next_stage
+
+    state = init(tiny("vit", method=method), tmp_path / "state")
+    while stage := next_stage(Context(state).recipe, state):
+        STAGES[stage](State.open(state.path))
+        state = State.open(state.path)
+    assert files_of(state.path) == files_of(run_of(method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_product_of_every_method_is_exported_and_loads(method: str, tmp_path: Path) -> None:
+    copied = tmp_path / "state"
+    shutil.copytree(run_of(method), copied)
+    assert Path(export(State.open(copied), tmp_path / "model", dense=method in ("full-ft", "lora-ft"))["path"]).is_dir()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"resident": "bf16", "fused_backward": True}, {"resident": "int8"}, {"offload": True}], ids=str
+)
+@pytest.mark.parametrize("method", ["head-ft", "lora-ft", "movement", "post-ft"])
+def test_methods_run_with_the_settings_of_memory(method: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    state = run(tiny("vit", method=method, finetune=settings), tmp_path / "state")
+    assert summary(state)["finished"]
+    assert all(tensor.isfinite().all() for tensor in Context(state).full_tensors().values())
