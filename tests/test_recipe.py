@@ -512,7 +512,9 @@ def test_the_reference_page_is_what_the_script_writes() -> None:
 
 def test_the_shipped_recipes_are_all_there() -> None:
     glue = [f"bert_base_{task}" for task in ("cola", "mrpc", "qnli", "qqp", "rte", "sst2")]
-    vision = ["vit_base_cifar100", "vit_base_tinyimagenet", "vit_large_cifar100"]
+    baselines = [f"vit_base_cifar100_{method}_ft" for method in ("full", "head", "lora")]
+    baselines += [f"vit_base_cifar100_{method}" for method in ("movement", "post_ft", "pre_ft")]
+    vision = ["vit_base_cifar100", *baselines, "vit_base_tinyimagenet", "vit_large_cifar100"]
     assert [*glue, "quickstart", *vision] == SHIPPED
 
 
