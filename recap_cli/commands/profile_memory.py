@@ -27,7 +27,15 @@ Target = Annotated[
         autocompletion=complete_recipe,
     ),
 ]
-Methods = Annotated[str, typer.Option("--methods", metavar="LIST", help="Of full, head, lora, pre-ft and recap.")]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        "--methods",
+        metavar="LIST",
+        help="Methods as `recap plugins` lists them, or full, head, lora for short.",
+        show_default="full and the recipe's",
+    ),
+]
 BatchSizes = Annotated[
     str | None,
     typer.Option("--batch-sizes", metavar="LIST", help="Predict for each finetune.batch_size of a list: 1,8,32."),
@@ -61,7 +69,7 @@ class _Subject(NamedTuple):
 
 def profile_memory(
     target: Target,
-    methods: Methods = "full,recap",
+    methods: Methods = None,
     batch_sizes: BatchSizes = None,
     ratios: Ratios = None,
     budget: Budget = None,
@@ -83,12 +91,13 @@ def profile_memory(
     from recap_cli.stages import measure as measuring
     from recap_cli.stages import pictures, profile
 
-    asked = _methods(methods)
+    asked = [] if methods is None else _methods(methods)
     if budget is not None:
         _bytes_of(budget)
     if plot is not None:
         pictures.check(plot)
     recipe, state, model, notes = _open(target, overrides or ())
+    asked = asked or (["full"] if recipe.method == "full-ft" else ["full", recipe.method])
     _check_ratios(shares, ratios, asked, recipe)
     _check_measure(recipe, measure, snapshot)
     if budget is None and state is None:

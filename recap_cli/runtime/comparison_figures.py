@@ -9,7 +9,7 @@ from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from recap_cli.runtime.figures import DASHES, KIND_LOOKS, METHOD_LOOKS, SPARE_LOOKS, latin, picture
+from recap_cli.runtime.figures import DASHES, KIND_LOOKS, latin, looks_of, picture
 from recap_cli.runtime.tracker import Kind
 
 if TYPE_CHECKING:
@@ -18,15 +18,6 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 Look = tuple[str, str]  # colour, marker
 
-LOOKS: dict[str, Look] = {
-    "full-ft": METHOD_LOOKS["full"],
-    "head-ft": METHOD_LOOKS["head"],
-    "lora-ft": METHOD_LOOKS["lora"],
-    "pre-ft": METHOD_LOOKS["pre-ft"],
-    "post-ft": ("#720BDA", "X"),
-    "movement": ("#B3C08A", "P"),
-    "recap": METHOD_LOOKS["recap"],
-}
 ASIDE = 0.012  # of the axis, between lines
 FEW = 8  # points that have room for a label each
 STAGE_COLOURS = {"init": "#D9D3C0", "prune": "#E69F00", "mask": "#5FB7E5", "finetune": "#0A62A8", "merge": "#000000"}
@@ -189,12 +180,6 @@ def best_rows(rows: Iterable[Row]) -> list[Row]:
         if row["method"] not in found or row["value"] > found[row["method"]]["value"]:
             found[row["method"]] = row
     return list(found.values())
-
-
-def looks_of(rows: Iterable[Row]) -> dict[str, Look]:
-    """A colour and a marker by method, for methods that are not known here as well."""
-    strangers = [method for method in dict.fromkeys(row["method"] for row in rows) if method not in LOOKS]
-    return LOOKS | {method: SPARE_LOOKS[at % len(SPARE_LOOKS)] for at, method in enumerate(strangers)}
 
 
 def _draw_line(axes: "Axes", line: Line, aside: float) -> None:

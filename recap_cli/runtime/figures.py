@@ -8,7 +8,7 @@ dichromacies of Machado et al. 2009); the kinds go from dark to light.
 
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -56,6 +56,8 @@ METHOD_LOOKS = {
     "head": ("#8AC6EE", "^"),
     "lora": ("#0A62A8", "v"),
     "pre-ft": ("#E69F00", "D"),
+    "post-ft": ("#720BDA", "X"),
+    "movement": ("#B3C08A", "P"),
     "recap": ("#B8123A", "o"),
 }
 SPARE_LOOKS = (("#6B6B6B", "P"), ("#2B8F80", "X"), ("#9C6BB5", "<"), ("#7A5230", ">"))
@@ -239,7 +241,7 @@ def _lines(rows: Sequence[Row], by: By) -> list[_Line]:
     grouped: dict[tuple[str, str], list[Row]] = {}
     for row, label in zip(rows, _labels(rows, without=(by,)), strict=True):
         grouped.setdefault((row["method"], label), []).append(row)
-    looks, seen, lines = _looks(rows), dict.fromkeys((row["method"] for row in rows), 0), []
+    looks, seen, lines = looks_of(rows), dict.fromkeys((row["method"] for row in rows), 0), []
     for (method, label), mine in grouped.items():
         predicted = sorted({(row[by], row["peak_bytes"]) for row in mine})
         measured = sorted({(row[by], count) for row in mine if (count := _measured(row)) is not None})
@@ -263,10 +265,17 @@ def _draw(axes: "Axes", line: _Line) -> None:
         axes.plot(values, [count / 1e6 for count in counts], linestyle="none", **look)
 
 
-def _looks(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+def looks_of(rows: Iterable[Row]) -> dict[str, tuple[str, str]]:
     """A colour and a marker by method, for methods that are not known here as well."""
-    strangers = [method for method in dict.fromkeys(row["method"] for row in rows) if method not in METHOD_LOOKS]
-    return METHOD_LOOKS | {method: SPARE_LOOKS[at % len(SPARE_LOOKS)] for at, method in enumerate(strangers)}
+    found = {method: look_of(method) for method in dict.fromkeys(row["method"] for row in rows)}
+    strangers = [method for method, look in found.items() if look is None]
+    spare = {method: SPARE_LOOKS[at % len(SPARE_LOOKS)] for at, method in enumerate(strangers)}
+    return {method: look or spare[method] for method, look in found.items()}
+
+
+def look_of(method: str) -> tuple[str, str] | None:
+    """Colour and marker of a method of ours, by its name or its short one (`full` is `full-ft`); None for a stranger's."""
+    return METHOD_LOOKS.get(method) or METHOD_LOOKS.get(method.removesuffix("-ft"))
 
 
 def _values(axes: "Axes", by: By, grid: Sequence[float]) -> None:

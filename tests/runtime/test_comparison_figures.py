@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from recap_cli.runtime import comparison_figures as figures
+from recap_cli.runtime.figures import METHOD_LOOKS, looks_of
 
 ALL = ("metric-prune-ratio.png", "metric-mask-ratio.png", "metric-memory.png", "memory-time.png")
 
@@ -50,7 +51,7 @@ def test_a_whole_grid_has_all_pictures_and_the_methods_in_their_colours(tmp_path
     assert sorted(draw(grid(), tmp_path)) == sorted(ALL)
     for name in ALL[:3]:
         pixels = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1])
-        assert (pixels == int(figures.LOOKS["recap"][0][1:], 16)).any(), name
+        assert (pixels == int(METHOD_LOOKS["recap"][0][1:], 16)).any(), name
 
 
 def test_what_has_no_figures_is_not_drawn(tmp_path: Path) -> None:
@@ -69,8 +70,8 @@ def test_one_seed_and_one_ratio_are_drawn_as_well(tmp_path: Path) -> None:
 def test_methods_with_names_that_no_font_has_are_drawn(tmp_path: Path) -> None:
     rows = [row("$x$ 方法", r_p=0.3, activations_bytes=None, peak_bytes=None), row("full-ft")]
     assert len(draw(rows, tmp_path)) == 3
-    look = figures.looks_of(rows)["$x$ 方法"]
-    assert look not in figures.LOOKS.values()
+    look = looks_of(rows)["$x$ 方法"]
+    assert look not in METHOD_LOOKS.values()
 
 
 @pytest.mark.parametrize("by", ["prune_ratio", "mask_ratio"])
@@ -106,5 +107,5 @@ def test_the_bars_are_of_each_methods_best_ratios() -> None:
 
 
 def test_every_stage_and_every_method_of_ours_has_a_colour_of_its_own() -> None:
-    for colours in ([colour for colour, _ in figures.LOOKS.values()], list(figures.STAGE_COLOURS.values())):
+    for colours in ([colour for colour, _ in METHOD_LOOKS.values()], list(figures.STAGE_COLOURS.values())):
         assert len(set(colours)) == len(colours)
