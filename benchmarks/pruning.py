@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from recap_cli.plugins.adapters.vit import VIT
-from recap_cli.plugins.criteria.taylor import TAYLOR
 from record import cpu_seconds, forget_peak, parser, ratio, status_bytes, write
 from torch import Tensor, nn
 
@@ -28,6 +26,8 @@ from recap_cli.core.adapter import find_axes, resize
 from recap_cli.core.groups import counts, shapes_of
 from recap_cli.core.scoring import group_scores
 from recap_cli.core.surgery import cut_model, indices
+from recap_cli.plugins.adapters.vit import VIT
+from recap_cli.plugins.criteria.taylor import TAYLOR
 
 RATIO, HEADS = 1 / 3, 12
 Batches = list[tuple[Tensor, Tensor]]

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from recap_cli.plugins.adapters.bert import BERT
-from recap_cli.plugins.adapters.vit import VIT
 from record import parser, ratio, table, write
 from torch import Tensor, nn
 
@@ -24,6 +22,8 @@ from recap_cli.core.optim import Optimizer, adamw
 from recap_cli.core.partial import bring_forward, make_partial
 from recap_cli.core.selection import select
 from recap_cli.core.surgery import cut_model, indices
+from recap_cli.plugins.adapters.bert import BERT
+from recap_cli.plugins.adapters.vit import VIT
 from recap_cli.runtime.training import train
 
 PRUNED = 0.5

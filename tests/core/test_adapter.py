@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from recap_cli.plugins.adapters.bert import BERT, DISTILBERT
-from recap_cli.plugins.adapters.timm_vit import TIMM_VIT
-from recap_cli.plugins.adapters.vit import DINOV2, VIT
 from torch import nn
 
 from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, matches, names_found, resize
 from recap_cli.core.groups import Cut, check_axes, shapes_of
+from recap_cli.plugins.adapters.bert import BERT, DISTILBERT
+from recap_cli.plugins.adapters.timm_vit import TIMM_VIT
+from recap_cli.plugins.adapters.vit import DINOV2, VIT
 
 WIDTH, HIDDEN, HEADS, HEAD_DIM = 8, 12, 4, 2
 

@@ -5,14 +5,14 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
-from recap_cli.plugins.adapters.bert import BERT
-from recap_cli.plugins.adapters.timm_vit import FUSED, TIMM_VIT
-from recap_cli.plugins.adapters.vit import DINOV2, VIT
 from torch import nn
 
 from recap_cli.core.adapter import Adapter, find_axes
 from recap_cli.core.groups import Axis, Cut
 from recap_cli.errors import ConformanceError, ModelError
+from recap_cli.plugins.adapters.bert import BERT
+from recap_cli.plugins.adapters.timm_vit import FUSED, TIMM_VIT
+from recap_cli.plugins.adapters.vit import DINOV2, VIT
 from recap_cli.runtime import conformance, models
 from tests.pico import PICO, pico
 
