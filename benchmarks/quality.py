@@ -45,8 +45,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random-mask": {"mask.criterion": "random"},
     "moving-embeddings": {"mask.train_embeddings": True},
     "deep-ramp": {"prune.ramp": 0.25},
-    "lr-half": {"finetune.lr": 0.5},  # times the task's
-    "lr-double": {"finetune.lr": 2.0},
     "bf16": {"finetune.resident": "bf16", "finetune.checkpointing": True},
     "int8": {"finetune.resident": "int8", "finetune.checkpointing": True},
 }
@@ -115,10 +113,9 @@ def recipe_of(task: str) -> dict[str, Any]:
 
 
 def overrides_of(task: str, variant: str) -> list[str]:
-    """What a variant sets, as `--set` has it; a learning rate is a multiple of the task's."""
-    values = dict(VARIANTS.get(variant, {}))
-    if "finetune.lr" in values:
-        values["finetune.lr"] *= TASKS[task]["finetune"]["lr"]
+    """What a variant sets, as `--set` has it; `recap@2` is RECAP at twice the task's learning rate."""
+    name, _, times = variant.partition("@")
+    values = {**VARIANTS.get(name, {}), **({"finetune.lr": float(times) * TASKS[task]["finetune"]["lr"]} if times else {})}
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
@@ -127,7 +124,7 @@ def measure(task: str, variant: str, ratios: list[float], seeds: list[int], jobs
     work.mkdir(parents=True, exist_ok=True)
     recipe = work / f"{task}.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of(task)), encoding="utf-8")
-    method = variant if variant in METHODS else "recap"
+    method = name if (name := variant.partition("@")[0]) in METHODS else "recap"
     given = {"ratios": ratios} if method_of_name(method).prunes else {}
     plan = grid.plan(str(recipe), overrides_of(task, variant), methods=[method], seeds=seeds, **given)
     results = compare(plan, work / f"{task}-{variant}", jobs=jobs)

@@ -42,8 +42,6 @@ SAID = {
     "random-mask": "RECAP, mask at random",
     "moving-embeddings": "RECAP, embeddings move too",
     "deep-ramp": "RECAP, `prune.ramp: 0.25`",
-    "lr-half": "RECAP at half the rate",
-    "lr-double": "RECAP at twice the rate",
     "bf16": "RECAP, bf16 residents, checkpoints",
     "int8": "RECAP, int8 residents, checkpoints",
 }
@@ -52,17 +50,17 @@ Cell = Mapping[str, Any]
 
 def main() -> None:
     parts = [HEAD]
-    for task, said in TASKS.items():
+    for task, title in TASKS.items():
         path = RESULTS / f"quality_{task}.json"
         if path.exists():
-            parts += section(said, json.loads(path.read_text(encoding="utf-8")))
+            parts += section(title, json.loads(path.read_text(encoding="utf-8")))
     PAGE.write_text("\n".join(parts), encoding="utf-8")
 
 
-def section(said: str, found: Mapping[str, Any]) -> Iterator[str]:
+def section(title: str, found: Mapping[str, Any]) -> Iterator[str]:
     """The tables of a task: one for each r_p, methods without one in all of them."""
     cells = [cell for cell in found["cells"] if cell["status"] == "done"]
-    yield f"## {said}\n"
+    yield f"## {title}\n"
     steps = sorted({cell["steps"] for cell in cells})
     taken = " / ".join(map(str, steps))
     yield f"{taken} AdamW steps of 32 at a peak rate of {found['lr']:g}, for all; one epoch of head warm-up before.\n"
@@ -110,7 +108,7 @@ def rows(cells: Sequence[Cell]) -> Iterator[list[object]]:
         whole = 16 * mine[0]["parameters"]["full"]  # fp32 weights, gradients and two moments
         peaks = [cell["memory"]["peak_bytes"] for cell in mine if cell["memory"].get("peak_bytes")]
         yield [
-            SAID.get(variant, variant),
+            said(variant),
             f"{fmean(last):.1f}",
             "" if deviation is None else f"{deviation:.1f}",
             "" if deviation is None else f"{deviation / len(last) ** 0.5:.1f}",
@@ -120,6 +118,12 @@ def rows(cells: Sequence[Cell]) -> Iterator[list[object]]:
             f"{held / whole:.0%}",
             f"{max(peaks) / 1e6:.0f}" if peaks else "",
         ]
+
+
+def said(variant: str) -> str:
+    """What a variant is, in words."""
+    name, _, times = variant.partition("@")
+    return SAID.get(name, name) + (f", rate × {times}" if times else "")
 
 
 KINDS = ("weights", "gradients", "optimizer")

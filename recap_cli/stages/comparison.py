@@ -25,7 +25,9 @@ from recap_cli.stages.settings import EXECUTION
 SCHEMA, KIND = 1, "comparison"
 RESULTS, TABLE = "results.json", "results.csv"
 VARIED = {"method": "recap", "options": {}, "seed": 0, "prune.ratio": 0.0, "mask.ratio": 0.0}  # not part of the base recipe
+STATUSES = ("done", "failed", "impossible", "waiting")
 COMPONENTS = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes")
+HELD = COMPONENTS[:3]
 STAGES = ("init", "prune", "mask", "finetune", "merge")
 RECORD = (
     *("method", "prune_ratio", "mask_ratio", "seed", "settings", "state", "status", "error", "value", "last"),
@@ -162,7 +164,8 @@ def groups(records: Iterable[Record]) -> list[dict[str, Any]]:
     """A row for each method and its ratios, over the seeds that are done.
 
     `value` and `deviation` are the mean and the sample standard deviation of the metric (None for fewer than one, or two);
-    seconds, steps, sizes and the latency are means, memory is the maximum; what no seed has is None. `n` of `of` are done.
+    seconds, steps, sizes and the latency are means, memory is the maximum; what no seed has is None. `n` of `of` are done;
+    `statuses` counts all, `errors` are those of the others.
     """
     found: dict[tuple[str, float | None, float | None], list[Record]] = {}
     for record in records:
@@ -188,6 +191,9 @@ def _group(method: str, ratio: float | None, mask_ratio: float | None, records: 
         return {key: take(known) if (known := [s[key] for s in there if s.get(key) is not None]) else None for key in keys}
 
     steps = [record["steps"] for record in done if record["steps"] is not None]
+    seconds = over(fmean, "seconds", STAGES)
+    memory = over(max, "memory", (*COMPONENTS, "peak_bytes", "device_peak_bytes"))
+    held = [memory[key] for key in HELD]
     return {
         "method": method,
         "prune_ratio": ratio,
@@ -197,8 +203,12 @@ def _group(method: str, ratio: float | None, mask_ratio: float | None, records: 
         "value": fmean(values) if values else None,
         "deviation": stdev(values) if len(values) > 1 else None,
         "steps": fmean(steps) if steps else None,
-        "seconds": over(fmean, "seconds", STAGES),
-        "memory": over(max, "memory", (*COMPONENTS, "peak_bytes", "device_peak_bytes")),
+        "statuses": {status: sum(record["status"] == status for record in records) for status in STATUSES},
+        "errors": list(dict.fromkeys(record["error"] for record in records if record["error"])),
+        "seconds": seconds,
+        "seconds_whole": sum(found) if (found := [value for value in seconds.values() if value is not None]) else None,
+        "memory": memory,
+        "held_bytes": None if None in held else sum(held),
         "parameters": over(fmean, "parameters", ("full", "product", "trainable")),
         "product": over(fmean, "product", ("bytes", "latency_seconds", "latency_batch")),
     }

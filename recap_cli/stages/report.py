@@ -16,6 +16,7 @@ from recap_cli.errors import StateError, StorageError, UsageError
 from recap_cli.manifest import COMMIT, UNDER_WAY, quoted
 from recap_cli.runtime import pages
 from recap_cli.stages import results
+from recap_cli.stages.comparison import RESULTS
 from recap_cli.stages.context import MASK, WEIGHTS, Context, Layout
 from recap_cli.stages.schedule import summary
 from recap_cli.state import State
@@ -144,9 +145,9 @@ def _kind(source: Path) -> str:
     """Whether a path is a state or results. Raises `StateError` if it is neither."""
     if source.is_dir() and ((source / COMMIT).exists() or (source / UNDER_WAY).exists()):
         return "state"
-    if source.is_file() or (source / results.FILE).exists():
+    if source.is_file() or (source / RESULTS).exists():
         return "results"
-    what = f"has neither {COMMIT} nor {results.FILE}" if source.is_dir() else "there is no such file or folder"
+    what = f"has neither {COMMIT} nor {RESULTS}" if source.is_dir() else "there is no such file or folder"
     raise StateError(
         f"{source}: {what}",
         hint="name the folder of a state (recap run RECIPE --state DIR makes one), or the results.json of `recap compare`",

@@ -1,17 +1,13 @@
-"""The results of `recap compare`, read and checked: its cells, and their means and deviations over the seeds."""
+"""The results of `recap compare`, read from a file that anybody may have written, and checked."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from recap_cli.errors import DataError
+from recap_cli.stages.comparison import KIND, RESULTS, SCHEMA, STATUSES, groups
 
-FILE = "results.json"
-SCHEMA = 1
-STATUSES = ("done", "failed", "impossible", "waiting")
 # The numbers of a cell, by the part of it that they stand in; each may be null.
 NUMBERS: dict[str, tuple[str, ...]] = {
     "": ("prune_ratio", "mask_ratio", "value", "last", "product_round", "steps"),
@@ -23,7 +19,6 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "parameters": ("full", "product", "trainable"),
     "product": ("bytes", "latency_seconds", "latency_batch"),
 }
-HELD = NUMBERS["memory"][:3]
 KINDS: dict[str, type | tuple[type, ...]] = {
     "metric": str,
     "recipe": str,
@@ -42,9 +37,9 @@ def read(source: Path) -> dict[str, Any]:
 
     Raises `DataError` if the file cannot be read, is no results file, or is of another schema.
     """
-    place = source / FILE if source.is_dir() else source
+    place = source / RESULTS if source.is_dir() else source
     found = _load(place)
-    if not isinstance(found, dict) or found.get("kind") != "comparison":
+    if not isinstance(found, dict) or found.get("kind") != KIND:
         raise DataError(f"{place}: is no result of `recap compare`", hint=HINT)
     if found.get("schema") != SCHEMA:
         raise DataError(
@@ -59,45 +54,7 @@ def read(source: Path) -> dict[str, Any]:
         raise _misfit(place, "cells", cells)
     read_cells = [_cell(cell, f"cells[{index}]", place) for index, cell in enumerate(cells)]
     whole = {"total_steps": _number(found.get("total_steps"), "total_steps", place), "place": str(place)}
-    return {**found, **whole, "cells": read_cells, "groups": list(groups(read_cells))}
-
-
-def groups(cells: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A record for each method at its ratios, in the order of the cells: the number of its cells by status, `seeds`, and of
-    those that are done the means, with the metric's sample standard deviation (`sd`, None for one seed).
-    """
-    keyed: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for cell in cells:
-        keyed.setdefault((cell["method"], cell["prune_ratio"], cell["mask_ratio"]), []).append(cell)
-    for (method, prune_ratio, mask_ratio), mine in keyed.items():
-        done = [cell for cell in mine if cell["status"] == "done"]
-        values = [cell["value"] for cell in done if cell["value"] is not None]
-        parts = {part: _means([cell[part] for cell in done], names) for part, names in NUMBERS.items() if part}
-        yield {
-            "method": method,
-            "prune_ratio": prune_ratio,
-            "mask_ratio": mask_ratio,
-            "seeds": len(values),
-            "statuses": {status: sum(cell["status"] == status for cell in mine) for status in STATUSES},
-            "errors": list(dict.fromkeys(cell["error"] for cell in mine if cell["error"])),
-            "mean": mean(values) if values else None,
-            "sd": stdev(values) if len(values) > 1 else None,
-            "seconds_whole": _sum(parts["seconds"], NUMBERS["seconds"]),
-            "held_bytes": _sum(parts["memory"], HELD, whole=True),
-            **parts,
-        }
-
-
-def _means(parts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float | None]:
-    """The mean of each number over the parts that have it."""
-    found = {name: [part[name] for part in parts if part[name] is not None] for name in names}
-    return {name: mean(values) if values else None for name, values in found.items()}
-
-
-def _sum(part: Mapping[str, float | None], names: Sequence[str], *, whole: bool = False) -> float | None:
-    """The sum of the numbers there are; None if there is none or, if it is to be `whole`, if one is missing."""
-    values = [value for name in names if (value := part[name]) is not None]
-    return None if not values or (whole and len(values) < len(names)) else sum(values)
+    return {**found, **whole, "cells": read_cells, "groups": groups(read_cells)}
 
 
 def _load(place: Path) -> Any:

@@ -29,16 +29,16 @@ def view(found: Mapping[str, Any]) -> dict[str, Any]:
     cells: Sequence[Mapping[str, Any]] = found["cells"]
     methods = [group["method"] for group in groups]
     cost, words = _cost(groups)
-    front = charts.pareto([(group[cost], group["mean"]) for group in _measured(groups, cost)])
+    front = charts.pareto([(group[cost], group["value"]) for group in _measured(groups, cost)])
     on_front = {
-        (group["method"], *_ratios(group)) for group in _measured(groups, cost) if (group[cost], group["mean"]) in front
+        (group["method"], *_ratios(group)) for group in _measured(groups, cost) if (group[cost], group["value"]) in front
     }
     rows = [_shown(group, methods, on_front) for group in groups]
     return {
         "groups": rows,
         "counts": {status: sum(cell["status"] == status for cell in cells) for status in STATUSES},
         "troubles": _troubles(cells),
-        "best": max((row for row in rows if row["mean"] is not None), key=lambda row: row["mean"], default=None),
+        "best": max((row for row in rows if row["value"] is not None), key=lambda row: row["value"], default=None),
         "ratio_charts": [chart for ratio in RATIOS if (chart := _over_ratio(groups, ratio, found["metric"]))],
         "front_chart": _front_chart(groups, cost, words, front, found["metric"]) if front else None,
         "memory_chart": _memory_chart(groups),
@@ -82,13 +82,13 @@ def _shown(group: Group, methods: Sequence[str], on_front: set[tuple[Any, ...]])
         "shape": charts.SHAPES[shape],
         "front": (group["method"], *_ratios(group)) in on_front,
         "share": product / full if full and product is not None else None,
-        "missing": ", ".join(f"{number} {status}" if group["seeds"] else status for status, number in missing.items()),
+        "missing": ", ".join(f"{number} {status}" if group["n"] else status for status, number in missing.items()),
     }
 
 
 def _cost(groups: Sequence[Group]) -> tuple[str, str]:
     """The memory that every group with a result has: the training step's peak if it was predicted, else what was held."""
-    done = [group for group in groups if group["mean"] is not None]
+    done = [group for group in groups if group["value"] is not None]
     if done and all(group["memory"]["peak_bytes"] is not None for group in done):
         return "peak_bytes", "predicted peak of a training step (MB)"
     return "held_bytes", "held while finetuning (MB)"
@@ -96,14 +96,14 @@ def _cost(groups: Sequence[Group]) -> tuple[str, str]:
 
 def _measured(groups: Sequence[Group], cost: str) -> list[dict[str, Any]]:
     """The groups that have a metric and a memory, the memory under the name `cost`."""
-    found = [{**group, "peak_bytes": group["memory"]["peak_bytes"]} for group in groups if group["mean"] is not None]
+    found = [{**group, "peak_bytes": group["memory"]["peak_bytes"]} for group in groups if group["value"] is not None]
     return [group for group in found if group[cost] is not None]
 
 
 def _over_ratio(groups: Sequence[Group], ratio: str, name: str) -> dict[str, Any] | None:
     """The metric over one ratio: a line for each method at its other ratio; flat for a method that has neither."""
     (other,) = (key for key in RATIOS if key != ratio)
-    done, methods = [group for group in groups if group["mean"] is not None], [group["method"] for group in groups]
+    done, methods = [group for group in groups if group["value"] is not None], [group["method"] for group in groups]
     if not any(group[ratio] is not None for group in done):
         return None
     lines: dict[tuple[str, float | None], list[Group]] = {}
@@ -118,7 +118,7 @@ def _over_ratio(groups: Sequence[Group], ratio: str, name: str) -> dict[str, Any
         varied = [value for named, value in lines if named == method]
         dash = "1.5 3" if flat else DASHES[varied.index(at) % len(DASHES)]
         label = ", ".join([method, *([f"{RATIOS[other]} {at:.4g}"] if at is not None and len(varied) > 1 else [])])
-        points = [Point(group[ratio] or 0.0, group["mean"], _said(group), group["sd"] or 0.0) for group in mine]
+        points = [Point(group[ratio] or 0.0, group["value"], _said(group), group["deviation"] or 0.0) for group in mine]
         series.append(Series(label, css, shape, points, dash, flat))
     grid = sorted({group[ratio] for group in done if group[ratio] is not None})
     return charts.plane(
@@ -140,7 +140,9 @@ def _front_chart(
     by_method: dict[str, list[Point]] = {}
     for group in _measured(groups, cost):
         said = f"{_said(group)}, {megabytes(group[cost])}"
-        by_method.setdefault(group["method"], []).append(Point(group[cost] / 1e6, group["mean"], said, group["sd"] or 0.0))
+        by_method.setdefault(group["method"], []).append(
+            Point(group[cost] / 1e6, group["value"], said, group["deviation"] or 0.0)
+        )
     return charts.plane(
         [Series(method, *look(method, methods), points, None) for method, points in by_method.items()],
         title=f"{name} over memory, with the Pareto front",
@@ -153,8 +155,8 @@ def _front_chart(
 
 
 def _said(group: Group) -> str:
-    spread = f" ± {metric(group['sd'])}" if group["sd"] is not None else ""
-    return f"{name_of(group)}: {metric(group['mean'])}{spread}"
+    spread = f" ± {metric(group['deviation'])}" if group["deviation"] is not None else ""
+    return f"{name_of(group)}: {metric(group['value'])}{spread}"
 
 
 def _memory_chart(groups: Sequence[Group]) -> dict[str, Any] | None:
