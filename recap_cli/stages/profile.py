@@ -46,7 +46,7 @@ SEED = 0  # of the groups that a prediction takes for chosen
 class Outline:
     """A model without weights: its spec, adapter and layout, the tensors' shapes (on the meta device).
 
-    `plan` and `mask` are those of a state's newest round, or None where they are not chosen yet.
+    `plan` and `mask` are those of a state's newest round, or None where they are not chosen yet; `turn` is that round's.
     """
 
     spec: ModelSpec
@@ -55,6 +55,7 @@ class Outline:
     tensors: dict[str, Tensor]
     plan: Choice | None = None
     mask: Choice | None = None
+    turn: Turn | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def outline_of(here: Context) -> Outline:
     if folder and plan is not None and f"{folder}/{shared.MASK}" in files:
         mask = {name: chosen.bool() for name, chosen in state.load_tensors(f"{folder}/{shared.MASK}").items()}
     tensors = models.tensors_of(models.skeleton(here.spec))
-    return Outline(here.spec, here.adapter, here.layout, tensors, plan, mask)
+    turn = here.turns[state.manifest.round - 1] if plan is not None else None
+    return Outline(here.spec, here.adapter, here.layout, tensors, plan, mask, turn)
 
 
 def predict(model: Outline, recipe: Recipe, method: str, *, kernels: Kernels = "cuda") -> Prediction:
@@ -351,15 +353,16 @@ def choices(model: Outline, recipe: Recipe, turn: Turn) -> tuple[Choice, Choice]
     """The plan, and the mask of the small model's fine groups: a state's own, or ones that treat all layers alike."""
     axes = model.layout.axes
     plan = everything(axes)
+    own = model.turn is None or model.turn.prune_ratio == turn.prune_ratio
     if turn.prune_ratio > 0:
         prune = recipe.prune
-        plan = model.plan or _even(
+        plan = (model.plan if own else None) or _even(
             axes, model.layout.shapes, 1 - turn.prune_ratio, floor=prune.floor, uniform=prune.uniform, round_to=prune.round_to
         )
     fine = fine_axes(model.layout, plan)
     if turn.moves != "mask" or turn.mask_ratio == 0:
         return plan, everything(fine)
-    if model.mask is not None and model.plan is not None:
+    if own and model.mask is not None and model.plan is not None:
         return plan, model.mask
     shapes = {name: tuple(shape) for name, shape in model.layout.shapes.items()}
     where = indices(axes, plan, shapes)

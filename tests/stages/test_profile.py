@@ -23,6 +23,7 @@ from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.profile import Prediction
 from recap_cli.stages.prune import prune
+from recap_cli.stages.run import run
 from recap_cli.stages.settings import recipe_of
 from recap_cli.stages.trainable import RESIDENTS, in_dtype, moving
 from recap_cli.state import State
@@ -178,3 +179,12 @@ def test_labels_come_from_data_that_are_here(tmp_path: Path) -> None:
     names, notes = profile.labels_of(tiny("vit", data={"train": str(tmp_path / "empty")}))
     assert names == []
     assert notes[0].startswith("the data cannot be read")
+
+
+def test_a_state_in_its_last_round_is_predicted_by_the_round_that_held_most(tmp_path: Path) -> None:
+    recipe = tiny("vit", rounds=4, importance={"batches": 1}, finetune={"steps": 1, "fused_backward": True})
+    state = run(recipe, tmp_path / "state")
+    of_state = profile.predict(profile.outline_of(Context(state)), recipe, "recap")
+    of_recipe = profile.predict(profile.outline(recipe, LABELS), recipe, "recap")
+    assert of_state.turn == of_recipe.turn == Context(state).turns[0]  # pruned least, and so with most activations
+    assert of_state.peak_bytes == of_recipe.peak_bytes
