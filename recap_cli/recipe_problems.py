@@ -106,7 +106,7 @@ def _number(node: _Schema) -> str:
     words = "a whole number" if node["type"] == "integer" else "a number"
     low, high, above, below = (node.get(name) for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
     if high is not None:
-        return f"{words} from {low} to {high}"
+        return f"{words} from {low} to {high}" if above is None else f"{words} in ({above:g}, {high:g}]"
     if below is not None:
         return f"{words} in " + (f"[{low:g}, {below:g})" if above is None else f"({above:g}, {below:g})")
     return words + (f" > {above:g}" if above is not None else f" >= {low:g}")

@@ -165,7 +165,7 @@ class Prune(BaseModel):
     uniform: Flag = Field(default=False, description="True leaves every layer with the same number of heads and neurons.")
     ramp: Fraction = Field(
         default=0.5,
-        description="The first round moves this share of what the last may, and prunes less for the memory that is saved; "
+        description="The first round moves this share of what the last does, and prunes as much less as that saves memory; "
         "1 is the paper's.",
     )
     round_to: Count = Field(default=1, description="What is kept of each matrix is a multiple of this many rows or columns.")

@@ -46,7 +46,8 @@ def _rows(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
         if "$ref" in node:
             continue  # a section has a table of its own
         meaning, _, symbol = node["description"].partition(" Paper: ")
-        default = f"`{_default(node['default'])}`" if "default" in node else "required"
+        required = name in section.get("required", ())
+        default = "required" if required else f"`{_default(node.get('default', {}))}`"
         symbol = f"`{symbol.rstrip('.')}`" if symbol else ""
         yield f"| `{prefix}{name}` | {expected(node)} | {default} | {meaning} | {symbol} |"
 

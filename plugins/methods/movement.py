@@ -6,7 +6,7 @@ away from zero. The sum is taken where a group meets the matrix that it goes out
 the second one of the feedforward), at whose input the gates stand: there, closing a gate is the same as cutting the group.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,11 +34,9 @@ def attach(frame: Frame) -> Attached:
     gates = {axis.name: _Gates(frame.model, axis) for axis in frame.axes}
     target = frame.turns[-1].prune_ratio
 
-    def scores() -> dict[str, Tensor]:
-        return {name: gate.scores() for name, gate in gates.items()}
-
-    def before_step(step: int, steps: int) -> None:
-        for name, kept in frame.choose(scores(), keep_share(step + 1, steps, ratio=target, warmup=warmup)).items():
+    def before_step(step: int, steps: int, value: Callable[[str], Tensor]) -> None:
+        scores = {name: value(gate.name).cpu() for name, gate in gates.items()}
+        for name, kept in frame.choose(scores, keep_share(step + 1, steps, ratio=target, warmup=warmup)).items():
             gates[name].keep(kept)
 
     def result(values: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -71,9 +69,6 @@ class _Gates:
         self.layer.register_parameter(SCORES, nn.Parameter(torch.zeros(axis.size)))
         self.layer.register_buffer("movement_gate", torch.ones(size), persistent=False)
         self.layer.register_forward_pre_hook(self._close)
-
-    def scores(self) -> Tensor:
-        return self.layer.get_parameter(SCORES).detach().float().cpu()
 
     def keep(self, kept: Tensor) -> None:
         """Open the gates of the groups that are kept, (axis.size,) bool, and close all others."""

@@ -42,6 +42,8 @@ def _ratios(settings: Settings, way: float) -> tuple[float, float]:
     kept = (1 - settings.prune_ratio) * (1 + cost * last) / (1 + cost * moves)
     if way >= 1 or settings.ramp == 1 or settings.prune_ratio == 0:
         return settings.prune_ratio, settings.mask_ratio
+    if cost == 0:  # fewer moving entries save nothing
+        return settings.prune_ratio, 1 - moves
     if kept <= 1:
         return 1 - kept, 1 - moves
     moves = ((1 - settings.prune_ratio) * (1 + cost * last) - 1) / cost  # nothing is pruned, and memory is left: more may move

@@ -58,11 +58,22 @@ def _plan_text(record: Record) -> str:
 
 def _quality(rows: Sequence[Record], metric: str) -> tuple[list[str], list[list[str]]]:
     ratios = _ratios(rows)
-    columns = ["method", *(RATIOS[key] for key in ratios), f"{metric} ± s.d.", "n", "steps", "time", "parameters", "size"]
+    columns = [
+        "method",
+        *(RATIOS[key] for key in ratios),
+        f"{metric} ± s.d.",
+        "last round",
+        "n",
+        "steps",
+        "time",
+        "parameters",
+        "size",
+    ]
     cells = [
         [
             *_place(row, ratios),
             _value_text(row),
+            console.value_text("metric", row["last"]),
             f"{row['n']}" if row["n"] == row["of"] else f"{row['n']} of {row['of']}",
             "" if row["steps"] is None else f"{row['steps']:,.0f}",
             _seconds_text(row),

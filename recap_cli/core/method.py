@@ -77,15 +77,15 @@ class Attached:
     """What a training of its own has put into a small model.
 
     `moves(name)` says which parameters are trained, the new ones included; `rate(name)` is a factor of their learning rate;
-    `before_step(step, steps)` runs before each optimizer step. `result(values, small)` takes the trained values (name → fp32
-    tensor on the CPU) and the small model's tensors as they were, and gives what of them has moved, whole, and the scores that
-    a later turn prunes by (none for most).
+    `before_step(step, steps, value)` runs before each optimizer step, `value(name)` being what is trained, in fp32.
+    `result(values, small)` takes the trained values (name → fp32 tensor on the CPU) and the small model's tensors as they were,
+    and gives what of them has moved, whole, and the scores that a later turn prunes by (none for most).
     """
 
     moves: Callable[[str], bool]
     result: "Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[dict[str, Tensor], Scores]]"
     rate: Callable[[str], float] = lambda _: 1.0
-    before_step: Callable[[int, int], None] = lambda _step, _steps: None
+    before_step: "Callable[[int, int, Callable[[str], Tensor]], None]" = lambda _step, _steps, _value: None
 
 
 @dataclass(frozen=True)

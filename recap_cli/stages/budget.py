@@ -16,7 +16,7 @@ from recap_cli.errors import BudgetError
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
 from recap_cli.stages.context import Context, read_raw
-from recap_cli.stages.profile import Outline, Prediction, evaluation_bytes, importance_bytes, outline, outline_of, predict
+from recap_cli.stages.profile import Outline, Prediction, anew, evaluation_bytes, importance_bytes, outline, outline_of, predict
 from recap_cli.state import State
 
 # Stated, not measured here: what cuBLAS takes from the allocator on Hopper (8.1 MiB before it), on each of two threads, as the
@@ -192,8 +192,8 @@ def savings(here: Context) -> list[tuple[str, int]]:
     """What each setting by itself would save of the predicted peak of a state's next training step: (`key=value`, bytes)."""
     model, recipe = outline_of(here), here.recipe
     even = {
-        "mask.ratio": replace(model, mask=None),
-        "prune.ratio": replace(model, plan=None, mask=None),
+        "mask.ratio": replace(model, mask=None, turns=()),
+        "prune.ratio": anew(model),
     }  # its own are for its own
 
     def peak(of: Outline, settings: Recipe) -> int:

@@ -150,7 +150,8 @@ def _seconds(facts: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _memory(state: State, rows: Iterable[Mapping[str, Any]]) -> dict[str, int | None]:
-    held: dict[str, int | None] = {name: max(row[name] for row in rows) for name in schedule.HELD}
+    most = max(rows, key=lambda row: sum(row[name] for name in schedule.HELD))  # of one round, not of several
+    held: dict[str, int | None] = {name: most[name] for name in schedule.HELD}
     files = [name for name in state.manifest.files if name.startswith("round-") and name.endswith("/memory.json")]
     peaks = [(state.load_json(name).get("training_peak") or {}).get("allocated_bytes") for name in files]
     known = [peak for peak in peaks if peak is not None]

@@ -163,9 +163,10 @@ def state_of(cell: Cell) -> str:
 def groups(records: Iterable[Record]) -> list[dict[str, Any]]:
     """A row for each method and its ratios, over the seeds that are done.
 
-    `value` and `deviation` are the mean and the sample standard deviation of the metric (None for fewer than one, or two);
-    seconds, steps, sizes and the latency are means, memory is the maximum; what no seed has is None. `n` of `of` are done;
-    `statuses` counts all, `errors` are those of the others.
+    `value` and `deviation` are the mean and the sample standard deviation of the product's metric (None for fewer than one, or
+    two), `last` is the mean after the last round; seconds, steps, sizes and the latency are means; what is held is that of the
+    seed that held most, and peaks are the largest; what no seed has is None. `n` of `of` are done; `statuses` counts all,
+    `errors` are those of the others.
     """
     found: dict[tuple[str, float | None, float | None], list[Record]] = {}
     for record in records:
@@ -185,6 +186,7 @@ def finite(value: Any) -> Any:
 def _group(method: str, ratio: float | None, mask_ratio: float | None, records: Sequence[Record]) -> dict[str, Any]:
     done = [record for record in records if record["status"] == "done"]
     values = [record["value"] for record in done if record["value"] is not None]
+    lasts = [record["last"] for record in done if record.get("last") is not None]
 
     def over(take: Any, section: str, keys: Iterable[str]) -> dict[str, Any]:
         there = [record[section] for record in done if record[section]]
@@ -193,13 +195,17 @@ def _group(method: str, ratio: float | None, mask_ratio: float | None, records: 
     steps = [record["steps"] for record in done if record["steps"] is not None]
     seconds = over(fmean, "seconds", STAGES)
     memory = over(max, "memory", (*COMPONENTS, "peak_bytes", "device_peak_bytes"))
-    held = [memory[key] for key in HELD]
+    parts: list[list[Any]] = [[(record["memory"] or {}).get(key) for key in HELD] for record in done]
+    whole = [part for part in parts if None not in part]
+    held = sorted(whole, key=sum)[-1] if whole else [None]  # of the run that held most
+    memory |= dict(zip(HELD, held, strict=True)) if whole else {}
     return {
         "method": method,
         "prune_ratio": ratio,
         "mask_ratio": mask_ratio,
         "n": len(done),
         "of": len(records),
+        "last": fmean(lasts) if lasts else None,
         "value": fmean(values) if values else None,
         "deviation": stdev(values) if len(values) > 1 else None,
         "steps": fmean(steps) if steps else None,

@@ -1,6 +1,6 @@
 """`finetune`: train what the mask lets move, on the GPU if there is one (paper, sec. 3.2, Step 4)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recap_cli.core.groups import Choice, counts
+from recap_cli.core.groups import Choice, counts, shrink
 from recap_cli.core.method import Attached, Turn
 from recap_cli.core.moments import COUNT, take_moments
 from recap_cli.core.optim import Optimizer, learning_rate
@@ -25,9 +25,10 @@ from recap_cli.stages import context as shared
 from recap_cli.stages import exhaustion
 from recap_cli.stages.context import Context
 from recap_cli.stages.exhaustion import Ledger
+from recap_cli.stages.own import attach, make_own, rates_of, result_of, stepping
 from recap_cli.stages.settings import OnChange, adopt, recipe_of, unheard
-from recap_cli.stages.trainable import RESIDENTS, attach, in_dtype, make_own, make_trainable, moving, rule_of
-from recap_cli.stages.turns import steps_of
+from recap_cli.stages.trainable import RESIDENTS, in_dtype, make_trainable, moving, rule_of
+from recap_cli.stages.turns import course_of, steps_in_round, steps_of
 from recap_cli.state import Draft, State
 
 
@@ -83,7 +84,6 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
         torch.manual_seed(seed_for(recipe.seed, draft.round, "training"))
         own = attach(model, here.layout, recipe, plan, here.turns[draft.round - 1 :]) if turn.moves == "training" else None
         optimizer = ledger.optimizer = _partial(here, model, turn, plan, chosen, where, own, device)
-        before = small if own else {}
         del small  # what the forward reads is in the model; the fp32 originals of bf16 weights are not needed again
         train_split, validation = here.splits(track)
         torch.manual_seed(seed_for(recipe.seed, draft.round, "finetune"))
@@ -96,7 +96,7 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
         size = recipe.evaluate.batch_size
         metrics = evaluate(forward, validation, here.task, batch_size=size, device=device, track=track, label="validation")
         _check_finite(metrics["loss"], optimizer)
-        _save(draft, folder, optimizer, own, before)
+        _save(draft, folder, optimizer, own, here, plan)
         moments = len(optimizer.rule.aging)
         held["full_finetuning"] = memory.full_finetuning(_entry(state, "prune")["params_full"], moments)
         held |= memory.measured(device, peak)
@@ -114,14 +114,6 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
             **{name: held[name] for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "full_finetuning")},
         }
     return state.manifest.history[-1]
-
-
-def steps_in_round(recipe: Recipe, examples: int) -> int:
-    """N_f: the optimizer steps of a round."""
-    settings = recipe.finetune
-    if settings.steps is not None:
-        return settings.steps
-    return max(1, round((settings.epochs or 0) * ceil(examples / settings.batch_size)))
 
 
 def _partial(
@@ -144,7 +136,7 @@ def _partial(
         slots, scale = make_trainable(model, here.layout, here.recipe, turn, plan, chosen, device), {}
     else:
         slots = make_own(model, own, here.recipe, device)
-        scale = {slot.name: own.rate(slot.name) for slot in slots}
+        scale = rates_of(own, slots)
     return Optimizer(
         slots,
         rule_of(settings),
@@ -175,9 +167,7 @@ def _train(
     recipe, settings, turn = here.recipe, here.recipe.finetune, here.turns[number - 1]
     each = steps_of(here.turns, recipe.rounds * steps_in_round(recipe, len(split)))
     before, steps = sum(each[: number - 1]), each[number - 1]
-    start, end = turn.course
-    whole = round(steps / (end - start))  # the steps of a whole course, of which this turn takes its window
-    first = round(start * whole)
+    whole, first = course_of(turn, before, steps, sum(each))
 
     def rate(step: int) -> float:
         warmup = settings.warmup_ratio
@@ -192,7 +182,7 @@ def _train(
         micro_batch_size=settings.micro_batch_size,
         max_grad_norm=settings.max_grad_norm,
         fused_backward=settings.fused_backward,
-        before_step=(lambda step: own.before_step(step, steps)) if own else lambda _: None,
+        before_step=stepping(own, optimizer, steps),
     )
 
 
@@ -226,15 +216,16 @@ def _check_finite(loss: float, optimizer: Optimizer) -> None:
         )
 
 
-def _save(draft: Draft, folder: str, optimizer: Optimizer, own: Attached | None, before: Mapping[str, Tensor]) -> None:
+def _save(draft: Draft, folder: str, optimizer: Optimizer, own: Attached | None, here: Context, plan: Choice) -> None:
     """The values and the moments of the entries that may move, compact: all that the merge needs.
 
-    Of a method's own training, what it makes of the small model's tensors as they were `before`, and the scores it learned.
+    Of a method's own training, what it makes of the small model's tensors as they were, and the scores it learned.
     """
     moved = {slot.name: slot.master.cpu() for slot in optimizer.slots}
     kept = set(moved)
     if own is not None:
-        moved, scores = own.result(moved, before)
+        before = here.state.load_tensors(f"{folder}/{shared.SMALL}")  # training may have moved what is in memory
+        moved, scores = result_of(own, moved, before, shrink(here.layout.axes, plan))
         kept &= set(before)
         if scores:
             draft.save_tensors(f"{folder}/{shared.SCORES}", scores)

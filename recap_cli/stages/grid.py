@@ -12,10 +12,10 @@ from urllib.parse import quote
 from recap_cli import recipe as recipes
 from recap_cli import registry
 from recap_cli.core.method import Method
-from recap_cli.errors import RecipeError, UsageError
+from recap_cli.errors import PluginError, RecipeError, UsageError
 from recap_cli.recipe import Recipe
 from recap_cli.stages import schedule
-from recap_cli.stages.turns import method_of_name
+from recap_cli.stages.turns import method_of_name, turns_for
 
 ORDER = ("full-ft", "head-ft", "lora-ft", "pre-ft", "post-ft", "movement", "recap")  # strangers come after these
 SEEDS = (0, 1, 2)
@@ -184,10 +184,11 @@ def _cell(
     ratios = {key: value for key, value in (("prune.ratio", ratio), ("mask.ratio", mask_ratio)) if value is not None}
     values = start.model_dump(mode="json")
     own = {key: _value(values, key) for key in (given.partition("=")[0].strip() for given in overrides)}
-    settings = {"method": method, **ratios, "seed": seed, **own}
+    settings = {"method": method, **ratios, "seed": seed, **({"options": start.options} if start.options else {}), **own}
     try:
         recipe = recipes.changed(start, {**ratios, "seed": seed})
-    except RecipeError as error:  # one cell that makes no sense does not keep the others from running
+        turns_for(recipe)
+    except (RecipeError, PluginError) as error:  # one cell that makes no sense does not keep the others from running
         return Cell(method, ratio, mask_ratio, seed, settings, None, _in_a_line(error.message))
     return Cell(method, ratio, mask_ratio, seed, settings, recipe)
 

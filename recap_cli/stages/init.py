@@ -27,7 +27,7 @@ from recap_cli.runtime.training import Batch, train
 from recap_cli.stages import budget
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Layout
-from recap_cli.stages.turns import turns_for
+from recap_cli.stages.turns import check_steps, steps_in_round, turns_for
 from recap_cli.state import Draft, State
 
 LIBRARIES = ("torch", "transformers", "timm", "safetensors")
@@ -65,6 +65,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         report = conformance.check(model, adapter, spec)
         layout = Layout.of(adapter, model)
         split, _ = shared.splits_of(recipe, spec, created.processor, track, raw)
+        check_steps(turns, recipe.rounds * steps_in_round(recipe, len(split)), recipe)
         new = recipe.model.name is None or bool(created.new)
         warm = _warm_up(recipe, model, spec, layout, split, new=new, track=track)
         _save(draft, model, spec, created.processor, layout)

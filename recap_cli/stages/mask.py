@@ -57,11 +57,12 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
             )
         draft.save_tensors(f"{folder}/{shared.MASK}", shared.as_bytes(chosen))
         moving, prunable = chosen_params(axes, shapes, chosen), prunable_params(axes, shapes)
-        draft.facts |= {
-            "moves": turn.moves,
-            "mask_ratio": turn.mask_ratio,
-            "moving_prunable": moving,
-            "moving_share_of_prunable": moving / prunable,
-            "moving_dimensions": shared.kept_per_layer(axes, counts(chosen)),
-        }
+        draft.facts |= {"moves": turn.moves, "mask_ratio": turn.mask_ratio}
+        if turn.moves != "training":  # which says itself what it trains
+            moving, prunable = chosen_params(axes, shapes, chosen), prunable_params(axes, shapes)
+            draft.facts |= {
+                "moving_prunable": moving,
+                "moving_share_of_prunable": moving / prunable,
+                "moving_dimensions": shared.kept_per_layer(axes, counts(chosen)),
+            }
     return state.manifest.history[-1]

@@ -54,7 +54,7 @@ def _measured(model: Outline, recipe: Recipe, method: str, device: torch.device)
     predicted = predict(model, recipe, method, kernels="cuda" if device.type == "cuda" else "cpu")
     _check_room(predicted.usage, method, device)
     torch.manual_seed(recipe.seed)
-    step, _ = prepare(model, recipe, method, random_tensors, device=device)
+    step, _ = prepare(model, recipe, method, random_tensors, device=device, turns=predicted.turns)
     seen = _allocated(step, device) if device.type == "cuda" else {}
     counted = usage(step)
     measured = seen.get("max_allocated_bytes", counted.peak_bytes)

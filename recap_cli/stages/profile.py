@@ -32,7 +32,8 @@ from recap_cli.runtime.tracker import GRANULE_BYTES, KINDS, Kind, Usage
 from recap_cli.runtime.training import Batch
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context, Layout
-from recap_cli.stages.trainable import RESIDENTS, attach, fine_axes, in_dtype, make_own, make_trainable, rule_of
+from recap_cli.stages.own import attach, make_own
+from recap_cli.stages.trainable import RESIDENTS, fine_axes, in_dtype, make_trainable, rule_of
 from recap_cli.stages.turns import method_of_name, turns_for
 
 SHORT = {"full": "full-ft", "head": "head-ft", "lora": "lora-ft"}  # what is written most is written short
@@ -46,7 +47,8 @@ SEED = 0  # of the groups that a prediction takes for chosen
 class Outline:
     """A model without weights: its spec, adapter and layout, the tensors' shapes (on the meta device).
 
-    `plan` and `mask` are those of a state's newest round, or None where they are not chosen yet; `turn` is that round's.
+    `plan` and `mask` are those of a state's newest round, or None where they are not chosen yet; `turn` is that round's, and
+    `turns` are the state's.
     """
 
     spec: ModelSpec
@@ -56,19 +58,20 @@ class Outline:
     plan: Choice | None = None
     mask: Choice | None = None
     turn: Turn | None = None
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one method holds in that `turn` of its own which holds most: `usage` of a training step, the peak of
-    scoring, and the numbers of parameters.
+    """What one method holds: `usage` of a training step in the first of `turns`, which of its own holds most there, the
+    peak of scoring over all of them, and the numbers of parameters.
 
     `resident` are the parameters that lie on the device (without adapters of LoRA), `trainable` the entries that move.
     """
 
     method: str
     recipe: Recipe
-    turn: Turn
+    turns: Sequence[Turn]
     usage: Usage
     evaluation_bytes: int
     total: int
@@ -82,7 +85,7 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: bytes by kind at their own maxima and at the peak instant, and the settings they belong to."""
-        tune, turn = self.recipe.finetune, self.turn
+        tune, turn = self.recipe.finetune, self.turns[0]
         return {
             "method": self.method,
             "batch_size": tune.batch_size,
@@ -121,6 +124,11 @@ def outline(recipe: Recipe, label_names: Sequence[str] = ()) -> Outline:
     return Outline(spec, adapter, layout, models.tensors_of(skeleton))
 
 
+def anew(model: Outline) -> Outline:
+    """The same for other ratios than a state's: nothing of it is planned or chosen."""
+    return replace(model, plan=None, mask=None, turn=None, turns=())
+
+
 def labels_of(recipe: Recipe) -> tuple[list[str], list[str]]:
     """The labels that local data name, and a note where the head is that of the configuration instead."""
     data = recipe.data
@@ -143,7 +151,7 @@ def outline_of(here: Context) -> Outline:
         mask = {name: chosen.bool() for name, chosen in state.load_tensors(f"{folder}/{shared.MASK}").items()}
     tensors = models.tensors_of(models.skeleton(here.spec))
     turn = here.turns[state.manifest.round - 1] if plan is not None else None
-    return Outline(here.spec, here.adapter, here.layout, tensors, plan, mask, turn)
+    return Outline(here.spec, here.adapter, here.layout, tensors, plan, mask, turn, here.turns)
 
 
 def predict(model: Outline, recipe: Recipe, method: str, *, kernels: Kernels = "cuda") -> Prediction:
@@ -151,13 +159,16 @@ def predict(model: Outline, recipe: Recipe, method: str, *, kernels: Kernels = "
 
     Of rounds that differ, the one that holds most counts. Raises `PluginError` if there is no such method.
     """
-    found = (_predicted(model, recipe, method, turns, kernels) for turns in distinct(planned(recipe, method)))
-    return max(found, key=lambda one: one.peak_bytes)
+    found = [_predicted(model, recipe, method, turns, kernels) for turns in distinct(planned(model, recipe, method))]
+    most = max(found, key=lambda one: one.usage.peak_bytes)
+    return replace(most, evaluation_bytes=max(one.evaluation_bytes for one in found))
 
 
-def planned(recipe: Recipe, method: str) -> tuple[Turn, ...]:
-    """The turns that a method, by its name or short name, plans with the settings of a recipe."""
-    return turns_for(by(recipe, method))
+def planned(model: Outline, recipe: Recipe, method: str) -> tuple[Turn, ...]:
+    """The turns that a method, by its name or short name, plans with the settings of a recipe; a state's own where it has
+    begun.
+    """
+    return model.turns if model.turns and by(recipe, method) is recipe else turns_for(by(recipe, method))
 
 
 def by(recipe: Recipe, method: str) -> Recipe:
@@ -191,13 +202,14 @@ def _predicted(model: Outline, recipe: Recipe, method: str, turns: Sequence[Turn
     evaluation = _scored(fakes, model, recipe, step, kernels)
     parameters = {name for name, _ in models.skeleton(model.spec).named_parameters()}
     total = sum(model.tensors[name].numel() for name in parameters)
-    return Prediction(method, recipe, turns[0], usage, evaluation, total, resident, trainable)
+    return Prediction(method, recipe, turns, usage, evaluation, total, resident, trainable)
 
 
 def evaluation_bytes(model: Outline, recipe: Recipe, method: str, *, kernels: Kernels = "cuda") -> int:
     """The peak of scoring alone, as `predict` has it beside that of a training step."""
     fakes = Fakes()
-    return _scored(fakes, model, recipe, prepare(model, recipe, method, fakes.like)[0], kernels)
+    steps = (prepare(model, recipe, method, fakes.like, turns=t)[0] for t in distinct(planned(model, recipe, method)))
+    return max(_scored(fakes, model, recipe, step, kernels) for step in steps)
 
 
 def _held_bytes(model: Outline, recipe: Recipe, size: int) -> int:
@@ -238,7 +250,7 @@ def grid(
         for ratio in (ratios if prunes(method) else [{}])
     ]
     if prune_ratios:
-        model = replace(model, plan=None, mask=None)
+        model = anew(model)
     recipes_of = [(method, recipes.changed(recipe, values) if values else recipe) for method, values in cells]
     return [predict(model, one, method) for method, one in track(recipes_of, "predict", len(cells))]
 
@@ -296,7 +308,7 @@ def prepare(
     `like` makes the tensors of the small model and of the batch, fake or real, of the shapes that it is shown.
     """
     recipe = by(recipe, method)
-    turns = turns or planned(recipe, method)
+    turns = turns or planned(model, recipe, recipe.method)
     plan, chosen = choices(model, recipe, turns[0])
     where = indices(model.layout.axes, plan, shapes_of(model.tensors))
     small = like({name: _shape_of(tensor, where.get(name, {})) for name, tensor in model.tensors.items()})

@@ -1,6 +1,5 @@
 """How the settings of a recipe make a small model partly trainable: what `finetune` does, and what its prediction runs."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,16 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli.core.groups import Axis, Choice, refine, shapes_of, shrink
-from recap_cli.core.method import Attached, Frame, Turn
+from recap_cli.core.method import Turn
 from recap_cli.core.optim import Rule, adamw, sgd
 from recap_cli.core.partial import Slot, bring_forward, make_partial
 from recap_cli.core.surgery import Where, indices
-from recap_cli.errors import PluginError
 from recap_cli.recipe import Finetune, Recipe
 from recap_cli.runtime.training import Batch, Forward
 from recap_cli.stages.context import Layout
-from recap_cli.stages.prune import choose
-from recap_cli.stages.turns import method_of, options_of
 
 
 @dataclass(frozen=True)
@@ -53,42 +49,6 @@ def frozen_whole(layout: Layout, turn: Turn, name: str) -> bool:
     if turn.moves == "head":
         return name not in layout.head
     return name in layout.embeddings and not turn.embeddings
-
-
-def attach(model: nn.Module, layout: Layout, recipe: Recipe, plan: Choice, turns: Sequence[Turn]) -> Attached:
-    """Let the method of the recipe put its own training into a small model, in place, for the first of `turns`.
-
-    Raises `PluginError` if it fails.
-    """
-    method = method_of(recipe)
-    axes = shrink(layout.axes, plan)
-    shapes = {cut.param: tuple(model.get_parameter(cut.param).shape) for axis in axes for cut in axis.cuts}
-    options = options_of(recipe, method)
-    frame = Frame(model, axes, layout.head, turns, recipe.finetune.lr, options, partial(choose, recipe, axes, shapes))
-    try:
-        if method.training is None:
-            raise ValueError("has no training of its own")
-        return method.training(frame)
-    except Exception as error:  # a method is a stranger's code: it may raise anything
-        raise PluginError(
-            f"the method {recipe.method!r} cannot be attached to this model: {type(error).__name__}: "
-            f"{str(error).partition(chr(10))[0]}",
-            hint="choose another method, or repair the plugin; see docs/plugins.md",
-        ) from error
-
-
-def make_own(model: nn.Module, attached: Attached, recipe: Recipe, device: torch.device | str) -> list[Slot]:
-    """Make what a method's own training names trainable, and nothing else, as `make_trainable` does with a mask."""
-    resident = RESIDENTS[recipe.finetune.resident]
-    return make_partial(
-        model,
-        {},
-        frozen=lambda name: not attached.moves(name),
-        device=device,
-        dtype=resident.dtype,
-        int8=resident.int8,
-        offload=recipe.finetune.offload,
-    )
 
 
 def make_trainable(

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from math import isclose
-from typing import Any, cast
+from math import ceil, isclose
+from typing import Any, cast, get_args
 
 from recap_cli import registry
-from recap_cli.core.method import Method, Option, Settings, Turn
+from recap_cli.core.method import Method, Moves, Option, Plan, Settings, Turn
 from recap_cli.errors import PluginError, RecipeError
 from recap_cli.recipe import Recipe
 from recap_cli.state import Manifest
@@ -95,34 +95,90 @@ def steps_of(turns: Sequence[Turn], total: int) -> list[int]:
 
 
 def _entry_cost(recipe: Recipe) -> float:
-    """What a moving entry holds on the device beside its weight, in weights: gradient, moments and, unless fp32, its master."""
+    """What a moving entry holds on the device more than a frozen one, in weights of frozen ones: gradient, moments and, unless
+    fp32, its master; an int8 code is no longer there.
+    """
     tune = recipe.finetune
     moments = 2 if tune.optimizer == "adamw" else int(tune.momentum > 0)
-    gradient = 0 if tune.fused_backward else 1
-    weight_bytes = {"fp32": 4, "bf16": 2, "int8": 1}[tune.resident]
-    held = gradient + (0 if tune.offload else moments + (tune.resident != "fp32"))
-    return 4 * max(held, 1) / weight_bytes
+    held_bytes = 0 if tune.fused_backward else 4
+    held_bytes += 0 if tune.offload else 4 * moments
+    resident_bytes = {"fp32": 4, "bf16": 2, "int8": 1}[tune.resident]
+    if not tune.offload and tune.resident != "fp32":
+        held_bytes += 4
+    if tune.resident == "int8":
+        held_bytes += (2 if tune.offload else 0) - 1  # with `offload` the moving entries are resident in bf16
+    return held_bytes / resident_bytes
+
+
+def steps_in_round(recipe: Recipe, examples: int) -> int:
+    """N_f: the optimizer steps of a round."""
+    settings = recipe.finetune
+    if settings.steps is not None:
+        return settings.steps
+    return max(1, round((settings.epochs or 0) * ceil(examples / settings.batch_size)))
+
+
+def course_of(turn: Turn, before: int, steps: int, total: int) -> tuple[int, int]:
+    """The steps of the whole course of the learning rate that a turn's `steps` are a window of, and its first step there.
+
+    Where the window is the turn's own place among the `total` steps of the run, `before` of which are done, it is that to the
+    step.
+    """
+    start, end = turn.course
+    if abs(start * total - before) < 1 and abs(end * total - before - steps) < 1:
+        return total, before
+    whole = round(steps / (end - start))
+    return whole, round(start * whole)
+
+
+def check_steps(turns: Sequence[Turn], total: int, recipe: Recipe) -> None:
+    """Raise `RecipeError` if a turn would take no step of the `total`."""
+    if 0 in (each := steps_of(turns, total)):
+        raise RecipeError(
+            f"{recipe.name}: {total} optimizer steps are too few for the {len(turns)} rounds of {recipe.method}: round "
+            f"{each.index(0) + 1} would have none",
+            hint="raise finetune.epochs or finetune.steps",
+        )
 
 
 def _problem(turns: Sequence[Turn], method: Method) -> str | None:
     """What is wrong with the turns of a method, or None."""
     if not 0 < len(turns) < MOST:
         return f"gives {'no' if not turns else MOST} turns"
+    for number, turn in enumerate(turns, 1):
+        if wrong := _malformed(turn) or _wrong(turn, turns[number - 2] if number > 1 else None, method):
+            return f"turn {number} {wrong}"
     if not isclose(sum(turn.share for turn in turns), 1.0, rel_tol=1e-6):
         return f"the shares of its turns add up to {sum(turn.share for turn in turns):g}, not to 1"
-    if turns[0].plan != "importance":
-        return f"its first turn has nothing to take a plan from (plan={turns[0].plan!r})"
-    if not any(turn.product for turn in turns):
-        return "none of its turns gives the product"
-    return next((f"turn {number} {wrong}" for number, turn in enumerate(turns, 1) if (wrong := _wrong(turn, method))), None)
+    return None if any(turn.product for turn in turns) else "none of its turns gives the product"
 
 
-def _wrong(turn: Turn, method: Method) -> str | None:
+def _malformed(turn: Any) -> str | None:
+    """What of a turn is not what it should be, taken by itself."""
+    if not isinstance(turn, Turn):
+        return f"is of type {type(turn).__name__}, not Turn"
+    numbers = (turn.prune_ratio, turn.mask_ratio, turn.share, *turn.course)
+    if len(numbers) != 5 or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
+        return f"has something else than numbers as ratios, share or course: {numbers}"
     start, end = turn.course
     if not (0 <= turn.prune_ratio < 1 and 0 <= turn.mask_ratio < 1 and turn.share > 0 and 0 <= start < end <= 1 + 1e-9):
         return "has a share, a ratio or a course that is out of range"
+    for name, value, known in (("plan", turn.plan, get_args(Plan)), ("moves", turn.moves, get_args(Moves))):
+        if value not in known:
+            return f"has {name}={value!r}, which is none of {', '.join(known)}"
+    return None
+
+
+def _wrong(turn: Turn, before: Turn | None, method: Method) -> str | None:
+    """What of a turn does not go with the one `before` it, or with the method."""
     if turn.moves == "training" and method.training is None:
         return "moves what a training says, and the method has none"
+    if turn.plan != "importance" and before is None:
+        return f"has nothing to take a plan from (plan={turn.plan!r})"
+    if turn.plan == "same" and before is not None and turn.prune_ratio != before.prune_ratio:
+        return f"keeps the plan and says another prune_ratio: {turn.prune_ratio:g} after {before.prune_ratio:g}"
+    if turn.plan == "learned" and before is not None and before.moves != "training":
+        return "prunes by scores, and the turn before it has no training that learns any"
     return None
 
 

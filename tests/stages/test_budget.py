@@ -77,7 +77,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[Peak], list[Recipe]]:
             asked.append(recipe)
             usage = Usage({"weights": int(peak(recipe) * MB)}, {"weights": int(peak(recipe) * MB)})
             return Prediction(
-                "recap", recipe, Turn(recipe.prune.ratio, recipe.mask.ratio), usage, int(scoring(recipe) * MB), 0, 0, 0
+                "recap", recipe, (Turn(recipe.prune.ratio, recipe.mask.ratio),), usage, int(scoring(recipe) * MB), 0, 0, 0
             )
 
         monkeypatch.setattr(recipes, "changed", quickly_changed)

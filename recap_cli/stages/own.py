@@ -1,0 +1,108 @@
+"""A method's own training: put into the small model, stepped, and taken out again, with a stranger's mistakes caught."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recap_cli.core.groups import Axis, Choice, shrink
+from recap_cli.core.method import Attached, Frame, Scores, Turn
+from recap_cli.core.optim import Optimizer
+from recap_cli.core.partial import Slot, make_partial
+from recap_cli.errors import PluginError, RecapError, lacks_device_memory
+from recap_cli.recipe import Recipe
+from recap_cli.stages.context import Layout
+from recap_cli.stages.prune import choose
+from recap_cli.stages.trainable import RESIDENTS
+from recap_cli.stages.turns import method_of, options_of
+
+HINT = "choose another method, or repair the plugin; see docs/plugins.md"
+
+
+def attach(model: nn.Module, layout: Layout, recipe: Recipe, plan: Choice, turns: Sequence[Turn]) -> Attached:
+    """Let the method of the recipe put its own training into a small model, in place, for the first of `turns`.
+
+    Raises `PluginError` if it fails, or gives something else than an `Attached`.
+    """
+    method, axes = method_of(recipe), shrink(layout.axes, plan)
+    shapes = {cut.param: tuple(model.get_parameter(cut.param).shape) for axis in axes for cut in axis.cuts}
+    options = options_of(recipe, method)
+    frame = Frame(model, axes, layout.head, turns, recipe.finetune.lr, options, partial(choose, recipe, axes, shapes))
+    with _theirs(f"the training of the method {recipe.method!r}"):
+        made: Any = None if method.training is None else method.training(frame)
+    if not isinstance(made, Attached):
+        raise PluginError(f"the training of the method {recipe.method!r} gave {type(made).__name__}, not Attached", hint=HINT)
+    return made
+
+
+def make_own(model: nn.Module, attached: Attached, recipe: Recipe, device: torch.device | str) -> list[Slot]:
+    """Make what a method's own training names trainable, and nothing else, as `make_trainable` does with a mask."""
+    resident = RESIDENTS[recipe.finetune.resident]
+    with _theirs("`moves` of a method's training"):
+        names = {name for name, _ in model.named_parameters() if attached.moves(name)}
+    return make_partial(
+        model,
+        {},
+        frozen=lambda name: name not in names,
+        device=device,
+        dtype=resident.dtype,
+        int8=resident.int8,
+        offload=recipe.finetune.offload,
+    )
+
+
+def rates_of(attached: Attached, slots: Sequence[Slot]) -> dict[str, float]:
+    """The factor of each slot's learning rate."""
+    with _theirs("`rate` of a method's training"):
+        return {slot.name: float(attached.rate(slot.name)) for slot in slots}
+
+
+def stepping(attached: Attached | None, optimizer: Optimizer, steps: int) -> Callable[[int], None]:
+    """What runs before each optimizer step: the training's own `before_step`, with the fp32 values of what is trained."""
+    if attached is None:
+        return lambda _: None
+    slots = {slot.name: slot for slot in optimizer.slots}
+
+    def before(step: int) -> None:
+        with _theirs("`before_step` of a method's training"):
+            attached.before_step(step, steps, lambda name: slots[name].master)
+
+    return before
+
+
+def result_of(
+    attached: Attached, values: Mapping[str, Tensor], before: Mapping[str, Tensor], axes: Sequence[Axis]
+) -> tuple[dict[str, Tensor], Scores]:
+    """What of the small model has moved, whole, and the scores that were learned for its `axes`.
+
+    Raises `PluginError` for tensors that the model does not have or that are of another shape.
+    """
+    with _theirs("`result` of a method's training"):
+        moved, scores = (dict(part) for part in attached.result(values, before))
+    for name, tensor in moved.items():
+        if name not in before or not isinstance(tensor, Tensor) or tensor.shape != before[name].shape:
+            raise PluginError(
+                f"`result` of a method's training: {name} is no tensor of the model, or not of its shape", hint=HINT
+            )
+    for axis in axes if scores else ():
+        found = scores.get(axis.name)
+        if not isinstance(found, Tensor) or tuple(found.shape) != (axis.size,):
+            raise PluginError(f"`result` of a method's training: no scores of shape ({axis.size},) for {axis.name}", hint=HINT)
+    return moved, scores
+
+
+@contextmanager
+def _theirs(what: str) -> Iterator[None]:
+    """Turn what a stranger's code raises into a `PluginError`; our own errors, and a lack of memory, pass."""
+    try:
+        yield
+    except RecapError:
+        raise
+    except Exception as error:  # a method is a stranger's code: it may raise anything
+        if lacks_device_memory(error):
+            raise
+        first = str(error).partition(chr(10))[0]
+        raise PluginError(f"{what} failed: {type(error).__name__}: {first}", hint=HINT) from error
