@@ -119,13 +119,16 @@ def overrides_of(task: str, variant: str) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def measure(task: str, variant: str, ratios: list[float], seeds: list[int], jobs: int, work: Path) -> list[dict[str, Any]]:
+def measure(
+    task: str, variant: str, ratios: list[float], mask_ratios: list[float], seeds: list[int], jobs: int, work: Path
+) -> list[dict[str, Any]]:
     """The cells of a variant, run or read."""
     work.mkdir(parents=True, exist_ok=True)
     recipe = work / f"{task}.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of(task)), encoding="utf-8")
     method = name if (name := variant.partition("@")[0]) in METHODS else "recap"
     given = {"ratios": ratios} if method_of_name(method).prunes else {}
+    given |= {"mask_ratios": mask_ratios} if method_of_name(method).masks else {}
     plan = grid.plan(str(recipe), overrides_of(task, variant), methods=[method], seeds=seeds, **given)
     results = compare(plan, work / f"{task}-{variant}", jobs=jobs)
     return [short(variant, cell) for cell in results["cells"] if cell["status"] != "waiting"]
@@ -149,6 +152,11 @@ def short(variant: str, cell: Mapping[str, Any]) -> dict[str, Any]:
     return {"variant": variant, **{key: cell[key] for key in (*keys, "seconds", "memory", "parameters")}}
 
 
+def key_of(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a cell from the others."""
+    return cell["variant"], cell["prune_ratio"], cell["mask_ratio"], cell["seed"]
+
+
 def predicted(task: str) -> Iterator[dict[str, Any]]:
     """The peak of a training step of the methods that a table compares, with and without what costs no accuracy."""
     base = recipes.parse(yaml.safe_dump(recipe_of(task)), task)
@@ -168,22 +176,24 @@ def main() -> None:
     command.add_argument("--task", choices=TASKS, required=True)
     command.add_argument("--variants", default="full-ft,pre-ft,post-ft,recap,plain")
     command.add_argument("--ratios", default="0.333")
+    command.add_argument("--mask-ratios", default="0.5")
     command.add_argument("--seeds", default="0,1,2")
     command.add_argument("--jobs", type=int, default=1)
     command.add_argument("--work", type=Path, default=Path("runs/quality"), help="where the states are")
     command.add_argument("--predict", action="store_true", help="predict memory only, and add that to the results")
     args = command.parse_args()
     out = Path(str(args.out).replace("TASK", args.task))
-    ratios, seeds = [float(r) for r in args.ratios.split(",")], [int(s) for s in args.seeds.split(",")]
+    ratios, mask_ratios = ([float(r) for r in given.split(",")] for given in (args.ratios, args.mask_ratios))
+    seeds = [int(s) for s in args.seeds.split(",")]
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"cells": []}
-    cells = {(c["variant"], c["prune_ratio"], c["seed"]): c for c in before["cells"]}
+    cells = {key_of(c): c for c in before["cells"]}
     if args.predict:
         write(out, before["benchmark"], {**before, "predicted": list(predicted(args.task))}, how=before["how"])
         return
     for variant in args.variants.split(","):
-        for cell in measure(args.task, variant, ratios, seeds, args.jobs, args.work):
-            cells[variant, cell["prune_ratio"], cell["seed"]] = cell
-            print(variant, cell["prune_ratio"], cell["seed"], cell["value"], cell["last"], cell["error"] or "", flush=True)
+        for cell in measure(args.task, variant, ratios, mask_ratios, seeds, args.jobs, args.work):
+            cells[key_of(cell)] = cell
+            print(*key_of(cell), cell["value"], cell["last"], cell["error"] or "", flush=True)
         base = {"lr": TASKS[args.task]["finetune"]["lr"], "variants": VARIANTS}
         write(out, f"quality_{args.task}", {**base, "cells": list(cells.values())}, how="measured; peaks are predicted")
 

@@ -98,17 +98,17 @@ HEADER = ["variant", "last round, %", "± s.d.", "± s.e.", "product, %", "each 
 
 def rows(cells: Sequence[Cell]) -> Iterator[list[object]]:
     """A row a variant, the best first."""
-    by_variant: dict[str, list[Cell]] = {}
+    by_variant: dict[tuple[str, float | None], list[Cell]] = {}
     for cell in cells:
-        by_variant.setdefault(cell["variant"], []).append(cell)
-    for variant, mine in sorted(by_variant.items(), key=lambda item: -fmean(cell["last"] for cell in item[1])):
+        by_variant.setdefault((cell["variant"], cell["mask_ratio"]), []).append(cell)
+    for (variant, mask_ratio), mine in sorted(by_variant.items(), key=lambda item: -fmean(cell["last"] for cell in item[1])):
         last = [100 * cell["last"] for cell in mine]
         deviation = stdev(last) if len(last) > 1 else None
         held = max(sum(cell["memory"][f"{kind}_bytes"] for kind in KINDS) for cell in mine)
         whole = 16 * mine[0]["parameters"]["full"]  # fp32 weights, gradients and two moments
         peaks = [cell["memory"]["peak_bytes"] for cell in mine if cell["memory"].get("peak_bytes")]
         yield [
-            said(variant),
+            said(variant) + ("" if mask_ratio in (None, 0.5) else f", r_f = {mask_ratio:.0%}"),
             f"{fmean(last):.1f}",
             "" if deviation is None else f"{deviation:.1f}",
             "" if deviation is None else f"{deviation / len(last) ** 0.5:.1f}",
