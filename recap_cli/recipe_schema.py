@@ -51,7 +51,6 @@ Device = Annotated[
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _AMOUNT = r"^(\d+(?:\.\d+)?) ?([KMGT]i?|)B$"
 Bytes = Annotated[str, Field(strict=True, pattern=_AMOUNT, examples=["2GiB", "1500MB", "0.5GB"])]
-Setting = bool | int | float | str | list[str] | None
 Scope = Literal["per-kind", "global", "per-layer"]
 
 
@@ -245,7 +244,7 @@ class Recipe(BaseModel):
 
     name: Text = Field(default="recap", description="What the run is called.")
     method: Text = Field(default="recap", description="Plugin that says what each round does; `recap plugins` lists them.")
-    options: Annotated[dict[str, Setting], BeforeValidator(_number)] = Field(
+    options: Annotated[dict[str, JsonValue], BeforeValidator(_number)] = Field(
         default_factory=dict, description="The method's own settings, as in {rank: 8}."
     )
     faithful: Flag = Field(

@@ -81,7 +81,7 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(ask: Any) -> None:
     cells_of = [line.split()[0] for line in out.splitlines() if "-s4" in line]
     assert cells_of == ["pre-ft-rp0.2-s4", "pre-ft-rp0.9-s4", "recap-rp0.2-rf0.6-s4", "recap-rp0.9-rf0.6-s4"]
     assert out.count("impossible: prune.ratio") == 2
-    assert "2 of 4 cells would run, in runs/compare-tiny-vit; nothing was written" in err
+    assert "2 of 4 cells would run, 2 are impossible, in runs/compare-tiny-vit; nothing was written" in err
     assert [path.name for path in Path().iterdir()] == ["tiny.yaml"]
     code, out, _ = ask(f"{SMALL} --dry-run --json")
     assert [record["status"] for record in json.loads(out)] == ["waiting", "waiting"]

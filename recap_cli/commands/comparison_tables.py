@@ -27,7 +27,9 @@ def print_plan(records: Sequence[Record], path: Path) -> None:
     rows = [[record["state"].rpartition("/")[2], _plan_text(record)] for record in records]
     console.table(["cell", "what would happen"], rows, is_result=True)
     left = sum(record["status"] == "waiting" for record in records)
-    console.say(f"{left} of {len(records)} cells would run, in {path}; nothing was written")
+    impossible = sum(record["status"] == "impossible" for record in records)
+    beside = f", {impossible} are impossible" if impossible else ""
+    console.say(f"{left} of {len(records)} cells would run{beside}, in {path}; nothing was written")
 
 
 def print_results(results: Mapping[str, Any], path: Path) -> None:

@@ -5,7 +5,7 @@ from recap_cli.commands.arguments import JsonOption
 
 
 def plugins(as_json: JsonOption = False) -> None:
-    """List the criteria and model adapters that are installed, ours and others'.
+    """List the criteria, model adapters and methods that are installed, ours and others'.
 
     Nothing is imported to list it. A criterion's name goes into a recipe; an adapter's name is the model type it knows.
 

@@ -173,6 +173,7 @@ def _unwritable(path: Path, why: str) -> StorageError:
 @contextmanager
 def picture(path: Path, height: float) -> Iterator["Figure"]:
     """Lend an empty figure, `height` inches high, and write it to `path` at the end."""
+    os.environ["MPLBACKEND"] = "agg"  # whatever the user has: a name that matplotlib does not know would be an error
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

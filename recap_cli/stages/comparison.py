@@ -52,7 +52,8 @@ def read(out: Path) -> Results | None:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise StateError(f"{place}: is no JSON ({error})", hint=ELSEWHERE) from None
+        again = "remove the file: the same command reads the cells that are finished again"
+        raise StateError(f"{place}: is no JSON ({error})", hint=f"{again}; or {ELSEWHERE}") from None
     foreign = StateError(f"{place}: is not what `recap compare` writes", hint=ELSEWHERE)
     if not isinstance(found, dict) or found.get("kind") != KIND or not isinstance(found.get("cells"), list):
         raise foreign
@@ -74,7 +75,7 @@ def _text(out: Path) -> str | None:
         names = {entry.name for entry in out.iterdir()} - {LOCK, HOLDER, f"{RESULTS}.tmp"}
         if RESULTS in names:
             return (out / RESULTS).read_text(encoding="utf-8", errors="replace")
-        if not names:
+        if not names or "cells" in names:  # without results the finished cells are read again
             return None
         what = "is a state, not a comparison" if COMMIT in names else f"is not empty, and no comparison: it has no {RESULTS}"
         raise StateError(f"{out}: {what}", hint=ELSEWHERE)
@@ -96,7 +97,8 @@ def check(out: Path, found: Results, plan: Plan) -> None:
         if keys and not _may_change(out, record, keys):
             raise StateError(
                 f"{out} has cells of {record['method']} with other settings: {', '.join(keys)}",
-                hint=f"name another folder: --out {quoted(out.with_name(f'{out.name}-2'))}",
+                hint=f"name another folder: --out {quoted(out.with_name(f'{out.name}-2'))}"
+                + ("" if record["status"] == "done" else f"; or remove {quoted(out / record['state'])}, which is not done"),
             )
 
 
@@ -113,6 +115,7 @@ def merged(found: Results | None, plan: Plan, facts: Mapping[str, Any]) -> Resul
             cells[state_of(cell)] = _waiting(cell)
     records = sorted(cells.values(), key=_place)
     base = recipes.changed(plan.base, VARIED)
+    commands = [*str((found or {}).get("command") or "").splitlines(), str(facts.get("command", ""))]
     return {
         "schema": SCHEMA,
         "kind": KIND,
@@ -122,10 +125,11 @@ def merged(found: Results | None, plan: Plan, facts: Mapping[str, Any]) -> Resul
         "created": (found or {}).get("created") or _now(),
         "updated": _now(),
         **facts,
+        "command": "\n".join(dict.fromkeys(filter(None, commands))),
         "total_steps": None,
         "recipe_digest": digest(plan.base),
         "base": base.model_dump(mode="json"),
-        "recipe_text": recipes.dump(base),
+        "recipe_text": recipes.dump(plan.base),
         "grid": {
             "methods": list(dict.fromkeys(record["method"] for record in records)),
             "ratios": _values(records, "prune_ratio"),

@@ -10,7 +10,7 @@ from recap_cli import registry
 from recap_cli.core.method import Turn
 from recap_cli.errors import DataError, ModelError
 from recap_cli.recipe import Recipe
-from recap_cli.stages.turns import turns_for, turns_of
+from recap_cli.stages.turns import check_steps, turns_for, turns_of
 from recap_cli.state import Manifest, State
 
 HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
@@ -69,16 +69,18 @@ def describe(recipe: Recipe) -> list[str]:
     length = f"{tune.steps} steps" if tune.steps is not None else f"{tune.epochs:g} epochs"
     warm = f"{recipe.head.warmup_epochs} epochs at {recipe.head.lr:g}" if recipe.head.warmup_epochs else "not at all"
     turns = turns_for(recipe)
+    if tune.steps is not None:
+        check_steps(turns, recipe.rounds * tune.steps, recipe)
     fewer = f", fewer after {recipe.patience} without improvement" if recipe.patience else ""
     return [
         f"{recipe.name}: {recipe.task.kind}, best by {recipe.task.metric}, seed {recipe.seed}",
-        f"method: {recipe.method}{', the paper’s plain algorithm' if recipe.faithful else ''}",
+        f"method: {recipe.method}{', the paper’s plain algorithm' if recipe.faithful and recipe.method == 'recap' else ''}",
         f"model: {recipe.model.name or 'random weights from model.config'} ({recipe.model.library})",
         f"data: {source}{f' ({data.subset})' if data.subset else ''}",
         f"init: check the adapter on the model, warm up the head: {warm}",
         f"finetuning in all: {recipe.rounds} x {length} of {tune.batch_size} with {tune.optimizer} at {tune.lr:g} "
         f"({tune.schedule}, over {'the run' if tune.course == 'run' else 'each round'}), {tune.resident} resident",
-        f"{len(turns)} round{'s' if len(turns) > 1 else ''}{fewer}, each prune, mask, finetune, merge:",
+        f"{len(turns)} rounds{fewer}, each prune, mask, finetune, merge:" if len(turns) > 1 else "1 round:",
         *_described(recipe, turns),
     ]
 

@@ -76,7 +76,7 @@ def options_of(recipe: Recipe, method: Method) -> dict[str, Option]:
                 f"{recipe.name}: options.{name}: expected something like {_said(method.options[name])}; found {_said(value)}",
                 hint=_options_hint(recipe.method, method),
             )
-    return {**method.options, **recipe.options}
+    return {**method.options, **cast(dict[str, Option], recipe.options)}
 
 
 def turns_of(manifest: Manifest, recipe: Recipe) -> tuple[Turn, ...]:
@@ -134,10 +134,11 @@ def course_of(turn: Turn, before: int, steps: int, total: int) -> tuple[int, int
 def check_steps(turns: Sequence[Turn], total: int, recipe: Recipe) -> None:
     """Raise `RecipeError` if a turn would take no step of the `total`."""
     if 0 in (each := steps_of(turns, total)):
+        count = "1 optimizer step is" if total == 1 else f"{total} optimizer steps are"
         raise RecipeError(
-            f"{recipe.name}: {total} optimizer steps are too few for the {len(turns)} rounds of {recipe.method}: round "
-            f"{each.index(0) + 1} would have none",
-            hint="raise finetune.epochs or finetune.steps",
+            f"{recipe.name}: {count} too few for the {len(turns)} rounds of {recipe.method}: round {each.index(0) + 1} would "
+            "have none",
+            hint="raise rounds, finetune.epochs or finetune.steps",
         )
 
 
@@ -162,7 +163,10 @@ def _malformed(turn: Any) -> str | None:
         return f"has something else than numbers as ratios, share or course: {numbers}"
     start, end = turn.course
     if not (0 <= turn.prune_ratio < 1 and 0 <= turn.mask_ratio < 1 and turn.share > 0 and 0 <= start < end <= 1 + 1e-9):
-        return "has a share, a ratio or a course that is out of range"
+        return (
+            f"is out of range: prune_ratio {turn.prune_ratio:g}, mask_ratio {turn.mask_ratio:g}, share {turn.share:g}, "
+            f"course {start:g} to {end:g}"
+        )
     for name, value, known in (("plan", turn.plan, get_args(Plan)), ("moves", turn.moves, get_args(Moves))):
         if value not in known:
             return f"has {name}={value!r}, which is none of {', '.join(known)}"

@@ -151,7 +151,7 @@ def test_options_that_a_method_does_not_take_are_named_before_anything_runs(give
 
 def test_a_round_that_would_take_no_step_is_refused() -> None:
     recipe = tiny("vit", method="post-ft")
-    with pytest.raises(RecipeError, match="1 optimizer steps are too few for the 2 rounds of post-ft: round 1 would have none"):
+    with pytest.raises(RecipeError, match="1 optimizer step is too few for the 2 rounds of post-ft: round 1 would have none"):
         check_steps(turns_for(recipe), 1, recipe)
 
 
@@ -181,7 +181,7 @@ def forever(_: Settings) -> Iterable[Turn]:
         (lambda _: [Turn(share=0.5)], "add up to 0.5, not to 1"),
         (lambda _: [Turn(plan="same")], "turn 1 has nothing to take a plan from"),
         (lambda _: [Turn(product=False)], "none of its turns gives the product"),
-        (lambda _: [Turn(prune_ratio=1.0)], "turn 1 has a share, a ratio or a course that is out of range"),
+        (lambda _: [Turn(prune_ratio=1.0)], "turn 1 is out of range: prune_ratio 1"),
         (lambda _: [Turn(moves="training")], "turn 1 moves what a training says, and the method has none"),
         (lambda _: [Turn(moves="heads")], "turn 1 has moves='heads', which is none of mask, head, training"),
         (lambda _: [Turn(plan="new")], "turn 1 has plan='new', which is none of importance, same, learned"),

@@ -8,6 +8,7 @@ from recap_cli.runtime.pages.charts import DASHES, Point, Series, look
 from recap_cli.runtime.pages.template import duration, megabytes, metric
 
 STAGES = ("init", "prune", "mask", "finetune", "merge")
+VARIED = ("method", "seed", "prune.ratio", "mask.ratio")  # by the grid
 STATUSES = ("done", "failed", "impossible", "waiting")
 KINDS = {
     "weights_bytes": "weights",
@@ -47,8 +48,19 @@ def view(found: Mapping[str, Any]) -> dict[str, Any]:
         "memory_kinds": KINDS,
         "looks": {method: look(method, methods) for method in methods},
         "shapes": charts.SHAPES,
+        "own_settings": _own_settings(cells),
         "recipe_text": text if isinstance(text := found.get("recipe_text"), str) else None,
     }
+
+
+def _own_settings(cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What was set for the cells of one method alone, by method."""
+    found: dict[str, str] = {}
+    for cell in cells:
+        own = {key: value for key, value in (cell.get("settings") or {}).items() if key not in VARIED}
+        if own:
+            found[cell["method"]] = ", ".join(f"{key}={value}" for key, value in own.items())
+    return found
 
 
 def name_of(group: Group) -> str:
