@@ -226,7 +226,7 @@ def storage_error(path: Path, code: int, wanted_bytes: int | None = None) -> Sto
     """The error that names the file, why it could not be written and, on a full disk, the bytes wanted and free."""
     if code not in FULL:
         mend = "" if code in NO_PLACE else "make the folder writable, or "
-        hint = f"{mend}name another one"
+        hint = f"{mend}use another one with --state (of `compare`: --out)"
         return StorageError(f"{path}: cannot be written: {os.strerror(code)}", hint=hint)
     sizes = [] if wanted_bytes is None else [f"{wanted_bytes:,} bytes wanted"]
     free = free_bytes(path)

@@ -219,6 +219,7 @@ def _as_overridden(model: "Outline", state: "State", other: Sequence[str]) -> "t
     from dataclasses import replace
 
     from recap_cli.manifest import quoted
+    from recap_cli.stages.profile import anew
 
     fixed = [key for key in other if key.startswith(("model.", "task.")) or key == "data.image_size"]
     if fixed:
@@ -233,8 +234,9 @@ def _as_overridden(model: "Outline", state: "State", other: Sequence[str]) -> "t
         notes.append(f"{', '.join(pruned)} is not the state's own, and so its plan and mask do not count here")
     elif model.mask is not None and masked:
         notes.append(f"{', '.join(masked)} is not the state's own, and so its mask does not count here")
-    plan = None if pruned else model.plan
-    return replace(model, plan=plan, mask=None if masked or plan is None else model.mask), notes
+    if pruned:
+        return anew(model), notes
+    return (replace(model, mask=None, turns=()) if masked else model), notes
 
 
 def _fit(subject: _Subject, target: str, overrides: Sequence[str], text: str) -> "tuple[dict[str, Any], Recipe]":
