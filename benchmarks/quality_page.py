@@ -141,6 +141,8 @@ and few steps, as a CPU can bear. The paper's own setting (20 epochs of 50,000 i
   each gradient as it is used. *Of full* is its share of 16 bytes a parameter: weights, gradients and both moments in fp32,
   held at once, as full finetuning has them as it comes. *Peak* is predicted for a training step on CUDA: held, and the
   activations of 32 examples without checkpoints.
+- What is not measured yet: the ramp, the settled rounds and the one course of the rate each by itself, the other variants that
+  `benchmarks/quality.py` knows, r_p = 50 % on texts, and tasks that nothing was tuned on.
 - All methods share one learning rate on a task. It was chosen by one-seed trials of several methods on CIFAR-100, and by hand
   for texts; no method has had a search of its own.
 """
