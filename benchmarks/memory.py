@@ -20,8 +20,9 @@ from recap_cli.recipe import Recipe
 from recap_cli.runtime import models, tasks
 from recap_cli.runtime.prediction import Fakes
 from recap_cli.runtime.tracker import Tracker
-from recap_cli.stages import profile
-from recap_cli.stages.profile import Outline, Prediction
+from recap_cli.stages import blueprint, profile
+from recap_cli.stages.blueprint import Outline
+from recap_cli.stages.profile import Prediction
 from recap_cli.stages.trainable import RESIDENTS
 
 LEAN = {"finetune.fused_backward": True, "finetune.checkpointing": True}
@@ -58,7 +59,7 @@ class Case(NamedTuple):
 
     def outline(self) -> Outline:
         """The model without weights."""
-        return profile.outline(self.settings(), [f"label {i}" for i in range(self.labels)])
+        return blueprint.outline(self.settings(), [f"label {i}" for i in range(self.labels)])
 
 
 def _vit(width: int, layers: int, patch: int = 16) -> dict[str, Any]:

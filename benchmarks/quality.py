@@ -21,7 +21,7 @@ import yaml
 from record import parser, write
 
 from recap_cli import recipe as recipes
-from recap_cli.stages import grid, profile
+from recap_cli.stages import blueprint, grid, profile
 from recap_cli.stages.compare import compare
 from recap_cli.stages.turns import method_of_name
 
@@ -160,7 +160,7 @@ def key_of(cell: Mapping[str, Any]) -> tuple[Any, ...]:
 def predicted(task: str) -> Iterator[dict[str, Any]]:
     """The peak of a training step of the methods that a table compares, with and without what costs no accuracy."""
     base = recipes.parse(yaml.safe_dump(recipe_of(task)), task)
-    outline = profile.outline(base, profile.labels_of(base)[0])
+    outline = blueprint.outline(base, blueprint.labels_of(base)[0])
     for micro in (base.finetune.batch_size, 1):
         for method in ("full-ft", "post-ft", "pre-ft", "recap"):
             for ratio in RATIOS if method_of_name(method).prunes and method != "post-ft" else RATIOS[:1]:

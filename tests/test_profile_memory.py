@@ -14,7 +14,7 @@ import pytest
 from recap_cli import errors
 from recap_cli import recipe as recipes
 from recap_cli.cli import main
-from recap_cli.stages import budget, profile
+from recap_cli.stages import blueprint, budget, profile
 from recap_cli.stages.context import Context
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
@@ -114,7 +114,7 @@ def test_the_json_stands_alone_and_says_what_the_tables_say(ask: Any) -> None:
 
 def profile_peak(method: str) -> int:
     recipe = tiny("vit", rounds=1)
-    return profile.predict(profile.outline(recipe, LABELS), recipe, method).peak_bytes
+    return profile.predict(blueprint.outline(recipe, LABELS), recipe, method).peak_bytes
 
 
 def test_a_grid_has_a_table_a_method_and_one_of_peaks(ask: Any) -> None:
@@ -164,7 +164,7 @@ def test_a_state_that_is_being_written_is_looked_at_all_the_same(ask: Any, state
 
 
 def test_what_a_budget_changes_in_a_state_runs_there(ask: Any, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = profile.outline_of(Context(State.open(state)))
+    model = blueprint.outline_of(Context(State.open(state)))
     recipe = recipe_of(State.open(state))
     amount = int(profile.predict(model, recipe, "recap").usage.peak_bytes * 0.9) + budget.WORKSPACE_BYTES
     code, out, _ = ask(f"state --methods recap --json --budget {amount}B --set evaluate.batch_size=8")
@@ -206,7 +206,7 @@ def test_the_advice_for_a_recipe_keeps_the_settings_that_were_given_and_runs(
 ) -> None:
     given = "--set finetune.batch_size=4 --set evaluate.batch_size=4 --set finetune.memory_budget=1GB"
     recipe = recipes.read("vit.yaml", ["finetune.batch_size=4"])
-    peak = profile.predict(profile.outline(recipe, LABELS), recipe, "recap").usage.peak_bytes
+    peak = profile.predict(blueprint.outline(recipe, LABELS), recipe, "recap").usage.peak_bytes
     amount = f"{int(peak * 0.95) + budget.WORKSPACE_BYTES}B"
     code, out, err = ask(f"vit.yaml --methods full {given} --budget {amount}")
     assert code == 0
@@ -224,7 +224,7 @@ def test_the_advice_for_a_recipe_keeps_the_settings_that_were_given_and_runs(
     capsys.readouterr()
     run = recipe_of(State.open("runs"))
     assert run.finetune.batch_size == 4
-    assert profile.predict(profile.outline(run, LABELS), run, "recap").peak_bytes + budget.WORKSPACE_BYTES <= int(amount[:-1])
+    assert profile.predict(blueprint.outline(run, LABELS), run, "recap").peak_bytes + budget.WORKSPACE_BYTES <= int(amount[:-1])
 
 
 def test_the_budget_of_a_recipe_counts_without_being_named(ask: Any) -> None:

@@ -12,7 +12,7 @@ from recap_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from recap_cli.recipe import Recipe
-    from recap_cli.stages.profile import Outline
+    from recap_cli.stages.blueprint import Outline
     from recap_cli.state import State
 
 Number = TypeVar("Number", int, float)
@@ -195,14 +195,14 @@ def _open(target: str, overrides: Sequence[str]) -> _Subject:
     """The recipe that was named, or the state and its recipe; its model, and what to tell of how that was come by."""
     from recap_cli import recipe as recipes
     from recap_cli.manifest import COMMIT, quoted
-    from recap_cli.stages import profile
+    from recap_cli.stages import blueprint
 
     if Path(target).name == COMMIT:
         raise UsageError(f"{target} is the record of a state", hint=f"name its folder: {quoted(Path(target).parent)}")
     if not Path(target).is_dir():
         recipe = recipes.read(target, overrides)
-        labels, notes = profile.labels_of(recipe)
-        return _Subject(recipe, None, profile.outline(recipe, labels), notes)
+        labels, notes = blueprint.labels_of(recipe)
+        return _Subject(recipe, None, blueprint.outline(recipe, labels), notes)
     from recap_cli.stages.context import Context
     from recap_cli.stages.settings import recipe_of
     from recap_cli.state import State
@@ -210,7 +210,7 @@ def _open(target: str, overrides: Sequence[str]) -> _Subject:
     state = State.open(target)
     recipe = recipe_of(state, overrides)
     other = recipes.differences(recipe_of(state), recipe)
-    model, notes = _as_overridden(profile.outline_of(Context(state)), state, other)
+    model, notes = _as_overridden(blueprint.outline_of(Context(state)), state, other)
     return _Subject(recipe, state, model, notes)
 
 
@@ -219,7 +219,7 @@ def _as_overridden(model: "Outline", state: "State", other: Sequence[str]) -> "t
     from dataclasses import replace
 
     from recap_cli.manifest import quoted
-    from recap_cli.stages.profile import anew
+    from recap_cli.stages.blueprint import anew
 
     fixed = [key for key in other if key.startswith(("model.", "task.")) or key == "data.image_size"]
     if fixed:

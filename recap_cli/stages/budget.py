@@ -15,8 +15,9 @@ from recap_cli import recipe as recipes
 from recap_cli.errors import BudgetError
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
+from recap_cli.stages.blueprint import Outline, anew, outline, outline_of
 from recap_cli.stages.context import Context, read_raw
-from recap_cli.stages.profile import Outline, Prediction, anew, evaluation_bytes, importance_bytes, outline, outline_of, predict
+from recap_cli.stages.profile import Prediction, evaluation_bytes, importance_bytes, predict
 from recap_cli.state import State
 
 # Stated, not measured here: what cuBLAS takes from the allocator on Hopper (8.1 MiB before it), on each of two threads, as the

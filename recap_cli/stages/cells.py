@@ -20,8 +20,8 @@ from recap_cli.recipe import Recipe
 from recap_cli.runtime import devices
 from recap_cli.runtime.order import batches
 from recap_cli.runtime.training import Batch
+from recap_cli.stages import blueprint, profile, schedule
 from recap_cli.stages import context as shared
-from recap_cli.stages import profile, schedule
 from recap_cli.stages.comparison import STAGES, finite
 from recap_cli.stages.context import Context
 from recap_cli.stages.eval import best_tensors
@@ -81,7 +81,7 @@ def figures(path: Path) -> dict[str, Any]:
 def predicted(path: Path) -> dict[str, int]:
     """The activations and the peak of a training step, as `profile` predicts them for the round that holds most."""
     here = Context(State.open(path))
-    usage = profile.predict(profile.outline_of(here), here.recipe, here.recipe.method).usage
+    usage = profile.predict(blueprint.outline_of(here), here.recipe, here.recipe.method).usage
     return {"activations_bytes": usage.maxima["activations"], "peak_bytes": usage.peak_bytes}
 
 

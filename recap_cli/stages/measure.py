@@ -18,7 +18,8 @@ from recap_cli.recipe import Recipe
 from recap_cli.runtime import devices, memory, snapshot
 from recap_cli.runtime.prediction import Step, take_step, usage
 from recap_cli.runtime.tracker import KINDS, Usage
-from recap_cli.stages.profile import Outline, predict, prepare
+from recap_cli.stages.blueprint import Outline
+from recap_cli.stages.profile import predict, prepare
 
 KERNELS = "what CUDA's kernels take: this device has others, and is compared with a prediction for its own"
 STEPS = 3  # the allocator's peak is that of the second and third; the first makes what is made once

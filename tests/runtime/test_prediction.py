@@ -21,7 +21,7 @@ from recap_cli.runtime.kernels import Answers, cuda_kernels
 from recap_cli.runtime.models import ModelSpec
 from recap_cli.runtime.prediction import Fakes, Step
 from recap_cli.runtime.tracker import GRANULE_BYTES, KINDS, Tracker, Usage
-from recap_cli.stages import profile
+from recap_cli.stages import blueprint, profile
 from tests.pico import LABELS, PICO, pico
 from tests.tiny import is_text, model_section, tiny
 
@@ -56,7 +56,7 @@ def real(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def real_step(recipe: Recipe, method: str) -> Step:
-    return profile.prepare(profile.outline(recipe, LABELS), recipe, method, real)[0]
+    return profile.prepare(blueprint.outline(recipe, LABELS), recipe, method, real)[0]
 
 
 class Case(NamedTuple):
@@ -104,7 +104,7 @@ def assert_near(predicted: Usage, counted: Usage) -> None:
 def test_a_step_is_predicted_within_one_percent(case: Case) -> None:
     recipe = recipe_of(case.name, case.larger, finetune=dict(case.finetune))
     fakes = Fakes()
-    step, resident = profile.prepare(profile.outline(recipe, LABELS), recipe, case.method, fakes.like)
+    step, resident = profile.prepare(blueprint.outline(recipe, LABELS), recipe, case.method, fakes.like)
     assert resident > 0
     predicted = fakes.usage(step, "cpu")
     counted = prediction.usage(real_step(recipe, case.method))
@@ -129,7 +129,7 @@ def test_weights_and_optimizer_state_are_those_that_finetuning_reports(method: s
 @pytest.mark.parametrize(("method", "name", "resident"), [("recap", "vit", "int8"), ("full", "bert", "fp32")])
 def test_scoring_is_predicted_within_one_percent(method: str, name: str, resident: str) -> None:
     recipe = recipe_of(name, larger=True, finetune={"resident": resident}, evaluate={"batch_size": 32})
-    outline = profile.outline(recipe, LABELS)
+    outline = blueprint.outline(recipe, LABELS)
     predicted = profile.evaluation_bytes(outline, recipe, method, kernels="cpu")
     batch = real(profile.batch_of(outline.spec, recipe, 32))
     assert predicted == pytest.approx(prediction.evaluation_bytes(real_step(recipe, method), batch), rel=NEAR)
@@ -137,7 +137,7 @@ def test_scoring_is_predicted_within_one_percent(method: str, name: str, residen
 
 def test_a_prediction_moves_nothing_and_takes_no_memory_for_weights() -> None:
     recipe = recipe_of("vit", larger=True)
-    outline = profile.outline(recipe, LABELS)
+    outline = blueprint.outline(recipe, LABELS)
     assert all(tensor.is_meta for tensor in outline.tensors.values())
     first = profile.predict(outline, recipe, "recap")
     again = profile.predict(outline, recipe, "recap")
@@ -149,7 +149,7 @@ def test_a_prediction_moves_nothing_and_takes_no_memory_for_weights() -> None:
 
 def test_methods_stand_in_the_order_that_the_paper_gives_them() -> None:
     recipe = recipe_of("vit", larger=True)
-    outline = profile.outline(recipe, LABELS)
+    outline = blueprint.outline(recipe, LABELS)
     peak = {method: profile.predict(outline, recipe, method).usage.peak_bytes for method in METHODS}
     assert peak["head"] < peak["recap"] < peak["pre-ft"] < peak["full"]
     assert peak["head"] < peak["lora"] < peak["full"]
@@ -237,7 +237,7 @@ def test_attention_saves_a_number_per_row_and_no_probabilities(dropout: float, d
 @pytest.mark.parametrize("name", ["bert", "timm-vit"])
 def test_a_models_attention_saves_no_probabilities_on_cuda(name: str) -> None:
     recipe = recipe_of(name)
-    outline = profile.outline(recipe, LABELS)
+    outline = blueprint.outline(recipe, LABELS)
     usages = {}
     for kernels in ("cuda", "cpu"):
         fakes = Fakes()
@@ -289,7 +289,7 @@ def test_the_librarys_own_functions_come_back_whatever_happens() -> None:
         raise RuntimeError("no forward")
 
     recipe, fakes = recipe_of("vit"), Fakes()
-    step, _ = profile.prepare(profile.outline(recipe, LABELS), recipe, "head", fakes.like)
+    step, _ = profile.prepare(blueprint.outline(recipe, LABELS), recipe, "head", fakes.like)
     with pytest.raises(RuntimeError, match="no forward"):
         fakes.usage(Step(step.model, step.optimizer, fails, step.loss, step.batch))
     assert (F.scaled_dot_product_attention, F.dropout) == own
@@ -302,7 +302,7 @@ def test_importance_holds_a_block_and_not_the_model() -> None:
     for layers in (2, 5):
         config = {**LARGER["vit"], "num_hidden_layers": layers}
         recipe = tiny("vit", model={"config": config}, importance={"batch_size": 4}, finetune={"batch_size": 4})
-        outline = profile.outline(recipe, LABELS)
+        outline = blueprint.outline(recipe, LABELS)
         held[layers] = profile.importance_bytes(outline, recipe)
         weights[layers] = sum(tensor.nbytes for tensor in outline.tensors.values())
     per_block = (weights[5] - weights[2]) / 3
@@ -314,7 +314,7 @@ def test_importance_holds_a_block_and_not_the_model() -> None:
 @pytest.mark.parametrize("name", PICO)
 def test_lora_has_adapters_of_rank_eight_on_query_and_value(name: str) -> None:
     recipe = recipe_of(name)
-    outline = profile.outline(recipe, LABELS)
+    outline = blueprint.outline(recipe, LABELS)
     step, resident = profile.prepare(outline, recipe, "lora", Fakes().like)
     slots = {slot.name: slot.leaf for slot in step.optimizer.slots}
     adapters = {slot for slot in slots if ".lora_" in slot}
@@ -334,7 +334,7 @@ def test_texts_are_predicted_with_the_mask_that_padding_makes() -> None:
     masked = {}
     for size in (1, 2):
         recipe = recipe_of("bert", finetune={"batch_size": size})
-        batch = profile.batch_of(profile.outline(recipe, LABELS).spec, recipe, size)
+        batch = profile.batch_of(blueprint.outline(recipe, LABELS).spec, recipe, size)
         assert batch["input_ids"].shape == (size, 40)
         masked[size] = "attention_mask" in batch
     assert masked == {1: False, 2: True}
@@ -441,7 +441,7 @@ def test_a_model_type_without_an_adapter_is_named_with_the_recipe() -> None:
     config = {"architecture": "resnet18"}
     recipe = tiny("timm-vit", model={"library": "timm", "config": config})
     with pytest.raises(ModelError, match="'timm-resnet' is unknown"):
-        profile.outline(recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})}))
+        blueprint.outline(recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})}))
 
 
 def test_what_an_offloaded_optimizer_makes_in_main_memory_is_not_on_the_device() -> None:
@@ -449,7 +449,7 @@ def test_what_an_offloaded_optimizer_makes_in_main_memory_is_not_on_the_device()
     for optimizer in ("sgd", "adamw"):  # AdamW makes a denominator of a slot's size, SGD nothing
         settings = {"optimizer": optimizer, "offload": True, "fused_backward": True, "checkpointing": True, "weight_decay": 0.0}
         recipe = recipe_of("bert", finetune=settings)
-        found = profile.predict(profile.outline(recipe, LABELS), recipe, "full")
+        found = profile.predict(blueprint.outline(recipe, LABELS), recipe, "full")
         peaks[optimizer] = (found.usage.maxima["optimizer"], found.usage.peak_bytes)
     assert peaks["sgd"] == peaks["adamw"]
     assert peaks["sgd"][0] == 0

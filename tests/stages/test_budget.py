@@ -12,7 +12,7 @@ from recap_cli.core.method import Turn
 from recap_cli.errors import BudgetError, StateError
 from recap_cli.recipe import Recipe
 from recap_cli.runtime.tracker import Usage
-from recap_cli.stages import budget, profile
+from recap_cli.stages import blueprint, budget, profile
 from recap_cli.stages.budget import WORKSPACE_BYTES, Fit, as_solved, fit, savings
 from recap_cli.stages.context import Context
 from recap_cli.stages.init import init
@@ -251,7 +251,7 @@ def test_only_what_may_change_is_changed(made_up: Callable[..., list[Recipe]]) -
 
 def budget_between(recipe: Recipe, share: float) -> int:
     """A budget between nothing beside cuBLAS's workspace and what the recipe takes as it is."""
-    peak = profile.predict(profile.outline(recipe, LABELS), recipe, "recap").usage.peak_bytes
+    peak = profile.predict(blueprint.outline(recipe, LABELS), recipe, "recap").usage.peak_bytes
     return int(share * peak) + WORKSPACE_BYTES
 
 
@@ -295,7 +295,7 @@ def test_a_large_budget_is_noted(tmp_path: Path) -> None:
 def test_the_head_of_a_budget_has_the_labels_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def fit(model: profile.Outline, recipe: Recipe, amount: int, track: Any) -> Fit:
+    def fit(model: blueprint.Outline, recipe: Recipe, amount: int, track: Any) -> Fit:
         seen.append(model)
         return Fit(recipe, (), NO_MODEL)
 
@@ -312,7 +312,7 @@ def test_savings_are_those_of_each_setting_alone(tmp_path: Path, monkeypatch: py
         stage(state)
     here = Context(state)
     found = dict(savings(here))
-    model = profile.outline_of(here)
+    model = blueprint.outline_of(here)
     now = profile.predict(model, here.recipe, "recap").usage.peak_bytes
     assert "finetune.resident=int8" in found
     for choice in ("finetune.resident=int8", "finetune.micro_batch_size=4"):
@@ -324,7 +324,7 @@ def test_savings_are_those_of_each_setting_alone(tmp_path: Path, monkeypatch: py
 
 def test_all_rungs_go_together() -> None:
     recipe = recipes.changed(tiny("vit"), {rung.key: rung.values(tiny("vit"))[-1] for rung in budget.LADDER})
-    model = profile.outline(recipe, LABELS)
+    model = blueprint.outline(recipe, LABELS)
     for method in ("head", "recap"):
         assert profile.predict(model, recipe, method).peak_bytes > 0
 

@@ -9,7 +9,7 @@ import torch
 
 from recap_cli.errors import DeviceMemoryError, RecipeError, StorageError
 from recap_cli.runtime.tracker import KINDS, Usage
-from recap_cli.stages import measure, profile
+from recap_cli.stages import blueprint, measure
 from tests.pico import LABELS
 from tests.tiny import tiny
 
@@ -24,7 +24,7 @@ def none_made(*_: Any, **__: Any) -> Any:
 
 def test_on_the_cpu_every_method_holds_what_was_predicted() -> None:
     recipe = tiny("bert", finetune={"device": "cpu"})
-    rows = measure.measure(profile.outline(recipe, LABELS), recipe, METHODS)
+    rows = measure.measure(blueprint.outline(recipe, LABELS), recipe, METHODS)
     assert [row["method"] for row in rows] == list(METHODS)
     for row in rows:
         assert abs(row["error_share"]) < 0.01
@@ -40,7 +40,7 @@ def test_on_the_cpu_every_method_holds_what_was_predicted() -> None:
 
 def test_a_step_that_the_machine_cannot_hold_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny("vit")
-    model = profile.outline(recipe, LABELS)
+    model = blueprint.outline(recipe, LABELS)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
     monkeypatch.setattr(measure, "random_tensors", none_made)
     with pytest.raises(StorageError, match="a real step of full holds about 0 MB, and this machine has 0 MB free") as caught:

@@ -16,8 +16,8 @@ from recap_cli.runtime import models, prediction, tasks
 from recap_cli.runtime.order import batches
 from recap_cli.runtime.prediction import Fakes, Step
 from recap_cli.runtime.tracker import KINDS, Kind, Usage
+from recap_cli.stages import blueprint, profile
 from recap_cli.stages import context as shared
-from recap_cli.stages import profile
 from recap_cli.stages.context import Context
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
@@ -70,7 +70,7 @@ def step_of(state: State, settings: dict[str, Any]) -> Step:
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ",".join(settings) or "plain")
 def test_a_prediction_for_a_state_is_the_step_that_finetune_takes_there(settings: dict[str, Any], masked: State) -> None:
     recipe = recipe_of(masked, [f"finetune.{key}={str(value).lower()}" for key, value in settings.items()])
-    model = profile.outline_of(Context(masked))
+    model = blueprint.outline_of(Context(masked))
     assert model.plan is not None
     assert model.mask is not None
     predicted = profile.predict(model, recipe, "recap", kernels="cpu")
@@ -86,12 +86,12 @@ def test_a_prediction_for_a_state_is_the_step_that_finetune_takes_there(settings
 def test_a_state_without_a_plan_is_predicted_as_its_recipe(masked: State, tmp_path: Path) -> None:
     recipe = tiny("vit")
     state = init(recipe, tmp_path / "state")
-    first = profile.outline_of(Context(state))
+    first = blueprint.outline_of(Context(state))
     assert (first.plan, first.mask) == (None, None)
-    even = profile.predict(profile.outline(recipe, LABELS), recipe, "recap")
+    even = profile.predict(blueprint.outline(recipe, LABELS), recipe, "recap")
     assert profile.predict(first, recipe, "recap") == even
     prune(state)
-    second = profile.outline_of(Context(state))
+    second = blueprint.outline_of(Context(state))
     assert second.plan is not None
     assert second.mask is None
 
@@ -101,7 +101,7 @@ def test_a_state_without_a_plan_is_predicted_as_its_recipe(masked: State, tmp_pa
 )
 def test_three_micro_batches_stand_for_all(name: str, settings: dict[str, Any]) -> None:
     recipe = tiny(name, finetune={"batch_size": 10, "micro_batch_size": 2, **settings})
-    model, fakes = profile.outline(recipe, LABELS), Fakes()
+    model, fakes = blueprint.outline(recipe, LABELS), Fakes()
     predicted = profile.predict(model, recipe, "recap").usage
     whole = fakes.usage(profile.prepare(model, recipe, "recap", fakes.like)[0])
     assert (predicted.at_peak, predicted.maxima) == (whole.at_peak, whole.maxima)
@@ -112,7 +112,7 @@ def test_a_model_larger_than_the_machine_is_predicted_without_its_memory() -> No
     huge = {"hidden_size": 8192, "intermediate_size": 32768, "num_attention_heads": 64}
     recipe = tiny("vit", model={"config": {**(tiny("vit").model.config or {}), **huge}})
     before = psutil.Process().memory_info().rss
-    found = profile.predict(profile.outline(recipe, LABELS), recipe, "full")
+    found = profile.predict(blueprint.outline(recipe, LABELS), recipe, "full")
     assert psutil.Process().memory_info().rss - before < 200e6
     assert found.total > 1.6e9
     assert found.usage.peak_bytes > 16 * found.total
@@ -121,7 +121,7 @@ def test_a_model_larger_than_the_machine_is_predicted_without_its_memory() -> No
 def test_grids_have_a_row_for_each_setting_that_means_something(monkeypatch: pytest.MonkeyPatch) -> None:
     usage, recipe = Usage({}, {}), tiny("vit", finetune={"micro_batch_size": 4})
     monkeypatch.setattr(profile, "predict", lambda _, recipe, method: Prediction(method, recipe, (Turn(),), usage, 0, 0, 0, 0))
-    rows = profile.grid(profile.outline(recipe, LABELS), recipe, ["full", "recap"], [2, 6], [0.0, 0.4])
+    rows = profile.grid(blueprint.outline(recipe, LABELS), recipe, ["full", "recap"], [2, 6], [0.0, 0.4])
     settings = [(row.recipe.finetune.batch_size, row.recipe.prune.ratio if row.method == "recap" else 0.0) for row in rows]
     assert [(row.method, *setting) for row, setting in zip(rows, settings, strict=True)] == [
         ("full", 2, 0.0),
@@ -133,21 +133,21 @@ def test_grids_have_a_row_for_each_setting_that_means_something(monkeypatch: pyt
     ]
     assert {row.recipe.finetune.micro_batch_size for row in rows} == {None}
     with pytest.raises(RecipeError, match=r"prune\.floor"):
-        profile.grid(profile.outline(recipe, LABELS), recipe, ["recap"], [], [0.9])
+        profile.grid(blueprint.outline(recipe, LABELS), recipe, ["recap"], [], [0.9])
 
 
 def test_a_grid_of_ratios_leaves_a_states_own_plan_out(masked: State) -> None:
-    recipe, model = recipe_of(masked), profile.outline_of(Context(masked))
+    recipe, model = recipe_of(masked), blueprint.outline_of(Context(masked))
     (own,) = profile.grid(model, recipe, ["recap"])
     (even,) = profile.grid(model, recipe, ["recap"], [], [recipe.prune.ratio])
     assert own.trainable != even.trainable
-    assert even == profile.predict(profile.outline(recipe, LABELS), recipe, "recap")
+    assert even == profile.predict(blueprint.outline(recipe, LABELS), recipe, "recap")
 
 
 @pytest.mark.parametrize("name", ["vit", "bert", "distilbert", "timm-vit"])
 def test_blocks_stand_in_their_order_and_make_up_the_peak(name: str) -> None:
     recipe = tiny(name)
-    model = profile.outline(recipe, LABELS)
+    model = blueprint.outline(recipe, LABELS)
     found = profile.predict(model, recipe, "recap")
     blocks = profile.by_block(model, found.usage)
     names = list(blocks)
@@ -161,22 +161,22 @@ def test_blocks_stand_in_their_order_and_make_up_the_peak(name: str) -> None:
 def test_a_model_without_layers_is_refused() -> None:
     recipe = tiny("vit", model={"config": {**(tiny("vit").model.config or {}), "num_hidden_layers": 0}})
     with pytest.raises(ConformanceError, match="'vit' does not describe this model") as caught:
-        profile.outline(recipe, LABELS)
+        blueprint.outline(recipe, LABELS)
     assert "number of layers" in str(caught.value.hint)
 
 
 def test_a_model_type_without_an_adapter_is_refused() -> None:
     with pytest.raises(ModelError, match="swin"):
-        profile.outline(tiny("vit", model={"config": {"model_type": "swin"}}), LABELS)
+        blueprint.outline(tiny("vit", model={"config": {"model_type": "swin"}}), LABELS)
 
 
 def test_labels_come_from_data_that_are_here(tmp_path: Path) -> None:
-    assert profile.labels_of(tiny("vit")) == (LABELS, [])
-    names, notes = profile.labels_of(tiny("vit", data={"train": str(tmp_path / "none")}))
+    assert blueprint.labels_of(tiny("vit")) == (LABELS, [])
+    names, notes = blueprint.labels_of(tiny("vit", data={"train": str(tmp_path / "none")}))
     assert (names, len(notes)) == ([], 1)
     assert "the data are not here" in notes[0]
     (tmp_path / "empty").mkdir()
-    names, notes = profile.labels_of(tiny("vit", data={"train": str(tmp_path / "empty")}))
+    names, notes = blueprint.labels_of(tiny("vit", data={"train": str(tmp_path / "empty")}))
     assert names == []
     assert notes[0].startswith("the data cannot be read")
 
@@ -184,7 +184,7 @@ def test_labels_come_from_data_that_are_here(tmp_path: Path) -> None:
 def test_a_state_in_its_last_round_is_predicted_by_the_round_that_held_most(tmp_path: Path) -> None:
     recipe = tiny("vit", rounds=4, importance={"batches": 1}, finetune={"steps": 1, "fused_backward": True})
     state = run(recipe, tmp_path / "state")
-    of_state = profile.predict(profile.outline_of(Context(state)), recipe, "recap")
-    of_recipe = profile.predict(profile.outline(recipe, LABELS), recipe, "recap")
+    of_state = profile.predict(blueprint.outline_of(Context(state)), recipe, "recap")
+    of_recipe = profile.predict(blueprint.outline(recipe, LABELS), recipe, "recap")
     assert of_state.turns[0] == of_recipe.turns[0] == Context(state).turns[0]  # pruned least, and so with most activations
     assert of_state.peak_bytes == of_recipe.peak_bytes

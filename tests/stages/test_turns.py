@@ -11,7 +11,7 @@ from recap_cli.core.method import Method, Settings, Turn
 from recap_cli.errors import PluginError, RecipeError
 from recap_cli.manifest import Manifest
 from recap_cli.runtime.tracker import Kind
-from recap_cli.stages import profile, turns
+from recap_cli.stages import blueprint, profile, turns
 from recap_cli.stages.turns import check_steps, course_of, method_of, method_of_name, steps_of, turns_for, turns_of
 from tests.pico import LABELS
 from tests.tiny import tiny
@@ -121,7 +121,7 @@ def test_the_first_round_of_a_ramp_is_predicted_to_hold_no_more_than_the_last(se
     model = {"config": {**config, "intermediate_size": 1024, "patch_size": 8, "num_channels": 3}}
     lean = {"micro_batch_size": 1, **settings}
     recipe = tiny("vit", rounds=4, model=model, mask={"ratio": mask_ratio}, finetune=lean)
-    planned, outline = turns_for(recipe), profile.outline(recipe, LABELS)
+    planned, outline = turns_for(recipe), blueprint.outline(recipe, LABELS)
     assert planned[0].mask_ratio > planned[-1].mask_ratio
     first, last = (profile._predicted(outline, recipe, "recap", planned[at:], "cuda").usage.maxima for at in (0, 3))
     held: list[Kind] = ["weights", "optimizer"] if recipe.finetune.fused_backward else ["weights", "gradients", "optimizer"]
