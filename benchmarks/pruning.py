@@ -60,7 +60,7 @@ def ours(model: Any, batches: Batches, *, steps: int, scope: Any) -> None:
     gradual.prune(
         model,
         find_axes(VIT, model),
-        score=lambda small, axes: group_scores(small, axes, TAYLOR, losses),
+        score=lambda small, axes, _: group_scores(small, axes, TAYLOR, losses),
         resize=lambda small, sizes: resize(VIT, small, sizes),
         ratio=RATIO,
         steps=steps,

@@ -34,8 +34,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "faithful": {**PLAIN, "faithful": True, "head.warmup_epochs": 0},
     "one-course": {**PLAIN, "finetune.course": "run"},
+    "round-course": {"finetune.course": "round"},
     "settled": {"prune.ramp": 1.0},
     "ramped": {"prune.settled": 0.0},
+    "averaged": {"prune.ema": 0.5},
+    "averaged-unsettled": {"prune.ema": 0.5, "prune.settled": 0.0},
+    "exploring": {"mask.random": 0.25},
+    "short-rounds": {"rounds": 8},
+    "rate-warmup": {"finetune.warmup_ratio": 0.1},
+    "head-rate": {"finetune.head_lr": 1e-3},
     "no-warmup": {"head.warmup_epochs": 0},
     "two-warmups": {"head.warmup_epochs": 2},
     "fresh-moments": {"finetune.carry_moments": False},
@@ -113,9 +120,16 @@ def recipe_of(task: str) -> dict[str, Any]:
 
 
 def overrides_of(task: str, variant: str) -> list[str]:
-    """What a variant sets, as `--set` has it; `recap@2` is RECAP at twice the task's learning rate."""
+    """What a variant sets, as `--set` has it; `recap@2` is RECAP at twice the task's learning rate.
+
+    With other rounds than the task's, as many more epochs each as they are fewer.
+    """
     name, _, times = variant.partition("@")
-    values = {**VARIANTS.get(name, {}), **({"finetune.lr": float(times) * TASKS[task]["finetune"]["lr"]} if times else {})}
+    values, tune = dict(VARIANTS.get(name, {})), TASKS[task]["finetune"]
+    if times:
+        values["finetune.lr"] = float(times) * tune["lr"]
+    if "rounds" in values:
+        values["finetune.epochs"] = tune["epochs"] * COMMON["rounds"] / values["rounds"]
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 

@@ -161,6 +161,9 @@ class Prune(BaseModel):
     settled: Share = Field(
         default=0.5, description="Share of the rounds, the last ones, in which the plan stays as it is; 0 is the paper's."
     )
+    ema: Share = Field(
+        default=0.0, description="Weight of the rounds before in a round's importance, a moving average; 0 is the paper's."
+    )
     uniform: Flag = Field(default=False, description="True leaves every layer with the same number of heads and neurons.")
     ramp: Fraction = Field(
         default=0.5,
@@ -178,6 +181,9 @@ class Mask(BaseModel):
     ratio: Share = Field(default=0.875, description="Share of the small model's prunable parameters to freeze. Paper: r_f.")
     criterion: Text = Field(default="fisher", description="Plugin that scores groups; the default is eq. (4). Paper: I_n.")
     scope: Scope = Field(default="per-kind", description="What is ranked together, as in `prune.scope`.")
+    random: Share = Field(
+        default=0.0, description="Share of what moves that is drawn at random, the rest by importance; 0 is the paper's."
+    )
     train_embeddings: Flag = Field(default=False, description="True lets patch, token and position embeddings move.")
 
 
@@ -195,6 +201,9 @@ class Finetune(BaseModel):
     )
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="The update rule.")
     lr: Positive = Field(default=1e-4, description="Learning rate at its peak.")
+    head_lr: Positive | None = Field(
+        default=None, description="Learning rate of the task head at its peak; null is that of the rest."
+    )
     momentum: Share = Field(default=0.9, description="Momentum of sgd. Paper: beta.")
     betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="Moment decays of adamw. Paper: beta_1, beta_2.")
     eps: Positive = Field(default=1e-8, description="Added to adamw's denominator.")
@@ -233,8 +242,16 @@ class Evaluate(BaseModel):
     batch_size: Count = Field(default=64, description="Examples a batch.")
 
 
-# What the paper's plain algorithm has, where our defaults differ.
-FAITHFUL: dict[str, Any] = {"head.warmup_epochs": 0, "prune.settled": 0.0, "prune.ramp": 1.0, "finetune.course": "round"}
+# What the paper's plain algorithm has, of the settings that it does not know.
+FAITHFUL: dict[str, Any] = {
+    "head.warmup_epochs": 0,
+    "prune.settled": 0.0,
+    "prune.ema": 0.0,
+    "prune.ramp": 1.0,
+    "mask.random": 0.0,
+    "finetune.head_lr": None,
+    "finetune.course": "round",
+}
 
 
 class Recipe(BaseModel):
@@ -309,6 +326,10 @@ def _value(recipe: Recipe, key: str) -> Any:
     return getattr(getattr(recipe, section), name)
 
 
+def _said(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
 def _conflicts(recipe: Recipe) -> Iterator[Conflict]:
     """Yield what is wrong between keys, each of which is well-formed by itself."""
     for keys in ALTERNATIVES:
@@ -321,7 +342,9 @@ def _conflicts(recipe: Recipe) -> Iterator[Conflict]:
             yield Conflict((key, needed), f"expected only beside {needed}; found without it")
     for key, value in FAITHFUL.items():
         if recipe.faithful and (found := _value(recipe, key)) != value:
-            yield Conflict((key, "faithful"), f"expected {value} with faithful: true, as the paper has it; found {found}")
+            yield Conflict(
+                (key, "faithful"), f"expected {_said(value)} with faithful: true, as the paper has it; found {_said(found)}"
+            )
     yield from _input_conflicts(recipe)
     yield from _training_conflicts(recipe)
     if recipe.prune.ratio + recipe.prune.floor > 1 + 1e-9:  # the sum of two decimals may round up
@@ -369,10 +392,11 @@ def _training_conflicts(recipe: Recipe) -> Iterator[Conflict]:
 
 def _overflows(finetune: Finetune, head_lr: float) -> Iterator[Conflict]:
     """Yield the factors of an update that torch refuses, as float32 cannot hold them: `lr / (1 - beta_1)` is AdamW's first."""
-    adamw = finetune.optimizer == "adamw"
+    update = FLOAT32_MAX * (1 - finetune.betas[0]) if finetune.optimizer == "adamw" else FLOAT32_MAX
     limits = {
         "head.lr": (head_lr, FLOAT32_MAX * (1 - 0.9)),
-        "finetune.lr": (finetune.lr, FLOAT32_MAX * (1 - finetune.betas[0]) if adamw else FLOAT32_MAX),
+        "finetune.lr": (finetune.lr, update),
+        "finetune.head_lr": (finetune.head_lr or 0.0, update),
         "finetune.weight_decay": (finetune.weight_decay, FLOAT32_MAX),
     }
     for key, (found, limit) in limits.items():

@@ -14,7 +14,7 @@ def prune(
     model: nn.Module,
     axes: Sequence[Axis],
     *,
-    score: Callable[[nn.Module, Sequence[Axis]], Scores],
+    score: Callable[[nn.Module, Sequence[Axis], Choice], Scores],
     resize: Callable[[nn.Module, dict[str, int]], None],
     ratio: float,
     steps: int,
@@ -26,7 +26,7 @@ def prune(
     """Cut `model` in place to a share `1 − ratio` of its prunable parameters; return the plan, over the units of `axes`.
 
     Step i of N_p leaves a share `v_p^i` with `1 − v_p^{N_p} = r_p`, counted from the original sizes, so rounding never adds up.
-    A ratio of 0 changes nothing and scores nothing.
+    A ratio of 0 changes nothing and scores nothing. `score` is given the model and the axes as cut so far, and the plan so far.
     """
     original = {axis.name: axis.size for axis in axes}
     plan = everything(axes)
@@ -36,7 +36,7 @@ def prune(
         shapes = shapes_of(model.named_parameters())
         kept = select(
             axes,
-            score(model, axes),
+            score(model, axes, plan),
             {axis.name: unit_params(axis, shapes) for axis in axes},
             original=original,
             keep_share=(1.0 - ratio) ** (step / steps),

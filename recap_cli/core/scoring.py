@@ -42,6 +42,15 @@ def group_scores(model: nn.Module, axes: Sequence[Axis], criterion: Criterion, l
     return {name: total.cpu() for name, total in totals.items()}
 
 
+def averaged(now: Scores, before: Scores, weight: float) -> Scores:
+    """An exponential moving average of importances: `weight` times that `before`, and 1 − `weight` times that of `now`.
+
+    Each is taken relative to its mean over all groups, as gradients are of another size in every round.
+    """
+    ours, theirs = (max(float(torch.cat([of[name] for name in now]).mean()), 1e-30) for of in (now, before))
+    return {name: now[name] * ((1 - weight) / ours) + before[name] * (weight / theirs) for name in now}
+
+
 def _collect(
     model: nn.Module, params: dict[str, nn.Parameter], losses: Losses, *, each: bool, add: Callable[[str, Tensor, float], None]
 ) -> None:

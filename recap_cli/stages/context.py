@@ -37,8 +37,9 @@ WEIGHTS, BUFFERS, SPEC, LAYOUT, MOMENTS = (
     "layout.json",
     "moments.safetensors",
 )
-PLAN, MASK, SMALL, MOVED, SCORES = (
+PLAN, IMPORTANCE, MASK, SMALL, MOVED, SCORES = (
     "plan.safetensors",
+    "importance.safetensors",
     "mask.safetensors",
     "small.safetensors",
     "moved.safetensors",

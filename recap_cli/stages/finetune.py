@@ -133,10 +133,13 @@ def _partial(
     if settings.checkpointing:
         models.enable_checkpointing(model)
     if own is None:
-        slots, scale = make_trainable(model, here.layout, here.recipe, turn, plan, chosen, device), {}
+        slots = make_trainable(model, here.layout, here.recipe, turn, plan, chosen, device)
+        scale = {slot.name: 1.0 for slot in slots}
     else:
         slots = make_own(model, own, here.recipe, device)
         scale = rates_of(own, slots)
+    if settings.head_lr is not None:
+        scale |= {name: scale[name] * settings.head_lr / settings.lr for name in scale.keys() & set(here.layout.head)}
     return Optimizer(
         slots,
         rule_of(settings),

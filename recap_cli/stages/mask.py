@@ -1,15 +1,29 @@
 """`mask`: choose which fine groups of the small model may move (paper, sec. 3.2.1)."""
 
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from recap_cli.core.groups import chosen_params, counts, prunable_params, refine, shapes_of, shrink, unit_params
-from recap_cli.core.scoring import group_scores
+from recap_cli.core.groups import (
+    Axis,
+    Choice,
+    Shape,
+    chosen_params,
+    counts,
+    prunable_params,
+    refine,
+    shapes_of,
+    shrink,
+    unit_params,
+)
+from recap_cli.core.scoring import Scores, group_scores
 from recap_cli.core.selection import select
 from recap_cli.progress import Track, silent
+from recap_cli.recipe import Recipe
 from recap_cli.runtime import devices
-from recap_cli.runtime.order import seed_for
+from recap_cli.runtime.order import generator_for, seed_for
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
 from recap_cli.state import State
@@ -46,15 +60,7 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
             )
             with shared.on_device(model, axes, device):
                 scores = group_scores(model, axes, shared.load_criterion(recipe.mask.criterion), losses)
-            chosen = select(
-                axes,
-                scores,
-                {axis.name: unit_params(axis, shapes) for axis in axes},
-                original={axis.name: axis.size for axis in axes},
-                keep_share=1.0 - turn.mask_ratio,
-                scope=recipe.mask.scope,
-                least=0,
-            )
+            chosen = _chosen(recipe, axes, shapes, scores, 1.0 - turn.mask_ratio, draft.round)
         draft.save_tensors(f"{folder}/{shared.MASK}", shared.as_bytes(chosen))
         moving, prunable = chosen_params(axes, shapes, chosen), prunable_params(axes, shapes)
         draft.facts |= {"moves": turn.moves, "mask_ratio": turn.mask_ratio}
@@ -66,3 +72,21 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
                 "moving_dimensions": shared.kept_per_layer(axes, counts(chosen)),
             }
     return state.manifest.history[-1]
+
+
+def _chosen(
+    recipe: Recipe, axes: Sequence[Axis], shapes: Mapping[str, Shape], scores: Scores, share: float, round: int
+) -> Choice:
+    """The fine groups of the highest scores that hold a `share` of the prunable parameters, of which `mask.random` is drawn."""
+    params = {axis.name: unit_params(axis, shapes) for axis in axes}
+    original = {axis.name: axis.size for axis in axes}
+    scope, random = recipe.mask.scope, recipe.mask.random
+    choose = partial(select, axes, unit_params=params, original=original, scope=scope, least=0)
+    best = choose(scores, keep_share=share * (1.0 - random))
+    if random == 0.0:
+        return best
+    generator = generator_for(recipe.seed, round, "mask at random")
+    drawn = {name: kept + torch.rand(len(kept), generator=generator) for name, kept in best.items()}  # those kept are above 1
+    if scope == "global":  # which ranks by score per parameter
+        drawn = {name: score * params[name] for name, score in drawn.items()}
+    return choose(drawn, keep_share=share)

@@ -1,6 +1,6 @@
 """`prune`: cut the full model to the small model of this round, by importance on D_s (paper, sec. 3.1) or as its turn says."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from recap_cli.core import adapter, gradual
 from recap_cli.core.groups import Axis, Choice, Shape, chosen_params, counts, prunable_params, unit_params
 from recap_cli.core.method import Turn
-from recap_cli.core.scoring import Scores, group_scores
+from recap_cli.core.scoring import Scores, averaged, group_scores
 from recap_cli.core.selection import select
 from recap_cli.core.surgery import cut_model, indices
 from recap_cli.progress import Track, silent
@@ -18,7 +18,7 @@ from recap_cli.runtime import devices, models
 from recap_cli.runtime.order import seed_for
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
-from recap_cli.state import State
+from recap_cli.state import Draft, State
 
 
 class Limits(TypedDict):
@@ -41,7 +41,7 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
         tensors = here.full_tensors()
         model = here.model(tensors)
         torch.manual_seed(seed_for(here.recipe.seed, draft.round, "prune"))
-        plan = _PLANS[turn.plan](here, model, turn, draft.round, track)
+        plan = _PLANS[turn.plan](here, model, turn, draft, track)
         folder = f"round-{draft.round:03d}"
         small = models.tensors_of(model)
         draft.save_tensors(f"{folder}/{shared.PLAN}", shared.as_bytes(plan))
@@ -63,13 +63,13 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
     return state.manifest.history[-1]
 
 
-def _by_importance(here: Context, model: nn.Module, turn: Turn, round: int, track: Track) -> Choice:
+def _by_importance(here: Context, model: nn.Module, turn: Turn, draft: Draft, track: Track) -> Choice:
     """Cut the model in gradual steps, each by an importance of its own."""
     recipe = here.recipe
     return gradual.prune(
         model,
         here.layout.axes,
-        score=_scorer(here, round, devices.pick(recipe.importance.device), track),
+        score=_scorer(here, draft, devices.pick(recipe.importance.device), track),
         resize=lambda cut, sizes: adapter.resize(here.adapter, cut, sizes),
         ratio=turn.prune_ratio,
         steps=recipe.prune.steps,
@@ -78,14 +78,14 @@ def _by_importance(here: Context, model: nn.Module, turn: Turn, round: int, trac
     )
 
 
-def _as_before(here: Context, model: nn.Module, turn: Turn, round: int, track: Track) -> Choice:
+def _as_before(here: Context, model: nn.Module, turn: Turn, draft: Draft, track: Track) -> Choice:
     """Cut the model to the plan of the round before."""
-    return _cut(here, model, here.plan(f"round-{round - 1:03d}"))
+    return _cut(here, model, here.plan(f"round-{draft.round - 1:03d}"))
 
 
-def _as_learned(here: Context, model: nn.Module, turn: Turn, round: int, track: Track) -> Choice:
+def _as_learned(here: Context, model: nn.Module, turn: Turn, draft: Draft, track: Track) -> Choice:
     """Cut the model to the groups whose scores, of the training in the round before, are highest."""
-    scores = here.state.load_tensors(f"round-{round - 1:03d}/{shared.SCORES}")
+    scores = here.state.load_tensors(f"round-{draft.round - 1:03d}/{shared.SCORES}")
     return _cut(here, model, choose(here.recipe, here.layout.axes, here.layout.shapes, scores, 1.0 - turn.prune_ratio))
 
 
@@ -118,25 +118,43 @@ def limits(recipe: Recipe) -> Limits:
     return {"floor": recipe.prune.floor, "uniform": recipe.prune.uniform, "round_to": recipe.prune.round_to}
 
 
-def _scorer(here: Context, round: int, device: torch.device, track: Track) -> Any:
-    """Eq. (1), or another criterion, on a sample that is drawn anew for each gradual step; the model is cut on the CPU."""
-    recipe = here.recipe
+def _scorer(
+    here: Context, draft: Draft, device: torch.device, track: Track
+) -> Callable[[nn.Module, Sequence[Axis], Choice], Scores]:
+    """Eq. (1), or another criterion, on a sample that is drawn anew for each gradual step; the model is cut on the CPU.
+
+    With `prune.ema` it is averaged with what the rounds before have found for the groups that are left, in the full model; what
+    this round finds there is written for those after it.
+    """
+    recipe, weight, past = here.recipe, here.recipe.prune.ema, _past(here, draft.round)
     criterion = shared.load_criterion(recipe.prune.criterion)
     train, _ = here.splits(track)
     steps = iter(range(1, recipe.prune.steps + 1))
 
-    def score(model: nn.Module, axes: Sequence[Axis]) -> Scores:
+    def score(model: nn.Module, axes: Sequence[Axis], plan: Choice) -> Scores:
         step = next(steps)
         losses = shared.losses_over(
             shared.forward_of(here.spec, model),
             train,
-            shared.draw(recipe, train, round, f"prune {step}"),
+            shared.draw(recipe, train, draft.round, f"prune {step}"),
             batch_size=shared.importance_batch_size(recipe, device),
             device=device,
             track=track,
             label=f"importance, step {step} of {recipe.prune.steps}",
         )
         with shared.on_device(model, axes, device):
-            return group_scores(model, axes, criterion, losses)
+            scores = group_scores(model, axes, criterion, losses)
+        if past is not None:
+            scores = averaged(scores, {name: of[plan[name]] for name, of in past.items()}, weight)
+        if weight > 0 and step == 1:
+            draft.save_tensors(f"round-{draft.round:03d}/{shared.IMPORTANCE}", scores)
+        return scores
 
     return score
+
+
+def _past(here: Context, round: int) -> Scores | None:
+    """The averaged importance that the last of the rounds before has written: axis name → a score for each group."""
+    files = (f"round-{number:03d}/{shared.IMPORTANCE}" for number in range(round - 1, 0, -1))
+    found = next((file for file in files if file in here.state.manifest.files), None)
+    return None if found is None else here.state.load_tensors(found)

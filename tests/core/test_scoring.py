@@ -10,7 +10,7 @@ from recap_cli import registry
 from recap_cli.core.adapter import find_axes
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.groups import Axis, refine
-from recap_cli.core.scoring import group_scores
+from recap_cli.core.scoring import averaged, group_scores
 from recap_cli.errors import PluginError
 from recap_cli.runtime import models
 from tests.pico import LABELS, PICO, pico
@@ -165,3 +165,15 @@ def test_group_scores_of_the_wrong_shape_are_refused() -> None:
     wrong = Criterion(score_groups=lambda model, axes, losses: {axis.name: torch.ones(1) for axis in axes})
     with pytest.raises(PluginError, match="scores wanted"):
         group_scores(model, axes, wrong, losses_of(model, spec, data))
+
+
+def test_an_average_weighs_importances_relative_to_their_mean() -> None:
+    now = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([2.0])}  # mean 2
+    before = {"a": torch.tensor([30.0, 10.0]), "b": torch.tensor([20.0])}  # mean 20
+    found = averaged(now, before, 0.25)
+    assert found["a"].tolist() == pytest.approx([0.75 * 0.5 + 0.25 * 1.5, 0.75 * 1.5 + 0.25 * 0.5])
+    assert found["b"].tolist() == pytest.approx([1.0])
+
+
+def test_an_importance_of_nothing_but_zeros_can_be_averaged() -> None:
+    assert averaged({"a": torch.zeros(2)}, {"a": torch.tensor([0.0, 2.0])}, 0.5)["a"].tolist() == [0.0, 1.0]

@@ -240,6 +240,52 @@ def test_embeddings_move_only_when_asked(tmp_path: Path) -> None:
     assert embeddings <= set(moving)
 
 
+@pytest.mark.parametrize("name", ["bert", "timm-vit"])
+def test_importance_is_averaged_over_rounds_when_asked(name: str, tmp_path: Path) -> None:
+    settings = {"settled": 0.0, "ramp": 1.0, "steps": 2}
+    plans = {}
+    for ema in (0.0, 0.5, 1 - 1e-9):
+        state = run(tiny(name, rounds=3, prune={**settings, "ema": ema}), tmp_path / str(ema))
+        plans[ema] = [shared_plan(state, number) for number in (1, 2, 3)]
+        kept = [f"round-{number:03d}/{shared.IMPORTANCE}" in state.manifest.files for number in (1, 2, 3)]
+        assert kept == [ema > 0] * 3
+    first = state.load_tensors(f"round-001/{shared.IMPORTANCE}")
+    last = state.load_tensors(f"round-003/{shared.IMPORTANCE}")
+    scale = [sum(float(t.sum()) for t in of.values()) for of in (first, last)]
+    assert all(torch.allclose(last[n] / scale[1], first[n] / scale[0], rtol=1e-4) for n in first)  # nothing of later rounds
+    assert plans[0.0][0] == plans[0.5][0]  # there is nothing to average with
+    assert plans[0.0] != plans[0.5]
+
+
+def shared_plan(state: State, number: int) -> dict[str, list[int]]:
+    return {name: t.tolist() for name, t in state.load_tensors(f"round-{number:03d}/{shared.PLAN}").items()}
+
+
+@pytest.mark.parametrize("scope", ["per-kind", "global", "per-layer"])
+def test_a_share_of_the_mask_is_drawn_at_random_and_the_rest_is_the_best(scope: str, tmp_path: Path) -> None:
+    masks = {}
+    for place, ratio, random, seed in (("all", 0.6, 0.0, 0), ("best", 0.8, 0.0, 0), ("half", 0.6, 0.5, 0)):
+        recipe = tiny("vit", rounds=1, seed=seed, mask={"ratio": ratio, "random": random, "scope": scope})
+        state = init(recipe, tmp_path / place)
+        prune(state), mask(state)
+        masks[place] = {name: t.bool() for name, t in state.load_tensors(f"round-001/{shared.MASK}").items()}
+        moves = state.manifest.history[-1]["moving_share_of_prunable"]
+        assert moves == pytest.approx(1 - ratio, abs=0.05)
+    assert all(bool(masks["half"][name][kept].all()) for name, kept in masks["best"].items())
+    assert any(not torch.equal(masks["half"][name], kept) for name, kept in masks["all"].items())
+
+
+def test_the_head_has_a_rate_of_its_own_when_asked(tmp_path: Path) -> None:
+    still = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 1e-30}
+    state = init(tiny("vit", rounds=1, finetune={**still, "head_lr": 0.01}), tmp_path / "state")
+    here = Context(state)
+    before, head = here.full_tensors(), set(here.layout.head)
+    after = Context(run(here.recipe, tmp_path / "state")).full_tensors()
+    assert {name for name in before if not torch.allclose(before[name], after[name], rtol=0, atol=1e-20)} == head
+    plain, same = moved_by(tmp_path / "plain"), moved_by(tmp_path / "same", finetune={"head_lr": 0.01})
+    assert all(torch.equal(plain[name], same[name]) for name in plain)  # 0.01 is the rate of the rest
+
+
 def test_the_head_is_warmed_up_and_nothing_else_moves(tmp_path: Path) -> None:
     cold = Context(init(tiny("bert", head={"warmup_epochs": 0}), tmp_path / "cold"))
     warm = Context(init(tiny("bert", head={"warmup_epochs": 2}), tmp_path / "warm"))
