@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recap_cli.runtime.figures import DASHES, KIND_LOOKS, latin, looks_of, picture
+from recap_cli.runtime.pareto import front
 from recap_cli.runtime.tracker import Kind
 
 if TYPE_CHECKING:
@@ -150,15 +151,6 @@ def lines(rows: Sequence[Row], by: str) -> list[Line]:
         points = sorted(((row[by], row["value"], row["deviation"]) for row in mine), key=lambda point: point[0] or 0.0)
         found.append(Line(label, looks[method], DASHES[drawn[method] % len(DASHES)], points))
         drawn[method] += 1
-    return found
-
-
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The numbers of the points (memory, metric) that no other point beats in one without losing in the other, by memory."""
-    found: list[int] = []
-    for at in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
-        if not found or points[at][1] > points[found[-1]][1]:
-            found.append(at)
     return found
 
 

@@ -86,12 +86,6 @@ def test_a_line_is_a_method_at_one_value_of_its_other_ratio(by: str) -> None:
         assert lines.keys() == {"full-ft", "recap, r_p 0.166", "recap, r_p 0.333", "recap, r_p 0.5"}
 
 
-def test_the_front_is_what_nothing_beats() -> None:
-    points = [(3.0, 0.9), (1.0, 0.8), (2.0, 0.7), (1.0, 0.6), (4.0, 0.9), (5.0, 0.95)]
-    assert figures.front(points) == [1, 0, 5]
-    assert figures.front([]) == []
-
-
 def test_memory_is_compared_by_the_best_figure_that_all_have() -> None:
     rows = [row("full-ft", device_peak_bytes=3_000_000), row("recap", r_p=0.3, device_peak_bytes=2_000_000)]
     assert figures.memory_of(rows) == ([3.0, 2.0], "peak memory of a training step, measured")

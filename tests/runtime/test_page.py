@@ -223,13 +223,6 @@ def test_missing_parts_of_a_cell_are_left_empty() -> None:
     read(page_of({**found, "cells": done}))
 
 
-def test_the_pareto_front_is_what_no_other_beats_in_both() -> None:
-    dice = random.Random(0)
-    points = [(dice.randrange(20) * 1.0, dice.randrange(20) * 1.0) for _ in range(60)]
-    beaten = {p for p in points for q in points if q != p and q[0] <= p[0] and q[1] >= p[1]}
-    assert charts.pareto(points) == sorted(set(points) - beaten)
-
-
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.731, 0.744), (0.5, 0.5), (0.0, 0.0), (-0.1, 12345.6), (3e-9, 4e-9)])
 def test_ticks_are_few_and_cover_the_values(low: float, high: float) -> None:
     found = charts.ticks(low, high)

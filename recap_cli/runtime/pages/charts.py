@@ -189,15 +189,6 @@ def shades(rounds: Sequence[Mapping[str, Any]], kind: str, title: str) -> dict[s
     return {"title": title, "cells": cells, "width": width, "columns": shown, "layers": layers, "height": 20 + layers * 19.0}
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those of (cost, value) that no other beats in both, by rising cost."""
-    front: list[tuple[float, float]] = []
-    for cost, value in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or value > front[-1][1]:
-            front.append((cost, value))
-    return front
-
-
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     span = (high - low) or 1.0
     return lambda value: round(start + (value - low) / span * (end - start), 1)

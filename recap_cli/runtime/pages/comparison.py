@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from recap_cli.runtime import pareto
 from recap_cli.runtime.pages import charts
 from recap_cli.runtime.pages.charts import DASHES, Point, Series, look
 from recap_cli.runtime.pages.template import duration, megabytes, metric
@@ -30,10 +31,9 @@ def view(found: Mapping[str, Any]) -> dict[str, Any]:
     cells: Sequence[Mapping[str, Any]] = found["cells"]
     methods = [group["method"] for group in groups]
     cost, words = _cost(groups)
-    front = charts.pareto([(group[cost], group["value"]) for group in _measured(groups, cost)])
-    on_front = {
-        (group["method"], *_ratios(group)) for group in _measured(groups, cost) if (group[cost], group["value"]) in front
-    }
+    measured = _measured(groups, cost)
+    front = [measured[at] for at in pareto.front([(group[cost], group["value"]) for group in measured])]
+    on_front = {(group["method"], *_ratios(group)) for group in front}
     rows = [_shown(group, methods, on_front) for group in groups]
     return {
         "groups": rows,
@@ -116,7 +116,8 @@ def _over_ratio(groups: Sequence[Group], ratio: str, name: str) -> dict[str, Any
     """The metric over one ratio: a line for each method at its other ratio; flat for a method that has neither."""
     (other,) = (key for key in RATIOS if key != ratio)
     done, methods = [group for group in groups if group["value"] is not None], [group["method"] for group in groups]
-    if not any(group[ratio] is not None for group in done):
+    grid = sorted({group[ratio] for group in done if group[ratio] is not None})
+    if len(grid) < 2:  # nothing is over anything
         return None
     lines: dict[tuple[str, float | None], list[Group]] = {}
     for group in done:
@@ -132,7 +133,6 @@ def _over_ratio(groups: Sequence[Group], ratio: str, name: str) -> dict[str, Any
         label = ", ".join([method, *([f"{RATIOS[other]} {at:.4g}"] if at is not None and len(varied) > 1 else [])])
         points = [Point(group[ratio] or 0.0, group["value"], _said(group), group["deviation"] or 0.0) for group in mine]
         series.append(Series(label, css, shape, points, dash, flat))
-    grid = sorted({group[ratio] for group in done if group[ratio] is not None})
     return charts.plane(
         series,
         title=f"{name} over {RATIOS[ratio]}",
@@ -144,9 +144,7 @@ def _over_ratio(groups: Sequence[Group], ratio: str, name: str) -> dict[str, Any
     )
 
 
-def _front_chart(
-    groups: Sequence[Group], cost: str, words: str, front: Sequence[tuple[float, float]], name: str
-) -> dict[str, Any]:
+def _front_chart(groups: Sequence[Group], cost: str, words: str, front: Sequence[Group], name: str) -> dict[str, Any]:
     """The metric over memory: a mark for each method at its ratios, and the front of those that no other beats in both."""
     methods = [group["method"] for group in groups]
     by_method: dict[str, list[Point]] = {}
@@ -162,7 +160,7 @@ def _front_chart(
         y_label=name,
         x_text=lambda value: f"{value:,.6g}",
         y_text=lambda value: f"{value:.4g}",
-        front=[(count / 1e6, value) for count, value in front],
+        front=[(group[cost] / 1e6, group["value"]) for group in front],
     )
 
 

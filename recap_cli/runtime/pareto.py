@@ -1,0 +1,12 @@
+"""The Pareto front of memory and metric: what no other beats in one without losing in the other."""
+
+from collections.abc import Sequence
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of the points (cost, value) are on the front, by rising cost; of points that are the same, the first."""
+    found: list[int] = []
+    for at in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not found or points[at][1] > points[found[-1]][1]:
+            found.append(at)
+    return found
