@@ -1,6 +1,7 @@
 """The documentation is true: commands parse, keys and files exist, tables agree with the code, examples work as they stand."""
 
 import json
+import os
 import re
 import shlex
 import tomllib
@@ -20,8 +21,10 @@ from recap_cli.core.adapter import find_axes
 from recap_cli.core.groups import refine
 from recap_cli.core.scoring import group_scores
 from recap_cli.errors import PipeError
-from recap_cli.recipe import json_schema, parse, read, shipped
+from recap_cli.recipe import dump, json_schema, parse, read, shipped
 from recap_cli.runtime import models, tasks
+from recap_cli.stages.compare import compare
+from recap_cli.stages.grid import plan
 from recap_cli.stages.run import run
 from recap_cli.stages.turns import turns_for
 from recap_cli.state import State
@@ -191,6 +194,7 @@ def extra(tmp_path, monkeypatch) -> Path:
     """The package of docs/plugins.md, its two files as they stand there, installed in a folder of its own."""
     files = named_blocks("docs/plugins.md")
     project = tomllib.loads(files["pyproject.toml"])["project"]
+    _, method = map(tomllib.loads, blocks("docs/plugins.md", "toml"))
     (tmp_path / "recap_extra.py").write_text(files["recap_extra.py"], encoding="utf-8")
     (tmp_path / "recap_activation.py").write_text(files["recap_activation.py"], encoding="utf-8")
     (tmp_path / "recap_headstart.py").write_text(files["recap_headstart.py"], encoding="utf-8")
@@ -199,7 +203,7 @@ def extra(tmp_path, monkeypatch) -> Path:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     points = "".join(
         f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in named.items())
-        for group, named in project["entry-points"].items()
+        for group, named in {**project["entry-points"], **method["project"]["entry-points"]}.items()
     )
     (info / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -220,6 +224,24 @@ def test_the_method_of_the_documentation_plans_turns(extra, monkeypatch):
     assert (first.moves, first.share, first.product) == ("head", 0.4, False)
     assert [turn.share for turn in others] == pytest.approx([0.2] * 3)
     assert [turn.course[1] for turn in others] == pytest.approx([0.6, 0.8, 1.0])
+
+
+def test_the_method_of_the_documentation_is_compared_on_texts(extra, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(extra), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    recipe = tmp_path / "texts.yaml"
+    recipe.write_text(dump(tiny("bert", rounds=3)), encoding="utf-8")
+    results = compare(plan(str(recipe), methods=["recap", "headstart"], seeds=[0]), tmp_path / "out")
+    ours, theirs = results["cells"]
+    assert [(cell["method"], cell["status"], cell["error"]) for cell in results["cells"]] == [
+        ("recap", "done", None),
+        ("headstart", "done", None),
+    ]
+    assert (theirs["prune_ratio"], theirs["mask_ratio"]) == (ours["prune_ratio"], ours["mask_ratio"]) == (0.4, 0.6)
+    assert (theirs["steps"], len(theirs["per_round"])) == (ours["steps"], len(ours["per_round"]) + 1)
+    assert theirs["memory"]["peak_bytes"] > 0
+    assert theirs["product"]["bytes"] > 0
+    assert [note for note in results["notes"] if "not" in note] == []
 
 
 def losses_of(model, spec):
