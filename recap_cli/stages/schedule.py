@@ -68,6 +68,7 @@ def describe(recipe: Recipe) -> list[str]:
     source = data.name or data.builtin or data.train
     length = f"{tune.steps} steps" if tune.steps is not None else f"{tune.epochs:g} epochs"
     warm = f"{recipe.head.warmup_epochs} epochs at {recipe.head.lr:g}" if recipe.head.warmup_epochs else "not at all"
+    head = f", the head at {tune.head_lr:g}" if tune.head_lr is not None else ""
     turns = turns_for(recipe)
     if tune.steps is not None:
         check_steps(turns, recipe.rounds * tune.steps, recipe)
@@ -78,7 +79,7 @@ def describe(recipe: Recipe) -> list[str]:
         f"model: {recipe.model.name or 'random weights from model.config'} ({recipe.model.library})",
         f"data: {source}{f' ({data.subset})' if data.subset else ''}",
         f"init: check the adapter on the model, warm up the head: {warm}",
-        f"finetuning in all: {recipe.rounds} x {length} of {tune.batch_size} with {tune.optimizer} at {tune.lr:g} "
+        f"finetuning in all: {recipe.rounds} x {length} of {tune.batch_size} with {tune.optimizer} at {tune.lr:g}{head} "
         f"({tune.schedule}, over {'the run' if tune.course == 'run' else 'each round'}), {tune.resident} resident",
         f"{len(turns)} rounds{fewer}, each prune, mask, finetune, merge:" if len(turns) > 1 else "1 round:",
         *_described(recipe, turns),
@@ -104,13 +105,15 @@ def _turn_text(recipe: Recipe, turn: Turn) -> str:
     elif turn.prune_ratio == 0:
         pruned = "prune nothing"
     else:
-        how = f"{prune.criterion}, {prune.scope}, in {prune.steps} steps"
+        averaged = f", averaged over rounds ({prune.ema:g})" if prune.ema else ""
+        how = f"{prune.criterion}{averaged}, {prune.scope}, in {prune.steps} steps"
         pruned = f"prune {turn.prune_ratio:.1%} of the prunable parameters by {how}"
     moves = {"head": "the task head moves", "training": f"what {recipe.method} trains moves", "mask": "everything moves"}[
         turn.moves
     ]
     if turn.moves == "mask" and turn.mask_ratio > 0:
-        moves = f"{turn.mask_ratio:.1%} of what is left frozen by {mask.criterion}, {mask.scope}"
+        drawn = f", {mask.random:.0%} of what moves at random" if mask.random else ""
+        moves = f"{turn.mask_ratio:.1%} of what is left frozen by {mask.criterion}, {mask.scope}{drawn}"
     kept = "" if turn.product else "; not the product"
     return f"{pruned}; {moves}; {turn.share:.1%} of the steps{kept}"
 

@@ -386,6 +386,10 @@ def test_a_dry_run_says_what_would_happen() -> None:
     lines = "\n".join(describe(tiny("bert")))
     assert "40.0% of the prunable parameters by taylor" in lines
     assert "60.0% of what is left frozen by fisher" in lines
+    assert "head at" not in lines
+    more = "\n".join(describe(tiny("bert", prune={"ema": 0.5}, mask={"random": 0.25}, finetune={"head_lr": 0.02})))
+    for said in ("taylor, averaged over rounds (0.5),", "per-kind, 25% of what moves at random;", "at 0.01, the head at 0.02 "):
+        assert said in more
 
 
 # Settings that may be changed, and a device whose memory runs out
