@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from record import parser, write
+from record import command_line, parser, write
 
 from recap_cli import recipe as recipes
 from recap_cli.stages import blueprint, grid, profile
@@ -120,17 +120,26 @@ def recipe_of(task: str) -> dict[str, Any]:
 
 
 def overrides_of(task: str, variant: str) -> list[str]:
-    """What a variant sets, as `--set` has it; `recap@2` is RECAP at twice the task's learning rate.
+    """What a variant sets, as `--set` has it; `recap@2` is RECAP at twice the task's learning rate, and `post-ft+head-rate` a
+    method with the settings of a variant.
 
     With other rounds than the task's, as many more epochs each as they are fewer.
     """
-    name, _, times = variant.partition("@")
-    values, tune = dict(VARIANTS.get(name, {})), TASKS[task]["finetune"]
+    names, _, times = variant.partition("@")
+    values, tune = dict[str, Any](), TASKS[task]["finetune"]
+    for name in names.split("+"):
+        values |= VARIANTS.get(name, {})
     if times:
         values["finetune.lr"] = float(times) * tune["lr"]
     if "rounds" in values:
         values["finetune.epochs"] = tune["epochs"] * COMMON["rounds"] / values["rounds"]
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def method_of(variant: str) -> str:
+    """The method that a variant is of."""
+    name = variant.partition("@")[0].partition("+")[0]
+    return name if name in METHODS else "recap"
 
 
 def measure(
@@ -140,7 +149,7 @@ def measure(
     work.mkdir(parents=True, exist_ok=True)
     recipe = work / f"{task}.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of(task)), encoding="utf-8")
-    method = name if (name := variant.partition("@")[0]) in METHODS else "recap"
+    method = method_of(variant)
     given = {"ratios": ratios} if method_of_name(method).prunes else {}
     given |= {"mask_ratios": mask_ratios} if method_of_name(method).masks else {}
     plan = grid.plan(str(recipe), overrides_of(task, variant), methods=[method], seeds=seeds, **given)
@@ -201,15 +210,18 @@ def main() -> None:
     seeds = [int(s) for s in args.seeds.split(",")]
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"cells": []}
     cells = {key_of(c): c for c in before["cells"]}
+    kept = {key: before[key] for key in ("note", "predicted") if key in before}
+    kept["commands"] = list(dict.fromkeys([*before.get("commands", ()), command_line()]))
     if args.predict:
-        write(out, before["benchmark"], {**before, "predicted": list(predicted(args.task))}, how=before["how"])
+        write(out, before["benchmark"], {**before, **kept, "predicted": list(predicted(args.task))}, how=before["how"])
         return
     for variant in args.variants.split(","):
         for cell in measure(args.task, variant, ratios, mask_ratios, seeds, args.jobs, args.work):
             cells[key_of(cell)] = cell
             print(*key_of(cell), cell["value"], cell["last"], cell["error"] or "", flush=True)
         base = {"lr": TASKS[args.task]["finetune"]["lr"], "variants": VARIANTS}
-        write(out, f"quality_{args.task}", {**base, "cells": list(cells.values())}, how="measured; peaks are predicted")
+        figures = {**base, **kept, "cells": list(cells.values())}
+        write(out, f"quality_{args.task}", figures, how="measured; peaks are predicted")
 
 
 if __name__ == "__main__":

@@ -142,8 +142,10 @@ def against(cells: Sequence[Cell], ours: Mapping[int, float]) -> str:
 
 def said(variant: str) -> str:
     """What a variant is, in words."""
-    name, _, times = variant.partition("@")
-    return SAID.get(name, name) + (f", rate × {times}" if times else "")
+    names, _, times = variant.partition("@")
+    first, *others = names.split("+")
+    more = [SAID[name].removeprefix("RECAP, ") for name in others]
+    return ", ".join([SAID[first], *more, *([f"rate × {times}"] if times else [])])
 
 
 KINDS = ("weights", "gradients", "optimizer")

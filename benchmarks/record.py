@@ -32,13 +32,18 @@ def write(out: Path, name: str, figures: Mapping[str, Any], *, how: str) -> None
         "benchmark": name,
         "how": how,
         "date": datetime.now(UTC).date().isoformat(),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(shlex.quote, _options())]),
+        "command": command_line(),
         "environment": {key: os.environ[key] for key in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if key in os.environ},
         "machine": machine(),
         "versions": versions(),
         **figures,
     }
     out.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def command_line() -> str:
+    """The command that this process was called by, without paths of this machine."""
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(shlex.quote, _options())])
 
 
 def machine() -> dict[str, Any]:
