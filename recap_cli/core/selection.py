@@ -40,7 +40,7 @@ def select(
     """
     _check(axes, scores, original, uniform, round_to)
     chosen: Choice = {}
-    for pool in _pools(axes, "per-layer" if uniform else scope):
+    for pool in ranked_together(axes, scope, uniform=uniform):
         share = keep_share * sum(original[a.name] * unit_params[a.name] for a in pool)
         per_param = scope == "global"
         chosen |= _fill(pool, scores, unit_params, original, budget=share, floor=floor, least=least, per_param=per_param)
@@ -48,6 +48,11 @@ def select(
         for pool in _pools(axes, "per-layer" if uniform else "per-kind"):
             chosen |= _rounded(pool, scores, chosen, round_to, {a.name: _floor(a, original, floor, least) for a in pool})
     return chosen
+
+
+def ranked_together(axes: Sequence[Axis], scope: Scope, *, uniform: bool = False) -> list[list[Axis]]:
+    """The axes whose groups compete with each other."""
+    return _pools(axes, "per-layer" if uniform else scope)
 
 
 def _check(

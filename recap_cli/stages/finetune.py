@@ -109,6 +109,7 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
             "train_loss": run.loss,
             "steps": run.steps,
             "lr": recipe.finetune.lr,
+            "head_lr": recipe.finetune.head_lr or recipe.finetune.lr,
             "step_seconds": run.seconds / max(1, run.steps),
             "trainable": sum(slot.leaf.numel() for slot in optimizer.slots),
             **{name: held[name] for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "full_finetuning")},

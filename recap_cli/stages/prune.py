@@ -10,7 +10,7 @@ from recap_cli.core import adapter, gradual
 from recap_cli.core.groups import Axis, Choice, Shape, chosen_params, counts, prunable_params, unit_params
 from recap_cli.core.method import Turn
 from recap_cli.core.scoring import Scores, averaged, group_scores
-from recap_cli.core.selection import select
+from recap_cli.core.selection import ranked_together, select
 from recap_cli.core.surgery import cut_model, indices
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
@@ -123,8 +123,8 @@ def _scorer(
 ) -> Callable[[nn.Module, Sequence[Axis], Choice], Scores]:
     """Eq. (1), or another criterion, on a sample that is drawn anew for each gradual step; the model is cut on the CPU.
 
-    With `prune.ema` it is averaged with what the rounds before have found for the groups that are left, in the full model; what
-    this round finds there is written for those after it.
+    With `prune.ema` it is averaged with the average of the rounds before, which is of the full model, at the groups that are
+    left. The first step scores the full model too: its average is written for the rounds after this one.
     """
     recipe, weight, past = here.recipe, here.recipe.prune.ema, _past(here, draft.round)
     criterion = shared.load_criterion(recipe.prune.criterion)
@@ -145,7 +145,8 @@ def _scorer(
         with shared.on_device(model, axes, device):
             scores = group_scores(model, axes, criterion, losses)
         if past is not None:
-            scores = averaged(scores, {name: of[plan[name]] for name, of in past.items()}, weight)
+            pools = ranked_together(axes, recipe.prune.scope, uniform=recipe.prune.uniform)
+            scores = averaged(pools, scores, {name: of[plan[name]] for name, of in past.items()}, weight)
         if weight > 0 and step == 1:
             draft.save_tensors(f"round-{draft.round:03d}/{shared.IMPORTANCE}", scores)
         return scores

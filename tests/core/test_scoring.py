@@ -168,12 +168,17 @@ def test_group_scores_of_the_wrong_shape_are_refused() -> None:
 
 
 def test_an_average_weighs_importances_relative_to_their_mean() -> None:
-    now = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([2.0])}  # mean 2
-    before = {"a": torch.tensor([30.0, 10.0]), "b": torch.tensor([20.0])}  # mean 20
-    found = averaged(now, before, 0.25)
+    a, b, c = (Axis(name, "heads", 0, size, ()) for name, size in (("a", 2), ("b", 1), ("c", 2)))
+    now = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([2.0]), "c": torch.tensor([9.0, 1.0])}  # means 2 and 5
+    before = {"a": torch.tensor([30.0, 10.0]), "b": torch.tensor([20.0]), "c": torch.tensor([1.0, 1.0])}  # means 20 and 1
+    found = averaged([[a, b], [c]], now, before, 0.25)
     assert found["a"].tolist() == pytest.approx([0.75 * 0.5 + 0.25 * 1.5, 0.75 * 1.5 + 0.25 * 0.5])
     assert found["b"].tolist() == pytest.approx([1.0])
+    assert found["c"].tolist() == pytest.approx([0.75 * 1.8 + 0.25, 0.75 * 0.2 + 0.25])
 
 
-def test_an_importance_of_nothing_but_zeros_can_be_averaged() -> None:
-    assert averaged({"a": torch.zeros(2)}, {"a": torch.tensor([0.0, 2.0])}, 0.5)["a"].tolist() == [0.0, 1.0]
+@pytest.mark.parametrize("now", [[0.0, 0.0], [-1.0, -3.0]])
+def test_importances_of_any_sign_and_size_can_be_averaged(now: list[float]) -> None:
+    axis = Axis("a", "heads", 0, 2, ())
+    found = averaged([[axis]], {"a": torch.tensor(now)}, {"a": torch.tensor([0.0, 2.0])}, 0.5)["a"]
+    assert found.tolist() == pytest.approx([now[0] / 4, 1.0 + now[1] / 4])

@@ -31,7 +31,7 @@ from recap_cli.stages.export import export
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.merge import merge
-from recap_cli.stages.prune import prune
+from recap_cli.stages.prune import choose, prune
 from recap_cli.stages.run import run
 from recap_cli.stages.schedule import describe, next_stage, summary
 from recap_cli.stages.settings import EXECUTION
@@ -251,10 +251,27 @@ def test_importance_is_averaged_over_rounds_when_asked(name: str, tmp_path: Path
         assert kept == [ema > 0] * 3
     first = state.load_tensors(f"round-001/{shared.IMPORTANCE}")
     last = state.load_tensors(f"round-003/{shared.IMPORTANCE}")
-    scale = [sum(float(t.sum()) for t in of.values()) for of in (first, last)]
-    assert all(torch.allclose(last[n] / scale[1], first[n] / scale[0], rtol=1e-4) for n in first)  # nothing of later rounds
+    here = Context(state)
+    for kind in ("heads", "neurons"):  # of which each is ranked by itself: nothing of later rounds is in it, but a factor
+        of_kind = [torch.cat([of[axis.name] for axis in here.layout.axes if axis.kind == kind]) for of in (first, last)]
+        assert torch.allclose(of_kind[0] / of_kind[0].sum(), of_kind[1] / of_kind[1].sum(), rtol=1e-4)
+    naive = choose(here.recipe, here.layout.axes, here.layout.shapes, first, 0.6)  # by what the first round found, in one go
+    assert plans[1 - 1e-9][2] == {name: kept.to(torch.uint8).tolist() for name, kept in naive.items()}
     assert plans[0.0][0] == plans[0.5][0]  # there is nothing to average with
     assert plans[0.0] != plans[0.5]
+
+
+def test_averaged_importance_and_drawn_groups_are_the_same_after_a_stop(tmp_path: Path) -> None:
+    recipe = tiny("vit", rounds=3, prune={"settled": 0.0, "ema": 0.5}, mask={"random": 0.5})
+    whole = run(recipe, tmp_path / "whole")
+    state = init(recipe, tmp_path / "stopped")
+    for stage in (prune, mask, finetune, merge) * 3:
+        stage(State.open(state.path))  # as a process of its own would
+    tensors = [
+        {name: seal for name, seal in of.manifest.files.items() if name.endswith(".safetensors")}
+        for of in (whole, State.open(state.path))
+    ]
+    assert tensors[0] == tensors[1]
 
 
 def shared_plan(state: State, number: int) -> dict[str, list[int]]:

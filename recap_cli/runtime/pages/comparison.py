@@ -33,7 +33,8 @@ def view(found: Mapping[str, Any]) -> dict[str, Any]:
     cost, words = _cost(groups)
     measured = _measured(groups, cost)
     front = [measured[at] for at in pareto.front([(group[cost], group["value"]) for group in measured])]
-    on_front = {(group["method"], *_ratios(group)) for group in front}
+    beaten_by_none = {(group[cost], group["value"]) for group in front}
+    on_front = {(group["method"], *_ratios(group)) for group in measured if (group[cost], group["value"]) in beaten_by_none}
     rows = [_shown(group, methods, on_front) for group in groups]
     return {
         "groups": rows,
