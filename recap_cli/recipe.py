@@ -1,7 +1,7 @@
 """Recipes in and out of YAML: by path or shipped name, with overrides, a digest and a JSON Schema.
 
-Reading reports *all* problems at once: `recap_cli.recipe_schema` finds what is wrong with a key and between keys, and
-`recap_cli.recipe_problems` says so in words, with the place in the file or on the command line.
+Reading reports *all* problems at once: `recap_cli.recipe_schema` finds what is wrong with a key, `recap_cli.recipe_conflicts`
+what is wrong between keys, and `recap_cli.recipe_problems` says so in words, with the place in the file or on the command line.
 """
 
 import hashlib
@@ -16,11 +16,9 @@ import yaml
 from pydantic import ValidationError
 
 from recap_cli.errors import RecipeError
+from recap_cli.recipe_conflicts import ALTERNATIVES, NEEDS, STAND_IN
 from recap_cli.recipe_problems import conflicts, explain, near, recipe_error, without
 from recap_cli.recipe_schema import (
-    ALTERNATIVES,
-    NEEDS,
-    STAND_IN,
     Data,
     Evaluate,
     Finetune,

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from recap_cli.errors import RecipeError
-from recap_cli.recipe_schema import CONFLICTS
+from recap_cli.recipe_conflicts import CONFLICTS
 from recap_cli.recipe_yaml import Document, KeyPath, Problem, overlap, place
 
 _Schema = Mapping[str, Any]

@@ -1,7 +1,10 @@
 """What tests of several folders share."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,6 +18,40 @@ def environment() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture
+def permissions() -> Iterator[None]:
+    """The permissions of files count, for root too: its capabilities to read and write everything are laid down for a test."""
+    if os.name != "nt" and os.geteuid() == 0:
+        with without_override():
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def without_override() -> Iterator[None]:
+    """Inside, this thread is without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH (capabilities(7)), which root has on Linux."""
+    if sys.platform != "linux":
+        pytest.skip("root's right to write everywhere can be laid down on Linux only")
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3; this thread
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, of capabilities 0 to 31; the same of 32 to 63
+    _check(libc.capget(header, sets))
+    effective = sets[0]
+    sets[0] = effective & ~(1 << 1 | 1 << 2)
+    _check(libc.capset(header, sets))
+    try:
+        yield
+    finally:
+        sets[0] = effective
+        _check(libc.capset(header, sets))
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        raise OSError(ctypes.get_errno(), "capabilities")
 
 
 @pytest.fixture

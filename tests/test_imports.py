@@ -38,6 +38,7 @@ MEMBERS = {
     "draft": "state",
     "folder": "state",
     "manifest": "state",
+    "recipe_conflicts": "recipe",
     "recipe_problems": "recipe",
     "recipe_schema": "recipe",
     "recipe_yaml": "recipe",

@@ -15,6 +15,9 @@ from recap_cli.errors import TrainingError
 Batch = dict[str, Tensor]
 Forward = Callable[[Batch], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+LOWER_THE_RATE = (
+    "lower the rate, and finetune.head_lr where it is set, in a new state: recap run RECIPE --state NEW --set finetune.lr=…"
+)
 
 
 @dataclass(frozen=True)
@@ -144,5 +147,5 @@ def _check_finite(loss: Tensor, step: int) -> None:
     if not torch.isfinite(loss):
         raise TrainingError(
             f"the loss is {float(loss)} at step {step + 1}; the round is not committed",
-            hint="lower the rate, in a new state: recap run RECIPE --state NEW --set finetune.lr=…",
+            hint=LOWER_THE_RATE,
         )

@@ -20,7 +20,7 @@ from recap_cli.runtime import devices, memory, models, snapshot, tasks
 from recap_cli.runtime.data import Split
 from recap_cli.runtime.evaluation import evaluate
 from recap_cli.runtime.order import batches, order, seed_for
-from recap_cli.runtime.training import Batch, Forward, Training, train
+from recap_cli.runtime.training import LOWER_THE_RATE, Batch, Forward, Training, train
 from recap_cli.stages import context as shared
 from recap_cli.stages import exhaustion
 from recap_cli.stages.context import Context
@@ -109,7 +109,7 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
             "train_loss": run.loss,
             "steps": run.steps,
             "lr": recipe.finetune.lr,
-            "head_lr": recipe.finetune.head_lr or recipe.finetune.lr,
+            **({} if recipe.finetune.head_lr is None else {"head_lr": recipe.finetune.head_lr}),
             "step_seconds": run.seconds / max(1, run.steps),
             "trainable": sum(slot.leaf.numel() for slot in optimizer.slots),
             **{name: held[name] for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "full_finetuning")},
@@ -216,7 +216,7 @@ def _check_finite(loss: float, optimizer: Optimizer) -> None:
         what = f"{bad} is not finite" if bad is not None else f"the validation loss is {loss}"
         raise TrainingError(
             f"{what} after finetuning; the round is not committed",
-            hint="lower the rate, in a new state: recap run RECIPE --state NEW --set finetune.lr=…",
+            hint=LOWER_THE_RATE,
         )
 
 

@@ -13,9 +13,7 @@ from recap_cli.core.groups import (
     chosen_params,
     counts,
     prunable_params,
-    refine,
     shapes_of,
-    shrink,
     unit_params,
 )
 from recap_cli.core.scoring import Scores, group_scores
@@ -26,6 +24,7 @@ from recap_cli.runtime import devices
 from recap_cli.runtime.order import generator_for, seed_for
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
+from recap_cli.stages.trainable import fine_axes
 from recap_cli.state import State
 
 
@@ -41,7 +40,7 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
         plan = here.plan(folder)
         tensors = state.load_tensors(f"{folder}/{shared.SMALL}")
         shapes = shapes_of(tensors)
-        axes = [refine(axis) for axis in shrink(here.layout.axes, plan)]
+        axes = fine_axes(here.layout, plan)
         model = here.model(tensors, counts(plan))
         torch.manual_seed(seed_for(recipe.seed, draft.round, "mask"))
         if turn.moves != "mask" or turn.mask_ratio == 0.0:
@@ -62,7 +61,6 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
                 scores = group_scores(model, axes, shared.load_criterion(recipe.mask.criterion), losses)
             chosen = _chosen(recipe, axes, shapes, scores, 1.0 - turn.mask_ratio, draft.round)
         draft.save_tensors(f"{folder}/{shared.MASK}", shared.as_bytes(chosen))
-        moving, prunable = chosen_params(axes, shapes, chosen), prunable_params(axes, shapes)
         draft.facts |= {"moves": turn.moves, "mask_ratio": turn.mask_ratio}
         if turn.moves != "training":  # which says itself what it trains
             moving, prunable = chosen_params(axes, shapes, chosen), prunable_params(axes, shapes)

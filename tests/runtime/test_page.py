@@ -223,6 +223,22 @@ def test_missing_parts_of_a_cell_are_left_empty() -> None:
     read(page_of({**found, "cells": done}))
 
 
+def test_there_is_no_chart_over_a_ratio_of_one_value() -> None:
+    found = sample()
+    assert "accuracy over r_p" in page_of(found)
+    assert "accuracy over r_f" in page_of(found)
+    few = [one for one in found["cells"] if one["prune_ratio"] in (None, 0.5) and one["mask_ratio"] in (None, 0.3)]
+    page = page_of({**found, "cells": few})
+    assert "accuracy over r_" not in page
+    assert "accuracy over memory" in page
+
+
+def test_results_that_are_the_same_are_on_the_front_together() -> None:
+    found = sample()
+    twins = [{**cell(method, 0), "value": 0.99, "memory": cell("head-ft", 0)["memory"]} for method in ("full-ft", "lora-ft")]
+    assert page_of({**found, "cells": twins}).count("★</abbr>") == 2
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.731, 0.744), (0.5, 0.5), (0.0, 0.0), (-0.1, 12345.6), (3e-9, 4e-9)])
 def test_ticks_are_few_and_cover_the_values(low: float, high: float) -> None:
     found = charts.ticks(low, high)

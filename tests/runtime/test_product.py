@@ -1,7 +1,6 @@
 """Exported models, loaded again: by RECAP, by their own library, and with the logits that they were exported with."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -176,7 +175,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.usefixtures("permissions")
 def test_an_unwritable_place_is_named(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(StorageError, match="cannot be written"):

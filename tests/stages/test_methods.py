@@ -21,6 +21,7 @@ from recap_cli.runtime.evaluation import evaluate
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
 from recap_cli.stages.export import export
+from recap_cli.stages.init import init
 from recap_cli.stages.prune import choose
 from recap_cli.stages.run import STAGES, run
 from recap_cli.stages.schedule import summary
@@ -55,8 +56,6 @@ def before_and_after(method: str, name: str = "vit") -> tuple[Context, dict[str,
 
 @cache
 def before(name: str) -> dict[str, Tensor]:
-    from recap_cli.stages.init import init
-
     state = init(tiny(name), Path(mkdtemp(prefix=f"recap-start-{name}-")) / "state")
     return Context(state).full_tensors()
 
@@ -101,6 +100,25 @@ def test_head_finetuning_moves_the_head_alone_to_the_bit() -> None:
     assert {name for name, tensor in start.items() if not torch.equal(tensor, end[name])} == set(here.layout.head)
     history = here.state.manifest.history
     assert next(e for e in history if e["stage"] == "finetune")["trainable"] == sum(start[n].numel() for n in here.layout.head)
+
+
+@pytest.mark.parametrize("method", ["full-ft", "head-ft", "lora-ft", "recap"])
+def test_the_rate_of_the_head_is_that_of_every_method(method: str, tmp_path: Path) -> None:
+    once = {"steps": 1, "schedule": "constant", "weight_decay": 0.0, "lr": 1e-3, "head_lr": 1e-2}
+    state = init(tiny("vit", method=method, rounds=1, finetune=once), tmp_path / "state")
+    here = Context(state)
+    start, head = here.full_tensors(), set(here.layout.head)
+    end = Context(run(here.recipe, state.path)).full_tensors()
+    moved = {name: float((end[name] - start[name]).abs().max()) for name in start}
+    rest = max(moved[name] for name in start if name not in head)
+    assert max(moved[name] for name in head) == pytest.approx(1e-2, rel=1e-2)  # AdamW's first step is as long as its rate
+    if method in ("full-ft", "recap"):
+        assert rest == pytest.approx(1e-3, rel=1e-2)
+    elif method == "head-ft":
+        assert rest == 0.0
+    else:
+        width = start["vit.layers.0.attention.q_proj.weight"].shape[1]
+        assert 0.0 < rest <= 1e-3 * 16 / width**0.5  # alpha · B A: B has moved by the rate, A began no larger than 1 / √width
 
 
 @pytest.mark.parametrize("name", ["vit", "bert", "timm-vit", "timm-vit-packed-glu"])
@@ -215,7 +233,6 @@ def test_stopped_in_every_stage_and_resumed_is_uninterrupted(method: str, tmp_pa
 
 @pytest.mark.parametrize("method", ["post-ft", "movement", "lora-ft"])
 def test_stage_by_stage_is_what_run_does(method: str, tmp_path: Path) -> None:
-    from recap_cli.stages.init import init
     from recap_cli.stages.schedule import next_stage
 
     state = init(tiny("vit", method=method), tmp_path / "state")

@@ -1,0 +1,119 @@
+"""What must hold between the keys of a recipe, each of which is well-formed by itself (`recipe_schema`)."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from recap_cli.recipe_schema import Finetune, Recipe
+
+CONFLICTS = "recipe_conflicts"  # the type of the pydantic error whose context carries `Conflict`s
+FLOAT32_MAX = 3.4e38  # rounded down
+# What the paper's plain algorithm has, of the settings that it does not know.
+FAITHFUL: dict[str, Any] = {
+    "head.warmup_epochs": 0,
+    "prune.settled": 0.0,
+    "prune.ema": 0.0,
+    "prune.ramp": 1.0,
+    "mask.random": 0.0,
+    "finetune.head_lr": None,
+    "finetune.course": "round",
+}
+ALTERNATIVES = (("model.name", "model.config"), ("data.name", "data.builtin", "data.train"))
+NEEDS = {  # key: the key without which it means nothing
+    "model.revision": "model.name",
+    "data.subset": "data.name",
+    "data.validation": "data.train",
+    "data.text_pair": "data.text",
+}
+# What a recipe with missing sections is checked with, so that conflicts elsewhere are reported in the same go.
+STAND_IN: dict[str, dict[str, Any]] = {"model": {}, "task": {"kind": "text-classification"}, "data": {}}
+
+
+class Conflict(NamedTuple):
+    """Keys that are well-formed and do not go together; the first is the one to change."""
+
+    keys: tuple[str, ...]
+    text: str
+
+
+def _value(recipe: "Recipe", key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(recipe, section), name)
+
+
+def _said(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def conflicts_in(recipe: "Recipe") -> Iterator[Conflict]:
+    """Yield what is wrong between keys, each of which is well-formed by itself."""
+    for keys in ALTERNATIVES:
+        given = [key for key in keys if _value(recipe, key) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            yield Conflict(tuple(given) or keys, f"expected exactly one of {', '.join(keys)}; found {found}")
+    for key, needed in NEEDS.items():
+        if _value(recipe, key) is not None and _value(recipe, needed) is None:
+            yield Conflict((key, needed), f"expected only beside {needed}; found without it")
+    for key, value in FAITHFUL.items():
+        if recipe.faithful and (found := _value(recipe, key)) != value:
+            yield Conflict(
+                (key, "faithful"), f"expected {_said(value)} with faithful: true, as the paper has it; found {_said(found)}"
+            )
+    yield from _input_conflicts(recipe)
+    yield from _training_conflicts(recipe)
+    if recipe.prune.ratio + recipe.prune.floor > 1 + 1e-9:  # the sum of two decimals may round up
+        yield Conflict(
+            ("prune.ratio", "prune.floor"),
+            f"expected at most {1 - recipe.prune.floor:g}, as prune.floor keeps {recipe.prune.floor:g} of each layer; "
+            f"found {recipe.prune.ratio:g}",
+        )
+
+
+def _input_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
+    kind, model, data = recipe.task.kind, recipe.model, recipe.data
+    column = {"text-classification": "text", "image-classification": "image"}[kind]
+    if data.builtin is None and getattr(data, column) is None:
+        yield Conflict((f"data.{column}", "task.kind"), f"expected the {column} column, for {kind}; found none")
+    if data.builtin == "digits" and kind != "image-classification":
+        text = f'expected "image-classification", as data.builtin is digits; found "{kind}"'
+        yield Conflict(("task.kind", "data.builtin"), text)
+    if data.validation is not None and data.validation_share is not None:
+        keys = ("data.validation_share", "data.validation")
+        yield Conflict(keys, "expected only without data.validation; found both")
+    key = {"transformers": "model_type", "timm": "architecture"}[model.library]
+    if model.config is not None and not isinstance(model.config.get(key), str):
+        keys = ("model.config", "model.library")
+        yield Conflict(keys, f"expected a key `{key}` in it, for library {model.library}; found none")
+
+
+def _training_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
+    finetune = recipe.finetune
+    batch, micro = finetune.batch_size, finetune.micro_batch_size
+    if micro is not None and batch % micro:
+        keys = ("finetune.micro_batch_size", "finetune.batch_size")
+        yield Conflict(keys, f"expected a divisor of finetune.batch_size ({batch}); found {micro}")
+    if finetune.max_grad_norm is not None and finetune.fused_backward:
+        yield Conflict(
+            ("finetune.max_grad_norm", "finetune.fused_backward"),
+            "expected null with finetune.fused_backward, which never holds all gradients at once; "
+            f"found {finetune.max_grad_norm:g}",
+        )
+    if finetune.epochs is None and finetune.steps is None:
+        keys = ("finetune.epochs", "finetune.steps")
+        yield Conflict(keys, "expected a number here or in finetune.steps; found null in both")
+    yield from _overflows(finetune, recipe.head.lr)
+
+
+def _overflows(finetune: "Finetune", head_lr: float) -> Iterator[Conflict]:
+    """Yield the factors of an update that torch refuses, as float32 cannot hold them: `lr / (1 - beta_1)` is AdamW's first."""
+    update = FLOAT32_MAX * (1 - finetune.betas[0]) if finetune.optimizer == "adamw" else FLOAT32_MAX
+    limits = {
+        "head.lr": (head_lr, FLOAT32_MAX * (1 - 0.9)),
+        "finetune.lr": (finetune.lr, update),
+        "finetune.head_lr": (finetune.head_lr or 0.0, update),
+        "finetune.weight_decay": (finetune.weight_decay, FLOAT32_MAX),
+    }
+    for key, (found, limit) in limits.items():
+        if found > limit:
+            yield Conflict((key,), f"expected at most {limit:.2g}, beyond which float32 overflows; found {found:g}")
