@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from recap_cli import errors, registry
 from recap_cli.api import Adapter, Criterion
-from recap_cli.cli import INTERRUPTED, app
+from recap_cli.cli import INTERRUPTED, app, main
 from recap_cli.core.adapter import find_axes
 from recap_cli.core.groups import refine
 from recap_cli.core.scoring import group_scores
@@ -150,6 +150,15 @@ def test_the_readme_names_every_shipped_recipe_and_no_other():
     named = set(re.findall(r"`((?:bert|vit)_[a-z0-9_]+)`", text_of("README.md")))
     assert named | {"quickstart"} == {recipe.name for recipe in shipped()}
     assert "quickstart" in text_of("README.md")
+
+
+def test_the_stages_of_the_readme_run_one_by_one_as_they_stand_there(tmp_path, monkeypatch):
+    section = text_of("README.md").partition("## Stage by stage")[2]
+    lines = re.findall(r"^```sh\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)[0].splitlines()
+    assert [line.split()[1] for line in lines] == ["init", "prune", "status", "mask", "finetune", "merge", "eval"]
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == 0, line
 
 
 def test_the_readme_names_every_plugin_of_ours():

@@ -24,9 +24,11 @@ from recap_cli.state import State
 def evaluate(state: State, *, which: Sequence[str], track: Track = silent) -> list[dict[str, Any]]:
     """A row for each model named (`full`, `small`, `best`): its round, parameters, loss and metrics, and seconds.
 
-    Raises `UsageError` if the state holds no such model yet.
+    Raises `UsageError` if the state holds no such model yet, before any is scored.
     """
     here = Context(state)
+    for name in which:
+        _check(here, name)
     _, validation = here.splits(track)
     rows = []
     for name in which:
@@ -55,10 +57,9 @@ def _on_device(here: Context, name: str, model: nn.Module, device: torch.device)
 
 
 def best_tensors(here: Context) -> tuple[dict[str, Tensor], dict[str, int], dict[str, Any]]:
-    """The tensors and sizes of the best small model, and what is noted of it. Raises `UsageError` if no round is merged."""
-    best = here.state.manifest.best
-    if best is None:
-        raise _not_yet(here, "no best model yet: no round is merged")
+    """The tensors and sizes of the best small model, and what is noted of it. Raises `UsageError` if there is none yet."""
+    _check(here, "best")
+    best = here.state.manifest.best or {}
     tensors = here.state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}")
     return tensors, counts(here.plan(best["folder"])), best
 
@@ -74,9 +75,7 @@ def _full(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
 
 def _small(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
     """The small model of the newest round as far as that round is: cut, finetuned, or merged."""
-    state, folder = here.state, here.state.manifest.small
-    if folder is None:
-        raise _not_yet(here, "no small model yet")
+    state, folder = here.state, str(here.state.manifest.small)
     plan, full = here.plan(folder), here.full_tensors()
     tensors = gather(full, indices(here.layout.axes, plan, shapes_of(full)))
     if f"{folder}/{shared.MOVED}" in state.manifest.files:
@@ -86,9 +85,17 @@ def _small(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
     return tensors, counts(plan), state.manifest.round
 
 
-def _not_yet(here: Context, what: str) -> UsageError:
-    path = quoted(here.state.path)
-    return UsageError(f"{here.state.path}: {what}", hint=f"recap {here.state.next_stage()} {path}, or recap run --state {path}")
+def _check(here: Context, name: str) -> None:
+    """Raise `UsageError` if the state has no model of this name yet."""
+    manifest, path = here.state.manifest, quoted(here.state.path)
+    if {"full": manifest.full, "small": manifest.small, "best": manifest.best}[name] is not None:
+        return
+    first = next(number for number, turn in enumerate(here.turns, 1) if turn.product)
+    until = f": round {first} is the first that may give it" if name == "best" else ""
+    raise UsageError(
+        f"{here.state.path}: no {name} model yet{until}",
+        hint=f"recap {here.state.next_stage()} {path}, or recap run --state {path}",
+    )
 
 
 _MODELS = {"full": _full, "small": _small, "best": _best}

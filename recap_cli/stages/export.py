@@ -15,7 +15,7 @@ def export(state: State, out: Path, *, dense: bool = False, track: Track = silen
 
     What was written is loaded again, and its logits are compared, before this returns the facts of it.
 
-    Raises `UsageError` if no round is merged, `StorageError` if `out` is there already.
+    Raises `UsageError` if there is no best model yet, `StorageError` if `out` is there already.
     """
     product.check_out(out)
     here = Context(state)

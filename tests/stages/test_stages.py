@@ -342,11 +342,32 @@ def test_the_small_model_is_scored_as_finetuned_before_the_merge(tmp_path: Path)
     facts = finetune(state)
     (row,) = evaluation.evaluate(state, which=["small"])
     assert row["loss"] == pytest.approx(facts["loss"], rel=1e-4)
-    with pytest.raises(UsageError, match="no best model yet"):
+    with pytest.raises(UsageError, match="no best model yet: round 1 is the first that may give it"):
         evaluation.evaluate(state, which=["best"])
     merge(state)
     (merged,) = evaluation.evaluate(state, which=["small"])
     assert merged["loss"] == pytest.approx(facts["loss"], rel=1e-4)
+
+
+def test_a_round_of_the_ramp_gives_no_best_model_and_nothing_is_scored_before_that_is_said(tmp_path: Path) -> None:
+    state = init(tiny("vit", rounds=4), tmp_path / "state")
+    for stage in (prune, mask, finetune, merge):
+        stage(state)
+    scored: list[str] = []
+
+    def track(items: Any, label: str, total: int | None = None) -> Any:
+        scored.append(label)
+        return iter(items)
+
+    evaluation.evaluate(state, which=["full", "small"], track=track)
+    assert {"full model", "small model"} <= set(scored)
+    scored.clear()
+    with pytest.raises(UsageError, match="no best model yet: round 2 is the first that may give it") as caught:
+        evaluation.evaluate(state, which=["full", "best"], track=track)
+    assert not any("model" in label for label in scored)
+    assert "recap prune" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="round 2 is the first"):
+        export(state, tmp_path / "out")
 
 
 @pytest.mark.parametrize("dense", [False, True])
