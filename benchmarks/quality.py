@@ -220,7 +220,10 @@ def main() -> None:
     if args.predict:
         write(out, before["benchmark"], {**before, **kept, "predicted": list(predicted(args.task))}, how=before["how"])
         return
-    for variant in args.variants.split(","):
+    variants = args.variants.split(",")
+    for variant in variants:
+        overrides_of(args.task, variant)  # refuses a name that there is not, before hours are spent on those before it
+    for variant in variants:
         for cell in measure(args.task, variant, ratios, mask_ratios, seeds, args.jobs, args.work):
             cells[key_of(cell)] = cell
             print(*key_of(cell), cell["value"], cell["last"], cell["error"] or "", flush=True)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from recap_cli.core.groups import Axis, Choice
+from recap_cli.core.groups import KINDS, Axis, Choice
 from recap_cli.errors import SelectionError
 
 Scope = Literal["per-kind", "global", "per-layer"]
@@ -45,14 +45,9 @@ def select(
         per_param = scope == "global"
         chosen |= _fill(pool, scores, unit_params, original, budget=share, floor=floor, least=least, per_param=per_param)
     if round_to > 1:
-        for pool in _pools(axes, "per-layer" if uniform else "per-kind"):
+        for pool in ranked_together(axes, "per-kind", uniform=uniform):
             chosen |= _rounded(pool, scores, chosen, round_to, {a.name: _floor(a, original, floor, least) for a in pool})
     return chosen
-
-
-def ranked_together(axes: Sequence[Axis], scope: Scope, *, uniform: bool = False) -> list[list[Axis]]:
-    """The axes whose groups compete with each other."""
-    return _pools(axes, "per-layer" if uniform else scope)
 
 
 def _check(
@@ -70,7 +65,7 @@ def _check(
                 hint="lower prune.round_to; 8 is what tensor cores want",
             )
     if uniform:
-        for pool in _pools(axes, "per-kind"):
+        for pool in ranked_together(axes, "per-kind"):
             if len(sizes := {axis.size for axis in pool}) > 1:
                 raise SelectionError(
                     f"prune.uniform: the layers have different numbers of {pool[0].kind}: {sorted(sizes)}",
@@ -78,12 +73,13 @@ def _check(
                 )
 
 
-def _pools(axes: Sequence[Axis], scope: Scope) -> list[list[Axis]]:
+def ranked_together(axes: Sequence[Axis], scope: Scope, *, uniform: bool = False) -> list[list[Axis]]:
+    """The axes whose groups compete with each other; each by itself where all are to keep the same number."""
+    if scope == "per-layer" or uniform:
+        return [[axis] for axis in axes]
     if scope == "global":
         return [list(axes)]
-    if scope == "per-layer":
-        return [[axis] for axis in axes]
-    return [pool for kind in ("heads", "neurons") if (pool := [axis for axis in axes if axis.kind == kind])]
+    return [pool for kind in KINDS if (pool := [axis for axis in axes if axis.kind == kind])]
 
 
 def _fill(
