@@ -14,6 +14,7 @@ FAITHFUL: dict[str, Any] = {
     "prune.settled": 0.0,
     "prune.ema": 0.0,
     "prune.ramp": 1.0,
+    "mask.scope": "per-kind",
     "mask.random": 0.0,
     "finetune.head_lr": None,
     "finetune.course": "round",
@@ -111,7 +112,7 @@ def _overflows(finetune: "Finetune", head_lr: float) -> Iterator[Conflict]:
     limits = {
         "head.lr": (head_lr, FLOAT32_MAX * (1 - 0.9)),
         "finetune.lr": (finetune.lr, update),
-        "finetune.head_lr": (finetune.head_lr or 0.0, update),
+        "finetune.head_lr": (finetune.head_lr if isinstance(finetune.head_lr, float) else 0.0, update),
         "finetune.weight_decay": (finetune.weight_decay, FLOAT32_MAX),
     }
     for key, (found, limit) in limits.items():

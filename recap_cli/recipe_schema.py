@@ -7,7 +7,18 @@ import math
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from recap_cli.recipe_conflicts import CONFLICTS, FAITHFUL, conflicts_in
@@ -33,6 +44,14 @@ def _whole(value: object) -> object:
     return int(number) if isinstance(value, str) and isinstance(number, float) and number.is_integer() else value
 
 
+def _one_of(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+    """Let a union of types fail once, at its key, and not once for each of them below it."""
+    try:
+        return handler(value)
+    except ValidationError as error:
+        raise PydanticCustomError("one_of", "none of the types fits") from error
+
+
 # Strict, so that `true` is no number, "3" no integer and 2.0 no count.
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
@@ -43,6 +62,7 @@ Share = Annotated[float, Field(strict=True, ge=0, lt=1), BeforeValidator(_number
 PartialShare = Annotated[float, Field(strict=True, gt=0, lt=1), BeforeValidator(_number)]
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1), BeforeValidator(_number)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), BeforeValidator(_number)]
+AutoPositive = Annotated[Positive | Literal["auto"], WrapValidator(_one_of)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 Device = Annotated[
     str, Field(strict=True, pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", examples=["auto", "cpu", "mps", "cuda", "cuda:1"])
@@ -172,7 +192,11 @@ class Mask(BaseModel):
 
     ratio: Share = Field(default=0.875, description="Share of the small model's prunable parameters to freeze. Paper: r_f.")
     criterion: Text = Field(default="fisher", description="Plugin that scores groups; the default is eq. (4). Paper: I_n.")
-    scope: Scope = Field(default="per-kind", description="What is ranked together, as in `prune.scope`.")
+    scope: Scope = Field(
+        default="per-layer",
+        description="What is ranked together, as in `prune.scope`; per-layer moves the same share of every layer, "
+        "per-kind is the paper's.",
+    )
     random: Share = Field(
         default=0.0, description="Share of what moves that is drawn at random, the rest by importance; 0 is the paper's."
     )
@@ -193,8 +217,10 @@ class Finetune(BaseModel):
     )
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="The update rule.")
     lr: Positive = Field(default=1e-4, description="Learning rate at its peak.")
-    head_lr: Positive | None = Field(
-        default=None, description="Learning rate of the task head at its peak; null is that of the rest."
+    head_lr: AutoPositive | None = Field(
+        default="auto",
+        description="Learning rate of the task head at its peak; auto is `head.lr` where the head is new and that is higher "
+        "than `lr`, else `lr`; null is `lr`.",
     )
     momentum: Share = Field(default=0.9, description="Momentum of sgd. Paper: beta.")
     betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="Moment decays of adamw. Paper: beta_1, beta_2.")
@@ -281,6 +307,13 @@ class Recipe(BaseModel):
             if isinstance(known, dict) and name not in known:
                 filled[section] = {**known, name: value}
         return filled
+
+    def head_lr(self, *, new: bool) -> float:
+        """The peak learning rate of the task head while finetuning, if it is `new` or came with the checkpoint."""
+        asked, rest = self.finetune.head_lr, self.finetune.lr
+        if asked == "auto":
+            return max(rest, self.head.lr) if new else rest
+        return rest if asked is None else asked
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -116,6 +116,8 @@ def test_text_that_looks_like_a_number_to_the_eye_only_stays_text() -> None:
         ("finetune: {lr: .inf}", "4:16 finetune.lr", "expected a number > 0; found Infinity"),
         ("finetune: {lr: 1e999}", "4:16 finetune.lr", 'expected a number > 0; found "1e999"'),
         ("finetune: {lr: fast}", "4:16 finetune.lr", 'expected a number > 0; found "fast"'),
+        ("finetune: {head_lr: fast}", "4:21 finetune.head_lr", 'expected a number > 0 or "auto" or null; found "fast"'),
+        ("finetune: {head_lr: 0}", "4:21 finetune.head_lr", 'expected a number > 0 or "auto" or null; found 0'),
         ("finetune: {weight_decay: -1}", "4:26 finetune.weight_decay", "expected a number >= 0; found -1"),
         ("finetune: {betas: [0.9]}", "4:19 finetune.betas", "expected a list of 2, each a number in [0, 1); found [0.9]"),
         ("finetune: {betas: [0.9, 1.0]}", "4:25 finetune.betas.1", "expected a number in [0, 1); found 1.0"),

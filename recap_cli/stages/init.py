@@ -81,6 +81,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
             "prunable_parameters": prunable_params(layout.axes, layout.shapes),
             "train_examples": len(split),
             "labels": spec.num_labels,
+            "head_new": new,
             **warm,
         }
     return State.open(path)

@@ -68,7 +68,7 @@ def describe(recipe: Recipe) -> list[str]:
     source = data.name or data.builtin or data.train
     length = f"{tune.steps} steps" if tune.steps is not None else f"{tune.epochs:g} epochs"
     warm = f"{recipe.head.warmup_epochs} epochs at {recipe.head.lr:g}" if recipe.head.warmup_epochs else "not at all"
-    head = f", the head at {tune.head_lr:g}" if tune.head_lr is not None else ""
+    head = _head_text(recipe)
     turns = turns_for(recipe)
     if tune.steps is not None:
         check_steps(turns, recipe.rounds * tune.steps, recipe)
@@ -84,6 +84,14 @@ def describe(recipe: Recipe) -> list[str]:
         f"{len(turns)} rounds{fewer}, each prune, mask, finetune, merge:" if len(turns) > 1 else "1 round:",
         *_described(recipe, turns),
     ]
+
+
+def _head_text(recipe: Recipe) -> str:
+    """The rate of the head, where it has one of its own; whether `auto` gives it one shows when the model is loaded."""
+    rate = recipe.head_lr(new=True)
+    if rate == recipe.finetune.lr:
+        return ""
+    return f", the head{', if it is new,' if rate != recipe.head_lr(new=False) else ''} at {rate:g}"
 
 
 def _described(recipe: Recipe, turns: Sequence[Turn]) -> Iterator[str]:

@@ -303,6 +303,40 @@ def test_the_head_has_a_rate_of_its_own_when_asked(tmp_path: Path) -> None:
     assert all(torch.equal(plain[name], same[name]) for name in plain)  # 0.01 is the rate of the rest
 
 
+def head_rate_of(state: State) -> float | None:
+    """The rate of the head's own that the newest finetuning says it had, or None."""
+    return next(e for e in reversed(state.manifest.history) if e["stage"] == "finetune").get("head_lr")
+
+
+def test_a_new_head_moves_at_the_rate_of_its_warm_up_where_that_is_higher(tmp_path: Path) -> None:
+    low = {"finetune": {"steps": 1, "lr": 1e-4}, "head": {"lr": 0.02}}
+    assert head_rate_of(run(tiny("vit", rounds=1, **low), tmp_path / "low")) == 0.02
+    high = {"finetune": {"steps": 1, "lr": 0.05}, "head": {"lr": 0.02}}
+    assert head_rate_of(run(tiny("vit", rounds=1, **high), tmp_path / "high")) is None
+    assert head_rate_of(run(tiny("vit", rounds=1, faithful=True, **low), tmp_path / "faithful")) is None
+    exported = export(State.open(tmp_path / "low"), tmp_path / "model", dense=True)
+    trained = run(tiny("vit", rounds=1, model={"name": exported["path"], "config": None}, **low), tmp_path / "trained")
+    assert head_rate_of(trained) is None  # the head came with the checkpoint
+    assert trained.manifest.history[0]["head_new"] is False
+
+
+def test_a_state_that_says_nothing_of_its_head_goes_on_at_the_rate_of_the_rest(tmp_path: Path) -> None:
+    state = init(tiny("vit", rounds=1, finetune={"lr": 1e-4}), tmp_path / "state")
+    assert Context(state).head_lr == 1e-3
+    del state.manifest.history[0]["head_new"]
+    assert Context(state).head_lr == 1e-4
+
+
+def test_the_mask_moves_the_same_share_of_every_layer_unless_the_plain_algorithm_is_asked_for(tmp_path: Path) -> None:
+    spread = {}
+    for place, faithful in (("default", False), ("faithful", True)):
+        state = init(tiny("vit", rounds=1, faithful=faithful, mask={"ratio": 0.8}), tmp_path / place)
+        prune(state), mask(state)
+        chosen = state.load_tensors(f"round-001/{shared.MASK}")
+        spread[place] = max(abs(float(moves.float().mean()) - 0.2) * len(moves) for moves in chosen.values())
+    assert spread["default"] <= 0.5 < 1 < spread["faithful"]  # in groups: as near as whole groups can be
+
+
 def test_the_head_is_warmed_up_and_nothing_else_moves(tmp_path: Path) -> None:
     cold = Context(init(tiny("bert", head={"warmup_epochs": 0}), tmp_path / "cold"))
     warm = Context(init(tiny("bert", head={"warmup_epochs": 2}), tmp_path / "warm"))
@@ -426,7 +460,7 @@ def test_a_dry_run_says_what_would_happen() -> None:
     assert "60.0% of what is left frozen by fisher" in lines
     assert "head at" not in lines
     more = "\n".join(describe(tiny("bert", prune={"ema": 0.5}, mask={"random": 0.25}, finetune={"head_lr": 0.02})))
-    for said in ("taylor, averaged over rounds (0.5),", "per-kind, 25% of what moves at random;", "at 0.01, the head at 0.02 "):
+    for said in ("taylor, averaged over rounds (0.5),", "per-layer, 25% of what moves at random;", "at 0.01, the head at 0.02 "):
         assert said in more
 
 
