@@ -29,11 +29,12 @@ from recap_cli.stages.turns import method_of_name
 HERE = Path(__file__).resolve().parent
 METHODS = ("full-ft", "head-ft", "lora-ft", "pre-ft", "post-ft", "movement")
 PLAIN = {"prune.ramp": 1.0, "prune.settled": 0.0, "finetune.course": "round"}
+FAITHFUL = {**PLAIN, "faithful": True, "head.warmup_epochs": 0, "finetune.head_lr": None, "mask.scope": "per-kind"}
 # RECAP with settings of its own: what is on or off, one idea at a time.
 VARIANTS: dict[str, dict[str, Any]] = {
     "recap": {},
     "plain": PLAIN,
-    "faithful": {**PLAIN, "faithful": True, "head.warmup_epochs": 0},
+    "faithful": FAITHFUL,
     "one-course": {**PLAIN, "finetune.course": "run"},
     "round-course": {"finetune.course": "round"},
     "settled": {"prune.ramp": 1.0},
@@ -43,12 +44,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "exploring": {"mask.random": 0.25},
     "short-rounds": {"rounds": 8},
     "rate-warmup": {"finetune.warmup_ratio": 0.1},
-    "head-rate": {"finetune.head_lr": 1e-3},
+    "same-rate": {"finetune.head_lr": None},
+    "per-kind-mask": {"mask.scope": "per-kind"},
+    "earlier": {"finetune.head_lr": None, "mask.scope": "per-kind"},
     "no-warmup": {"head.warmup_epochs": 0},
     "two-warmups": {"head.warmup_epochs": 2},
     "fresh-moments": {"finetune.carry_moments": False},
     "global-mask": {"mask.scope": "global"},
-    "per-layer-mask": {"mask.scope": "per-layer"},
     "per-example-mask": {"mask.criterion": "fisher-per-example"},
     "random-mask": {"mask.criterion": "random"},
     "moving-embeddings": {"mask.train_embeddings": True},
@@ -121,7 +123,7 @@ def recipe_of(task: str) -> dict[str, Any]:
 
 
 def overrides_of(task: str, variant: str) -> list[str]:
-    """What a variant sets, as `--set` has it; `recap@2` is RECAP at twice the task's learning rate, and `post-ft+head-rate` a
+    """What a variant sets, as `--set` has it; `recap@2` is RECAP at twice the task's learning rate, and `post-ft+same-rate` a
     method with the settings of a variant.
 
     With other rounds than the task's, as many more epochs each as they are fewer.
