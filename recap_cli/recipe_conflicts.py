@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from recap_cli.recipe_schema import Finetune, Recipe
+    from recap_cli.recipe_schema import Recipe
 
 CONFLICTS = "recipe_conflicts"  # the type of the pydantic error whose context carries `Conflict`s
 FLOAT32_MAX = 3.4e38  # rounded down
@@ -14,11 +14,12 @@ FAITHFUL: dict[str, Any] = {
     "prune.settled": 0.0,
     "prune.ema": 0.0,
     "prune.ramp": 1.0,
-    "mask.scope": "per-kind",
     "mask.random": 0.0,
     "finetune.head_lr": None,
     "finetune.course": "round",
 }
+# What it has where ours is another, and a recipe that asks for it may choose, as it may `prune.scope`.
+FAITHFUL_UNLESS_SAID: dict[str, Any] = {"mask.scope": "per-kind"}
 ALTERNATIVES = (("model.name", "model.config"), ("data.name", "data.builtin", "data.train"))
 NEEDS = {  # key: the key without which it means nothing
     "model.revision": "model.name",
@@ -103,16 +104,17 @@ def _training_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
     if finetune.epochs is None and finetune.steps is None:
         keys = ("finetune.epochs", "finetune.steps")
         yield Conflict(keys, "expected a number here or in finetune.steps; found null in both")
-    yield from _overflows(finetune, recipe.head.lr)
+    yield from _overflows(recipe)
 
 
-def _overflows(finetune: "Finetune", head_lr: float) -> Iterator[Conflict]:
+def _overflows(recipe: "Recipe") -> Iterator[Conflict]:
     """Yield the factors of an update that torch refuses, as float32 cannot hold them: `lr / (1 - beta_1)` is AdamW's first."""
+    finetune = recipe.finetune
     update = FLOAT32_MAX * (1 - finetune.betas[0]) if finetune.optimizer == "adamw" else FLOAT32_MAX
     limits = {
-        "head.lr": (head_lr, FLOAT32_MAX * (1 - 0.9)),
+        "head.lr": (recipe.head.lr, FLOAT32_MAX * (1 - 0.9)),
         "finetune.lr": (finetune.lr, update),
-        "finetune.head_lr": (finetune.head_lr if isinstance(finetune.head_lr, float) else 0.0, update),
+        "finetune.head_lr": (recipe.head_lr(new=True) if finetune.lr <= update else 0.0, update),
         "finetune.weight_decay": (finetune.weight_decay, FLOAT32_MAX),
     }
     for key, (found, limit) in limits.items():

@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from recap_cli.recipe_conflicts import CONFLICTS, FAITHFUL, conflicts_in
+from recap_cli.recipe_conflicts import CONFLICTS, FAITHFUL, FAITHFUL_UNLESS_SAID, conflicts_in
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 _FROZEN = ConfigDict(extra="forbid", frozen=True)
@@ -71,6 +71,7 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "Ki": 2**10
 _AMOUNT = r"^(\d+(?:\.\d+)?) ?([KMGT]i?|)B$"
 Bytes = Annotated[str, Field(strict=True, pattern=_AMOUNT, examples=["2GiB", "1500MB", "0.5GB"])]
 Scope = Literal["per-kind", "global", "per-layer"]
+MOST_TIMES = 10.0  # the rate of the rest that a new head has by itself; more was not measured
 
 
 def bytes_of(text: str) -> int:
@@ -142,7 +143,9 @@ class Head(BaseModel):
     model_config = _FROZEN
 
     warmup_epochs: Natural = Field(default=1, description="Passes over the training data; 0 is the paper's plain algorithm.")
-    lr: Positive = Field(default=1e-3, description="Learning rate of the warm-up.")
+    lr: Positive = Field(
+        default=1e-3, description="Learning rate of the warm-up, and what `finetune.head_lr: auto` gives a new head afterwards."
+    )
     batch_size: Count = Field(default=32, description="Examples a step of the warm-up.")
 
 
@@ -219,8 +222,8 @@ class Finetune(BaseModel):
     lr: Positive = Field(default=1e-4, description="Learning rate at its peak.")
     head_lr: AutoPositive | None = Field(
         default="auto",
-        description="Learning rate of the task head at its peak; auto is `head.lr` where the head is new and that is higher "
-        "than `lr`, else `lr`; null is `lr`.",
+        description="Learning rate of the task head at its peak. auto is `head.lr`, but at least `lr` and at most ten times "
+        "that; for a head that came with the checkpoint, that moves alone, or with sgd it is `lr`. null is `lr`.",
     )
     momentum: Share = Field(default=0.9, description="Momentum of sgd. Paper: beta.")
     betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="Moment decays of adamw. Paper: beta_1, beta_2.")
@@ -301,18 +304,21 @@ class Recipe(BaseModel):
         if not isinstance(values, dict) or values.get("faithful") is not True:
             return values
         filled = dict(values)
-        for key, value in FAITHFUL.items():
+        for key, value in (FAITHFUL | FAITHFUL_UNLESS_SAID).items():
             section, name = key.split(".")
             known = filled.get(section) or {}
             if isinstance(known, dict) and name not in known:
                 filled[section] = {**known, name: value}
         return filled
 
-    def head_lr(self, *, new: bool) -> float:
-        """The peak learning rate of the task head while finetuning, if it is `new` or came with the checkpoint."""
+    def head_lr(self, *, new: bool, alone: bool = False) -> float:
+        """The peak learning rate of the task head while finetuning, if it is `new` or came with the checkpoint, and moves
+        `alone` or beside other weights.
+        """
         asked, rest = self.finetune.head_lr, self.finetune.lr
         if asked == "auto":
-            return max(rest, self.head.lr) if new else rest
+            own = new and not alone and self.finetune.optimizer == "adamw"  # as is the warm-up's
+            return max(rest, min(self.head.lr, MOST_TIMES * rest)) if own else rest
         return rest if asked is None else asked
 
     @model_validator(mode="after")

@@ -16,7 +16,8 @@ Batch = dict[str, Tensor]
 Forward = Callable[[Batch], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 LOWER_THE_RATE = (
-    "lower the rate, and that of the head (finetune.head_lr), in a new state: recap run RECIPE --state NEW --set finetune.lr=…"
+    "lower the rate in a new state, and that of the head: "
+    "recap run RECIPE --state NEW --set finetune.lr=… --set finetune.head_lr=null"
 )
 
 

@@ -113,11 +113,13 @@ class Context:
     def task(self) -> Task:
         return task_of(self.recipe, self.spec)
 
-    @cached_property
-    def head_lr(self) -> float:
-        """The peak learning rate of the task head; a state that does not say whether its head is new is older than `auto`."""
+    def head_lr(self, turn: Turn) -> float:
+        """The peak learning rate of the task head in a round.
+
+        A state that does not say whether its head is new is older than `auto`, and goes on without.
+        """
         made = next((entry for entry in self.state.manifest.history if entry["stage"] == "init"), {})
-        return self.recipe.head_lr(new=made.get("head_new", False))
+        return self.recipe.head_lr(new=made.get("head_new", False), alone=turn.moves == "head")
 
     def splits(self, track: Track) -> tuple[Split, Split]:
         """The training and the validation examples, ready for the model."""

@@ -109,7 +109,7 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
             "train_loss": run.loss,
             "steps": run.steps,
             "lr": recipe.finetune.lr,
-            **({} if (rate := here.head_lr) == recipe.finetune.lr else {"head_lr": rate}),
+            **({} if (rate := here.head_lr(turn)) == recipe.finetune.lr else {"head_lr": rate}),
             "step_seconds": run.seconds / max(1, run.steps),
             "trainable": sum(slot.leaf.numel() for slot in optimizer.slots),
             **{name: held[name] for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "full_finetuning")},
@@ -139,8 +139,8 @@ def _partial(
     else:
         slots = make_own(model, own, here.recipe, device)
         scale = rates_of(own, slots)
-    if here.head_lr != settings.lr:
-        scale |= {name: scale[name] * here.head_lr / settings.lr for name in scale.keys() & set(here.layout.head)}
+    if (rate := here.head_lr(turn)) != settings.lr:
+        scale |= {name: scale[name] * rate / settings.lr for name in scale.keys() & set(here.layout.head)}
     return Optimizer(
         slots,
         rule_of(settings),

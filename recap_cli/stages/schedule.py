@@ -68,8 +68,8 @@ def describe(recipe: Recipe) -> list[str]:
     source = data.name or data.builtin or data.train
     length = f"{tune.steps} steps" if tune.steps is not None else f"{tune.epochs:g} epochs"
     warm = f"{recipe.head.warmup_epochs} epochs at {recipe.head.lr:g}" if recipe.head.warmup_epochs else "not at all"
-    head = _head_text(recipe)
     turns = turns_for(recipe)
+    head = _head_text(recipe, alone=all(turn.moves == "head" for turn in turns))
     if tune.steps is not None:
         check_steps(turns, recipe.rounds * tune.steps, recipe)
     fewer = f", fewer after {recipe.patience} without improvement" if recipe.patience else ""
@@ -86,12 +86,13 @@ def describe(recipe: Recipe) -> list[str]:
     ]
 
 
-def _head_text(recipe: Recipe) -> str:
-    """The rate of the head, where it has one of its own; whether `auto` gives it one shows when the model is loaded."""
-    rate = recipe.head_lr(new=True)
+def _head_text(recipe: Recipe, *, alone: bool) -> str:
+    """The rate of the head, where it has one of its own; whether a checkpoint has a head shows when it is loaded."""
+    rate = recipe.head_lr(new=True, alone=alone)
     if rate == recipe.finetune.lr:
         return ""
-    return f", the head{', if it is new,' if rate != recipe.head_lr(new=False) else ''} at {rate:g}"
+    unsure = recipe.model.name is not None and rate != recipe.head_lr(new=False, alone=alone)
+    return f", the head{', if it is new,' if unsure else ''} at {rate:g}"
 
 
 def _described(recipe: Recipe, turns: Sequence[Turn]) -> Iterator[str]:

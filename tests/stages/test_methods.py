@@ -102,10 +102,19 @@ def test_head_finetuning_moves_the_head_alone_to_the_bit() -> None:
     assert next(e for e in history if e["stage"] == "finetune")["trainable"] == sum(start[n].numel() for n in here.layout.head)
 
 
-@pytest.mark.parametrize("method", ["full-ft", "head-ft", "lora-ft", "recap"])
-def test_the_rate_of_the_head_is_that_of_every_method(method: str, tmp_path: Path) -> None:
-    once = {"steps": 1, "schedule": "constant", "weight_decay": 0.0, "lr": 1e-3, "head_lr": 1e-2}
-    state = init(tiny("vit", method=method, rounds=1, finetune=once), tmp_path / "state")
+@pytest.mark.parametrize(
+    ("method", "head_lr", "others"),
+    [
+        *((method, 1e-2, {}) for method in ("full-ft", "head-ft", "lora-ft", "recap")),
+        *((method, "auto", {}) for method in ("full-ft", "lora-ft", "recap")),
+        ("recap", "auto", {"fused_backward": True, "offload": True, "resident": "bf16"}),
+    ],
+)
+def test_the_rate_of_the_head_is_that_of_every_method(
+    method: str, head_lr: float | str, others: dict[str, Any], tmp_path: Path
+) -> None:
+    once = {"steps": 1, "schedule": "constant", "weight_decay": 0.0, "lr": 1e-3, "head_lr": head_lr, **others}
+    state = init(tiny("vit", method=method, rounds=1, finetune=once, head={"lr": 1e-2}), tmp_path / "state")
     here = Context(state)
     start, head = here.full_tensors(), set(here.layout.head)
     end = Context(run(here.recipe, state.path)).full_tensors()
