@@ -76,11 +76,11 @@ Scores = dict[str, "Tensor"]  # axis name → one score per group, shape (axis.s
 class Attached:
     """What a training of its own has put into a small model.
 
-    `moves(name)` says which parameters are trained, the new ones included; `rate(name)` is a factor of their learning rate (of
-    the head's for those of the task head); `before_step(step, steps, value)` runs before each optimizer step, `value(name)` being
-    what is trained, in fp32. `result(values, small)` takes the trained values (name → fp32 tensor on the CPU) and the small
-    model's tensors as they were, and gives what of them has moved, whole, and the scores that a later turn prunes by (none for
-    most).
+    `moves(name)` says which parameters are trained, the new ones included; `rate(name)` is a factor of their learning rate
+    (of the head's, for those of the task head); `before_step(step, steps, value)` runs before each optimizer step,
+    `value(name)` being what is trained, in fp32. `result(values, small)` takes the trained values (name → fp32 tensor on the
+    CPU) and the small model's tensors as they were, and gives what of them has moved, whole, and the scores that a later turn
+    prunes by (none for most).
     """
 
     moves: Callable[[str], bool]
