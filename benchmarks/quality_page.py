@@ -243,7 +243,8 @@ and few steps, as a CPU can bear. The paper's own setting (20 epochs of 50,000 i
   each gradient as it is used. *Of full* is its share of 16 bytes a parameter: weights, gradients and both moments in fp32,
   held at once, as full finetuning has them as it comes. *Peak* is predicted for a training step on CUDA: held, and the
   activations of 32 examples without checkpoints.
-- What is not measured: most variants on more than one of the tasks, and some that `benchmarks/quality.py` knows on none.
+- What is not measured: most variants on more than one of the tasks, some that `benchmarks/quality.py` knows on none, and two
+  of the three tasks that nothing was tuned on, MRPC and RTE.
 - With three seeds a difference of two standard errors may well be chance. Of many variants the best one is flattered: they
   were all looked at on the data they were chosen by.
 - Methods share one learning rate on a task, but where a row says otherwise. It was chosen by one-seed trials of several methods
