@@ -259,6 +259,12 @@ def load(name: str) -> Result | None:
 
 
 def main() -> None:
+    (DOCS / "memory.md").write_text(page(), encoding="utf-8")
+    pictures()
+
+
+def page() -> str:
+    """The text of docs/memory.md."""
     found, speed = load("memory"), load("settings_speed")
     if found is None:
         raise SystemExit("there are no results yet: python benchmarks/memory.py")
@@ -267,8 +273,7 @@ def main() -> None:
         if (other := load(name)) is not None:
             parts += [section(other), ran_on(other)]
     parts += [ran_on(found), *([ran_on(speed)] if speed else [])]
-    (DOCS / "memory.md").write_text("\n".join(parts), encoding="utf-8")
-    pictures()
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

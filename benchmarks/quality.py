@@ -29,12 +29,11 @@ from recap_cli.stages.turns import method_of_name
 HERE = Path(__file__).resolve().parent
 METHODS = ("full-ft", "head-ft", "lora-ft", "pre-ft", "post-ft", "movement")
 PLAIN = {"prune.ramp": 1.0, "prune.settled": 0.0, "finetune.course": "round"}
-FAITHFUL = {**PLAIN, "faithful": True, "head.warmup_epochs": 0, "finetune.head_lr": None, "mask.scope": "per-kind"}
 # RECAP with settings of its own: what is on or off, one idea at a time.
 VARIANTS: dict[str, dict[str, Any]] = {
     "recap": {},
     "plain": PLAIN,
-    "faithful": FAITHFUL,
+    "faithful": {"faithful": True},
     "one-course": {**PLAIN, "finetune.course": "run"},
     "round-course": {"finetune.course": "round"},
     "settled": {"prune.ramp": 1.0},

@@ -1,0 +1,75 @@
+"""The pages of docs that are written from benchmarks/results: they are those of the figures, and hold like against like."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a script of benchmarks/."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def quality(load: Any) -> ModuleType:
+    page: ModuleType = load("quality_page")
+    return page
+
+
+@pytest.mark.parametrize(
+    ("script", "page"), [("quality_page", "quality.md"), ("tables", "benchmarks.md"), ("memory_page", "memory.md")]
+)
+def test_a_page_is_what_its_script_makes_of_the_results(script: str, page: str, load: Any) -> None:
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == load(script).page()
+
+
+def cells(variant: str, last: list[float], mask_ratio: float | None = None) -> list[dict[str, Any]]:
+    """A cell for each seed."""
+    memory = {"weights_bytes": 8, "gradients_bytes": 0, "optimizer_bytes": 8}
+    common = {"variant": variant, "mask_ratio": mask_ratio, "prune_ratio": 0.5, "status": "done", "memory": memory}
+    return [{**common, "seed": seed, "last": v, "value": v, "parameters": {"full": 2}} for seed, v in enumerate(last)]
+
+
+def test_the_best_of_a_method_is_that_of_its_rates_and_ties_go_to_it_as_it_comes(quality: ModuleType) -> None:
+    usual, twice = cells("pre-ft", [0.5, 0.6, 0.7]), cells("pre-ft@2", [0.6, 0.7, 0.8])
+    same, lucky = cells("pre-ft+same-rate@2", [0.7, 0.7, 0.7000001]), cells("pre-ft@4", [0.9, 0.9])
+    assert quality.best_of([*usual, *same, *twice, *lucky, *cells("recap", [1.0, 1.0, 1.0], 0.5)], "pre-ft") == twice
+    assert quality.best_of(lucky, "pre-ft") == []  # two seeds are too few
+
+
+def test_differences_are_seed_by_seed(quality: ModuleType) -> None:
+    ours, theirs = cells("recap", [0.50, 0.60, 0.70]), cells("pre-ft", [0.49, 0.58, 0.67])
+    assert quality.against(ours, list(reversed(theirs))) == "+2.0 ± 0.6"  # 1, 2 and 3 points: s.d. 1, s.e. 1 / √3
+    assert quality.against(ours, theirs[:1]) == ""
+
+
+def test_a_row_is_held_against_recap_with_the_defaults_that_it_was_run_with(quality: ModuleType) -> None:
+    new, old = cells("recap", [0.5, 0.5], 0.5), cells("earlier", [0.4, 0.4], 0.5)
+    others = [*cells("recap", [0.6, 0.6], 0.2), *cells("settled+earlier", [0.3, 0.3], 0.5), *cells("pre-ft", [0.2, 0.2])]
+    others += cells("pre-ft+same-rate@2", [0.1, 0.1])
+    found = {(row[0], row[1]): row[5] for row in quality.rows([*new, *old, *others], ("recap", 0.5))}
+    assert found["**RECAP**", "50%"] == found["RECAP, earlier defaults", "50%"] == ""
+    assert found["RECAP", "20%"] == "+10.0 ± 0.0"
+    assert found["RECAP without the ramp, earlier defaults", "50%"] == "-10.0 ± 0.0 (e)"
+    assert found["pre-ft: prune, then finetune all that is left", ""] == "-30.0 ± 0.0"
+    name = "pre-ft: prune, then finetune all that is left, the head at the rate of the rest, rate × 2"
+    assert found[name, ""] == "-30.0 ± 0.0 (e)"
+    rated = {
+        (row[0], row[1]): row[5] for row in quality.rows([*new, *old, *cells("recap@4", [0.6, 0.6], 0.0)], ("recap@4", 0.0))
+    }
+    assert rated["RECAP", "50%"] == "+10.0 ± 0.0 (e)"  # at the rate that was usual then
+
+
+def test_every_variant_has_words(quality: ModuleType, load: Any) -> None:
+    runner = load("quality")
+    for variant in (*runner.VARIANTS, *runner.METHODS):
+        assert quality.said(f"{variant}@2").endswith("rate × 2")
+    assert set(quality.SAID) == {*runner.VARIANTS, *runner.METHODS}
+    assert set(quality.MAIN) == set(quality.TASKS) == set(runner.TASKS)
