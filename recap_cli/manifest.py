@@ -52,6 +52,11 @@ class Manifest:
     recipe: str = RECIPE
     changes: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def made(self) -> dict[str, Any]:
+        """What `init` noted when it made the state; empty if nothing did."""
+        return next((entry for entry in self.history if entry["stage"] == "init"), {})
+
 
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "schema": int,

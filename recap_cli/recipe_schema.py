@@ -71,7 +71,7 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "Ki": 2**10
 _AMOUNT = r"^(\d+(?:\.\d+)?) ?([KMGT]i?|)B$"
 Bytes = Annotated[str, Field(strict=True, pattern=_AMOUNT, examples=["2GiB", "1500MB", "0.5GB"])]
 Scope = Literal["per-kind", "global", "per-layer"]
-MOST_TIMES = 10.0  # the rate of the rest that a new head has by itself; more was not measured
+MAX_HEAD_LR_RATIO = 10.0  # to the rate of the rest, with `auto`: more was not measured
 
 
 def bytes_of(text: str) -> int:
@@ -318,7 +318,7 @@ class Recipe(BaseModel):
         asked, rest = self.finetune.head_lr, self.finetune.lr
         if asked == "auto":
             own = new and not alone and self.finetune.optimizer == "adamw"  # as is the warm-up's
-            return max(rest, min(self.head.lr, MOST_TIMES * rest)) if own else rest
+            return max(rest, min(self.head.lr, MAX_HEAD_LR_RATIO * rest)) if own else rest
         return rest if asked is None else asked
 
     @model_validator(mode="after")

@@ -327,6 +327,10 @@ def test_anchors_and_merge_keys_work_and_overrides_do_not_leak_through_them() ->
             "--set finetune.lr=1e38 finetune.lr expected at most 3.4e+37, beyond which float32 overflows; found 1e+38",
         ),
         (
+            ["finetune.lr=3e35", "head.lr=3e37", "finetune.betas=[0.999, 0.999]"],
+            "r.yaml:1:1 finetune.head_lr expected at most 3.4e+35, beyond which float32 overflows; found 3e+36",
+        ),
+        (
             ["finetune.weight_decay=1e39"],
             "--set finetune.weight_decay=1e39 finetune.weight_decay expected at most 3.4e+38, beyond which float32 overflows; "
             "found 1e+39",

@@ -118,8 +118,7 @@ class Context:
 
         A state that does not say whether its head is new is older than `auto`, and goes on without.
         """
-        made = next((entry for entry in self.state.manifest.history if entry["stage"] == "init"), {})
-        return self.recipe.head_lr(new=made.get("head_new", False), alone=turn.moves == "head")
+        return self.recipe.head_lr(new=self.state.manifest.made.get("head_new", False), alone=turn.moves == "head")
 
     def splits(self, track: Track) -> tuple[Split, Split]:
         """The training and the validation examples, ready for the model."""

@@ -143,7 +143,7 @@ def summary(state: State) -> dict[str, Any]:
         "product": str(state.path / manifest.best["folder"]) if manifest.best else None,
         "best": manifest.best,
         "seconds": sum(entry["seconds"] for entry in manifest.history),
-        "init": next((entry for entry in manifest.history if entry["stage"] == "init"), None),
+        "init": manifest.made or None,
         "changes": manifest.changes,
         "rounds": list(_rows(state)),
     }

@@ -81,9 +81,8 @@ def options_of(recipe: Recipe, method: Method) -> dict[str, Option]:
 
 def turns_of(manifest: Manifest, recipe: Recipe) -> tuple[Turn, ...]:
     """The turns of a state, as they were planned when it was made; one without any is older than methods, and is RECAP's."""
-    made = next((entry for entry in manifest.history if entry["stage"] == "init"), {})
-    if "turns" in made:
-        return tuple(Turn.from_json(turn) for turn in made["turns"])
+    if "turns" in manifest.made:
+        return tuple(Turn.from_json(turn) for turn in manifest.made["turns"])
     embeddings = recipe.mask.train_embeddings
     return (Turn(recipe.prune.ratio, recipe.mask.ratio, share=1 / recipe.rounds, embeddings=embeddings),) * recipe.rounds
 
