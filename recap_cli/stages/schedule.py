@@ -67,7 +67,8 @@ def describe(recipe: Recipe) -> list[str]:
     data, tune = recipe.data, recipe.finetune
     source = data.name or data.builtin or data.train
     length = f"{tune.steps} steps" if tune.steps is not None else f"{tune.epochs:g} epochs"
-    warm = f"{recipe.head.warmup_epochs} epochs at {recipe.head.lr:g}" if recipe.head.warmup_epochs else "not at all"
+    epochs = recipe.head.warmup_epochs
+    warm = f"{epochs} epoch{'s' if epochs > 1 else ''} at {recipe.head.lr:g}" if epochs else "not at all"
     turns = turns_for(recipe)
     head = _head_text(recipe, alone=all(turn.moves == "head" for turn in turns))
     if tune.steps is not None:

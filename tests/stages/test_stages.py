@@ -466,6 +466,7 @@ def test_a_dry_run_says_what_would_happen() -> None:
     lines = "\n".join(describe(tiny("bert")))
     assert "40.0% of the prunable parameters by taylor" in lines
     assert "60.0% of what is left frozen by fisher" in lines
+    assert "warm up the head: 1 epoch at 0.001" in lines
     assert ", the head" not in lines
     low = {"finetune": {"lr": 2e-4}}
     assert "adamw at 0.0002, the head at 0.001 " in "\n".join(describe(tiny("bert", **low)))
