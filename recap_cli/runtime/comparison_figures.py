@@ -1,6 +1,6 @@
 """Pictures of a comparison of methods: the metric over ratios and over memory, and memory and time by their parts.
 
-Rows are what `stages.comparison.groups` gives, one for a method and its ratios over the seeds. What a picture has no figures
+Rows are what `stages.results.groups` gives, one for a method and its ratios over the seeds. What a picture has no figures
 for is not drawn. The looks are those of `figures`; methods keep apart for the colour-blind (as there, at least 31).
 """
 

@@ -22,9 +22,10 @@ from recap_cli.runtime.order import batches
 from recap_cli.runtime.training import Batch
 from recap_cli.stages import blueprint, profile, schedule
 from recap_cli.stages import context as shared
-from recap_cli.stages.comparison import STAGES, finite
+from recap_cli.stages.comparison import finite
 from recap_cli.stages.context import Context
 from recap_cli.stages.eval import best_tensors
+from recap_cli.stages.results import STAGES
 from recap_cli.state import State
 
 BATCH, WARM_UPS, TIMINGS = 32, 2, 7

@@ -20,6 +20,7 @@ from recap_cli.runtime import comparison_figures
 from recap_cli.stages import cells, comparison, processes
 from recap_cli.stages.comparison import Record, Results
 from recap_cli.stages.grid import Cell, Plan
+from recap_cli.stages.results import groups
 
 LIBRARIES = ("torch", "transformers", "timm", "safetensors", "peft")
 
@@ -162,7 +163,7 @@ def _measure_products(out: Path, results: Results, track: Track) -> None:
 
 
 def _draw(out: Path, results: Results) -> None:
-    rows = comparison.groups(results["cells"])
+    rows = groups(results["cells"])
     try:
         results["pictures"] = comparison_figures.draw(rows, out, metric=results["metric"], title=results["recipe"])
     except Exception as error:  # noqa: BLE001  (matplotlib's own, of fonts and files; the results stand without pictures)

@@ -10,29 +10,20 @@ from datetime import UTC, datetime
 from io import StringIO
 from math import isfinite
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from recap_cli import recipe as recipes
 from recap_cli import storage
-from recap_cli.errors import RecapError, StateError
+from recap_cli.errors import DataError, RecapError, StateError
 from recap_cli.folder import HOLDER, LOCK
 from recap_cli.manifest import COMMIT, quoted
 from recap_cli.recipe import Recipe
 from recap_cli.stages.grid import Cell, Plan, place
+from recap_cli.stages.results import KIND, RESULTS, SCHEMA, Outcome, Seconds, Status, parse
 from recap_cli.stages.settings import EXECUTION
 
-SCHEMA, KIND = 1, "comparison"
-RESULTS, TABLE = "results.json", "results.csv"
+TABLE = "results.csv"
 VARIED = {"method": "recap", "options": {}, "seed": 0, "prune.ratio": 0.0, "mask.ratio": 0.0}  # not part of the base recipe
-STATUSES = ("done", "failed", "impossible", "waiting")
-COMPONENTS = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes")
-HELD = COMPONENTS[:3]
-STAGES = ("init", "prune", "mask", "finetune", "merge")
-RECORD = (
-    *("method", "prune_ratio", "mask_ratio", "seed", "settings", "state", "status", "error", "value", "last"),
-    *("product_round", "per_round", "steps", "seconds", "memory", "parameters", "product"),
-)
 ELSEWHERE = "name another folder with --out"
 
 Results = dict[str, Any]
@@ -48,21 +39,11 @@ def read(out: Path) -> Results | None:
     """
     if (text := _text(out)) is None:
         return None
-    place = out / RESULTS
     try:
-        found = json.loads(text)
-    except ValueError as error:
-        again = "remove the file: the same command reads the cells that are finished again"
-        raise StateError(f"{place}: is no JSON ({error})", hint=f"{again}; or {ELSEWHERE}") from None
-    foreign = StateError(f"{place}: is not what `recap compare` writes", hint=ELSEWHERE)
-    if not isinstance(found, dict) or found.get("kind") != KIND or not isinstance(found.get("cells"), list):
-        raise foreign
-    if found.get("schema") != SCHEMA:
-        known = f"has schema {found.get('schema')}, and this recap knows {SCHEMA}"
-        raise StateError(f"{place}: {known}", hint=f"upgrade recap, or {ELSEWHERE}")
-    if not all(isinstance(record, dict) and set(RECORD) <= record.keys() for record in found["cells"]):
-        raise foreign
-    return found
+        return parse(text, out / RESULTS)
+    except DataError as error:
+        again = "remove the file: the same command reads the cells that are finished again; or "
+        raise StateError(error.message, hint=f"{again if (out / 'cells').is_dir() else ''}{ELSEWHERE}") from None
 
 
 def _text(out: Path) -> str | None:
@@ -164,20 +145,6 @@ def state_of(cell: Cell) -> str:
     return f"cells/{cell.name}"
 
 
-def groups(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """A row for each method and its ratios, over the seeds that are done.
-
-    `value` and `deviation` are the mean and the sample standard deviation of the product's metric (None for fewer than one, or
-    two), `last` is the mean after the last round; seconds, steps, sizes and the latency are means; what is held is that of the
-    seed that held most, and peaks are the largest; what no seed has is None. `n` of `of` are done; `statuses` counts all,
-    `errors` are those of the others.
-    """
-    found: dict[tuple[str, float | None, float | None], list[Record]] = {}
-    for record in records:
-        found.setdefault((record["method"], record["prune_ratio"], record["mask_ratio"]), []).append(record)
-    return [_group(*key, mine) for key, mine in found.items()]
-
-
 def finite(value: Any) -> Any:
     """The same with None for numbers that are not finite, which JSON cannot say."""
     if isinstance(value, float):
@@ -187,56 +154,19 @@ def finite(value: Any) -> Any:
     return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _group(method: str, ratio: float | None, mask_ratio: float | None, records: Sequence[Record]) -> dict[str, Any]:
-    done = [record for record in records if record["status"] == "done"]
-    values = [record["value"] for record in done if record["value"] is not None]
-    lasts = [record["last"] for record in done if record.get("last") is not None]
-
-    def over(take: Any, section: str, keys: Iterable[str]) -> dict[str, Any]:
-        there = [record[section] for record in done if record[section]]
-        return {key: take(known) if (known := [s[key] for s in there if s.get(key) is not None]) else None for key in keys}
-
-    steps = [record["steps"] for record in done if record["steps"] is not None]
-    seconds = over(fmean, "seconds", STAGES)
-    memory = over(max, "memory", (*COMPONENTS, "peak_bytes", "device_peak_bytes"))
-    parts: list[list[Any]] = [[(record["memory"] or {}).get(key) for key in HELD] for record in done]
-    whole = [part for part in parts if None not in part]
-    held = sorted(whole, key=sum)[-1] if whole else [None]  # of the run that held most
-    memory |= dict(zip(HELD, held, strict=True)) if whole else {}
-    return {
-        "method": method,
-        "prune_ratio": ratio,
-        "mask_ratio": mask_ratio,
-        "n": len(done),
-        "of": len(records),
-        "last": fmean(lasts) if lasts else None,
-        "value": fmean(values) if values else None,
-        "deviation": stdev(values) if len(values) > 1 else None,
-        "steps": fmean(steps) if steps else None,
-        "statuses": {status: sum(record["status"] == status for record in records) for status in STATUSES},
-        "errors": list(dict.fromkeys(record["error"] for record in records if record["error"])),
-        "seconds": seconds,
-        "seconds_whole": sum(found) if (found := [value for value in seconds.values() if value is not None]) else None,
-        "memory": memory,
-        "held_bytes": None if None in held else sum(held),
-        "parameters": over(fmean, "parameters", ("full", "product", "trainable")),
-        "product": over(fmean, "product", ("bytes", "latency_seconds", "latency_batch")),
-    }
-
-
 def _waiting(cell: Cell) -> Record:
-    return dict.fromkeys(RECORD) | {
-        "method": cell.method,
-        "prune_ratio": cell.prune_ratio,
-        "mask_ratio": cell.mask_ratio,
-        "seed": cell.seed,
-        "settings": dict(cell.settings),
-        "state": state_of(cell),
-        "status": "waiting" if cell.recipe is not None else "impossible",
-        "error": cell.error,
-        "per_round": [],
-        "seconds": dict.fromkeys(STAGES),
-    }
+    status: Status = "waiting" if cell.recipe is not None else "impossible"
+    return Outcome(
+        method=cell.method,
+        prune_ratio=cell.prune_ratio,
+        mask_ratio=cell.mask_ratio,
+        seed=cell.seed,
+        settings=dict(cell.settings),
+        state=state_of(cell),
+        status=status,
+        error=cell.error,
+        seconds=Seconds(),
+    ).model_dump()
 
 
 def _own(settings: Mapping[str, Any]) -> dict[str, Any]:

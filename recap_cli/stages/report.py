@@ -16,8 +16,8 @@ from recap_cli.errors import StateError, StorageError, UsageError
 from recap_cli.manifest import COMMIT, UNDER_WAY, quoted
 from recap_cli.runtime import pages
 from recap_cli.stages import results
-from recap_cli.stages.comparison import RESULTS
 from recap_cli.stages.context import MASK, WEIGHTS, Context, Layout
+from recap_cli.stages.results import RESULTS
 from recap_cli.stages.schedule import summary
 from recap_cli.state import State
 

@@ -1,44 +1,144 @@
-"""The results of `recap compare`, read from a file that anybody may have written, and checked."""
+"""The results of `recap compare`: what `results.json` holds, whoever has written it, and means over the seeds."""
 
 import json
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean, stdev
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from recap_cli.errors import DataError
-from recap_cli.stages.comparison import KIND, RESULTS, SCHEMA, STATUSES, groups
 
-# The numbers of a cell, by the part of it that they stand in; each may be null.
-NUMBERS: dict[str, tuple[str, ...]] = {
-    "": ("prune_ratio", "mask_ratio", "value", "last", "product_round", "steps"),
-    "seconds": ("init", "prune", "mask", "finetune", "merge"),
-    "memory": (
-        *("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes", "peak_bytes"),
-        "device_peak_bytes",
-    ),
-    "parameters": ("full", "product", "trainable"),
-    "product": ("bytes", "latency_seconds", "latency_batch"),
-}
-KINDS: dict[str, type | tuple[type, ...]] = {
-    "metric": str,
-    "recipe": str,
-    "task": str,
-    "command": str,
-    "created": str,
-    "grid": dict,
-    "versions": dict,
-    "machine": dict,
-}
+Status = Literal["done", "failed", "impossible", "waiting"]
+
+SCHEMA, KIND = 1, "comparison"
+RESULTS = "results.json"
+STATUSES: tuple[Status, ...] = get_args(Status)
 HINT = "name a results.json as `recap compare` wrote it, or its folder"
 
 
+def _number(found: object) -> object:
+    if found is None or (isinstance(found, float) and not math.isfinite(found)):
+        return None
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise ValueError("no number")
+    return found
+
+
+Number = Annotated[int | float | None, BeforeValidator(_number)]  # None where it is not known, or not finite
+
+
+class _Part(BaseModel):
+    """A part of the results; what it holds beside what is named here is kept as it is."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class Seconds(_Part):
+    """Of each kind of stage, over all rounds."""
+
+    init: Number = None
+    prune: Number = None
+    mask: Number = None
+    finetune: Number = None
+    merge: Number = None
+
+
+class Memory(_Part):
+    """Held in the round that holds most; activations and peak of a training step as predicted, the device's as measured."""
+
+    weights_bytes: Number = None
+    gradients_bytes: Number = None
+    optimizer_bytes: Number = None
+    activations_bytes: Number = None
+    peak_bytes: Number = None
+    device_peak_bytes: Number = None
+
+
+class Parameters(_Part):
+    """Counts: of the full model, of the product, and the most that moved in a round."""
+
+    full: Number = None
+    product: Number = None
+    trainable: Number = None
+
+
+class Product(_Part):
+    """The bytes of the product's tensors, and the seconds of a forward of `latency_batch` examples."""
+
+    bytes: Number = None
+    latency_seconds: Number = None
+    latency_batch: Number = None
+
+
+class Outcome(_Part):
+    """A cell: a method at its ratios with a seed, and what it gave."""
+
+    method: str
+    prune_ratio: Number = None
+    mask_ratio: Number = None
+    seed: int
+    settings: dict[str, Any]
+    state: str
+    status: Status
+    error: str | None = None
+    value: Number = None
+    last: Number = None
+    product_round: Number = None
+    per_round: list[Number] = Field(default_factory=list)
+    steps: Number = None
+    seconds: Seconds | None = None
+    memory: Memory | None = None
+    parameters: Parameters | None = None
+    product: Product | None = None
+
+
+class Contents(_Part):
+    """What a comparison has written: its cells, and what they have in common."""
+
+    metric: str
+    recipe: str
+    task: str
+    command: str
+    created: str
+    grid: dict[str, Any]
+    versions: dict[str, Any]
+    machine: dict[str, Any]
+    total_steps: Number = None
+    notes: list[str] = Field(default_factory=list)
+    cells: list[Outcome]
+
+
+PARTS: dict[str, type[_Part]] = {"seconds": Seconds, "memory": Memory, "parameters": Parameters, "product": Product}
+STAGES = tuple(Seconds.model_fields)
+HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+
+
 def read(source: Path) -> dict[str, Any]:
-    """Results and their `groups` (a method at its ratios, over the seeds), plain values; a number that is not finite is None.
+    """Results and their `groups` (a method at its ratios, over the seeds), plain values; a number that is not finite is None,
+    and a part that is null has numbers that are.
 
     Raises `DataError` if the file cannot be read, is no results file, or is of another schema.
     """
     place = source / RESULTS if source.is_dir() else source
-    found = _load(place)
+    try:
+        text = place.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError(f"{place}: there is no such file", hint=HINT) from error
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read: {error.strerror}", hint=HINT) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: is no text", hint=HINT) from error
+    found = parse(text, place)
+    cells = [cell | {part: cell[part] or kind().model_dump() for part, kind in PARTS.items()} for cell in found["cells"]]
+    return {**found, "place": str(place), "cells": cells, "groups": groups(cells)}
+
+
+def parse(text: str, place: Path) -> dict[str, Any]:
+    """The results that a text has, checked, as plain values. Raises `DataError`, which names the `place`, if it has none."""
+    found = _load(text, place)
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise DataError(f"{place}: is no result of `recap compare`", hint=HINT)
     if found.get("schema") != SCHEMA:
@@ -46,63 +146,71 @@ def read(source: Path) -> dict[str, Any]:
             f"{place}: has schema {found.get('schema')!r}, and this recap knows schema {SCHEMA}",
             hint="use the version of recap that made it, or run `recap compare` again",
         )
-    for name, kind in KINDS.items():
-        if not isinstance(found.get(name), kind):
-            raise _misfit(place, name, found.get(name))
-    cells = found.get("cells")
-    if not isinstance(cells, list):
-        raise _misfit(place, "cells", cells)
-    read_cells = [_cell(cell, f"cells[{index}]", place) for index, cell in enumerate(cells)]
-    whole = {"total_steps": _number(found.get("total_steps"), "total_steps", place), "place": str(place)}
-    return {**found, **whole, "cells": read_cells, "groups": groups(read_cells)}
-
-
-def _load(place: Path) -> Any:
     try:
-        return json.loads(place.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{place}: there is no such file", hint=HINT) from error
-    except OSError as error:
-        raise DataError(f"{place}: cannot be read: {error.strerror}", hint=HINT) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: is no text", hint=HINT) from error
+        return Contents.model_validate(found).model_dump()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"]).removeprefix(".")
+        value = None if first["type"] == "missing" else first["input"]
+        said = "nothing" if value is None else repr(value)[:60]
+        raise DataError(f"{place}: {where} is not what it should be: found {said}", hint=HINT) from None
+
+
+def _load(text: str, place: Path) -> Any:
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{place}, line {error.lineno}: is no JSON: {error.msg}", hint=HINT) from error
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of more digits than Python reads
         raise DataError(f"{place}: is no JSON that can be read", hint=HINT) from error
 
 
-def _cell(found: Any, where: str, place: Path) -> dict[str, Any]:
-    """A cell with all of its parts, so that a part that is null has numbers that are None."""
-    if not isinstance(found, dict):
-        raise _misfit(place, where, found)
-    cell = {name: found.get(name) for name in ("method", "seed", "status", "error", "state", "settings", "per_round")}
-    if not isinstance(cell["method"], str) or cell["status"] not in STATUSES:
-        name = "status" if isinstance(cell["method"], str) else "method"
-        raise _misfit(place, f"{where}.{name}", cell[name])
-    if not isinstance(cell["error"], str | None):
-        raise _misfit(place, f"{where}.error", cell["error"])
-    rounds = cell["per_round"] or []
-    if not isinstance(rounds, list):
-        raise _misfit(place, f"{where}.per_round", rounds)
-    cell["per_round"] = [_number(value, f"{where}.per_round", place) for value in rounds]
-    for part, names in NUMBERS.items():
-        inside = found if not part else found.get(part) or {}
-        if not isinstance(inside, dict):
-            raise _misfit(place, f"{where}.{part}", inside)
-        numbers = {name: _number(inside.get(name), f"{where}{f'.{part}' * bool(part)}.{name}", place) for name in names}
-        cell |= {part: numbers} if part else numbers
-    return cell
+def groups(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each method and its ratios, over the seeds that are done.
+
+    `value` and `deviation` are the mean and the sample standard deviation of the product's metric (None for fewer than one, or
+    two), `last` is the mean after the last round; seconds, steps, sizes and the latency are means; what is held is that of the
+    seed that held most, and peaks are the largest; what no seed has is None. `n` of `of` are done; `statuses` counts all,
+    `errors` are those of the others.
+    """
+    found: dict[tuple[str, float | None, float | None], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        found.setdefault((cell["method"], cell["prune_ratio"], cell["mask_ratio"]), []).append(cell)
+    return [_group(*key, mine) for key, mine in found.items()]
 
 
-def _number(found: Any, where: str, place: Path) -> float | None:
-    if found is None or (isinstance(found, float) and not math.isfinite(found)):
-        return None
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        raise _misfit(place, where, found)
-    return found
+def _group(method: str, ratio: float | None, mask_ratio: float | None, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    done = [cell for cell in cells if cell["status"] == "done"]
+    values = [cell["value"] for cell in done if cell["value"] is not None]
+    lasts = [cell["last"] for cell in done if cell.get("last") is not None]
 
+    def over(take: Any, part: str) -> dict[str, Any]:
+        there = [cell[part] for cell in done if cell[part]]
+        keys = PARTS[part].model_fields
+        return {key: take(known) if (known := [p[key] for p in there if p.get(key) is not None]) else None for key in keys}
 
-def _misfit(place: Path, where: str, found: Any) -> DataError:
-    said = "nothing" if found is None else repr(found)[:60]
-    return DataError(f"{place}: {where} is not what it should be: found {said}", hint=HINT)
+    steps = [cell["steps"] for cell in done if cell["steps"] is not None]
+    seconds, memory = over(fmean, "seconds"), over(max, "memory")
+    parts: list[list[Any]] = [[(cell["memory"] or {}).get(key) for key in HELD] for cell in done]
+    whole = [part for part in parts if None not in part]
+    held = sorted(whole, key=sum)[-1] if whole else [None]  # of the run that held most
+    memory |= dict(zip(HELD, held, strict=True)) if whole else {}
+    return {
+        "method": method,
+        "prune_ratio": ratio,
+        "mask_ratio": mask_ratio,
+        "n": len(done),
+        "of": len(cells),
+        "last": fmean(lasts) if lasts else None,
+        "value": fmean(values) if values else None,
+        "deviation": stdev(values) if len(values) > 1 else None,
+        "steps": fmean(steps) if steps else None,
+        "statuses": {status: sum(cell["status"] == status for cell in cells) for status in STATUSES},
+        "errors": list(dict.fromkeys(cell["error"] for cell in cells if cell["error"])),
+        "seconds": seconds,
+        "seconds_whole": sum(found) if (found := [value for value in seconds.values() if value is not None]) else None,
+        "memory": memory,
+        "held_bytes": None if None in held else sum(held),
+        "parameters": over(fmean, "parameters"),
+        "product": over(fmean, "product"),
+    }

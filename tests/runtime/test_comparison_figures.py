@@ -15,7 +15,7 @@ ALL = ("metric-prune-ratio.png", "metric-mask-ratio.png", "metric-memory.png", "
 
 
 def row(method: str, value: float = 0.9, r_p: float | None = None, r_f: float | None = None, **memory: Any) -> dict[str, Any]:
-    """A row as `stages.comparison.groups` gives it."""
+    """A row as `stages.results.groups` gives it."""
     held = {"weights_bytes": 800_000, "gradients_bytes": 400_000, "optimizer_bytes": 800_000}
     return {
         "method": method,

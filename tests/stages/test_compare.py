@@ -19,6 +19,7 @@ from recap_cli import recipe as recipes
 from recap_cli.errors import PluginError, RecipeError, StateError, StateLockedError, UsageError
 from recap_cli.folder import locked
 from recap_cli.stages import cells, compare, comparison, grid, processes
+from recap_cli.stages.results import Outcome, groups
 from recap_cli.stages.run import run
 from tests.tiny import tiny
 
@@ -259,7 +260,7 @@ def test_the_results_are_whole_after_every_cell(recipe: str, commands: list[str]
     assert results["machine"]["cores"] >= 1
     assert results["versions"].keys() >= {"recap", "python", "torch"}
     full, recap = results["cells"]
-    assert tuple(recap) == comparison.RECORD
+    assert tuple(recap) == tuple(Outcome.model_fields)
     assert full["steps"] == recap["steps"] == results["total_steps"] == 5
     assert recap["per_round"] == [recap["last"]] == [recap["value"]]
     assert recap["product_round"] == 1
@@ -351,7 +352,7 @@ def begun(recipe: str, *overrides: str) -> grid.Plan:
     """A comparison that has begun, as results on disk."""
     made = plan(recipe, *overrides)
     Path("out").mkdir()
-    comparison.write(Path("out"), comparison.merged(None, made, {}))
+    comparison.write(Path("out"), comparison.merged(None, made, {"versions": {}, "machine": {}}))
     return made
 
 
@@ -413,9 +414,9 @@ def _results(text: str) -> Callable[[Path], None]:
         (_state, "is a state, not a comparison"),
         (lambda out: (out / "sub").mkdir(parents=True), "is not empty, and no comparison"),
         (_results("{"), "is no JSON"),
-        (_results('{"kind": "other"}'), "is not what `recap compare` writes"),
+        (_results('{"kind": "other"}'), "is no result of `recap compare`"),
         (_results('{"kind": "comparison", "schema": 9, "cells": []}'), "has schema 9"),
-        (_results('{"kind": "comparison", "schema": 1, "cells": [{"method": "x"}]}'), "is not what `recap compare` writes"),
+        (_results('{"kind": "comparison", "schema": 1, "cells": [{"method": "x"}]}'), "metric is not what it should be"),
     ],
 )
 def test_a_folder_that_is_something_else_is_left_alone(recipe: str, make: Callable[[Path], Any], told: str) -> None:
@@ -427,12 +428,26 @@ def test_a_folder_that_is_something_else_is_left_alone(recipe: str, make: Callab
     assert sorted(Path().rglob("*")) == before
 
 
+def test_results_that_were_damaged_are_refused_and_may_be_removed(recipe: str) -> None:
+    made = begun(recipe)
+    found = stored(Path("out"))
+    found["cells"][0]["seed"] = "0"
+    Path("out/results.json").write_text(json.dumps(found))
+    with pytest.raises(StateError, match=r"cells\[0\]\.seed is not what it should be: found '0'") as caught:
+        compare.compare(made, Path("out"))
+    assert "remove" not in str(caught.value.hint)  # as no cell has begun
+    Path("out/cells").mkdir()
+    with pytest.raises(StateError) as caught:
+        compare.compare(made, Path("out"))
+    assert "remove the file" in str(caught.value.hint)
+
+
 def test_groups_are_means_and_deviations_over_the_seeds_that_are_done(recipe: str) -> None:
     records = comparison.merged(None, plan(recipe, methods=["recap"], seeds=[0, 1, 2]), {})["cells"]
     for record, value in zip(records, (0.8, 0.9), strict=False):
         record |= {"status": "done", "value": value, "steps": 10, "product": {"bytes": 4, "latency_seconds": value}}
     records[2] |= {"status": "failed", "error": "it broke"}
-    (group,) = comparison.groups(records)
+    (group,) = groups(records)
     assert (group["n"], group["of"], group["steps"]) == (2, 3, 10)
     assert group["value"] == pytest.approx(0.85)
     assert group["deviation"] == pytest.approx(math.sqrt(0.005))
