@@ -4,7 +4,7 @@ python benchmarks/quality_page.py
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -87,11 +87,11 @@ def in_short(found: Mapping[str, Mapping[str, Any]]) -> str:
                 ours = best_of([cell for cell in mine if cell["mask_ratio"] == mask_ratio], "recap")
                 if not ours or not all(others):
                     continue
-                line: list[object] = [task, f"{ratio:.1%}", f"{mask_ratio:.0%}"]
+                line: list[object] = [task, f"{ratio:.1%}", f"{mask_ratio:.0%}", seeds_of((ours, *others))]
                 line += [f"{mean_of(of)} ({rates_of(of[0]['variant'], figures['lr'])})" for of in (ours, *others)]
                 line += [against(ours, of) for of in others]
                 lines.append([*line, *(f"{share_of(of):.0%}" for of in (ours, *others))])
-    head = ["task", "r_p", "r_f", "RECAP, % (rate)", *OTHERS, *(f"RECAP − {name}" for name in OTHERS), "RECAP holds"]
+    head = ["task", "r_p", "r_f", "seeds", "RECAP, % (rate)", *OTHERS, *(f"RECAP − {name}" for name in OTHERS), "RECAP holds"]
     return f"{SHORT}\n{table([*head, *(f'{name} holds' for name in OTHERS)], lines)}\n"
 
 
@@ -127,6 +127,12 @@ def rates_of(variant: str, usual: float) -> str:
     """The peak learning rate of a variant, and whether the head has it too."""
     rate = f"{usual * float(variant.partition('@')[2] or 1):g}"
     return f"{rate}, head too" if "same-rate" in variant else rate
+
+
+def seeds_of(rows: Iterable[Sequence[Cell]]) -> str:
+    """How many seeds there are, or the fewest and the most."""
+    counts = sorted({len(cells) for cells in rows})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def held_of(cells: Sequence[Cell]) -> int:
@@ -189,15 +195,16 @@ def rows(cells: Sequence[Cell], base: Row) -> Iterator[list[object]]:
         last = [100 * cell["last"] for cell in mine]
         deviation = stdev(last) if len(last) > 1 else None
         peaks = [cell["memory"]["peak_bytes"] for cell in mine if cell["memory"].get("peak_bytes")]
-        ours = EARLIER if was_earlier(row, base) and EARLIER in found else base
+        ours = EARLIER if was_earlier(row, base) and EARLIER in found else twin_of(row, found, base)
         difference = "" if row == ours else against(mine, found.get(ours, ()))
+        mark = " (e)" if ours == EARLIER else "" if ours == base else " (s)"
         yield [
             f"**{said(variant)}**" if row == base else said(variant),
             "" if mask_ratio is None else f"{mask_ratio:.0%}",
             f"{fmean(last):.1f}",
             "" if deviation is None else f"{deviation:.1f}",
             "" if deviation is None else f"{deviation / len(last) ** 0.5:.1f}",
-            f"{difference} (e)" if difference and ours == EARLIER else difference,
+            f"{difference}{mark}" if difference else "",
             f"{fmean(100 * cell['value'] for cell in mine):.1f}",
             " / ".join(f"{value:.1f}" for value in last),
             f"{held_of(mine) / 1e6:.1f}",
@@ -212,6 +219,13 @@ def was_earlier(row: Row, base: Row) -> bool:
     """
     names = row[0].partition("@")[0].split("+")
     return bool({"earlier", "same-rate", "per-kind-mask"} & set(names)) or (row[0] == "recap" != base[0])
+
+
+def twin_of(row: Row, found: Mapping[Row, Any], base: Row) -> Row:
+    """RECAP's row at the rate and the r_f of one of its variants, which differs from it in that setting alone; else `base`."""
+    names, _, times = row[0].partition("@")
+    twin = (f"recap@{times}" if times else "recap", row[1])
+    return twin if row[1] is not None and names != "recap" and twin in found else base
 
 
 def against(cells: Sequence[Cell], others: Sequence[Cell]) -> str:
@@ -243,7 +257,8 @@ and few steps, as a CPU can bear. The paper's own setting (20 epochs of 50,000 i
 - *± s.d.* is the sample standard deviation over the seeds, *± s.e.* that divided by the root of their number. A seed changes
   the training examples, the head and every draw.
 - *Against RECAP* is the mean difference, seed by seed, ± its standard error: to the row of RECAP that is set in bold, or, with
-  *(e)*, to that with its earlier defaults at r_f = 50 % (the head at the rate of the rest, layers competing for the mask).
+  *(e)*, to that with its earlier defaults at r_f = 50 % (the head at the rate of the rest, layers competing for the mask), or,
+  with *(s)*, to that at the same r_f and rate.
 - *Held* is weights, gradients and optimizer state as measured, the most of all rounds, with `fused_backward`, which frees
   each gradient as it is used. *Of full* is its share of 16 bytes a parameter: weights, gradients and both moments in fp32,
   held at once, as full finetuning has them as it comes. *Peak* is predicted for a training step on CUDA: held, and the
@@ -264,11 +279,11 @@ and few steps, as a CPU can bear. The paper's own setting (20 epochs of 50,000 i
 
 SHORT = """## In short
 
-The mean of the last round ± its standard error over three seeds, at the best of the peak rates that the method was tried at (in
-parentheses; of `pre-ft` and `post-ft` also those with the head at the rate of the rest). The rate was chosen by these figures,
-which flatters every method by as much as it had rates to choose from. All take the same number of optimizer steps. The paper's
-r_f is 50 % for texts and 87.5 % for images; at r_f = 0 everything moves but the embeddings. What is held is a share of full
-finetuning's.
+The mean of the last round ± its standard error over so many seeds, at the best of the peak rates that the method was tried at
+(in parentheses; of `pre-ft` and `post-ft` also those with the head at the rate of the rest). The rate was chosen by these
+figures, which flatters every method by as much as it had rates to choose from. All take the same number of optimizer steps. The
+paper's r_f is 50 % for texts and 87.5 % for images; at r_f = 0 everything moves but the embeddings. What is held is a share of
+full finetuning's.
 """
 
 

@@ -67,6 +67,15 @@ def test_a_row_is_held_against_recap_with_the_defaults_that_it_was_run_with(qual
     assert rated["RECAP", "50%"] == "+10.0 ± 0.0 (e)"  # at the rate that was usual then
 
 
+def test_a_variant_is_held_against_recap_at_its_own_rate_and_mask_ratio(quality: ModuleType) -> None:
+    ours = [*cells("recap@4", [0.9, 0.9], 0.0), *cells("recap@4", [0.8, 0.8], 0.5)]
+    others = [*cells("random-mask@4", [0.7, 0.7], 0.5), *cells("pre-ft@4", [0.6, 0.6]), *cells("settled@2", [0.5, 0.5], 0.5)]
+    found = {row[0]: row[5] for row in quality.rows([*ours, *others], ("recap@4", 0.0))}
+    assert found["RECAP, mask at random, rate × 4"] == "-10.0 ± 0.0 (s)"
+    assert found["pre-ft: prune, then finetune all that is left, rate × 4"] == "-30.0 ± 0.0"
+    assert found["RECAP without the ramp, rate × 2"] == "-40.0 ± 0.0"  # RECAP was not run at that rate
+
+
 def test_every_variant_has_words(quality: ModuleType, load: Any) -> None:
     runner = load("quality")
     for variant in (*runner.VARIANTS, *runner.METHODS):
