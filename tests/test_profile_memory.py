@@ -204,7 +204,8 @@ def test_settings_that_a_state_cannot_have_are_refused(line: str, told: str, hin
 def test_the_advice_for_a_recipe_keeps_the_settings_that_were_given_and_runs(
     ask: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = "--set finetune.batch_size=4 --set evaluate.batch_size=4 --set finetune.memory_budget=1GB"
+    given = "--set finetune.fused_backward=false --set finetune.batch_size=4 --set evaluate.batch_size=4"
+    given += " --set finetune.memory_budget=1GB"
     recipe = recipes.read("vit.yaml", ["finetune.batch_size=4"])
     peak = profile.predict(blueprint.outline(recipe, LABELS), recipe, "recap").usage.peak_bytes
     amount = f"{int(peak * 0.95) + budget.WORKSPACE_BYTES}B"
@@ -215,6 +216,7 @@ def test_the_advice_for_a_recipe_keeps_the_settings_that_were_given_and_runs(
     (so,) = [line.removeprefix("run so: ") for line in err.splitlines() if line.startswith("run so: ")]
     assert so.startswith("recap run vit.yaml --set finetune.batch_size=4 --set evaluate.batch_size=4 --set finetune.")
     assert so.endswith(" --set finetune.memory_budget=null")
+    assert so.count("finetune.fused_backward") == 1  # what was changed stands once
     (solving,) = [line for line in err.splitlines() if line.startswith("or let init find the settings: ")]
     assert solving.endswith(f"--set evaluate.batch_size=4 --set finetune.memory_budget={amount}")
     assert solving.count("memory_budget") == 1
