@@ -50,10 +50,16 @@ def test_a_recipe_has_every_default() -> None:
     got = parsed()
     assert (got.name, got.seed, got.rounds, got.patience) == ("recap", 0, 10, None)
     assert (got.prune.ratio, got.prune.steps, got.prune.criterion, got.prune.scope) == (0.333, 4, "taylor", "per-kind")
-    assert (got.mask.ratio, got.mask.criterion, got.mask.train_embeddings) == (0.875, "fisher", False)
+    assert (got.mask.ratio, got.mask.criterion, got.mask.train_embeddings) == (0.5, "fisher", False)
     assert (got.finetune.epochs, got.finetune.steps, got.finetune.betas) == (2.0, None, (0.9, 0.999))
     assert (got.importance.batches, got.importance.batch_size, got.importance.device) == (10, 32, "cpu")
     assert (got.head.warmup_epochs, got.evaluate.batch_size, got.data.label) == (1, 64, "label")
+
+
+def test_a_faithful_recipe_may_choose_where_the_paper_has_another_mask() -> None:
+    paper, chosen = parsed("faithful: true\n"), parsed("faithful: true\nmask: {ratio: 0.5, scope: per-layer}\n")
+    assert (paper.mask.ratio, paper.mask.scope) == (0.875, "per-kind")
+    assert (chosen.mask.ratio, chosen.mask.scope) == (0.5, "per-layer")
 
 
 def test_a_recipe_cannot_be_changed() -> None:
@@ -541,7 +547,8 @@ def test_a_shipped_recipe_opens_with_what_it_is(name: str) -> None:
 def test_a_shipped_recipe_has_the_settings_of_the_paper(name: str) -> None:
     got = recipe.read(name)
     text = name.startswith("bert")
-    assert (got.prune.ratio, got.mask.ratio, got.finetune.lr) == ((0.5, 0.5, 2e-5) if text else (0.333, 0.875, 1e-4))
+    assert (got.prune.ratio, got.finetune.lr) == ((0.5, 2e-5) if text else (0.333, 1e-4))
+    assert got.method != "recap" or got.mask.ratio == (0.5 if text else 0.875)
     assert (got.rounds, got.prune.steps, got.finetune.epochs, got.finetune.batch_size) == (10, 4, 2, 32)
     assert (got.finetune.schedule, got.prune.criterion, got.mask.criterion) == ("linear", "taylor", "fisher")
     metric = {"bert_base_cola": "matthews", "bert_base_mrpc": "f1"}.get(name, "accuracy")
