@@ -87,7 +87,7 @@ def in_short(found: Mapping[str, Mapping[str, Any]]) -> str:
                 ours = best_of([cell for cell in mine if cell["mask_ratio"] == mask_ratio], "recap")
                 if not ours or not all(others):
                     continue
-                line: list[object] = [task, f"{ratio:.1%}", f"{mask_ratio:.0%}", seeds_of((ours, *others))]
+                line: list[object] = [task, f"{ratio:.1%}", f"{100 * mask_ratio:g}%", seeds_of((ours, *others))]
                 line += [f"{mean_of(of)} ({rates_of(of[0]['variant'], figures['lr'])})" for of in (ours, *others)]
                 line += [against(ours, of) for of in others]
                 lines.append([*line, *(f"{share_of(of):.0%}" for of in (ours, *others))])
@@ -200,7 +200,7 @@ def rows(cells: Sequence[Cell], base: Row) -> Iterator[list[object]]:
         mark = " (e)" if ours == EARLIER else "" if ours == base else " (s)"
         yield [
             f"**{said(variant)}**" if row == base else said(variant),
-            "" if mask_ratio is None else f"{mask_ratio:.0%}",
+            "" if mask_ratio is None else f"{100 * mask_ratio:g}%",
             f"{fmean(last):.1f}",
             "" if deviation is None else f"{deviation:.1f}",
             "" if deviation is None else f"{deviation / len(last) ** 0.5:.1f}",
