@@ -19,7 +19,8 @@ FAITHFUL: dict[str, Any] = {
     "finetune.course": "round",
 }
 # What it has where ours is another, and a recipe that asks for it may choose, as it may `prune.scope`.
-FAITHFUL_UNLESS_SAID: dict[str, Any] = {"mask.ratio": 0.875, "mask.scope": "per-kind"}
+FAITHFUL_UNLESS_SAID: dict[str, Any] = {"mask.scope": "per-kind"}
+FAITHFUL_TO_IMAGES: dict[str, Any] = {"mask.ratio": 0.875}  # likewise; for texts the paper has our default
 ALTERNATIVES = (("model.name", "model.config"), ("data.name", "data.builtin", "data.train"))
 NEEDS = {  # key: the key without which it means nothing
     "model.revision": "model.name",

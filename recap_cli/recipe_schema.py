@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from recap_cli.recipe_conflicts import CONFLICTS, FAITHFUL, FAITHFUL_UNLESS_SAID, conflicts_in
+from recap_cli.recipe_conflicts import CONFLICTS, FAITHFUL, FAITHFUL_TO_IMAGES, FAITHFUL_UNLESS_SAID, conflicts_in
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 _FROZEN = ConfigDict(extra="forbid", frozen=True)
@@ -278,7 +278,9 @@ class Recipe(BaseModel):
         default_factory=dict, description="The method's own settings, as in {rank: 8}."
     )
     faithful: Flag = Field(
-        default=False, description="True keeps the paper's plain algorithm: what it has no word for is off (`FAITHFUL`)."
+        default=False,
+        description="True keeps the paper's plain algorithm: what it has no word for is off (`FAITHFUL`), and what a recipe "
+        "leaves out is as there.",
     )
     seed: Seed = Field(default=0, description="Seed of every random choice.")
     rounds: Count = Field(
@@ -307,8 +309,9 @@ class Recipe(BaseModel):
         """Fill in the paper's settings where the recipe asks for them and says nothing itself."""
         if not isinstance(values, dict) or values.get("faithful") is not True:
             return values
-        filled = dict(values)
-        for key, value in (FAITHFUL | FAITHFUL_UNLESS_SAID).items():
+        filled, task = dict(values), values.get("task")
+        images = isinstance(task, dict) and task.get("kind") == "image-classification"
+        for key, value in (FAITHFUL | FAITHFUL_UNLESS_SAID | (FAITHFUL_TO_IMAGES if images else {})).items():
             section, name = key.split(".")
             known = filled.get(section) or {}
             if isinstance(known, dict) and name not in known:

@@ -57,9 +57,11 @@ def test_a_recipe_has_every_default() -> None:
 
 
 def test_a_faithful_recipe_may_choose_where_the_paper_has_another_mask() -> None:
-    paper, chosen = parsed("faithful: true\n"), parsed("faithful: true\nmask: {ratio: 0.5, scope: per-layer}\n")
-    assert (paper.mask.ratio, paper.mask.scope) == (0.875, "per-kind")
-    assert (chosen.mask.ratio, chosen.mask.scope) == (0.5, "per-layer")
+    paper, chosen = parsed("faithful: true\n"), parsed("faithful: true\nmask: {ratio: 0.2, scope: per-layer}\n")
+    assert (paper.mask.ratio, paper.mask.scope) == (0.5, "per-kind")
+    assert (chosen.mask.ratio, chosen.mask.scope) == (0.2, "per-layer")
+    images = ["task.kind=image-classification", "data.image=image", "data.text=null"]
+    assert parsed("faithful: true\n", *images).mask.ratio == 0.875
 
 
 def test_a_recipe_cannot_be_changed() -> None:

@@ -281,7 +281,7 @@ def _commands(subject: _Subject, target: str, overrides: Sequence[str], text: st
         return
     overrides = [given for given in overrides if not given.startswith("finetune.memory_budget=")]
     values = {change.key: value_text(change.after) for change in changes}
-    sets = [given for given in overrides if given.partition("=")[0] not in values]
+    sets = [given for given in overrides if given.partition("=")[0].strip() not in values]
     sets += [f"{key}={value}" for key, value in values.items()]
     if state is None and recipe.finetune.memory_budget is not None:
         sets.append("finetune.memory_budget=null")  # which would change them once more

@@ -37,17 +37,17 @@ def read(out: Path) -> Results | None:
         StateError: it holds something else, or results that this version does not know.
         StorageError: it cannot be read.
     """
-    if (text := _text(out)) is None:
+    if (raw := _raw(out)) is None:
         return None
     try:
-        return parse(text, out / RESULTS)
+        return parse(raw, out / RESULTS)
     except DataError as error:
-        again = "remove the file: the same command reads the cells that are finished again; or "
-        raise StateError(error.message, hint=f"{again if (out / 'cells').is_dir() else ''}{ELSEWHERE}") from None
+        again = "; or move the file away: the same command reads the cells of its grid that are finished again"
+        raise StateError(error.message, hint=f"{ELSEWHERE}{again if (out / 'cells').is_dir() else ''}") from None
 
 
-def _text(out: Path) -> str | None:
-    """The text of the results in a folder, None where it is empty or not there."""
+def _raw(out: Path) -> bytes | None:
+    """The file of the results in a folder, None where it is empty or not there."""
     with storage.storage_errors(out):
         if not out.exists():
             return None
@@ -55,7 +55,7 @@ def _text(out: Path) -> str | None:
             raise StateError(f"{out}: is a file, not a folder", hint=ELSEWHERE)
         names = {entry.name for entry in out.iterdir()} - {LOCK, HOLDER, f"{RESULTS}.tmp"}
         if RESULTS in names:
-            return (out / RESULTS).read_text(encoding="utf-8", errors="replace")
+            return (out / RESULTS).read_bytes()
         if not names or "cells" in names:  # without results the finished cells are read again
             return None
         what = "is a state, not a comparison" if COMMIT in names else f"is not empty, and no comparison: it has no {RESULTS}"

@@ -15,6 +15,7 @@ Status = Literal["done", "failed", "impossible", "waiting"]
 
 SCHEMA, KIND = 1, "comparison"
 RESULTS = "results.json"
+LARGEST = 1e18  # sums and squares of such numbers are still numbers
 STATUSES: tuple[Status, ...] = get_args(Status)
 HINT = "name a results.json as `recap compare` wrote it, or its folder"
 
@@ -24,6 +25,8 @@ def _number(found: object) -> object:
         return None
     if isinstance(found, bool) or not isinstance(found, int | float):
         raise ValueError("no number")
+    if abs(found) > LARGEST:
+        raise ValueError("larger than anything that is counted here")
     return found
 
 
@@ -79,7 +82,7 @@ class Outcome(_Part):
     method: str
     prune_ratio: Number = None
     mask_ratio: Number = None
-    seed: int
+    seed: int = Field(ge=0, lt=2**63)
     settings: dict[str, Any]
     state: str
     status: Status
@@ -124,21 +127,19 @@ def read(source: Path) -> dict[str, Any]:
     """
     place = source / RESULTS if source.is_dir() else source
     try:
-        text = place.read_text(encoding="utf-8")
+        raw = place.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"{place}: there is no such file", hint=HINT) from error
     except OSError as error:
         raise DataError(f"{place}: cannot be read: {error.strerror}", hint=HINT) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: is no text", hint=HINT) from error
-    found = parse(text, place)
+    found = parse(raw, place)
     cells = [cell | {part: cell[part] or kind().model_dump() for part, kind in PARTS.items()} for cell in found["cells"]]
     return {**found, "place": str(place), "cells": cells, "groups": groups(cells)}
 
 
-def parse(text: str, place: Path) -> dict[str, Any]:
-    """The results that a text has, checked, as plain values. Raises `DataError`, which names the `place`, if it has none."""
-    found = _load(text, place)
+def parse(raw: bytes, place: Path) -> dict[str, Any]:
+    """The results that a file has, checked, as plain values. Raises `DataError`, which names the `place`, if it has none."""
+    found = _load(raw, place)
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise DataError(f"{place}: is no result of `recap compare`", hint=HINT)
     if found.get("schema") != SCHEMA:
@@ -156,9 +157,13 @@ def parse(text: str, place: Path) -> dict[str, Any]:
         raise DataError(f"{place}: {where} is not what it should be: found {said}", hint=HINT) from None
 
 
-def _load(text: str, place: Path) -> Any:
+def _load(raw: bytes, place: Path) -> Any:
     try:
-        return json.loads(text)
+        found = json.loads(raw.decode("utf-8"))
+        json.dumps(found, ensure_ascii=False).encode("utf-8")  # a lone surrogate is JSON, and cannot be written again
+        return found
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: is no text", hint=HINT) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{place}, line {error.lineno}: is no JSON: {error.msg}", hint=HINT) from error
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of more digits than Python reads

@@ -435,11 +435,11 @@ def test_results_that_were_damaged_are_refused_and_may_be_removed(recipe: str) -
     Path("out/results.json").write_text(json.dumps(found))
     with pytest.raises(StateError, match=r"cells\[0\]\.seed is not what it should be: found '0'") as caught:
         compare.compare(made, Path("out"))
-    assert "remove" not in str(caught.value.hint)  # as no cell has begun
+    assert "move the file away" not in str(caught.value.hint)  # as no cell has begun
     Path("out/cells").mkdir()
     with pytest.raises(StateError) as caught:
         compare.compare(made, Path("out"))
-    assert "remove the file" in str(caught.value.hint)
+    assert "move the file away" in str(caught.value.hint)
 
 
 def test_groups_are_means_and_deviations_over_the_seeds_that_are_done(recipe: str) -> None:

@@ -197,6 +197,7 @@ def test_what_is_neither_a_state_nor_results_is_refused(tmp_path: Path) -> None:
         ("[]", "is no result of `recap compare`"),
         ('{"schema": 1, "kind": "forecast"}', "is no result of `recap compare`"),
         (b"\xff\xfe", "is no text"),
+        ('"\\ud800"', "is no JSON that can be read"),
     ],
 )
 def test_a_file_that_is_no_results_is_refused(text: str | bytes, what: str, tmp_path: Path) -> None:
@@ -218,6 +219,8 @@ def test_a_file_that_is_no_results_is_refused(text: str | bytes, what: str, tmp_
         ({"cells": [{**sample()["cells"][0], "value": "0.9"}]}, "cells[0].value is not"),
         ({"cells": [{**sample()["cells"][0], "memory": {"peak_bytes": True}}]}, "cells[0].memory.peak_bytes is not"),
         ({"cells": [{**sample()["cells"][0], "seconds": [1]}]}, "cells[0].seconds is not"),
+        ({"cells": [{**sample()["cells"][0], "steps": 10**400}]}, "cells[0].steps is not"),
+        ({"cells": [{**sample()["cells"][0], "seed": -1}]}, "cells[0].seed is not"),
     ],
 )
 def test_results_that_are_not_as_agreed_are_refused(change: dict[str, Any], what: str, written: Path) -> None:
