@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from record import command_line, parser, write
+from record import command_line, machine, parser, write
 
 from recap_cli import recipe as recipes
 from recap_cli.stages import blueprint, grid, profile
@@ -218,6 +218,8 @@ def main() -> None:
     kept = {key: before[key] for key in ("note", "predicted") if key in before}
     commands = before.get("commands") or [before["command"]] if before["cells"] else []
     kept["commands"] = list(dict.fromkeys([*commands, command_line()]))
+    machines = before.get("machines") or [before["machine"]] if before["cells"] else []
+    kept["machines"] = [*machines, *([] if machine() in machines else [machine()])]
     if args.predict:
         write(out, before["benchmark"], {**before, **kept, "predicted": list(predicted(args.task))}, how=before["how"])
         return

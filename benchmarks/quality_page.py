@@ -279,7 +279,7 @@ and few steps, as a CPU can bear. The paper's own setting (20 epochs of 50,000 i
 - Methods share one learning rate on a task, but where a row says otherwise. It was chosen by one-seed trials of several methods
   on CIFAR-100, and by hand for texts. For these 1e-4, 2e-4 and 4e-4 were tried on SST-2 at r_p = 50 %. The head moves at 1e-3
   but where a row says otherwise, and a new one is warmed up before.
-- Cells were run on machines of two cores each, with processors of two makers, and not the same for all cells of a table.
+- Where two machines stand below a table, it was not kept which cell ran on which.
 - Many cells of CIFAR-100 and SST-2 were run by earlier commits, when defaults and names of variants were others: all that are
   compared with (e), and those that had today's defaults set by hand. The commands are those that do it now.
 - `pre-ft` and `post-ft` train the embeddings too, RECAP leaves them as they are: in MiniLM they are half of the parameters, and

@@ -192,8 +192,9 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
 
 def ran_on(found: Result) -> str:
     """The line below each section: on what, when and how."""
-    machine, libraries = found["machine"], ", ".join(f"{n} {v}" for n, v in found["versions"].items())
-    where = f"{machine['cores']} cores of {machine['cpu']}, {machine['ram_gib']} GiB"
+    libraries = ", ".join(f"{n} {v}" for n, v in found["versions"].items())
+    machines = found.get("machines") or [found["machine"]]
+    where = " or ".join(f"{m['cores']} cores of {m['cpu']}, {m['ram_gib']} GiB" for m in machines)
     settings = "".join(f"{name}={value} " for name, value in found["environment"].items())
     first, *others = found.get("commands") or [found["command"]]
     commands = ", ".join([f"`{settings}{first}`", *(f"the same with `{command}`" for command in others)])

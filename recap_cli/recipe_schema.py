@@ -279,8 +279,8 @@ class Recipe(BaseModel):
     )
     faithful: Flag = Field(
         default=False,
-        description="True keeps the paper's plain algorithm: what it has no word for is off (`FAITHFUL`), and what a recipe "
-        "leaves out is as there.",
+        description="True keeps the paper's plain algorithm: what it has no word for is off (`FAITHFUL`), and "
+        "`mask.scope` and, for images, `mask.ratio` are its own where a recipe does not say them.",
     )
     seed: Seed = Field(default=0, description="Seed of every random choice.")
     rounds: Count = Field(

@@ -204,7 +204,7 @@ def test_settings_that_a_state_cannot_have_are_refused(line: str, told: str, hin
 def test_the_advice_for_a_recipe_keeps_the_settings_that_were_given_and_runs(
     ask: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = "--set finetune.fused_backward=false --set finetune.batch_size=4 --set evaluate.batch_size=4"
+    given = "--set 'finetune.fused_backward =false' --set finetune.batch_size=4 --set evaluate.batch_size=4"
     given += " --set finetune.memory_budget=1GB"
     recipe = recipes.read("vit.yaml", ["finetune.batch_size=4"])
     peak = profile.predict(blueprint.outline(recipe, LABELS), recipe, "recap").usage.peak_bytes

@@ -76,6 +76,23 @@ def test_a_variant_is_held_against_recap_at_its_own_rate_and_mask_ratio(quality:
     assert found["RECAP without the ramp, rate × 2"] == "-40.0 ± 0.0"  # RECAP was not run at that rate
 
 
+def test_in_short_a_text_that_nothing_was_tuned_on_keeps_the_rate_of_another(quality: ModuleType) -> None:
+    mine = [*cells("recap@4", [0.5, 0.5, 0.5], 0.0), *cells("recap@2", [0.6, 0.6, 0.6], 0.0)]
+    mine += [*cells("pre-ft@2", [0.4, 0.4, 0.4, 0.4]), *cells("post-ft@2", [0.7, 0.7, 0.7])]
+    lines = {task: quality.in_short({task: {"cells": mine, "lr": 1e-4}}).splitlines()[-1] for task in ("sst2", "mrpc")}
+    found = {task: [part.strip() for part in line.strip("|").split("|")] for task, line in lines.items()}
+    assert found["sst2"][:5] == ["sst2", "50.0%", "0%", "3 to 4", "60.0 ± 0.0 (0.0002)"]
+    assert found["mrpc"][:5] == ["mrpc", "50.0%", "0%", "3 to 4", "50.0 ± 0.0 (0.0004)"]
+    assert found["mrpc"][7:9] == ["+10.0 ± 0.0", "-20.0 ± 0.0"]
+
+
+def test_all_machines_of_a_result_are_named(load: Any) -> None:
+    one, other = ({"cores": 2, "cpu": cpu, "ram_gib": 8} for cpu in ("this", "that"))
+    common = {"versions": {}, "environment": {}, "command": "python x.py", "date": "today", "machine": one}
+    assert "2 cores of this, 8 GiB; " in load("tables").ran_on(common)
+    assert "2 cores of this, 8 GiB or 2 cores of that, 8 GiB; " in load("tables").ran_on({**common, "machines": [one, other]})
+
+
 def test_every_variant_has_words(quality: ModuleType, load: Any) -> None:
     runner = load("quality")
     for variant in (*runner.VARIANTS, *runner.METHODS):

@@ -40,7 +40,11 @@ def read(out: Path) -> Results | None:
     if (raw := _raw(out)) is None:
         return None
     try:
-        return parse(raw, out / RESULTS)
+        found = parse(raw, out / RESULTS)
+        for number, record in enumerate(found["cells"]):
+            if record["state"] is None:
+                raise DataError(f"{out / RESULTS}: cells[{number}] has no state to go on with")
+        return found
     except DataError as error:
         again = "; or move the file away: the same command reads the cells of its grid that are finished again"
         raise StateError(error.message, hint=f"{ELSEWHERE}{again if (out / 'cells').is_dir() else ''}") from None

@@ -30,6 +30,10 @@ def _number(found: object) -> object:
     return found
 
 
+def _listed(found: object) -> object:
+    return [] if found is None else found
+
+
 Number = Annotated[int | float | None, BeforeValidator(_number)]  # None where it is not known, or not finite
 
 
@@ -83,14 +87,14 @@ class Outcome(_Part):
     prune_ratio: Number = None
     mask_ratio: Number = None
     seed: int = Field(ge=0, lt=2**63)
-    settings: dict[str, Any]
-    state: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    state: str | None = None
     status: Status
     error: str | None = None
     value: Number = None
     last: Number = None
     product_round: Number = None
-    per_round: list[Number] = Field(default_factory=list)
+    per_round: Annotated[list[Number], BeforeValidator(_listed)] = Field(default_factory=list)
     steps: Number = None
     seconds: Seconds | None = None
     memory: Memory | None = None
@@ -110,7 +114,7 @@ class Contents(_Part):
     versions: dict[str, Any]
     machine: dict[str, Any]
     total_steps: Number = None
-    notes: list[str] = Field(default_factory=list)
+    notes: Annotated[list[str], BeforeValidator(_listed)] = Field(default_factory=list)
     cells: list[Outcome]
 
 

@@ -399,10 +399,10 @@ def _state(out: Path) -> None:
     (out / "state.yaml").write_text("schema: 1")
 
 
-def _results(text: str) -> Callable[[Path], None]:
+def _results(text: str | bytes) -> Callable[[Path], None]:
     def write(out: Path) -> None:
         out.mkdir()
-        (out / "results.json").write_text(text)
+        (out / "results.json").write_bytes(text if isinstance(text, bytes) else text.encode())
 
     return write
 
@@ -414,6 +414,7 @@ def _results(text: str) -> Callable[[Path], None]:
         (_state, "is a state, not a comparison"),
         (lambda out: (out / "sub").mkdir(parents=True), "is not empty, and no comparison"),
         (_results("{"), "is no JSON"),
+        (_results(b"\xff"), "is no text"),
         (_results('{"kind": "other"}'), "is no result of `recap compare`"),
         (_results('{"kind": "comparison", "schema": 9, "cells": []}'), "has schema 9"),
         (_results('{"kind": "comparison", "schema": 1, "cells": [{"method": "x"}]}'), "metric is not what it should be"),
@@ -428,10 +429,15 @@ def test_a_folder_that_is_something_else_is_left_alone(recipe: str, make: Callab
     assert sorted(Path().rglob("*")) == before
 
 
-def test_results_that_were_damaged_are_refused_and_may_be_removed(recipe: str) -> None:
+def test_damaged_results_are_refused_and_may_be_moved_away(recipe: str) -> None:
     made = begun(recipe)
     found = stored(Path("out"))
-    found["cells"][0]["seed"] = "0"
+    del found["cells"][0]["state"]
+    Path("out/results.json").write_text(json.dumps(found))
+    with pytest.raises(StateError, match=r"cells\[0\] has no state to go on with"):
+        compare.compare(made, Path("out"))
+    found = stored(Path("out"))
+    found["cells"][0] |= {"state": "cells/full-ft-s0", "seed": "0"}
     Path("out/results.json").write_text(json.dumps(found))
     with pytest.raises(StateError, match=r"cells\[0\]\.seed is not what it should be: found '0'") as caught:
         compare.compare(made, Path("out"))
