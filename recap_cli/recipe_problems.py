@@ -88,7 +88,7 @@ def near(word: str, words: Iterable[str]) -> list[str]:
 def expected(node: _Schema) -> str:
     """Return what a node of the JSON Schema admits, in words: "a whole number >= 1 or null"."""
     if "anyOf" in node:
-        return " or ".join(expected(option) for option in node["anyOf"])
+        return " or ".join("true, false" if option.get("type") == "boolean" else expected(option) for option in node["anyOf"])
     if "enum" in node:
         return "one of " + ", ".join(node["enum"])
     kind = "const" if "const" in node else "object" if "$ref" in node else node.get("type", "")

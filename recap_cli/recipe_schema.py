@@ -63,6 +63,7 @@ PartialShare = Annotated[float, Field(strict=True, gt=0, lt=1), BeforeValidator(
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1), BeforeValidator(_number)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), BeforeValidator(_number)]
 AutoPositive = Annotated[Positive | Literal["auto"], WrapValidator(_one_of)]
+FlagOrTokens = Annotated[Flag | Literal["tokens"], WrapValidator(_one_of)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 Device = Annotated[
     str, Field(strict=True, pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", examples=["auto", "cpu", "mps", "cuda", "cuda:1"])
@@ -207,7 +208,11 @@ class Mask(BaseModel):
     random: Share = Field(
         default=0.0, description="Share of what moves that is drawn at random, the rest by importance; 0 is the paper's."
     )
-    train_embeddings: Flag = Field(default=False, description="True lets patch, token and position embeddings move.")
+    train_embeddings: FlagOrTokens = Field(
+        default=False,
+        description="True lets patch, token and position embeddings move; tokens lets the rows of those tokens move that occur "
+        "in the training data, and no other embedding.",
+    )
 
 
 class Finetune(BaseModel):

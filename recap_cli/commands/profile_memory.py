@@ -201,8 +201,8 @@ def _open(target: str, overrides: Sequence[str]) -> _Subject:
         raise UsageError(f"{target} is the record of a state", hint=f"name its folder: {quoted(Path(target).parent)}")
     if not Path(target).is_dir():
         recipe = recipes.read(target, overrides)
-        labels, notes = blueprint.labels_of(recipe)
-        return _Subject(recipe, None, blueprint.outline(recipe, labels), notes)
+        model, notes = blueprint.outline_with_data(recipe, console.track)
+        return _Subject(recipe, None, model, notes)
     from recap_cli.stages.context import Context
     from recap_cli.stages.settings import recipe_of
     from recap_cli.state import State
@@ -308,6 +308,8 @@ def _assumptions(
             yield "recap and pre-ft have the state's own plan here; the entries to move are an even share of every layer"
         else:
             yield "recap and pre-ft have the state's own plan, and recap its mask"
+    if (words := model.vocabulary) is not None:
+        yield f"the data use {len(words.held):,} of {words.size:,} tokens; rows of others are held only where all move"
     if sizes and recipe.finetune.micro_batch_size is not None:
         yield f"--batch-sizes are taken whole, without finetune.micro_batch_size={recipe.finetune.micro_batch_size}"
     if measure and (sizes or shares):

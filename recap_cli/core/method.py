@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # so that `recap status` reads turns without torch
 
 Plan = Literal["importance", "same", "learned"]
 Moves = Literal["mask", "head", "training"]
+Embeddings = bool | Literal["tokens"]
 Option = bool | int | float | str | Sequence[str] | None
 
 
@@ -27,8 +28,9 @@ class Turn:
     those of the highest scores that a training of the round before has `learned`. `moves` says what is trained: what the
     `mask` lets move (a share `1 − mask_ratio`, and what lies outside every group), the `head` alone, or what the method's own
     `training` names. `share` is the round's share of the optimizer steps of the run; `course` the window of the learning
-    rate's way from its rise to its decay, (0, 1) being all of it. `product` says whether this round's small model may be what
-    the run is for.
+    rate's way from its rise to its decay, (0, 1) being all of it. `embeddings` says whether they move too, where the
+    mask decides: True for all of them, "tokens" for the rows of those tokens that occur in the training data. `product` says
+    whether this round's small model may be what the run is for.
     """
 
     prune_ratio: float = 0.0
@@ -37,7 +39,7 @@ class Turn:
     moves: Moves = "mask"
     share: float = 1.0
     course: tuple[float, float] = (0.0, 1.0)
-    embeddings: bool = False
+    embeddings: Embeddings = False
     product: bool = True
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +63,7 @@ class Settings:
     rounds: int
     prune_ratio: float
     mask_ratio: float
-    embeddings: bool = False
+    embeddings: Embeddings = False
     restarts: bool = False
     settled: int = 0
     ramp: float = 1.0

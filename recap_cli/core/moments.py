@@ -1,8 +1,8 @@
 """Optimizer states between the rounds, in full-model coordinates (paper, sec. 3.3, eq. (5) and (6)).
 
 They are kept as one dictionary of tensors: `PARAM/MOMENT`, shape of the parameter, and `PARAM/count`, int32, how many steps
-its entries have taken: one per unit of length along the dimension that the parameter is cut along, or shape (1,) if it is not
-cut. A parameter that has never moved is not in it.
+its entries have taken: one per unit of length along the dimension that the parameter is cut along, or of which only some
+rows move, or shape (1,) if it is neither. A parameter that has never moved is not in it.
 """
 
 from collections.abc import Mapping
@@ -54,7 +54,8 @@ def put_moments(
         for moment, tensor in moments.items():
             full = after.setdefault(f"{name}/{moment}", torch.zeros(shapes[name]))
             put(full, tensor, dims)
-        length = shapes[name][along[name]] if name in along else 1
+        dim = next(iter(dims), along.get(name))
+        length = 1 if dim is None else shapes[name][dim]
         full = after.setdefault(f"{name}/{COUNT}", torch.zeros(length, dtype=torch.int32))
         index = next(iter(dims.values()), torch.arange(length))
         full[index] = counts[name].expand(len(index)).to(torch.int32)

@@ -11,7 +11,7 @@ they do not, it is a handle: a shape for autograd, without memory, and the optim
 With bf16 or int8 residents the compact parameter holds the fp32 masters.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from recap_cli.core.adapter import is_transposed
+from recap_cli.core.embedding import PartialEmbedding, places
 from recap_cli.core.groups import Axis, Choice
 from recap_cli.core.quantized import Place, QuantizedEmbedding, dequantize, place_of, quantize, rest_of
 from recap_cli.core.surgery import Where, owner_of, put, take
@@ -211,6 +212,7 @@ def make_partial(
     where: Where,
     *,
     frozen: Callable[[str], bool],
+    looked_up: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     int8: bool = False,
@@ -218,15 +220,20 @@ def make_partial(
 ) -> list[Slot]:
     """Rebuild `model` in place so that just the entries at `where` (and every parameter that it does not name) may move.
 
+    `looked_up` names the rows of embeddings, sorted, that the model will ever look up; unless such a table moves whole, the
+    others are not held.
+
     Returns one slot for each trainable tensor, named as in the model before. Parameters that `frozen` names, and those of which
     `where` selects nothing, are frozen whole. Everything is moved to `device`, and what the forward reads to `dtype`, a layer
     at a time; the masters are fp32. With `int8` the frozen entries of linear layers and embeddings become codes, made dense in
     `dtype` where they are read. With `offload` the masters stay on the CPU, and the device holds what the forward reads and no
     more. The model must not be moved afterwards: compact parameters may be views of their residents.
 
-    Raises `TypeError` for a parameter that would move in part but is no linear layer's.
+    Raises `TypeError` for a parameter that would move in part but is no linear layer's, and no plain embedding's by rows;
+    `ValueError` for a row that would move and is never looked up.
     """
     home, slots = _Home(device, dtype, int8, offload), list[Slot]()
+    looked_up = looked_up or {}
     for path, module in list(model.named_modules()):
         names = {
             attribute: f"{path}.{attribute}" if path else attribute for attribute, _ in module.named_parameters(recurse=False)
@@ -236,6 +243,11 @@ def make_partial(
         made: nn.Module | None = None
         if _is_linear(module) and ("weight" in partly or (int8 and "weight" not in moves)):
             made, layer_slots = _partial_layer(module, names, where, moves, home)
+            slots += layer_slots
+        elif is_plain(module) and (
+            set(where[names["weight"]]) == {0} if partly else names["weight"] in looked_up and not moves
+        ):
+            made, layer_slots = _partial_embedding(module, names["weight"], where, looked_up, home, moves=bool(moves))
             slots += layer_slots
         elif partly:
             raise TypeError(f"{names[min(partly)]} would move in part, but {type(module).__name__} is no linear layer")
@@ -249,7 +261,7 @@ def make_partial(
             owner, attribute = owner_of(model, path)
             setattr(owner, attribute, made.train(module.training))
     for module in model.modules():
-        if isinstance(module, PartialLinear | QuantizedEmbedding):
+        if isinstance(module, PartialLinear | PartialEmbedding | QuantizedEmbedding):
             continue  # made where it lives, and its parameter may be a view of its weight
         for attribute, buffer in module.named_buffers(recurse=False):
             setattr(module, attribute, home.resident(buffer))
@@ -309,6 +321,28 @@ def _partial_layer(
         rest=rest,
     )
     return made, [slot, *slots] if slot else slots
+
+
+def _partial_embedding(
+    module: nn.Module, name: str, where: Where, looked_up: Mapping[str, Tensor], home: _Home, *, moves: bool
+) -> tuple[PartialEmbedding, list[Slot]]:
+    """The table of the rows that are looked up, those that move before the others, and the slot of these."""
+    weight = module.get_parameter("weight").detach()
+    held = looked_up.get(name, torch.arange(len(weight)))
+    moving = where[name][0] if moves else held[:0]
+    still = held[~torch.isin(held, moving)]
+    if len(still) + len(moving) != len(held):
+        raise ValueError(f"{name}: a row would move that is never looked up")
+    place = places(len(weight), torch.cat([moving, still])).to(home.device)
+    if home.int8:
+        codes, scale = (t.to(home.device) for t in quantize(take(weight, {0: still})))
+        slots = [_mastered(name, take(weight, {0: moving}), home)] if moves else []
+        return PartialEmbedding(codes, slots[0].leaf if moves else None, place, dtype=home.dtype, scale=scale), slots
+    rows = take(weight, {0: torch.cat([moving, still])})
+    if not moves:
+        return PartialEmbedding(home.resident(rows), None, place, dtype=home.dtype), []
+    slot, resident = _compact(name, rows, 0, (torch.arange(len(moving)), slice(0, len(moving))), home)
+    return PartialEmbedding(resident, slot.leaf, place, dtype=home.dtype), [slot]
 
 
 def _bias(
@@ -383,6 +417,11 @@ def _dense(module: nn.Module, attribute: str, name: str, *, moves: bool, home: _
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module looks rows up and does nothing else to them."""
+    return type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
 
 
 def _nothing(dims: dict[int, Tensor] | None) -> bool:

@@ -57,12 +57,14 @@ class ImageInputs:
 class Split:
     """The training or the validation examples: their labels, shape (examples,), int64, and a way to fetch their inputs.
 
-    `origin` is the file or data set they come from, for messages.
+    `origin` is the file or data set they come from, for messages. Of texts, `tokens` are the ids that a batch may hold, sorted,
+    int64, the tokenizer's special ones among them.
     """
 
     origin: str
     labels: Tensor
     fetch: Fetch
+    tokens: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -127,7 +129,8 @@ def text_split(dataset: "Dataset", inputs: TextInputs, *, origin: str, track: Tr
         ragged = {name: [array[place].tolist() for place in places] for name, array in flat.items()}
         return dict(inputs.tokenizer.pad(ragged, padding=True, return_tensors="pt"))
 
-    return Split(origin, _labels(dataset), fetch)
+    tokens = np.union1d(flat["input_ids"], inputs.tokenizer.all_special_ids)  # padding, too
+    return Split(origin, _labels(dataset), fetch, torch.from_numpy(tokens.astype(np.int64)))
 
 
 def _check_tokenizer(inputs: TextInputs) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "positions",
     "skeleton",
     "tensors_of",
+    "tokenizer_of",
 ]
 
 Batch = Mapping[str, Tensor]
@@ -201,6 +202,11 @@ def describe(spec: ModelSpec, processor: Any) -> dict[str, str | bytes]:
     if spec.image is not None:
         files["preprocessor_config.json"] = hf.preprocessor_json(spec.image)
     return {**files, **({} if processor is None else hf.files_of(processor))}
+
+
+def tokenizer_of(name: str | None, config: Mapping[str, Any] | None, revision: str | None, vocab_size: int) -> Any:
+    """The tokenizer that `create` gives with a text model, from a folder or the hub. Raises `ModelError` if there is none."""
+    return _tokenizer(None if name is None else locate(name, revision), config or {}, vocab_size)
 
 
 def load_processor(folder: Path, spec: ModelSpec) -> Any:

@@ -9,18 +9,24 @@ from torch import Tensor
 from recap_cli.core.adapter import Adapter
 from recap_cli.core.groups import Choice
 from recap_cli.core.method import Turn
-from recap_cli.errors import ConformanceError, DataError
+from recap_cli.errors import ConformanceError, DataError, ModelError
+from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
-from recap_cli.runtime import models, outlines
+from recap_cli.runtime import models, outlines, sources
 from recap_cli.runtime.models import ModelSpec
 from recap_cli.stages import context as shared
+from recap_cli.stages import vocabulary as vocabularies
 from recap_cli.stages.context import Context, Layout
+from recap_cli.stages.vocabulary import Vocabulary
+
+ALL_ROWS = "all rows of the token table are taken to be held"
 
 
 @dataclass(frozen=True)
 class Outline:
     """A model without weights: its spec, adapter and layout, the tensors' shapes (on the meta device).
 
+    `vocabulary` says which rows of the token table the data use; None, where that is not known, stands for all of them.
     `plan` and `mask` are those of a state's newest round, or None where they are not chosen yet; `turn` is that round's, and
     `turns` are the state's.
     """
@@ -33,6 +39,7 @@ class Outline:
     mask: Choice | None = None
     turn: Turn | None = None
     turns: tuple[Turn, ...] = ()
+    vocabulary: Vocabulary | None = None
 
 
 def outline(recipe: Recipe, label_names: Sequence[str] = ()) -> Outline:
@@ -56,14 +63,51 @@ def anew(model: Outline) -> Outline:
 
 def labels_of(recipe: Recipe) -> tuple[list[str], list[str]]:
     """The labels that local data name, and a note where the head is that of the configuration instead."""
+    raw, notes = _local_data(recipe)
+    return ([] if raw is None else list(raw.label_names)), notes
+
+
+def outline_with_data(recipe: Recipe, track: Track = silent) -> tuple[Outline, list[str]]:
+    """The outline of a recipe's model as far as local data and a local tokenizer say more of it, and notes where they do not.
+
+    Raises as `outline` does.
+    """
+    raw, notes = _local_data(recipe)
+    model = outline(recipe, [] if raw is None else list(raw.label_names))
+    if raw is None or model.spec.image is not None:
+        return model, notes
+    folder = recipe.model.name or (recipe.model.config or {}).get("tokenizer")
+    if not isinstance(folder, str) or not Path(folder).expanduser().is_dir():
+        return model, [*notes, f"the tokenizer is not here, so {ALL_ROWS}"]
+    try:
+        return with_vocabulary(model, recipe, raw, track), notes
+    except (DataError, ModelError) as error:  # likewise
+        return model, [*notes, f"the texts cannot be read, so {ALL_ROWS}: {error.message}"]
+
+
+def with_vocabulary(model: Outline, recipe: Recipe, raw: sources.Raw, track: Track = silent) -> Outline:
+    """The same with the rows of the token table that the data look up; of images as it is.
+
+    Raises `ModelError` if there is no tokenizer, `DataError` if the texts cannot be read.
+    """
+    if model.spec.image is not None:
+        return model
+    source = recipe.model
+    tokenizer = models.tokenizer_of(source.name, source.config, source.revision, model.spec.config["vocab_size"])
+    train, validation = shared.splits_of(recipe, model.spec, tokenizer, track, raw)
+    return replace(model, vocabulary=vocabularies.of(models.skeleton(model.spec), train, validation))
+
+
+def _local_data(recipe: Recipe) -> tuple[sources.Raw | None, list[str]]:
+    """The examples, if they are local, and a note if they are not, or cannot be read."""
     data = recipe.data
     local = data.builtin or (data.train is not None and Path(data.train).exists())
     if not local:
-        return [], ["the data are not here, so the head is that of the model's configuration"]
+        return None, ["the data are not here, so the head is that of the model's configuration"]
     try:
-        return list(shared.read_raw(recipe).label_names), []
+        return shared.read_raw(recipe), []
     except DataError as error:  # memory does not hang on it, and `init` will say so again
-        return [], [f"the data cannot be read, so the head is that of the model's configuration: {error.message}"]
+        return None, [f"the data cannot be read, so the head is that of the model's configuration: {error.message}"]
 
 
 def outline_of(here: Context) -> Outline:
@@ -76,4 +120,18 @@ def outline_of(here: Context) -> Outline:
         mask = {name: chosen.bool() for name, chosen in state.load_tensors(f"{folder}/{shared.MASK}").items()}
     tensors = models.tensors_of(models.skeleton(here.spec))
     turn = here.turns[state.manifest.round - 1] if plan is not None else None
-    return Outline(here.spec, here.adapter, here.layout, tensors, plan, mask, turn, here.turns)
+    return Outline(here.spec, here.adapter, here.layout, tensors, plan, mask, turn, here.turns, _vocabulary_of(here))
+
+
+def _vocabulary_of(here: Context) -> Vocabulary | None:
+    """As the last finetuning had it, or as the data say."""
+    newest = here.state.manifest.round
+    for number in range(newest, max(0, newest - 2), -1):
+        if found := here.vocabulary(f"round-{number:03d}"):
+            return found
+    if here.spec.image is not None:
+        return None
+    try:
+        return vocabularies.of(models.skeleton(here.spec), *here.splits(silent))
+    except DataError:  # its files are gone, and `finetune` will say so
+        return None

@@ -15,7 +15,7 @@ from recap_cli import recipe as recipes
 from recap_cli.errors import BudgetError
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
-from recap_cli.stages.blueprint import Outline, anew, outline, outline_of
+from recap_cli.stages.blueprint import Outline, anew, outline, outline_of, with_vocabulary
 from recap_cli.stages.context import Context, read_raw
 from recap_cli.stages.profile import Prediction, evaluation_bytes, importance_bytes, predict
 from recap_cli.state import State
@@ -149,11 +149,13 @@ def fit(
 def solved(recipe: Recipe, track: Track = silent) -> tuple[Recipe, tuple[Change, ...]]:
     """A recipe with settings that fit its `finetune.memory_budget`, and what was changed; as it is, if it has none.
 
-    Reads the data for their labels, whose number is that of the head's rows. Raises `DataError` if it cannot.
+    Reads the data for their labels, whose number is that of the head's rows, and for their tokens. Raises `DataError` if it
+    cannot, `ModelError` if there is no tokenizer.
     """
     if recipe.finetune.memory_budget is None:
         return recipe, ()
-    model = outline(recipe, read_raw(recipe).label_names)
+    raw = read_raw(recipe)
+    model = with_vocabulary(outline(recipe, raw.label_names), recipe, raw, track)
     found = fit(model, recipe, recipes.bytes_of(recipe.finetune.memory_budget), track=track)
     return found.recipe, found.changes
 

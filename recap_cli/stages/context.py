@@ -28,6 +28,7 @@ from recap_cli.runtime.order import batches, sample
 from recap_cli.runtime.tasks import Task
 from recap_cli.stages.schedule import finished
 from recap_cli.stages.turns import turns_of
+from recap_cli.stages.vocabulary import Vocabulary
 from recap_cli.state import State
 
 WEIGHTS, BUFFERS, SPEC, LAYOUT, MOMENTS = (
@@ -37,10 +38,11 @@ WEIGHTS, BUFFERS, SPEC, LAYOUT, MOMENTS = (
     "layout.json",
     "moments.safetensors",
 )
-PLAN, IMPORTANCE, MASK, SMALL, MOVED, SCORES = (
+PLAN, IMPORTANCE, MASK, ROWS, SMALL, MOVED, SCORES = (
     "plan.safetensors",
     "importance.safetensors",
     "mask.safetensors",
+    "rows.safetensors",
     "small.safetensors",
     "moved.safetensors",
     "scores.safetensors",
@@ -139,6 +141,11 @@ class Context:
     def plan(self, folder: str) -> Choice:
         """Which groups of the full model the small model in `folder` kept."""
         return {name: kept.bool() for name, kept in self.state.load_tensors(f"{folder}/{PLAN}").items()}
+
+    def vocabulary(self, folder: str) -> Vocabulary | None:
+        """Which rows of the token table the finetuning in `folder` held, and which could move; None where that is not known."""
+        file = f"{folder}/{ROWS}"
+        return Vocabulary.from_tensors(self.state.load_tensors(file)) if file in self.state.manifest.files else None
 
 
 def load_criterion(name: str) -> Criterion:

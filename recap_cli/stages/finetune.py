@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recap_cli.core.embedding import PartialEmbedding
 from recap_cli.core.groups import Choice, counts, shrink
 from recap_cli.core.method import Attached, Turn
 from recap_cli.core.moments import COUNT, take_moments
@@ -23,12 +24,14 @@ from recap_cli.runtime.order import batches, order, seed_for
 from recap_cli.runtime.training import LOWER_THE_RATE, Batch, Forward, Training, train
 from recap_cli.stages import context as shared
 from recap_cli.stages import exhaustion
+from recap_cli.stages import vocabulary as vocabularies
 from recap_cli.stages.context import Context
 from recap_cli.stages.exhaustion import Ledger
 from recap_cli.stages.own import attach, make_own, rates_of, result_of, stepping
 from recap_cli.stages.settings import OnChange, adopt, recipe_of, unheard
 from recap_cli.stages.trainable import RESIDENTS, in_dtype, make_trainable, moving, rule_of
 from recap_cli.stages.turns import course_of, steps_in_round, steps_of
+from recap_cli.stages.vocabulary import Vocabulary
 from recap_cli.state import Draft, State
 
 
@@ -77,15 +80,16 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
         recipe, folder = here.recipe, f"round-{draft.round:03d}"
         memory.reset(device)
         turn, plan = here.turns[draft.round - 1], here.plan(folder)
+        train_split, validation = here.splits(track)
         small = state.load_tensors(f"{folder}/{shared.SMALL}")
         model = ledger.model = here.model(small, counts(plan))
         chosen = {name: c.bool() for name, c in state.load_tensors(f"{folder}/{shared.MASK}").items()}
-        where = moving(here.layout, plan, chosen, small)
+        vocabulary = vocabularies.of(model, train_split, validation)
+        where = moving(here.layout, plan, chosen, small, vocabulary.where(turn) if vocabulary else None)
         torch.manual_seed(seed_for(recipe.seed, draft.round, "training"))
         own = attach(model, here.layout, recipe, plan, here.turns[draft.round - 1 :]) if turn.moves == "training" else None
-        optimizer = ledger.optimizer = _partial(here, model, turn, plan, chosen, where, own, device)
+        optimizer = ledger.optimizer = _partial(here, model, turn, plan, chosen, where, own, device, vocabulary)
         del small  # what the forward reads is in the model; the fp32 originals of bf16 weights are not needed again
-        train_split, validation = here.splits(track)
         torch.manual_seed(seed_for(recipe.seed, draft.round, "finetune"))
         ledger.doing = exhaustion.TRAINING
         run = _train(here, model, optimizer, own, train_split, draft.round, device, track)
@@ -97,6 +101,9 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
         metrics = evaluate(forward, validation, here.task, batch_size=size, device=device, track=track, label="validation")
         _check_finite(metrics["loss"], optimizer)
         _save(draft, folder, optimizer, own, here, plan)
+        if vocabulary is not None:
+            draft.save_tensors(f"{folder}/{shared.ROWS}", vocabulary.to_tensors())
+            draft.facts["token_rows"] = _token_rows(model, optimizer, vocabulary)
         moments = len(optimizer.rule.aging)
         held["full_finetuning"] = memory.full_finetuning(_entry(state, "prune")["params_full"], moments)
         held |= memory.measured(device, peak)
@@ -126,6 +133,7 @@ def _partial(
     where: Where,
     own: Attached | None,
     device: torch.device,
+    vocabulary: Vocabulary | None = None,
 ) -> Optimizer:
     """Make the model partly trainable, and the optimizer of its slots, with the moments they had."""
     settings = here.recipe.finetune
@@ -134,10 +142,10 @@ def _partial(
     if settings.checkpointing:
         models.enable_checkpointing(model)
     if own is None:
-        slots = make_trainable(model, here.layout, here.recipe, turn, plan, chosen, device)
+        slots = make_trainable(model, here.layout, here.recipe, turn, plan, chosen, device, vocabulary)
         scale = {slot.name: 1.0 for slot in slots}
     else:
-        slots = make_own(model, own, here.recipe, device)
+        slots = make_own(model, own, here.recipe, device, vocabulary)
         scale = rates_of(own, slots)
     if (rate := here.head_lr(turn)) != settings.lr:
         scale |= {name: scale[name] * rate / settings.lr for name in scale.keys() & set(here.layout.head)}
@@ -147,7 +155,7 @@ def _partial(
         weight_decay=settings.weight_decay,
         moments=moments,
         counts=steps,
-        along=here.layout.along,
+        along=here.layout.along | ({vocabulary.table: 0} if vocabulary else {}),
         scale=scale,
     )
 
@@ -238,6 +246,13 @@ def _save(draft: Draft, folder: str, optimizer: Optimizer, own: Attached | None,
     stored = {f"{name}/{m}": optimizer.moments[name][m].cpu() for name in kept for m in optimizer.moments[name]}
     stored |= {f"{name}/{COUNT}": counts_after[name] for name in kept if optimizer.moments[name]}
     draft.save_tensors(f"{folder}/{shared.MOMENTS}", stored)
+
+
+def _token_rows(model: nn.Module, optimizer: Optimizer, vocabulary: Vocabulary) -> dict[str, int]:
+    """How many rows the token table has, how many of them the device held, and how many moved."""
+    moving = sum(len(slot.leaf) for slot in optimizer.slots if slot.name == vocabulary.table)
+    is_partial = any(isinstance(module, PartialEmbedding) for module in model.modules())
+    return {"all": vocabulary.size, "held": len(vocabulary.held) if is_partial else vocabulary.size, "moving": moving}
 
 
 def _entry(state: State, stage: str) -> dict[str, Any]:

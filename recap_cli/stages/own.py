@@ -18,6 +18,7 @@ from recap_cli.stages.context import Layout
 from recap_cli.stages.prune import choose
 from recap_cli.stages.trainable import RESIDENTS
 from recap_cli.stages.turns import method_of, options_of
+from recap_cli.stages.vocabulary import Vocabulary
 
 HINT = "choose another method, or repair the plugin; see docs/plugins.md"
 
@@ -38,7 +39,13 @@ def attach(model: nn.Module, layout: Layout, recipe: Recipe, plan: Choice, turns
     return made
 
 
-def make_own(model: nn.Module, attached: Attached, recipe: Recipe, device: torch.device | str) -> list[Slot]:
+def make_own(
+    model: nn.Module,
+    attached: Attached,
+    recipe: Recipe,
+    device: torch.device | str,
+    vocabulary: Vocabulary | None = None,
+) -> list[Slot]:
     """Make what a method's own training names trainable, and nothing else, as `make_trainable` does with a mask."""
     resident = RESIDENTS[recipe.finetune.resident]
     with _theirs("`moves` of a method's training"):
@@ -47,6 +54,7 @@ def make_own(model: nn.Module, attached: Attached, recipe: Recipe, device: torch
         model,
         {},
         frozen=lambda name: name not in names,
+        looked_up=vocabulary.looked_up() if vocabulary else None,
         device=device,
         dtype=resident.dtype,
         int8=resident.int8,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from recap_cli import recipe as recipes
 from recap_cli.core.adapter import block_paths
 from recap_cli.core.criterion import Criterion
+from recap_cli.core.embedding import PartialEmbedding
 from recap_cli.core.groups import Axis, Choice, Shape, counts, everything, shapes_of, unit_params
 from recap_cli.core.method import Attached, Turn
 from recap_cli.core.optim import Optimizer
@@ -29,6 +30,7 @@ from recap_cli.runtime.prediction import Fakes, Kernels, Step
 from recap_cli.runtime.tracker import GRANULE_BYTES, KINDS, Kind, Usage
 from recap_cli.runtime.training import Batch
 from recap_cli.stages import context as shared
+from recap_cli.stages import vocabulary as vocabularies
 from recap_cli.stages.blueprint import Outline, anew
 from recap_cli.stages.context import Layout
 from recap_cli.stages.own import attach, make_own
@@ -251,17 +253,21 @@ def prepare(
     small = like({name: _shape_of(tensor, where.get(name, {})) for name, tensor in model.tensors.items()})
     built, tune = models.assemble(model.spec, small, model.adapter, counts(plan)), recipe.finetune
     resident = sum(param.numel() for param in built.parameters())
+    vocabulary = model.vocabulary or (vocabularies.everything(built) if turns[0].embeddings == "tokens" else None)
     own = _attached(built, model.layout, recipe, plan, turns, like) if turns[0].moves == "training" else None
     if tune.checkpointing:
         models.enable_checkpointing(built)
     if own is None:
-        slots = make_trainable(built, model.layout, recipe, turns[0], plan, chosen, device)
+        slots = make_trainable(built, model.layout, recipe, turns[0], plan, chosen, device, vocabulary)
     else:
-        slots = make_own(built, own, recipe, device)
+        slots = make_own(built, own, recipe, device, vocabulary)
+    resident -= sum(module.absent for module in built.modules() if isinstance(module, PartialEmbedding))
     optimizer = Optimizer(slots, rule_of(tune), weight_decay=tune.weight_decay)
     call = models.forward(model.spec)
     forward = in_dtype(lambda inputs: call(built, inputs), RESIDENTS[tune.resident])
     batch = {name: tensor.to(device) for name, tensor in like(batch_of(model.spec, recipe, tune.batch_size)).items()}
+    if vocabulary is not None:
+        batch["input_ids"] += int(vocabulary.held[0])  # real ones are zeros, which may be no row that is held
     step = Step(built.train(), optimizer, forward, tasks.loss, batch, tune.micro_batch_size, tune.fused_backward, tune.offload)
     return step, resident
 

@@ -14,6 +14,7 @@ from recap_cli.core.surgery import Where, indices
 from recap_cli.recipe import Finetune, Recipe
 from recap_cli.runtime.training import Batch, Forward
 from recap_cli.stages.context import Layout
+from recap_cli.stages.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -39,29 +40,45 @@ def fine_axes(layout: Layout, plan: Choice) -> list[Axis]:
     return [refine(axis) for axis in shrink(layout.axes, plan)]
 
 
-def moving(layout: Layout, plan: Choice, chosen: Choice, small: dict[str, Tensor]) -> Where:
-    """The entries of the small model's tensors that the mask lets move; parameters that are not named move whole."""
-    return indices(fine_axes(layout, plan), chosen, shapes_of(small))
+def moving(layout: Layout, plan: Choice, chosen: Choice, small: dict[str, Tensor], rows: Where | None = None) -> Where:
+    """The entries of the small model's tensors that the mask lets move, and the `rows` of its embeddings; parameters that are
+    not named move whole.
+    """
+    return indices(fine_axes(layout, plan), chosen, shapes_of(small)) | (rows or {})
 
 
-def frozen_whole(layout: Layout, turn: Turn, name: str) -> bool:
-    """Whether a parameter does not move at all: it is an embedding, or where the head alone moves, not of the head."""
+def frozen_whole(layout: Layout, turn: Turn, name: str, table: str | None = None) -> bool:
+    """Whether a parameter does not move at all: it is an embedding, or where the head alone moves, not of the head.
+
+    `table` is the token table of a text model, if rows of it can move by themselves.
+    """
     if turn.moves == "head":
         return name not in layout.head
-    return name in layout.embeddings and not turn.embeddings
+    return name in layout.embeddings and not (name == table if turn.embeddings == "tokens" else turn.embeddings)
 
 
 def make_trainable(
-    model: nn.Module, layout: Layout, recipe: Recipe, turn: Turn, plan: Choice, chosen: Choice, device: torch.device | str
+    model: nn.Module,
+    layout: Layout,
+    recipe: Recipe,
+    turn: Turn,
+    plan: Choice,
+    chosen: Choice,
+    device: torch.device | str,
+    vocabulary: Vocabulary | None = None,
 ) -> list[Slot]:
-    """Make a small model partly trainable, in place and on the device, in the types of the recipe; returns its slots."""
+    """Make a small model partly trainable, in place and on the device, in the types of the recipe; returns its slots.
+
+    Of its token table no more is held than the `vocabulary` says, where that is known.
+    """
     axes, resident = fine_axes(layout, plan), RESIDENTS[recipe.finetune.resident]
     where = bring_forward(model, axes, chosen, indices(axes, chosen, shapes_of(model.named_parameters())))
-    frozen = partial(frozen_whole, layout, turn)
+    frozen = partial(frozen_whole, layout, turn, table=vocabulary.table if vocabulary else None)
     return make_partial(
         model,
-        where,
+        where | (vocabulary.where(turn) if vocabulary else {}),
         frozen=frozen,
+        looked_up=vocabulary.looked_up() if vocabulary else None,
         device=device,
         dtype=resident.dtype,
         int8=resident.int8,

@@ -166,6 +166,8 @@ def _malformed(turn: Any) -> str | None:
             f"is out of range: prune_ratio {turn.prune_ratio:g}, mask_ratio {turn.mask_ratio:g}, share {turn.share:g}, "
             f"course {start:g} to {end:g}"
         )
+    if not isinstance(turn.embeddings, bool) and turn.embeddings != "tokens":
+        return f"has embeddings={turn.embeddings!r}, which is none of True, False, 'tokens'"
     for name, value, known in (("plan", turn.plan, get_args(Plan)), ("moves", turn.moves, get_args(Moves))):
         if value not in known:
             return f"has {name}={value!r}, which is none of {', '.join(known)}"

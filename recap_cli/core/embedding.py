@@ -1,0 +1,94 @@
+"""An embedding of which only those rows are held that are looked up, and of those only some may move.
+
+A text model's table of tokens has a row for each word of every language that it was pretrained on; a task uses a part of them.
+The others need not lie on the device, and those that may move have a compact gradient and moments of their own, as the rows of
+a `PartialLinear` have.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class PartialEmbedding(nn.Module):
+    """Looks ids, (…), up in those rows of a table, (vocabulary, width), that it holds: vectors (…, width) of `dtype`.
+
+    `place`, (vocabulary,), int32, says in which row of `weight` each id stands; those that may move come first, and an id that
+    is not held stands behind the last. `part`, (moving, width), are these first rows, in fp32 a view of `weight`. With a
+    `scale`, (frozen, 1), `weight` holds int8 codes of the frozen rows only. Build it with `make_partial`.
+    """
+
+    weight: Tensor
+    place: Tensor
+    scale: Tensor | None
+
+    def __init__(
+        self, weight: Tensor, part: nn.Parameter | None, place: Tensor, *, dtype: torch.dtype, scale: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("weight", weight)
+        self.register_buffer("place", place)
+        self.register_buffer("scale", scale)
+        self.part = part
+
+    def forward(self, ids: Tensor) -> Tensor:  # (…) → (…, width)
+        at = self.place[ids].long()
+        if self.part is None or not torch.is_grad_enabled():
+            return _rows(at, self.weight, self.scale, self.part, self.dtype)
+        out: Tensor = _LookUp.apply(at, self.part, self.weight, self.scale, self.dtype)
+        return out
+
+    @property
+    def absent(self) -> int:
+        """How many entries of the whole table are not held."""
+        apart = self.part is not None and self.scale is not None  # those that move stand beside the codes then
+        held = len(self.weight) + (len(self.part) if apart and self.part is not None else 0)
+        return (len(self.place) - held) * self.weight.shape[1]
+
+    def extra_repr(self) -> str:
+        held = len(self.place) - self.absent // self.weight.shape[1]
+        return f"{held} of {len(self.place)} rows, {0 if self.part is None else len(self.part)} move"
+
+
+class _LookUp(torch.autograd.Function):
+    """The rows at `at`, with a gradient for the first of them, summed up in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, at: Tensor, part: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(at)
+        ctx.moving = len(part)
+        return _rows(at, weight, scale, part, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[None, Tensor, None, None, None]:
+        (at,) = ctx.saved_tensors
+        # Rows that do not move share one place behind the others, whose gradient is never summed up.
+        moving = ctx.moving
+        grad = torch.ops.aten.embedding_dense_backward(grad_out.float(), at.clamp(max=moving), moving + 1, moving, False)
+        return None, grad[:moving], None, None, None
+
+
+def _rows(at: Tensor, weight: Tensor, scale: Tensor | None, part: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The rows of the table at `at`: of the resident itself, or of codes and masters."""
+    if scale is None:
+        return F.embedding(at, weight)
+    moving = 0 if part is None else len(part)
+    if part is not None and len(weight) == 0:
+        return part[at].to(dtype)
+    frozen = (at - moving).clamp_(min=0)
+    out = weight[frozen].to(dtype).mul_(scale[frozen])
+    if part is None:
+        return out
+    return torch.where((at < moving).unsqueeze(-1), part[at.clamp(max=moving - 1)].to(dtype), out)
+
+
+def places(vocabulary: int, held: Tensor) -> Tensor:
+    """The row in which each of so many ids stands if those `held` are put one after another, int32; others behind the last."""
+    place = torch.full((vocabulary,), len(held), dtype=torch.int32)
+    place[held] = torch.arange(len(held), dtype=torch.int32)
+    return place
