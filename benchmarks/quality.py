@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "exploring": {"mask.random": 0.25},
     "half-random": {"mask.random": 0.5},
     "short-rounds": {"rounds": 8},
+    "long-rounds": {"rounds": 2},
     "rate-warmup": {"finetune.warmup_ratio": 0.1},
     "same-rate": {"finetune.head_lr": None},
     "per-kind-mask": {"mask.scope": "per-kind"},

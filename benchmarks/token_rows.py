@@ -1,0 +1,90 @@
+"""What of a token table a device holds: BERT-base on GLUE's tasks, with the whole table and with the rows that the data use.
+
+    python benchmarks/token_rows.py
+
+Rows are counted in the data; bytes are those of a training step, predicted as `recap profile-memory` does, and for the first
+task also counted over a real step on the CPU with random weights. Wants the data folder (RECAP_SHARED, or ../shared beside the
+project).
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import quality
+import yaml
+from record import parser, write
+
+from recap_cli import recipe as recipes
+from recap_cli.recipe import Recipe
+from recap_cli.stages import blueprint, measure, profile
+from recap_cli.stages.blueprint import Outline
+
+TASKS = {
+    "mrpc": ("sentence1", "sentence2"),
+    "rte": ("sentence1", "sentence2"),
+    "cola": ("sentence", None),
+    "sst2": ("sentence", None),
+}
+# What moves of the embeddings, and whether the rows that no example looks up are left out.
+WAYS: dict[str, tuple[bool | str, bool]] = {
+    "nothing, all rows held": (False, False),
+    "nothing": (False, True),
+    "the tokens of the training data": ("tokens", True),
+    "everything": (True, True),
+}
+
+
+def recipe(task: str) -> Recipe:
+    """BERT-base with random weights, with the settings that save memory and cost no accuracy."""
+    text, pair = TASKS[task]
+    folder = quality.shared()
+    files = {split: str(folder / f"glue/{task}/{split}.parquet") for split in ("train", "validation")}
+    values: dict[str, Any] = {
+        "name": task,
+        "model": {"config": {"model_type": "bert", "tokenizer": str(folder / "bert_uncased_tokenizer")}},
+        "task": {"kind": "text-classification"},
+        "data": {**files, "text": text, **({"text_pair": pair} if pair else {}), "max_length": 128},
+        "prune": {"ratio": 0.5, "ramp": 1.0},
+        "mask": {"ratio": 0.5},
+        "finetune": {"batch_size": 32, "micro_batch_size": 8, "fused_backward": True, "checkpointing": True, "device": "cpu"},
+    }
+    return recipes.parse(yaml.safe_dump(values), task)
+
+
+def rows(task: str) -> Iterator[dict[str, Any]]:
+    """A row a way, of fp32 and of bf16 residents."""
+    base = recipe(task)
+    model, notes = blueprint.outline_with_data(base)
+    if model.vocabulary is None:
+        raise SystemExit(f"{task}: {'; '.join(notes)}")
+    words = model.vocabulary
+    for resident in ("fp32", "bf16"):
+        for way, (moves, leaves_out) in WAYS.items():
+            settings = recipes.changed(base, {"mask.train_embeddings": moves, "finetune.resident": resident})
+            known = model if leaves_out else replace(model, vocabulary=None)
+            made = profile.predict(known, settings, "recap").to_json()
+            keys = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "training_peak_bytes")
+            row = {"task": task, "resident": resident, "moves": way, **{key: made[key] for key in keys}}
+            row |= {"all": words.size, "held": len(words.held), "moving": len(words.moving)}
+            yield {**row, **(counted(known, settings) if task == next(iter(TASKS)) else {})}
+
+
+def counted(model: Outline, settings: Recipe) -> dict[str, int]:
+    """The peak of a real step on the CPU, and what is predicted for the CPU's kernels."""
+    (found,) = measure.measure(model, settings, ["recap"])
+    return {"real_peak_bytes": found["counted_bytes"], "cpu_peak_bytes": found["predicted_bytes"]}
+
+
+def main() -> None:
+    args = parser(__doc__, "token_rows").parse_args()
+    results = []
+    for task in TASKS:
+        for row in rows(task):
+            results.append(row)
+            print(*row.values(), flush=True)
+    write(args.out, "token_rows", {"results": results}, how="rows counted, bytes predicted; real_peak_bytes measured")
+
+
+if __name__ == "__main__":
+    main()
