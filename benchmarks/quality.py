@@ -56,6 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random-mask": {"mask.criterion": "random"},
     "moving-embeddings": {"mask.train_embeddings": True},
     "moving-tokens": {"mask.train_embeddings": "tokens"},
+    "still-embeddings": {"options.embeddings": False},  # of pre-ft and post-ft
     "deep-ramp": {"prune.ramp": 0.25},
     "bf16": {"finetune.resident": "bf16", "finetune.checkpointing": True},
     "int8": {"finetune.resident": "int8", "finetune.checkpointing": True},

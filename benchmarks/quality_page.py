@@ -54,6 +54,7 @@ SAID = {
     "random-mask": "RECAP, mask at random",
     "moving-embeddings": "RECAP, embeddings move too",
     "moving-tokens": "RECAP, the rows of tokens of the training data move too",
+    "still-embeddings": "the embeddings left as they are",
     "deep-ramp": "RECAP, `prune.ramp: 0.25`",
     "bf16": "RECAP, bf16 residents, checkpoints",
     "int8": "RECAP, int8 residents, checkpoints",

@@ -1,23 +1,25 @@
-"""Pruning before finetuning, and after it: the small model moves as a whole."""
+"""Pruning before finetuning, and after it: the small model moves as a whole, or with `embeddings: false` all but these."""
 
 from recap_cli.api import Method, Settings, Turn
 
 
 def pre(settings: Settings) -> list[Turn]:
     """One round: prune by the importance for the task that the pretrained model has, then finetune."""
-    return [Turn(settings.prune_ratio, embeddings=True)]
+    return [Turn(settings.prune_ratio, embeddings=bool(settings.options["embeddings"]))]
 
 
 def post(settings: Settings) -> list[Turn]:
     """Two rounds: finetune the full model, prune it, finetune what is left; the learning rate decays once over both."""
-    first = settings.options["full_share"]
+    first, embeddings = settings.options["full_share"], bool(settings.options["embeddings"])
     if not isinstance(first, float) or not 0 < first < 1:
         raise ValueError(f"options.full_share: expected a number between 0 and 1; found {first!r}")
     return [
-        Turn(share=first, course=(0.0, first), embeddings=True, product=False),
-        Turn(settings.prune_ratio, share=1 - first, course=(first, 1.0), embeddings=True),
+        Turn(share=first, course=(0.0, first), embeddings=embeddings, product=False),
+        Turn(settings.prune_ratio, share=1 - first, course=(first, 1.0), embeddings=embeddings),
     ]
 
 
-PRE = Method("Prune, then finetune what is left.", pre, prunes=True)
-POST = Method("Finetune the full model, prune, finetune again.", post, prunes=True, options={"full_share": 0.5})
+PRE = Method("Prune, then finetune what is left.", pre, prunes=True, options={"embeddings": True})
+POST = Method(
+    "Finetune the full model, prune, finetune again.", post, prunes=True, options={"full_share": 0.5, "embeddings": True}
+)

@@ -17,6 +17,7 @@ from recap_cli.core.criterion import Criterion, Losses
 from recap_cli.core.groups import Axis, Choice, Cut, Shape, shapes_of
 from recap_cli.core.method import Turn
 from recap_cli.core.streaming import streamed
+from recap_cli.core.surgery import Where
 from recap_cli.errors import StageOrderError
 from recap_cli.manifest import quoted
 from recap_cli.progress import Track
@@ -146,6 +147,11 @@ class Context:
         """Which rows of the token table the finetuning in `folder` held, and which could move; None where that is not known."""
         file = f"{folder}/{ROWS}"
         return Vocabulary.from_tensors(self.state.load_tensors(file)) if file in self.state.manifest.files else None
+
+    def rows(self, folder: str) -> Where:
+        """The rows of the token table that the finetuning in `folder` could move, where that is neither all nor none."""
+        vocabulary, turn = self.vocabulary(folder), self.turns[int(folder.rpartition("-")[2]) - 1]
+        return vocabulary.where(turn) if vocabulary else {}
 
 
 def load_criterion(name: str) -> Criterion:

@@ -81,7 +81,8 @@ def _small(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
     if f"{folder}/{shared.MOVED}" in state.manifest.files:
         chosen = {name: c.bool() for name, c in state.load_tensors(f"{folder}/{shared.MASK}").items()}
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        scatter(tensors, state.load_tensors(f"{folder}/{shared.MOVED}"), moving(here.layout, plan, chosen, tensors))
+        where = moving(here.layout, plan, chosen, tensors, here.rows(folder))
+        scatter(tensors, state.load_tensors(f"{folder}/{shared.MOVED}"), where)
     return tensors, counts(plan), state.manifest.round
 
 

@@ -29,14 +29,13 @@ def merge(state: State, *, track: Track = silent) -> dict[str, Any]:
         small = state.load_tensors(f"{folder}/{shared.SMALL}")
         chosen = {name: c.bool() for name, c in state.load_tensors(f"{folder}/{shared.MASK}").items()}
         kept = indices(here.layout.axes, plan, shapes)
-        turn, vocabulary = here.turns[draft.round - 1], here.vocabulary(folder)
-        where = compose_where(kept, moving(here.layout, plan, chosen, small, vocabulary.where(turn) if vocabulary else None))
+        where = compose_where(kept, moving(here.layout, plan, chosen, small, here.rows(folder)))
         moved = state.load_tensors(f"{folder}/{shared.MOVED}")
         scatter(tensors, moved, where)  # eq. (6)
         draft.save_tensors(f"{full}/{shared.WEIGHTS}", tensors)
         _save_moments(here, draft, folder, full, where, shapes)
         _copy_the_rest(here, draft, full)
-        if turn.product:
+        if here.turns[draft.round - 1].product:
             _keep_best(here, draft, gather(tensors, kept) | {n: t for n, t in small.items() if n not in tensors}, folder)
         draft.set_full(full)
         draft.drop(here.full)

@@ -156,6 +156,17 @@ def test_a_pruning_method_ends_at_the_ratio(method: str) -> None:
     assert Context(state).turns[state.manifest.best["round"] - 1].product
 
 
+@pytest.mark.parametrize("method", ["pre-ft", "post-ft"])
+def test_embeddings_stay_as_they_are_where_a_pruning_method_is_told_so(method: str, tmp_path: Path) -> None:
+    here, start, moved = before_and_after(method)
+    still = Context(run(tiny("vit", method=method, options={"embeddings": False}), tmp_path / "state")).full_tensors()
+    embeddings = set(here.layout.embeddings)
+    assert embeddings
+    for name, tensor in start.items():
+        assert torch.equal(still[name], tensor) == (name in embeddings), name
+        assert not torch.equal(moved[name], tensor), name
+
+
 def test_movement_prunes_by_the_scores_that_it_learned() -> None:
     state = State.open(run_of("movement"))
     here = Context(state)

@@ -139,6 +139,7 @@ def test_the_first_round_of_a_ramp_is_predicted_to_hold_no_more_than_the_last(se
         ({"method": "lora-ft", "options": {"rank": 0}}, r"options\.rank: expected a whole number of at least 1; found 0"),
         ({"method": "lora-ft", "options": {"targets": ["keys"]}}, r"options\.targets: expected some of query"),
         ({"method": "post-ft", "options": {"full_share": 1.5}}, r"options\.full_share: expected a number between 0 and 1"),
+        ({"method": "pre-ft", "options": {"embeddings": "no"}}, r"options\.embeddings: expected something like True; found no"),
         ({"method": "movement", "options": {"scores_lr": -1.0}}, r"options\.scores_lr: expected a number above 0"),
         ({"method": "full-ft", "options": {"rank": 8}}, r"options\.rank: the method full-ft has no such option"),
     ],
@@ -161,6 +162,15 @@ def test_turns_that_follow_each_other_run_one_course_to_the_step() -> None:
     places = [course_of(turn, sum(each[:n]), each[n], 10) for n, turn in enumerate(shares)]
     assert places == [(10, 0), (10, each[0]), (10, each[0] + each[1])]
     assert course_of(Turn(share=0.5), 5, 5, 10) == (5, 0)  # a course of its own
+
+
+@pytest.mark.parametrize("embeddings", ["seen", None, 1])
+def test_a_turn_whose_embeddings_are_neither_said_nor_tokens_is_refused(
+    embeddings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "method_of", lambda _: Method("", lambda _: [Turn(embeddings=embeddings)]))
+    with pytest.raises(PluginError, match=r"turn 1 has embeddings=.*, which is none of True, False, 'tokens'"):
+        turns_for(tiny("vit"))
 
 
 def fail(_: Settings) -> Iterable[Turn]:

@@ -17,6 +17,7 @@ from recap_cli.stages import blueprint, budget, profile, trainable
 from recap_cli.stages import context as shared
 from recap_cli.stages import vocabulary as vocabularies
 from recap_cli.stages.context import Context
+from recap_cli.stages.eval import evaluate
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.measure import random_tensors
@@ -137,6 +138,17 @@ def test_rows_of_tokens_move_as_they_do_in_a_table_that_moves_whole(
     assert entry_of(all_of_it, "finetune")["token_rows"] == {"all": 64, "held": 64, "moving": 64}
     assert facts["trainable"] == entry_of(all_of_it, "finetune")["trainable"] - (64 - 9) * before.shape[1]
     assert facts["optimizer_bytes"] == 4 * facts["trainable"]  # one moment
+
+
+@pytest.mark.parametrize("embeddings", [False, "tokens", True])
+def test_the_small_model_scores_the_same_before_and_after_the_merge(embeddings: bool | str, tmp_path: Path) -> None:
+    state = finetuned(tmp_path, "bert", embeddings)
+    metrics = state.load_json("round-001/metrics.json")
+    (before,) = evaluate(state, which=["small"])
+    merge(state)
+    (after,) = evaluate(state, which=["small"])
+    for key in ("loss", "accuracy"):
+        assert before[key] == after[key] == pytest.approx(metrics[key], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", TEXTS)
