@@ -192,7 +192,7 @@ def key_of(cell: Mapping[str, Any]) -> tuple[Any, ...]:
 def predicted(task: str) -> Iterator[dict[str, Any]]:
     """The peak of a training step of the methods that a table compares, with and without what costs no accuracy."""
     base = recipes.parse(yaml.safe_dump(recipe_of(task)), task)
-    outline = blueprint.outline(base, blueprint.labels_of(base)[0])
+    outline, _ = blueprint.outline_with_data(base)
     for micro in (base.finetune.batch_size, 1):
         for method in ("full-ft", "post-ft", "pre-ft", "recap"):
             for ratio in RATIOS if method_of_name(method).prunes and method != "post-ft" else RATIOS[:1]:

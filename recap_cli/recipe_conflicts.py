@@ -81,6 +81,9 @@ def _input_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
     if data.builtin == "digits" and kind != "image-classification":
         text = f'expected "image-classification", as data.builtin is digits; found "{kind}"'
         yield Conflict(("task.kind", "data.builtin"), text)
+    if recipe.mask.train_embeddings == "tokens" and kind == "image-classification":
+        keys = ("mask.train_embeddings", "task.kind")
+        yield Conflict(keys, "expected true or false, as images have no tokens; found tokens")
     if data.validation is not None and data.validation_share is not None:
         keys = ("data.validation_share", "data.validation")
         yield Conflict(keys, "expected only without data.validation; found both")

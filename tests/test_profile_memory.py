@@ -15,6 +15,7 @@ from recap_cli import errors
 from recap_cli import recipe as recipes
 from recap_cli.cli import main
 from recap_cli.stages import blueprint, budget, profile
+from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
@@ -86,6 +87,52 @@ def test_tables_name_all_kinds_both_sums_and_the_parameters_and_fit_80_columns(a
     for said in ("the sum of the first four is how the paper counts", "Not included", "cuBLAS's workspace", "not seen: a peak"):
         assert said in err
     assert "evenly from all layers" in err
+
+
+@pytest.fixture
+def text(ask: Any) -> Path:
+    """A state of a text model beside `ask`'s recipe, with data of its own, before its first finetune."""
+    for split in ("train", "validation"):
+        Path(f"{split}.csv").write_text("sentence,label\n" + "w0 w1,cat\nw2,dog\nw3 w4,newt\n" * 4, encoding="utf-8")
+    recipe = tiny("bert", rounds=1, data={"train": "train.csv", "validation": "validation.csv"})
+    Path("bert.yaml").write_text(recipes.dump(recipe), encoding="utf-8")
+    return init(recipe, Path("text")).path
+
+
+def parameters_of(out: str) -> tuple[int, int]:
+    (row,) = json.loads(out)["predicted"]
+    return row["resident_parameters"], row["trainable_parameters"]
+
+
+@pytest.mark.parametrize("target", ["bert.yaml", "text"])
+def test_the_tokens_of_local_texts_count_and_it_is_said(target: str, ask: Any, text: Path) -> None:
+    _, _, err = ask(f"{target} --methods recap")
+    assert "the data use 10 of 64 tokens; rows of others are held only where all move" in err  # five words, five special ones
+    found = {}
+    for moves in ("false", "tokens", "true"):
+        code, out, _ = ask(f"{target} --methods recap --json --set mask.train_embeddings={moves}")
+        assert code == 0
+        found[moves] = parameters_of(out)
+    (still, least), (held, some), (whole, most) = (found[moves] for moves in ("false", "tokens", "true"))
+    assert held == still == whole - 54 * 32
+    assert some == least + 7 * 32  # five words, [CLS] and [SEP]
+    assert most > least + 64 * 32
+
+
+@pytest.mark.parametrize("target", ["bert.yaml", "text"])
+def test_texts_that_are_not_here_are_said_to_be_unknown(target: str, ask: Any, text: Path) -> None:
+    shared._SPLITS.clear()
+    Path("train.csv").unlink()
+    _, _, err = ask(f"{target} --methods recap --set mask.train_embeddings=tokens")
+    said = "which tokens the data use is not known, and all rows of the token table are taken to be held, and of RECAP to move"
+    assert said in " ".join(err.split())
+
+
+def test_texts_that_are_not_the_states_own_are_not_read(ask: Any, text: Path) -> None:
+    code, _, err = ask("text --methods recap --set data.train=other.csv")
+    assert code == 0
+    assert "data.train is not the state's own, and its texts are not read here" in " ".join(err.split())
+    assert "which tokens the data use is not known" in err
 
 
 def test_the_json_stands_alone_and_says_what_the_tables_say(ask: Any) -> None:

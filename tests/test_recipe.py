@@ -119,6 +119,8 @@ def test_text_that_looks_like_a_number_to_the_eye_only_stays_text() -> None:
         ("prune: {ratio: true}", "4:16 prune.ratio", "expected a number in [0, 1); found true"),
         ("prune: {uniform: 1}", "4:18 prune.uniform", "expected true or false; found 1"),
         ("prune: 3", "4:8 prune", "expected a section (keys with values); found 3"),
+        ("mask: {train_embeddings: all}", "4:26 mask.train_embeddings", 'expected true, false or "tokens"; found "all"'),
+        ("mask: {train_embeddings: 1}", "4:26 mask.train_embeddings", 'expected true, false or "tokens"; found 1'),
         ("mask: {ratio: 1}", "4:15 mask.ratio", "expected a number in [0, 1); found 1"),
         ("finetune: {lr: 0}", "4:16 finetune.lr", "expected a number > 0; found 0"),
         ("finetune: {lr: .inf}", "4:16 finetune.lr", "expected a number > 0; found Infinity"),
@@ -351,6 +353,14 @@ def test_anchors_and_merge_keys_work_and_overrides_do_not_leak_through_them() ->
 )
 def test_keys_at_odds_are_refused(changes: list[str], words: str) -> None:
     assert refused_beside("", *changes) == [words]
+
+
+def test_rows_of_tokens_are_for_texts() -> None:
+    images = ["task.kind=image-classification", "data.image=image", "data.text=null"]
+    (line,) = refused_beside("mask: {train_embeddings: tokens}\n", *images)
+    place = "--set task.kind=image-classification mask.train_embeddings"  # the override is what does not go with the line
+    assert line == f"{place} expected true or false, as images have no tokens; found tokens"
+    assert parsed("mask: {train_embeddings: tokens}\n").mask.train_embeddings == "tokens"
 
 
 def test_a_conflict_is_placed_at_the_key_to_change() -> None:

@@ -42,7 +42,7 @@ def attach(frame: Frame) -> Attached:
             moved[weight] = small[weight] + (delta.t() if transposed[path] else delta)
         return moved, {}
 
-    return Attached(moves=lambda name: name in head or MARK in name, result=result)
+    return Attached(moves=lambda name: name in head or MARK in name, result=result, keeps_tokens=True)
 
 
 def targets(axes: Sequence[Axis], places: Any) -> list[str]:

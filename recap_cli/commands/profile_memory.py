@@ -80,9 +80,10 @@ def profile_memory(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Predict what finetuning holds on its device: from the configuration alone, without a GPU, weights or data.
+    """Predict what finetuning holds on its device: from the configuration, without a GPU, weights or data.
 
     Each figure is one real training step of the real model on tensors without memory, with the kernels that CUDA would choose.
+    Texts that are on this machine are read all the same: of the tokens that they do not use, the device holds nothing.
 
     Example: [bold]recap profile-memory quickstart --methods full,lora,recap --batch-sizes 1,8,32[/bold]
     """
@@ -210,7 +211,7 @@ def _open(target: str, overrides: Sequence[str]) -> _Subject:
     state = State.open(target)
     recipe = recipe_of(state, overrides)
     other = recipes.differences(recipe_of(state), recipe)
-    model, notes = _as_overridden(blueprint.outline_of(Context(state)), state, other)
+    model, notes = _as_overridden(blueprint.outline_of(Context(state), console.track), state, other)
     return _Subject(recipe, state, model, notes)
 
 
@@ -230,13 +231,18 @@ def _as_overridden(model: "Outline", state: "State", other: Sequence[str]) -> "t
     pruned = [key for key in other if key.startswith("prune.")]
     masked = [key for key in other if key.startswith("mask.") and key != "mask.train_embeddings"]
     notes = []
+    if read := [key for key in other if key.startswith("data.") and key != "data.workers" and model.vocabulary is not None]:
+        notes.append(f"{', '.join(read)} is not the state's own, and its texts are not read here")
+        model = replace(model, vocabulary=None)
     if model.plan is not None and pruned:
         notes.append(f"{', '.join(pruned)} is not the state's own, and so its plan and mask do not count here")
     elif model.mask is not None and masked:
         notes.append(f"{', '.join(masked)} is not the state's own, and so its mask does not count here")
     if pruned:
         return anew(model), notes
-    return (replace(model, mask=None, turns=()) if masked else model), notes
+    if masked:
+        return replace(model, mask=None, turns=()), notes
+    return (replace(model, turns=()) if "mask.train_embeddings" in other else model), notes
 
 
 def _fit(subject: _Subject, target: str, overrides: Sequence[str], text: str) -> "tuple[dict[str, Any], Recipe]":
@@ -308,6 +314,9 @@ def _assumptions(
             yield "recap and pre-ft have the state's own plan here; the entries to move are an even share of every layer"
         else:
             yield "recap and pre-ft have the state's own plan, and recap its mask"
+    if model.vocabulary is None and model.spec.image is None:
+        moving = ", and of RECAP to move" if recipe.mask.train_embeddings == "tokens" else ""
+        yield f"which tokens the data use is not known, and all rows of the token table are taken to be held{moving}"
     if (words := model.vocabulary) is not None:
         yield f"the data use {len(words.held):,} of {words.size:,} tokens; rows of others are held only where all move"
     if sizes and recipe.finetune.micro_batch_size is not None:

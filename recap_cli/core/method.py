@@ -82,13 +82,15 @@ class Attached:
     (of the head's, for those of the task head); `before_step(step, steps, value)` runs before each optimizer step,
     `value(name)` being what is trained, in fp32. `result(values, small)` takes the trained values (name → fp32 tensor on the
     CPU) and the small model's tensors as they were, and gives what of them has moved, whole, and the scores that a later turn
-    prunes by (none for most).
+    prunes by (none for most). `keeps_tokens` says that the model sees the tokens of the data and no others, so that the other
+    rows of its token table need not be held.
     """
 
     moves: Callable[[str], bool]
     result: "Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[dict[str, Tensor], Scores]]"
     rate: Callable[[str], float] = lambda _: 1.0
     before_step: "Callable[[int, int, Callable[[str], Tensor]], None]" = lambda _step, _steps, _value: None
+    keeps_tokens: bool = False
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,9 @@ def put_moments(
 ) -> dict[str, Tensor]:
     """The moments after a round, eq. (5): those of entries that moved are written back, all others age once.
 
-    `tuned` and `counts` are compact, at `where` in tensors of `shapes`; `along` names the dimension each cut parameter is cut
-    along; `aging` the factor of each moment. Counts do not age: they say how many steps an entry has taken part in.
+    `tuned` and `counts` are compact, at `where` in tensors of `shapes`; `along` names the dimension that a parameter is cut
+    along, or of which some rows move; `aging` the factor of each moment. Counts do not age: they say how many steps an entry
+    has taken part in.
     """
     # Multiplied out of place: stored moments are mapped files, and writing to them page by page took 2 to 5 times as long.
     aged = {COUNT: 1, **aging}
@@ -54,9 +55,9 @@ def put_moments(
         for moment, tensor in moments.items():
             full = after.setdefault(f"{name}/{moment}", torch.zeros(shapes[name]))
             put(full, tensor, dims)
-        dim = next(iter(dims), along.get(name))
-        length = 1 if dim is None else shapes[name][dim]
-        full = after.setdefault(f"{name}/{COUNT}", torch.zeros(length, dtype=torch.int32))
+        length = shapes[name][along[name]] if name in along else 1
+        before = after.get(f"{name}/{COUNT}", torch.zeros(1, dtype=torch.int32))
+        full = after[f"{name}/{COUNT}"] = before.expand(length).clone()  # of one number, if the whole has moved until now
         index = next(iter(dims.values()), torch.arange(length))
         full[index] = counts[name].expand(len(index)).to(torch.int32)
     return after

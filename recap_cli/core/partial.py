@@ -251,7 +251,7 @@ def make_partial(
             slots += layer_slots
         elif partly:
             raise TypeError(f"{names[min(partly)]} would move in part, but {type(module).__name__} is no linear layer")
-        elif int8 and isinstance(module, nn.Embedding) and not moves:
+        elif int8 and isinstance(module, nn.Embedding) and not moves and not _is_hooked(module):
             codes, scale = quantize(module.weight)
             made = QuantizedEmbedding(codes.to(device), scale.to(device), dtype)
         else:
@@ -421,7 +421,13 @@ def _is_linear(module: nn.Module) -> bool:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a module looks rows up and does nothing else to them."""
-    return type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
+    plain = type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
+    return plain and not _is_hooked(module)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a stranger's code waits for the module's forward: another module in its place would not call it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _nothing(dims: dict[int, Tensor] | None) -> bool:

@@ -57,14 +57,15 @@ class ImageInputs:
 class Split:
     """The training or the validation examples: their labels, shape (examples,), int64, and a way to fetch their inputs.
 
-    `origin` is the file or data set they come from, for messages. Of texts, `tokens` are the ids that a batch may hold, sorted,
-    int64, the tokenizer's special ones among them.
+    `origin` is the file or data set they come from, for messages. Of texts, `tokens` are the ids that occur in them, and
+    `special` those that the tokenizer may add, such as padding: both sorted, int64.
     """
 
     origin: str
     labels: Tensor
     fetch: Fetch
     tokens: Tensor | None = None
+    special: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -129,8 +130,9 @@ def text_split(dataset: "Dataset", inputs: TextInputs, *, origin: str, track: Tr
         ragged = {name: [array[place].tolist() for place in places] for name, array in flat.items()}
         return dict(inputs.tokenizer.pad(ragged, padding=True, return_tensors="pt"))
 
-    tokens = np.union1d(flat["input_ids"], inputs.tokenizer.all_special_ids)  # padding, too
-    return Split(origin, _labels(dataset), fetch, torch.from_numpy(tokens.astype(np.int64)))
+    occurs = np.bincount(flat["input_ids"], minlength=1) > 0
+    special = torch.tensor(sorted(inputs.tokenizer.all_special_ids), dtype=torch.int64)
+    return Split(origin, _labels(dataset), fetch, torch.from_numpy(occurs.nonzero()[0]), special)
 
 
 def _check_tokenizer(inputs: TextInputs) -> None:

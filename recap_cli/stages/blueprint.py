@@ -19,8 +19,6 @@ from recap_cli.stages import vocabulary as vocabularies
 from recap_cli.stages.context import Context, Layout
 from recap_cli.stages.vocabulary import Vocabulary
 
-ALL_ROWS = "all rows of the token table are taken to be held"
-
 
 @dataclass(frozen=True)
 class Outline:
@@ -78,11 +76,11 @@ def outline_with_data(recipe: Recipe, track: Track = silent) -> tuple[Outline, l
         return model, notes
     folder = recipe.model.name or (recipe.model.config or {}).get("tokenizer")
     if not isinstance(folder, str) or not Path(folder).expanduser().is_dir():
-        return model, [*notes, f"the tokenizer is not here, so {ALL_ROWS}"]
+        return model, [*notes, "the tokenizer is not here"]
     try:
         return with_vocabulary(model, recipe, raw, track), notes
     except (DataError, ModelError) as error:  # likewise
-        return model, [*notes, f"the texts cannot be read, so {ALL_ROWS}: {error.message}"]
+        return model, [*notes, f"the texts cannot be read: {error.message}"]
 
 
 def with_vocabulary(model: Outline, recipe: Recipe, raw: sources.Raw, track: Track = silent) -> Outline:
@@ -98,11 +96,14 @@ def with_vocabulary(model: Outline, recipe: Recipe, raw: sources.Raw, track: Tra
     return replace(model, vocabulary=vocabularies.of(models.skeleton(model.spec), train, validation))
 
 
+def _is_local(recipe: Recipe) -> bool:
+    data = recipe.data
+    return data.builtin is not None or (data.train is not None and Path(data.train).exists())
+
+
 def _local_data(recipe: Recipe) -> tuple[sources.Raw | None, list[str]]:
     """The examples, if they are local, and a note if they are not, or cannot be read."""
-    data = recipe.data
-    local = data.builtin or (data.train is not None and Path(data.train).exists())
-    if not local:
+    if not _is_local(recipe):
         return None, ["the data are not here, so the head is that of the model's configuration"]
     try:
         return shared.read_raw(recipe), []
@@ -110,7 +111,7 @@ def _local_data(recipe: Recipe) -> tuple[sources.Raw | None, list[str]]:
         return None, [f"the data cannot be read, so the head is that of the model's configuration: {error.message}"]
 
 
-def outline_of(here: Context) -> Outline:
+def outline_of(here: Context, track: Track = silent) -> Outline:
     """The outline of a state's model, with the plan and the mask of its newest round as far as they are chosen."""
     state, folder = here.state, here.state.manifest.small
     files = state.manifest.files
@@ -120,18 +121,18 @@ def outline_of(here: Context) -> Outline:
         mask = {name: chosen.bool() for name, chosen in state.load_tensors(f"{folder}/{shared.MASK}").items()}
     tensors = models.tensors_of(models.skeleton(here.spec))
     turn = here.turns[state.manifest.round - 1] if plan is not None else None
-    return Outline(here.spec, here.adapter, here.layout, tensors, plan, mask, turn, here.turns, _vocabulary_of(here))
+    return Outline(here.spec, here.adapter, here.layout, tensors, plan, mask, turn, here.turns, _vocabulary_of(here, track))
 
 
-def _vocabulary_of(here: Context) -> Vocabulary | None:
-    """As the last finetuning had it, or as the data say."""
+def _vocabulary_of(here: Context, track: Track) -> Vocabulary | None:
+    """As the last finetuning had it, or as the data say, if they are read already or local."""
     newest = here.state.manifest.round
     for number in range(newest, max(0, newest - 2), -1):
         if found := here.vocabulary(f"round-{number:03d}"):
             return found
-    if here.spec.image is not None:
+    if here.spec.image is not None or not (shared.are_read(here.recipe, here.spec) or _is_local(here.recipe)):
         return None
     try:
-        return vocabularies.of(models.skeleton(here.spec), *here.splits(silent))
+        return vocabularies.of(models.skeleton(here.spec), *here.splits(track))
     except DataError:  # its files are gone, and `finetune` will say so
         return None

@@ -207,13 +207,24 @@ def inputs_of(recipe: Recipe, spec: ModelSpec, processor: Any) -> TextInputs | I
 _SPLITS: dict[str, tuple[Split, Split]] = {}  # of the last recipe: the stages of a run read their data once
 
 
+def _split_key(recipe: Recipe, spec: ModelSpec) -> str:
+    """What examples as tensors hang on: the data, and what the model takes and how it is preprocessed."""
+    sections = [section.model_dump(mode="json") for section in (recipe.data, recipe.model, recipe.task)]
+    return json.dumps([*sections, recipe.seed, spec.image, models.positions(spec)], sort_keys=True)
+
+
+def are_read(recipe: Recipe, spec: ModelSpec) -> bool:
+    """Whether this process has the examples of a recipe already, so that `splits_of` reads nothing."""
+    return _split_key(recipe, spec) in _SPLITS
+
+
 def splits_of(
     recipe: Recipe, spec: ModelSpec, processor: Any, track: Track, raw: sources.Raw | None = None
 ) -> tuple[Split, Split]:
     """The training and the validation examples of a recipe, as tensors for a model; kept for the next call with the same
     data.
     """
-    key = json.dumps([recipe.data.model_dump(mode="json"), recipe.seed, spec.to_json()], sort_keys=True)
+    key = _split_key(recipe, spec)
     if key not in _SPLITS:
         raw = raw or read_raw(recipe)
         inputs = inputs_of(recipe, spec, processor)

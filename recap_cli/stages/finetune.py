@@ -155,7 +155,7 @@ def _partial(
         weight_decay=settings.weight_decay,
         moments=moments,
         counts=steps,
-        along=here.layout.along | ({vocabulary.table: 0} if vocabulary else {}),
+        along=here.layout.along | (vocabulary.along() if vocabulary else {}),
         scale=scale,
     )
 

@@ -14,6 +14,7 @@ from torch import nn
 from recap_cli import recipe as recipes
 from recap_cli import registry
 from recap_cli.core.groups import prunable_params
+from recap_cli.core.method import Turn
 from recap_cli.core.optim import Optimizer, adamw, learning_rate
 from recap_cli.core.partial import Slot
 from recap_cli.errors import ModelError
@@ -26,6 +27,7 @@ from recap_cli.runtime.order import batches, order, seed_for
 from recap_cli.runtime.training import Batch, train
 from recap_cli.stages import budget
 from recap_cli.stages import context as shared
+from recap_cli.stages import vocabulary as vocabularies
 from recap_cli.stages.context import Layout
 from recap_cli.stages.turns import check_steps, steps_in_round, turns_for
 from recap_cli.state import Draft, State
@@ -62,6 +64,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         draft.plugins["used"].append(registry.used("adapters", spec.model_type))
         adapter = models.adapter_of(spec)
         _check_weights(model, recipe.model.name)
+        _check_tokens(turns, model)
         report = conformance.check(model, adapter, spec)
         layout = Layout.of(adapter, model)
         split, _ = shared.splits_of(recipe, spec, created.processor, track, raw)
@@ -131,6 +134,15 @@ def _check_weights(model: nn.Module, name: str | None) -> None:
             raise ModelError(
                 f"{name}: {weight} holds values that are not finite", hint="the checkpoint is damaged: get it again"
             )
+
+
+def _check_tokens(turns: Sequence[Turn], model: nn.Module) -> None:
+    """Refuse rows of tokens that are to move by themselves where there is no table that has just these."""
+    if any(turn.embeddings == "tokens" for turn in turns) and vocabularies.everything(model) is None:
+        raise ModelError(
+            f"rows of tokens are to move, but {type(model).__name__} has no table of tokens that is looked up and nothing else",
+            hint="--set mask.train_embeddings=true, or false",
+        )
 
 
 def _save(draft: Draft, model: nn.Module, spec: ModelSpec, processor: Any, layout: Layout) -> None:

@@ -60,7 +60,9 @@ def _save_moments(here: Context, draft: Draft, folder: str, full: str, where: An
         else:
             tuned.setdefault(name, {})[moment] = tensor
     aging = rule_of(here.recipe.finetune).aging
-    after = put_moments(stored, tuned, counts, where, shapes=shapes, along=here.layout.along, aging=aging)
+    vocabulary = here.vocabulary(folder)
+    along = here.layout.along | (vocabulary.along() if vocabulary else {})
+    after = put_moments(stored, tuned, counts, where, shapes=shapes, along=along, aging=aging)
     draft.save_tensors(f"{full}/{shared.MOMENTS}", after)
 
 

@@ -54,7 +54,7 @@ def make_own(
         model,
         {},
         frozen=lambda name: name not in names,
-        looked_up=vocabulary.looked_up() if vocabulary else None,
+        looked_up=vocabulary.looked_up() if vocabulary and attached.keeps_tokens else None,
         device=device,
         dtype=resident.dtype,
         int8=resident.int8,

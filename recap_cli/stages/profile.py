@@ -1,4 +1,5 @@
-"""`profile-memory`: what finetuning by a recipe holds on its device, predicted from the configuration alone.
+"""`profile-memory`: what finetuning by a recipe holds on its device, predicted from its configuration, and
+from the tokens of texts that are here.
 
 Each method is the real model, made trainable as the method has it, and one real training step on fake tensors
 (`runtime.prediction`). Where the groups to prune and to move are not known yet, every layer gives the same share of them.

@@ -14,7 +14,7 @@ from recap_cli.runtime.data import Split
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The rows of one table: those that training or validation examples look up, and those that may move.
+    """The rows of one table: those that training or validation examples may look up, and those that may move.
 
     `table` is the parameter's name; `held` and `moving` are sorted ids, int64; `size` is how many rows there are.
     """
@@ -27,6 +27,10 @@ class Vocabulary:
     def looked_up(self) -> dict[str, Tensor]:
         """As `make_partial` takes it."""
         return {self.table: self.held}
+
+    def along(self) -> dict[str, int]:
+        """The dimension of the table that moves in part."""
+        return {self.table: 0}
 
     def where(self, turn: Turn) -> Where:
         """The rows that a turn lets move, where that is neither all of them nor none."""
@@ -50,12 +54,11 @@ def of(model: nn.Module, train: Split, validation: Split) -> Vocabulary | None:
     A row for padding has no gradient (`nn.Embedding`), and never moves.
     """
     table = _table(model)
-    if table is None or train.tokens is None or validation.tokens is None:
+    if table is None or train.tokens is None or validation.tokens is None or train.special is None:
         return None
     name, module = table
-    held = torch.unique(torch.cat([train.tokens, validation.tokens]))
-    moving = train.tokens[train.tokens != module.padding_idx] if module.padding_idx is not None else train.tokens
-    return Vocabulary(name, module.num_embeddings, held, moving)
+    held = torch.unique(torch.cat([train.tokens, validation.tokens, train.special]))
+    return Vocabulary(name, module.num_embeddings, held, _but(module.padding_idx, train.tokens))
 
 
 def everything(model: nn.Module) -> Vocabulary | None:
@@ -65,7 +68,11 @@ def everything(model: nn.Module) -> Vocabulary | None:
         return None
     name, module = table
     rows = torch.arange(module.num_embeddings)
-    return Vocabulary(name, len(rows), rows, rows if module.padding_idx is None else rows[rows != module.padding_idx])
+    return Vocabulary(name, len(rows), rows, _but(module.padding_idx, rows))
+
+
+def _but(padding: int | None, rows: Tensor) -> Tensor:
+    return rows if padding is None else rows[rows != padding]
 
 
 def _table(model: nn.Module) -> tuple[str, nn.Embedding] | None:
