@@ -11,6 +11,7 @@ its sample. `benchmarks/quality_page.py` shows the results.
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from record import command_line, parser, write
 from recap_cli import recipe as recipes
 from recap_cli.core.groups import counts, shapes_of
 from recap_cli.core.surgery import gather, indices
+from recap_cli.errors import StateError
 from recap_cli.recipe import Recipe
 from recap_cli.runtime import models
 from recap_cli.runtime.data import Split, make_split
@@ -93,9 +95,10 @@ def split_of(here: Context, task: str) -> Split:
 def runs(work: Path, task: str, variant: str) -> Iterator[Context]:
     """The finished runs of a variant."""
     for path in sorted((work / f"{task}-{variant}" / "cells").glob("*")):
-        here = Context(State.open(path))
-        if finished(here.recipe, here.state.manifest):
-            yield here
+        with suppress(StateError):  # a run that was stopped as it began
+            here = Context(State.open(path))
+            if finished(here.recipe, here.state.manifest):
+                yield here
 
 
 def keys_of(here: Context, variant: str) -> dict[str, Any]:

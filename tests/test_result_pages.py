@@ -86,6 +86,30 @@ def test_in_short_a_text_that_nothing_was_tuned_on_keeps_the_rate_of_another(qua
     assert found["mrpc"][7:9] == ["+10.0 ± 0.0", "-20.0 ± 0.0"]
 
 
+def test_held_out_each_is_at_the_rate_that_its_validation_data_chose(quality: ModuleType) -> None:
+    mine = [*cells("recap@4", [0.5, 0.5, 0.5], 0.0), *cells("recap@2", [0.6, 0.6, 0.6], 0.0)]
+    mine += [*cells("pre-ft@2", [0.4, 0.4, 0.4]), *cells("pre-ft@4", [0.3, 0.3, 0.3]), *cells("post-ft@2", [0.7, 0.7, 0.7])]
+    scores = {"recap@4": 0.9, "recap@2": 0.1, "pre-ft@2": 0.2, "pre-ft@4": 1.0, "post-ft@2": 0.3}
+    scored = [{**cell, "f1": scores[cell["variant"]], "examples": 7} for cell in mine]
+    common = {
+        "versions": {},
+        "environment": {},
+        "command": "x",
+        "date": "today",
+        "machine": {"cores": 2, "cpu": "", "ram_gib": 8},
+    }
+    held = {"mrpc": {"metric": "f1", "cells": scored, "held_out": "others", **common}}
+    page = quality.held_out({"mrpc": {"cells": mine, "lr": 1e-4}}, held)
+    found = [[part.strip() for part in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| mrpc")]
+    assert [row[3:8] for row in found] == [
+        ["3", "7", "90.0 ± 0.0 (0.0004)", "20.0 ± 0.0 (0.0002)", "30.0 ± 0.0 (0.0002)"],  # RECAP at the rate of another task
+        ["3", "7", "10.0 ± 0.0 (0.0002)", "20.0 ± 0.0 (0.0002)", "30.0 ± 0.0 (0.0002)"],
+    ]
+    assert found[1][8:] == ["-10.0 ± 0.0", "-20.0 ± 0.0"]
+    held["mrpc"]["cells"] = scored[:6]
+    assert quality.held_out({"mrpc": {"cells": mine, "lr": 1e-4}}, held) == ""  # nothing to hold RECAP against
+
+
 def test_all_machines_of_a_result_are_named(load: Any) -> None:
     one, other = ({"cores": 2, "cpu": cpu, "ram_gib": 8} for cpu in ("this", "that"))
     common = {"versions": {}, "environment": {}, "command": "python x.py", "date": "today", "machine": one}
