@@ -139,7 +139,7 @@ def test_the_first_round_of_a_ramp_is_predicted_to_hold_no_more_than_the_last(se
         ({"method": "lora-ft", "options": {"rank": 0}}, r"options\.rank: expected a whole number of at least 1; found 0"),
         ({"method": "lora-ft", "options": {"targets": ["keys"]}}, r"options\.targets: expected some of query"),
         ({"method": "post-ft", "options": {"full_share": 1.5}}, r"options\.full_share: expected a number between 0 and 1"),
-        ({"method": "pre-ft", "options": {"embeddings": "no"}}, r"options\.embeddings: expected something like True; found no"),
+        ({"method": "pre-ft", "options": {"embeddings": "no"}}, r"options\.embeddings: expected something like true; found no"),
         ({"method": "movement", "options": {"scores_lr": -1.0}}, r"options\.scores_lr: expected a number above 0"),
         ({"method": "full-ft", "options": {"rank": 8}}, r"options\.rank: the method full-ft has no such option"),
     ],
