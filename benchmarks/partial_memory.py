@@ -19,8 +19,9 @@ from record import parser, table, write
 from torch import Tensor, nn, optim
 
 from recap_cli.core.groups import Axis, Cut
+from recap_cli.core.linear import PartialLinear
 from recap_cli.core.optim import Optimizer, sgd
-from recap_cli.core.partial import PartialLinear, Slot, bring_forward, make_partial
+from recap_cli.core.partial import Slot, bring_forward, make_partial
 from recap_cli.core.surgery import indices
 from recap_cli.runtime.prediction import Fakes
 from recap_cli.runtime.tracker import Tracker

@@ -142,7 +142,8 @@ def overrides_of(task: str, variant: str) -> list[str]:
         values["finetune.lr"] = float(times) * tune["lr"]
     if "rounds" in values:
         values["finetune.epochs"] = tune["epochs"] * COMMON["rounds"] / values["rounds"]
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    whose = {key: f"{first}:" if key.startswith("options.") else "" for key in values}
+    return [f"{whose[key]}{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def method_of(variant: str) -> str:
@@ -156,9 +157,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """The cells of a variant, run or read."""
     work.mkdir(parents=True, exist_ok=True)
+    recipe = work / f"{task}.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of(task)), encoding="utf-8")
     method = method_of(variant)
-    recipe = work / f"{task}-{method}.yaml"  # a grid keeps the options of a recipe for its own method alone
-    recipe.write_text(yaml.safe_dump({"method": method, **recipe_of(task)}), encoding="utf-8")
     given = {"ratios": ratios} if method_of_name(method).prunes else {}
     given |= {"mask_ratios": mask_ratios} if method_of_name(method).masks else {}
     plan = grid.plan(str(recipe), overrides_of(task, variant), methods=[method], seeds=seeds, **given)

@@ -110,6 +110,52 @@ def test_held_out_each_is_at_the_rate_that_its_validation_data_chose(quality: Mo
     assert quality.held_out({"mrpc": {"cells": mine, "lr": 1e-4}}, held) == ""  # nothing to hold RECAP against
 
 
+def test_what_a_variant_sets_reaches_the_cells_that_run(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, plans = load("quality"), list[Any]()
+    base = {"name": "x", "model": {"config": {"model_type": "vit"}}, "task": {"kind": "image-classification"}}
+    monkeypatch.setattr(runner, "recipe_of", lambda _: {**base, "data": {"builtin": "digits", "image": "image"}})
+    monkeypatch.setattr(runner, "compare", lambda plan, *_, **__: plans.append(plan) or {"cells": []})
+    for variant, values in runner.VARIANTS.items():
+        if values.get("mask.train_embeddings") == "tokens":
+            continue  # of texts
+        name = f"post-ft+{variant}" if variant == "still-embeddings" else variant
+        runner.measure("cifar100", name, [0.333], [0.5], [0], 1, tmp_path)
+        (cell,) = plans[-1].cells
+        assert cell.recipe is not None, (variant, cell.error)
+        found = cell.recipe.model_dump(mode="json")
+        for key, value in values.items():
+            section, _, rest = key.partition(".")
+            assert (found[section][rest] if rest else found[section]) == value, key
+
+
+def test_what_is_held_out_has_nothing_of_what_was_seen(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = load("held_out")
+
+    class Rows(dict[str, list[Any]]):
+        def select(self, kept: list[int]) -> "Rows":
+            return Rows({name: [values[at] for at in kept] for name, values in self.items()})
+
+    class Raw:
+        def __init__(self, train: Rows, validation: Rows) -> None:
+            self.train, self.validation = train, validation
+
+    images = Rows(row=list(range(20)))
+    phrases = Rows(text=["a b c d", "b c d e", "x a b", "a b", "f g h", "e d c b a"])
+
+    def raw(_: str, data: dict[str, Any], seed: int = 0) -> Raw:
+        seen = Raw(Rows(text=[["a b c d"], ["f g h i"]][seed % 2]), Rows(row=[seed, 2 * seed + 1]))
+        return Raw(phrases, images) if data else seen
+
+    monkeypatch.setattr(scorer, "raw_of", raw)
+    assert scorer.examples("cifar100", 0)["row"] == [6, 8, 10, *range(12, 20)]  # 0 to 5, and 1, 3, 5, 7, 9, 11 were looked at
+    assert scorer.examples("sst2", 0)["text"] == ["x a b", "f g h", "e d c b a"]  # too short says nothing
+    assert scorer.examples("sst2", 1)["text"] == ["a b c d", "b c d e", "x a b", "e d c b a"]
+    monkeypatch.setattr(scorer, "MOST", 3)
+    drawn = scorer.examples("cifar100", 0)["row"]
+    assert len(drawn) == 3
+    assert drawn == scorer.examples("cifar100", 4)["row"] == sorted(drawn)
+
+
 def test_all_machines_of_a_result_are_named(load: Any) -> None:
     one, other = ({"cores": 2, "cpu": cpu, "ram_gib": 8} for cpu in ("this", "that"))
     common = {"versions": {}, "environment": {}, "command": "python x.py", "date": "today", "machine": one}

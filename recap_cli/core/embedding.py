@@ -45,9 +45,8 @@ class PartialEmbedding(nn.Module):
     @property
     def absent(self) -> int:
         """How many entries of the whole table are not held."""
-        apart = self.part is not None and self.scale is not None  # those that move stand beside the codes then
-        held = len(self.weight) + (len(self.part) if apart and self.part is not None else 0)
-        return (len(self.place) - held) * self.weight.shape[1]
+        beside = 0 if self.part is None or self.scale is None else len(self.part)  # codes are of the other rows
+        return (len(self.place) - len(self.weight) - beside) * self.weight.shape[1]
 
     def extra_repr(self) -> str:
         held = len(self.place) - self.absent // self.weight.shape[1]
@@ -92,3 +91,14 @@ def places(vocabulary: int, held: Tensor) -> Tensor:
     place = torch.full((vocabulary,), len(held), dtype=torch.int32)
     place[held] = torch.arange(len(held), dtype=torch.int32)
     return place
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module looks rows up and does nothing else to them."""
+    plain = type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
+    return plain and not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a stranger's code waits for the module's forward: another module in its place would not call it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -89,6 +89,7 @@ def plan(
     given = {"prune.ratio": ratios, "mask.ratio": mask_ratios}
     _refuse_axes(for_all, ["method", "seed", *(key for key, values in given.items() if values)])
     base = recipes.read(source, for_all)
+    _refuse_options(for_all, base.method, loaded)
     grid = Grid(
         tuple(loaded),
         _ratios("--ratios", ratios, base.prune.ratio, [name for name, method in loaded.items() if method.prunes], loaded),
@@ -140,6 +141,17 @@ def _refuse_axes(overrides: Sequence[str], keys: Sequence[str]) -> None:
         if (key := given.partition("=")[0].strip()) in keys:
             raise UsageError(
                 f"--set {given}: the grid varies {key}", hint=f"name its values with {AXES[key]}, as in {AXES[key]} A,B"
+            )
+
+
+def _refuse_options(overrides: Sequence[str], own: str, methods: Mapping[str, Method]) -> None:
+    """Refuse options that no cell would have: those of a recipe are its own method's, and that is not compared."""
+    for given in overrides:
+        key = given.partition("=")[0].strip()
+        if key.partition(".")[0] == "options" and own not in methods:
+            raise UsageError(
+                f"--set {given}: options of the recipe's own method, {own}, which is not compared",
+                hint=f"name the method that they are of, as in --set {next(iter(methods))}:{given}",
             )
 
 

@@ -1,13 +1,13 @@
 """Which rows of a text model's token table its data look up: what `finetune` holds of the table, and what of it may move."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from recap_cli.core.embedding import is_plain
 from recap_cli.core.method import Turn
-from recap_cli.core.partial import is_plain
 from recap_cli.core.surgery import Where
 from recap_cli.runtime.data import Split
 
@@ -77,11 +77,12 @@ def _but(padding: int | None, rows: Tensor) -> Tensor:
 
 def _table(model: nn.Module) -> tuple[str, nn.Embedding] | None:
     """The table of tokens and the name of its weight, if the model looks it up by ids alone and uses it nowhere else."""
+    find: Callable[[], nn.Module] | None = getattr(model, "get_input_embeddings", None)  # of transformers; timm has none
     try:
-        module = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
+        module = None if find is None else find()
+    except NotImplementedError:  # how transformers says that it does not know a model's table
         return None
-    if not is_plain(module):
+    if not isinstance(module, nn.Embedding) or not is_plain(module):
         return None
     names = [name for name, param in model.named_parameters(remove_duplicate=False) if param is module.weight]
     return (names[0], module) if len(names) == 1 else None

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recap_cli.core.groups import Axis, Cut, refine, shapes_of
+from recap_cli.core.linear import PartialLinear
 from recap_cli.core.optim import Optimizer, Rule, adamw, sgd
-from recap_cli.core.partial import PartialLinear, Slot, bring_forward, make_partial
+from recap_cli.core.partial import Slot, bring_forward, make_partial
 from recap_cli.core.quantized import QuantizedEmbedding, quantize, rest_of
 from recap_cli.core.surgery import Where, indices, put, take
 from recap_cli.runtime import models

@@ -132,6 +132,16 @@ def test_options_belong_to_the_recipes_own_method(recipe: str) -> None:
     assert [cell.recipe.options for cell in made.cells if cell.recipe] == [{"rank": 4}, {}]
 
 
+@pytest.mark.parametrize("given", ["options.embeddings=false", "options = {embeddings: false}"])
+def test_options_that_no_cell_would_have_are_refused(given: str, recipe: str) -> None:
+    with pytest.raises(UsageError, match="options of the recipe's own method, recap, which is not compared") as caught:
+        plan(recipe, given, methods=["post-ft", "pre-ft"])
+    assert f"--set post-ft:{given}" in str(caught.value.hint)
+    (cell,) = plan(recipe, f"post-ft:{given}", methods=["post-ft"]).cells
+    assert cell.recipe is not None
+    assert cell.recipe.options == {"embeddings": False}
+
+
 @pytest.mark.parametrize(
     ("overrides", "given", "kind", "told"),
     [
