@@ -308,7 +308,8 @@ HELD_OUT = """## Held out
 
 The models of the last rounds above, scored by `benchmarks/held_out.py` on examples that no run was trained on and no rate, r_f
 or default was chosen by. The standard error of one accuracy by that of its examples alone is 0.6 (of 4,000) to 0.9 points (of
-1,725); those below are over the seeds.
+1,725); those below are over the seeds. The phrases of SST-2 have 7 words on average, its validation sentences 20. Of MRPC's
+1,725 test pairs 245 share one of their two sentences with a training pair, and none shares both.
 """
 
 KINDS = ("weights", "gradients", "optimizer")
