@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "round-course": {"finetune.course": "round"},
     "settled": {"prune.ramp": 1.0},
     "ramped": {"prune.settled": 0.0},
+    "late-settled": {"prune.settled": 0.25},
     "averaged": {"prune.ema": 0.5},
     "averaged-unsettled": {"prune.ema": 0.5, "prune.settled": 0.0},
     "exploring": {"mask.random": 0.25},

@@ -1,4 +1,4 @@
-"""`recap run` killed with SIGKILL in the middle and called again ends as one that never was."""
+"""Killed with SIGKILL in the middle and called again, `recap run` ends as one that never was, and `recap compare` leaves no run."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from recap_cli import recipe as recipes
@@ -14,12 +15,27 @@ from recap_cli.state import State
 from tests.tiny import tiny
 
 
-def start(recipe: Path, state: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "recap_cli", "run", str(recipe), "--state", str(state)]
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
+
+
+def begin(*arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "recap_cli", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
+def start(recipe: Path, state: Path) -> "subprocess.Popen[str]":
+    return begin("run", str(recipe), "--state", str(state))
+
+
+def wait_for_mask(running: "subprocess.Popen[str]", state: Path) -> None:
+    """Return when the mask of the first round is committed, and the finetuning has just begun."""
+    manifest, deadline = state / "state.yaml", time.monotonic() + 120
+    while not (manifest.exists() and "\nstage: mask\n" in manifest.read_text()):
+        assert running.poll() is None, running.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_killed_in_the_middle_of_training_and_run_again_is_uninterrupted(tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(recipes.dump(tiny("vit", finetune={"epochs": 20})))
@@ -28,13 +44,8 @@ def test_killed_in_the_middle_of_training_and_run_again_is_uninterrupted(tmp_pat
     assert whole.returncode == 0, err
     assert Path(out.strip()).is_dir()
     killed = start(recipe, tmp_path / "killed")
-    manifest = tmp_path / "killed" / "state.yaml"
-    deadline = time.monotonic() + 120
-    while not (manifest.exists() and "\nstage: mask\n" in manifest.read_text()):
-        assert killed.poll() is None, killed.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(killed.pid, signal.SIGKILL)  # the mask is committed, the finetuning has just begun
+    wait_for_mask(killed, tmp_path / "killed")
+    os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
     assert State.open(tmp_path / "killed").manifest.stage in ("mask", "finetune")
     again = start(recipe, tmp_path / "killed")
@@ -43,3 +54,23 @@ def test_killed_in_the_middle_of_training_and_run_again_is_uninterrupted(tmp_pat
     files = [sorted(p.relative_to(tmp_path / d) for p in (tmp_path / d).rglob("*.safetensors")) for d in ("whole", "killed")]
     assert files[0] == files[1]
     assert all((tmp_path / "whole" / f).read_bytes() == (tmp_path / "killed" / f).read_bytes() for f in files[0])
+
+
+def test_the_runs_of_a_comparison_end_with_it_when_it_is_killed(tmp_path: Path) -> None:
+    recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    recipe.write_text(recipes.dump(tiny("vit", finetune={"epochs": 20})))
+    arguments = ("compare", str(recipe), "--methods", "recap", "--ratios", "0.3", "--mask-ratios", "0.5", "--seeds", "0")
+    killed = begin(*arguments, "--out", str(out))
+    while not (begun := list((out / "cells").glob("*"))):
+        assert killed.poll() is None, killed.communicate()[1]
+        time.sleep(0.01)
+    wait_for_mask(killed, begun[0])
+    (run,) = psutil.Process(killed.pid).children()
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    run.wait(60)  # raises if it goes on
+    (log,) = (out / "logs").glob("*.log")
+    assert "error: stopped; what the stages before have finished is kept" in log.read_text()
+    again = begin(*arguments, "--out", str(out))
+    _, err = again.communicate(timeout=200)
+    assert again.returncode == 0, err

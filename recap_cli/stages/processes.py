@@ -1,6 +1,6 @@
 """Commands in processes of their own, some at a time: a crash, or memory that runs out, ends one of them and no other.
 
-They end with this process where it is asked to end, by Ctrl-C or by a signal that can be heard.
+Asked to end, by Ctrl-C or by a signal that can be heard, this process ends them; killed, it leaves `parent` to do so in each.
 """
 
 import os
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from recap_cli import storage
+from recap_cli import parent, storage
 
 POLL_SECONDS, END_SECONDS = 0.05, 10.0
 ERROR = re.compile(r"^error: (.*?)(?=^hint: |\Z)", re.MULTILINE | re.DOTALL)  # as `console.error` prints it
@@ -82,12 +82,13 @@ def _start(process: Process, environment: Mapping[str, str]) -> _Running:
     with storage.storage_errors(process.log):
         log = process.log.open("ab")
     begins = log.tell()
-    child = subprocess.Popen(process.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+    asked = {**environment, parent.VARIABLE: "1"}
+    child = subprocess.Popen(process.command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=asked)
     return _Running(process, child, log, begins)
 
 
 def _ended(one: _Running) -> Ended:
-    one.log.close()
+    _close(one)
     code = one.child.returncode
     if code == 0:
         return Ended(one.process.name, None)
@@ -113,7 +114,14 @@ def _end(running: Sequence[_Running]) -> None:
         except subprocess.TimeoutExpired:
             one.child.kill()
             one.child.wait()
-        one.log.close()
+        _close(one)
+
+
+def _close(one: _Running) -> None:
+    """Close what is open of a command that has ended."""
+    one.log.close()
+    if one.child.stdin is not None:
+        one.child.stdin.close()
 
 
 @contextmanager

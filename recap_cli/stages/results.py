@@ -16,6 +16,7 @@ Status = Literal["done", "failed", "impossible", "waiting"]
 SCHEMA, KIND = 1, "comparison"
 RESULTS = "results.json"
 LARGEST = 1e18  # sums and squares of such numbers are still numbers
+DEEPEST = 50  # values within values; what goes through them, ours and others', calls itself for each
 STATUSES: tuple[Status, ...] = get_args(Status)
 HINT = "name a results.json as `recap compare` wrote it, or its folder"
 
@@ -165,13 +166,20 @@ def _load(raw: bytes, place: Path) -> Any:
     try:
         found = json.loads(raw.decode("utf-8"))
         json.dumps(found, ensure_ascii=False).encode("utf-8")  # a lone surrogate is JSON, and cannot be written again
-        return found
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: is no text", hint=HINT) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{place}, line {error.lineno}: is no JSON: {error.msg}", hint=HINT) from error
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of more digits than Python reads
         raise DataError(f"{place}: is no JSON that can be read", hint=HINT) from error
+    if _is_deeper(found, DEEPEST):
+        raise DataError(f"{place}: has values nested more than {DEEPEST} deep, as no result has", hint=HINT)
+    return found
+
+
+def _is_deeper(found: object, levels: int) -> bool:
+    inner = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
+    return levels < 0 or any(_is_deeper(value, levels - 1) for value in inner)
 
 
 def groups(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

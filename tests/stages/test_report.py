@@ -194,6 +194,7 @@ def test_what_is_neither_a_state_nor_results_is_refused(tmp_path: Path) -> None:
         ('{"schema": 1,\n', "line 2: is no JSON"),
         ("", "is no JSON"),
         ("[" * 100_000, "is no JSON"),
+        ("[" * 900 + "]" * 900, "nested more than 50 deep"),
         ("[]", "is no result of `recap compare`"),
         ('{"schema": 1, "kind": "forecast"}', "is no result of `recap compare`"),
         (b"\xff\xfe", "is no text"),
