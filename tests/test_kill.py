@@ -1,4 +1,4 @@
-"""Killed with SIGKILL in the middle and called again, `recap run` ends as one that never was, and `recap compare` leaves no run."""
+"""Killed with SIGKILL and called again, `recap run` ends as one that never was; `recap compare` leaves no run behind."""
 
 import os
 import signal
@@ -13,7 +13,6 @@ import pytest
 from recap_cli import recipe as recipes
 from recap_cli.state import State
 from tests.tiny import tiny
-
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
 
