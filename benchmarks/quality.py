@@ -59,6 +59,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "moving-tokens": {"mask.train_embeddings": "tokens"},
     "still-embeddings": {"options.embeddings": False},  # of pre-ft and post-ft
     "deep-ramp": {"prune.ramp": 0.25},
+    "per-layer-prune": {"prune.scope": "per-layer"},
+    "global-prune": {"prune.scope": "global"},
+    "higher-floor": {"prune.floor": 0.3},
     "bf16": {"finetune.resident": "bf16", "finetune.checkpointing": True},
     "int8": {"finetune.resident": "int8", "finetune.checkpointing": True},
 }

@@ -44,6 +44,14 @@ def test_the_best_of_a_method_is_that_of_its_rates_and_ties_go_to_it_as_it_comes
     assert quality.best_of(lucky, "pre-ft") == []  # two seeds are too few
 
 
+def test_the_best_of_a_method_may_have_the_settings_that_any_of_them_may_have(quality: ModuleType) -> None:
+    plain, longer = cells("recap", [0.5, 0.5, 0.5], 0.0), cells("global-prune+late-settled@2", [0.6, 0.6, 0.6], 0.0)
+    drawn, theirs = cells("random-mask", [0.9, 0.9, 0.9], 0.0), cells("post-ft+still-embeddings+global-prune", [0.8, 0.8, 0.8])
+    assert quality.best_of([*plain, *longer, *drawn, *theirs], "recap") == longer
+    assert quality.best_of([*plain, *longer, *drawn, *theirs], "post-ft") == theirs
+    assert quality.rates_of("global-prune+late-settled@2", 1e-4) == "0.0002, one ranking, longer ramp"
+
+
 def test_differences_are_seed_by_seed(quality: ModuleType) -> None:
     ours, theirs = cells("recap", [0.50, 0.60, 0.70]), cells("pre-ft", [0.49, 0.58, 0.67])
     assert quality.against(ours, list(reversed(theirs))) == "+2.0 ± 0.6"  # 1, 2 and 3 points: s.d. 1, s.e. 1 / √3
