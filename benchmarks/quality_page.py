@@ -162,7 +162,9 @@ def best_of(cells: Sequence[Cell], name: str) -> list[Cell]:
     """The cells of a method at the best of its rates, and of what is `VARIED`, of three seeds or more; of equals the plain."""
     mine = [of for (variant, _), of in by_row(cells).items() if method_of(variant) == name and len(of) > 2]
     found = [of for of in mine if set(settings_of(of[0]["variant"])) <= {name, *VARIED}]
-    return max(found, key=lambda of: (round(fmean(c["last"] for c in of), 4), "+" not in of[0]["variant"]), default=[])
+    return max(
+        found, key=lambda of: (round(fmean(c["last"] for c in of), 4), settings_of(of[0]["variant"]) == [name]), default=[]
+    )
 
 
 def settings_of(variant: str) -> list[str]:
@@ -294,7 +296,7 @@ def was_earlier(row: Row, base: Row) -> bool:
 
 
 def twin_of(row: Row, found: Mapping[Row, Any], base: Row) -> Row:
-    """RECAP's row at the rate and the r_f of one of its variants, which differs from it in that setting alone; else `base`."""
+    """RECAP's row at the rate and the r_f of one of its variants, which differs from it in its settings alone; else `base`."""
     names, _, times = row[0].partition("@")
     twin = (f"recap@{times}" if times else "recap", row[1])
     return twin if row[1] is not None and names != "recap" and twin in found else base

@@ -1,28 +1,29 @@
-"""A process that ends with the one that began it, however that ends: killed, too, or out of memory.
+"""A process that ends when the one that began it is gone, even if that was killed and could not end it.
 
-Whoever begins it holds the other end of its standard input, and the system closes that when it is gone.
+Whoever begins it holds the other end of its standard input, and the system closes that with the holder.
 """
 
-import _thread
 import os
+import signal
 import threading
-import time
 
 VARIABLE = "RECAP_ENDS_WITH_STDIN"
-STDIN, END_SECONDS = 0, 10.0
+STDIN = 0
 
 
 def watch() -> None:
-    """Stop this process, as Ctrl-C does, when its standard input ends, if whoever began it asks for that by `VARIABLE`; a
-    process that does not stop within some seconds is ended. Processes that this one begins are not asked.
+    """End this process by SIGTERM when its standard input ends, if whoever began it asks for that by `VARIABLE`.
+
+    Nothing else reads that input: for all others, and for processes that this one begins, standard input is empty.
     """
     if os.environ.pop(VARIABLE, ""):
-        threading.Thread(target=_wait, name="parent", daemon=True).start()
+        held = os.dup(STDIN)
+        with open(os.devnull, "rb") as empty:
+            os.dup2(empty.fileno(), STDIN)
+        threading.Thread(target=_wait, args=(held,), name="parent", daemon=True).start()
 
 
-def _wait() -> None:
-    while os.read(STDIN, 4096):
+def _wait(held: int) -> None:
+    while os.read(held, 4096):
         pass
-    _thread.interrupt_main()
-    time.sleep(END_SECONDS)
-    os._exit(130)
+    os.kill(os.getpid(), signal.SIGTERM)

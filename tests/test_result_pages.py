@@ -42,6 +42,8 @@ def test_the_best_of_a_method_is_that_of_its_rates_and_ties_go_to_it_as_it_comes
     same, lucky = cells("pre-ft+same-rate@2", [0.7, 0.7, 0.7000001]), cells("pre-ft@4", [0.9, 0.9])
     assert quality.best_of([*usual, *same, *twice, *lucky, *cells("recap", [1.0, 1.0, 1.0], 0.5)], "pre-ft") == twice
     assert quality.best_of(lucky, "pre-ft") == []  # two seeds are too few
+    ours, like = cells("recap", [0.5, 0.6, 0.7], 0.5), cells("late-settled", [0.5, 0.6, 0.7], 0.5)
+    assert quality.best_of([*like, *ours], "recap") == ours
 
 
 def test_the_best_of_a_method_may_have_the_settings_that_any_of_them_may_have(quality: ModuleType) -> None:

@@ -1,6 +1,6 @@
 """Commands in processes of their own, some at a time: a crash, or memory that runs out, ends one of them and no other.
 
-Asked to end, by Ctrl-C or by a signal that can be heard, this process ends them; killed, it leaves `parent` to do so in each.
+Asked to end, by Ctrl-C or by a signal that can be heard, this process ends them; if it is killed, they notice (`parent`).
 """
 
 import os

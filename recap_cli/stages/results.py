@@ -172,14 +172,18 @@ def _load(raw: bytes, place: Path) -> Any:
         raise DataError(f"{place}, line {error.lineno}: is no JSON: {error.msg}", hint=HINT) from error
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of more digits than Python reads
         raise DataError(f"{place}: is no JSON that can be read", hint=HINT) from error
-    if _is_deeper(found, DEEPEST):
+    if _is_deeper(found, than=DEEPEST):
         raise DataError(f"{place}: has values nested more than {DEEPEST} deep, as no result has", hint=HINT)
     return found
 
 
-def _is_deeper(found: object, levels: int) -> bool:
-    inner = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
-    return levels < 0 or any(_is_deeper(value, levels - 1) for value in inner)
+def _is_deeper(found: object, *, than: int) -> bool:
+    """Whether lists and objects stand in each other more than so many deep."""
+    if not isinstance(found, dict | list):
+        return False
+    return than == 0 or any(
+        _is_deeper(value, than=than - 1) for value in (found.values() if isinstance(found, dict) else found)
+    )
 
 
 def groups(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
