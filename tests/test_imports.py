@@ -18,6 +18,7 @@ PLUGINS = Path(next(iter(import_module("recap_cli.plugins").__path__)))
 # Which rooms a room may see, besides itself. A module of the package's top level is a room of its own unless named in MEMBERS.
 TABLE = {
     "errors": set(),
+    "parent": set(),
     "progress": set(),
     "core": {"errors"},
     "api": {"core", "errors"},
@@ -27,11 +28,11 @@ TABLE = {
     "recipe": {"errors"},
     "registry": {"core", "errors"},
     "runtime": {"core", "storage", "recipe", "registry", "errors", "progress"},
-    "stages": {"runtime", "core", "storage", "state", "recipe", "registry", "errors", "progress"},
+    "stages": {"runtime", "core", "storage", "state", "recipe", "registry", "errors", "parent", "progress"},
     "console": {"errors", "progress"},
     "commands": {"stages", "console", "state", "recipe", "registry", "errors", "progress"},
     "cli": {"commands", "console", "errors"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "parent"},
     "__init__": {"runtime", "errors"},
 }
 MEMBERS = {
@@ -43,7 +44,8 @@ MEMBERS = {
     "recipe_schema": "recipe",
     "recipe_yaml": "recipe",
 }
-LIGHT = {"errors", "progress", "storage", "state", "recipe", "registry", "console", "commands", "cli", "__main__", "__init__"}
+LIGHT = {"errors", "parent", "progress", "storage", "state", "recipe", "registry", "console", "commands", "cli", "__main__"}
+LIGHT |= {"__init__"}
 HEAVY = {"torch", "transformers", "timm", "datasets", "sklearn", "torchvision", "torchmetrics", "matplotlib", "peft", "jinja2"}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from recap_cli.core.optim import Optimizer
 from recap_cli.core.partial import Slot
 from recap_cli.errors import TrainingError
+from recap_cli.runtime.memory import storage_bytes
 
 Batch = dict[str, Tensor]
 Forward = Callable[[Batch], Tensor]
@@ -135,7 +136,7 @@ class _GradientWatch:
             self._look()
 
     def _look(self) -> None:
-        held = sum(slot.leaf.grad.nbytes for slot in self.slots if slot.leaf.grad is not None)
+        held = storage_bytes(slot.leaf.grad for slot in self.slots if slot.leaf.grad is not None)
         self.peak_bytes = max(self.peak_bytes, held)
 
 
