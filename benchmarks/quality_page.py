@@ -361,7 +361,11 @@ and few steps, as a CPU can bear. The paper's own setting (20 epochs of 50,000 i
   compared with (e), and those that had today's defaults set by hand. The commands are those that do it now.
 - `pre-ft` and `post-ft` train the embeddings too, RECAP leaves them as they are: in MiniLM they are half of the parameters,
   and much of the difference in what is held. On CIFAR-100 it is much of the difference in accuracy too: `post-ft` that leaves
-  them (*embeddings still*) is better. On texts this was not tried, nor with `pre-ft`.
+  them (*embeddings still*) is better. On texts this was tried on SST-2 at r_p = 50 % alone, and with `pre-ft` on CIFAR-100 at
+  r_p = 50 % alone, with all groups in one ranking.
+- *Longer ramp* is `prune.settled: 0.25`: of four rounds the third is then the first at the last r_p, else it is the second.
+- Full, head and LoRA finetuning prune nothing, and stand in the tables of every r_p; LoRA and head finetuning were tried at one
+  rate each, movement pruning at r_p = 33 % alone.
 - What RECAP *holds* of a text is of runs that held every row of the token table, but for those whose tokens move. By now it
   holds the rows that the data use: on SST-2 at r_f = 0 29 % of full finetuning's memory at r_p = 33 %, where 38 % stands below,
   and 23 % at r_p = 50 %, where 32 % does ([benchmarks.md](benchmarks.md#rows-of-the-token-table)). It computes the same, to the
