@@ -11,7 +11,6 @@ its sample. `benchmarks/quality_page.py` shows the results.
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from record import command_line, parser, write
 from recap_cli import recipe as recipes
 from recap_cli.core.groups import counts, shapes_of
 from recap_cli.core.surgery import gather, indices
-from recap_cli.errors import StateError
 from recap_cli.recipe import Recipe
 from recap_cli.runtime import models
 from recap_cli.runtime.data import Split, make_split
@@ -95,10 +93,11 @@ def split_of(here: Context, task: str) -> Split:
 def runs(work: Path, task: str, variant: str) -> Iterator[Context]:
     """The finished runs of a variant."""
     for path in sorted((work / f"{task}-{variant}" / "cells").glob("*")):
-        with suppress(StateError):  # a run that was stopped as it began
-            here = Context(State.open(path))
-            if finished(here.recipe, here.state.manifest):
-                yield here
+        if not (path / "state.yaml").exists():  # a run that was stopped as it began
+            continue
+        here = Context(State.open(path))
+        if finished(here.recipe, here.state.manifest):
+            yield here
 
 
 def keys_of(here: Context, variant: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from recap_cli import parent
 from recap_cli import recipe as recipes
 from recap_cli.state import State
 from tests.tiny import tiny
@@ -70,3 +71,27 @@ def test_the_runs_of_a_comparison_end_with_it_when_it_is_killed(tmp_path: Path) 
     again = begin(*arguments, "--out", str(out))
     _, err = again.communicate(timeout=200)
     assert again.returncode == 0, err
+
+
+WATCHER = """
+import os, subprocess, sys, time
+from recap_cli import parent
+parent.watch()
+child = subprocess.run([sys.executable, "-c", "import sys; print(repr(sys.stdin.read()))"], capture_output=True, text=True)
+print(repr(sys.stdin.read()), child.stdout.strip(), os.environ.get(parent.VARIABLE), flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["SIGINT as usual", "SIGINT ignored"])
+def test_a_process_ends_with_the_holder_of_its_input_which_is_empty_for_all_others(ignored: bool) -> None:
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + WATCHER if ignored else WATCHER
+    asked = {**os.environ, parent.VARIABLE: "1"}
+    watcher = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=asked)
+    assert watcher.stdin is not None
+    assert watcher.stdout is not None
+    with watcher.stdout:
+        assert watcher.stdout.readline() == b"'' '' None\n"
+        assert watcher.poll() is None  # while its input is held
+        watcher.stdin.close()
+        assert watcher.wait(60) == -signal.SIGTERM

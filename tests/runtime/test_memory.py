@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from recap_cli.core.optim import Optimizer, sgd
 from recap_cli.core.partial import make_partial
 from recap_cli.errors import StorageError, UsageError
-from recap_cli.runtime import memory, nvml, snapshot
+from recap_cli.runtime import memory, nvml, snapshot, training
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 HELD = {"weights_bytes": 500, "gradients_bytes": 60, "optimizer_bytes": 40}
@@ -153,3 +153,11 @@ def test_a_snapshot_that_could_not_be_written_is_refused_before(tmp_path: Path, 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(StorageError, match=r"a\.pickle: cannot be written: Permission denied"):
         snapshot.check(tmp_path / "a.pickle", CUDA)
+
+
+def test_a_gradient_counts_with_all_that_it_keeps_alive_and_once() -> None:
+    whole = torch.zeros(9, 4)
+    slots = [SimpleNamespace(leaf=SimpleNamespace(grad=whole[at])) for at in (slice(0, 4), slice(4, 8))]
+    watch = training._GradientWatch(cast(Any, slots))
+    watch.all_held()
+    assert watch.peak_bytes == whole.nbytes
