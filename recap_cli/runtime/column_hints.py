@@ -66,7 +66,7 @@ def _fitting(table: "pa.Table", wrong: Mapping[str, str], taken: set[str]) -> di
     left: dict[str, list[str]] = {}
     for role, name in wrong.items():
         can = [column for column in free if _can_be(role, table.column(column))]
-        near = get_close_matches(name, can, n=1)
+        near = get_close_matches(name, can, n=1, cutoff=0.8)
         likely = [column for column in can if _is_likely(role, table.column(column))]
         left[role] = near or likely or can
     for _ in wrong:  # a column that only one role can have is no choice for the others
