@@ -128,7 +128,7 @@ class Data(BaseModel):
     )
     text: Text | None = Field(default=None, description="Column of the sentence, or of the first of two.")
     text_pair: Text | None = Field(default=None, description="Column of the second sentence.")
-    image: Text | None = Field(default=None, description="Column of the image.")
+    image: Text | None = Field(default=None, description="Column of the image; a folder of class folders has none.")
     label: Text = Field(default="label", description="Column of the class.")
     max_length: Count = Field(default=128, description="Tokens after which a text is cut.")
     image_size: Count | None = Field(default=None, description="Pixels along an image's edge; null is what the model expects.")

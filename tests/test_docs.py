@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from recap_cli.errors import PipeError
 from recap_cli.recipe import dump, json_schema, parse, read, shipped
 from recap_cli.runtime import models, tasks
 from recap_cli.stages.compare import compare
+from recap_cli.stages.context import read_raw
 from recap_cli.stages.grid import plan
 from recap_cli.stages.run import run
 from recap_cli.stages.turns import turns_for
@@ -122,6 +124,20 @@ def test_every_overridden_recipe_of_the_documentation_is_a_recipe():
     for _, words in commands():
         if words[0] in ("run", "init") and len(words) > 1 and words[1] in {recipe.name for recipe in shipped()}:
             read(words[1], [words[i + 1] for i, word in enumerate(words) if word == "--set"])
+
+
+def test_own_data_as_the_readme_has_them_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [f'"text {i}, and more",{1 + i % 5}' for i in range(50)]
+    Path("reviews.csv").write_text("\n".join(["review,stars", *lines]) + "\n")
+    shutil.copytree(data_folder() / "train", "FOLDER")
+    own = [words for name, words in commands() if name == "README.md" and "--state" in words and words[0] == "run"]
+    given = [(words[1], [words[i + 1] for i, word in enumerate(words) if word == "--set"]) for words in own]
+    reviews, flowers = (read_raw(read(recipe, sets)) for recipe, sets in given if any("data.train" in value for value in sets))
+    assert reviews.label_names == ["1", "2", "3", "4", "5"]
+    assert (len(reviews.train), len(reviews.validation)) == (45, 5)
+    assert flowers.label_names == ["cat", "dog", "newt"]
+    assert len(flowers.train) > len(flowers.validation) > 0
 
 
 @pytest.mark.parametrize("name", NAMES)

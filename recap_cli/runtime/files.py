@@ -96,7 +96,7 @@ def _read_delimited(path: Path, text_columns: list[str], *, delimiter: str, quot
 
     try:
         return read(SMALLEST_BLOCK)
-    except pa.ArrowInvalid:  # a row that is longer than a block, or a type that the first block does not tell
+    except pa.ArrowInvalid:  # maybe a row that is longer than a block
         size = path.stat().st_size
         if size <= SMALLEST_BLOCK:
             raise

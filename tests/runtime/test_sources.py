@@ -334,13 +334,6 @@ def test_a_row_of_a_csv_may_be_long(tmp_path: Path) -> None:
     assert read_texts(file, file).train["text"][:] == texts
 
 
-def test_a_label_that_comes_late_in_a_csv_may_be_of_another_type(tmp_path: Path) -> None:
-    count = 100_000
-    file = write_csv(tmp_path / "a.csv", ["some twelve words"] * count, [*([1] * (count - 2)), "unsure", "unsure"])
-    assert file.stat().st_size > 2**20
-    assert read_texts(file, file).label_names == ["1", "unsure"]
-
-
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, '[{"sentence": ' + "[" * 100_000])
 def test_values_in_values_without_end_are_refused(tmp_path: Path, suffix: str, content: str) -> None:
