@@ -503,6 +503,12 @@ def test_status_before_the_first_round(fake: Fake, folder: Path, capsys: pytest.
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+def test_status_keeps_the_notes_of_init(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake("schedule", summary=lambda state: SUMMARY | {"init": {"notes": ["labels 1, 2, 5 are numbered 0 … 2"]}})
+    assert main(["status", str(folder)]) == 0
+    assert capsys.readouterr().out.endswith("\nnote: labels 1, 2, 5 are numbered 0 … 2\n")
+
+
 def test_eval_scores_what_was_asked_for(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen = []
 

@@ -81,14 +81,35 @@ def _can_be(role: str, column: "pa.ChunkedArray") -> bool:
     from pyarrow import types
 
     kind = column.type
-    text = types.is_string(kind) or types.is_large_string(kind)
     if role == "label":
         number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
-        return bool(text or number or types.is_boolean(kind))
+        return bool(_is_text(kind) or number or types.is_boolean(kind))
     if role == "image":
-        stored = types.is_struct(kind) and bool({"bytes", "path"} & {field.name for field in kind})
-        return bool(text or stored or types.is_binary(kind) or types.is_large_binary(kind))
-    return bool(text)
+        return _is_text(kind) or _is_encoded(kind) or _is_stored(kind)
+    return _is_text(kind)
+
+
+def _is_text(kind: "pa.DataType") -> bool:
+    from pyarrow import types
+
+    return bool(types.is_string(kind) or types.is_large_string(kind))
+
+
+def _is_encoded(kind: "pa.DataType") -> bool:
+    from pyarrow import types
+
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _is_stored(kind: "pa.DataType") -> bool:
+    """Whether values are pairs as `datasets` stores images: bytes, a path, or both."""
+    from pyarrow import types
+
+    if not types.is_struct(kind):
+        return False
+    fields = {field.name: field.type for field in kind if field.name in ("bytes", "path")}
+    fits = {"bytes": _is_encoded, "path": _is_text}
+    return bool(fields) and all(types.is_null(field) or fits[name](field) for name, field in fields.items())
 
 
 def _is_likely(role: str, column: "pa.ChunkedArray") -> bool:
@@ -96,9 +117,8 @@ def _is_likely(role: str, column: "pa.ChunkedArray") -> bool:
     from pyarrow import types
 
     first = column.slice(0, SEEN)
-    text = types.is_string(column.type) or types.is_large_string(column.type)
     if role == "image":
-        return not text or all(
+        return not _is_text(column.type) or all(
             value is not None and value.lower().endswith(tuple(IMAGE_SUFFIXES)) for value in first.to_pylist()
         )
     comes_again = len(first.unique()) <= max(2, len(first) / 2)

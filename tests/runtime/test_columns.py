@@ -23,7 +23,7 @@ def png() -> bytes:
     return file.getvalue()
 
 
-def write(folder: Path, **columns: list[Any]) -> Path:
+def write(folder: Path, **columns: Any) -> Path:
     parquet.write_table(pa.table(columns), folder / "a.parquet")
     return folder / "a.parquet"
 
@@ -120,7 +120,23 @@ def test_stored_paths_count_from_the_folder_of_their_file(tmp_path: Path, monkey
     assert "b.png in row 3 of" in fails(file, "image-classification")[0]
 
 
-@pytest.mark.parametrize("column", [[[1, 2]] * 2, [{"x": 1}] * 2])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.binary(),
+        pa.large_binary(),
+        pa.struct([("bytes", pa.binary())]),
+        pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())]),
+        pa.struct([("bytes", pa.binary()), ("path", pa.null()), ("size", pa.int64())]),
+    ],
+)
+def test_images_are_stored_in_several_ways(tmp_path: Path, kind: pa.DataType) -> None:
+    image = {"bytes": png()} if pa.types.is_struct(kind) else png()
+    file = write(tmp_path, image=pa.array([image] * 2, kind), label=[0, 1])
+    assert [image.size for image in read(file, "image-classification").train["image"]] == [(2, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("column", [[[1, 2]] * 2, [{"x": 1}] * 2, [{"bytes": 1}] * 2, [{"bytes": b"x", "path": 1}] * 2])
 def test_arrays_that_are_no_stored_images_are_refused_by_their_type(tmp_path: Path, column: list[Any]) -> None:
     message, _ = fails(write(tmp_path, image=column, label=[0, 1]), "image-classification")
     assert "in column 'image', not images or paths of images" in message
