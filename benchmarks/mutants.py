@@ -11,9 +11,10 @@ that run its line, those of its own file first, the short ones before the long o
 the others, until one fails or `--patience` seconds of tests have passed. Each mutant has a process of its own, forked from one
 that has imported the libraries.
 
-Not mutated: what stands in a `raise` (texts of errors are asserted where they are shown), annotations, docstrings.
+Not mutated: what stands in a `raise` (texts of errors are asserted where they are shown), annotations, aliases of types,
+docstrings.
 A mutant that no test can tell from the original is listed with its reason in `mutants_equivalent.yaml`. One that makes its
-tests run ten times as long as they should is killed, too.
+tests run five times as long as they should is killed, too.
 
 Wants the extra `mutants` (`pip install -e '.[mutants]'`).
 """
@@ -26,6 +27,7 @@ import importlib.util
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -33,6 +35,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,7 +61,7 @@ LIBRARIES = (
 )
 LIBRARIES += ("pydantic", "rich", "typer", "datasets", "timm", "transformers", "peft", "sklearn.datasets", "matplotlib.pyplot")
 LIBRARIES += ("transformers.models.auto.modeling_auto",)
-START_SECONDS = 30.0  # what collecting may take on a busy machine, on top of ten times what the tests take
+START_SECONDS = 20.0  # CPU seconds that collecting may take
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,22 @@ def files() -> list[str]:
 
 
 def mutations_of(file: str) -> tuple[Any, list[Any]]:
-    """The syntax tree of a file and all changes that mutmut makes to it, but for those within a `raise`."""
+    """The syntax tree of a file and all changes that mutmut makes to it, but for those within a `raise` or the alias of a type."""
     import libcst
     from mutmut.mutation.file_mutation import create_mutations
 
     module, mutations, _, _ = create_mutations(file, (ROOT / file).read_text(encoding="utf-8"))
-    raised = {id(node) for statement in _nodes(module, libcst.Raise) for node in _nodes(statement, libcst.CSTNode)}
-    return module, [mutation for mutation in mutations if id(mutation.original_node) not in raised]
+    left_out = [*_nodes(module, libcst.Raise), *(line for line in module.body if _is_alias(line))]
+    unseen = {id(node) for each in left_out for node in _nodes(each, libcst.CSTNode)}
+    return module, [mutation for mutation in mutations if id(mutation.original_node) not in unseen]
+
+
+def _is_alias(line: Any) -> bool:
+    """Whether a line of a module names a type: `Scope = Literal["per-kind", "global"]`."""
+    import libcst
+    import libcst.matchers as m
+
+    return isinstance(line, libcst.SimpleStatementLine) and m.matches(line.body[0], m.Assign(value=m.Subscript()))
 
 
 def mutant_of(file: str, module: Any, mutation: Any) -> Mutant:
@@ -230,10 +242,13 @@ def _try(mutant: Mutant, tests: Sequence[str]) -> int:
 
 
 def _in_child(work: Any, *, log: Path, limit: float) -> int:
-    """Run `work` in a fork of this process; its exit code, or −9 if it took longer than `limit` seconds."""
+    """Run `work` in a fork of this process; its exit code, or that of SIGKILL or SIGXCPU if it took more than `limit` CPU seconds,
+    or (asleep) twenty times as long.
+    """
     child = os.fork()
     if child == 0:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (ceil(limit), ceil(limit) + 5))
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
@@ -246,7 +261,7 @@ def _in_child(work: Any, *, log: Path, limit: float) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    end = time.monotonic() + limit
+    end = time.monotonic() + 20 * limit
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -262,14 +277,14 @@ def fate(mutant: Mutant, number: int, cover: Mapping[str, Any], patience: float,
     tests = tests_for(mutant, cover, patience)
     seconds = sum(cover["seconds"].get(test, 0.0) for test in tests)
     log, started = work / f"mutant-{number}-{os.getpid()}.log", time.monotonic()
-    code = _in_child(lambda: _try(mutant, tests), log=log, limit=START_SECONDS + 10 * seconds)
+    code = _in_child(lambda: _try(mutant, tests), log=log, limit=START_SECONDS + 5 * seconds)
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     log.unlink(missing_ok=True)
     by = next((line.split(" ")[1] for line in text.splitlines() if line.startswith(("FAILED ", "ERROR "))), None)
     if code in (2, 3, 4, 5) and by is None:
         raise SystemExit(f"pytest did not run the tests of {mutant.file}:{mutant.line} (exit {code}):\n{text[-2000:]}")
     killed = code != 0
-    by = by or ("a limit of time" if code == -signal.SIGKILL else f"exit {code}") if killed else None
+    by = by or ("a limit of time" if code in (-signal.SIGKILL, -signal.SIGXCPU) else f"exit {code}") if killed else None
     return {"killed": killed, "by": by, "tests": len(tests), "seconds": round(time.monotonic() - started, 1)}
 
 
