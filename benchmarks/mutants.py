@@ -86,7 +86,7 @@ def files() -> list[str]:
 
 
 def mutations_of(file: str) -> tuple[Any, list[Any]]:
-    """The syntax tree of a file and all changes that mutmut makes to it, but for those within a `raise` or the alias of a type."""
+    """The syntax tree of a file and all changes that mutmut makes to it, but for those in a `raise` or an alias of a type."""
     import libcst
     from mutmut.mutation.file_mutation import create_mutations
 
@@ -242,8 +242,9 @@ def _try(mutant: Mutant, tests: Sequence[str]) -> int:
 
 
 def _in_child(work: Any, *, log: Path, limit: float) -> int:
-    """Run `work` in a fork of this process; its exit code, or that of SIGKILL or SIGXCPU if it took more than `limit` CPU seconds,
-    or (asleep) twenty times as long.
+    """Run `work` in a fork of this process, and return its exit code.
+
+    It is that of SIGXCPU or SIGKILL after more than `limit` CPU seconds, or, asleep, after twenty times as long.
     """
     child = os.fork()
     if child == 0:
@@ -255,7 +256,7 @@ def _in_child(work: Any, *, log: Path, limit: float) -> int:
         code = 70
         try:
             code = work() or 0
-        except BaseException:  # told in the log; nothing of this process may go on in the copy of its parent
+        except BaseException:  # noqa: BLE001: told in the log; nothing of this process may go on in the copy of its parent
             traceback.print_exc()
         finally:
             sys.stdout.flush()
