@@ -1,7 +1,7 @@
 # The commands that people and CI share. PYTHON is the interpreter of the environment the project is installed in.
 PYTHON ?= python
 
-.PHONY: check format lint types test
+.PHONY: check format lint types test mutants
 
 check: lint types test
 
@@ -18,3 +18,6 @@ types:
 
 test:
 	$(PYTHON) -m pytest
+
+mutants:  # wants the extra: pip install -e '.[dev,mutants]'
+	$(PYTHON) benchmarks/mutants.py

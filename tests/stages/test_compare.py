@@ -21,6 +21,7 @@ from recap_cli.folder import locked
 from recap_cli.stages import cells, compare, comparison, grid, processes
 from recap_cli.stages.results import Outcome, groups
 from recap_cli.stages.run import run
+from tests.limits import HANG_SECONDS
 from tests.tiny import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,7 +212,7 @@ def test_a_command_that_fails_says_why(code: str, told: str, tmp_path: Path) -> 
 
 def wait_for(path: Path) -> int:
     """The number that another process writes into the file."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     while not (path.exists() and path.read_text().endswith("\n")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -226,7 +227,7 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-SLEEPER = "import os, time; open({!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(300)"
+SLEEPER = "import os, time; open({!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(3600)"
 
 
 def test_closed_early_it_ends_what_runs(tmp_path: Path) -> None:
@@ -246,7 +247,7 @@ def test_asked_to_end_by_a_signal_it_ends_what_runs(tmp_path: Path) -> None:
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as parent:
         pid = wait_for(tmp_path / "pid")
         parent.terminate()
-        assert "KeyboardInterrupt" in parent.communicate(timeout=60)[1]
+        assert "KeyboardInterrupt" in parent.communicate(timeout=HANG_SECONDS)[1]
     assert not is_alive(pid)
 
 

@@ -1,0 +1,413 @@
+"""How many small faults in the heart the tests see: mutation testing of `core/`, the four stages and the training loop.
+
+    python benchmarks/mutants.py                      # 400 mutants drawn by seed 0, on two processes
+    python benchmarks/mutants.py --seed 1 --jobs 4
+    python benchmarks/mutants.py --show 12            # how the mutant of that number differs
+
+mutmut's operators make every mutant of a file (another operator or number, an argument left out or None, a condition turned
+round, …). So many are drawn with a seed, spread over the files by their number of mutants. A first run of the tests notes
+which test runs which line and how long it takes; it is kept in `--work` until a file changes. A mutant then meets the tests
+that run its line, those of its own file first, the short ones before the long ones, one set of parameters of each test before
+the others, until one fails or `--patience` seconds of tests have passed. Each mutant has a process of its own, forked from one
+that has imported the libraries.
+
+Not mutated: what stands in a `raise` (texts of errors are asserted where they are shown), annotations, aliases of types,
+docstrings.
+A mutant that no test can tell from the original is listed with its reason in `mutants_equivalent.yaml`. One that makes its
+tests run five times as long as they should is killed, too.
+
+Wants the extra `mutants` (`pip install -e '.[mutants]'`).
+"""
+
+import difflib
+import hashlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+from record import parser, write
+
+ROOT = Path(__file__).resolve().parent.parent
+EQUIVALENT = Path(__file__).resolve().parent / "mutants_equivalent.yaml"
+STAGES = ("prune", "mask", "finetune", "merge")
+TESTS = ("tests/core", "tests/stages", "tests/runtime")
+PYTEST = ["-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", "-o", "timeout=0", "--no-header"]
+PYTEST += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # the libraries are imported before pytest starts
+LIBRARIES = (
+    "torch",
+    "torch.profiler",
+    "torchmetrics.functional",
+    "torchvision",
+    "numpy",
+    "PIL.Image",
+    "pytest",
+    "safetensors.torch",
+)
+LIBRARIES += ("pydantic", "rich", "typer", "datasets", "timm", "transformers", "peft", "sklearn.datasets", "matplotlib.pyplot")
+LIBRARIES += ("transformers.models.auto.modeling_auto",)
+START_SECONDS = 20.0  # CPU seconds that collecting may take
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file: the lines that it takes out and puts in, and the whole code with it."""
+
+    file: str
+    line: int
+    before: str
+    after: str
+    code: str = field(repr=False)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.file, self.before, self.after
+
+
+def files() -> list[str]:
+    """The heart: what is mutated, relative to the repository."""
+    core = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recap_cli/core").glob("*.py"))
+    return [*core, *(f"recap_cli/stages/{stage}.py" for stage in STAGES), "recap_cli/runtime/training.py"]
+
+
+def mutations_of(file: str) -> tuple[Any, list[Any]]:
+    """The syntax tree of a file and all changes that mutmut makes to it, but for those in a `raise` or an alias of a type."""
+    import libcst
+    from mutmut.mutation.file_mutation import create_mutations
+
+    module, mutations, _, _ = create_mutations(file, (ROOT / file).read_text(encoding="utf-8"))
+    left_out = [*_nodes(module, libcst.Raise), *(line for line in module.body if _is_alias(line))]
+    unseen = {id(node) for each in left_out for node in _nodes(each, libcst.CSTNode)}
+    return module, [mutation for mutation in mutations if id(mutation.original_node) not in unseen]
+
+
+def _is_alias(line: Any) -> bool:
+    """Whether a line of a module names a type: `Scope = Literal["per-kind", "global"]`."""
+    import libcst
+    import libcst.matchers as m
+
+    return isinstance(line, libcst.SimpleStatementLine) and m.matches(line.body[0], m.Assign(value=m.Subscript()))
+
+
+def mutant_of(file: str, module: Any, mutation: Any) -> Mutant:
+    """The file with one of its changes."""
+    changed = module.deep_replace(mutation.original_node, mutation.mutated_node).code
+    return Mutant(file, *_difference(module.code, changed), changed)
+
+
+def _nodes(root: Any, kind: type) -> Iterator[Any]:
+    if isinstance(root, kind):
+        yield root
+    for child in root.children:
+        yield from _nodes(child, kind)
+
+
+def _difference(code: str, changed: str) -> tuple[int, str, str]:
+    """The first changed line's number, and the lines that differ, before and after."""
+    old, new = code.splitlines(), changed.splitlines()
+    blocks = [op for op in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if op[0] != "equal"]
+    before = [line.strip() for _, a, b, _, _ in blocks for line in old[a:b]]
+    after = [line.strip() for _, _, _, c, d in blocks for line in new[c:d]]
+    return blocks[0][1] + 1, "\n".join(before), "\n".join(after)
+
+
+def draw(count: int, seed: int, only: str = "") -> tuple[list[Mutant], int]:
+    """So many mutants, each file by its share (at least two, where it has them), drawn with the seed; and how many there are.
+
+    `only` names part of the files' names: others are left out after the draw.
+    """
+    of = {file: mutations_of(file) for file in files()}
+    total = sum(len(mutations) for _, mutations in of.values())
+    drawn = []
+    for file, (module, mutations) in of.items():
+        share = min(len(mutations), max(2, round(count * len(mutations) / total)))
+        if only in file:
+            drawn += [mutant_of(file, module, each) for each in random.Random(f"{seed}/{file}").sample(mutations, share)]
+    return drawn, total
+
+
+# --- which tests run which line ------------------------------------------------------------------------------------
+
+
+class _Noting:
+    """A plugin of pytest that notes the seconds of every test, and tells `coverage` which one runs."""
+
+    def __init__(self, cover: Any) -> None:
+        self.cover, self.seconds, self.failed = cover, dict[str, float](), list[str]()
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.cover.switch_context(nodeid)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+
+def note_cover(to: Path, folders: Sequence[str]) -> None:
+    """Run the tests once and write what each runs, and its seconds."""
+    import coverage
+    import pytest
+
+    cover = coverage.Coverage(data_file=None, include=[str(ROOT / file) for file in files()], config_file=False)
+    noting = _Noting(cover)
+    cover.start()
+    pytest.main([*folders, *(option for option in PYTEST if option != "-x")], plugins=[noting])
+    cover.stop()
+    if noting.failed:
+        raise SystemExit(f"the tests fail without any mutant: {', '.join(noting.failed[:5])}")
+    data = cover.get_data()
+    lines = {
+        file: {str(line): sorted(tests) for line, tests in data.contexts_by_lineno(str(ROOT / file)).items()}
+        for file in files()
+    }
+    to.write_text(json.dumps({"seconds": noting.seconds, "lines": lines}), encoding="utf-8")
+
+
+def cover_of(work: Path, folders: Sequence[str]) -> dict[str, Any]:
+    """Which tests run which line, read, or noted if a file has changed since."""
+    sources = [path for folder in ("recap_cli", "plugins", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
+    digest = hashlib.sha256(" ".join(folders).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    place = work / f"cover-{digest}.json"
+    if not place.exists():
+        print("which test runs which line: the tests run once …", flush=True)
+        _in_child(lambda: note_cover(place, folders), log=work / "cover.log", limit=7200.0)
+    if not place.exists():
+        raise SystemExit(f"the tests did not run through: {work / 'cover.log'}")
+    return json.loads(place.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def tests_for(mutant: Mutant, cover: Mapping[str, Any], patience: float) -> list[str]:
+    """The tests that run the mutant's line, in the order in which they are tried, as many as `patience` seconds allow."""
+    seconds, lines = cover["seconds"], cover["lines"][mutant.file]
+    running = [test for test in lines.get(str(mutant.line), []) if test]
+    if not running:  # a line that runs when the file is imported: whatever runs the file
+        running = sorted({test for tests in lines.values() for test in tests if test})
+    own = f"test_{Path(mutant.file).name}"
+    seen: Counter[str] = Counter()
+    ranks = {}
+    for test in sorted(running, key=lambda t: (seconds.get(t, 0.0), t)):
+        function = test.partition("[")[0]
+        ranks[test] = (seen[function] > 0, own not in test, seconds.get(test, 0.0), test)
+        seen[function] += 1
+    chosen, spent = [], 0.0
+    for test in sorted(running, key=ranks.__getitem__):
+        if chosen and spent + seconds.get(test, 0.0) > patience:
+            continue
+        chosen.append(test)
+        spent += seconds.get(test, 0.0)
+    return chosen
+
+
+# --- one mutant in one process -------------------------------------------------------------------------------------
+
+
+class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Gives one module other code than its file has."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self.name = mutant.file.removesuffix(".py").replace("/", ".")
+        self.path, self.code = str(ROOT / mutant.file), mutant.code
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(compile(self.code, self.path, "exec"), module.__dict__)
+
+
+def _try(mutant: Mutant, tests: Sequence[str]) -> int:
+    import pytest
+
+    sys.meta_path.insert(0, _Changed(mutant))
+    return int(pytest.main([*tests, *PYTEST]))
+
+
+def _in_child(work: Any, *, log: Path, limit: float) -> int:
+    """Run `work` in a fork of this process, and return its exit code.
+
+    It is that of SIGXCPU or SIGKILL after more than `limit` CPU seconds, or, asleep, after twenty times as long.
+    """
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (ceil(limit), ceil(limit) + 5))
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        code = 70
+        try:
+            code = work() or 0
+        except BaseException:  # noqa: BLE001: told in the log; nothing of this process may go on in the copy of its parent
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    end = time.monotonic() + 20 * limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -signal.SIGKILL
+
+
+def fate(mutant: Mutant, number: int, cover: Mapping[str, Any], patience: float, work: Path) -> dict[str, Any]:
+    """Whether a test fails on the mutant, and which."""
+    tests = tests_for(mutant, cover, patience)
+    seconds = sum(cover["seconds"].get(test, 0.0) for test in tests)
+    log, started = work / f"mutant-{number}-{os.getpid()}.log", time.monotonic()
+    code = _in_child(lambda: _try(mutant, tests), log=log, limit=START_SECONDS + 5 * seconds)
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    log.unlink(missing_ok=True)
+    by = next((line.split(" ")[1] for line in text.splitlines() if line.startswith(("FAILED ", "ERROR "))), None)
+    if code in (2, 3, 4, 5) and by is None:
+        raise SystemExit(f"pytest did not run the tests of {mutant.file}:{mutant.line} (exit {code}):\n{text[-2000:]}")
+    killed = code != 0
+    by = by or ("a limit of time" if code in (-signal.SIGKILL, -signal.SIGXCPU) else f"exit {code}") if killed else None
+    return {"killed": killed, "by": by, "tests": len(tests), "seconds": round(time.monotonic() - started, 1)}
+
+
+def run(mutants: Sequence[Mutant], cover: Mapping[str, Any], *, jobs: int, patience: float, work: Path) -> list[dict[str, Any]]:
+    """The fate of every mutant, in their order; `jobs` processes share them."""
+    turn = list(range(len(mutants)))
+    random.Random(0).shuffle(turn)  # so that the long ones do not meet
+    children = []
+    for job in range(jobs):
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:
+            os.close(reader)
+            with os.fdopen(writer, "w", encoding="utf-8") as out:
+                for number in turn[job::jobs]:
+                    found = fate(mutants[number], number, cover, patience, work)
+                    print(json.dumps({"number": number, **found}), file=out, flush=True)
+            os._exit(0)
+        os.close(writer)
+        children.append((child, os.fdopen(reader, encoding="utf-8")))
+    fates: dict[int, dict[str, Any]] = {}
+    for found in _lines([stream for _, stream in children]):
+        fates[found.pop("number")] = found
+        killed = sum(each["killed"] for each in fates.values())
+        print(f"\r{len(fates)} of {len(mutants)}, {killed} killed ", end="", flush=True)
+    for child, _ in children:
+        os.waitpid(child, 0)
+    print()
+    return [fates[number] for number in range(len(mutants))]
+
+
+def _lines(streams: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    import selectors
+
+    with selectors.DefaultSelector() as ready:
+        for stream in streams:
+            ready.register(stream, selectors.EVENT_READ)
+        while ready.get_map():
+            for key, _ in ready.select():
+                line = key.fileobj.readline()  # type: ignore[union-attr]
+                if line:
+                    yield json.loads(line)
+                else:
+                    ready.unregister(key.fileobj)
+
+
+# --- the figure ----------------------------------------------------------------------------------------------------
+
+
+def equivalents() -> dict[tuple[str, str, str], str]:
+    """The mutants that no test can tell from the original, each with the reason."""
+    listed = yaml.safe_load(EQUIVALENT.read_text(encoding="utf-8")) or [] if EQUIVALENT.exists() else []
+    return {(entry["file"], entry["before"].strip(), entry["after"].strip()): entry["reason"] for entry in listed}
+
+
+def figures(mutants: Sequence[Mutant], fates: Sequence[Mapping[str, Any]], total: int) -> dict[str, Any]:
+    """What came out: counts, the share of the non-equivalent that were killed, per file, and every survivor."""
+    known = equivalents()
+    rows = [
+        {"file": m.file, "line": m.line, "before": m.before, "after": m.after, **fate, "equivalent": known.get(m.key)}
+        for m, fate in zip(mutants, fates, strict=True)
+    ]
+    counted = [row for row in rows if row["killed"] or row["equivalent"] is None]
+    by_file: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        by_file[row["file"]]["killed" if row["killed"] else "equivalent" if row["equivalent"] else "survived"] += 1
+    keys = ("file", "line", "before", "after", "tests", "equivalent")
+    return {
+        "mutants_in_all": total,
+        "drawn": len(rows),
+        "killed": sum(row["killed"] for row in rows),
+        "equivalent": sum(not row["killed"] and row["equivalent"] is not None for row in rows),
+        "survived": sum(not row["killed"] and row["equivalent"] is None for row in rows),
+        "killed_share_of_non_equivalent": round(sum(row["killed"] for row in counted) / max(1, len(counted)), 4),
+        "by_file": {file: dict(counts) for file, counts in by_file.items()},
+        "survivors": [{key: row[key] for key in keys} for row in rows if not row["killed"]],
+        "killed_by": Counter(str(row["by"]).partition("::")[0] for row in rows if row["killed"]).most_common(),
+    }
+
+
+def load_libraries(names: Iterable[str]) -> None:
+    """Import what every process would import; nothing of ours, so that each imports its own, with its mutant."""
+    import torch
+
+    for name in names:
+        __import__(name)
+    torch.set_num_threads(1)
+
+
+def main() -> None:
+    command = parser(__doc__, "mutants")
+    command.add_argument("--count", type=int, default=400, help="mutants to draw")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--jobs", type=int, default=2)
+    command.add_argument("--patience", type=float, default=40.0, help="seconds of tests that a mutant meets at most")
+    command.add_argument("--tests", default=",".join(TESTS), help="the folders of tests that mutants meet")
+    command.add_argument("--work", type=Path, default=ROOT / "build" / "mutants", help="where the cover is kept")
+    command.add_argument("--show", type=int, help="print how this one of the drawn mutants differs, and end")
+    command.add_argument("--only", default="", help="mutants of files whose names contain this")
+    args = command.parse_args()
+    os.chdir(ROOT)
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    args.work.mkdir(parents=True, exist_ok=True)
+    mutants, total = draw(args.count, args.seed, args.only)
+    if args.show is not None:
+        chosen = mutants[args.show]
+        print(f"{chosen.file}:{chosen.line}\n- {chosen.before}\n+ {chosen.after}")
+        return
+    load_libraries(LIBRARIES)
+    cover = cover_of(args.work, args.tests.split(","))
+    started = time.monotonic()
+    fates = run(mutants, cover, jobs=args.jobs, patience=args.patience, work=args.work)
+    found = {"seed": args.seed, "patience_seconds": args.patience, "minutes": round((time.monotonic() - started) / 60, 1)}
+    found |= figures(mutants, fates, total)
+    for row in found["survivors"]:
+        if row["equivalent"] is None:
+            print(f"{row['file']}:{row['line']}\n- {row['before']}\n+ {row['after']}")
+    print(
+        {key: found[key] for key in ("drawn", "killed", "equivalent", "survived", "killed_share_of_non_equivalent", "minutes")}
+    )
+    if not args.only and args.tests == ",".join(TESTS):
+        write(args.out, "mutants", found, how="measured")
+
+
+if __name__ == "__main__":
+    main()
