@@ -256,7 +256,7 @@ def _in_child(work: Any, *, log: Path, limit: float) -> int:
         code = 70
         try:
             code = work() or 0
-        except BaseException:  # noqa: BLE001: told in the log; nothing of this process may go on in the copy of its parent
+        except BaseException:  # noqa: BLE001 (told in the log; the copy of this process ends here)
             traceback.print_exc()
         finally:
             sys.stdout.flush()
