@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from recap_cli.model_limits import beyond
+
 if TYPE_CHECKING:
     from recap_cli.recipe_schema import Recipe
 
@@ -78,6 +80,7 @@ def _input_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
     column = {"text-classification": "text", "image-classification": "image"}[kind]
     if data.builtin is None and getattr(data, column) is None:
         yield Conflict((f"data.{column}", "task.kind"), f"expected the {column} column, for {kind}; found none")
+    yield from _columns_of_other_kinds(recipe)
     if data.builtin == "digits" and kind != "image-classification":
         text = f'expected "image-classification", as data.builtin is digits; found "{kind}"'
         yield Conflict(("task.kind", "data.builtin"), text)
@@ -91,6 +94,28 @@ def _input_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
     if model.config is not None and not isinstance(model.config.get(key), str):
         keys = ("model.config", "model.library")
         yield Conflict(keys, f"expected a key `{key}` in it, for library {model.library}; found none")
+    yield from _config_conflicts(model.config or {})
+
+
+def _columns_of_other_kinds(recipe: "Recipe") -> Iterator[Conflict]:
+    """Yield what is said of texts for a task of images, and of images for one of texts."""
+    kind, data = recipe.task.kind, recipe.data
+    others = {"text-classification": ("image", "image_size"), "image-classification": ("text", "text_pair")}[kind]
+    for name in others:
+        if (found := getattr(data, name)) is not None:
+            yield Conflict((f"data.{name}", "task.kind"), f"expected null, for {kind}; found {found}")
+    if kind == "text-classification" and data.augment != "none":
+        yield Conflict(("data.augment", "task.kind"), f"expected none, for {kind}; found {data.augment}")
+
+
+def _config_conflicts(config: dict[str, Any]) -> Iterator[Conflict]:
+    """Yield what no model is built of, however its library would take it."""
+    for key, found, limit in beyond(config):
+        yield Conflict((f"model.config.{key}", "model.config"), f"expected at most {limit:,}; found {found:,}")
+    for key in ("dtype", "torch_dtype"):
+        if config.get(key) not in (None, "float32"):
+            text = "expected float32, which the full model is kept in (finetune.resident is the type on the device)"
+            yield Conflict((f"model.config.{key}", "model.config"), f"{text}; found {config[key]}")
 
 
 def _training_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
@@ -120,6 +145,7 @@ def _overflows(recipe: "Recipe") -> Iterator[Conflict]:
         "finetune.lr": (finetune.lr, update),
         "finetune.head_lr": (recipe.head_lr(new=True) if finetune.lr <= update else 0.0, update),
         "finetune.weight_decay": (finetune.weight_decay, FLOAT32_MAX),
+        "finetune.eps": (finetune.eps, FLOAT32_MAX),
     }
     for key, (found, limit) in limits.items():
         if found > limit:
