@@ -19,8 +19,8 @@ BOMBS = {
     "aliases of a text": f"options:\n  a: &a {'x' * 1000}\n  b: [{', '.join(['*a'] * 100)}]\n",
     "merged aliases": "options:\n  a0: &a0 {x: 1, y: 2}\n"
     + "".join(f"  a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 8)),
-    "brackets": "[" * 100_000,
-    "dashes": "- " * 100_000,
+    "brackets": "options: " + "[" * 100_000,
+    "dashes": "options:\n  " + "- " * 100_000,
     "levels through aliases": "options:\n  a0: &a0 [[[[[[[[[[x]]]]]]]]]]\n"
     + "".join(f"  a{i}: &a{i} [[[[[[[[[[*a{i - 1}]]]]]]]]]]\n" for i in range(1, 9)),
     "values": "options: [" + "1," * 11_000 + "]",
