@@ -1,6 +1,7 @@
 """What must hold between the keys of a recipe, each of which is well-formed by itself (`recipe_schema`)."""
 
 from collections.abc import Iterator
+from os.path import normpath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recap_cli.model_limits import beyond
@@ -87,6 +88,9 @@ def _input_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
     if recipe.mask.train_embeddings == "tokens" and kind == "image-classification":
         keys = ("mask.train_embeddings", "task.kind")
         yield Conflict(keys, "expected true or false, as images have no tokens; found tokens")
+    for name, place in (("train", data.train), ("validation", data.validation)):
+        if place is not None and normpath(place) in ("/", "//"):  # as an unset variable before a slash gives it
+            yield Conflict((f"data.{name}",), f"expected a file or a folder; found {place}, all of the file system")
     if data.validation is not None and data.validation_share is not None:
         keys = ("data.validation_share", "data.validation")
         yield Conflict(keys, "expected only without data.validation; found both")
