@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 CONFLICTS = "recipe_conflicts"  # the type of the pydantic error whose context carries `Conflict`s
 FLOAT32_MAX = 3.4e38  # rounded down
+FLOAT32_MIN = 1.2e-38  # rounded up; of numbers with all their digits
 # What the paper's plain algorithm has, of the settings that it does not know.
 FAITHFUL: dict[str, Any] = {
     "head.warmup_epochs": 0,
@@ -141,7 +142,7 @@ def _training_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
 
 
 def _overflows(recipe: "Recipe") -> Iterator[Conflict]:
-    """Yield the factors of an update that torch refuses, as float32 cannot hold them: `lr / (1 - beta_1)` is AdamW's first."""
+    """Yield the factors of an update that float32 cannot hold: `lr / (1 - beta_1)` is AdamW's first."""
     finetune = recipe.finetune
     update = FLOAT32_MAX * (1 - finetune.betas[0]) if finetune.optimizer == "adamw" else FLOAT32_MAX
     limits = {
@@ -151,6 +152,10 @@ def _overflows(recipe: "Recipe") -> Iterator[Conflict]:
         "finetune.weight_decay": (finetune.weight_decay, FLOAT32_MAX),
         "finetune.eps": (finetune.eps, FLOAT32_MAX),
     }
+    if finetune.eps < FLOAT32_MIN:
+        yield Conflict(
+            ("finetune.eps",), f"expected at least {FLOAT32_MIN:g}, below which it is 0 in float32; found {finetune.eps:g}"
+        )
     for key, (found, limit) in limits.items():
         if found > limit:
             yield Conflict((key,), f"expected at most {limit:.2g}, beyond which float32 overflows; found {found:g}")

@@ -85,7 +85,7 @@ Count = Annotated[int, Field(strict=True, ge=1, le=10**9), BeforeValidator(_whol
 Rounds = Annotated[int, Field(strict=True, ge=1, le=5000), BeforeValidator(_whole)]
 PruneSteps = Annotated[int, Field(strict=True, ge=1, le=1000), BeforeValidator(_whole)]
 Million = Annotated[int, Field(strict=True, ge=1, le=10**6), BeforeValidator(_whole)]
-Pixels = Annotated[int, Field(strict=True, ge=1, le=2**14), BeforeValidator(_whole)]
+Pixels = Annotated[int, Field(strict=True, ge=1, le=2**13), BeforeValidator(_whole)]
 Epochs = Annotated[float, Field(strict=True, gt=0, le=10**5, allow_inf_nan=False), BeforeValidator(_number)]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1), BeforeValidator(_number)]  # nobody means all of it
 PartialShare = Annotated[float, Field(strict=True, gt=0, lt=1), BeforeValidator(_number)]

@@ -176,6 +176,7 @@ def test_a_name_that_leaves_the_folder_writes_nothing(tmp_path: Path, monkeypatc
         ("importance.batch_size=1e20", 'importance.batch_size expected a whole number from 1 to 1000000; found "1e20"'),
         ("data.workers=1000000", "data.workers expected a whole number from 0 to 1024; found 1000000"),
         ("finetune.eps=1e300", "finetune.eps expected at most 3.4e+38, beyond which float32 overflows; found 1e+300"),
+        ("finetune.eps=1e-300", "finetune.eps expected at least 1.2e-38, below which it is 0 in float32; found 1e-300"),
         ("data.train=/", "data.train expected a file or a folder; found /, all of the file system"),
         ("data.train=/..//.", "data.train expected a file or a folder; found /..//., all of the file system"),
         ("data.image_size=32", "data.image_size expected null, for text-classification; found 32"),
