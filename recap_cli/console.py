@@ -135,9 +135,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
+def milliseconds(seconds: float) -> str:
+    """Return seconds as milliseconds with three digits that count, at least: `0.213 ms`, `21.3 ms`, `2,130 ms`."""
+    digits = 2 - math.floor(math.log10(seconds * 1e3)) if seconds > 0 else 0
+    return f"{seconds * 1e3:,.{min(max(digits, 0), 9)}f} ms"
+
+
 # By a word of the key; the first that is found counts, so that a share of the parameters is a share.
 UNITS: dict[str, Callable[[float], str]] = {
     "bytes": megabytes,
+    "latency": milliseconds,
     "seconds": duration,
     "share": percent,
     "ratio": percent,

@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from recap_cli.errors import RecipeError
+from recap_cli.recipe_bounds import MOST_BYTES
 from recap_cli.recipe_conflicts import ALTERNATIVES, NEEDS, STAND_IN
 from recap_cli.recipe_problems import conflicts, explain, near, recipe_error, without
 from recap_cli.recipe_schema import (
@@ -101,7 +102,11 @@ def read(source: str, overrides: Sequence[str] = ()) -> Recipe:
     if source in _shipped_files():
         return parse(shipped_text(source), f"{source}.yaml", overrides)
     try:
-        text = Path(source).read_text(encoding="utf-8-sig")
+        with Path(source).open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise RecipeError(f"cannot read the recipe {source}: it is larger than {MOST_BYTES // 1024} KiB", hint=_HINT)
+        text = raw.decode("utf-8-sig")
     except FileNotFoundError:  # an unknown name and a missing file are told apart by nobody
         raise _unknown(source) from None
     except OSError as error:  # the one door to the file system; the message names the file

@@ -1,13 +1,17 @@
 """What must hold between the keys of a recipe, each of which is well-formed by itself (`recipe_schema`)."""
 
 from collections.abc import Iterator
+from os.path import normpath
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from recap_cli.model_limits import beyond
 
 if TYPE_CHECKING:
     from recap_cli.recipe_schema import Recipe
 
 CONFLICTS = "recipe_conflicts"  # the type of the pydantic error whose context carries `Conflict`s
 FLOAT32_MAX = 3.4e38  # rounded down
+FLOAT32_MIN = 1.2e-38  # rounded up; of numbers with all their digits
 # What the paper's plain algorithm has, of the settings that it does not know.
 FAITHFUL: dict[str, Any] = {
     "head.warmup_epochs": 0,
@@ -79,12 +83,16 @@ def _input_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
     has_columns = data.builtin is None and (data.train is None or column == "text")  # of images, `train` may be a folder
     if has_columns and getattr(data, column) is None:
         yield Conflict((f"data.{column}", "task.kind"), f"expected the {column} column, for {kind}; found none")
+    yield from _columns_of_other_kinds(recipe)
     if data.builtin == "digits" and kind != "image-classification":
         text = f'expected "image-classification", as data.builtin is digits; found "{kind}"'
         yield Conflict(("task.kind", "data.builtin"), text)
     if recipe.mask.train_embeddings == "tokens" and kind == "image-classification":
         keys = ("mask.train_embeddings", "task.kind")
         yield Conflict(keys, "expected true or false, as images have no tokens; found tokens")
+    for name, place in (("train", data.train), ("validation", data.validation)):
+        if place is not None and normpath(place) in ("/", "//"):  # as an unset variable before a slash gives it
+            yield Conflict((f"data.{name}",), f"expected a file or a folder; found {place}, all of the file system")
     if data.validation is not None and data.validation_share is not None:
         keys = ("data.validation_share", "data.validation")
         yield Conflict(keys, "expected only without data.validation; found both")
@@ -92,6 +100,28 @@ def _input_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
     if model.config is not None and not isinstance(model.config.get(key), str):
         keys = ("model.config", "model.library")
         yield Conflict(keys, f"expected a key `{key}` in it, for library {model.library}; found none")
+    yield from _config_conflicts(model.config or {})
+
+
+def _columns_of_other_kinds(recipe: "Recipe") -> Iterator[Conflict]:
+    """Yield what is said of texts for a task of images, and of images for one of texts."""
+    kind, data = recipe.task.kind, recipe.data
+    others = {"text-classification": ("image", "image_size"), "image-classification": ("text", "text_pair")}[kind]
+    for name in others:
+        if (found := getattr(data, name)) is not None:
+            yield Conflict((f"data.{name}", "task.kind"), f"expected null, for {kind}; found {found}")
+    if kind == "text-classification" and data.augment != "none":
+        yield Conflict(("data.augment", "task.kind"), f"expected none, for {kind}; found {data.augment}")
+
+
+def _config_conflicts(config: dict[str, Any]) -> Iterator[Conflict]:
+    """Yield what no model is built of, however its library would take it."""
+    for key, found, limit in beyond(config):
+        yield Conflict((f"model.config.{key}", "model.config"), f"expected at most {limit:,}; found {found:,}")
+    for key in ("dtype", "torch_dtype"):
+        if config.get(key) not in (None, "float32"):
+            text = "expected float32, which the full model is kept in (finetune.resident is the type on the device)"
+            yield Conflict((f"model.config.{key}", "model.config"), f"{text}; found {config[key]}")
 
 
 def _training_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
@@ -113,7 +143,7 @@ def _training_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
 
 
 def _overflows(recipe: "Recipe") -> Iterator[Conflict]:
-    """Yield the factors of an update that torch refuses, as float32 cannot hold them: `lr / (1 - beta_1)` is AdamW's first."""
+    """Yield the factors of an update that float32 cannot hold: `lr / (1 - beta_1)` is AdamW's first."""
     finetune = recipe.finetune
     update = FLOAT32_MAX * (1 - finetune.betas[0]) if finetune.optimizer == "adamw" else FLOAT32_MAX
     limits = {
@@ -121,7 +151,12 @@ def _overflows(recipe: "Recipe") -> Iterator[Conflict]:
         "finetune.lr": (finetune.lr, update),
         "finetune.head_lr": (recipe.head_lr(new=True) if finetune.lr <= update else 0.0, update),
         "finetune.weight_decay": (finetune.weight_decay, FLOAT32_MAX),
+        "finetune.eps": (finetune.eps, FLOAT32_MAX),
     }
+    if finetune.eps < FLOAT32_MIN:
+        yield Conflict(
+            ("finetune.eps",), f"expected at least {FLOAT32_MIN:g}, below which it is 0 in float32; found {finetune.eps:g}"
+        )
     for key, (found, limit) in limits.items():
         if found > limit:
             yield Conflict((key,), f"expected at most {limit:.2g}, beyond which float32 overflows; found {found:g}")

@@ -17,15 +17,18 @@ from recap_cli.recipe_yaml import Document, KeyPath, Problem, overlap, place
 
 _Schema = Mapping[str, Any]
 _LONGEST = 60  # characters of a found value that a message repeats
+MOST = 50  # problems that are listed; each costs a look for near names
 _WITHIN_JSON = {"dict", "list"}  # what pydantic puts between the keys of a nested JSON value
 
 
 def recipe_error(origin: str, found: Iterable[Problem]) -> RecipeError:
-    """Return the one error that lists all the problems `found`, in the order of the file."""
-    lines = sorted(set(found))
+    """Return the one error that lists the problems `found`, in the order of the file, up to `MOST` of them."""
+    every = sorted(set(found))
+    lines = [line._replace(key=_cut(line.key)) for line in every[:MOST]]
     where, key = max(len(line.where) for line in lines), max(len(line.key) for line in lines)
     listing = "".join(f"\n  {line.where:<{where}}  {line.key:<{key}}  {line.text}" for line in lines)
     count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    count = f"more than {count}" if len(every) > MOST else count
     return RecipeError(
         f"{count} in the recipe {origin}{listing}",
         hint="`recap recipes show quickstart` prints a recipe that works; with --filled, every key there is.",
@@ -33,12 +36,14 @@ def recipe_error(origin: str, found: Iterable[Problem]) -> RecipeError:
 
 
 def explain(error: ValidationError, document: Document, schema: _Schema) -> tuple[list[Problem], set[KeyPath]]:
-    """Return what is wrong with single keys, and the keys that are under suspicion for it: bad, missing, or meant."""
+    """Return what is wrong with single keys, and the keys that are under suspicion for it: bad, missing, or meant.
+
+    Of more than `MOST` such keys the rest is left out; what is wrong between keys does not show then.
+    """
     found: list[Problem] = []
     suspects: set[KeyPath] = set()
-    for item in error.errors(include_url=False):
-        if item["type"] == CONFLICTS:
-            continue
+    items = [item for item in error.errors(include_url=False) if item["type"] != CONFLICTS]
+    for item in items[: MOST + 1]:
         path = _key_path(item["loc"], document.values)
         suspects.add(path)
         if item["type"] == "invalid_key" or "[key]" in item["loc"]:
@@ -96,8 +101,8 @@ def expected(node: _Schema) -> str:
         return _number(node)
     if kind == "array":
         return f"a list of {len(node['prefixItems'])}, each {expected(node['prefixItems'][0])}"
-    if kind == "string" and "examples" in node:
-        return "text such as " + ", ".join(node["examples"])
+    if kind == "string" and ("$comment" in node or "examples" in node):  # a comment is JSON Schema's word to people
+        return str(node.get("$comment") or "text such as " + ", ".join(node["examples"]))
     words = {"string": "text", "boolean": "true or false", "null": "null", "object": "a section (keys with values)"}
     return words.get(kind, f'"{node["const"]}"' if kind == "const" else "text, a number, true, false, null or a list of such")
 
@@ -124,7 +129,10 @@ def _mismatch(path: KeyPath, values: Mapping[str, Any], schema: _Schema) -> str:
 
 
 def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    return _cut(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 

@@ -5,9 +5,11 @@ A description names the paper's symbol after `Paper:`, where there is one; `docs
 
 import math
 import re
+import unicodedata
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -52,12 +54,39 @@ def _one_of(value: object, handler: ValidatorFunctionWrapHandler) -> object:
         raise PydanticCustomError("one_of", "none of the types fits") from error
 
 
-# Strict, so that `true` is no number, "3" no integer and 2.0 no count.
+def _path_part(name: str) -> str:
+    """Return a name that can be that of one folder. Raises `PydanticCustomError` for any other."""
+    odd = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of characters, ends of lines
+    if (
+        name in (".", "..")
+        or name != name.strip()
+        or name.startswith(("-", "~"))
+        or any(letter in "/\\" or unicodedata.category(letter) in odd for letter in name)
+        or len(name.encode()) > _LONGEST_NAME
+    ):
+        raise PydanticCustomError("path_part", "not the name of one folder")
+    return name
+
+
+_LONGEST_NAME = 200  # bytes: with what is put before and after it, a file's name still
+_NAME_WORDS = (
+    "text that can name a folder: no / or \\, no control characters, not . or .., neither - nor ~ at the front, no blanks at "
+    f"either end, at most {_LONGEST_NAME} bytes"
+)
+# Strict, so that `true` is no number, "3" no integer and 2.0 no count. The upper limits are far above what makes sense: what
+# is beyond them is a slip, or a recipe that is to hang the machine.
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
-Natural = Annotated[int, Field(strict=True, ge=0), BeforeValidator(_whole)]
+Name = Annotated[str, Field(strict=True, min_length=1, json_schema_extra={"$comment": _NAME_WORDS}), AfterValidator(_path_part)]
+Threads = Annotated[int, Field(strict=True, ge=0, le=1024), BeforeValidator(_whole)]
+WarmUp = Annotated[int, Field(strict=True, ge=0, le=10**5), BeforeValidator(_whole)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1), BeforeValidator(_whole)]  # what numpy takes too
-Count = Annotated[int, Field(strict=True, ge=1), BeforeValidator(_whole)]
+Count = Annotated[int, Field(strict=True, ge=1, le=10**9), BeforeValidator(_whole)]
+Rounds = Annotated[int, Field(strict=True, ge=1, le=5000), BeforeValidator(_whole)]
+PruneSteps = Annotated[int, Field(strict=True, ge=1, le=1000), BeforeValidator(_whole)]
+Million = Annotated[int, Field(strict=True, ge=1, le=10**6), BeforeValidator(_whole)]
+Pixels = Annotated[int, Field(strict=True, ge=1, le=2**13), BeforeValidator(_whole)]
+Epochs = Annotated[float, Field(strict=True, gt=0, le=10**5, allow_inf_nan=False), BeforeValidator(_number)]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1), BeforeValidator(_number)]  # nobody means all of it
 PartialShare = Annotated[float, Field(strict=True, gt=0, lt=1), BeforeValidator(_number)]
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1), BeforeValidator(_number)]
@@ -66,10 +95,11 @@ AutoPositive = Annotated[Positive | Literal["auto"], WrapValidator(_one_of)]
 FlagOrTokens = Annotated[Flag | Literal["tokens"], WrapValidator(_one_of)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 Device = Annotated[
-    str, Field(strict=True, pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", examples=["auto", "cpu", "mps", "cuda", "cuda:1"])
+    str,
+    Field(strict=True, pattern=r"^(auto|cpu|mps|(cuda|xpu)(:[0-9]{1,3})?)$", examples=["auto", "cpu", "mps", "cuda", "cuda:1"]),
 ]
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-_AMOUNT = r"^(\d+(?:\.\d+)?) ?([KMGT]i?|)B$"
+_AMOUNT = r"^([0-9]{1,12}(?:\.[0-9]{1,12})?) ?([KMGT]i?|)B$"
 Bytes = Annotated[str, Field(strict=True, pattern=_AMOUNT, examples=["2GiB", "1500MB", "0.5GB"])]
 Scope = Literal["per-kind", "global", "per-layer"]
 MAX_HEAD_LR_RATIO = 10.0  # to the rate of the rest, with `auto`: more was not measured
@@ -105,7 +135,8 @@ class Task(BaseModel):
     kind: Literal["text-classification", "image-classification"] = Field(description="What is classified.")
     metric: Literal["accuracy", "f1", "matthews"] = Field(
         default="accuracy",
-        description="The validation metric that picks the best round; f1 and matthews as GLUE has them.",
+        description="The validation metric that picks the best round. f1 is that of label 1 if there are two labels, as GLUE "
+        "has it, and the mean over the labels (macro F1) if there are more; matthews is GLUE's.",
     )
 
 
@@ -130,12 +161,12 @@ class Data(BaseModel):
     text_pair: Text | None = Field(default=None, description="Column of the second sentence.")
     image: Text | None = Field(default=None, description="Column of the image; a folder of class folders has none.")
     label: Text = Field(default="label", description="Column of the class.")
-    max_length: Count = Field(default=128, description="Tokens after which a text is cut.")
-    image_size: Count | None = Field(default=None, description="Pixels along an image's edge; null is what the model expects.")
+    max_length: Million = Field(default=128, description="Tokens after which a text is cut.")
+    image_size: Pixels | None = Field(default=None, description="Pixels along an image's edge; null is what the model expects.")
     train_samples: Count | None = Field(default=None, description="Train on the first so many after a seeded shuffle.")
     validation_samples: Count | None = Field(default=None, description="Evaluate on the first so many, likewise.")
     augment: Literal["none", "flip"] = Field(default="none", description="Random change of training images.")
-    workers: Natural = Field(default=0, description="Threads that decode images beside the main one.")
+    workers: Threads = Field(default=0, description="Threads that decode images beside the main one.")
 
 
 class Head(BaseModel):
@@ -143,11 +174,11 @@ class Head(BaseModel):
 
     model_config = _FROZEN
 
-    warmup_epochs: Natural = Field(default=1, description="Passes over the training data; 0 is the paper's plain algorithm.")
+    warmup_epochs: WarmUp = Field(default=1, description="Passes over the training data; 0 is the paper's plain algorithm.")
     lr: Positive = Field(
         default=1e-3, description="Learning rate of the warm-up, and what `finetune.head_lr: auto` gives a new head afterwards."
     )
-    batch_size: Count = Field(default=32, description="Examples a step of the warm-up.")
+    batch_size: Million = Field(default=32, description="Examples a step of the warm-up.")
 
 
 class Importance(BaseModel):
@@ -155,8 +186,8 @@ class Importance(BaseModel):
 
     model_config = _FROZEN
 
-    batches: Count = Field(default=10, description="Batches in the sample. Paper: D_s.")
-    batch_size: Count = Field(default=32, description="Examples a batch of the sample. Paper: D_s.")
+    batches: Million = Field(default=10, description="Batches in the sample. Paper: D_s.")
+    batch_size: Million = Field(default=32, description="Examples a batch of the sample. Paper: D_s.")
     device: Device = Field(
         default="cpu",
         description="Where importance, the head's warm-up and the full model's scores are computed; "
@@ -170,7 +201,7 @@ class Prune(BaseModel):
     model_config = _FROZEN
 
     ratio: Share = Field(default=0.333, description="Share of the prunable parameters that goes. Paper: r_p.")
-    steps: Count = Field(default=4, description="Gradual steps, each with its own importance. Paper: N_p.")
+    steps: PruneSteps = Field(default=4, description="Gradual steps, each with its own importance. Paper: N_p.")
     criterion: Text = Field(default="taylor", description="Plugin that scores groups; the default is eq. (1). Paper: I_m.")
     scope: Scope = Field(default="per-kind", description="What is ranked together: heads and neurons apart, all, or a layer.")
     floor: Share = Field(default=0.15, description="Share of each layer's heads and neurons that stays in any case.")
@@ -186,7 +217,7 @@ class Prune(BaseModel):
         description="The first round moves this share of what the last does, and prunes as much less as that saves memory; "
         "1 is the paper's.",
     )
-    round_to: Count = Field(default=1, description="What is kept of each matrix is a multiple of this many rows or columns.")
+    round_to: Million = Field(default=1, description="What is kept of each matrix is a multiple of this many rows or columns.")
 
 
 class Mask(BaseModel):
@@ -220,10 +251,10 @@ class Finetune(BaseModel):
 
     model_config = _FROZEN
 
-    epochs: Positive | None = Field(default=2.0, description="Passes over the training data, each round.")
+    epochs: Epochs | None = Field(default=2.0, description="Passes over the training data, each round.")
     steps: Count | None = Field(default=None, description="Optimizer steps each round; overrides `epochs`. Paper: N_f.")
-    batch_size: Count = Field(default=32, description="Examples an optimizer step.")
-    micro_batch_size: Count | None = Field(
+    batch_size: Million = Field(default=32, description="Examples an optimizer step.")
+    micro_batch_size: Million | None = Field(
         default=None,
         description="Examples a backward pass, a divisor of `batch_size`; null is the whole batch at once.",
     )
@@ -269,7 +300,7 @@ class Evaluate(BaseModel):
 
     model_config = _FROZEN
 
-    batch_size: Count = Field(default=64, description="Examples a batch.")
+    batch_size: Million = Field(default=64, description="Examples a batch.")
 
 
 class Recipe(BaseModel):
@@ -277,7 +308,9 @@ class Recipe(BaseModel):
 
     model_config = _FROZEN
 
-    name: Text = Field(default="recap", description="What the run is called.")
+    name: Name = Field(
+        default="recap", description="What the run is called, and its folder in `runs/` unless `--state` names another."
+    )
     method: Text = Field(default="recap", description="Plugin that says what each round does; `recap plugins` lists them.")
     options: Annotated[dict[str, JsonValue], BeforeValidator(_number)] = Field(
         default_factory=dict, description="The method's own settings, as in {rank: 8}."
@@ -288,11 +321,13 @@ class Recipe(BaseModel):
         "`mask.scope` and, for images, `mask.ratio` are its own where a recipe does not say them.",
     )
     seed: Seed = Field(default=0, description="Seed of every random choice.")
-    rounds: Count = Field(
+    rounds: Rounds = Field(
         default=10,
         description="Rounds of prune, mask, finetune and merge; other methods spend the same optimizer steps. Paper: K.",
     )
-    patience: Count | None = Field(default=None, description="Rounds without a better metric after which to stop; null: never.")
+    patience: Rounds | None = Field(
+        default=None, description="Rounds without a better metric after which to stop; null: never."
+    )
     model: Model
     task: Task
     data: Data

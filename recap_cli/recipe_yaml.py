@@ -5,11 +5,14 @@ without `=`) becomes a `Problem`; `recap_cli.recipe_problems` adds what the sche
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import yaml
 
+from recap_cli.recipe_bounds import DEEPEST, check_size, is_number, unprintable
+
 KeyPath = tuple[str, ...]
+NULLS = ("null", "Null", "NULL", "~")
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 _LONGEST = 60  # characters of an override that a message repeats
 
@@ -113,10 +116,7 @@ def _find(root: yaml.Node | None, path: KeyPath, *, at_key: bool) -> tuple[yaml.
 
 def _parse(text: str) -> tuple[yaml.Node | None, Any, list[tuple[yaml.Mark, str, str]]]:
     """Return the node tree, the value, and keys that are odd in themselves, as (mark, key, what is wrong)."""
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if tag := getattr(event, "tag", None):  # PyYAML's constructors answer `!!bool maybe` with a bare KeyError
-            mark = cast(yaml.Mark, event.start_mark)
-            raise yaml.MarkedYAMLError(problem=f"the tag {tag}, where only plain values go", problem_mark=mark)
+    check_size(text)
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     odd = list(_odd_keys(root, (), frozenset(), set()))
     return root, yaml.safe_load(text), odd
@@ -125,12 +125,15 @@ def _parse(text: str) -> tuple[yaml.Node | None, Any, list[tuple[yaml.Mark, str,
 def _odd_keys(
     node: yaml.Node | None, path: KeyPath, above: frozenset[int], seen: set[int]
 ) -> Iterator[tuple[yaml.Mark, str, str]]:
-    """Yield doubled keys, and keys that are no text; a node that several aliases share is looked at once."""
+    """Yield doubled keys, keys that are no text, and times; a node that several aliases share is looked at once."""
     if node is not None and id(node) in above:
         raise yaml.MarkedYAMLError(problem="an alias stands within its own anchor", problem_mark=node.start_mark)
     if id(node) in seen:
         return
     seen.add(id(node))
+    if isinstance(node, yaml.ScalarNode) and ":" in node.value and is_number(node):
+        text = f"expected a number in digits; found {node.value}, which YAML reads to base 60 (put text in quotes)"
+        yield node.start_mark, ".".join(path), text
     children = node.value if isinstance(node, yaml.CollectionNode) else []
     lines: dict[str, int] = {}
     for index, child in enumerate(children):
@@ -160,29 +163,70 @@ def _apply(document: Document, turn: int, text: str) -> None:
     """Set in the document what the override `text` says, or add what is wrong with it to the problems."""
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
-    if not equals or not all(path):
-        return _refuse(document, turn, text, key.strip() or "-", "expected section.key=value; found " + text)
+    if problem := _malformed(text, path, equals):
+        return _refuse(document, turn, text, _key_of(path), problem)
     try:
-        _, parsed, odd = _parse(value)
+        root, parsed, odd = _parse(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # as above
         return _refuse(document, turn, text, ".".join(path), f"expected a YAML value: {_fault(error)[2]}")
+    if problem := _lost(value, root, parsed):
+        return _refuse(document, turn, text, ".".join(path), problem)
     for _, inner, reason in odd:
-        _refuse(document, turn, text, ".".join((*path, inner)), reason)
-    section = document.values
+        _refuse(document, turn, text, ".".join(filter(None, (*path, inner))), reason)
+    if problem := _put(document.values, path, parsed):
+        return _refuse(document, turn, text, ".".join(path), problem)
+    document.overrides.append(Override(turn, text, path, parsed))
+
+
+def _malformed(text: str, path: KeyPath, equals: str) -> str | None:
+    """What is wrong with an override before its value is looked at."""
+    if problem := unprintable(text):
+        return f"expected text; found {problem}"
+    if not equals or not all(path):
+        return f"expected section.key=value; found {text}"
+    return f"expected at most {DEEPEST} keys in each other; found {len(path)}" if len(path) > DEEPEST else None
+
+
+def _key_of(path: KeyPath) -> str:
+    """The key of an override that makes no sense, for a message."""
+    key = ".".join(path)
+    return key if key and not unprintable(key) else "-"
+
+
+def _put(values: dict[str, Any], path: KeyPath, value: Any) -> str | None:
+    """Set the value at a key, or return why it cannot be there."""
+    section = values
     for depth, part in enumerate(path[:-1], 1):
         inside = section.get(part)
         if inside is not None and not isinstance(inside, dict):
-            blocker = ".".join(path[:depth])
-            return _refuse(document, turn, text, ".".join(path), f"expected {blocker} to be a section; found a value")
+            return f"expected {'.'.join(path[:depth])} to be a section; found a value"
         section[part] = dict(inside or {})  # a copy: YAML aliases share what they stand for
         section = section[part]
-    section[path[-1]] = parsed
-    document.overrides.append(Override(turn, text, path, parsed))
+    if value is None and len(path) == 1 and isinstance(section.get(path[0]), dict):
+        return f"expected keys with values; found null, which would drop all of {path[0]}"
+    section[path[-1]] = value
+    return None
+
+
+def _lost(value: str, root: yaml.Node | None, parsed: Any) -> str | None:
+    """What is wrong with an override whose value YAML drops, all of it or its end, as an unset variable of a shell makes one.
+
+    It would fall back on a default, or on other data, without a word.
+    """
+    if not value.strip():
+        return "expected a value after the `=`; found nothing (write null for null)"
+    if parsed is None and value.strip() not in NULLS:
+        return f"expected a value after the `=`; found {value.strip()}, which YAML reads as nothing (put text in quotes)"
+    rest = "" if root is None else value[root.end_mark.index :].strip()
+    if rest.startswith("#"):
+        return f"expected a value and no more; found {rest} after it, a comment in YAML (put text in quotes)"
+    return None
 
 
 def _displace(document: Document, alternatives: Iterable[Sequence[str]], needs: Mapping[str, str]) -> None:
     """Remove the alternatives to what is overridden, and what needs them."""
     given = [override.path for override in document.overrides if override.value is not None]
+    _refuse_nulls(document, alternatives, given)
 
     def overridden(key: str) -> bool:
         path = tuple(key.split("."))
@@ -197,6 +241,28 @@ def _displace(document: Document, alternatives: Iterable[Sequence[str]], needs: 
         section, name = key.split(".")
         if isinstance(inside := document.values.get(section), dict):
             document.values[section] = {other: value for other, value in inside.items() if other != name}
+
+
+def _refuse_nulls(document: Document, alternatives: Iterable[Sequence[str]], given: Sequence[KeyPath]) -> None:
+    """Refuse an override that sets a source to null and names no other: what the file names would stand in for it."""
+    groups = [[tuple(key.split(".")) for key in keys] for keys in alternatives]
+    for turn, text, path, value in document.overrides:
+        keys: list[KeyPath] = next((keys for keys in groups if path in keys), [])
+        if value is not None or any(overlap(key, other) for key in keys for other in given):
+            continue
+        if standing := [".".join(key) for key in keys if _standing(document.values, key)]:
+            problem = (
+                f"expected a value; found null, so {standing[0]} of {document.origin} would be used: leave this out for that"
+            )
+            _refuse(document, turn, text, ".".join(path), problem)
+
+
+def _standing(values: Mapping[str, Any], path: KeyPath) -> bool:
+    """Whether there is a value at a key."""
+    inside: Any = values
+    for part in path:
+        inside = inside.get(part) if isinstance(inside, dict) else None
+    return inside is not None
 
 
 def _in_file(origin: str, line: int, column: int, key: str, text: str) -> Problem:

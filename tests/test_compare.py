@@ -39,6 +39,12 @@ def fails(_recipe: Path, _state: Path) -> list[str]:
     return [sys.executable, "-S", "-c", "import sys; sys.exit('error: no room left\\nhint: make room')"]
 
 
+def found_share() -> float:
+    """The share of full finetuning's memory that the one cell in `out` that is done has held."""
+    found = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
+    return float(found["cells"][0]["memory"]["held_share"])
+
+
 def test_a_comparison_runs_its_cells_and_then_has_nothing_left_to_do(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = ask("tiny.yaml --methods recap --seeds 0 --ratios 0.3,0.9 --out out --set finetune.steps=2")
     assert code == ComparisonError.exit_code
@@ -47,7 +53,11 @@ def test_a_comparison_runs_its_cells_and_then_has_nothing_left_to_do(ask: Any, m
     (row,) = [line for line in lines if line[:3] == ["recap", "0.3", "0.6"] and "1" in line]
     assert row[3].startswith("0.")
     assert any(line[:4] == ["recap", "0.9", "0.6", "0"] and line[4:6] == ["of", "1"] for line in lines)
-    for said in ("Memory of finetuning", "Not done", "impossible", "prune.floor keeps 0.15"):
+    assert row[-1] == "ms"
+    assert len(row[-2].replace(".", "").lstrip("0")) >= 3
+    (held,) = [line for line in lines if line[:3] == ["recap", "0.3", "0.6"] and line[-1] == "MB" and "%" in " ".join(line)]
+    assert f"{found_share():.1%}" in held
+    for said in ("Memory of finetuning", "of full", "Not done", "impossible", "prune.floor keeps 0.15"):
         assert said in out
     for said in ("2 cells in out", "recap-rp0.3-rf0.6-s0: 0.", "cells: 0 of 1", "1 of 2 cells are not done: 1 impossible"):
         assert said in err
@@ -113,6 +123,13 @@ def test_what_makes_no_sense_is_refused_with_a_hint(ask: Any, line: str, kind: A
     assert "hint: " in err
     assert out == ""
     assert [path.name for path in Path().iterdir()] == ["tiny.yaml"]
+
+
+def test_what_has_no_effect_is_noted(ask: Any) -> None:
+    code, _, err = ask("tiny.yaml --methods full-ft --ratios 0.2 --seeds 4 --set lora-ft:finetune.lr=0.1 --dry-run")
+    assert code == 0
+    assert "note: --ratios 0.2: none of the methods full-ft prunes by a ratio, so it has no effect" in err
+    assert "note: --set lora-ft:finetune.lr=0.1: lora-ft is not compared here, so it has no effect" in err
 
 
 def test_a_near_name_is_offered(ask: Any) -> None:

@@ -9,6 +9,7 @@ from contextlib import redirect_stderr
 import pytest
 
 from recap_cli import console
+from recap_cli.runtime.pages.template import milliseconds
 
 
 class Terminal(io.StringIO):
@@ -75,6 +76,24 @@ def test_json_has_null_for_what_json_cannot_say(capsys: pytest.CaptureFixture[st
 )
 def test_units_follow_from_the_key(key: str, value: object, text: str) -> None:
     assert console.value_text(key, value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.2, "200 ms"),
+        (0.2134, "213 ms"),
+        (0.02134, "21.3 ms"),
+        (0.002134, "2.13 ms"),
+        (0.0002134, "0.213 ms"),
+        (2.134, "2,134 ms"),
+        (0.0, "0 ms"),
+        (1e-12, "0.000000001 ms"),
+    ],
+)
+def test_a_latency_has_three_digits_on_the_screen_and_in_a_page(seconds: float, said: str) -> None:
+    assert console.value_text("latency", seconds) == console.value_text("latency_seconds", seconds) == said
+    assert milliseconds(seconds) == said
 
 
 def test_records_become_a_table_without_escape_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,8 @@ MEMBERS = {
     "draft": "state",
     "folder": "state",
     "manifest": "state",
+    "model_limits": "recipe",
+    "recipe_bounds": "recipe",
     "recipe_conflicts": "recipe",
     "recipe_problems": "recipe",
     "recipe_schema": "recipe",

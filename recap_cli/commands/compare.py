@@ -81,6 +81,8 @@ def compare(
     plan = grid.plan(recipe, overrides or (), **given)
     path = out if out is not None else Path("runs") / f"compare-{plan.base.name}"
     records = stage.describe(plan, path)
+    for note in plan.notes:
+        console.say(f"note: {note}")
     if dry_run:
         if as_json:
             console.emit_json(records)

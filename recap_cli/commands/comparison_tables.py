@@ -81,7 +81,7 @@ def _quality(rows: Sequence[Record], metric: str) -> tuple[list[str], list[list[
             _seconds_text(row),
             console.value_text("parameters", row["parameters"]["product"]),
             console.value_text("bytes", row["product"]["bytes"]),
-            console.value_text("seconds", row["product"]["latency_seconds"]),
+            console.value_text("latency", row["product"]["latency_seconds"]),
         ]
         for row in rows
     ]
@@ -91,11 +91,15 @@ def _quality(rows: Sequence[Record], metric: str) -> tuple[list[str], list[list[
 
 def _memory(rows: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     ratios = _ratios(rows)
-    keys = [*HELD, "activations_bytes", "peak_bytes"]
+    keys = [*HELD, "held_share", "activations_bytes", "peak_bytes"]
     keys += ["device_peak_bytes"] if any(row["memory"]["device_peak_bytes"] is not None for row in rows) else []
-    names = {"optimizer_bytes": "optimizer state", "device_peak_bytes": "peak, measured"}
+    names = {
+        "optimizer_bytes": "optimizer state",
+        "device_peak_bytes": "peak, measured",
+        "held_share": "held, of full finetuning",
+    }
     columns = ["method", *(RATIOS[key] for key in ratios), *(names.get(key) or console.heading(key) for key in keys)]
-    return columns, [[*_place(row, ratios), *(console.value_text("bytes", row["memory"][key]) for key in keys)] for row in rows]
+    return columns, [[*_place(row, ratios), *(console.value_text(key, row["memory"][key]) for key in keys)] for row in rows]
 
 
 def _ratios(rows: Sequence[Record]) -> list[str]:

@@ -1,7 +1,7 @@
 """Pictures of a comparison of methods: the metric over ratios and over memory, and memory and time by their parts.
 
 Rows are what `stages.results.groups` gives, one for a method and its ratios over the seeds. What a picture has no figures
-for is not drawn. The looks are those of `figures`; methods keep apart for the colour-blind (as there, at least 31).
+for is not drawn.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,7 +9,8 @@ from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from recap_cli.runtime.figures import DASHES, KIND_LOOKS, latin, looks_of, picture
+from recap_cli.runtime.figures import DASHES, KIND_LOOKS, latin, picture
+from recap_cli.runtime.looks import Look, looks_of
 from recap_cli.runtime.pareto import front
 from recap_cli.runtime.tracker import Kind
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Row = Mapping[str, Any]
-Look = tuple[str, str]  # colour, marker
+Looks = Mapping[str, Look]  # by method
 
 ASIDE = 0.012  # of the axis, between lines
 FEW = 8  # points that have room for a label each
@@ -44,21 +45,26 @@ def draw(rows: Sequence[Row], folder: Path, *, metric: str, title: str) -> list[
 
     Raises `StorageError` if one cannot be written, and whatever matplotlib raises.
     """
+    looks = looks_of(row["method"] for row in rows)  # of all of them, as in the page: a stranger's hangs on those before it
     done = [row for row in rows if row["value"] is not None]
     pictures: dict[str, Callable[[Path], None]] = {}
     if _ratios(done, "prune_ratio"):
-        pictures["metric-prune-ratio.png"] = lambda path: over_ratio(done, path, by="prune_ratio", metric=metric, title=title)
+        pictures["metric-prune-ratio.png"] = lambda path: over_ratio(
+            done, path, looks, by="prune_ratio", metric=metric, title=title
+        )
     if len(_ratios(done, "mask_ratio")) > 1:
-        pictures["metric-mask-ratio.png"] = lambda path: over_ratio(done, path, by="mask_ratio", metric=metric, title=title)
+        pictures["metric-mask-ratio.png"] = lambda path: over_ratio(
+            done, path, looks, by="mask_ratio", metric=metric, title=title
+        )
     if remembered := [row for row in done if _held(row) is not None]:
-        pictures["metric-memory.png"] = lambda path: over_memory(remembered, path, metric=metric, title=title)
+        pictures["metric-memory.png"] = lambda path: over_memory(remembered, path, looks, metric=metric, title=title)
         pictures["memory-time.png"] = lambda path: parts(remembered, path, metric=metric, title=title)
     for name, write in pictures.items():
         write(folder / name)
     return list(pictures)
 
 
-def over_ratio(rows: Sequence[Row], path: Path, *, by: str, metric: str, title: str) -> None:
+def over_ratio(rows: Sequence[Row], path: Path, looks: Looks, *, by: str, metric: str, title: str) -> None:
     """Draw the metric over r_p or r_f (the paper's Figures 4 and 8): mean and standard deviation, a line a method."""
     from matplotlib.ticker import PercentFormatter
 
@@ -66,7 +72,7 @@ def over_ratio(rows: Sequence[Row], path: Path, *, by: str, metric: str, title: 
     with picture(path, 4.2) as figure:
         axes = figure.add_subplot()
         span = ratios[-1] - ratios[0] or 0.2
-        drawn = lines(rows, by)
+        drawn = lines(rows, by, looks)
         sloping = [line for line in drawn if line.points[0][0] is not None]
         for line in drawn:
             at = sloping.index(line) - (len(sloping) - 1) / 2 if line in sloping else 0.0
@@ -79,11 +85,11 @@ def over_ratio(rows: Sequence[Row], path: Path, *, by: str, metric: str, title: 
         _finish(axes, metric, f"{latin(title)}: {metric}, mean {_seeds(rows)}")
 
 
-def over_memory(rows: Sequence[Row], path: Path, *, metric: str, title: str) -> None:
+def over_memory(rows: Sequence[Row], path: Path, looks: Looks, *, metric: str, title: str) -> None:
     """Draw the metric over the memory that finetuning takes, with the front of what nothing else beats (Figure 3)."""
     sizes, words = memory_of(rows)
     points = [(size, row["value"]) for size, row in zip(sizes, rows, strict=True)]
-    looks, several = looks_of(rows), _several(rows)
+    several = _several(rows)
     with picture(path, 4.2) as figure:
         axes = figure.add_subplot()
         at = front(points)
@@ -91,10 +97,9 @@ def over_memory(rows: Sequence[Row], path: Path, *, metric: str, title: str) -> 
         axes.step(xs, ys, where="post", color="#808080", linestyle=(0, (4, 3)), linewidth=1.2, label="Pareto front", zorder=1)
         seen: set[str] = set()
         for row, (x, y) in zip(rows, points, strict=True):
-            colour, marker = looks[row["method"]]
             label = None if row["method"] in seen else latin(row["method"])
             seen.add(row["method"])
-            _point(axes, x, y, row["deviation"], label, (colour, marker))
+            _point(axes, x, y, row["deviation"], label, looks[row["method"]])
         for i in at if len(rows) > FEW else range(len(rows)):  # all labels of a large grid would hide each other
             if text := _ratio_text(rows[i], several[rows[i]["method"]]):
                 axes.annotate(text, points[i], (6, 5), textcoords="offset points", fontsize=7.5, color="#404040")
@@ -132,7 +137,7 @@ def parts(rows: Sequence[Row], path: Path, *, metric: str, title: str) -> None:
         figure.suptitle("; ".join(filter(None, [f"{latin(title)}: memory and time", note])), x=0.01, ha="left", fontsize=10.5)
 
 
-def lines(rows: Sequence[Row], by: str) -> list[Line]:
+def lines(rows: Sequence[Row], by: str, looks: Looks) -> list[Line]:
     """The lines over a ratio: one a method, more where its other ratio has several values.
 
     A method without the ratio lies flat, and is left out where it has several values of the other one.
@@ -141,7 +146,7 @@ def lines(rows: Sequence[Row], by: str) -> list[Line]:
     grouped: dict[tuple[str, Any], list[Row]] = {}
     for row in rows:
         grouped.setdefault((row["method"], row[other]), []).append(row)
-    several, looks, found = _several(rows), looks_of(rows), list[Line]()
+    several, found = _several(rows), list[Line]()
     drawn = dict.fromkeys((method for method, _ in grouped), 0)
     for (method, _), mine in grouped.items():
         if mine[0][by] is None and several[method]:
@@ -176,7 +181,7 @@ def best_rows(rows: Iterable[Row]) -> list[Row]:
 
 def _draw_line(axes: "Axes", line: Line, aside: float) -> None:
     """Draw one line, moved to the side by `aside`, so that error bars do not hide each other."""
-    colour, marker = line.look
+    colour, marker = line.look.colour, line.look.marker
     flat = [(mean, deviation) for ratio, mean, deviation in line.points if ratio is None]
     for mean, deviation in flat:
         axes.axhline(mean, color=colour, linestyle=(0, (6, 2, 1, 2)), linewidth=1.4, label=line.label, zorder=2)
@@ -200,9 +205,10 @@ def _draw_line(axes: "Axes", line: Line, aside: float) -> None:
 
 
 def _point(axes: "Axes", x: float, y: float, deviation: float | None, label: str | None, look: Look) -> None:
-    colour, marker = look
     edge: dict[str, Any] = {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.8, "linestyle": "none"}
-    axes.errorbar(x, y, yerr=_known(deviation), color=colour, marker=marker, label=label, capsize=3.0, elinewidth=1.1, **edge)
+    axes.errorbar(
+        x, y, yerr=_known(deviation), color=look.colour, marker=look.marker, label=label, capsize=3.0, elinewidth=1.1, **edge
+    )
 
 
 def _known(deviation: float | None) -> float:

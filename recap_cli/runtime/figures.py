@@ -1,20 +1,21 @@
 """Pictures of predicted memory for a paper: bars by kind as in the paper's Figure 9 (left), and the peak over a setting.
 
 Rows are what `profile.Prediction.to_json` gives; a row may have `measured_bytes` too, which is drawn as a hollow marker. A
-picture needs no display and none of the user's settings: the same rows give the same bytes. The kinds' colours, and those of
-the methods named here, keep apart for the colour-blind (at least 26 in CIE76 between any two of a picture, for the three
-dichromacies of Machado et al. 2009); the kinds go from dark to light.
+picture needs no display and none of the user's settings: the same rows give the same bytes. The kinds' colours keep apart for
+the colour-blind (at least 26 in CIE76 between any two, for the three dichromacies of Machado et al. 2009), and go from dark to
+light; the methods' are in `looks`.
 """
 
 import os
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from recap_cli.errors import StorageError, UsageError
+from recap_cli.runtime.looks import looks_of
 from recap_cli.runtime.tracker import KINDS, Kind
 
 if TYPE_CHECKING:
@@ -51,16 +52,6 @@ KIND_LOOKS: dict[Kind, tuple[str, str, str]] = {
     "temporary": ("temporary", "#7FD0F5", "\\\\\\"),
     "other": ("other", "#F3EE9A", ""),
 }
-METHOD_LOOKS = {
-    "full": ("#000000", "s"),
-    "head": ("#8AC6EE", "^"),
-    "lora": ("#0A62A8", "v"),
-    "pre-ft": ("#E69F00", "D"),
-    "post-ft": ("#720BDA", "X"),
-    "movement": ("#B3C08A", "P"),
-    "recap": ("#B8123A", "o"),
-}
-SPARE_LOOKS = (("#6B6B6B", "P"), ("#2B8F80", "X"), ("#9C6BB5", "<"), ("#7A5230", ">"))
 DASHES = ("-", "--", ":", "-.")  # of one method's lines, where another setting differs as well
 
 RATIOS = ("prune_ratio", "mask_ratio")  # zero for a method that has none
@@ -242,14 +233,15 @@ def _lines(rows: Sequence[Row], by: By) -> list[_Line]:
     grouped: dict[tuple[str, str], list[Row]] = {}
     for row, label in zip(rows, _labels(rows, without=(by,)), strict=True):
         grouped.setdefault((row["method"], label), []).append(row)
-    looks, seen, lines = looks_of(rows), dict.fromkeys((row["method"] for row in rows), 0), []
+    looks, seen, lines = looks_of(row["method"] for row in rows), dict.fromkeys((row["method"] for row in rows), 0), []
     for (method, label), mine in grouped.items():
         predicted = sorted({(row[by], row["peak_bytes"]) for row in mine})
         measured = sorted({(row[by], count) for row in mine if (count := _measured(row)) is not None})
         if applying and not _applies(rows, mine[0], by):  # what it holds is the same whatever the others' ratio is
             predicted = [(value, max(count for _, count in predicted)) for value in grid]
             measured = [(grid[-1], count) for _, count in measured]
-        lines.append(_Line(label, *looks[method], DASHES[seen[method] % len(DASHES)], predicted, measured))
+        look = looks[method]
+        lines.append(_Line(label, look.colour, look.marker, DASHES[seen[method] % len(DASHES)], predicted, measured))
         seen[method] += 1
     return lines
 
@@ -264,19 +256,6 @@ def _draw(axes: "Axes", line: _Line) -> None:
         values, counts = zip(*line.measured, strict=True)
         look |= {"markersize": 10, "markerfacecolor": "none", "markeredgewidth": 1.3}
         axes.plot(values, [count / 1e6 for count in counts], linestyle="none", **look)
-
-
-def looks_of(rows: Iterable[Row]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker by method, for methods that are not known here as well."""
-    found = {method: look_of(method) for method in dict.fromkeys(row["method"] for row in rows)}
-    strangers = [method for method, look in found.items() if look is None]
-    spare = {method: SPARE_LOOKS[at % len(SPARE_LOOKS)] for at, method in enumerate(strangers)}
-    return {method: look or spare[method] for method, look in found.items()}
-
-
-def look_of(method: str) -> tuple[str, str] | None:
-    """Colour and marker of a method of ours, by its name or its short one (`full` is `full-ft`); None for a stranger's."""
-    return METHOD_LOOKS.get(method) or METHOD_LOOKS.get(method.removesuffix("-ft"))
 
 
 def _values(axes: "Axes", by: By, grid: Sequence[float]) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from recap_cli.errors import ModelError
 from recap_cli.runtime.checkpoints import FOLDER_HINT, check_weights, quiet
+from recap_cli.runtime.config_checks import check_limits, check_padding
 from recap_cli.runtime.specs import ModelSpec, TaskKind, image_facts
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
@@ -36,6 +37,7 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
 
     rest = {key: value for key, value in values.items() if key not in ("model_type", "_name_or_path", "tokenizer")}
     model_type = str(values.get("model_type"))
+    check_limits(model_type, rest)
     _check_values(model_type, rest)
     try:
         if strict:
@@ -46,6 +48,7 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
         raise ModelError(
             f"this is no configuration of a {model_type}: {first_line}", hint="see model.config in the recipe"
         ) from error
+    check_padding(config)
     config.architectures = config.architectures or []  # transformers 5.23 iterates over it, None or not
     return config
 

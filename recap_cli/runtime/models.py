@@ -15,6 +15,7 @@ from recap_cli.core.surgery import owner_of, state_sizes
 from recap_cli.errors import ModelError
 from recap_cli.runtime import hf, timm_library
 from recap_cli.runtime.checkpoints import FOLDER_HINT, locate, read_config, read_weights
+from recap_cli.runtime.config_checks import check_fits, check_limits
 from recap_cli.runtime.head_labels import places_of, reorder_output, same_labels
 from recap_cli.runtime.positions import resample
 from recap_cli.runtime.specs import Library, ModelSpec, TaskKind
@@ -233,10 +234,11 @@ def _create_hf(
     own_labels = list(config.id2label.values())
     hf.set_labels(config, labels)
     image, note = hf.read_image_facts(folder, config) if task_kind == "image-classification" else (None, None)
+    if folder is None and image is not None and image_size is not None:
+        config.image_size = image["size"] = image_size
+    check_fits(lambda: hf.from_config(config, task_kind), origin)
     new: list[str] = []
     if folder is None:
-        if image is not None and image_size is not None:
-            config.image_size = image["size"] = image_size
         model = hf.from_config(config, task_kind)
         notes = ["random weights, from a configuration"]
     else:
@@ -264,7 +266,9 @@ def _create_timm(
         args = dict(values or {})
         architecture = timm_library.architecture_of(args, "model.config")
         args.pop("architecture")
+    check_limits(architecture, args)
     config = timm_library.config_of(architecture, args, labels, image_size)
+    check_fits(lambda: timm_library.build(architecture, config["args"]), architecture)
     model = timm_library.build(architecture, config["args"])
     image = timm_library.read_image_facts(model, config["args"], folder)
     spec = ModelSpec("timm", timm_library.model_type(model), config, len(labels), labels, task_kind, image)

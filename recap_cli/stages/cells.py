@@ -150,13 +150,21 @@ def _seconds(facts: Mapping[str, Any]) -> dict[str, float]:
     return {name: round(seconds, 3) for name, seconds in found.items()}
 
 
-def _memory(state: State, rows: Iterable[Mapping[str, Any]]) -> dict[str, int | None]:
+def _memory(state: State, rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     most = max(rows, key=lambda row: sum(row[name] for name in schedule.HELD))  # of one round, not of several
-    held: dict[str, int | None] = {name: most[name] for name in schedule.HELD}
+    held: dict[str, float | None] = {name: most[name] for name in schedule.HELD}
     files = [name for name in state.manifest.files if name.startswith("round-") and name.endswith("/memory.json")]
     peaks = [(state.load_json(name).get("training_peak") or {}).get("allocated_bytes") for name in files]
     known = [peak for peak in peaks if peak is not None]
-    return {**held, "activations_bytes": None, "peak_bytes": None, "device_peak_bytes": max(known) if known else None}
+    full = sum(most[f"full_{name}"] for name in schedule.HELD)
+    return {
+        **held,
+        "activations_bytes": None,
+        "peak_bytes": None,
+        "device_peak_bytes": max(known) if known else None,
+        "full_held_bytes": full,
+        "held_share": sum(most[name] for name in schedule.HELD) / full,
+    }
 
 
 def _number(value: Any) -> float | None:

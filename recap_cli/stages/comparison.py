@@ -222,6 +222,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         elif isinstance(value, (list, tuple)):
             yield f"{prefix}{key}", " ".join(map(str, value))
+        elif key == "latency_seconds":  # tables are for people: milliseconds, as everywhere that they are shown
+            yield f"{prefix}latency_ms", None if value is None else float(f"{value * 1e3:.6g}")
         elif value is not None or key not in ("memory", "parameters", "product"):  # whose columns other rows bring
             yield f"{prefix}{key}", value
 

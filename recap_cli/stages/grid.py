@@ -58,11 +58,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison before it runs: the recipe that all cells begin from, the grid, and the cells in the order they run in."""
+    """A comparison before it runs: the recipe that all cells begin from, the grid, and the cells in the order they run in.
+
+    `notes` say what of the command has no effect on these cells, as where it is that of a larger grid.
+    """
 
     base: Recipe
     grid: Grid
     cells: tuple[Cell, ...]
+    notes: tuple[str, ...] = ()
 
 
 def plan(
@@ -78,31 +82,43 @@ def plan(
 
     An override is `key=value` for every cell, or `method:key=value` for those of one method.
 
+    An override for a method that is not compared, or ratios that none has, are noted and have no effect: so the command of a
+    comparison may be repeated with other seeds and fewer methods.
+
     Raises:
-        UsageError: an override sets what the grid varies or names a method that is not in it, or nothing has a ratio given.
+        UsageError: an override sets what the grid varies, or names what is no method.
         PluginError: a method is unknown or cannot be loaded, or a recipe names an unknown criterion.
         RecipeError: the recipe has problems, or an override has; a cell whose ratios do not fit is no error, but impossible.
         ModelError, DataError: a folder or a file that the recipe names is missing.
     """
     loaded = {name: method_of_name(name) for name in methods or known_methods()}
     for_all, by_method = _split(overrides, loaded)
+    notes = [
+        f"--set {name}:{text}: {name} is not compared here"
+        for name in by_method
+        if name not in loaded
+        for text in by_method[name]
+    ]
     given = {"prune.ratio": ratios, "mask.ratio": mask_ratios}
     _refuse_axes(for_all, ["method", "seed", *(key for key, values in given.items() if values)])
     base = recipes.read(source, for_all)
     _refuse_options(for_all, base.method, loaded)
+    prunes, masks = (any(getattr(method, does) for method in loaded.values()) for does in ("prunes", "masks"))
+    if ratios and not prunes:
+        notes.append(f"--ratios {_listed(ratios)}: none of the methods {', '.join(loaded)} prunes by a ratio")
+    if mask_ratios and not masks:
+        notes.append(f"--mask-ratios {_listed(mask_ratios)}: none of the methods {', '.join(loaded)} freezes by a ratio")
     grid = Grid(
         tuple(loaded),
-        _ratios("--ratios", ratios, base.prune.ratio, [name for name, method in loaded.items() if method.prunes], loaded),
-        _ratios(
-            "--mask-ratios", mask_ratios, base.mask.ratio, [name for name, method in loaded.items() if method.masks], loaded
-        ),
+        tuple(ratios or [base.prune.ratio]) if prunes else (),
+        tuple(mask_ratios or [base.mask.ratio]) if masks else (),
         tuple(seeds or SEEDS),
     )
-    starts = {name: _start(base, name, by_method.get(name, ())) for name in loaded}
+    starts = {name: _start(base, name, by_method.get(name, ())) for name in [*loaded, *by_method]}  # a slip is one anywhere
     cells = tuple(_cells(grid, loaded, starts, by_method))
     for recipe in {cell.method: cell.recipe for cell in cells if cell.recipe is not None}.values():
         schedule.check(recipe)
-    return Plan(base, grid, cells)
+    return Plan(base, grid, cells, tuple(f"{note}, so it has no effect" for note in notes))
 
 
 def known_methods() -> list[str]:
@@ -124,10 +140,10 @@ def _split(overrides: Sequence[str], methods: Mapping[str, Method]) -> tuple[lis
         if not colon:
             for_all.append(given)
             continue
-        if method not in methods:
+        if method not in methods and method not in registry.names("methods"):
             raise UsageError(
-                f"--set {given}: {method or repr(method)} is none of the methods compared: {', '.join(methods)}",
-                hint=f"--set {key}=… sets it for all of them; add the method to --methods, or leave this out",
+                f"--set {given}: {method or repr(method)} is no method; compared are {', '.join(methods)}",
+                hint=f"--set {key}=… sets it for all of them; `recap plugins` lists the methods",
             )
         override = given.partition(":")[2]
         _refuse_axes([override], list(AXES))
@@ -155,17 +171,8 @@ def _refuse_options(overrides: Sequence[str], own: str, methods: Mapping[str, Me
             )
 
 
-def _ratios(
-    option: str, given: Sequence[float], own: float, having: Sequence[str], methods: Mapping[str, Method]
-) -> tuple[float, ...]:
-    """The ratios of the grid: those given, else the recipe's own; none where no method has any."""
-    if given and not having:
-        what = {"--ratios": "prunes by a ratio", "--mask-ratios": "freezes by a ratio"}[option]
-        raise UsageError(
-            f"{option} {','.join(f'{ratio:g}' for ratio in given)}: none of the methods {', '.join(methods)} {what}",
-            hint=f"leave out {option}, or add recap to --methods",
-        )
-    return tuple(given or [own]) if having else ()
+def _listed(ratios: Sequence[float]) -> str:
+    return ",".join(f"{ratio:g}" for ratio in ratios)
 
 
 def _start(base: Recipe, method: str, overrides: Sequence[str]) -> Recipe:

@@ -55,7 +55,10 @@ class Seconds(_Part):
 
 
 class Memory(_Part):
-    """Held in the round that holds most; activations and peak of a training step as predicted, the device's as measured."""
+    """Held in the round that holds most; activations and peak of a training step as predicted, the device's as measured.
+
+    `full_held_bytes` is what full finetuning of every parameter holds, computed; `held_share` is the share of that.
+    """
 
     weights_bytes: Number = None
     gradients_bytes: Number = None
@@ -63,6 +66,8 @@ class Memory(_Part):
     activations_bytes: Number = None
     peak_bytes: Number = None
     device_peak_bytes: Number = None
+    full_held_bytes: Number = None
+    held_share: Number = None
 
 
 class Parameters(_Part):

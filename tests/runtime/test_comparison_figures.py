@@ -1,6 +1,10 @@
 """Pictures of a comparison show what there is, for any methods and any grid, without a display."""
 
+import html
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,11 @@ import pytest
 from PIL import Image
 
 from recap_cli.runtime import comparison_figures as figures
-from recap_cli.runtime.figures import METHOD_LOOKS, looks_of
+from recap_cli.runtime import pages
+from recap_cli.runtime.figures import picture
+from recap_cli.runtime.looks import EVERY, METHODS, looks_of
+from recap_cli.runtime.pages import charts
+from recap_cli.stages.results import Memory, Parameters, Product, Seconds
 
 ALL = ("metric-prune-ratio.png", "metric-mask-ratio.png", "metric-memory.png", "memory-time.png")
 
@@ -51,7 +59,7 @@ def test_a_whole_grid_has_all_pictures_and_the_methods_in_their_colours(tmp_path
     assert sorted(draw(grid(), tmp_path)) == sorted(ALL)
     for name in ALL[:3]:
         pixels = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1])
-        assert (pixels == int(METHOD_LOOKS["recap"][0][1:], 16)).any(), name
+        assert (pixels == int(METHODS["recap"].colour[1:], 16)).any(), name
 
 
 def test_what_has_no_figures_is_not_drawn(tmp_path: Path) -> None:
@@ -70,13 +78,12 @@ def test_one_seed_and_one_ratio_are_drawn_as_well(tmp_path: Path) -> None:
 def test_methods_with_names_that_no_font_has_are_drawn(tmp_path: Path) -> None:
     rows = [row("$x$ 方法", r_p=0.3, activations_bytes=None, peak_bytes=None), row("full-ft")]
     assert len(draw(rows, tmp_path)) == 3
-    look = looks_of(rows)["$x$ 方法"]
-    assert look not in METHOD_LOOKS.values()
+    assert looks_of(row["method"] for row in rows)["$x$ 方法"] not in METHODS.values()
 
 
 @pytest.mark.parametrize("by", ["prune_ratio", "mask_ratio"])
 def test_a_line_is_a_method_at_one_value_of_its_other_ratio(by: str) -> None:
-    lines = {line.label: line.points for line in figures.lines(grid(), by)}
+    lines = {line.label: line.points for line in figures.lines(grid(), by, looks_of(row["method"] for row in grid()))}
     assert [ratio for ratio, _, _ in lines["full-ft"]] == [None]
     if by == "prune_ratio":
         assert [ratio for ratio, _, _ in lines["pre-ft"]] == [0.166, 0.333, 0.5]
@@ -100,6 +107,71 @@ def test_the_bars_are_of_each_methods_best_ratios() -> None:
     assert [(one["method"], one["prune_ratio"]) for one in best] == [("full-ft", None), ("pre-ft", 0.166), ("recap", 0.166)]
 
 
-def test_every_stage_and_every_method_of_ours_has_a_colour_of_its_own() -> None:
-    for colours in ([colour for colour, _ in METHOD_LOOKS.values()], list(figures.STAGE_COLOURS.values())):
-        assert len(set(colours)) == len(colours)
+def test_every_stage_and_every_method_has_a_colour_of_its_own_and_every_method_a_marker() -> None:
+    for values in (
+        [look.colour for look in EVERY],
+        [look.dark for look in EVERY],
+        [look.marker for look in EVERY],
+        [charts.SHAPES[look.marker] for look in EVERY],
+        list(figures.STAGE_COLOURS.values()),
+    ):
+        assert len(set(values)) == len(values)
+
+
+STRANGERS = ("of a stranger", "another's", "without a result", "a third's")
+
+
+def many() -> list[dict[str, Any]]:
+    """A row of every method of ours and of strangers, one of which has no result."""
+    rows = [row(method, 0.9, 0.3) for method in (*METHODS, *STRANGERS)]
+    return [one | ({"value": None, "n": 0} if one["method"] == "without a result" else {}) for one in rows]
+
+
+def drawn_in_a_file(rows: list[dict[str, Any]], path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, str]]:
+    """The colour and the marker of each method, taken from what matplotlib has drawn of metric and memory."""
+    seen: list[Any] = []
+
+    @contextmanager
+    def kept(path: Path, height: float) -> Iterator[Any]:
+        with picture(path, height) as figure:
+            yield figure
+            seen.append((path.name, figure))
+
+    monkeypatch.setattr(figures, "picture", kept)
+    draw(rows, path)
+    (figure,) = [figure for name, figure in seen if name == "metric-memory.png"]
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    points = {name: handle[0] for name, handle in zip(names, handles, strict=True) if name != "Pareto front"}
+    return {name: (line.get_color().lower(), line.get_marker()) for name, line in points.items()}
+
+
+def drawn_in_a_page(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """The same, taken from the text of the page: each method's shape, and the colour that its class has on white."""
+    parts: dict[str, Any] = {"memory": Memory, "parameters": Parameters, "product": Product, "seconds": Seconds}
+    cells = [
+        {"seed": 0, "state": "", "status": "done", "error": None, "last": None, "product_round": 1, "per_round": [], **one}
+        for one in rows
+    ]
+    groups = [
+        {**one, **{name: kind(**one[name]).model_dump() for name, kind in parts.items()}}
+        | {"last": None, "statuses": {"done": 1}, "errors": [], "held_bytes": 2_000_000, "seconds_whole": 1.0}
+        for one in rows
+    ]
+    found = {"recipe": "r", "metric": "accuracy", "task": "t", "created": "2026", "command": "", "place": "p", "grid": {}}
+    found |= {"machine": {}, "versions": {}, "total_steps": 1, "cells": cells, "groups": groups}
+    text = pages.results_page(found)
+    markers = {shape: marker for marker, shape in charts.SHAPES.items()}
+    seen = re.findall(r'class="series ([\w-]+)"><path class="mark" d="([^"]+)"/></svg>([^<]+?)(?:, r_p [\d.]+)?[ <]*<', text)
+    return {
+        html.unescape(method).strip(): (str(re.findall(rf"--{css}: (#\w+);", text)[0]).lower(), markers[shape])
+        for css, shape, method in seen
+    }
+
+
+def test_a_method_has_the_same_marker_and_colour_in_a_file_and_in_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_file, in_page = drawn_in_a_file(many(), tmp_path, monkeypatch), drawn_in_a_page(many())
+    assert in_file.keys() == {*METHODS, *STRANGERS} - {"without a result"}
+    assert in_page.keys() == {*METHODS, *STRANGERS}
+    assert in_file == {method: look for method, look in in_page.items() if method != "without a result"}

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from recap_cli.errors import RecapError, StorageError, UsageError
-from recap_cli.runtime import figures
+from recap_cli.runtime import figures, looks
 from recap_cli.runtime.tracker import KINDS
 
 Draw = Callable[[list[dict[str, Any]], Path], None]
@@ -161,7 +161,7 @@ def test_a_png_has_the_colours_on_white(draw: Draw, tmp_path: Path) -> None:
     pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB")).astype(np.int32) @ [1 << 16, 1 << 8, 1]
     found = {f"#{colour:06X}" for colour in np.unique(pixels)}
     bars = [colour for _, colour, _ in figures.KIND_LOOKS.values()]
-    curves = [figures.METHOD_LOOKS[method][0] for method in ("full", "lora", "recap")]
+    curves = [looks.looks_of([method])[method].colour.upper() for method in ("full", "lora", "recap")]
     assert found >= set(bars if draw is draw_bars else curves)
     assert (pixels == 0xFFFFFF).mean() > 0.5
 

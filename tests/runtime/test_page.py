@@ -223,6 +223,26 @@ def test_missing_parts_of_a_cell_are_left_empty() -> None:
     read(page_of({**found, "cells": done}))
 
 
+def test_latency_is_in_milliseconds_and_what_is_held_a_share_of_full_finetuning() -> None:
+    found = sample()
+    found["cells"] = [found["cells"][0]]
+    found["cells"][0]["memory"] |= {"full_held_bytes": FULL * 16, "held_share": 0.34567}
+    found["cells"][0]["product"]["latency_seconds"] = 0.2134
+    text = page_of(found)
+    assert text.count("<td>213 ms</td>") == 2  # of the result and of the sizes
+    assert text.count("<td>34.6%</td>") == 2  # of the result and of the memory
+    widths = [len(re.findall(r"<t[dh]\b", row)) for row in re.findall(r"<tr.*?</tr>", text, re.DOTALL)]
+    assert widths[0] == widths[1]  # the head of the result, and its row
+
+
+def test_a_row_without_a_result_is_as_wide_as_one_with() -> None:
+    found = sample()
+    found["cells"] = [without_result(found["cells"][0], "failed", "no")]
+    head, row = re.findall(r"<tr.*?</tr>", page_of(found), re.DOTALL)[:2]
+    (spanned,) = re.findall(r'colspan="(\d+)"', row)
+    assert len(re.findall(r"<t[dh]\b", head)) == len(re.findall(r"<t[dh]\b", row)) - 1 + int(spanned)
+
+
 def test_there_is_no_chart_over_a_ratio_of_one_value() -> None:
     found = sample()
     assert "accuracy over r_p" in page_of(found)

@@ -150,9 +150,10 @@ def test_options_that_no_cell_would_have_are_refused(given: str, recipe: str) ->
         (["method=recap"], {}, UsageError, "the grid varies method"),
         (["prune.ratio=0.1"], {"ratios": [0.2]}, UsageError, "the grid varies prune.ratio"),
         (["recap:mask.ratio=0.1"], {}, UsageError, "the grid varies mask.ratio"),
-        (["pre-ft:finetune.lr=1"], {}, UsageError, "pre-ft is none of the methods compared: full-ft, recap"),
-        ([], {"methods": ["full-ft"], "ratios": [0.2]}, UsageError, "--ratios 0.2: none of the methods full-ft prunes"),
-        ([], {"methods": ["full-ft"], "mask_ratios": [0.2]}, UsageError, "--mask-ratios 0.2: none of the methods"),
+        (["pre-tf:finetune.lr=1"], {}, UsageError, "pre-tf is no method; compared are full-ft, recap"),
+        ([":finetune.lr=1"], {}, UsageError, "'' is no method; compared are full-ft, recap"),
+        (["pre-ft:finetune.lrr=1"], {}, RecipeError, "finetune.lrr"),  # a slip, though pre-ft is not compared
+        (["pre-ft:prune.ratio=0.1"], {}, UsageError, "the grid varies prune.ratio"),
         ([], {"methods": ["recp"]}, PluginError, "there is no method named 'recp'; there are: full-ft"),
         (["recap:finetune.lrr=1"], {}, RecipeError, "finetune.lrr"),
         (["recap:prune.criterion=tailor"], {}, PluginError, "tailor"),
@@ -165,6 +166,31 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(
         plan(recipe, *overrides, **given)
     assert told in str(caught.value)
     assert not Path("runs").exists()
+
+
+def test_what_has_no_effect_on_a_smaller_grid_is_noted_and_not_refused(recipe: str) -> None:
+    made = plan(recipe, "lora-ft:finetune.lr=0.002", "recap:finetune.lr=0.02", ratios=[0.2], methods=["recap"])
+    assert made.notes == ("--set lora-ft:finetune.lr=0.002: lora-ft is not compared here, so it has no effect",)
+    assert [cell.recipe.finetune.lr for cell in made.cells if cell.recipe] == [0.02]
+    made = plan(recipe, methods=["full-ft", "lora-ft"], ratios=[0.2, 0.5], mask_ratios=[0.3])
+    assert made.notes == (
+        "--ratios 0.2,0.5: none of the methods full-ft, lora-ft prunes by a ratio, so it has no effect",
+        "--mask-ratios 0.3: none of the methods full-ft, lora-ft freezes by a ratio, so it has no effect",
+    )
+    assert [cell.name for cell in made.cells] == ["full-ft-s0", "lora-ft-s0"]
+    assert plan(recipe, methods=["pre-ft"], ratios=[0.2], mask_ratios=[0.3]).notes == (
+        "--mask-ratios 0.3: none of the methods pre-ft freezes by a ratio, so it has no effect",
+    )
+    assert plan(recipe, ratios=[0.2], mask_ratios=[0.3]).notes == ()
+
+
+def test_the_command_of_a_comparison_that_grew_goes_on(recipe: str, quick: list[str]) -> None:
+    compare.compare(plan(recipe, "full-ft:finetune.lr=0.02", seeds=[1]), Path("out"))
+    results = compare.compare(plan(recipe, "full-ft:finetune.lr=0.02", methods=["recap"], seeds=[0]), Path("out"))
+    assert quick == ["full-ft-s1", "recap-rp0.4-rf0.6-s1", "recap-rp0.4-rf0.6-s0"]
+    assert {record["status"] for record in results["cells"]} == {"done"}
+    (full,) = (record for record in results["cells"] if record["method"] == "full-ft")
+    assert full["settings"]["finetune.lr"] == 0.02
 
 
 # Processes
@@ -280,6 +306,11 @@ def test_the_results_are_whole_after_every_cell(recipe: str, commands: list[str]
         assert 0 < recap["memory"][kind] < full["memory"][kind]
     assert recap["memory"]["activations_bytes"] > 0
     assert recap["memory"]["device_peak_bytes"] is None
+    for record in (full, recap):
+        held = sum(record["memory"][f"{kind}_bytes"] for kind in ("weights", "gradients", "optimizer"))
+        assert record["memory"]["full_held_bytes"] == 16 * record["parameters"]["full"]  # weights, gradients, two moments
+        assert record["memory"]["held_share"] == held / record["memory"]["full_held_bytes"]
+    assert 0 < recap["memory"]["held_share"] < full["memory"]["held_share"] <= 1
     assert full["parameters"]["full"] == full["parameters"]["product"] > recap["parameters"]["product"]
     assert full["product"]["bytes"] > recap["product"]["bytes"] > 0
     assert recap["product"]["latency_batch"] == 18
@@ -292,6 +323,9 @@ def test_the_results_are_whole_after_every_cell(recipe: str, commands: list[str]
     assert [row["method"] for row in rows] == ["full-ft", "recap"]
     assert [row["prune_ratio"] for row in rows] == ["", "0.4"]
     assert float(rows[1]["memory.peak_bytes"]) == recap["memory"]["peak_bytes"]
+    assert float(rows[1]["memory.held_share"]) == recap["memory"]["held_share"]
+    assert float(rows[1]["product.latency_ms"]) == pytest.approx(1e3 * recap["product"]["latency_seconds"], rel=1e-5)
+    assert "product.latency_seconds" not in rows[1]
 
 
 def test_a_larger_grid_adds_cells_and_runs_only_those(recipe: str, quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

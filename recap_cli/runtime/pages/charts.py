@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from recap_cli.runtime.looks import looks_of
+
 WIDTH, HEIGHT = 360.0, 236.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 22.0, 38.0
 
-SHAPES = {  # around (0, 0)
+SHAPES = {  # around (0, 0), by the name that matplotlib has for such a marker
     "o": "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",
     "s": "M-3.6,-3.6h7.2v7.2h-7.2z",
     "^": "M0,-4.8L4.5,3.4H-4.5z",
@@ -19,17 +21,11 @@ SHAPES = {  # around (0, 0)
     "D": "M0,-5L5,0L0,5L-5,0z",
     "P": "M-1.6,-4.6h3.2v3h3v3.2h-3v3h-3.2v-3h-3v-3.2h3z",
     "X": "M-4.4,-2.4L-2.4,-4.4L0,-2L2.4,-4.4L4.4,-2.4L2,0L4.4,2.4L2.4,4.4L0,2L-2.4,4.4L-4.4,2.4L-2,0z",
+    "<": "M-4.8,0L3.4,-4.5V4.5z",
+    ">": "M4.8,0L-3.4,-4.5V4.5z",
+    "p": "M0,-4.8L4.6,-1.5L2.8,3.9H-2.8L-4.6,-1.5z",
+    "h": "M0,-4.8L4.2,-2.4V2.4L0,4.8L-4.2,2.4V-2.4z",
 }
-LOOKS = {  # colour and shape; those of `runtime.figures`, where it draws the method too
-    "full-ft": ("m-full", "s"),
-    "head-ft": ("m-head", "^"),
-    "lora-ft": ("m-lora", "v"),
-    "pre-ft": ("m-pre", "D"),
-    "post-ft": ("m-post", "P"),
-    "movement": ("m-movement", "X"),
-    "recap": ("m-recap", "o"),
-}
-SPARE = (("m-spare1", "D"), ("m-spare2", "P"), ("m-spare3", "X"), ("m-spare4", "v"))
 DASHES = ("none", "6 3", "9 3 2 3", "14 3")  # none of dots: those are for methods without the ratio
 
 
@@ -57,9 +53,9 @@ Label = Callable[[float], str]
 
 
 def look(method: str, methods: Sequence[str]) -> tuple[str, str]:
-    """The colour and the shape of a method, of one that is not known here as well."""
-    strangers = [name for name in dict.fromkeys(methods) if name not in LOOKS]
-    return LOOKS[method] if method in LOOKS else SPARE[strangers.index(method) % len(SPARE)]
+    """The class of the colour and the shape of one of these methods, of one that is not known here as well."""
+    found = looks_of(methods)[method]
+    return found.css, found.marker
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+from recap_cli.runtime import looks
+
 MARK = '<meta name="generator" content="recap report'  # at the head of every page: by it we know our own
 MARK_WITHIN_BYTES = 1000
 
@@ -24,12 +26,14 @@ def render(name: str, values: Mapping[str, Any]) -> str:
         "megabytes": megabytes,
         "percent": percent,
         "duration": duration,
+        "milliseconds": milliseconds,
         "count": count,
         "metric": metric,
         "plain": plain,
         "utc": utc,
     }
-    return room.get_template(name).render(mark=MARK, recap_version=metadata.version("recap-cli"), **values)
+    fixed = {"mark": MARK, "recap_version": metadata.version("recap-cli"), "method_looks": looks.EVERY}
+    return room.get_template(name).render(**fixed, **values)
 
 
 def megabytes(value: float | None) -> str:
@@ -64,6 +68,14 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Seconds as milliseconds, with three digits that count, at least: `0.213 ms`, `21.3 ms`, `2,130 ms`."""
+    if seconds is None:
+        return ""
+    digits = 2 - math.floor(math.log10(seconds * 1e3)) if seconds > 0 else 0
+    return f"{seconds * 1e3:,.{min(max(digits, 0), 9)}f} ms"
 
 
 def plain(value: Any) -> str:

@@ -1,0 +1,50 @@
+"""How large a configuration of a model may be: what is beyond these limits would fill a machine before it fails.
+
+Keys are those of transformers' configurations and of timm's arguments, under all names that they have there.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+_LIMITS: dict[int, tuple[str, ...]] = {
+    1_000: (
+        *("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks", "encoder_layers", "decoder_layers"),
+        *("depth", "depths", "num_channels", "in_chans"),
+    ),
+    10_000: ("num_attention_heads", "num_key_value_heads", "n_heads", "n_head", "num_heads", "image_size", "img_size"),
+    1_000_000: (
+        *(
+            "hidden_size",
+            "dim",
+            "n_embd",
+            "embed_dim",
+            "embedding_size",
+            "d_model",
+            "intermediate_size",
+            "hidden_dim",
+            "n_inner",
+        ),
+        *("num_labels", "num_classes", "type_vocab_size"),
+    ),
+    100_000_000: ("vocab_size", "max_position_embeddings", "n_positions"),
+}
+LIMITS = {key: limit for limit, keys in _LIMITS.items() for key in keys}
+
+
+class Beyond(NamedTuple):
+    """A number of a configuration that is beyond its limit; `key` is dotted."""
+
+    key: str
+    found: int | float
+    limit: int
+
+
+def beyond(values: Mapping[str, Any], prefix: str = "") -> Iterator[Beyond]:
+    """Yield the numbers of a configuration, and of those in it, that are beyond their limits; those in lists too."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from beyond(value, f"{prefix}{key}.")
+            continue
+        numbers = [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, int | float)]
+        if key in LIMITS and numbers and max(numbers) > LIMITS[key]:
+            yield Beyond(f"{prefix}{key}", max(numbers), LIMITS[key])
