@@ -381,7 +381,8 @@ and few steps, as a CPU can bear. The paper's own setting (20 epochs of 50,000 i
   were all looked at on the data they were chosen by.
 - Methods share one learning rate on a task, but where a row says otherwise. It was chosen by one-seed trials of several methods
   on CIFAR-100, and by hand for texts. It need not be the best of each, and full finetuning's it was not, by 6 points. For texts
-  1e-4, 2e-4 and 4e-4 were tried on SST-2 at r_p = 50 %. The head moves at 1e-3 but where a row says otherwise, and a new one is warmed up before.
+  1e-4, 2e-4 and 4e-4 were tried on SST-2 at r_p = 50 %. The head moves at 1e-3 but where a row says otherwise, and a new one is
+  warmed up before.
 - Where two machines stand below a table, it was not kept which cell ran on which. The same seed gives other figures on another
   machine or by another commit: `post-ft` on CIFAR-100 at r_p = 33 % once had 51.8 / 49.0 / 52.2 and has 50.5 / 50.1 / 53.4,
   RECAP at r_f = 50 % had 54.9 / 55.3 / 55.0. Where it was so, a difference seed by seed is paired by its data alone.
