@@ -130,7 +130,8 @@ def forward(spec: ModelSpec) -> Callable[[nn.Module, Batch], Tensor]:
     def logits(model: nn.Module, batch: Batch) -> Tensor:
         wanted = hf.inputs_of(cast(Hashable, type(model))) - {"labels"}
         inputs = {name: tensor for name, tensor in batch.items() if name in wanted}
-        return cast(Tensor, model(**inputs, **spec.forward).logits)
+        no_cache = {"use_cache": False} if "use_cache" in wanted else {}
+        return cast(Tensor, model(**{**inputs, **spec.forward, **no_cache}).logits)
 
     return logits
 
@@ -243,6 +244,7 @@ def _create_hf(
         model, missing, mismatched = hf.from_folder(folder, task_kind, config)
         new, notes = _new_head(model, adapter, missing, mismatched, own_labels, labels, str(folder))
     spec = replace(spec, config=hf.to_dict(model), image=image)
+    hf.keep_no_cache(model)
     if image is not None and image_size not in (None, image["size"]):
         model, spec = _resized(model, spec, adapter, image_size)
         notes.append(f"position embeddings resampled from {image['size']} to {image_size} pixels")

@@ -28,7 +28,7 @@ from recap_cli.core.groups import Axis, Choice, counts, everything, shapes_of
 from recap_cli.core.surgery import indices, put
 from recap_cli.errors import ModelError, StorageError
 from recap_cli.runtime import candidates, hf, models, timm_library
-from recap_cli.runtime.checkpoints import WEIGHTS, quiet, read_config
+from recap_cli.runtime.checkpoints import WEIGHTS, read_config
 from recap_cli.runtime.specs import ModelSpec
 
 SCHEMA = 1
@@ -142,8 +142,7 @@ def _write_stock(folder: Path, spec: ModelSpec, processor: Any, adapter: Adapter
     if spec.library == "timm":
         _save(model.state_dict(), folder)
     else:
-        with quiet():
-            model.save_pretrained(folder)
+        hf.save(model, spec, folder)
 
 
 def _describe(folder: Path, spec: ModelSpec, processor: Any) -> None:

@@ -10,14 +10,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recap_cli import registry
-from recap_cli.core.adapter import block_paths
+from recap_cli.core.adapter import block_paths, find_axes
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.groups import Axis, Cut
 from recap_cli.core.scoring import group_scores
 from recap_cli.core.streaming import streamed
+from recap_cli.errors import ModelError
 from recap_cli.runtime import models
 from tests.core.test_scoring import losses_of, prepared
-from tests.pico import PICO
+from tests.decoders import ADAPTERS, decoder
+from tests.pico import LABELS, PICO
 
 
 class Block(nn.Module):
@@ -278,6 +280,83 @@ def test_a_block_that_drops_at_random_is_refused() -> None:
     with streamed(model, TOY_BLOCKS, "cpu"), pytest.raises(ValueError, match="a streamed Block must be in evaluation mode"):
         model(torch.ones(2, 4))
     assert_as_before(model, before)
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTERS))
+def test_a_decoder_with_a_cache_scores_streamed_what_it_scores_unstreamed(name: str) -> None:
+    model, spec = decoder(name)
+    axes = find_axes(ADAPTERS[name], model)
+    data = [(models.example_batch(spec, batch=3, seed=i), torch.arange(3) % len(LABELS)) for i in range(2)]
+    criterion = registry.load("criteria", "taylor")
+    assert isinstance(criterion, Criterion)
+    plain = group_scores(model, axes, criterion, losses_of(model, spec, data))
+    with streamed(model, block_paths(model, axes), "cpu"):
+        found = group_scores(model, axes, criterion, losses_of(model, spec, data))
+    for axis in axes:
+        torch.testing.assert_close(found[axis.name], plain[axis.name], rtol=1e-5, atol=0)
+    assert not model.config.use_cache
+
+
+@pytest.mark.parametrize(("name", "block"), [("gpt2", r"transformer\.h\.0 \(GPT2Bl"), ("llama", r"model\.layers\.0 \(LlamaD")])
+def test_a_cache_is_refused_by_the_names_of_block_and_argument(name: str, block: str) -> None:
+    model, spec = decoder(name)
+    axes, batch = find_axes(ADAPTERS[name], model), models.example_batch(spec)
+    with (
+        streamed(model, block_paths(model, axes), "cpu"),
+        pytest.raises(ModelError, match=f"{block}.*its argument cache holds a DynamicCache") as caught,
+    ):
+        model(**batch, use_cache=True)
+    assert "importance.device=cpu" in str(caught.value.hint)
+
+
+class Changing(nn.Module):
+    """Changes what it is given, in the way that `how` says, or not at all."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.how = nn.Linear(4, 4), how
+
+    def forward(self, x: Tensor, seen: list[Any], *, notes: dict[str, Any]) -> Tensor:
+        out = self.layer(x)
+        if self.how == "seen":
+            seen.append(out)
+        if self.how == "notes":
+            notes["last"]["out"] = out
+        if self.how == "x":
+            x.add_(1)
+        if self.how == "a view of x":
+            x[:, 0].mul_(2)
+        if self.how == "a tensor in notes":
+            notes["sum"].add_(out.sum().detach())
+        return out
+
+
+class Around(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.block = Changing(how)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x * 1, [None], notes={"last": {}, "sum": torch.zeros(())})
+
+
+@pytest.mark.parametrize(
+    ("how", "argument"),
+    [("seen", "seen"), ("notes", "notes"), ("x", "x"), ("a view of x", "x"), ("a tensor in notes", "notes")],
+)
+def test_an_argument_that_a_block_changes_is_refused(how: str, argument: str) -> None:
+    model = Around(how).eval()
+    wanted = rf"block \(Changing\) cannot be streamed to a device: its argument {argument} is changed"
+    with streamed(model, ["block"], "cpu"), pytest.raises(ModelError, match=wanted):
+        model(torch.ones(2, 4))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_arguments_that_a_block_leaves_alone_are_streamed() -> None:
+    model = Around("not at all").eval()
+    wanted = model(torch.ones(2, 4))
+    with streamed(model, ["block"], "cpu"):
+        assert torch.equal(model(torch.ones(2, 4)), wanted)
 
 
 def axis_of(name: str, *params: str) -> Axis:
