@@ -73,14 +73,15 @@ class Adapter:
 def find_axes(adapter: Adapter, model: nn.Module) -> list[Axis]:
     """The axes of `model`, heads before neurons in each layer, in the order of the layers.
 
-    Raises `LookupError` if no table of the adapter matches, naming what was looked for.
+    Of an adapter with tables of one kind only, the model has that kind only. Raises `LookupError` if no table of a kind
+    matches, naming what was looked for.
     """
     if adapter.axes is not None:
         return adapter.axes(model)
     found = [axis for table in adapter.tables for axis in _axes_of(table, model)]
-    for kind in ("heads", "neurons"):
-        if not any(axis.kind == kind for axis in found):
-            looked = ", ".join(t.block for t in adapter.tables if isinstance(t, Heads) == (kind == "heads"))
+    for kind, form in (("heads", Heads), ("neurons", Neurons)):
+        looked = ", ".join(table.block for table in adapter.tables if isinstance(table, form))
+        if looked and not any(axis.kind == kind for axis in found):
             raise LookupError(f"no {kind} found: no module is named like {looked}")
     return sorted(found, key=lambda axis: (axis.layer, axis.kind))
 

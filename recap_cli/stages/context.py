@@ -14,7 +14,7 @@ from recap_cli import recipe as recipes
 from recap_cli import registry
 from recap_cli.core.adapter import Adapter, block_paths, find_axes
 from recap_cli.core.criterion import Criterion, Losses
-from recap_cli.core.groups import Axis, Choice, Cut, Shape, shapes_of
+from recap_cli.core.groups import Axis, Choice, Cut, Shape, kinds_of, shapes_of
 from recap_cli.core.method import Turn
 from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import Where
@@ -302,5 +302,5 @@ def as_bytes(choice: Choice) -> dict[str, Tensor]:
 
 
 def kept_per_layer(axes: Sequence[Axis], sizes: dict[str, int]) -> dict[str, list[int]]:
-    """How many heads, and how many neurons, each layer has; by kind, in the order of the layers."""
-    return {kind: [sizes[axis.name] for axis in axes if axis.kind == kind] for kind in ("heads", "neurons")}
+    """How many units of each kind there are, heads or neurons or others, in each layer, in the order of the layers."""
+    return {kind: [sizes[axis.name] for axis in axes if axis.kind == kind] for kind in kinds_of(axes)}
