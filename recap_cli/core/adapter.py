@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from recap_cli.core.groups import Axis, Cut
+from recap_cli.core.ties import names_of
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,52 @@ def resize(adapter: Adapter, model: nn.Module, sizes: dict[str, int]) -> None:
 
 
 def block_paths(model: nn.Module, axes: Sequence[Axis]) -> list[str]:
-    """The paths of the blocks that hold `axes`, the outermost only, in their order; empty if the names do not say them all.
+    """The paths of the blocks that hold all that `axes` cut, the outermost only, in their order.
 
-    A table names its axes `<block>.heads` and `<block>.neurons`. The functions of an adapter may choose any names, so a path
-    counts only if it is that of a module with a forward, which holds all that the axis cuts.
+    A table names its axes `<block>.heads` and `<block>.neurons`. The functions of an adapter may choose any names: where they
+    say no block, it is the smallest entry of a list of modules (`ModuleList`, `Sequential`, `ModuleDict`) that holds every cut
+    of the axis. Raises `LookupError` for an axis that no entry holds.
     """
-    modules = dict(model.named_modules())
-    paths = list(dict.fromkeys(axis.name.rpartition(".")[0] for axis in axes))
-    called = all(path in modules and type(modules[path]).forward is not nn.Module.forward for path in paths)
-    if not called or any(not cut.param.startswith(f"{a.name.rpartition('.')[0]}.") for a in axes for cut in a.cuts):
-        return []
+    names, modules = names_of(model), dict(model.named_modules())
+
+    def holds(path: str, axis: Axis) -> bool:
+        return all(any(name.startswith(f"{path}.") for name in names.get(cut.param, [cut.param])) for cut in axis.cuts)
+
+    entries = sorted(_entries(model), key=lambda path: path.count("."), reverse=True)
+    paths = []
+    for axis in axes:
+        path = axis.name.rpartition(".")[0]
+        is_block = path in modules and _is_called(modules[path]) and holds(path, axis)
+        paths.append(path if is_block else _smallest(axis, entries, holds))
+    paths = list(dict.fromkeys(paths))
     return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+
+
+def _smallest(axis: Axis, entries: Sequence[str], holds: Callable[[str, Axis], bool]) -> str:
+    """The first of `entries`, the deepest before the others, that holds all that an axis cuts."""
+    found = next((path for path in entries if holds(path, axis)), None)
+    if found is None:
+        cut = sorted({cut.param for cut in axis.cuts})
+        more = f" and {len(cut) - 2} more" if len(cut) > 2 else ""
+        raise LookupError(
+            f"the name of the axis {axis.name!r} is no module's, and no entry of a ModuleList holds all that it cuts "
+            f"({', '.join(cut[:2])}{more})"
+        )
+    return found
+
+
+def _entries(model: nn.Module) -> list[str]:
+    """The paths of the modules that stand in a list of modules and have a forward."""
+    lists = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+    inside = ((path, module) for path, module in model.named_modules() if isinstance(module, lists))
+    return [
+        _join(path, name) if path else name for path, of in inside for name, entry in of.named_children() if _is_called(entry)
+    ]
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether a module has a forward; a ModuleList has none."""
+    return type(module).forward is not nn.Module.forward
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

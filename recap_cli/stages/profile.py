@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli import recipe as recipes
-from recap_cli.core.adapter import block_paths
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.embedding import PartialEmbedding
 from recap_cli.core.groups import Axis, Choice, Shape, counts, everything, shapes_of, unit_params
@@ -205,9 +204,10 @@ def importance_bytes(model: Outline, recipe: Recipe, kernels: Kernels = "cuda") 
     batch = fakes.like(batch_of(model.spec, recipe, size))
     built = models.assemble(model.spec, fakes.like(model.tensors), model.adapter, {})
     call, axes = models.forward(model.spec), model.layout.axes
+    blocks = shared.blocks_of(built, axes, model.spec.model_type)
 
     def score() -> None:
-        with streamed(built, block_paths(built, axes), "cpu"):
+        with streamed(built, blocks, "cpu"):
             group_scores(built, axes, TAYLOR, lambda _: iter([(tasks.loss(call(built, batch), batch["labels"]), 1.0)]))
 
     return fakes.peak_bytes(score, host=[*built.parameters(), *built.buffers()], inputs=batch, kernels=kernels)

@@ -374,15 +374,50 @@ def test_blocks_are_named_once_and_the_outermost_holds_the_inner() -> None:
     assert block_paths(toy(), axes[:1]) == ["blocks.1.first"]
 
 
-@pytest.mark.parametrize(
-    ("name", "param"),
-    [
-        ("first layer", "blocks.0.first.weight"),  # a name of no form
-        ("blocks.7.heads", "blocks.0.first.weight"),  # no such module
-        ("blocks.heads", "blocks.0.first.weight"),  # a list, which no forward runs
-        ("blocks.0.heads", "blocks.1.first.weight"),  # cut elsewhere
-        (".heads", "head.weight"),  # the model itself
-    ],
-)
-def test_names_that_say_no_block_give_none_at_all(name: str, param: str) -> None:
-    assert block_paths(toy(), [axis_of("blocks.0.heads", "blocks.0.first.weight"), axis_of(name, param)]) == []
+NO_BLOCKS = [
+    ("first layer", "blocks.0.first.weight"),  # a name of no form
+    ("blocks.7.heads", "blocks.0.first.weight"),  # no such module
+    ("blocks.heads", "blocks.0.first.weight"),  # a list, which no forward runs
+    ("blocks.1.heads", "blocks.0.first.weight"),  # cut elsewhere
+    (".heads", "blocks.0.first.weight"),  # the model itself
+]
+
+
+@pytest.mark.parametrize(("name", "param"), NO_BLOCKS)
+def test_names_that_say_no_block_leave_it_to_what_is_cut(name: str, param: str) -> None:
+    axes = [axis_of("blocks.1.heads", "blocks.1.first.weight"), axis_of(name, param, "blocks.0.second.bias")]
+    assert block_paths(toy(), axes) == ["blocks.1", "blocks.0"]
+
+
+class Nested(nn.Module):
+    """Stages of blocks, of which each has its feedforward in a list, as Swin and timm have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = lambda: nn.ModuleDict({"attention": nn.Linear(4, 4), "mlp": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})  # noqa: E731
+        self.stages = nn.ModuleList([nn.Sequential(Called(block()), Called(block())) for _ in range(2)])
+        self.experts = nn.ModuleDict({"a": nn.Linear(4, 4)})
+
+
+class Called(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_the_smallest_entry_that_holds_every_cut_of_an_axis_is_its_block() -> None:
+    up, down, query = ("stages.1.0.inner.mlp.0.weight", "stages.1.0.inner.mlp.1.weight", "stages.1.0.inner.attention.weight")
+    model = Nested()
+    assert block_paths(model, [axis_of("the second feedforward", up, down)]) == ["stages.1.0.inner.mlp"]
+    assert block_paths(model, [axis_of("x", up, down), axis_of("y", query, down)]) == ["stages.1.0"]
+    assert block_paths(model, [axis_of("both", down, "stages.1.1.inner.mlp.0.weight")]) == ["stages.1"]
+    assert block_paths(model, [axis_of("an expert", "experts.a.weight")]) == ["experts.a"]
+
+
+@pytest.mark.parametrize("params", [("head.weight",), ("blocks.0.first.weight", "blocks.1.second.bias")])
+def test_an_axis_that_no_entry_holds_is_an_error_and_never_the_whole_model(params: tuple[str, ...]) -> None:
+    with pytest.raises(LookupError, match=rf"the axis 'mine' is no module's.*{params[0]}"):
+        block_paths(toy(), [axis_of("blocks.0.heads", "blocks.0.first.weight"), axis_of("mine", *params)])
