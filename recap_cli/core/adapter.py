@@ -7,13 +7,13 @@ found.
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from recap_cli.core.groups import Axis, Cut
-from recap_cli.core.ties import names_of
+from recap_cli.core.ties import first_names, names_of
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,17 @@ class Adapter:
 def find_axes(adapter: Adapter, model: nn.Module) -> list[Axis]:
     """The axes of `model`, heads before neurons in each layer, in the order of the layers.
 
-    Of an adapter with tables of one kind only, the model has that kind only. Raises `LookupError` if no table of a kind
-    matches, naming what was looked for.
+    Cuts have the first name of each parameter, whichever of them an adapter gives. Of an adapter with tables of one kind only,
+    the model has that kind only. Raises `LookupError` if no table of a kind matches, naming what was looked for.
     """
     if adapter.axes is not None:
-        return adapter.axes(model)
+        return _by_first_names(model, adapter.axes(model))
     found = [axis for table in adapter.tables for axis in _axes_of(table, model)]
     for kind, form in (("heads", Heads), ("neurons", Neurons)):
         looked = ", ".join(table.block for table in adapter.tables if isinstance(table, form))
         if looked and not any(axis.kind == kind for axis in found):
             raise LookupError(f"no {kind} found: no module is named like {looked}")
-    return sorted(found, key=lambda axis: (axis.layer, axis.kind))
+    return _by_first_names(model, sorted(found, key=lambda axis: (axis.layer, axis.kind)))
 
 
 def resize(adapter: Adapter, model: nn.Module, sizes: dict[str, int]) -> None:
@@ -161,6 +161,15 @@ def names_found(axes: Sequence[Axis]) -> list[str]:
         form = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", cut.param) for cut in axis.cuts if cut.param.endswith("weight")}))
         lines.setdefault(form, f"{axis.kind}: {form}")
     return list(lines.values())
+
+
+def _by_first_names(model: nn.Module, axes: Sequence[Axis]) -> list[Axis]:
+    """The same axes, in which a parameter of several names is cut once, by its first."""
+    first = first_names(model)
+    return [
+        replace(axis, cuts=tuple(dict.fromkeys(replace(cut, param=first.get(cut.param, cut.param)) for cut in axis.cuts)))
+        for axis in axes
+    ]
 
 
 def _axes_of(table: Heads | Neurons, model: nn.Module) -> list[Axis]:

@@ -22,6 +22,7 @@ from recap_cli.core.scoring import group_scores
 from recap_cli.core.selection import select
 from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import indices, owner_of
+from recap_cli.core.ties import names_of
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
 from recap_cli.runtime import models, tasks
@@ -296,12 +297,15 @@ def _attached(built: nn.Module, layout: Layout, recipe: Recipe, plan: Choice, tu
     own = attach(built, layout, recipe, plan, turns)
     params = {name: param for name, param in built.named_parameters() if param not in known}
     buffers = {name: buffer for name, buffer in built.named_buffers() if buffer not in known}
+    called = names_of(built)
     for name, tensor in like(params | buffers).items():
-        owner, attribute = owner_of(built, name)
-        if name in params:
-            owner.register_parameter(attribute, nn.Parameter(tensor))
-        else:
-            owner.register_buffer(attribute, tensor, persistent=False)
+        new = nn.Parameter(tensor) if name in params else tensor
+        for each in called.get(name, [name]):
+            owner, attribute = owner_of(built, each)
+            if isinstance(new, nn.Parameter):
+                owner.register_parameter(attribute, new)
+            else:
+                owner.register_buffer(attribute, new, persistent=False)
     return own
 
 
