@@ -1,4 +1,4 @@
-"""Whole rounds of a model with tied parameters, tied by transformers itself: one step, one place in the state, one in the product."""
+"""Whole rounds of a model whose parameters transformers ties: one step, one place in the state, one in the product."""
 
 from pathlib import Path
 from typing import Any
@@ -80,15 +80,16 @@ def test_rounds_of_a_tied_model_keep_the_tie_from_the_mask_to_the_export(residen
     moved = here.state.load_tensors(f"round-001/{shared.MOVED}")
     assert TIES.keys().isdisjoint(moved)
     assert {TYPES, *TIES.values()} <= moved.keys()
-    after = Context(run(here.recipe, tmp_path / "state")).full_tensors()
+    end = Context(run(here.recipe, tmp_path / "state"))
+    after = end.full_tensors()
     assert not torch.equal(after[TYPES], before[TYPES])
     assert 0 < int((after[TIES[f"{ATTENTION}.key.weight"]] != before[TIES[f"{ATTENTION}.key.weight"]]).any(1).sum()) < 32
     for dense in (False, True):
-        facts = export(here.state, tmp_path / f"out-{dense}", dense=dense)
+        facts = export(end.state, tmp_path / f"out-{dense}", dense=dense)
         loaded = recap_cli.load(facts["path"])
         assert ties_of(loaded) == TIES
         assert (facts["form"] == "dense") == dense
-    best = here.state.load_tensors(f"best-001/{shared.WEIGHTS}")
+    best = end.state.load_tensors(f"best-001/{shared.WEIGHTS}")
     small = recap_cli.load(tmp_path / "out-False")
     assert all(torch.equal(best[name], param) for name, param in small.named_parameters())
 
