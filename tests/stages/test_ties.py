@@ -11,8 +11,10 @@ from transformers import BertForSequenceClassification
 import recap_cli
 from recap_cli.core.ties import first_names, names_of
 from recap_cli.recipe import Recipe
-from recap_cli.runtime import models
+from recap_cli.runtime import models, prediction
 from recap_cli.runtime.order import batches, order, seed_for
+from recap_cli.runtime.prediction import Fakes
+from recap_cli.stages import blueprint, profile
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
 from recap_cli.stages.export import export
@@ -21,6 +23,8 @@ from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
+from tests.pico import LABELS
+from tests.runtime.test_prediction import real
 from tests.tiny import model_section, tiny
 
 TYPES, HEAD = "bert.embeddings.token_type_embeddings.weight", "classifier.weight"  # a table is the head's output layer, too
@@ -134,3 +138,13 @@ def test_its_bytes_are_counted_once(tmp_path: Path) -> None:
     assert entry["weights_bytes"] == held_by(tensors)
     assert entry["trainable"] == sum(param.numel() for param in model.parameters())
     assert len(names_of(model)) == len(list(model.named_parameters(remove_duplicate=False))) - len(TIES)
+
+
+@pytest.mark.parametrize("resident", ["fp32", "bf16", "int8"])
+def test_predicted_weights_are_those_that_are_held_to_the_byte(resident: str) -> None:
+    wanted, fakes = recipe(finetune={"resident": resident}), Fakes()
+    outline = blueprint.outline(wanted, LABELS)
+    predicted = fakes.usage(profile.prepare(outline, wanted, "recap", fakes.like)[0], "cpu")
+    counted = prediction.usage(profile.prepare(outline, wanted, "recap", real)[0])
+    for kind in ("weights", "gradients", "optimizer"):
+        assert predicted.maxima[kind] == counted.maxima[kind], kind  # type: ignore[index]
