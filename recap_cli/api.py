@@ -5,6 +5,7 @@ from recap_cli.core.criterion import Criterion, GroupScores
 from recap_cli.core.groups import Axis, Choice, Cut, refine
 from recap_cli.core.method import Attached, Frame, Method, Settings, Turn
 from recap_cli.core.surgery import owner_of
+from recap_cli.core.ties import names_of
 from recap_cli.errors import ModelError, PluginError
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Turn",
     "find_axes",
     "is_transposed",
+    "names_of",
     "owner_of",
     "refine",
 ]

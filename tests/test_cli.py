@@ -31,6 +31,8 @@ PRUNED = {
     "neurons": [40, 40],
     "full_heads": [4, 4],
     "full_neurons": [64, 64],
+    "kept": {"heads": [3, 2], "neurons": [40, 40]},
+    "of": {"heads": [4, 4], "neurons": [64, 64]},
     "seconds": {"prune": 1.5},
 }
 ROUND = PRUNED | {

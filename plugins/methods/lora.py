@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from recap_cli.api import Attached, Axis, Frame, Method, Settings, Turn, is_transposed
+from recap_cli.api import Attached, Axis, Frame, Method, Settings, Turn, is_transposed, names_of
 
 MARK = ".lora_"  # of the names that peft gives
 PLACES = ("query", "key", "value", "output", "up", "down")
@@ -26,6 +26,11 @@ def attach(frame: Frame) -> Attached:
 
     rank, alpha = frame.options["rank"], frame.options["alpha"]
     paths = targets(frame.axes, frame.options["targets"])
+    called = names_of(frame.model)
+    if tied := [names for path in paths if len(names := called[f"{path}.weight"]) > 1]:
+        raise ValueError(
+            f"{' and '.join(tied[0])} are one parameter, beside which LoRA can put no adapter: see options.targets"
+        )
     transposed = {path: is_transposed(frame.model.get_submodule(path)) for path in paths}
     config = LoraConfig(r=_count("rank", rank), lora_alpha=_count("alpha", alpha), target_modules=paths)
     with warnings.catch_warnings():
@@ -52,7 +57,9 @@ def targets(axes: Sequence[Axis], places: Any) -> list[str]:
         weights = [cut.param.removesuffix(".weight") for cut in axis.cuts if cut.param.endswith(".weight")]
         *rows, last = weights
         if axis.kind == "heads":
-            query, key, value = rows if len(rows) == 3 else (rows * 3)[:3]
+            if len(rows) not in (1, 3):
+                raise ValueError(f"{axis.name} has {len(rows)} matrices before the last, where LoRA knows query, key and value")
+            query, key, value = rows if len(rows) == 3 else rows * 3
             layers = {"query": [query], "key": [key], "value": [value], "output": [last]}
         else:
             layers = {"up": rows, "down": [last]}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recap_cli.api import Attached, Axis, Cut, Frame, Method, Settings, Turn, is_transposed, owner_of
+from recap_cli.api import Attached, Axis, Cut, Frame, Method, Settings, Turn, is_transposed, names_of, owner_of
 
 SCORES = "movement_scores"
 
@@ -78,7 +78,8 @@ class _Gates:
 
     def _close(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, *others = inputs
-        gated: Tensor = _StraightThrough.apply(x, layer.get_parameter(SCORES), layer.get_buffer("movement_gate"), self.cut)
+        gate = layer.get_buffer("movement_gate").to(x.dtype)  # buffers are fp32 whatever the weights are
+        gated: Tensor = _StraightThrough.apply(x, layer.get_parameter(SCORES), gate, self.cut)
         return (gated, *others)
 
 
@@ -105,6 +106,8 @@ def _way_out(model: nn.Module, axis: Axis) -> tuple[nn.Module, Cut, str]:
         path, _, attribute = cut.param.rpartition(".")
         layer, _ = owner_of(model, cut.param)
         if attribute == "weight" and cut.dim == (0 if is_transposed(layer) else 1):
+            if len(called := names_of(model)[cut.param]) > 1:
+                raise ValueError(f"{' and '.join(called)} are one parameter, of which movement pruning would gate one use only")
             return layer, cut, f"{path}.{SCORES}"
     raise ValueError(f"{axis.name} cuts the input of no linear layer, where movement pruning has its gates")
 

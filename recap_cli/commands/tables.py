@@ -71,13 +71,13 @@ def _training_row(row: Row) -> list[str]:
 
 
 def _sizes(rounds: Sequence[Row]) -> Table:
-    kinds = [kind for kind in ("heads", "neurons") if any(row[kind] for row in rounds)]
+    kinds = list(dict.fromkeys(kind for row in rounds for kind, layers in row["kept"].items() if layers))
     return ["round", *kinds], [[str(row["round"]), *(_sizes_text(row, kind) for kind in kinds)] for row in rounds]
 
 
 def _sizes_text(row: Row, kind: str) -> str:
     """Return what is left of each layer and of how many, as `8 7 9 of 12`; layers that are all alike are said once."""
-    return f"{_series(row[kind])} of {_series(row[f'full_{kind}'])}" if row[kind] else ""
+    return f"{_series(row['kept'][kind])} of {_series(row['of'][kind])}" if row["kept"][kind] else ""
 
 
 def _series(sizes: Sequence[int]) -> str:

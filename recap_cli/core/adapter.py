@@ -7,12 +7,13 @@ found.
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from recap_cli.core.groups import Axis, Cut
+from recap_cli.core.ties import first_names, names_of
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,17 @@ class Adapter:
 def find_axes(adapter: Adapter, model: nn.Module) -> list[Axis]:
     """The axes of `model`, heads before neurons in each layer, in the order of the layers.
 
-    Raises `LookupError` if no table of the adapter matches, naming what was looked for.
+    Cuts have the first name of each parameter, whichever of them an adapter gives. Of an adapter with tables of one kind only,
+    the model has that kind only. Raises `LookupError` if no table of a kind matches, naming what was looked for.
     """
     if adapter.axes is not None:
-        return adapter.axes(model)
+        return _by_first_names(model, adapter.axes(model))
     found = [axis for table in adapter.tables for axis in _axes_of(table, model)]
-    for kind in ("heads", "neurons"):
-        if not any(axis.kind == kind for axis in found):
-            looked = ", ".join(t.block for t in adapter.tables if isinstance(t, Heads) == (kind == "heads"))
+    for kind, form in (("heads", Heads), ("neurons", Neurons)):
+        looked = ", ".join(table.block for table in adapter.tables if isinstance(table, form))
+        if looked and not any(axis.kind == kind for axis in found):
             raise LookupError(f"no {kind} found: no module is named like {looked}")
-    return sorted(found, key=lambda axis: (axis.layer, axis.kind))
+    return _by_first_names(model, sorted(found, key=lambda axis: (axis.layer, axis.kind)))
 
 
 def resize(adapter: Adapter, model: nn.Module, sizes: dict[str, int]) -> None:
@@ -99,17 +101,52 @@ def resize(adapter: Adapter, model: nn.Module, sizes: dict[str, int]) -> None:
 
 
 def block_paths(model: nn.Module, axes: Sequence[Axis]) -> list[str]:
-    """The paths of the blocks that hold `axes`, the outermost only, in their order; empty if the names do not say them all.
+    """The paths of the blocks that hold all that `axes` cut, the outermost only, in their order.
 
-    A table names its axes `<block>.heads` and `<block>.neurons`. The functions of an adapter may choose any names, so a path
-    counts only if it is that of a module with a forward, which holds all that the axis cuts.
+    A table names its axes `<block>.heads` and `<block>.neurons`. The functions of an adapter may choose any names: where they
+    say no block, it is the smallest entry of a list of modules (`ModuleList`, `Sequential`, `ModuleDict`) that holds every cut
+    of the axis. Raises `LookupError` for an axis that no entry holds.
     """
-    modules = dict(model.named_modules())
-    paths = list(dict.fromkeys(axis.name.rpartition(".")[0] for axis in axes))
-    called = all(path in modules and type(modules[path]).forward is not nn.Module.forward for path in paths)
-    if not called or any(not cut.param.startswith(f"{a.name.rpartition('.')[0]}.") for a in axes for cut in a.cuts):
-        return []
+    names, modules = names_of(model), dict(model.named_modules())
+
+    def holds(path: str, axis: Axis) -> bool:
+        return all(any(name.startswith(f"{path}.") for name in names.get(cut.param, [cut.param])) for cut in axis.cuts)
+
+    entries = sorted(_entries(model), key=lambda path: path.count("."), reverse=True)
+    paths = []
+    for axis in axes:
+        path = axis.name.rpartition(".")[0]
+        is_block = path in modules and _is_called(modules[path]) and holds(path, axis)
+        paths.append(path if is_block else _smallest(axis, entries, holds))
+    paths = list(dict.fromkeys(paths))
     return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+
+
+def _smallest(axis: Axis, entries: Sequence[str], holds: Callable[[str, Axis], bool]) -> str:
+    """The first of `entries`, the deepest before the others, that holds all that an axis cuts."""
+    found = next((path for path in entries if holds(path, axis)), None)
+    if found is None:
+        cut = sorted({cut.param for cut in axis.cuts})
+        more = f" and {len(cut) - 2} more" if len(cut) > 2 else ""
+        raise LookupError(
+            f"the name of the axis {axis.name!r} is no module's, and no entry of a ModuleList holds all that it cuts "
+            f"({', '.join(cut[:2])}{more})"
+        )
+    return found
+
+
+def _entries(model: nn.Module) -> list[str]:
+    """The paths of the modules that stand in a list of modules and have a forward."""
+    lists = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+    inside = ((path, module) for path, module in model.named_modules() if isinstance(module, lists))
+    return [
+        _join(path, name) if path else name for path, of in inside for name, entry in of.named_children() if _is_called(entry)
+    ]
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether a module has a forward; a ModuleList has none."""
+    return type(module).forward is not nn.Module.forward
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -124,6 +161,15 @@ def names_found(axes: Sequence[Axis]) -> list[str]:
         form = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", cut.param) for cut in axis.cuts if cut.param.endswith("weight")}))
         lines.setdefault(form, f"{axis.kind}: {form}")
     return list(lines.values())
+
+
+def _by_first_names(model: nn.Module, axes: Sequence[Axis]) -> list[Axis]:
+    """The same axes, in which a parameter of several names is cut once, by its first."""
+    first = first_names(model)
+    return [
+        replace(axis, cuts=tuple(dict.fromkeys(replace(cut, param=first.get(cut.param, cut.param)) for cut in axis.cuts)))
+        for axis in axes
+    ]
 
 
 def _axes_of(table: Heads | Neurons, model: nn.Module) -> list[Axis]:

@@ -10,13 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Kind = Literal["heads", "neurons"]
-KINDS: tuple[Kind, ...] = ("heads", "neurons")
+USUAL = ("heads", "neurons")  # the kinds that the tables of an adapter give; its own functions may give any
 Shape = tuple[int, ...]
 Choice = dict[str, Tensor]  # axis name → bool tensor, shape (axis.size,)
 
@@ -33,13 +31,22 @@ class Cut:
 
 @dataclass(frozen=True)
 class Axis:
-    """One prunable dimension: `size` units, each of which owns a slice of every cut."""
+    """One prunable dimension: `size` units, each of which owns a slice of every cut.
+
+    `kind` says what the units are, in the plural: `heads`, `neurons`, or any other word.
+    """
 
     name: str
-    kind: Kind
+    kind: str
     layer: int
     size: int
     cuts: tuple[Cut, ...]
+
+
+def kinds_of(axes: Iterable[Axis]) -> list[str]:
+    """The kinds there are: heads and neurons first, the others in the order of their first axis."""
+    found = dict.fromkeys(axis.kind for axis in axes)
+    return sorted(found, key=lambda kind: USUAL.index(kind) if kind in USUAL else len(USUAL))
 
 
 def shapes_of(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Shape]:

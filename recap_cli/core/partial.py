@@ -4,10 +4,13 @@ No moving entry is held twice where the resident weight is fp32. Where the chose
 is a *view* of it; `bring_forward` permutes each feedforward block (its neurons may stand in any order) so that they do. Where
 they do not, it is a handle: a shape for autograd, without memory, and the optimizer reads and writes the resident's entries.
 With bf16 or int8 residents the compact parameter holds the fp32 masters.
+
+A parameter that several layers hold stays one: one resident, one compact parameter, one slot.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,7 @@ from recap_cli.core.groups import Axis, Choice
 from recap_cli.core.linear import PartialLinear
 from recap_cli.core.quantized import Place, QuantizedEmbedding, place_of, quantize, rest_of
 from recap_cli.core.surgery import Where, owner_of, put, take
+from recap_cli.core.ties import Once, first_names, names_of
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,23 @@ Rows = tuple[Tensor, Place]  # which rows (or columns): on the CPU, and where th
 class _Home:
     """Where tensors live, and in which type the forward reads them.
 
-    `int8` says that frozen matrices are quantized, `offload` that the fp32 masters of all that moves stay on the CPU.
+    `int8` says that frozen matrices are quantized, `offload` that the fp32 masters of all that moves stay on the CPU. `once`
+    makes what becomes of a tensor, once for all the layers that hold it.
     """
 
     device: torch.device | str
     dtype: torch.dtype
     int8: bool
     offload: bool
+    once: Once
 
     def resident(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+    def codes(self, module: nn.Module, weight: Tensor) -> bool:
+        """Whether a frozen weight becomes int8 codes: of one that several layers hold, only if all of them read the same."""
+        forms = {_form(*holder) for holder in self.once.holders(weight)} or {_form(module, "weight")}
+        return self.int8 and len(forms) == 1 and forms != {"dense"}
 
     def master(self, tensor: Tensor, dims: dict[int, Tensor]) -> Tensor:
         """A copy, in fp32, of the entries at `dims`."""
@@ -92,52 +103,83 @@ def make_partial(
 ) -> list[Slot]:
     """Rebuild `model` in place so that just the entries at `where` (and every parameter that it does not name) may move.
 
-    `looked_up` names the rows of embeddings, sorted, that the model will ever look up; unless such a table moves whole, the
-    others are not held.
+    `looked_up` names the rows of embeddings, sorted, that the model will ever look up; unless such a table moves whole, or has
+    another name too, the others are not held.
 
-    Returns one slot for each trainable tensor, named as in the model before. Parameters that `frozen` names, and those of which
-    `where` selects nothing, are frozen whole. Everything is moved to `device`, and what the forward reads to `dtype`, a layer
-    at a time; the masters are fp32. With `int8` the frozen entries of linear layers and embeddings become codes, made dense in
+    Returns one slot for each trainable tensor, named as in the model before: a parameter of several names by its first, and it
+    is frozen only if `frozen` says so of all of them. Those of which `where` selects nothing are frozen whole. Everything is
+    moved to `device`, and the parameters that the forward reads to `dtype`, a layer at a time; buffers keep their type, and the
+    masters are fp32. With `int8` the frozen entries of linear layers and embeddings become codes, made dense in
     `dtype` where they are read. With `offload` the masters stay on the CPU, and the device holds what the forward reads and no
     more. The model must not be moved afterwards: compact parameters may be views of their residents.
 
-    Raises `TypeError` for a parameter that would move in part but is no linear layer's, and no plain embedding's by rows;
-    `ValueError` for a row that would move and is never looked up.
+    Raises `TypeError` for a parameter that would move in part but is no linear layer's, and no plain embedding's by rows, or is
+    not held by such layers alone; `ValueError` for a row that would move and is never looked up.
     """
-    home, slots = _Home(device, dtype, int8, offload), list[Slot]()
-    looked_up = looked_up or {}
-    for path, module in list(model.named_modules()):
-        names = {
-            attribute: f"{path}.{attribute}" if path else attribute for attribute, _ in module.named_parameters(recurse=False)
-        }
-        moves = {a for a, n in names.items() if not frozen(n) and not _nothing(where.get(n))}
-        partly = {a for a in moves if where.get(names[a])}
-        made: nn.Module | None = None
-        if _is_linear(module) and ("weight" in partly or (int8 and "weight" not in moves)):
-            made, layer_slots = _partial_layer(module, names, where, moves, home)
-            slots += layer_slots
-        elif is_plain(module) and (
-            set(where[names["weight"]]) == {0} if partly else names["weight"] in looked_up and not moves
-        ):
-            made, layer_slots = _partial_embedding(module, names["weight"], where, looked_up, home, moves=bool(moves))
-            slots += layer_slots
-        elif partly:
-            raise TypeError(f"{names[min(partly)]} would move in part, but {type(module).__name__} is no linear layer")
-        elif int8 and isinstance(module, nn.Embedding) and not moves and not is_hooked(module):
-            codes, scale = quantize(module.weight)
-            made = QuantizedEmbedding(codes.to(device), scale.to(device), dtype)
-        else:
-            for attribute, name in names.items():
-                slots += _dense(module, attribute, name, moves=attribute in moves, home=home)
-        if made is not None:
-            owner, attribute = owner_of(model, path)
-            setattr(owner, attribute, made.train(module.training))
+    home, slots = _Home(device, dtype, int8, offload, Once(model)), dict[str, Slot]()
+    looked_up, called, first = looked_up or {}, names_of(model), first_names(model)
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    for module, (path, *others) in paths.items():
+        attributes = [attribute for attribute, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
+        names = {attribute: first[f"{path}.{attribute}" if path else attribute] for attribute in attributes}
+        moves = {a for a, n in names.items() if not all(map(frozen, called[n])) and not _nothing(where.get(n))}
+        made, layer_slots = _made(module, names, where, moves, looked_up, home)
+        slots |= {slot.name: slot for slot in layer_slots}
+        for place in (path, *others) if made is not None else ():
+            owner, attribute = owner_of(model, place)
+            setattr(owner, attribute, made)
     for module in model.modules():
         if isinstance(module, PartialLinear | PartialEmbedding | QuantizedEmbedding):
             continue  # made where it lives, and its parameter may be a view of its weight
-        for attribute, buffer in module.named_buffers(recurse=False):
-            setattr(module, attribute, home.resident(buffer))
-    return slots
+        for attribute, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            setattr(module, attribute, home.once.make(buffer, "a buffer", partial(buffer.to, device)))
+    return list(slots.values())
+
+
+def _made(
+    module: nn.Module, names: dict[str, str], where: Where, moves: set[str], looked_up: Mapping[str, Tensor], home: _Home
+) -> tuple[nn.Module | None, list[Slot]]:
+    """What takes the place of a module, if anything does (else it is changed in place), and the slots of its parameters."""
+    partly = {a for a in moves if where.get(names[a])}
+    slots: list[Slot] = []
+    made: nn.Module | None = None
+    if _is_linear(module) and (
+        "weight" in partly or ("weight" not in moves and home.codes(module, module.get_parameter("weight")))
+    ):
+        made, slots = _partial_layer(module, names, where, moves, home)
+    elif (
+        is_plain(module)
+        and not home.once.holders(module.get_parameter("weight"))
+        and (set(where[names["weight"]]) == {0} if partly else names["weight"] in looked_up and not moves)
+    ):
+        made, slots = _partial_embedding(module, names["weight"], where, looked_up, home, moves=bool(moves))
+    elif partly:
+        raise TypeError(f"{names[min(partly)]} would move in part, but {type(module).__name__} is no linear layer")
+    elif isinstance(module, nn.Embedding) and not moves and home.codes(module, module.weight):
+        weight, none = module.weight, torch.empty(0, dtype=torch.int64)
+        quantized = partial(_quantized, names["weight"], weight.detach(), 0, none, False, home)
+        _, codes, scale = home.once.make(weight, "codes of rows", quantized)
+        made = QuantizedEmbedding(codes, scale, home.dtype)
+    else:
+        for attribute, name in names.items():
+            slots += _dense(module, attribute, name, moves=attribute in moves, home=home)
+    return None if made is None else made.train(module.training), slots
+
+
+def tied_otherwise(model: nn.Module, params: Iterable[str]) -> list[str]:
+    """Those of `params` that are tied to something else than the same matrix or bias of another linear layer of the same form,
+    so that they cannot move in part.
+    """
+    once, called = Once(model), names_of(model)
+
+    def wrong(name: str) -> bool:
+        held = once.holders(model.get_parameter(name))
+        kinds = {(attribute, is_transposed(module)) for module, attribute in held}
+        return len(kinds) > 1 or any(attribute not in ("weight", "bias") or not _is_linear(m) for m, attribute in held)
+
+    return [" and ".join(called[name]) for name in dict.fromkeys(params) if wrong(name)]
 
 
 def bring_forward(model: nn.Module, axes: Iterable[Axis], mask: Choice, where: Where) -> Where:
@@ -169,17 +211,19 @@ def _partial_layer(
     layer: nn.Module, names: dict[str, str], where: Where, moves: set[str], home: _Home
 ) -> tuple[PartialLinear, list[Slot]]:
     """The partial layer in place of `layer`, with the slots of its weight and bias; of the weight, nothing may move either."""
-    name, weight, transposed = names["weight"], layer.get_parameter("weight").detach(), is_transposed(layer)
+    name, param, transposed = names["weight"], layer.get_parameter("weight"), is_transposed(layer)
+    weight = param.detach()
     dim, index = next(iter(where[name].items())) if "weight" in moves else (0, torch.empty(0, dtype=torch.int64))
     out_dim = 1 - dim if transposed else dim
     place = place_of(index, home.device)
     bias, bias_part, slots = _bias(layer, names, where, moves, home, (index, place) if out_dim == 0 else None)
     if home.int8:
-        slot, codes, scale = _quantized(name, weight, dim, index, transposed, home)
+        form = f"codes of {'columns' if transposed else 'rows'}"
+        slot, codes, scale = home.once.make(param, form, lambda: _quantized(name, weight, dim, index, transposed, home))
         rest = place_of(rest_of(index, weight.shape[dim]), home.device) if slot else None
         resident = codes
     else:
-        slot, resident = _compact(name, weight, dim, (index, place), home)
+        slot, resident = home.once.make(param, "partly trained", lambda: _compact(name, weight, dim, (index, place), home))
         scale, rest = None, None
     made = PartialLinear(
         resident,
@@ -227,7 +271,8 @@ def _bias(
     if "bias" in moves and where.get(name):
         if rows is None or not torch.equal(where[name][0], rows[0]):
             raise TypeError(f"{name} would move at other rows than {names['weight']}")
-        slot, resident = _compact(name, layer.get_parameter("bias"), 0, rows, home)
+        bias, at = layer.get_parameter("bias"), rows
+        slot, resident = home.once.make(bias, "partly trained", lambda: _compact(name, bias, 0, at, home))
         return resident, slot.leaf, [slot]
     slots = _dense(layer, "bias", name, moves="bias" in moves, home=home)
     return layer.get_parameter("bias"), None, list(slots)
@@ -278,13 +323,21 @@ def _mastered(name: str, values: Tensor, home: _Home, dtype: torch.dtype = torch
 
 def _dense(module: nn.Module, attribute: str, name: str, *, moves: bool, home: _Home) -> Sequence[Slot]:
     """Move one whole parameter to where it lives; its slot if it may move."""
-    param = getattr(module, attribute).detach()
+    param = getattr(module, attribute)
     if not moves:
-        setattr(module, attribute, nn.Parameter(home.resident(param), requires_grad=False))
+        frozen = home.once.make(param, "frozen", lambda: nn.Parameter(home.resident(param.detach()), requires_grad=False))
+        setattr(module, attribute, frozen)
         return []
-    slot = _mastered(name, param, home, dtype=home.dtype)
+    slot = home.once.make(param, "trained", lambda: _mastered(name, param.detach(), home, dtype=home.dtype))
     setattr(module, attribute, slot.leaf)
     return [slot]
+
+
+def _form(module: nn.Module, attribute: str) -> str:
+    """How a layer reads a frozen tensor: as rows that have a scale each, as columns, or dense."""
+    if attribute == "weight" and isinstance(module, nn.Embedding):
+        return "dense" if is_hooked(module) else "rows"
+    return ("columns" if is_transposed(module) else "rows") if attribute == "weight" and _is_linear(module) else "dense"
 
 
 def _is_linear(module: nn.Module) -> bool:

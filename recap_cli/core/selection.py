@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from recap_cli.core.groups import KINDS, Axis, Choice
+from recap_cli.core.groups import Axis, Choice, kinds_of
 from recap_cli.errors import SelectionError
 
 Scope = Literal["per-kind", "global", "per-layer"]
@@ -79,7 +79,7 @@ def ranked_together(axes: Sequence[Axis], scope: Scope, *, uniform: bool = False
         return [[axis] for axis in axes]
     if scope == "global":
         return [list(axes)]
-    return [pool for kind in KINDS if (pool := [axis for axis in axes if axis.kind == kind])]
+    return [[axis for axis in axes if axis.kind == kind] for kind in kinds_of(axes)]
 
 
 def _fill(

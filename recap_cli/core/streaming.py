@@ -10,16 +10,26 @@ backward, and which would get the gradients in the place of the parameters (acce
 `CPUOffloadPolicy` needs a process group, and turns the parameters into DTensors for good, which pruning could not cut.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from recap_cli.errors import ModelError
+
+STATELESS = (
+    *(NoneType, bool, int, float, complex, str, bytes, range, slice, type, Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, FunctionType, BuiltinFunctionType),
+)
+ON_THE_CPU = "compute importance on the CPU, where a block runs once: --set importance.device=cpu"
 Run = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]  # (tensors among the arguments, weights on the device) → output
 
 
@@ -32,20 +42,21 @@ def streamed(model: nn.Module, blocks: Sequence[str], device: torch.device | str
     is moved. On CUDA the CPU adds up (or scores) gradients of one block while the device makes those of the next.
 
     A block may take and give tensors in tuples, lists and dicts. It is run twice, so it must be in evaluation mode: with
-    dropout the two would differ, and its call raises `ValueError`.
+    dropout the two would differ, and its call raises `ValueError`. Its call raises `ModelError` where an argument carries state
+    from one run to the next: an object such as a cache of keys and values, or a tensor, list or dict that the block changes.
     """
-    inside = [model.get_submodule(path) for path in blocks]
+    inside = {path: model.get_submodule(path) for path in blocks}
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     with ExitStack() as stack:
         for table in tables if blocks else ():
             stack.callback(_set_forward, table, table.__dict__.get("forward"))
             _set_forward(table, _looking_up(table, torch.device(device)))
-        for tensor in _outside(model, [*inside, *tables] if blocks else []):
+        for tensor in _outside(model, [*inside.values(), *tables] if blocks else []):
             stack.callback(_put_back, tensor, tensor.data)
             tensor.data = tensor.data.to(device, copy=True)
-        for block in inside:
+        for path, block in inside.items():
             stack.callback(_set_forward, block, block.__dict__.get("forward"))
-            _set_forward(block, _streaming(block, torch.device(device)))
+            _set_forward(block, _streaming(path, block, torch.device(device)))
         yield
 
 
@@ -89,26 +100,77 @@ class _Plain(nn.Module):
         return self.run(*args, **kwargs)
 
 
-def _streaming(block: nn.Module, device: torch.device) -> Callable[..., Any]:
-    plain = _Plain(block)
+class _Call:
+    """What a block is called with, taken apart; to be put together again, with other tensors, for each of its runs."""
+
+    def __init__(self, block: str, parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._block, self._parameters = block, parameters
+        for name, value in self._named(args, kwargs):
+            self._refuse_objects(name, value)
+        leaves, self._form = tree_flatten((args, kwargs))
+        self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self._others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # tensors would keep their graph alive
+
+    def run(self, function: Callable[[tuple[Any, ...], dict[str, Any]], Any], tensors: Sequence[Tensor]) -> Any:
+        """The function's result with these tensors in their places. Raises `ModelError` if it changed what it was given."""
+        leaves = list(self._others)
+        for i, tensor in zip(self._places, tensors, strict=True):
+            leaves[i] = tensor
+        args, kwargs = tree_unflatten(leaves, self._form)
+        before = {name: _snapshot(value) for name, value in self._named(args, kwargs)}
+        out = function(args, kwargs)
+        for name, value in self._named(args, kwargs):
+            if _snapshot(value) != before[name]:
+                raise self._refusal(name, "is changed by the block, which runs once more in the backward")
+        return out
+
+    def _refuse_objects(self, name: str, value: Any) -> None:
+        for leaf in tree_leaves(value, is_leaf=lambda part: not isinstance(part, (tuple, list, dict))):
+            if not isinstance(leaf, (Tensor, *STATELESS)):
+                kind = type(leaf).__name__
+                raise self._refusal(name, f"holds a {kind}, which may carry state from one run of the block to the next")
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        for i, value in enumerate(args):
+            yield self._parameters[i] if i < len(self._parameters) else f"number {i + 1}", value
+        yield from kwargs.items()
+
+    def _refusal(self, name: str, why: str) -> ModelError:
+        return ModelError(f"{self._block} cannot be streamed to a device: its argument {name} {why}", hint=ON_THE_CPU)
+
+
+def _positional(forward: Callable[..., Any]) -> list[str]:
+    """The names that a forward has for what it is given by position, as far as it says them."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in inspect.signature(forward).parameters.values() if p.kind in kinds]
+
+
+def _snapshot(value: Any) -> tuple[TreeSpec, list[tuple[int, int]]]:
+    """What shows that a value was changed in place: the form of its lists and dicts, what stands in them, and its tensors'
+    versions.
+    """
+    leaves, form = tree_flatten(value)
+    has_version = (isinstance(leaf, Tensor) and not leaf.is_inference() for leaf in leaves)
+    return form, [(id(leaf), leaf._version if has else 0) for leaf, has in zip(leaves, has_version, strict=True)]
+
+
+def _streaming(path: str, block: nn.Module, device: torch.device) -> Callable[..., Any]:
+    plain, named = _Plain(block), f"{path} ({type(block).__name__})"
+    parameters = _positional(plain.run)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if any(module.training for module in block.modules()):
             raise ValueError(f"a streamed {type(block).__name__} must be in evaluation mode, for its backward runs it again")
         params = dict(plain.named_parameters())
-        leaves, form = tree_flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # tensors would keep their graph alive
+        call = _Call(named, parameters, args, kwargs)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
-        def run(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
-            filled = list(others)
-            for i, tensor in zip(places, inputs, strict=True):
-                filled[i] = tensor
+        def run(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
             buffers = {name: buffer.to(device, copy=True) for name, buffer in plain.named_buffers()}
-            again_args, again_kwargs = tree_unflatten(filled, form)
-            return functional_call(plain, buffers | dict(zip(params, weights, strict=True)), again_args, again_kwargs)
+            held = buffers | dict(zip(params, weights, strict=True))
+            return call.run(lambda args, kwargs: functional_call(plain, held, args, kwargs), tensors)
 
-        out_form, *out = _Streamed.apply(run, device, len(places), *(leaves[i] for i in places), *params.values())
+        out_form, *out = _Streamed.apply(run, device, len(inputs), *inputs, *params.values())
         return tree_unflatten(out, out_form)
 
     return forward

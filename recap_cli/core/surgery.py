@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli.core.groups import Axis, Choice, Shape
+from recap_cli.core.ties import names_of
 
 Where = dict[str, dict[int, Tensor]]  # parameter → dimension → sorted int64 indices; what is not named is whole
 
@@ -73,13 +74,19 @@ def scatter(full: Mapping[str, Tensor], small: Mapping[str, Tensor], where: Wher
 
 
 def cut_model(model: nn.Module, where: Where) -> None:
-    """Physically cut `model` in place: each parameter keeps the entries that `where` names, linear layers learn their size."""
+    """Physically cut `model` in place: each parameter keeps the entries that `where` names, linear layers learn their size.
+
+    A parameter of several names is cut once and stays one; `where` has its first.
+    """
+    called = names_of(model)
     with torch.no_grad():
         for name, dims in where.items():
-            owner, attribute = owner_of(model, name)
-            param = getattr(owner, attribute)
-            setattr(owner, attribute, nn.Parameter(take(param.detach(), dims), requires_grad=param.requires_grad))
-    state_sizes(model, where)
+            param = model.get_parameter(name)
+            cut = nn.Parameter(take(param.detach(), dims), requires_grad=param.requires_grad)
+            for each in called[name]:
+                owner, attribute = owner_of(model, each)
+                setattr(owner, attribute, cut)
+    state_sizes(model, [each for name in where for each in called[name]])
 
 
 def zero_groups(model: nn.Module, axes: Sequence[Axis], plan: Choice) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from recap_cli.core.groups import Axis, Choice, Kind, Shape, counts, shapes_of
+from recap_cli.core.groups import USUAL, Axis, Choice, Shape, counts, shapes_of
 from recap_cli.errors import ModelError
 from recap_cli.runtime import models
 from recap_cli.runtime.specs import ModelSpec
@@ -20,13 +20,15 @@ def stock_spec(
     if all(bool(keep.all()) for keep in plan.values()):
         return spec, None
     sizes = counts(plan)
-    alike: dict[Kind, int] = {}
+    alike: dict[str, int] = {}
     for axis in axes:
         if alike.setdefault(axis.kind, sizes[axis.name]) != sizes[axis.name]:
             return (
                 None,
                 f"layers differ in their {axis.kind} ({_range(axes, sizes, axis.kind)}): prune.uniform makes them alike",
             )
+        if axis.kind not in USUAL and sizes[axis.name] != axis.size:
+            return None, f"no key of a stock configuration is known for the number of {axis.kind}"
     candidate = replace(spec, config=_with_sizes(spec, axes, alike, shapes))
     try:
         made = shapes_of(models.tensors_of(models.skeleton(candidate)))
@@ -38,14 +40,12 @@ def stock_spec(
     return candidate, None
 
 
-def _range(axes: Sequence[Axis], sizes: Mapping[str, int], kind: Kind) -> str:
+def _range(axes: Sequence[Axis], sizes: Mapping[str, int], kind: str) -> str:
     found = [sizes[axis.name] for axis in axes if axis.kind == kind]
     return f"{min(found)} to {max(found)}"
 
 
-def _with_sizes(
-    spec: ModelSpec, axes: Sequence[Axis], alike: Mapping[Kind, int], shapes: Mapping[str, Shape]
-) -> dict[str, Any]:
+def _with_sizes(spec: ModelSpec, axes: Sequence[Axis], alike: Mapping[str, int], shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """The configuration with the new counts, under whichever keys this architecture has for them."""
     values = dict(spec.config["args"] if spec.library == "timm" else spec.config)
     for axis in {axis.kind: axis for axis in axes}.values():  # one of each kind; all layers are alike

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from recap_cli.core.adapter import Adapter, find_axes, is_transposed, names_found, resize
 from recap_cli.core.groups import Axis, Choice, check_axes, counts, refine, shapes_of
+from recap_cli.core.partial import tied_otherwise
 from recap_cli.core.surgery import cut_model, indices, zero_groups
 from recap_cli.errors import ConformanceError, ModelError
 from recap_cli.runtime import models
@@ -121,6 +122,10 @@ def _axes(model: nn.Module, adapter: Adapter, spec: ModelSpec) -> list[Axis]:
     if problems:
         more = f" (and {len(problems) - LISTED} more)" if len(problems) > LISTED else ""
         raise ConformanceError(f"{_who(spec)}: {'; '.join(problems[:LISTED])}{more}", hint=HINT)
+    if tied := tied_otherwise(model, [cut.param for axis in axes for cut in axis.cuts]):
+        raise ConformanceError(
+            f"{_who(spec)}: {tied[0]} are one parameter, of which no part can be pruned or trained", hint=HINT
+        )
     return axes
 
 

@@ -56,7 +56,25 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
 def build(spec: ModelSpec) -> nn.Module:
     """A model of this spec on torch's current default device; `quiet`, and random unless that device is `meta`."""
     with quiet():
-        return from_config(configure(spec.config), spec.task_kind)
+        return keep_no_cache(from_config(configure(spec.config), spec.task_kind))
+
+
+def keep_no_cache(model: nn.Module) -> nn.Module:
+    """The same model, which keeps no keys and values from one forward for the next: a block that runs twice would fill a cache
+    twice.
+    """
+    configs = (getattr(module, "config", None) for module in model.modules())
+    for config in configs:
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # type: ignore[union-attr]
+    return model
+
+
+def save(model: Any, spec: ModelSpec, folder: Path) -> None:
+    """Write a model as its library does, with the cache that its configuration asks for: the product may generate text."""
+    _restore_cache(model.config, spec.config)
+    with quiet():
+        model.save_pretrained(folder)
 
 
 def from_config(config: Any, task_kind: TaskKind) -> nn.Module:
@@ -204,6 +222,14 @@ def files_of(tokenizer: Any) -> dict[str, bytes]:
 def inputs_of(model_class: Any) -> frozenset[str]:
     """The names of the inputs that the forward of a class takes."""
     return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def _restore_cache(config: Any, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if key == "use_cache":
+            config.use_cache = value
+        elif isinstance(value, dict) and hasattr(getattr(config, key, None), "to_dict"):  # a configuration inside another
+            _restore_cache(getattr(config, key), value)
 
 
 def _auto(task_kind: TaskKind) -> Any:

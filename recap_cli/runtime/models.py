@@ -12,6 +12,7 @@ from recap_cli import registry
 from recap_cli.core import adapter as adapters
 from recap_cli.core.adapter import Adapter, matches
 from recap_cli.core.surgery import owner_of, state_sizes
+from recap_cli.core.ties import names_of
 from recap_cli.errors import ModelError
 from recap_cli.runtime import hf, timm_library
 from recap_cli.runtime.checkpoints import FOLDER_HINT, locate, read_config, read_weights
@@ -113,12 +114,13 @@ def assemble(spec: ModelSpec, tensors: Mapping[str, Tensor], adapter: Adapter, s
     Raises `ModelError` if a tensor of the model is missing, or one is given that it does not have.
     """
     model = skeleton(spec)
-    for names, is_parameter in _aliases(model):
+    aliases = _aliases(model)
+    for names, is_parameter in aliases:
         given = next((tensors[name] for name in names if name in tensors), None)
         if given is not None:
             _place(model, names, nn.Parameter(given, requires_grad=given.is_floating_point()) if is_parameter else given)
     _check_complete(model, tensors)
-    state_sizes(model, tensors)
+    state_sizes(model, [name for names, is_parameter in aliases if is_parameter for name in names])
     adapters.resize(adapter, model, sizes)
     return model.eval()
 
@@ -131,7 +133,8 @@ def forward(spec: ModelSpec) -> Callable[[nn.Module, Batch], Tensor]:
     def logits(model: nn.Module, batch: Batch) -> Tensor:
         wanted = hf.inputs_of(cast(Hashable, type(model))) - {"labels"}
         inputs = {name: tensor for name, tensor in batch.items() if name in wanted}
-        return cast(Tensor, model(**inputs, **spec.forward).logits)
+        no_cache = {"use_cache": False} if "use_cache" in wanted else {}
+        return cast(Tensor, model(**{**inputs, **spec.forward, **no_cache}).logits)
 
     return logits
 
@@ -159,13 +162,15 @@ def enable_checkpointing(model: nn.Module) -> None:
 
 
 def head_names(adapter: Adapter, model: nn.Module) -> list[str]:
-    """The parameters that are new for a task (classifier, and a pooler before it)."""
-    return [name for name, _ in model.named_parameters() if matches(name, adapter.head)]
+    """The parameters that are new for a task (classifier, and a pooler before it): all names of each that has one such name."""
+    called = names_of(model).values()
+    return [name for names in called if any(matches(name, adapter.head) for name in names) for name in names]
 
 
 def embedding_names(adapter: Adapter, model: nn.Module) -> list[str]:
-    """The parameters of the embeddings, which do not move by default."""
-    return [name for name, _ in model.named_parameters() if matches(name, adapter.embeddings)]
+    """The parameters of the embeddings, which do not move by default: all names of each that has no other name."""
+    called = names_of(model).values()
+    return [name for names in called if all(matches(name, adapter.embeddings) for name in names) for name in names]
 
 
 def example_batch(spec: ModelSpec, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
@@ -245,6 +250,7 @@ def _create_hf(
         model, missing, mismatched = hf.from_folder(folder, task_kind, config)
         new, notes = _new_head(model, adapter, missing, mismatched, own_labels, labels, str(folder))
     spec = replace(spec, config=hf.to_dict(model), image=image)
+    hf.keep_no_cache(model)
     if image is not None and image_size not in (None, image["size"]):
         model, spec = _resized(model, spec, adapter, image_size)
         notes.append(f"position embeddings resampled from {image['size']} to {image_size} pixels")

@@ -26,9 +26,10 @@ from recap_cli import registry, storage
 from recap_cli.core.adapter import Adapter
 from recap_cli.core.groups import Axis, Choice, counts, everything, shapes_of
 from recap_cli.core.surgery import indices, put
+from recap_cli.core.ties import first_names
 from recap_cli.errors import ModelError, StorageError
 from recap_cli.runtime import candidates, hf, models, timm_library
-from recap_cli.runtime.checkpoints import WEIGHTS, quiet, read_config
+from recap_cli.runtime.checkpoints import WEIGHTS, read_config
 from recap_cli.runtime.specs import ModelSpec
 
 SCHEMA = 1
@@ -140,10 +141,10 @@ def _write_stock(folder: Path, spec: ModelSpec, processor: Any, adapter: Adapter
     _describe(folder, spec, processor)
     model: Any = models.assemble(spec, tensors, adapter, {})
     if spec.library == "timm":
-        _save(model.state_dict(), folder)
+        tied = {name for name, first in first_names(model).items() if name != first}  # the file cannot say that they are one
+        _save({name: tensor.clone() if name in tied else tensor for name, tensor in model.state_dict().items()}, folder)
     else:
-        with quiet():
-            model.save_pretrained(folder)
+        hf.save(model, spec, folder)
 
 
 def _describe(folder: Path, spec: ModelSpec, processor: Any) -> None:
@@ -158,10 +159,10 @@ def _save(tensors: Mapping[str, Tensor], folder: Path) -> None:
 def _prove(folder: Path, spec: ModelSpec, tensors: Mapping[str, Tensor], logits: Tensor) -> None:
     """Open the folder with its own library. Raises `ModelError` if names, shapes or logits are not those that were written."""
     model = _open_stock(folder, spec)
-    wanted = {name: shape for name, shape in shapes_of(tensors).items() if name in model.state_dict()}
+    wanted, first = shapes_of(tensors), first_names(model)
     for name, shape in shapes_of(model.state_dict()).items():
-        if wanted.get(name) != shape:
-            raise ModelError(f"{folder.name}: the library makes {name} of shape {shape}, not {wanted.get(name)}")
+        if (given := wanted.get(first.get(name, name))) != shape:
+            raise ModelError(f"{folder.name}: the library makes {name} of shape {shape}, not {given}")
     _compare(_logits(spec, model), logits)
 
 

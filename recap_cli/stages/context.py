@@ -14,11 +14,11 @@ from recap_cli import recipe as recipes
 from recap_cli import registry
 from recap_cli.core.adapter import Adapter, block_paths, find_axes
 from recap_cli.core.criterion import Criterion, Losses
-from recap_cli.core.groups import Axis, Choice, Cut, Shape, shapes_of
+from recap_cli.core.groups import Axis, Choice, Cut, Shape, kinds_of, shapes_of
 from recap_cli.core.method import Turn
 from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import Where
-from recap_cli.errors import StageOrderError
+from recap_cli.errors import PluginError, StageOrderError
 from recap_cli.manifest import quoted
 from recap_cli.progress import Track
 from recap_cli.recipe import Recipe
@@ -241,9 +241,23 @@ def splits_of(
     return _SPLITS[key]
 
 
-def on_device(model: nn.Module, axes: Sequence[Axis], device: torch.device) -> AbstractContextManager[None]:
-    """Inside, a model on the CPU runs on `device`, a block at a time; on the CPU it runs as it is, and is not touched."""
-    return nullcontext() if device.type == "cpu" else streamed(model, block_paths(model, axes), device)
+def on_device(model: nn.Module, axes: Sequence[Axis], device: torch.device, adapter: str) -> AbstractContextManager[None]:
+    """Inside, a model on the CPU runs on `device`, a block at a time; on the CPU it runs as it is, and is not touched.
+
+    Raises `PluginError`, naming the adapter, if its axes do not say what the blocks are.
+    """
+    return nullcontext() if device.type == "cpu" else streamed(model, blocks_of(model, axes, adapter), device)
+
+
+def blocks_of(model: nn.Module, axes: Sequence[Axis], adapter: str) -> list[str]:
+    """The paths of the model's blocks, of which one at a time is on a device. Raises `PluginError` if they cannot be found."""
+    try:
+        return block_paths(model, axes)
+    except LookupError as error:
+        raise PluginError(
+            f"the adapter {adapter!r} does not say which blocks can go to a device one at a time: {error}",
+            hint="let its function `axes` name them PATH.KIND, PATH being a block's; or --set importance.device=cpu",
+        ) from error
 
 
 def importance_batch_size(recipe: Recipe, device: torch.device) -> int:
@@ -306,5 +320,5 @@ def as_bytes(choice: Choice) -> dict[str, Tensor]:
 
 
 def kept_per_layer(axes: Sequence[Axis], sizes: dict[str, int]) -> dict[str, list[int]]:
-    """How many heads, and how many neurons, each layer has; by kind, in the order of the layers."""
-    return {kind: [sizes[axis.name] for axis in axes if axis.kind == kind] for kind in ("heads", "neurons")}
+    """How many units of each kind there are, heads or neurons or others, in each layer, in the order of the layers."""
+    return {kind: [sizes[axis.name] for axis in axes if axis.kind == kind] for kind in kinds_of(axes)}

@@ -53,7 +53,9 @@ def evaluate(state: State, *, which: Sequence[str], track: Track = silent) -> li
 
 def _on_device(here: Context, name: str, model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
     """The full model goes to the device a block at a time, a small one as a whole."""
-    return shared.on_device(model, here.layout.axes, device) if name == "full" else nullcontext(model.to(device))
+    if name != "full":
+        return nullcontext(model.to(device))
+    return shared.on_device(model, here.layout.axes, device, here.spec.model_type)
 
 
 def best_tensors(here: Context) -> tuple[dict[str, Tensor], dict[str, int], dict[str, Any]]:

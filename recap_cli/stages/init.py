@@ -67,6 +67,8 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         _check_tokens(turns, model)
         report = conformance.check(model, adapter, spec)
         layout = Layout.of(adapter, model)
+        if devices.pick(recipe.importance.device).type != "cpu":
+            shared.blocks_of(model, layout.axes, spec.model_type)
         split, _ = shared.splits_of(recipe, spec, created.processor, track, raw)
         check_steps(turns, recipe.rounds * steps_in_round(recipe, len(split)), recipe)
         new = recipe.model.name is None or bool(created.new)
@@ -108,7 +110,7 @@ def _warm_up(
             chosen = order(len(split), seed=recipe.seed, round=0, epoch=epoch)
             yield from batches(split, chosen, settings.batch_size, device=device)
 
-    with shared.on_device(model.eval(), layout.axes, device):
+    with shared.on_device(model.eval(), layout.axes, device, spec.model_type):
         run = train(
             shared.forward_of(spec, model),
             tasks.loss,

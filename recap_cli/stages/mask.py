@@ -57,7 +57,7 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
                 track=track,
                 label="importance for the mask",
             )
-            with shared.on_device(model, axes, device):
+            with shared.on_device(model, axes, device, here.spec.model_type):
                 scores = group_scores(model, axes, shared.load_criterion(recipe.mask.criterion), losses)
             chosen = _chosen(recipe, axes, shapes, scores, 1.0 - turn.mask_ratio, draft.round)
         draft.save_tensors(f"{folder}/{shared.MASK}", shared.as_bytes(chosen))

@@ -49,7 +49,7 @@ def make_own(
     """Make what a method's own training names trainable, and nothing else, as `make_trainable` does with a mask."""
     resident = RESIDENTS[recipe.finetune.resident]
     with _theirs("`moves` of a method's training"):
-        names = {name for name, _ in model.named_parameters() if attached.moves(name)}
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False) if attached.moves(name)}
     return make_partial(
         model,
         {},

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli import recipe as recipes
-from recap_cli.core.adapter import block_paths
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.embedding import PartialEmbedding
 from recap_cli.core.groups import Axis, Choice, Shape, counts, everything, shapes_of, unit_params
@@ -23,6 +22,7 @@ from recap_cli.core.scoring import group_scores
 from recap_cli.core.selection import select
 from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import indices, owner_of
+from recap_cli.core.ties import names_of
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
 from recap_cli.runtime import models, tasks
@@ -205,9 +205,10 @@ def importance_bytes(model: Outline, recipe: Recipe, kernels: Kernels = "cuda") 
     batch = fakes.like(batch_of(model.spec, recipe, size))
     built = models.assemble(model.spec, fakes.like(model.tensors), model.adapter, {})
     call, axes = models.forward(model.spec), model.layout.axes
+    blocks = shared.blocks_of(built, axes, model.spec.model_type)
 
     def score() -> None:
-        with streamed(built, block_paths(built, axes), "cpu"):
+        with streamed(built, blocks, "cpu"):
             group_scores(built, axes, TAYLOR, lambda _: iter([(tasks.loss(call(built, batch), batch["labels"]), 1.0)]))
 
     return fakes.peak_bytes(score, host=[*built.parameters(), *built.buffers()], inputs=batch, kernels=kernels)
@@ -296,12 +297,15 @@ def _attached(built: nn.Module, layout: Layout, recipe: Recipe, plan: Choice, tu
     own = attach(built, layout, recipe, plan, turns)
     params = {name: param for name, param in built.named_parameters() if param not in known}
     buffers = {name: buffer for name, buffer in built.named_buffers() if buffer not in known}
+    called = names_of(built)
     for name, tensor in like(params | buffers).items():
-        owner, attribute = owner_of(built, name)
-        if name in params:
-            owner.register_parameter(attribute, nn.Parameter(tensor))
-        else:
-            owner.register_buffer(attribute, tensor, persistent=False)
+        new = nn.Parameter(tensor) if name in params else tensor
+        for each in called.get(name, [name]):
+            owner, attribute = owner_of(built, each)
+            if isinstance(new, nn.Parameter):
+                owner.register_parameter(attribute, new)
+            else:
+                owner.register_buffer(attribute, new, persistent=False)
     return own
 
 

@@ -142,7 +142,7 @@ def _scorer(
             track=track,
             label=f"importance, step {step} of {recipe.prune.steps}",
         )
-        with shared.on_device(model, axes, device):
+        with shared.on_device(model, axes, device, here.spec.model_type):
             scores = group_scores(model, axes, criterion, losses)
         if past is not None:
             pools = ranked_together(axes, recipe.prune.scope, uniform=recipe.prune.uniform)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from recap_cli.core.groups import Axis, Choice, Shape, chosen_params, compose, prunable_params, refine
+from recap_cli.core.groups import Axis, Choice, Shape, chosen_params, compose, kinds_of, prunable_params, refine
 from recap_cli.errors import StateError, StorageError, UsageError
 from recap_cli.manifest import COMMIT, UNDER_WAY, quoted
 from recap_cli.runtime import pages
@@ -131,8 +131,8 @@ def _picture(here: Context, rounds: Sequence[Mapping[str, Any]]) -> dict[str, An
     number = next((row["round"] for row in rounds if row["best"]), rounds[-1]["round"])
     plan = here.plan(f"round-{number:03d}")
     axes = here.layout.axes
-    kept = {kind: [plan[axis.name].tolist() for axis in axes if axis.kind == kind] for kind in ("heads", "neurons")}
-    return {"round": number, **kept}
+    kept = {kind: [plan[axis.name].tolist() for axis in axes if axis.kind == kind] for kind in kinds_of(axes)}
+    return {"round": number, "kept": kept}
 
 
 def _bytes(files: Mapping[str, Any], folder: str | None) -> int | None:

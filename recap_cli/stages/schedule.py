@@ -172,10 +172,10 @@ def _row(number: int, stages: Mapping[str, Mapping[str, Any]], *, best: bool) ->
         "small_prunable": pruned["prunable_small"],
         "kept_share": pruned["kept_share_of_prunable"],
         "kept_share_of_all": pruned["params_small"] / pruned["params_full"],
-        "heads": pruned["kept"]["heads"],
-        "neurons": pruned["kept"]["neurons"],
-        "full_heads": pruned["of"]["heads"],
-        "full_neurons": pruned["of"]["neurons"],
+        "kept": pruned["kept"],
+        "of": pruned["of"],
+        **{kind: pruned["kept"].get(kind, []) for kind in ("heads", "neurons")},
+        **{f"full_{kind}": pruned["of"].get(kind, []) for kind in ("heads", "neurons")},
         "seconds": {name: entry["seconds"] for name, entry in stages.items()},
     }
     if masked := stages.get("mask"):

@@ -124,6 +124,14 @@ def test_key_and_value_heads_that_queries_share_are_not_taken_for_heads():
         find_axes(VIT, model)
 
 
+@pytest.mark.parametrize(("form", "kind"), [(Heads, "heads"), (Neurons, "neurons")])
+def test_an_adapter_with_tables_of_one_kind_gives_axes_of_that_kind(form, kind):
+    tables = tuple(table for table in VIT.tables if isinstance(table, form))
+    assert [axis.kind for axis in find_axes(Adapter(tables, (), ()), model_of("vit"))] == [kind]
+    with pytest.raises(LookupError, match=f"no {kind} found"):
+        find_axes(Adapter(tables, (), ()), nn.Linear(2, 2))
+
+
 def test_a_model_that_no_table_matches_is_a_lookup_error_with_what_was_looked_for():
     with pytest.raises(LookupError, match=r"no heads found: no module is named like .*encoder\.layer"):
         find_axes(BERT, nn.Sequential(nn.Linear(2, 2)))

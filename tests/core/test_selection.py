@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from recap_cli.core.groups import Axis, Cut, Kind
-from recap_cli.core.selection import Scope, select
+from recap_cli.core.groups import Axis, Cut
+from recap_cli.core.selection import Scope, ranked_together, select
 from recap_cli.errors import SelectionError
 
 
-def axis(name: str, size: int, kind: Kind = "neurons", width: int = 1) -> Axis:
+def axis(name: str, size: int, kind: str = "neurons", width: int = 1) -> Axis:
     return Axis(name, kind, 0, size, (Cut(f"{name}.weight", 0, width),))
 
 
@@ -60,6 +60,13 @@ def test_per_kind_ranks_heads_against_heads_only() -> None:
     scores = {"h": torch.tensor([9.0, 8.0, 7.0, 6.0]), "n": torch.tensor([0.1, 0.2, 0.3, 0.4])}
     kept = select(axes, scores, {"h": 10, "n": 10}, original=sizes(axes), keep_share=0.5)
     assert int(kept["h"].sum()) == int(kept["n"].sum()) == 2
+
+
+def test_groups_of_a_third_kind_are_ranked_with_their_own() -> None:
+    axes = [axis("e", 4, "experts"), axis("n", 4), axis("h", 4, "heads"), axis("f", 4, "experts")]
+    assert [[a.name for a in pool] for pool in ranked_together(axes, "per-kind")] == [["h"], ["n"], ["e", "f"]]
+    kept = select(axes, rising(*axes), {a.name: 10 for a in axes}, original=sizes(axes), keep_share=0.5, floor=0.25)
+    assert {name: int(chosen.sum()) for name, chosen in kept.items()} == {"h": 2, "n": 2, "e": 1, "f": 3}
 
 
 def test_global_ranks_by_importance_per_parameter() -> None:

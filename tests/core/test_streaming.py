@@ -10,14 +10,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recap_cli import registry
-from recap_cli.core.adapter import block_paths
+from recap_cli.core.adapter import block_paths, find_axes
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.groups import Axis, Cut
 from recap_cli.core.scoring import group_scores
 from recap_cli.core.streaming import streamed
+from recap_cli.errors import ModelError
 from recap_cli.runtime import models
 from tests.core.test_scoring import losses_of, prepared
-from tests.pico import PICO
+from tests.decoders import ADAPTERS, decoder
+from tests.pico import LABELS, PICO
 
 
 class Block(nn.Module):
@@ -280,6 +282,83 @@ def test_a_block_that_drops_at_random_is_refused() -> None:
     assert_as_before(model, before)
 
 
+@pytest.mark.parametrize("name", sorted(ADAPTERS))
+def test_a_decoder_with_a_cache_scores_streamed_what_it_scores_unstreamed(name: str) -> None:
+    model, spec = decoder(name)
+    axes = find_axes(ADAPTERS[name], model)
+    data = [(models.example_batch(spec, batch=3, seed=i), torch.arange(3) % len(LABELS)) for i in range(2)]
+    criterion = registry.load("criteria", "taylor")
+    assert isinstance(criterion, Criterion)
+    plain = group_scores(model, axes, criterion, losses_of(model, spec, data))
+    with streamed(model, block_paths(model, axes), "cpu"):
+        found = group_scores(model, axes, criterion, losses_of(model, spec, data))
+    for axis in axes:
+        torch.testing.assert_close(found[axis.name], plain[axis.name], rtol=1e-5, atol=0)
+    assert not model.config.use_cache
+
+
+@pytest.mark.parametrize(("name", "block"), [("gpt2", r"transformer\.h\.0 \(GPT2Bl"), ("llama", r"model\.layers\.0 \(LlamaD")])
+def test_a_cache_is_refused_by_the_names_of_block_and_argument(name: str, block: str) -> None:
+    model, spec = decoder(name)
+    axes, batch = find_axes(ADAPTERS[name], model), models.example_batch(spec)
+    with (
+        streamed(model, block_paths(model, axes), "cpu"),
+        pytest.raises(ModelError, match=f"{block}.*its argument cache holds a DynamicCache") as caught,
+    ):
+        model(**batch, use_cache=True)
+    assert "importance.device=cpu" in str(caught.value.hint)
+
+
+class Changing(nn.Module):
+    """Changes what it is given, in the way that `how` says, or not at all."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.how = nn.Linear(4, 4), how
+
+    def forward(self, x: Tensor, seen: list[Any], *, notes: dict[str, Any]) -> Tensor:
+        out = self.layer(x)
+        if self.how == "seen":
+            seen.append(out)
+        if self.how == "notes":
+            notes["last"]["out"] = out
+        if self.how == "x":
+            x.add_(1)
+        if self.how == "a view of x":
+            x[:, 0].mul_(2)
+        if self.how == "a tensor in notes":
+            notes["sum"].add_(out.sum().detach())
+        return out
+
+
+class Around(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.block = Changing(how)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x * 1, [None], notes={"last": {}, "sum": torch.zeros(())})
+
+
+@pytest.mark.parametrize(
+    ("how", "argument"),
+    [("seen", "seen"), ("notes", "notes"), ("x", "x"), ("a view of x", "x"), ("a tensor in notes", "notes")],
+)
+def test_an_argument_that_a_block_changes_is_refused(how: str, argument: str) -> None:
+    model = Around(how).eval()
+    wanted = rf"block \(Changing\) cannot be streamed to a device: its argument {argument} is changed"
+    with streamed(model, ["block"], "cpu"), pytest.raises(ModelError, match=wanted):
+        model(torch.ones(2, 4))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_arguments_that_a_block_leaves_alone_are_streamed() -> None:
+    model = Around("not at all").eval()
+    wanted = model(torch.ones(2, 4))
+    with streamed(model, ["block"], "cpu"):
+        assert torch.equal(model(torch.ones(2, 4)), wanted)
+
+
 def axis_of(name: str, *params: str) -> Axis:
     return Axis(name, "heads", 0, 1, tuple(Cut(param, 0) for param in params))
 
@@ -295,15 +374,50 @@ def test_blocks_are_named_once_and_the_outermost_holds_the_inner() -> None:
     assert block_paths(toy(), axes[:1]) == ["blocks.1.first"]
 
 
-@pytest.mark.parametrize(
-    ("name", "param"),
-    [
-        ("first layer", "blocks.0.first.weight"),  # a name of no form
-        ("blocks.7.heads", "blocks.0.first.weight"),  # no such module
-        ("blocks.heads", "blocks.0.first.weight"),  # a list, which no forward runs
-        ("blocks.0.heads", "blocks.1.first.weight"),  # cut elsewhere
-        (".heads", "head.weight"),  # the model itself
-    ],
-)
-def test_names_that_say_no_block_give_none_at_all(name: str, param: str) -> None:
-    assert block_paths(toy(), [axis_of("blocks.0.heads", "blocks.0.first.weight"), axis_of(name, param)]) == []
+NO_BLOCKS = [
+    ("first layer", "blocks.0.first.weight"),  # a name of no form
+    ("blocks.7.heads", "blocks.0.first.weight"),  # no such module
+    ("blocks.heads", "blocks.0.first.weight"),  # a list, which no forward runs
+    ("blocks.1.heads", "blocks.0.first.weight"),  # cut elsewhere
+    (".heads", "blocks.0.first.weight"),  # the model itself
+]
+
+
+@pytest.mark.parametrize(("name", "param"), NO_BLOCKS)
+def test_names_that_say_no_block_leave_it_to_what_is_cut(name: str, param: str) -> None:
+    axes = [axis_of("blocks.1.heads", "blocks.1.first.weight"), axis_of(name, param, "blocks.0.second.bias")]
+    assert block_paths(toy(), axes) == ["blocks.1", "blocks.0"]
+
+
+class Nested(nn.Module):
+    """Stages of blocks, of which each has its feedforward in a list, as Swin and timm have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = lambda: nn.ModuleDict({"attention": nn.Linear(4, 4), "mlp": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})  # noqa: E731
+        self.stages = nn.ModuleList([nn.Sequential(Called(block()), Called(block())) for _ in range(2)])
+        self.experts = nn.ModuleDict({"a": nn.Linear(4, 4)})
+
+
+class Called(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_the_smallest_entry_that_holds_every_cut_of_an_axis_is_its_block() -> None:
+    up, down, query = ("stages.1.0.inner.mlp.0.weight", "stages.1.0.inner.mlp.1.weight", "stages.1.0.inner.attention.weight")
+    model = Nested()
+    assert block_paths(model, [axis_of("the second feedforward", up, down)]) == ["stages.1.0.inner.mlp"]
+    assert block_paths(model, [axis_of("x", up, down), axis_of("y", query, down)]) == ["stages.1.0"]
+    assert block_paths(model, [axis_of("both", down, "stages.1.1.inner.mlp.0.weight")]) == ["stages.1"]
+    assert block_paths(model, [axis_of("an expert", "experts.a.weight")]) == ["experts.a"]
+
+
+@pytest.mark.parametrize("params", [("head.weight",), ("blocks.0.first.weight", "blocks.1.second.bias")])
+def test_an_axis_that_no_entry_holds_is_an_error_and_never_the_whole_model(params: tuple[str, ...]) -> None:
+    with pytest.raises(LookupError, match=rf"the axis 'mine' is no module's.*{params[0]}"):
+        block_paths(toy(), [axis_of("blocks.0.heads", "blocks.0.first.weight"), axis_of("mine", *params)])

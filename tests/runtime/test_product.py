@@ -12,7 +12,9 @@ from recap_cli.core.adapter import find_axes
 from recap_cli.core.groups import counts, everything, shapes_of
 from recap_cli.core.surgery import gather, indices
 from recap_cli.errors import ModelError, StorageError
-from recap_cli.runtime import conformance, models, product
+from recap_cli.runtime import conformance, hf, models, product
+from recap_cli.runtime.checkpoints import read_config
+from tests.decoders import decoder
 from tests.pico import PICO, pico, write_tokenizer
 
 HEADS_SAID_BY_STOCK = {"vit", "deit", "dinov2"}  # in today's layout they obey `head_dim`; the others ignore or refuse it
@@ -153,6 +155,13 @@ def test_the_image_processor_does_what_the_model_was_finetuned_with(tmp_path):
     made = AutoImageProcessor.from_pretrained(tmp_path / "out")(pixels, return_tensors="pt")["pixel_values"]
     wanted = (torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
     torch.testing.assert_close(made[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_product_has_the_cache_that_its_configuration_asks_for_though_it_was_trained_without(tmp_path):
+    model, spec = decoder("llama")
+    assert not model.config.use_cache
+    hf.save(model, spec, tmp_path)
+    assert read_config(tmp_path)["use_cache"] is True
 
 
 def test_a_folder_with_something_in_it_is_not_overwritten(tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 
 from recap_cli.core.adapter import block_paths
-from recap_cli.core.groups import Axis
+from recap_cli.core.groups import Axis, Cut
 from recap_cli.core.streaming import streamed
+from recap_cli.errors import PluginError
+from recap_cli.stages import blueprint, profile
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
 from recap_cli.stages.eval import evaluate
@@ -37,7 +40,7 @@ def test_streamed_stages_choose_the_same_plan_and_mask(name: str, tmp_path: Path
     plain = decided(init(tiny(name), tmp_path / "plain"))
     entered: list[list[str]] = []
 
-    def on_cpu(model: nn.Module, axes: Sequence[Axis], device: torch.device) -> AbstractContextManager[None]:
+    def on_cpu(model: nn.Module, axes: Sequence[Axis], device: torch.device, adapter: str) -> AbstractContextManager[None]:
         entered.append(block_paths(model, axes))
         return streamed(model, entered[-1], device)
 
@@ -52,8 +55,21 @@ def test_streamed_stages_choose_the_same_plan_and_mask(name: str, tmp_path: Path
 
 def test_on_the_cpu_the_model_is_not_touched() -> None:
     model, _ = pico("vit")
-    with shared.on_device(model, [], torch.device("cpu")):
+    with shared.on_device(model, [], torch.device("cpu"), "vit"):
         assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_an_adapter_whose_axes_say_no_block_is_named_before_anything_goes_to_a_device() -> None:
+    model, spec = pico("vit")
+    whole = [Axis("width", "widths", 0, 32, (Cut("vit.embeddings.cls_token", 2), Cut("classifier.weight", 1)))]
+    with pytest.raises(PluginError, match=r"the adapter 'mine' does not say which blocks .* the axis 'width'") as caught:
+        shared.on_device(model, whole, torch.device("cuda"), "mine")
+    assert "importance.device=cpu" in str(caught.value.hint)
+    assert {tensor.device.type for tensor in model.parameters()} == {"cpu"}
+    outline = blueprint.outline(tiny("vit"))
+    unsaid = replace(outline, layout=replace(outline.layout, axes=tuple(whole)))
+    with pytest.raises(PluginError, match=f"the adapter '{spec.model_type}'"):
+        profile.importance_bytes(unsaid, tiny("vit"))
 
 
 @pytest.mark.parametrize(

@@ -167,15 +167,16 @@ def levels(layers: Sequence[Sequence[bool]], title: str) -> dict[str, Any]:
 
 def shades(rounds: Sequence[Mapping[str, Any]], kind: str, title: str) -> dict[str, Any]:
     """A grid of layers by rounds, each cell as dark as the share that is kept, and the number in it where there is room."""
-    layers = len(rounds[0][kind])
+    kept, of = ([row[key][kind] for row in rounds] for key in ("kept", "of"))
+    layers = len(kept[0])
     width = min(44.0, (WIDTH - 28.0) / len(rounds))
     cells = [
         {
             "x": 26 + at * width,
             "y": 18 + layer * 19.0,
-            "share": row[kind][layer] / row[f"full_{kind}"][layer],
-            "text": f"{row[kind][layer]}" if width > 7.5 * len(str(row[f"full_{kind}"][layer])) else "",
-            "title": f"round {row['round']}, layer {layer + 1}: {row[kind][layer]} of {row[f'full_{kind}'][layer]}",
+            "share": kept[at][layer] / of[at][layer],
+            "text": f"{kept[at][layer]}" if width > 7.5 * len(str(of[at][layer])) else "",
+            "title": f"round {row['round']}, layer {layer + 1}: {kept[at][layer]} of {of[at][layer]}",
         }
         for at, row in enumerate(rounds)
         for layer in range(layers)

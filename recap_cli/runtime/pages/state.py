@@ -10,6 +10,8 @@ from recap_cli.runtime.pages.template import duration, megabytes, metric, percen
 STAGES = ("prune", "mask", "finetune", "merge")
 HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 LABELS = {"weights_bytes": "weights", "gradients_bytes": "gradients", "optimizer_bytes": "optimizer state"}
+CAPTIONS = {"heads": "Attention heads", "neurons": "Neurons of the feed-forward layers"}
+ONE_BY_ONE = 64  # units of a layer, of which no more are drawn as a square each
 Row = Mapping[str, Any]
 
 
@@ -24,7 +26,6 @@ def view(found: Mapping[str, Any]) -> dict[str, Any]:
         "held": None if best is None else held(best),
         "held_full": None if best is None else held(best, "full_"),
         "last_row": tuned[-1] if tuned else None,
-        "kinds": [kind for kind in ("heads", "neurons") if any(row[kind] for row in rounds)],
         "device_peak": _device_peak(found["memory"].values()),
         "metric_chart": _metric_chart(found, tuned) if tuned else None,
         "change_chart": _change_chart(rounds),
@@ -95,18 +96,21 @@ def _by_round(
     return charts.plane(series, x_label="round", x_marks=marks, **given)
 
 
-def _kept(picture: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The pictures of one plan: heads one by one, neurons as bars."""
-    drawn: dict[str, Any] = {"heads": None, "neurons": None}
-    for kind, draw in (("heads", charts.heads), ("neurons", charts.levels)):
-        if picture and picture[kind]:
-            drawn[kind] = draw(picture[kind], f"{kind} kept in each layer in round {picture['round']}")
+def _kept(picture: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The pictures of one plan, a kind each with its caption: heads, and others that are few, one by one; neurons as bars."""
+    if picture is None:
+        return []
+    drawn = []
+    for kind, layers in picture["kept"].items():
+        one_by_one = kind == "heads" or (kind != "neurons" and max(map(len, layers)) <= ONE_BY_ONE)
+        draw, title = charts.heads if one_by_one else charts.levels, f"{kind} kept in each layer in round {picture['round']}"
+        drawn.append({"chart": draw(layers, title), "one_by_one": one_by_one, "caption": CAPTIONS.get(kind, kind.capitalize())})
     return drawn
 
 
 def _alike(rounds: Sequence[Row]) -> list[str]:
     """The kinds that there are, where there is more than one round to compare."""
-    return [kind for kind in ("heads", "neurons") if len(rounds) > 1 and rounds[0][kind]]
+    return [kind for kind, layers in rounds[0]["kept"].items() if layers] if len(rounds) > 1 else []
 
 
 def _memory_chart(tuned: Sequence[Row]) -> dict[str, Any]:

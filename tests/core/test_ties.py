@@ -1,0 +1,284 @@
+"""A parameter of several names is one: one tensor, one slot, one step, wherever it goes (I11)."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recap_cli.core.adapter import Adapter, find_axes
+from recap_cli.core.groups import Axis, Cut, check_axes, shapes_of
+from recap_cli.core.linear import PartialLinear
+from recap_cli.core.optim import Optimizer, adamw, sgd
+from recap_cli.core.partial import Slot, make_partial, tied_otherwise
+from recap_cli.core.quantized import QuantizedEmbedding
+from recap_cli.core.streaming import streamed
+from recap_cli.core.surgery import Where, cut_model, indices, put, take
+from recap_cli.core.ties import names_of
+from recap_cli.runtime.memory import storage_bytes
+from recap_cli.runtime.training import train
+from tests.core.test_partial import Conv1D
+
+WORDS, WIDTH = 12, 8
+TABLE, UP = ["table.weight", "out.weight"], ["blocks.0.up.weight", "blocks.1.up.weight"]
+ROWS = torch.tensor([1, 2, 5])
+DTYPES = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 6), nn.Linear(6, WIDTH)
+        self.register_buffer("scale", torch.tensor([1 / 3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(torch.tanh(self.up(x))) * self.scale.to(x.dtype)
+        return out
+
+
+class Tied(nn.Module):
+    """A table tied to the output layer, and two blocks that share one matrix, its bias and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS, bias=False)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.out.weight = self.table.weight
+        first, second = self.blocks
+        second.up.weight, second.up.bias, second.scale = first.up.weight, first.up.bias, first.scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.out(x)
+        return out
+
+
+def tied() -> Tied:
+    torch.manual_seed(0)
+    return Tied()
+
+
+def batches() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(0, WORDS, (6,), generator=generator) for _ in range(5)]
+    return [{"ids": one, "labels": one.roll(1)} for one in ids]
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.float(), labels)
+
+
+WHERES: dict[str, Where] = {
+    "whole": {},
+    "rows": {UP[0]: {0: ROWS}, "blocks.0.up.bias": {0: ROWS}},
+    "rows side by side": {UP[0]: {0: torch.arange(2, 5)}, "blocks.0.up.bias": {0: torch.arange(2, 5)}},
+    "columns": {UP[0]: {1: ROWS}},
+}
+
+
+def stepped_by_torch(where: Where, make: Callable[[Any], torch.optim.Optimizer], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tied model after five steps of torch's own optimizer on fp32 masters; entries that do not move have no gradient."""
+    model = tied()
+    masters = {name: param.detach().clone().requires_grad_() for name, param in model.named_parameters()}
+    params = dict(model.to(dtype).named_parameters())
+    optimizer = make(list(masters.values()))
+    for batch in batches():
+        loss(model(batch["ids"]), batch["labels"]).backward()
+        for name, param in params.items():
+            grad, kept = param.grad.float(), where.get(name, {})  # type: ignore[union-attr]
+            masters[name].grad = torch.zeros_like(grad)
+            put(masters[name].grad, take(grad, kept), kept)
+        optimizer.step()
+        with torch.no_grad():
+            for name, param in params.items():
+                param.copy_(masters[name])
+                param.grad = None
+    return {name: take(master.detach(), where.get(name, {})) for name, master in masters.items()}
+
+
+def stepped(where: Where, rule: Any, *, fused: bool = False, **forms: Any) -> list[Slot]:
+    model = tied()
+    slots = make_partial(model, where, frozen=lambda _: False, **forms)
+    optimizer = Optimizer(slots, rule)
+    assert sum(len(moments) for moments in optimizer.moments.values()) == len(rule.aging) * len(slots)
+    call = lambda batch: model(batch["ids"])  # noqa: E731
+    train(call, loss, optimizer, batches(), rate=lambda _: 0.05, fused_backward=fused)
+    return slots
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("form", WHERES)
+def test_i11_a_tied_parameter_steps_once_as_torchs_own_optimizer_steps_it(form: str, offload: bool, fused: bool) -> None:
+    where = WHERES[form]
+    wanted = stepped_by_torch(where, lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0, foreach=False), torch.float32)
+    slots = stepped(where, adamw(betas=(0.9, 0.999), eps=1e-8), fused=fused, offload=offload)
+    assert [slot.name for slot in slots] == list(wanted)
+    for slot in slots:
+        torch.testing.assert_close(slot.master, wanted[slot.name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("form", WHERES)
+def test_i11_holds_with_residents_in_bf16_and_int8(form: str, int8: bool) -> None:
+    where = WHERES[form]
+    wanted = stepped_by_torch(where, lambda p: torch.optim.SGD(p, lr=0.05), torch.bfloat16)
+    slots = stepped(where, sgd(momentum=0.0), dtype=torch.bfloat16, int8=int8)
+    start = dict(tied().named_parameters())
+    assert [slot.name for slot in slots] == list(wanted)
+    for slot in slots:
+        before = take(start[slot.name].detach(), where.get(slot.name, {}))
+        way, difference = (wanted[slot.name] - before).norm(), (slot.master - wanted[slot.name]).norm()
+        assert float(difference) < 0.05 * float(way), slot.name  # a use that is left out of the gradient is about half of it
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("dtype", "int8"), DTYPES)
+@pytest.mark.parametrize("form", WHERES)
+def test_it_is_held_once_on_every_device(form: str, dtype: torch.dtype, int8: bool, device: str) -> None:
+    model = tied()
+    make_partial(model, WHERES[form], frozen=lambda _: False, device=device, dtype=dtype, int8=int8)
+    first, second = (block.up for block in model.blocks)
+    assert model.table.weight is model.out.weight
+    if form == "whole":
+        assert first.weight is second.weight
+    else:
+        assert isinstance(first, PartialLinear)
+        assert first.part is second.part
+        assert first.weight is second.weight
+        assert first.scale is second.scale
+        assert first.bias_part is second.bias_part
+    assert first.bias is second.bias
+    assert model.blocks[0].scale is model.blocks[1].scale
+
+
+@pytest.mark.parametrize(("names", "moves"), [([], True), (TABLE[:1], True), (TABLE[1:], True), (TABLE, False)])
+def test_it_is_frozen_only_if_all_of_its_names_are(names: list[str], moves: bool) -> None:
+    slots = make_partial(tied(), {}, frozen=lambda name: name in names)
+    assert [slot.name for slot in slots].count("table.weight") == moves
+    assert "out.weight" not in [slot.name for slot in slots]
+
+
+def test_frozen_in_int8_it_has_one_set_of_codes() -> None:
+    model, ids = tied(), torch.arange(WORDS)
+    wanted = model(ids).detach()
+    make_partial(model, {}, frozen=lambda _: True, dtype=torch.bfloat16, int8=True)
+    assert isinstance(model.table, QuantizedEmbedding)
+    assert isinstance(model.out, PartialLinear)
+    assert model.table.codes is model.out.weight
+    assert model.table.scale is model.out.scale
+    assert float((model(ids) - wanted).norm() / wanted.norm()) < 0.05
+    held = (
+        WORDS * WIDTH + 3 * 6 * WIDTH + 4 * (WORDS + 6 + 2 * WIDTH) + 2 * (6 + 2 * WIDTH) + 4
+    )  # codes, scales, biases, buffer
+    assert storage_bytes([*model.parameters(), *model.buffers()]) == held
+
+
+class Other(nn.Module):
+    """Reads a matrix as no linear layer does."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_what_not_all_of_its_layers_can_read_as_codes_is_held_dense_in_all(order: str) -> None:
+    layer = nn.Linear(4, 4)
+    other = Other(layer.weight)
+    model = nn.Sequential(*([layer, other] if order == "first" else [other, layer]))
+    make_partial(model, {}, frozen=lambda _: True, dtype=torch.bfloat16, int8=True)
+    assert model[0].weight is model[1].weight
+    assert model[0].weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("other", ["table", "layer", "transposed"])
+def test_a_part_of_what_other_layers_read_otherwise_is_refused(other: str) -> None:
+    layer, transposed = nn.Linear(4, 4), Conv1D(4, 4)
+    table = nn.Embedding(4, 4)
+    held: dict[str, Any] = {"table": table, "layer": Other(layer.weight), "transposed": transposed}
+    held[other].weight = layer.weight
+    model = nn.Sequential(layer, held[other])
+    assert tied_otherwise(model, ["0.weight", "0.bias"]) == ["0.weight and 1.weight"]
+    with pytest.raises(TypeError, match="would"):
+        make_partial(model, {"0.weight": {0: torch.tensor([1])}}, frozen=lambda _: False, dtype=torch.bfloat16, int8=True)
+
+
+def test_rows_that_are_looked_up_are_not_all_that_is_held_of_a_tied_table() -> None:
+    model, ids = tied(), torch.tensor([0, 3])
+    wanted = model(ids)
+    make_partial(model, {}, frozen=lambda _: True, looked_up={"table.weight": ids})
+    assert torch.equal(model(ids), wanted)
+    assert model.table.weight is model.out.weight
+
+
+def test_a_module_of_two_names_is_replaced_under_both() -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    dense, x = copy.deepcopy(model), torch.randn(3, 4)
+    (weight, bias) = make_partial(model, {"0.weight": {0: torch.tensor([0, 2])}}, frozen=lambda _: False)
+    assert model[0] is model[2]
+    model(x).sum().backward()
+    dense(x).sum().backward()
+    torch.testing.assert_close(weight.leaf.grad, dense[0].weight.grad[[0, 2]])
+    torch.testing.assert_close(bias.leaf.grad, dense[0].bias.grad)
+
+
+def neurons(*params: str) -> Axis:
+    return Axis("blocks.neurons", "neurons", 0, 6, tuple(Cut(name, int("down" in name)) for name in params))
+
+
+CUT = [f"blocks.{i}.{name}" for i in range(2) for name in ("up.weight", "up.bias", "down.weight")]
+
+
+@pytest.mark.parametrize("params", [CUT, CUT[2:], [*CUT[3:], CUT[2]]])
+def test_pruned_through_any_of_its_names_it_stays_one(params: list[str]) -> None:
+    model, ids = tied(), torch.arange(WORDS)
+    (axis,) = find_axes(Adapter((), (), (), axes=lambda _: [neurons(*params)]), model)
+    assert {cut.param for cut in axis.cuts} == {*CUT[:3], CUT[5]}
+    assert len(axis.cuts) == 4
+    shapes = shapes_of(model.named_parameters())
+    assert check_axes([axis], shapes) == []
+    keep = torch.tensor([True, False, True, True, False, True])
+    with torch.no_grad():
+        for block in model.blocks:
+            block.down.weight[:, ~keep] = 0
+    wanted, before = model(ids), names_of(model)
+    cut_model(model, indices([axis], {axis.name: keep}, shapes))
+    torch.testing.assert_close(model(ids), wanted)
+    assert names_of(model) == before
+    assert [(block.up.out_features, block.down.in_features) for block in model.blocks] == [(4, 4), (4, 4)]
+
+
+def test_two_axes_that_cut_one_parameter_by_its_two_names_are_told() -> None:
+    model = tied()
+    axes = [Axis(f"blocks.{i}.neurons", "neurons", i, 6, (Cut(UP[i], 0), Cut(f"blocks.{i}.down.weight", 1))) for i in range(2)]
+    found = find_axes(Adapter((), (), (), axes=lambda _: axes), model)
+    assert check_axes(found, shapes_of(model.named_parameters())) == [
+        f"blocks.0.neurons and blocks.1.neurons both own entries of {UP[0]} along dimension 0"
+    ]
+
+
+def test_streamed_it_has_one_gradient_and_comes_back_as_one() -> None:
+    plain, model = tied().eval(), tied().eval()
+    before, batch = names_of(model), batches()[0]
+    loss(plain(batch["ids"]), batch["labels"]).backward()
+    with streamed(model, ["blocks.0", "blocks.1"], "cpu"):
+        loss(model(batch["ids"]), batch["labels"]).backward()
+    for (name, param), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(param.grad, other.grad, msg=name)
+    assert names_of(model) == before
+
+
+@pytest.mark.parametrize(("dtype", "int8"), DTYPES)
+def test_buffers_keep_their_type(dtype: torch.dtype, int8: bool) -> None:
+    model = tied()
+    model.register_buffer("turns", 1.0 / 10_000 ** (torch.arange(0, 64, 2) / 64))
+    turns = model.turns.clone()
+    make_partial(model, {}, frozen=lambda _: True, dtype=dtype, int8=int8)
+    assert torch.equal(model.turns, turns)  # in bf16 RoPE would be 1.8 rad off at position 4,095
+    assert model.blocks[0].scale.dtype == torch.float32
