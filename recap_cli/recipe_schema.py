@@ -103,9 +103,10 @@ class Task(BaseModel):
     model_config = _FROZEN
 
     kind: Literal["text-classification", "image-classification"] = Field(description="What is classified.")
-    metric: Literal["accuracy", "f1", "matthews"] = Field(
+    metric: Literal["accuracy", "f1", "matthews", "loss"] = Field(
         default="accuracy",
-        description="The validation metric that picks the best round; f1 and matthews as GLUE has them.",
+        description="The validation metric that picks the best round; f1 and matthews as GLUE has them. "
+        "Of loss, less is better.",
     )
 
 
