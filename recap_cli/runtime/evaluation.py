@@ -38,10 +38,24 @@ def evaluate(
     return {"loss": total_loss / len(split), **score(torch.cat(predictions), split.labels, task.num_labels)}
 
 
+def chance(labels: Tensor, num_labels: int) -> dict[str, float]:
+    """What the best answer that is the same for every example gives on these labels, under the keys that `evaluate` has.
+
+    The loss is that of the shares of the labels as probabilities, their entropy. F1 of two labels is that of always label 1.
+    """
+    shares = torch.bincount(labels, minlength=num_labels).double() / len(labels)  # (labels,)
+    share = float(shares[1] if num_labels == 2 else shares.max())
+    f1 = 2 * share / (1 + share) / (1 if num_labels == 2 else num_labels)
+    entropy = float(-(shares * shares.clamp_min(1e-300).log()).sum())
+    return {"loss": entropy, "accuracy": float(shares.max()), "f1": f1, "matthews": 0.0}
+
+
 def score(predictions: Tensor, labels: Tensor, num_labels: int) -> dict[str, float]:
     """Accuracy, F1 and Matthews' correlation of predicted against true labels, both (examples,), int64.
 
-    F1 is that of label 1 if there are two labels, as GLUE has it, and otherwise the mean over the labels (macro).
+    F1 is that of label 1 if there are two labels, as GLUE has it, and otherwise the mean over the labels (macro). Matthews'
+    correlation is 0 where all predictions, or all labels, are the same, as scikit-learn and GLUE have it; torchmetrics gives
+    0.025 for a model that says 1 to every sentence of CoLA.
     """
     from torchmetrics.functional import classification as metrics
 
@@ -49,8 +63,9 @@ def score(predictions: Tensor, labels: Tensor, num_labels: int) -> dict[str, flo
         f1 = metrics.binary_f1_score(predictions, labels)
     else:
         f1 = metrics.multiclass_f1_score(predictions, labels, num_labels, average="macro")
+    varies = len(predictions.unique()) > 1 and len(labels.unique()) > 1
     return {
         "accuracy": float(metrics.multiclass_accuracy(predictions, labels, num_labels, average="micro")),
         "f1": float(f1),
-        "matthews": float(metrics.multiclass_matthews_corrcoef(predictions, labels, num_labels)),
+        "matthews": float(metrics.multiclass_matthews_corrcoef(predictions, labels, num_labels)) if varies else 0.0,
     }

@@ -22,6 +22,7 @@ from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
 from recap_cli.runtime import conformance, devices, models, tasks
 from recap_cli.runtime.data import Split
+from recap_cli.runtime.evaluation import chance, evaluate
 from recap_cli.runtime.models import ModelSpec
 from recap_cli.runtime.order import batches, order, seed_for
 from recap_cli.runtime.training import Batch, train
@@ -67,10 +68,10 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         _check_tokens(turns, model)
         report = conformance.check(model, adapter, spec)
         layout = Layout.of(adapter, model)
-        split, _ = shared.splits_of(recipe, spec, created.processor, track, raw)
+        split, validation = shared.splits_of(recipe, spec, created.processor, track, raw)
         check_steps(turns, recipe.rounds * steps_in_round(recipe, len(split)), recipe)
         new = recipe.model.name is None or bool(created.new)
-        warm = _warm_up(recipe, model, spec, layout, split, new=new, track=track)
+        warm = _warm_up(recipe, model, spec, layout, split, validation, new=new, track=track)
         _save(draft, model, spec, created.processor, layout)
         draft.versions = {"recap": version("recap-cli"), "python": python_version(), **{n: version(n) for n in LIBRARIES}}
         draft.facts |= {
@@ -85,17 +86,29 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
             "train_examples": len(split),
             "labels": spec.num_labels,
             "head_new": new,
+            "metric": recipe.task.metric,
+            "chance": chance(validation.labels, spec.num_labels),
             **warm,
         }
     return State.open(path)
 
 
 def _warm_up(
-    recipe: Recipe, model: nn.Module, spec: ModelSpec, layout: Layout, split: Split, *, new: bool, track: Track
+    recipe: Recipe,
+    model: nn.Module,
+    spec: ModelSpec,
+    layout: Layout,
+    split: Split,
+    validation: Split,
+    *,
+    new: bool,
+    track: Track,
 ) -> dict[str, Any]:
     """Train the head on frozen features if it is `new`, or any weight of it: no backward runs through the model.
 
     The whole head is trained then, BERT's pooler with its classifier; a head that came with the checkpoint is left as it is.
+    What a trained one is worth is measured: the validation data are a fraction of what it was trained on. Without a warm-up
+    a look at all of them by the full model would be the longest part of `init`, and is left out.
     """
     settings = recipe.head
     steps = settings.warmup_epochs * ceil(len(split) / settings.batch_size)
@@ -117,7 +130,16 @@ def _warm_up(
             rate=lambda step: learning_rate(step, steps=steps, peak=settings.lr, schedule="linear", warmup_ratio=0.0),
             micro_batch_size=None if device.type == "cpu" else shared.importance_batch_size(recipe, device),
         )
-    return {"head_steps": run.steps, "head_loss": run.loss}
+        found = evaluate(
+            shared.forward_of(spec, model),
+            validation,
+            shared.task_of(recipe, spec),
+            batch_size=recipe.evaluate.batch_size,
+            device=device,
+            track=track,
+            label="validation of the warmed-up head",
+        )
+    return {"head_steps": run.steps, "head_loss": run.loss, "warmed_up": found}
 
 
 def _head_slots(model: nn.Module, head: Sequence[str]) -> list[Slot]:

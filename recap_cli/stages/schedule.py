@@ -12,6 +12,7 @@ from recap_cli.errors import DataError, ModelError
 from recap_cli.recipe import Recipe
 from recap_cli.runtime.tasks import goodness
 from recap_cli.stages.turns import check_steps, turns_for, turns_of
+from recap_cli.stages.verdict import start_of, warning
 from recap_cli.state import Manifest, State
 
 HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
@@ -142,6 +143,8 @@ def summary(state: State) -> dict[str, Any]:
     """Where a state stands, as plain values: a row per round, the product, the next stage."""
     manifest = state.manifest
     recipe = recipes.parse(state.recipe_text, str(state.path / manifest.recipe))
+    start, following = start_of(manifest, recipe.task.metric), next_stage(recipe, state)
+    ended = manifest.best if following is None else None
     return {
         "recipe": recipe.name,
         "state": str(state.path),
@@ -149,10 +152,12 @@ def summary(state: State) -> dict[str, Any]:
         "round": manifest.round,
         "method": recipe.method,
         "rounds_planned": len(turns_of(manifest, recipe)),
-        "next": next_stage(recipe, state),
+        "next": following,
         "finished": finished(recipe, manifest) if manifest.stage == "merge" else None,
         "product": str(state.path / manifest.best["folder"]) if manifest.best else None,
         "best": manifest.best,
+        **start,
+        "warning": warning(recipe.task.metric, ended["value"], **start) if ended else None,
         "seconds": sum(entry["seconds"] for entry in manifest.history),
         "init": manifest.made or None,
         "changes": manifest.changes,
