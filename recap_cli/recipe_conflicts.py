@@ -76,7 +76,8 @@ def conflicts_in(recipe: "Recipe") -> Iterator[Conflict]:
 def _input_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
     kind, model, data = recipe.task.kind, recipe.model, recipe.data
     column = {"text-classification": "text", "image-classification": "image"}[kind]
-    if data.builtin is None and getattr(data, column) is None:
+    has_columns = data.builtin is None and (data.train is None or column == "text")  # of images, `train` may be a folder
+    if has_columns and getattr(data, column) is None:
         yield Conflict((f"data.{column}", "task.kind"), f"expected the {column} column, for {kind}; found none")
     if data.builtin == "digits" and kind != "image-classification":
         text = f'expected "image-classification", as data.builtin is digits; found "{kind}"'

@@ -18,3 +18,5 @@ def status(folder: StateArgument = None, as_json: JsonOption = False) -> None:
         console.emit_json(found)
     else:
         print_summary(found, is_result=True)
+        for note in (found["init"] or {}).get("notes", ()):
+            console.result(f"note: {note}")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from recap_cli.errors import DataError, ModelError
 from recap_cli.progress import Track, silent
+from recap_cli.runtime import pixels
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -184,11 +184,11 @@ def image_split(
         pixels_at = held.__getitem__
 
     def fetch(indices: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
-        pixels = pixels_at(indices)
+        values = pixels_at(indices)
         if generator is not None and inputs.augment == "flip":
             flip = torch.rand(len(indices), generator=generator) < 0.5
-            pixels = torch.where(flip.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
-        return {"pixel_values": pixels.to(torch.float32).div_(255).sub_(mean).div_(std)}
+            values = torch.where(flip.view(-1, 1, 1, 1), values.flip(-1), values)
+        return {"pixel_values": values.to(torch.float32).div_(255).sub_(mean).div_(std)}
 
     return Split(origin, _labels(dataset), fetch)
 
@@ -207,35 +207,38 @@ def _decoder(dataset: "Dataset", inputs: ImageInputs, origin: str, workers: int)
     import datasets
 
     encoded = dataset.cast_column("image", datasets.Image(decode=False))
-    feature = datasets.Image()
 
     def decode(image: Mapping[str, Any], row: int) -> Tensor:
         try:
-            return _pixels(feature.decode_example(_read(image)), inputs)
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for files that are not whole images
+            return _pixels(pixels.decode(image), inputs)
+        except pixels.BROKEN as error:
             file = f" {image['path']}" if image.get("path") else ""
             raise DataError(
-                f"the image{file} in row {row} of {origin} cannot be decoded: {error}",
-                hint="replace the image, or take its row out",
+                f"the image{file} in row {row} of {origin} {_wrong_with(error)}: {error}", hint=_hint_for(error)
             ) from error
 
     def pixels_at(indices: Tensor) -> Tensor:
         examples = encoded.select(indices.tolist())[:]
         images, rows = examples["image"], examples["row"]
-        if workers == 0:
-            return torch.stack(list(map(decode, images, rows)))
-        with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes without the interpreter's lock
-            return torch.stack(list(pool.map(decode, images, rows)))
+        with pixels.careful():
+            if workers == 0:
+                return torch.stack(list(map(decode, images, rows)))
+            with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes without the interpreter's lock
+                return torch.stack(list(pool.map(decode, images, rows)))
 
     return pixels_at
 
 
-def _read(image: Mapping[str, Any]) -> dict[str, Any]:
-    """The image with its bytes: given a path alone, `datasets` would leave the file open if it cannot be decoded."""
-    path = image["path"]
-    if image["bytes"] is None and path is not None and Path(path).is_file():
-        return {"path": path, "bytes": Path(path).read_bytes()}
-    return dict(image)
+def _wrong_with(error: Exception) -> str:
+    return "cannot be used" if isinstance(error, pixels.RangeError | pixels.SizeError) else "cannot be decoded"
+
+
+def _hint_for(error: Exception) -> str:
+    if isinstance(error, pixels.RangeError):
+        return "convert the images to 8 bits, to 16 bits without a sign, or to floats from 0 (black) to 1 (white)"
+    if isinstance(error, pixels.SizeError):
+        return "make the image smaller, or cut it into pieces; a model sees a few hundred pixels along an edge"
+    return "replace the image, or take its row out"
 
 
 def _pixels(image: Any, inputs: ImageInputs) -> Tensor:

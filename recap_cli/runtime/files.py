@@ -1,11 +1,10 @@
-"""Local files as Arrow tables: csv, tsv, json, jsonl, parquet, and a folder with one folder of images per class.
+"""Local files as Arrow tables: csv, tsv, json, jsonl and parquet.
 
 `datasets` reads them too, but through a copy in the user's home, and csv through pandas, for which the texts "NA", "null" and
 "None" are missing values. Here nothing is written, and only an empty cell without quotes is missing.
 """
 
 import json
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,8 @@ from recap_cli.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+LARGEST_BLOCK = 2**31 - 1  # bytes of a csv that Arrow reads at once
+SMALLEST_BLOCK = 2**20
 
 
 def read_file(path: Path, *, key: str, text_columns: list[str]) -> "pa.Table":
@@ -36,51 +36,23 @@ def read_file(path: Path, *, key: str, text_columns: list[str]) -> "pa.Table":
             "of images per class",
             hint=f"convert it, and name the new file with --set {key}=FILE",
         )
+    if not path.is_file():
+        raise DataError(
+            f"{path} is no regular file, but a pipe, a device or a socket",
+            hint=f"write what it gives into a file, and name that with --set {key}=FILE",
+        )
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty", hint=f"name another file with --set {key}=FILE")
         table = reader(path, text_columns)
         table.column_names  # noqa: B018 (decodes the names, which may fail)
-    except (OSError, ValueError, pa.ArrowException) as error:  # unreadable, or torn, or not what the suffix says
+    except RecursionError as error:
+        raise _unreadable(path, key, ValueError("its values are nested too deeply")) from error
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # unreadable, or torn, or not what the suffix says
         raise _unreadable(path, key, error) from error
     if table.num_rows == 0:
         raise DataError(f"{path} has no rows", hint=f"name another file with --set {key}=FILE")
     return table
-
-
-def read_folder(path: Path, *, key: str, image_column: str, label_column: str) -> "pa.Table":
-    """One row per image below `path`: the path of the file, and as its label the name of the folder directly below `path`.
-
-    Raises `DataError` if there are no folders with images, or if these folders are themselves splits.
-    """
-    import pyarrow as pa
-
-    found = [
-        (str(file), folder.name)
-        for folder in sorted(path.iterdir())
-        if folder.is_dir() and not folder.name.startswith(".")
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    if not found:
-        raise DataError(
-            f"{path} has no folders with images in them",
-            hint=f"put the images of each class into a folder named for the class, and set {key} to the folder above",
-        )
-    names = {name for _, name in found}
-    if "train" in names and names <= {"train", "val", "valid", "validation", "test"}:
-        raise DataError(
-            f"{path} holds splits ({', '.join(sorted(names))}), not classes",
-            hint=f"--set data.train={shlex.quote(str(path / 'train'))} "
-            f"--set data.validation={shlex.quote(str(path / sorted(names - {'train'} or names)[-1]))}",
-        )
-    files, labels = zip(*found, strict=True)
-    return pa.table({image_column: pa.array(files), label_column: pa.array(labels)})
-
-
-def holds_images(folder: Path) -> bool:
-    """Whether a file anywhere below the folder is named like an image."""
-    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.rglob("*"))
 
 
 def _unreadable(path: Path, key: str, error: Exception) -> DataError:
@@ -108,6 +80,7 @@ def _is_utf8(path: Path) -> bool:
 
 
 def _read_delimited(path: Path, text_columns: list[str], *, delimiter: str, quote: str | bool) -> "pa.Table":
+    import pyarrow as pa
     from pyarrow import csv
 
     parse = csv.ParseOptions(delimiter=delimiter, quote_char=quote, newlines_in_values=quote is not False)
@@ -117,7 +90,17 @@ def _read_delimited(path: Path, text_columns: list[str], *, delimiter: str, quot
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,
     )
-    return csv.read_csv(path, parse_options=parse, convert_options=convert)
+
+    def read(block: int) -> "pa.Table":
+        return csv.read_csv(path, csv.ReadOptions(block_size=block), parse, convert)
+
+    try:
+        return read(SMALLEST_BLOCK)
+    except pa.ArrowInvalid:  # a row that is longer than a block, or a type that the first block does not tell
+        size = path.stat().st_size
+        if size <= SMALLEST_BLOCK:
+            raise
+    return read(min(size + 1, LARGEST_BLOCK))
 
 
 def _read_csv(path: Path, text_columns: list[str]) -> "pa.Table":

@@ -1,6 +1,5 @@
 """Models by their spec: made from the hub, a folder or a configuration; taken apart into tensors and put together again."""
 
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from recap_cli.core.surgery import owner_of, state_sizes
 from recap_cli.errors import ModelError
 from recap_cli.runtime import hf, timm_library
 from recap_cli.runtime.checkpoints import FOLDER_HINT, locate, read_config, read_weights
+from recap_cli.runtime.head_labels import places_of, reorder_output, same_labels
 from recap_cli.runtime.positions import resample
 from recap_cli.runtime.specs import Library, ModelSpec, TaskKind
 
@@ -306,21 +306,12 @@ def _new_head(
             hint="only the head may be new; see that weights and config.json belong together",
         )
     new = sorted(missing | mismatched)
-    if not new and not _same_labels(own, labels):
+    if not new and (places := places_of(labels, own)) and reorder_output(model, adapter, places):
+        return new, [f"the checkpoint's own head is kept, its labels in the order of the data: {_some(labels)}"]
+    if not new and not same_labels(own, labels):
         new = _renew_output(model, adapter, len(labels))
         return new, [f"the checkpoint's head is for other labels ({_some(own or [])}): {_some(new)} is new"]
     return new, [f"new head: {', '.join(new)}" if new else "the checkpoint's own head is kept"]
-
-
-def _same_labels(own: list[str] | None, labels: list[str]) -> bool:
-    """Whether a head of `own` labels may be used for these; names such as LABEL_0 say nothing and fit all."""
-    if own is None or all(re.fullmatch(r"LABEL_\d+", str(name)) for name in own):
-        return True
-    return [_plain(name) for name in own] == [_plain(name) for name in labels]
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\W_]+", " ", str(name)).strip().lower()
 
 
 def _renew_output(model: nn.Module, adapter: Adapter, num_labels: int) -> list[str]:

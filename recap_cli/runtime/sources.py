@@ -4,7 +4,7 @@ Whatever the source and its column names, what comes out has the columns `text` 
 `row`, the number of the row in its source, from 1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from recap_cli.errors import DataError
+from recap_cli.runtime.class_folders import holds_images, read_folder
 from recap_cli.runtime.columns import Found, Roles, class_names, pick, roles_for
-from recap_cli.runtime.files import holds_images, read_file, read_folder
+from recap_cli.runtime.files import read_file
 from recap_cli.runtime.hub import read_hub
-from recap_cli.runtime.labels import label_kind, label_names, label_numbers
+from recap_cli.runtime.labels import Labels, label_numbers, read_labels
 from recap_cli.runtime.order import generator_for
 from recap_cli.runtime.tasks import Kind
 
@@ -30,13 +31,17 @@ DIGITS_SHARE = 0.2  # of the digits are for validation, unless the recipe says a
 
 @dataclass(frozen=True)
 class Raw:
-    """Training and validation examples, not yet tensors; `label` is a number, whose name stands in `label_names`."""
+    """Training and validation examples, not yet tensors; `label` is a number, whose name stands in `label_names`.
+
+    `notes` are what a user should know of how they were read.
+    """
 
     train: "Dataset"
     validation: "Dataset"
     label_names: list[str]
     train_origin: str
     validation_origin: str
+    notes: tuple[str, ...] = ()
 
 
 def read_splits(
@@ -76,7 +81,7 @@ def read_splits(
         first, second = _read_hub(name, subset, splits)
     else:
         raise DataError("the recipe names no data", hint="name a file with --set data.train=FILE, or try the recipe quickstart")
-    names, examples = _labelled(first, second, roles)
+    labels, examples, notes = _labelled(first, second, roles)
     if second is None:
         share = validation_share or 0.0
         kept, held_out = hold_out(torch.tensor(examples[0]["label"]), share, seed=seed, origin=first.origin)
@@ -84,9 +89,10 @@ def read_splits(
     return Raw(
         train=_first(examples[0], train_samples, seed, "training"),
         validation=_first(examples[1], validation_samples, seed, "validation"),
-        label_names=names,
+        label_names=list(labels.names),
         train_origin=first.origin,
         validation_origin=f"{first.origin} (held out)" if second is None else second.origin,
+        notes=(*notes, *labels.notes),
     )
 
 
@@ -124,9 +130,20 @@ def _read_path(path: Path, key: str, roles: Roles) -> Found:
     if path.is_dir():
         if "image" not in roles:
             raise _folder_for_texts(path, key)
-        return Found(read_folder(path, key=key, image_column=roles["image"], label_column=roles["label"]), str(path))
+        table, notes = read_folder(path, key=key)
+        return Found(table, str(path), classes=True, notes=(*_unused(roles), *notes))
     texts = [roles[role] for role in ("text", "text_pair") if role in roles]
     return Found(read_file(path, key=key, text_columns=texts), str(path), folder=path.parent)
+
+
+def _unused(roles: Roles) -> list[str]:
+    """A note of columns that a recipe names, though a folder has none."""
+    named = [f"data.{role} ({name})" for role, name in roles.items() if name != role]
+    return [f"a folder of class folders has no columns: {' and '.join(named)} {_do(named)} not count"] if named else []
+
+
+def _do(things: list[str]) -> str:
+    return "does" if len(things) == 1 else "do"
 
 
 def _folder_for_texts(path: Path, key: str) -> DataError:
@@ -164,27 +181,34 @@ def _read_builtin(name: str, roles: Roles) -> Found:
     return Found(table, "scikit-learn's digits")
 
 
-def _labelled(first: Found, second: Found | None, roles: Roles) -> "tuple[list[str], list[Dataset]]":
-    """The names of the labels, and each source with its labels as numbers and its columns named for their roles."""
-    picked = [(found, pick(found, roles)) for found in (first, second) if found is not None]
-    place = f"column {roles['label']!r} of {first.origin}"
-    training_labels = picked[0][1]["label"]
-    names = label_names(training_labels, class_names(first, roles["label"]), place)
-    kind = label_kind(training_labels, place)
-    examples = []
-    for found, columns in picked:
-        numbers = label_numbers(columns["label"], names, kind, f"column {roles['label']!r} of {found.origin}")
-        examples.append(_dataset({**columns, "label": numbers}, names))
-    return names, examples
+def _labelled(first: Found, second: Found | None, roles: Roles) -> "tuple[Labels, list[Dataset], list[str]]":
+    """The labels, each source with its labels as numbers and its columns named for their roles, and what to tell of them."""
+    labels = _labels_of(first, roles)
+    examples, notes = [], []
+    for found in (first, second):
+        if found is None:
+            continue
+        columns, column = pick(found, roles), found.column("label", roles)
+        names, told = class_names(found, column)
+        numbers = label_numbers(columns["label"], labels, names, found.place(column))
+        examples.append(_dataset({**columns, "label": numbers}, labels.names))
+        notes += [*found.notes, *told]
+    return labels, examples, list(dict.fromkeys(notes))
 
 
-def _dataset(columns: "Mapping[str, pa.ChunkedArray]", names: list[str]) -> "Dataset":
+def _labels_of(found: Found, roles: Roles) -> Labels:
+    column = found.column("label", roles)
+    names, _ = class_names(found, column)
+    return read_labels(pick(found, roles)["label"], names, found.place(column), words=not found.classes)
+
+
+def _dataset(columns: "Mapping[str, pa.ChunkedArray]", names: Sequence[str]) -> "Dataset":
     import datasets
     import pyarrow as pa
 
     kinds = {"text": datasets.Value("string"), "text_pair": datasets.Value("string"), "image": datasets.Image()}
     features = datasets.Features(
-        {role: kinds.get(role, datasets.ClassLabel(names=names)) for role in columns} | {"row": datasets.Value("int64")}
+        {role: kinds.get(role, datasets.ClassLabel(names=list(names))) for role in columns} | {"row": datasets.Value("int64")}
     )
     rows = pa.array(range(1, len(columns["label"]) + 1), pa.int64())
     return datasets.Dataset(pa.table([*columns.values(), rows], schema=features.arrow_schema))

@@ -24,6 +24,7 @@ from recap_cli.progress import Track
 from recap_cli.recipe import Recipe
 from recap_cli.runtime import models, sources, tasks
 from recap_cli.runtime.data import ImageInputs, Split, TextInputs, make_split
+from recap_cli.runtime.labels import check_names
 from recap_cli.runtime.models import ModelSpec
 from recap_cli.runtime.order import batches, sample
 from recap_cli.runtime.tasks import Task
@@ -210,7 +211,7 @@ _SPLITS: dict[str, tuple[Split, Split]] = {}  # of the last recipe: the stages o
 def _split_key(recipe: Recipe, spec: ModelSpec) -> str:
     """What examples as tensors hang on: the data, and what the model takes and how it is preprocessed."""
     sections = [section.model_dump(mode="json") for section in (recipe.data, recipe.model, recipe.task)]
-    return json.dumps([*sections, recipe.seed, spec.image, models.positions(spec)], sort_keys=True)
+    return json.dumps([*sections, recipe.seed, spec.image, spec.label_names, models.positions(spec)], sort_keys=True)
 
 
 def are_read(recipe: Recipe, spec: ModelSpec) -> bool:
@@ -223,10 +224,13 @@ def splits_of(
 ) -> tuple[Split, Split]:
     """The training and the validation examples of a recipe, as tensors for a model; kept for the next call with the same
     data.
+
+    Raises `DataError` if their labels are not those of the model, in its order.
     """
     key = _split_key(recipe, spec)
     if key not in _SPLITS:
         raw = raw or read_raw(recipe)
+        check_names(raw.label_names, spec.label_names, raw.train_origin)
         inputs = inputs_of(recipe, spec, processor)
         made = (
             make_split(raw.train, inputs, origin=raw.train_origin, workers=recipe.data.workers, track=track),

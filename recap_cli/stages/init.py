@@ -78,7 +78,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
             "method": recipe.method,
             "turns": [turn.to_json() for turn in turns],
             "adapter": spec.model_type,
-            "notes": [*draft.facts.get("notes", ()), *created.notes],
+            "notes": [*draft.facts.get("notes", ()), *raw.notes, *created.notes],
             "layouts": report.found,
             "not_pruned": report.coverage,
             "parameters": sum(param.numel() for param in model.parameters()),

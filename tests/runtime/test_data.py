@@ -1,5 +1,7 @@
 """Texts and images as tensors, by index and in batches."""
 
+import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -201,3 +203,137 @@ def test_progress_hears_of_every_chunk(tokenizer: Any) -> None:
 
     make_split(texts(*["a"] * 300), TextInputs(tokenizer, 8), origin="here", track=track)
     assert heard == [("tokenize here", 2, 2)]
+
+
+def pgm(values: Any) -> bytes:
+    """A 16-bit portable graymap; Pillow reads it as whole numbers of 32 bits."""
+    return f"P5 {values.shape[1]} {values.shape[0]} 65535\n".encode() + values.astype(">u2").tobytes()
+
+
+def deep_png(values: Any) -> bytes:
+    """A PNG of 16 bits per value, which Pillow reads in colour too, and does not write; (height, width, 1 to 4 channels)."""
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return png_of(header, zlib.compress(rows))
+
+
+def png_of(header: bytes, pixels: bytes) -> bytes:
+    chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )
+
+
+def twelve_bits(values: Any) -> bytes:
+    """A TIFF of 12 bits per value, as microscopes write it: two values in three bytes."""
+    pairs = values.astype(np.uint32).reshape(-1, 2)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1)
+    return tiff_of(values.shape, packed.astype(np.uint8).tobytes(), bits=12)
+
+
+def tiff_of(shape: tuple[int, int], content: bytes, *, bits: int) -> bytes:
+    tags = [(256, 4, shape[1]), (257, 4, shape[0]), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 122)]
+    tags += [(277, 3, 1), (278, 4, shape[0]), (279, 4, len(content))]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + struct.pack("<I", 0) + content
+
+
+def grey(values: Any, kind: str) -> bytes:
+    return encoded(Image.fromarray(values), kind)
+
+
+RAMP = np.arange(65536, dtype=np.uint16).reshape(256, 256)  # every value of 16 bits, 256 of them in a row
+
+
+def stored_array(values: Any) -> bytes:
+    """What `datasets` puts into a file for an array in a column of images."""
+    import datasets
+
+    return bytes(datasets.Image().encode_example(values)["bytes"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(lambda: grey(RAMP, "png"), id="16-bit PNG"),
+        pytest.param(lambda: grey(RAMP, "tiff"), id="16-bit TIFF"),
+        pytest.param(lambda: grey(RAMP.astype(">u2"), "tiff"), id="16-bit TIFF, high byte first"),
+        pytest.param(lambda: grey(RAMP, "jpeg2000"), id="16-bit JPEG 2000"),
+        pytest.param(lambda: pgm(RAMP), id="16-bit PGM"),
+        pytest.param(lambda: twelve_bits(RAMP >> 4), id="12-bit TIFF"),
+        pytest.param(lambda: grey(RAMP / np.float32(65535), "tiff"), id="floats from 0 to 1"),
+        pytest.param(lambda: deep_png(RAMP[..., None]), id="16-bit grey"),
+        pytest.param(lambda: deep_png(RAMP[..., None].repeat(3, -1)), id="16-bit RGB"),
+        pytest.param(lambda: deep_png(RAMP[..., None].repeat(4, -1)), id="16-bit RGBA"),
+        pytest.param(lambda: stored_array(RAMP), id="array of 16 bits"),
+        pytest.param(lambda: stored_array(RAMP / 65535), id="array of floats"),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_ramp_of_more_than_8_bits_keeps_its_shades(tmp_path: Path, content: Any, channels: int) -> None:
+    inputs = ImageInputs((256, 256), channels, (0.0,) * channels, (1.0,) * channels, "nearest")
+    split = make_split(images(tmp_path, [content(), content()]), inputs, origin="x")
+    got = split.batch(torch.tensor([0]))["pixel_values"][0, 0].mul(255).round()
+    assert got.unique().numel() == 256
+    assert (got - torch.arange(256).view(-1, 1)).abs().max() <= 1  # each row is one shade, from black to white
+    assert got.diff(dim=0).min() >= 0
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (np.array([[0, 70000]], np.int32), "whole numbers that are signed or of 32 bits"),
+        (np.array([[-1000, 3000]], np.int16), "whole numbers that are signed or of 32 bits"),
+        (np.array([[0, 255]], np.float32), "floats from 0 to 255"),
+        (np.array([[-1, 1]], np.float32), "floats from -1 to 1"),
+        (np.array([[0, np.nan]], np.float32), "floats from nan to nan"),
+    ],
+)
+def test_an_image_of_an_unknown_range_is_refused(tmp_path: Path, values: Any, told: str) -> None:
+    dataset = images(tmp_path, [encoded(noise(0)), grey(values, "tiff")])
+    with pytest.raises(DataError, match=rf"the image in row 2 of x cannot be used: its pixels are {told}.*not known") as caught:
+        make_split(dataset, GREY, origin="x")
+    assert (
+        caught.value.hint == "convert the images to 8 bits, to 16 bits without a sign, or to floats from 0 (black) to 1 (white)"
+    )
+
+
+@pytest.mark.parametrize("side", [12_000, 20_000])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_of_very_many_pixels_is_refused_before_it_is_unpacked(tmp_path: Path, side: int, workers: int) -> None:
+    packer = zlib.compressobj()
+    rows = b"".join(packer.compress(bytes(1 + side // 8)) for _ in range(side)) + packer.flush()
+    bomb = png_of(struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0), rows)
+    assert len(bomb) < 10**5
+    dataset = images(tmp_path, [encoded(noise(0)), bomb])
+    with pytest.raises(DataError, match="row 2 of x cannot be used: it has more than 89,478,485 pixels") as caught:
+        make_split(dataset, GREY, origin="x", workers=workers)
+    assert "make the image smaller" in str(caught.value.hint)
+
+
+def test_a_picture_stands_as_its_camera_was_held(tmp_path: Path) -> None:
+    lying = Image.fromarray(np.array([[10, 20], [30, 40]], np.uint8))
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Orientation] = 6
+    file = BytesIO()
+    lying.save(file, "png", exif=exif)
+    inputs = ImageInputs((2, 2), 1, (0.0,), (1.0,), "nearest")
+    batch = make_split(images(tmp_path, [file.getvalue()] * 2), inputs, origin="x").batch(torch.tensor([0]))
+    assert batch["pixel_values"][0, 0].mul(255).round().tolist() == [[30, 10], [40, 20]]
+
+
+def test_a_palette_with_a_transparency_is_read_without_a_warning(tmp_path: Path) -> None:
+    file = BytesIO()
+    noise(0).convert("P").save(file, "png", transparency=bytes(range(256)))
+    assert len(make_split(images(tmp_path, [file.getvalue()] * 2), GREY, origin="x")) == 2
+
+
+def test_an_image_is_never_fetched_from_the_net(tmp_path: Path) -> None:
+    rows = [{"bytes": encoded(noise(0)), "path": None}, {"bytes": None, "path": "http://127.0.0.1:9/a.png"}]
+    dataset = Dataset.from_dict({"image": rows, "label": [0, 1], "row": [1, 2]})
+    with pytest.raises(
+        DataError, match=r"the image http://127.0.0.1:9/a.png in row 2 of x cannot be decoded: there is no such"
+    ):
+        make_split(dataset, GREY, origin="x")

@@ -124,7 +124,20 @@ def test_a_checkpoint_with_the_same_labels_keeps_its_head(saved):
     assert "_name_or_path" not in created.spec.config
 
 
-@pytest.mark.parametrize("labels", [["a", "b"], ["dog", "cat", "newt"], ["a", "b", "c", "d"]])
+@pytest.mark.parametrize("name", ["vit", "bert", "timm-vit", "timm-vit-distilled"])
+def test_a_head_for_the_same_labels_in_another_order_is_kept(saved, name):
+    library, kind = ("timm" if name.startswith("timm") else "transformers"), (TEXT if name == "bert" else VISION)
+    labels = ["Dog", "Newt", "cat"]
+    created = create(library=library, name=str(saved(name)), config=None, **{**kind, "label_names": labels})
+    model, spec = pico(name)
+    assert created.new == ()
+    assert created.notes == ("the checkpoint's own head is kept, its labels in the order of the data: Dog, Newt, cat",)
+    assert created.spec.label_names == labels
+    expected = logits(model, spec)[:, [LABELS.index(label.lower()) for label in labels]]
+    assert torch.equal(logits(created.model, created.spec), expected)
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], ["dog", "cat", "bird"], ["a", "b", "c", "d"]])
 @pytest.mark.parametrize("name", ["vit", "timm-vit", "timm-vit-distilled"])
 def test_other_labels_get_a_new_head_and_only_that(saved, name, labels):
     library = "timm" if name.startswith("timm") else "transformers"

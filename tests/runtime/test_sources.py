@@ -179,7 +179,7 @@ def test_a_folder_is_no_text(tmp_path: Path) -> None:
 def test_a_column_that_is_not_text(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"sentence": 1, "label": 0}, {"sentence": 2, "label": 1}])
     message, _ = fails(file)
-    assert message.startswith(f"column 'sentence' of {file} holds values of type int64, not text; its columns are: sentence")
+    assert message == f"{file} has values of type int64 in column 'sentence', not text; its columns are: sentence, label"
 
 
 @pytest.mark.parametrize("column", ["sentence", "label"])
@@ -206,14 +206,16 @@ def test_an_empty_cell_of_a_csv_is_missing_and_a_quoted_one_is_not(tmp_path: Pat
 @pytest.mark.parametrize(
     ("labels", "told"),
     [
-        ([-1, -1, -1], "holds -1; labels that are whole numbers must be 0, 1, …"),
-        ([0, 1, 3], "holds 0, 1, 3; labels that are whole numbers must be 0, 1, …"),
-        ([1, 2, 3], "holds 1, 2, 3; labels"),
+        ([-1, -1, -1], "holds -1; labels that are whole numbers are 0 or more"),
+        ([-1, 0, 1], "holds -1, 0, 1; labels that are whole numbers are 0 or more"),
+        (["a", " ", "b"], "holds a label that is empty (1 such rows)"),
+        (["xx", " XX", "xx "], "holds only one label, 'xx'"),
         (["x", "x", "x"], "holds only one label, 'x'"),
         ([0, 0, 0], "holds only one label, 0"),
-        ([1.0, 1.0], "holds only one label, 1.0"),
+        ([1.0, 1.0], "holds only one label, 1"),
         ([True, True], "holds only one label, True"),
         ([0.5, 1.0, 2.5], "holds values of type double; labels are"),
+        ([0.0, 1.0, 1e17], "holds values of type double; labels are"),
         ([0.0, 1.0, float("inf")], "holds values of type double; labels are"),
         ([0.0, 1.0, float("nan")], "holds values of type double; labels are"),
     ],
@@ -234,8 +236,8 @@ def test_a_validation_label_that_training_does_not_have(tmp_path: Path, labels: 
 
 def test_labels_of_another_kind(tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", [{"sentence": "a", "label": label} for label in "01"])
-    validation = write_jsonl(tmp_path / "dev.jsonl", [{"sentence": "a", "label": 0}])
-    assert "holds numbers, but the labels of the training data are names" in fails(train, validation)[0]
+    validation = write_jsonl(tmp_path / "dev.jsonl", [{"sentence": "a", "label": label} for label in (False, True)])
+    assert "holds False in row 1, but the labels are 0, 1" in fails(train, validation)[0]
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -324,12 +326,51 @@ def test_folders_that_are_no_classes(tmp_path: Path) -> None:
     (tmp_path / "flat" / "a.png").write_bytes(png(1))
     with pytest.raises(DataError, match="has no folders with images in them"):
         read_splits("image-classification", seed=0, train=tmp_path / "flat", validation_share=0.5)
-    both = tmp_path / "both"
-    write_folder(both / "train", {"a": 1})
-    write_folder(both / "val", {"a": 1})
-    with pytest.raises(DataError, match=r"holds splits \(train, val\), not classes") as caught:
-        read_splits("image-classification", seed=0, train=both, validation_share=0.5)
-    assert caught.value.hint == f"--set data.train={both / 'train'} --set data.validation={both / 'val'}"
+
+
+def test_a_row_of_a_csv_may_be_long(tmp_path: Path) -> None:
+    texts = ["short", "x" * 3_000_000, "line\nbreak " * 200_000, "short again"]
+    file = write_csv(tmp_path / "a.csv", texts, [0, 1, 0, 1])
+    assert read_texts(file, file).train["text"][:] == texts
+
+
+def test_a_label_that_comes_late_in_a_csv_may_be_of_another_type(tmp_path: Path) -> None:
+    count = 100_000
+    file = write_csv(tmp_path / "a.csv", ["some twelve words"] * count, [*([1] * (count - 2)), "unsure", "unsure"])
+    assert file.stat().st_size > 2**20
+    assert read_texts(file, file).label_names == ["1", "unsure"]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, '[{"sentence": ' + "[" * 100_000])
+def test_values_in_values_without_end_are_refused(tmp_path: Path, suffix: str, content: str) -> None:
+    file = tmp_path / f"a.{suffix}"
+    file.write_text(content)
+    message, hint = fails(file)
+    assert message.startswith(f"{file} cannot be read as {suffix}: ")
+    assert "nested too deeply" in message
+    assert hint.startswith("repair the file")
+
+
+@pytest.mark.parametrize("number", ["9" * 30, "-" + "9" * 30, "9" * 5000, "1e999"])
+def test_a_number_that_no_column_holds(tmp_path: Path, number: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(f'{{"sentence": "a", "label": {number}}}\n{{"sentence": "b", "label": 1}}\n')
+    assert str(file) in fails(file)[0]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a.{suffix}"
+    os.mkfifo(file)
+    message, hint = fails(file)
+    assert message == f"{file} is no regular file, but a pipe, a device or a socket"
+    assert "--set data.train=FILE" in hint
+
+
+def test_a_folder_named_like_a_file_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").mkdir()
+    assert fails(tmp_path / "a.csv")[0] == f"{tmp_path / 'a.csv'} is a folder, but texts are read from a file"
 
 
 @pytest.mark.parametrize("as_struct", [True, False])
