@@ -21,6 +21,7 @@ from recap_cli.runtime.evaluation import Examples
 from recap_cli.runtime.evaluation import evaluate as score
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
+from recap_cli.stages.cores import on_fitting_threads
 from recap_cli.stages.trainable import moving
 from recap_cli.state import State
 
@@ -35,6 +36,7 @@ class Scored:
     files: Sequence[str] | None = None
 
 
+@on_fitting_threads
 def evaluate(
     state: State,
     *,

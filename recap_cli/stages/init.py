@@ -1,6 +1,7 @@
 """`init`: a pretrained model, a task head that has seen the task, and a state to begin from (paper, Step 1)."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from math import ceil
@@ -20,7 +21,7 @@ from recap_cli.core.partial import Slot
 from recap_cli.errors import ModelError
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
-from recap_cli.runtime import conformance, devices, models, tasks
+from recap_cli.runtime import conformance, devices, models, tasks, threads
 from recap_cli.runtime.data import Split
 from recap_cli.runtime.evaluation import chance, evaluate
 from recap_cli.runtime.models import ModelSpec
@@ -35,6 +36,7 @@ from recap_cli.state import Draft, State
 
 LIBRARIES = ("torch", "transformers", "timm", "safetensors")
 FULL = "full-000"
+PROBED = 8  # examples whose forward shows how large the products are
 
 
 def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
@@ -48,7 +50,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
     """
     recipe, changes = budget.solved(recipe, track)
     turns = turns_for(recipe)  # after that: what a moving entry holds may have changed
-    with State.create(path, recipes.dump(recipe), recipes.digest(recipe)) as draft:
+    with State.create(path, recipes.dump(recipe), recipes.digest(recipe)) as draft, ExitStack() as stack:
         if recipe.finetune.memory_budget is not None:
             amount = recipe.finetune.memory_budget
             draft.facts["budget"] = {"memory_budget": amount, "changes": [asdict(change) for change in changes]}
@@ -66,10 +68,13 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         adapter = models.adapter_of(spec)
         _check_weights(model, recipe.model.name)
         _check_tokens(turns, model)
-        report = conformance.check(model, adapter, spec)
+        with threads.limited(threads.fitting_alone(model)):
+            report = conformance.check(model, adapter, spec)
         layout = Layout.of(adapter, model)
         split, validation = shared.splits_of(recipe, spec, created.processor, track, raw)
         check_steps(turns, recipe.rounds * steps_in_round(recipe, len(split)), recipe)
+        count = _threads(recipe, model, spec, split)
+        stack.enter_context(threads.limited(count))
         new = recipe.model.name is None or bool(created.new)
         warm = _warm_up(recipe, model, spec, layout, split, validation, new=new, track=track)
         _save(draft, model, spec, created.processor, layout)
@@ -86,11 +91,19 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
             "train_examples": len(split),
             "labels": spec.num_labels,
             "head_new": new,
+            "threads": count,
             "metric": recipe.task.metric,
             "chance": chance(validation.labels, spec.num_labels),
             **warm,
         }
     return State.open(path)
+
+
+def _threads(recipe: Recipe, model: nn.Module, spec: ModelSpec, split: Split) -> int | None:
+    """How many threads the stages compute with on the CPU; all there are where that is None."""
+    size = recipe.finetune.micro_batch_size or recipe.finetune.batch_size
+    batch = split.batch(torch.arange(min(PROBED, len(split))))
+    return threads.fitting(model.eval(), shared.forward_of(spec, model), batch, size)
 
 
 def _warm_up(

@@ -11,10 +11,12 @@ from recap_cli.progress import Track, silent
 from recap_cli.runtime.tasks import goodness
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
+from recap_cli.stages.cores import on_fitting_threads
 from recap_cli.stages.trainable import moving, rule_of
 from recap_cli.state import Draft, State
 
 
+@on_fitting_threads
 def merge(state: State, *, track: Track = silent) -> dict[str, Any]:
     """End the round: a new full model and its moments, eq. (5) and (6), and the best small model; return what is best.
 
