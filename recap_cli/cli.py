@@ -38,9 +38,7 @@ from recap_cli.errors import DeviceMemoryError, PluginError, RecapError, Storage
 INTERRUPTED = 130
 TRACEBACK = "RECAP_TRACEBACK"
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-SPINS = (
-    "1000"  # some tenths of a millisecond at most; the library's own 300,000 are a whole slice of time beside other programs
-)
+SPINS = "1000"  # tenths of a millisecond; the library's own 300,000 are a whole slice of time beside other programs
 REFUSED = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 from recap_cli import storage
 from recap_cli.errors import StorageError, UsageError
-from recap_cli.manifest import quoted
 
 Columns = Mapping[str, Sequence[Any]]
 
@@ -24,10 +24,12 @@ def check(path: Path, *, force: bool) -> None:
     if path.suffix.lower() not in WRITERS:
         raise UsageError(
             f"--predictions {path}: its kind is not known; it is told by the suffix, one of {', '.join(WRITERS)}",
-            hint=f"--predictions {quoted(path.with_suffix('.csv'))}",
+            hint=f"--predictions {shlex.quote(str(path.with_suffix('.csv')))}",
         )
     if path.is_dir():
-        raise UsageError(f"--predictions {path}: is a folder", hint=f"--predictions {quoted(path / 'predictions.csv')}")
+        raise UsageError(
+            f"--predictions {path}: is a folder", hint=f"--predictions {shlex.quote(str(path / 'predictions.csv'))}"
+        )
     if os.path.lexists(path) and not force:
         raise UsageError(f"--predictions {path}: is there already", hint="name another file, or write over it with --force")
     if not path.parent.is_dir():
