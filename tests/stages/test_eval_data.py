@@ -260,3 +260,9 @@ def test_the_command_shows_a_table_and_json(
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["model"], row["data"], row["examples"]) == ("best", str(other), VALIDATION)
     assert main([*given, "--force"]) == UsageError.exit_code
+
+
+def test_numbers_are_no_places_among_names_that_the_training_data_have_written_out(texts: State, tmp_path: Path) -> None:
+    rows = [{**row, "label": LABELS.index(row["label"])} for row in validation_rows()]
+    with pytest.raises(DataError, match=rf"in row 1, but the labels are {LABELS[0]}"):
+        evaluate(texts, which=["best"], data=write_rows(tmp_path / "other.jsonl", rows))
