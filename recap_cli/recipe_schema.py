@@ -133,10 +133,10 @@ class Task(BaseModel):
     model_config = _FROZEN
 
     kind: Literal["text-classification", "image-classification"] = Field(description="What is classified.")
-    metric: Literal["accuracy", "f1", "matthews"] = Field(
+    metric: Literal["accuracy", "f1", "matthews", "loss"] = Field(
         default="accuracy",
         description="The validation metric that picks the best round. f1 is that of label 1 if there are two labels, as GLUE "
-        "has it, and the mean over the labels (macro F1) if there are more; matthews is GLUE's.",
+        "has it, and the mean over the labels (macro F1) if there are more; matthews is GLUE's. Of loss, less is better.",
     )
 
 

@@ -514,7 +514,7 @@ def test_status_keeps_the_notes_of_init(fake: Fake, folder: Path, capsys: pytest
 def test_eval_scores_what_was_asked_for(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen = []
 
-    def evaluate(state: State, *, which: list[str], track: Any) -> list[dict[str, Any]]:
+    def evaluate(state: State, *, which: list[str], **_: Any) -> list[dict[str, Any]]:
         seen.append(which)
         return [{"name": name, "accuracy": 0.5, "parameters": 2_000_000, "seconds": 1.0} for name in which]
 

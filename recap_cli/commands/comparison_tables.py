@@ -9,6 +9,7 @@ from recap_cli import console
 
 Record = Mapping[str, Any]
 RATIOS = {"prune_ratio": "r_p", "mask_ratio": "r_f"}
+STARTS = {"the warmed-up head": "warm_up", "chance": "chance"}
 HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
 
@@ -44,10 +45,22 @@ def print_results(results: Mapping[str, Any], path: Path) -> None:
     if left := [record for record in results["cells"] if record["status"] != "done"]:
         cells = [[record["state"].rpartition("/")[2], record["status"], record["error"] or ""] for record in left]
         console.table(["cell", "status", "why"], cells, title="Not done", is_result=True)
+    if begun := _begun(rows, results["metric"]):
+        console.result(begun)
+    for row in rows:
+        if row["warning"]:
+            console.result(f"warning: {' '.join(_place(row, _ratios(rows)))}, {row['warning']}")
     for note in results["notes"]:
         console.say(f"note: {note}")
     files = ["results.json", "results.csv", *results.get("pictures", ())]
     console.say(f"wrote {', '.join(files)} in {path}; `recap report {shlex.quote(str(path))}` makes a page of it")
+
+
+def _begun(rows: Sequence[Record], metric: str) -> str | None:
+    """Return what the runs began with: the metric of the warmed-up heads, and of chance, each a mean."""
+    known = {name: [row[key] for row in rows if row[key] is not None] for name, key in STARTS.items()}
+    told = [f"{name} {console.value_text('metric', sum(found) / len(found))}" for name, found in known.items() if found]
+    return f"before round 1: {metric} of {', of '.join(told)}" if told else None
 
 
 def _plan_text(record: Record) -> str:

@@ -48,7 +48,7 @@ def _print(found: dict[str, Any]) -> None:
     for device in found["devices"]:
         free = f", {console.megabytes(device['free_bytes'])} free" if "free_bytes" in device else ""
         rows.append([device["device"], f"{device['name']}{free}{_holders(device)}"])
-    rows += [[name, found[name]] for name in ("driver", "nvml") if found.get(name)]
+    rows += [[name, found[name]] for name in ("driver", "nvml", "threads", "waiting", "load") if found.get(name)]
     memory = found["memory"]
     free, total = console.megabytes(memory["available_bytes"]), console.megabytes(memory["total_bytes"])
     rows.append(["memory", f"{free} free of {total}"])
@@ -91,7 +91,7 @@ def _devices() -> tuple[list[dict[str, Any]], dict[str, str | None], list[str]]:
         devices.append({**facts, **stage.holders(index)})
     if torch.backends.mps.is_available():
         devices.append({"device": "mps", "name": "Apple GPU"})
-    return devices, stage.driver(), []
+    return devices, {**stage.driver(), **stage.computing()}, []
 
 
 def _memory() -> dict[str, int]:

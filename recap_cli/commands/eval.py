@@ -1,5 +1,6 @@
 """`recap eval`: score the full, the small and the best model of a state."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,22 +18,62 @@ WhichOption = Annotated[
     str | None,
     typer.Option("--which", metavar="NAMES", help="Of full, small, best, with commas between.", show_default="all there are"),
 ]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="FILE", help="Other data: a file or a folder.", show_default="the recipe's validation data"),
+]
+SplitOption = Annotated[
+    str | None,
+    typer.Option("--split", metavar="NAME", help="The split of the folder --data, or of the recipe's data set on the hub."),
+]
+PredictionsOption = Annotated[
+    Path | None,
+    typer.Option("--predictions", metavar="FILE", help="Write a row per model and example: a csv, jsonl or parquet file."),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Write over a file of predictions that is there.")]
 
 
-def evaluate(folder: StateArgument = None, which: WhichOption = None, as_json: JsonOption = False) -> None:
-    """Score the models of a state on the recipe's validation data.
+def evaluate(
+    folder: StateArgument = None,
+    which: WhichOption = None,
+    data: DataOption = None,
+    split: SplitOption = None,
+    predictions: PredictionsOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score the models of a state on the recipe's validation data, or on other data.
 
-    Example: [bold]recap eval runs/cola --which full,best[/bold]
+    Other data are read as the recipe's own: the same columns, preprocessing and labels. Without labels, --predictions still
+    says what the models predict.
+
+    Example: [bold]recap eval runs/cola --which full,best --data test.csv --predictions out.csv[/bold]
     """
     wanted = None if which is None else _models(which)
+    if force and predictions is None:
+        raise UsageError("--force: there is no --predictions to write", hint="add --predictions FILE, or leave --force out")
     state = open_state(folder)
     from recap_cli.stages import eval as stage
 
-    rows = stage.evaluate(state, which=wanted or _present(state), track=console.track)
+    rows = stage.evaluate(
+        state,
+        which=wanted or _present(state),
+        data=data,
+        split=split,
+        predictions=predictions,
+        force=force,
+        say=console.say,
+        track=console.track,
+    )
     if as_json:
         console.emit_json(rows)
-    else:
-        console.records(rows, is_result=True)
+        return
+    shown = [{key: value for key, value in row.items() if key not in ("data", "examples")} for row in rows]
+    if rows and "data" in rows[0]:
+        console.result(f"{rows[0]['data']}, {rows[0]['examples']:,} examples")
+    console.records(shown, is_result=True)
+    if predictions is not None:
+        console.say(f"wrote {predictions}")
 
 
 def _models(which: str) -> list[str]:

@@ -27,6 +27,10 @@ def say_stage(facts: Mapping[str, Any]) -> None:
     told = ", ".join(f"{console.heading(key)} {console.value_text(key, value)}" for key, value in plain.items())
     took = console.duration(facts["seconds"])
     console.say(f"round {facts['round']} {facts['stage']}, {took}{f': {told}' if told else ''}")
+    if warmed := facts.get("warmed_up"):
+        metric = facts["metric"]
+        told = console.value_text("metric", warmed[metric])
+        console.say(f"  warm-up: {metric} {told} (chance {console.value_text('metric', facts['chance'][metric])})")
     for note in facts.get("notes", ()):
         console.say(f"  note: {note}")
     if skipped := facts.get("not_pruned"):
@@ -42,7 +46,7 @@ def print_summary(summary: Mapping[str, Any], *, is_result: bool) -> None:
     """Print the tables of a summary and the lines below, on stdout where they are what was asked for, else on stderr."""
     rounds = summary["rounds"]
     if rounds:
-        console.table(*_training(rounds), title="Rounds (* the best); sizes in parameters", is_result=is_result)
+        console.table(*_training(summary), title="Rounds (* the best); sizes in parameters", is_result=is_result)
         console.table(*_sizes(rounds), title="What is left, layer by layer", is_result=is_result)
         console.table(*_times(rounds), title="Time", is_result=is_result)
         if any(row.get(HELD[0]) is not None for row in rounds):
@@ -52,10 +56,14 @@ def print_summary(summary: Mapping[str, Any], *, is_result: bool) -> None:
         line(text)
 
 
-def _training(rounds: Sequence[Row]) -> Table:
+def _training(summary: Mapping[str, Any]) -> Table:
+    rounds = summary["rounds"]
     metric = next((row["metric"] for row in rounds if "metric" in row), "metric")
     columns = ["round", metric, "full model", "small model", "kept", "may move", "of small"]
-    return columns, [_training_row(row) for row in rounds]
+    first = summary.get("warm_up")
+    warm_up = ["0 warm-up", console.value_text("metric", first), console.value_text("parameters", rounds[0]["full_parameters"])]
+    before = [] if first is None else [[*warm_up, *[""] * (len(columns) - len(warm_up))]]
+    return columns, before + [_training_row(row) for row in rounds]
 
 
 def _training_row(row: Row) -> list[str]:
@@ -114,6 +122,8 @@ def _closing(summary: Mapping[str, Any]) -> Iterator[str]:
     )
     for change in summary.get("changes", ()):
         yield f"changed {change['changed']}, after {change['stage']} of round {change['round']}: {_change_text(change)}"
+    if text := summary.get("warning"):
+        yield f"warning: {text}"
     if summary["product"]:
         yield f"product: {summary['product']} (recap export {state} OUT makes it loadable)"
     if summary["next"]:

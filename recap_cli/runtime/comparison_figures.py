@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from recap_cli.runtime.figures import DASHES, KIND_LOOKS, latin, picture
 from recap_cli.runtime.looks import Look, looks_of
 from recap_cli.runtime.pareto import front
+from recap_cli.runtime.tasks import LESS_IS_BETTER, is_better
 from recap_cli.runtime.tracker import Kind
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def over_memory(rows: Sequence[Row], path: Path, looks: Looks, *, metric: str, t
     several = _several(rows)
     with picture(path, 4.2) as figure:
         axes = figure.add_subplot()
-        at = front(points)
+        at = front(points, metric)
         xs, ys = [points[i][0] for i in at], [points[i][1] for i in at]
         axes.step(xs, ys, where="post", color="#808080", linestyle=(0, (4, 3)), linewidth=1.2, label="Pareto front", zorder=1)
         seen: set[str] = set()
@@ -110,7 +111,7 @@ def over_memory(rows: Sequence[Row], path: Path, looks: Looks, *, metric: str, t
 
 def parts(rows: Sequence[Row], path: Path, *, metric: str, title: str) -> None:
     """Draw memory by component and time by stage, a bar a method (Figure 9), each at the ratios of its best metric."""
-    best = best_rows(rows)
+    best = best_rows(rows, metric)
     labels = [_bar_label(row) for row in best]
     with picture(path, 2.6 + 0.42 * len(best)) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
@@ -170,11 +171,11 @@ def memory_of(rows: Sequence[Row]) -> tuple[list[float], str]:
     return [(_held(row) or 0) / 1e6 for row in rows], "weights, gradients and optimizer state, held"
 
 
-def best_rows(rows: Iterable[Row]) -> list[Row]:
+def best_rows(rows: Iterable[Row], metric: str) -> list[Row]:
     """For each method the row of its best mean."""
     found: dict[str, Row] = {}
     for row in rows:
-        if row["method"] not in found or row["value"] > found[row["method"]]["value"]:
+        if row["method"] not in found or is_better(metric, row["value"], found[row["method"]]["value"]):
             found[row["method"]] = row
     return list(found.values())
 
@@ -296,7 +297,7 @@ def _thousands(axes: "Axes", label: str) -> None:
 
 
 def _finish(axes: "Axes", metric: str, title: str) -> None:
-    axes.set_ylabel(metric)
+    axes.set_ylabel(f"{metric} (less is better)" if metric in LESS_IS_BETTER else metric)
     axes.yaxis.grid(True, color="#D9D9D9", linewidth=0.6)
     axes.set_title(title, loc="left", fontsize=10.5)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, fontsize=9, handlelength=3.0)

@@ -1,6 +1,7 @@
 """How good a model is on a split: its loss and all metrics at once, computed by torchmetrics."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,8 +21,11 @@ def evaluate(
     device: torch.device | str = "cpu",
     track: Track = silent,
     label: str = "evaluate",
+    each: "Examples | None" = None,
 ) -> dict[str, float]:
     """The mean loss over the examples of `split`, and the metrics that `score` gives, under the keys of `task.metric`.
+
+    `each` takes note of every example.
 
     `forward` maps a batch on `device` to logits, (batch, labels), and has the model in evaluation mode.
 
@@ -35,13 +39,45 @@ def evaluate(
             logits = forward(batch)  # (batch, labels)
             total_loss += float(loss(logits, batch["labels"])) * len(logits)
             predictions.append(logits.argmax(dim=-1).cpu())
+            if each is not None:
+                each.add(logits, batch["labels"])
     return {"loss": total_loss / len(split), **score(torch.cat(predictions), split.labels, task.num_labels)}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Of each example, in order: the label that is predicted, its probability, and the loss of the true one."""
+
+    predicted: list[int] = field(default_factory=list)
+    probability: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Take note of a batch: logits (batch, labels), labels (batch,)."""
+        logs = logits.float().log_softmax(dim=-1)
+        self.predicted.extend(logits.argmax(dim=-1).tolist())
+        self.probability.extend(logs.exp().amax(dim=-1).tolist())
+        self.loss.extend((-logs.gather(1, labels[:, None])[:, 0]).tolist())
+
+
+def chance(labels: Tensor, num_labels: int) -> dict[str, float]:
+    """What the best answer that is the same for every example gives on these labels, under the keys that `evaluate` has.
+
+    The loss is that of the shares of the labels as probabilities, their entropy. F1 of two labels is that of always label 1.
+    """
+    shares = torch.bincount(labels, minlength=num_labels).double() / len(labels)  # (labels,)
+    share = float(shares[1] if num_labels == 2 else shares.max())
+    f1 = 2 * share / (1 + share) / (1 if num_labels == 2 else num_labels)
+    entropy = float(-(shares * shares.clamp_min(1e-300).log()).sum())
+    return {"loss": entropy, "accuracy": float(shares.max()), "f1": f1, "matthews": 0.0}
 
 
 def score(predictions: Tensor, labels: Tensor, num_labels: int) -> dict[str, float]:
     """Accuracy, F1 and Matthews' correlation of predicted against true labels, both (examples,), int64.
 
-    F1 is that of label 1 if there are two labels, as GLUE has it, and otherwise the mean over the labels (macro).
+    F1 is that of label 1 if there are two labels, as GLUE has it, and otherwise the mean over the labels (macro). Matthews'
+    correlation is 0 where all predictions, or all labels, are the same, as scikit-learn and GLUE have it; torchmetrics gives
+    0.025 for a model that says 1 to every sentence of CoLA.
     """
     from torchmetrics.functional import classification as metrics
 
@@ -49,8 +85,9 @@ def score(predictions: Tensor, labels: Tensor, num_labels: int) -> dict[str, flo
         f1 = metrics.binary_f1_score(predictions, labels)
     else:
         f1 = metrics.multiclass_f1_score(predictions, labels, num_labels, average="macro")
+    varies = bool((predictions != predictions[0]).any()) and bool((labels != labels[0]).any())
     return {
         "accuracy": float(metrics.multiclass_accuracy(predictions, labels, num_labels, average="micro")),
         "f1": float(f1),
-        "matthews": float(metrics.multiclass_matthews_corrcoef(predictions, labels, num_labels)),
+        "matthews": float(metrics.multiclass_matthews_corrcoef(predictions, labels, num_labels)) if varies else 0.0,
     }

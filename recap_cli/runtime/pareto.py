@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 
+from recap_cli.runtime.tasks import goodness, is_better
 
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which of the points (cost, value) are on the front, by rising cost; of points that are the same, the first."""
+
+def front(points: Sequence[tuple[float, float]], metric: str) -> list[int]:
+    """Which of the points (cost, value of the metric) are on the front, by rising cost; of points that are the same, the
+    first.
+    """
     found: list[int] = []
-    for at in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
-        if not found or points[at][1] > points[found[-1]][1]:
+    for at in sorted(range(len(points)), key=lambda i: (points[i][0], -goodness(metric, points[i][1]))):
+        if not found or is_better(metric, points[at][1], points[found[-1]][1]):
             found.append(at)
     return found

@@ -1,18 +1,19 @@
 """What a model is trained for: the kind of task, its loss, and labels that fit the head."""
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from recap_cli.errors import DataError
 
+if TYPE_CHECKING:  # who asks which of two figures is better waits for no torch
+    from torch import Tensor
+
 Kind = Literal["text-classification", "image-classification"]
-Metric = Literal["accuracy", "f1", "matthews"]
+Metric = Literal["accuracy", "f1", "matthews", "loss"]
 
 KINDS: tuple[Kind, ...] = ("text-classification", "image-classification")
-METRICS: tuple[Metric, ...] = ("accuracy", "f1", "matthews")  # of all of them, more is better
+METRICS: tuple[Metric, ...] = ("accuracy", "f1", "matthews", "loss")
+LESS_IS_BETTER: frozenset[str] = frozenset({"loss"})  # of every other metric, more is
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,24 @@ class Task:
     num_labels: int
 
 
-def loss(logits: Tensor, labels: Tensor) -> Tensor:
+def goodness(metric: str, value: float) -> float:
+    """The value of a metric as a number of which more is better, for every metric."""
+    return -value if metric in LESS_IS_BETTER else value
+
+
+def is_better(metric: str, value: float, than: float) -> bool:
+    """Whether one value of a metric is better than another; of two that are equal, neither is."""
+    return goodness(metric, value) > goodness(metric, than)
+
+
+def loss(logits: "Tensor", labels: "Tensor") -> "Tensor":
     """Mean cross entropy over the batch, a float32 scalar, whatever the type of `logits` (batch, labels)."""
+    import torch.nn.functional as F
+
     return F.cross_entropy(logits.float(), labels)
 
 
-def check_labels(labels: Tensor, num_labels: int, origin: str) -> None:
+def check_labels(labels: "Tensor", num_labels: int, origin: str) -> None:
     """Raise `DataError` unless every label of `origin` has an output of the head, which has `num_labels` of them."""
     if len(labels) == 0:
         raise DataError(f"{origin} holds no examples")

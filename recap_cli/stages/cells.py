@@ -51,7 +51,8 @@ def is_finished(recipe: Recipe, path: Path) -> bool:
 
 
 def figures(path: Path) -> dict[str, Any]:
-    """What a finished state says: metric by round, steps, seconds, memory held (the maximum over the rounds) and predicted.
+    """What a finished state says: metric by round and before the first, steps, seconds, memory held (the maximum over the
+    rounds) and predicted.
 
     Raises whatever `State.open` raises.
     """
@@ -63,6 +64,9 @@ def figures(path: Path) -> dict[str, Any]:
         "status": "done",
         "error": None,
         "value": _number(best["value"]) if best else None,
+        "warm_up": _number(facts["warm_up"]),
+        "chance": _number(facts["chance"]),
+        "warning": facts["warning"],
         "last": _number(rows[-1]["value"]) if rows else None,
         "product_round": best["round"] if best else None,
         "per_round": [_number(row["value"]) for row in rows],

@@ -4,13 +4,18 @@ from typing import Any
 
 import torch
 
-from recap_cli.runtime import nvml
+from recap_cli.runtime import nvml, threads
 
 
 def driver() -> dict[str, str | None]:
     """The version of the NVIDIA driver, and `nvml`: "works", or a sentence that says why nothing can be asked."""
     version, why_not = nvml.driver()
     return {"driver": version, "nvml": why_not or "works"}
+
+
+def computing() -> dict[str, str]:
+    """How many threads compute on the CPU, how they wait for each other, and how busy the machine is; each with its reason."""
+    return threads.described()
 
 
 def holders(index: int) -> dict[str, Any]:

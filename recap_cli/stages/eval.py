@@ -1,7 +1,9 @@
-"""`eval`: score the full model, the small model and the best small model on the validation data."""
+"""`eval`: score the full model, the small model and the best small model on the validation data, or on other data."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -10,27 +12,115 @@ from torch import Tensor, nn
 
 from recap_cli.core.groups import counts, shapes_of
 from recap_cli.core.surgery import gather, indices, scatter
-from recap_cli.errors import UsageError
+from recap_cli.errors import DataError, UsageError
 from recap_cli.manifest import quoted
 from recap_cli.progress import Track, silent
-from recap_cli.runtime import devices
+from recap_cli.runtime import devices, models, other_data, prediction_files
+from recap_cli.runtime.data import Split, make_split
+from recap_cli.runtime.evaluation import Examples
 from recap_cli.runtime.evaluation import evaluate as score
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
+from recap_cli.stages.cores import on_fitting_threads
 from recap_cli.stages.trainable import moving
 from recap_cli.state import State
 
 
-def evaluate(state: State, *, which: Sequence[str], track: Track = silent) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Scored:
+    """The examples that are scored. `places` and `files` say where each comes from, if that was asked for."""
+
+    split: Split
+    labelled: bool = True
+    places: Sequence[int] = ()
+    files: Sequence[str] | None = None
+
+
+@on_fitting_threads
+def evaluate(
+    state: State,
+    *,
+    which: Sequence[str],
+    data: Path | None = None,
+    split: str | None = None,
+    predictions: Path | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+    track: Track = silent,
+) -> list[dict[str, Any]]:
     """A row for each model named (`full`, `small`, `best`): its round, parameters, loss and metrics, and seconds.
 
-    Raises `UsageError` if the state holds no such model yet, before any is scored.
+    They are scored on the validation data, or on those of `data` and `split` (as `other_data.read_other` has it); these may
+    lack labels where `predictions`, a file with a row for each model and example, is to be written: there are no metrics then.
+    `say` hears what a user should know.
+
+    Raises `UsageError` if the state holds no such model yet, `UsageError` or `StorageError` if the predictions cannot be
+    written, and `DataError` for data that do not fit, all before any model is loaded.
     """
     here = Context(state)
     for name in which:
         _check(here, name)
-    _, validation = here.splits(track)
-    rows = []
+    if predictions is not None:
+        prediction_files.check(predictions, force=force)
+    if data is None and split is None:
+        scored = _validation(here, track, placed=predictions is not None)
+    else:
+        scored = _others(here, data, split, say, track)
+        if not scored.labelled and predictions is None:
+            raise DataError(
+                f"{scored.split.origin} has no labels to score with", hint="--predictions FILE writes what the models predict"
+            )
+    seen = {name: Examples() for name in which} if predictions is not None else {}
+    rows = list(_rows(here, which, scored, seen, track))
+    if predictions is not None:
+        prediction_files.write(predictions, _columns(scored, seen, here.spec.label_names))
+    if data is not None or split is not None:
+        rows = [{**row, "data": scored.split.origin, "examples": len(scored.split)} for row in rows]
+    return rows
+
+
+def _validation(here: Context, track: Track, *, placed: bool) -> Scored:
+    if not placed:
+        return Scored(here.splits(track)[1])
+    raw = shared.read_raw(here.recipe)
+    processor = models.load_processor(here.state.path / here.full, here.spec)
+    _, split = shared.splits_of(here.recipe, here.spec, processor, track, raw)
+    files = None if here.recipe.data.train is None else other_data.files_of(raw.validation)
+    return Scored(split, places=other_data.places_of(raw.validation), files=files)
+
+
+def _others(here: Context, data: Path | None, split: str | None, say: Callable[[str], None], track: Track) -> Scored:
+    """Other data, with the columns, the preprocessing and the labels of the recipe's own."""
+    recipe, spec = here.recipe, here.spec
+    found = other_data.read_other(recipe.task.kind, data, split, spec.label_names, recipe.data.model_dump())
+    for note in found.notes:
+        say(f"note: {note}")
+    if not found.labelled:
+        say(f"note: {found.origin} has no labels: there are predictions of it, and no metrics")
+    inputs = shared.inputs_of(recipe, spec, models.load_processor(here.state.path / here.full, spec))
+    made = make_split(found.examples, inputs, origin=found.origin, workers=recipe.data.workers, track=track)
+    return Scored(made, found.labelled, found.places, None if data is None else found.files)
+
+
+def _columns(scored: Scored, seen: dict[str, Examples], names: Sequence[str]) -> dict[str, list[Any]]:
+    """The predictions of all models, one after another."""
+    found = list(seen.values())
+    again, count = len(found), len(scored.split)
+    labels = [names[number] if scored.labelled else None for number in scored.split.labels.tolist()]
+    return {
+        "model": [name for name in seen for _ in range(count)],
+        "index": [*scored.places] * again,
+        **({} if scored.files is None else {"file": [*scored.files] * again}),
+        "label": labels * again,
+        "predicted": [names[number] for one in found for number in one.predicted],
+        "probability": [value for one in found for value in one.probability],
+        "loss": [value if scored.labelled else None for one in found for value in one.loss],
+    }
+
+
+def _rows(
+    here: Context, which: Sequence[str], scored: Scored, seen: dict[str, Examples], track: Track
+) -> Iterator[dict[str, Any]]:
     for name in which:
         device = devices.pick(here.recipe.importance.device if name == "full" else here.recipe.finetune.device)
         tensors, sizes, round = _MODELS[name](here)
@@ -39,16 +129,17 @@ def evaluate(state: State, *, which: Sequence[str], track: Track = silent) -> li
             started = perf_counter()
             metrics = score(
                 shared.forward_of(here.spec, model),
-                validation,
+                scored.split,
                 here.task,
                 batch_size=here.recipe.evaluate.batch_size,
                 device=device,
                 track=track,
                 label=f"{name} model",
+                each=seen.get(name),
             )
         params = sum(param.numel() for param in model.parameters())
-        rows.append({"model": name, "round": round, "parameters": params, **metrics, "seconds": perf_counter() - started})
-    return rows
+        facts = {"model": name, "round": round, "parameters": params}
+        yield {**facts, **(metrics if scored.labelled else {}), "seconds": perf_counter() - started}
 
 
 def _on_device(here: Context, name: str, model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:

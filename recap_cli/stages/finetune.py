@@ -26,6 +26,7 @@ from recap_cli.stages import context as shared
 from recap_cli.stages import exhaustion
 from recap_cli.stages import vocabulary as vocabularies
 from recap_cli.stages.context import Context
+from recap_cli.stages.cores import on_fitting_threads
 from recap_cli.stages.exhaustion import Ledger
 from recap_cli.stages.own import attach, make_own, rates_of, result_of, stepping
 from recap_cli.stages.settings import OnChange, adopt, recipe_of, unheard
@@ -35,6 +36,7 @@ from recap_cli.stages.vocabulary import Vocabulary
 from recap_cli.state import Draft, State
 
 
+@on_fitting_threads
 def finetune(
     state: State,
     *,

@@ -1,6 +1,7 @@
 """`init`: a pretrained model, a task head that has seen the task, and a state to begin from (paper, Step 1)."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from math import ceil
@@ -20,8 +21,9 @@ from recap_cli.core.partial import Slot
 from recap_cli.errors import ModelError
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
-from recap_cli.runtime import conformance, devices, models, tasks
+from recap_cli.runtime import conformance, devices, models, tasks, threads
 from recap_cli.runtime.data import Split
+from recap_cli.runtime.evaluation import chance, evaluate
 from recap_cli.runtime.models import ModelSpec
 from recap_cli.runtime.order import batches, order, seed_for
 from recap_cli.runtime.training import Batch, train
@@ -34,6 +36,7 @@ from recap_cli.state import Draft, State
 
 LIBRARIES = ("torch", "transformers", "timm", "safetensors")
 FULL = "full-000"
+PROBED = 8  # examples whose forward shows how large the products are
 
 
 def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
@@ -47,7 +50,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
     """
     recipe, changes = budget.solved(recipe, track)
     turns = turns_for(recipe)  # after that: what a moving entry holds may have changed
-    with State.create(path, recipes.dump(recipe), recipes.digest(recipe)) as draft:
+    with State.create(path, recipes.dump(recipe), recipes.digest(recipe)) as draft, ExitStack() as stack:
         if recipe.finetune.memory_budget is not None:
             amount = recipe.finetune.memory_budget
             draft.facts["budget"] = {"memory_budget": amount, "changes": [asdict(change) for change in changes]}
@@ -65,14 +68,17 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         adapter = models.adapter_of(spec)
         _check_weights(model, recipe.model.name)
         _check_tokens(turns, model)
-        report = conformance.check(model, adapter, spec)
+        with threads.limited(threads.fitting_alone(model)):
+            report = conformance.check(model, adapter, spec)
         layout = Layout.of(adapter, model)
         if devices.pick(recipe.importance.device).type != "cpu":
             shared.blocks_of(model, layout.axes, spec.model_type)
-        split, _ = shared.splits_of(recipe, spec, created.processor, track, raw)
+        split, validation = shared.splits_of(recipe, spec, created.processor, track, raw)
         check_steps(turns, recipe.rounds * steps_in_round(recipe, len(split)), recipe)
+        count = _threads(recipe, model, spec, split)
+        stack.enter_context(threads.limited(count))
         new = recipe.model.name is None or bool(created.new)
-        warm = _warm_up(recipe, model, spec, layout, split, new=new, track=track)
+        warm = _warm_up(recipe, model, spec, layout, split, validation, new=new, track=track)
         _save(draft, model, spec, created.processor, layout)
         draft.versions = {"recap": version("recap-cli"), "python": python_version(), **{n: version(n) for n in LIBRARIES}}
         draft.facts |= {
@@ -87,17 +93,37 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
             "train_examples": len(split),
             "labels": spec.num_labels,
             "head_new": new,
+            "threads": count,
+            "metric": recipe.task.metric,
+            "chance": chance(validation.labels, spec.num_labels),
             **warm,
         }
     return State.open(path)
 
 
+def _threads(recipe: Recipe, model: nn.Module, spec: ModelSpec, split: Split) -> int | None:
+    """How many threads the stages compute with on the CPU; all there are where that is None."""
+    size = recipe.finetune.micro_batch_size or recipe.finetune.batch_size
+    batch = split.batch(torch.arange(min(PROBED, len(split))))
+    return threads.fitting(model.eval(), shared.forward_of(spec, model), batch, size)
+
+
 def _warm_up(
-    recipe: Recipe, model: nn.Module, spec: ModelSpec, layout: Layout, split: Split, *, new: bool, track: Track
+    recipe: Recipe,
+    model: nn.Module,
+    spec: ModelSpec,
+    layout: Layout,
+    split: Split,
+    validation: Split,
+    *,
+    new: bool,
+    track: Track,
 ) -> dict[str, Any]:
     """Train the head on frozen features if it is `new`, or any weight of it: no backward runs through the model.
 
     The whole head is trained then, BERT's pooler with its classifier; a head that came with the checkpoint is left as it is.
+    What a trained one is worth is measured: the validation data are a fraction of what it was trained on. Without a warm-up
+    a look at all of them by the full model would be the longest part of `init`, and is left out.
     """
     settings = recipe.head
     steps = settings.warmup_epochs * ceil(len(split) / settings.batch_size)
@@ -119,7 +145,16 @@ def _warm_up(
             rate=lambda step: learning_rate(step, steps=steps, peak=settings.lr, schedule="linear", warmup_ratio=0.0),
             micro_batch_size=None if device.type == "cpu" else shared.importance_batch_size(recipe, device),
         )
-    return {"head_steps": run.steps, "head_loss": run.loss}
+        found = evaluate(
+            shared.forward_of(spec, model),
+            validation,
+            shared.task_of(recipe, spec),
+            batch_size=recipe.evaluate.batch_size,
+            device=device,
+            track=track,
+            label="validation of the warmed-up head",
+        )
+    return {"head_steps": run.steps, "head_loss": run.loss, "warmed_up": found}
 
 
 def _head_slots(model: nn.Module, head: Sequence[str]) -> list[Slot]:

@@ -24,10 +24,12 @@ from recap_cli.runtime import devices
 from recap_cli.runtime.order import generator_for, seed_for
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
+from recap_cli.stages.cores import on_fitting_threads
 from recap_cli.stages.trainable import fine_axes
 from recap_cli.state import State
 
 
+@on_fitting_threads
 def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
     """Write the update mask of this round, return how much may move.
 

@@ -8,12 +8,15 @@ from recap_cli.core.groups import shapes_of
 from recap_cli.core.moments import COUNT, put_moments
 from recap_cli.core.surgery import compose_where, gather, indices, scatter
 from recap_cli.progress import Track, silent
+from recap_cli.runtime.tasks import goodness
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
+from recap_cli.stages.cores import on_fitting_threads
 from recap_cli.stages.trainable import moving, rule_of
 from recap_cli.state import Draft, State
 
 
+@on_fitting_threads
 def merge(state: State, *, track: Track = silent) -> dict[str, Any]:
     """End the round: a new full model and its moments, eq. (5) and (6), and the best small model; return what is best.
 
@@ -75,14 +78,23 @@ def _copy_the_rest(here: Context, draft: Draft, full: str) -> None:
 
 
 def _keep_best(here: Context, draft: Draft, tuned: dict[str, Tensor], folder: str) -> None:
-    """Make the small model of this round the product if its metric is higher than that of every round before."""
-    metrics = here.state.load_json(f"{folder}/metrics.json")
-    value, best = metrics[here.recipe.task.metric], draft.best
-    if best is not None and not value > best["value"]:
-        return
+    """Make the small model of this round the product if no round before has a better metric, or the same and a lower loss.
+
+    Of rounds that are alike in both the later one counts: it has been trained for longer, on more of the full model.
+    """
+    metrics, metric, best = here.state.load_json(f"{folder}/metrics.json"), here.recipe.task.metric, draft.best
+    if best is not None:
+        before = here.state.load_json(f"round-{best['round']:03d}/metrics.json")
+        if _rank(metrics, metric) < _rank(before, metric):
+            return
     place = f"best-{draft.round:03d}"
     draft.save_tensors(f"{place}/{shared.WEIGHTS}", tuned)
     draft.save_tensors(f"{place}/{shared.PLAN}", shared.as_bytes(here.plan(folder)))
-    draft.set_best({"round": draft.round, "metric": here.recipe.task.metric, "value": value, "folder": place})
+    draft.set_best({"round": draft.round, "metric": metric, "value": metrics[metric], "loss": metrics["loss"], "folder": place})
     if best is not None:
         draft.drop(best["folder"])
+
+
+def _rank(metrics: dict[str, float], metric: str) -> tuple[float, float]:
+    """What rounds are compared by, more being better: the metric, then the loss."""
+    return goodness(metric, metrics[metric]), goodness("loss", metrics["loss"])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from recap_cli import parent, storage
+from recap_cli.runtime import threads
 
 POLL_SECONDS, END_SECONDS = 0.05, 10.0
 ERROR = re.compile(r"^error: (.*?)(?=^hint: |\Z)", re.MULTILINE | re.DOTALL)  # as `console.error` prints it
@@ -68,8 +69,8 @@ def run(processes: Sequence[Process], jobs: int) -> Generator[Ended]:
 def surroundings(jobs: int, given: Mapping[str, str]) -> dict[str, str]:
     """The environment of the commands: each has its share of the cores, unless the user has said how many; no colour."""
     environment = {key: value for key, value in given.items() if key != "FORCE_COLOR"}
-    if jobs > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
+    if jobs > 1 and "OMP_NUM_THREADS" not in environment:
+        environment |= {"OMP_NUM_THREADS": str(max(1, cores() // jobs)), threads.SHARED: "1"}
     return environment
 
 

@@ -18,6 +18,7 @@ from recap_cli.runtime import devices, models
 from recap_cli.runtime.order import seed_for
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
+from recap_cli.stages.cores import on_fitting_threads
 from recap_cli.state import Draft, State
 
 
@@ -29,6 +30,7 @@ class Limits(TypedDict):
     round_to: int
 
 
+@on_fitting_threads
 def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
     """Begin a round: write the plan and the small model, return what was kept.
 

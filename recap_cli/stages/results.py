@@ -99,6 +99,9 @@ class Outcome(_Part):
     error: str | None = None
     value: Number = None
     last: Number = None
+    warm_up: Number = None
+    chance: Number = None
+    warning: str | None = None
     product_round: Number = None
     per_round: Annotated[list[Number], BeforeValidator(_listed)] = Field(default_factory=list)
     steps: Number = None
@@ -194,6 +197,7 @@ def _is_deeper(found: object, *, than: int) -> bool:
 def groups(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each method and its ratios, over the seeds that are done.
 
+    `warm_up` and `chance` are what it began with, means too; `warning` is that of the seeds that came to nothing.
     `value` and `deviation` are the mean and the sample standard deviation of the product's metric (None for fewer than one, or
     two), `last` is the mean after the last round; seconds, steps, sizes and the latency are means; what is held is that of the
     seed that held most, and peaks are the largest; what no seed has is None. `n` of `of` are done; `statuses` counts all,
@@ -228,6 +232,8 @@ def _group(method: str, ratio: float | None, mask_ratio: float | None, cells: Se
         "n": len(done),
         "of": len(cells),
         "last": fmean(lasts) if lasts else None,
+        **{key: fmean(known) if (known := _known(done, key)) else None for key in ("warm_up", "chance")},
+        "warning": _warning(done),
         "value": fmean(values) if values else None,
         "deviation": stdev(values) if len(values) > 1 else None,
         "steps": fmean(steps) if steps else None,
@@ -240,3 +246,16 @@ def _group(method: str, ratio: float | None, mask_ratio: float | None, cells: Se
         "parameters": over(fmean, "parameters"),
         "product": over(fmean, "product"),
     }
+
+
+def _known(cells: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    return [cell[key] for cell in cells if cell.get(key) is not None]
+
+
+def _warning(done: Sequence[Mapping[str, Any]]) -> str | None:
+    """What is said of the first seed that there is something to say of, and of how many."""
+    said = [(cell["seed"], cell["warning"]) for cell in done if cell.get("warning")]
+    if not said:
+        return None
+    seed, text = said[0]
+    return f"seed {seed}: {text}" if len(said) == 1 else f"{len(said)} of {len(done)} seeds, as seed {seed}: {text}"

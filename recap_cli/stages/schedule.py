@@ -10,7 +10,9 @@ from recap_cli import registry
 from recap_cli.core.method import Turn
 from recap_cli.errors import DataError, ModelError
 from recap_cli.recipe import Recipe
+from recap_cli.runtime.tasks import goodness
 from recap_cli.stages.turns import check_steps, turns_for, turns_of
+from recap_cli.stages.verdict import start_of, warning
 from recap_cli.state import Manifest, State
 
 HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
@@ -18,12 +20,21 @@ HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
 def finished(recipe: Recipe, manifest: Manifest) -> str | None:
     """Why no further round is to begin, or None."""
-    rounds, best, planned = manifest.round, manifest.best, len(turns_of(manifest, recipe))
+    rounds, planned = manifest.round, len(turns_of(manifest, recipe))
     if rounds >= planned:
         return f"all {planned} rounds are done" if planned > 1 else "its one round is done"
-    if recipe.patience is not None and best is not None and rounds - best["round"] >= recipe.patience:
+    if recipe.patience is not None and manifest.best is not None and _rounds_since_better(recipe, manifest) >= recipe.patience:
         return f"{recipe.task.metric} has not improved for {recipe.patience} rounds; {rounds} of {planned} are done"
     return None
+
+
+def _rounds_since_better(recipe: Recipe, manifest: Manifest) -> int:
+    """How many rounds ago the metric was better than ever before. A tie is not: the best round may be a later one."""
+    turns, metric = turns_of(manifest, recipe), recipe.task.metric
+    rounds = [entry for entry in manifest.history if entry["stage"] == "finetune" and turns[entry["round"] - 1].product]
+    best = max((goodness(metric, entry[metric]) for entry in rounds), default=None)
+    first = next((entry["round"] for entry in rounds if goodness(metric, entry[metric]) == best), 0)
+    return int(manifest.round - first)
 
 
 def next_stage(recipe: Recipe, state: State) -> str | None:
@@ -132,6 +143,8 @@ def summary(state: State) -> dict[str, Any]:
     """Where a state stands, as plain values: a row per round, the product, the next stage."""
     manifest = state.manifest
     recipe = recipes.parse(state.recipe_text, str(state.path / manifest.recipe))
+    start, following = start_of(manifest, recipe.task.metric), next_stage(recipe, state)
+    ended = manifest.best if following is None else None
     return {
         "recipe": recipe.name,
         "state": str(state.path),
@@ -139,10 +152,12 @@ def summary(state: State) -> dict[str, Any]:
         "round": manifest.round,
         "method": recipe.method,
         "rounds_planned": len(turns_of(manifest, recipe)),
-        "next": next_stage(recipe, state),
+        "next": following,
         "finished": finished(recipe, manifest) if manifest.stage == "merge" else None,
         "product": str(state.path / manifest.best["folder"]) if manifest.best else None,
         "best": manifest.best,
+        **start,
+        "warning": warning(recipe.task.metric, ended["value"], **start) if ended else None,
         "seconds": sum(entry["seconds"] for entry in manifest.history),
         "init": manifest.made or None,
         "changes": manifest.changes,

@@ -103,8 +103,13 @@ def test_memory_is_compared_by_the_best_figure_that_all_have() -> None:
 
 
 def test_the_bars_are_of_each_methods_best_ratios() -> None:
-    best = figures.best_rows(grid())
+    best = figures.best_rows(grid(), "accuracy")
     assert [(one["method"], one["prune_ratio"]) for one in best] == [("full-ft", None), ("pre-ft", 0.166), ("recap", 0.166)]
+
+
+def test_the_bars_are_of_the_lowest_loss_where_the_metric_is_the_loss() -> None:
+    best = figures.best_rows(grid(), "loss")
+    assert [(one["method"], one["prune_ratio"]) for one in best][:2] == [("full-ft", None), ("pre-ft", 0.5)]
 
 
 def test_every_stage_and_every_method_has_a_colour_of_its_own_and_every_method_a_marker() -> None:

@@ -81,3 +81,10 @@ def test_progress_hears_of_every_batch() -> None:
         forward, logits_split(11, 2), Task("text-classification", "accuracy", 2), batch_size=5, track=track, label="validation"
     )
     assert heard == [("validation", 3, 3)]
+
+
+def test_matthews_of_one_answer_for_every_example_is_0_as_scikit_learn_has_it() -> None:
+    labels = torch.tensor([1] * 720 + [0] * 323)
+    for answer in (0, 1):
+        assert score(torch.full_like(labels, answer), labels, 2)["matthews"] == 0.0
+    assert score(labels, labels, 2)["matthews"] == pytest.approx(1.0)

@@ -208,7 +208,7 @@ def test_so_many_run_at_a_time_and_each_has_its_share_of_the_cores(tmp_path: Pat
     running = [sum(1 if mark == "+" else -1 for mark in "".join(lines)) for lines in _heads(tmp_path / "lines")]
     assert max(running) == 2
     share = str(max(1, processes.cores() // 2))
-    assert processes.surroundings(2, {"FORCE_COLOR": "1"}) == {"OMP_NUM_THREADS": share}
+    assert processes.surroundings(2, {"FORCE_COLOR": "1"}) == {"OMP_NUM_THREADS": share, "RECAP_SHARED_CORES": "1"}
     assert processes.surroundings(2, {"OMP_NUM_THREADS": "7"}) == {"OMP_NUM_THREADS": "7"}
     assert processes.surroundings(1, {}) == {}
 

@@ -7,6 +7,7 @@ from recap_cli.runtime import pareto
 from recap_cli.runtime.pages import charts
 from recap_cli.runtime.pages.charts import DASHES, Point, Series, look
 from recap_cli.runtime.pages.template import duration, megabytes, metric
+from recap_cli.runtime.tasks import LESS_IS_BETTER, goodness
 
 STAGES = ("init", "prune", "mask", "finetune", "merge")
 VARIED = ("method", "seed", "prune.ratio", "mask.ratio")  # by the grid
@@ -32,7 +33,7 @@ def view(found: Mapping[str, Any]) -> dict[str, Any]:
     methods = [group["method"] for group in groups]
     cost, words = _cost(groups)
     measured = _measured(groups, cost)
-    front = [measured[at] for at in pareto.front([(group[cost], group["value"]) for group in measured])]
+    front = [measured[at] for at in pareto.front([(group[cost], group["value"]) for group in measured], found["metric"])]
     beaten_by_none = {(group[cost], group["value"]) for group in front}
     on_front = {(group["method"], *_ratios(group)) for group in measured if (group[cost], group["value"]) in beaten_by_none}
     rows = [_shown(group, methods, on_front) for group in groups]
@@ -40,7 +41,8 @@ def view(found: Mapping[str, Any]) -> dict[str, Any]:
         "groups": rows,
         "counts": {status: sum(cell["status"] == status for cell in cells) for status in STATUSES},
         "troubles": _troubles(cells),
-        "best": max((row for row in rows if row["value"] is not None), key=lambda row: row["value"], default=None),
+        "best": _best(rows, found["metric"]),
+        "better": "less" if found["metric"] in LESS_IS_BETTER else "more",
         "ratio_charts": [chart for ratio in RATIOS if (chart := _over_ratio(groups, ratio, found["metric"]))],
         "front_chart": _front_chart(groups, cost, words, front, found["metric"]) if front else None,
         "memory_chart": _memory_chart(groups),
@@ -52,6 +54,12 @@ def view(found: Mapping[str, Any]) -> dict[str, Any]:
         "own_settings": _own_settings(cells),
         "recipe_text": text if isinstance(text := found.get("recipe_text"), str) else None,
     }
+
+
+def _best(rows: Sequence[Group], metric: str) -> Group | None:
+    """The row of the best mean, None where none has a result."""
+    done = (row for row in rows if row["value"] is not None)
+    return max(done, key=lambda row: goodness(metric, row["value"]), default=None)
 
 
 def _own_settings(cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -1,0 +1,268 @@
+"""`recap eval --data` and `--predictions`: other data scored as the recipe's own, and what the models say of each example."""
+
+import csv
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+
+from recap_cli.cli import main
+from recap_cli.errors import DataError, RecapError, StorageError, UsageError
+from recap_cli.stages.context import Context
+from recap_cli.stages.eval import evaluate
+from recap_cli.stages.run import run
+from recap_cli.state import State
+from tests.pico import LABELS
+from tests.tiny import VALIDATION, data_folder, tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FIGURES = ("loss", "accuracy", "f1", "matthews")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> State:
+    torch.set_num_threads(1)
+    return run(tiny("bert", rounds=1), tmp_path_factory.mktemp("states") / "texts")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> State:
+    torch.set_num_threads(1)
+    return run(tiny("vit", rounds=1), tmp_path_factory.mktemp("states") / "images")
+
+
+def validation_rows() -> list[dict[str, str]]:
+    with (data_folder() / "validation.csv").open(encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        mark = "\t" if path.suffix == ".tsv" else ","
+        path.write_text("".join(mark.join(row) + "\n" for row in [list(rows[0]), *(list(map(str, r.values())) for r in rows)]))
+    return path
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+        return rows
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    with path.open(encoding="utf-8") as lines:
+        found = [{key: value or None for key, value in row.items()} for row in csv.DictReader(lines)]
+    kinds: dict[str, Callable[[str], Any]] = {"index": int, "probability": float, "loss": float}
+    return [{key: kinds.get(key, str)(value) if value else None for key, value in row.items()} for row in found]
+
+
+def figures(rows: list[dict[str, Any]]) -> list[list[float]]:
+    return [[row[name] for name in FIGURES] for row in rows]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+def test_the_same_examples_in_a_file_of_any_kind_score_the_same(texts: State, tmp_path: Path, suffix: str) -> None:
+    other = write_rows(tmp_path / f"other{suffix}", validation_rows())
+    which = ["full", "small", "best"]
+    found = evaluate(texts, which=which, data=other)
+    assert figures(found) == figures(evaluate(texts, which=which))
+    assert {(row["data"], row["examples"]) for row in found} == {(str(other), VALIDATION)}
+
+
+def test_labels_count_by_their_names_also_where_the_file_lacks_the_first(texts: State, tmp_path: Path) -> None:
+    some = [row for row in validation_rows() if row["label"] != sorted(LABELS)[0]]
+    told = tmp_path / "told.csv"
+    (row,) = evaluate(texts, which=["best"], data=write_rows(tmp_path / "some.csv", some), predictions=told)
+    seen = read_rows(told)
+    assert [one["label"] for one in seen] == [one["label"] for one in some]
+    assert row["accuracy"] == pytest.approx(sum(one["label"] == one["predicted"] for one in seen) / len(some))
+
+
+def test_names_that_a_file_brings_in_another_order_are_still_names(texts: State, tmp_path: Path) -> None:
+    import datasets
+
+    rows, names = validation_rows(), sorted(LABELS, reverse=True)
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    made = datasets.Dataset.from_dict(
+        {"sentence": [row["sentence"] for row in rows], "label": [names.index(row["label"]) for row in rows]}, features
+    )
+    other = tmp_path / "other.parquet"
+    made.to_parquet(str(other))
+    assert figures(evaluate(texts, which=["best"], data=other)) == figures(evaluate(texts, which=["best"]))
+
+
+@pytest.mark.parametrize("label", ["elsewhere", "0"])
+def test_a_label_that_the_model_does_not_know_is_refused_by_name(texts: State, tmp_path: Path, label: str) -> None:
+    rows = [*validation_rows(), {"sentence": "w1 w2", "label": label}]
+    other = write_rows(tmp_path / "other.csv", rows)
+    with pytest.raises(DataError, match=rf"holds '{label}' in row {VALIDATION + 1}, but the labels are {LABELS[0]}"):
+        evaluate(texts, which=["best"], data=other)
+
+
+def test_a_folder_of_class_folders_and_one_with_splits(images: State) -> None:
+    own = figures(evaluate(images, which=["best"]))
+    assert figures(evaluate(images, which=["best"], data=data_folder() / "validation")) == own
+    assert figures(evaluate(images, which=["best"], data=data_folder(), split="validation")) != []
+    with pytest.raises(DataError, match="has no split 'test'") as caught:
+        evaluate(images, which=["best"], data=data_folder() / "validation", split="test")
+    assert LABELS[0] in str(caught.value.hint)
+
+
+def test_a_split_may_be_a_file_of_a_folder(texts: State, tmp_path: Path) -> None:
+    write_rows(tmp_path / "test.jsonl", validation_rows())
+    write_rows(tmp_path / "train.csv", validation_rows()[:4])
+    found = evaluate(texts, which=["best"], data=tmp_path, split="test")
+    assert figures(found) == figures(evaluate(texts, which=["best"]))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_predictions_have_a_row_for_each_model_and_example(texts: State, tmp_path: Path, suffix: str) -> None:
+    told, which = tmp_path / f"told{suffix}", ["full", "best"]
+    found = evaluate(texts, which=which, predictions=told)
+    seen = read_rows(told)
+    assert [(one["model"], one["index"]) for one in seen] == [(name, i) for name in which for i in range(VALIDATION)]
+    assert [one["label"] for one in seen] == [row["label"] for row in validation_rows()] * 2
+    for row in found:
+        mine = [one for one in seen if one["model"] == row["model"]]
+        assert row["accuracy"] == pytest.approx(sum(one["label"] == one["predicted"] for one in mine) / VALIDATION)
+        assert row["loss"] == pytest.approx(sum(one["loss"] for one in mine) / VALIDATION, rel=1e-5)
+        assert all(1 / len(LABELS) <= one["probability"] <= 1 for one in mine)
+        right = [one for one in mine if one["label"] == one["predicted"]]
+        assert right
+        for one in right:
+            assert torch.tensor(one["probability"]).log() == pytest.approx(-one["loss"], abs=1e-5)
+    assert found[0]["loss"] != found[1]["loss"]
+
+
+def test_predictions_of_images_name_their_files(images: State, tmp_path: Path) -> None:
+    told = tmp_path / "told.jsonl"
+    evaluate(images, which=["best"], data=data_folder() / "validation", predictions=told)
+    assert all(Path(one["file"]).parent.name == one["label"] for one in read_rows(told))
+    evaluate(images, which=["best"], predictions=tmp_path / "own.jsonl")
+    assert read_rows(tmp_path / "own.jsonl") == read_rows(told)
+
+
+def test_data_without_labels_give_predictions_and_no_metrics(texts: State, tmp_path: Path) -> None:
+    rows = validation_rows()
+    bare = write_rows(tmp_path / "bare.csv", [{"sentence": row["sentence"]} for row in rows])
+    hidden = write_rows(tmp_path / "hidden.jsonl", [{**row, "label": -1} for row in rows])
+    with pytest.raises(DataError, match="no labels to score with") as caught:
+        evaluate(texts, which=["best"], data=bare)
+    assert "--predictions" in str(caught.value.hint)
+    evaluate(texts, which=["best"], predictions=tmp_path / "own.csv")
+    own = [one["predicted"] for one in read_rows(tmp_path / "own.csv")]
+    for number, other in enumerate((bare, hidden)):
+        heard: list[str] = []
+        told = tmp_path / f"told{number}.csv"
+        (found,) = evaluate(texts, which=["best"], data=other, predictions=told, say=heard.append)
+        assert not set(FIGURES) & set(found)
+        assert found["examples"] == VALIDATION
+        assert "has no labels" in heard[0]
+        assert [one["predicted"] for one in read_rows(told)] == own
+        assert {(one["label"], one["loss"]) for one in read_rows(told)} == {(None, None)}
+
+
+def test_images_in_a_folder_without_classes_are_data_without_labels(images: State, tmp_path: Path) -> None:
+    for at, file in enumerate(sorted((data_folder() / "validation").rglob("*.png"))):
+        (tmp_path / f"{at:02}.png").write_bytes(file.read_bytes())
+    told = tmp_path / "told.csv"
+    evaluate(images, which=["best"], data=tmp_path, predictions=told)
+    evaluate(images, which=["best"], predictions=tmp_path / "own.csv")
+    assert [one["predicted"] for one in read_rows(told)] == [one["predicted"] for one in read_rows(tmp_path / "own.csv")]
+    assert read_rows(told)[3]["file"] == str(tmp_path / "03.png")
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "said"),
+    [
+        ({"data": Path("nowhere.csv")}, DataError, "there is no file or folder nowhere.csv"),
+        ({"split": "test"}, DataError, "no data set of the hub"),
+        ({"data": Path("there.csv"), "split": "test"}, DataError, "is a file, which has no splits"),
+        ({"data": Path("other.csv")}, DataError, "has no column 'sentence'"),
+        ({"predictions": Path("told.xlsx")}, UsageError, "one of .csv, .jsonl, .parquet"),
+        ({"predictions": Path("there.csv")}, UsageError, "is there already"),
+        ({"predictions": Path("no/told.csv")}, StorageError, "there is no folder no"),
+        ({"predictions": Path("folder.csv")}, UsageError, "is a folder"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_model_is_loaded(
+    texts: State,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, Any],
+    kind: type[RecapError],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.csv").mkdir()
+    before = write_rows(tmp_path / "there.csv", validation_rows()).read_bytes()
+    write_rows(tmp_path / "other.csv", [{"text": "w1", "label": LABELS[0]}])
+
+    def load(*_: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(Context, "model", load)
+    with pytest.raises(kind) as caught:
+        evaluate(texts, which=["best"], **given)
+    assert said in caught.value.message
+    assert "--set" not in str(caught.value.hint)
+    assert (tmp_path / "there.csv").read_bytes() == before
+
+
+def test_predictions_that_cannot_be_written_leave_what_was_there(
+    texts: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told.csv"
+    told.write_text("mine")
+    plainly = os.replace
+
+    def refuse(source: Any, to: Any) -> None:
+        if Path(to) == told:
+            raise OSError(errno.ENOSPC, "no space", str(to))
+        plainly(source, to)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(StorageError):
+        evaluate(texts, which=["best"], predictions=told, force=True)
+    assert told.read_text() == "mine"
+    assert [file.name for file in tmp_path.iterdir()] == ["told.csv"]
+    monkeypatch.undo()
+    evaluate(texts, which=["best"], predictions=told, force=True)
+    assert len(read_rows(told)) == VALIDATION
+
+
+def test_the_command_shows_a_table_and_json(
+    texts: State, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    other = write_rows(tmp_path / "other.csv", validation_rows())
+    told = tmp_path / "told.csv"
+    given = ["eval", str(texts.path), "--data", str(other)]
+    assert main([*given, "--predictions", str(told)]) == 0
+    shown = capsys.readouterr()
+    assert f"other.csv, {VALIDATION} examples" in shown.out
+    assert f"wrote {told}" in shown.err
+    assert main([*given, "--predictions", str(told)]) == UsageError.exit_code
+    assert "--force" in capsys.readouterr().err
+    assert main([*given, "--json", "--which", "best"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["model"], row["data"], row["examples"]) == ("best", str(other), VALIDATION)
+    assert main([*given, "--force"]) == UsageError.exit_code
+
+
+def test_numbers_are_no_places_among_names_that_the_training_data_have_written_out(texts: State, tmp_path: Path) -> None:
+    rows = [{**row, "label": LABELS.index(row["label"])} for row in validation_rows()]
+    with pytest.raises(DataError, match=rf"in row 1, but the labels are {LABELS[0]}"):
+        evaluate(texts, which=["best"], data=write_rows(tmp_path / "other.jsonl", rows))
