@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from recap_cli import console
+from recap_cli import console, registry
 from recap_cli.commands import (
     compare,
     doctor,
@@ -95,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     _open_streams()
     _quiet_libraries()
+    registry.leave_out_broken()
     try:
         return _run(given)
     except KeyboardInterrupt:
