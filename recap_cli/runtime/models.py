@@ -14,8 +14,9 @@ from recap_cli.core import adapter as adapters
 from recap_cli.core.adapter import Adapter, matches
 from recap_cli.core.surgery import owner_of, state_sizes
 from recap_cli.errors import ModelError
-from recap_cli.runtime import hf, timm_library
+from recap_cli.runtime import hf, leftovers, timm_library
 from recap_cli.runtime.checkpoints import FOLDER_HINT, locate, read_config, read_weights
+from recap_cli.runtime.foreign import some
 from recap_cli.runtime.positions import resample
 from recap_cli.runtime.specs import Library, ModelSpec, TaskKind
 
@@ -41,7 +42,6 @@ __all__ = [
 
 Batch = Mapping[str, Tensor]
 EXAMPLE_TOKENS = 12
-LISTED = 5  # names in an error message
 
 
 class Created(NamedTuple):
@@ -237,11 +237,13 @@ def _create_hf(
     if folder is None:
         if image is not None and image_size is not None:
             config.image_size = image["size"] = image_size
+        hf.check_size(config, task_kind)
         model = hf.from_config(config, task_kind)
         notes = ["random weights, from a configuration"]
     else:
-        model, missing, mismatched = hf.from_folder(folder, task_kind, config)
+        model, missing, mismatched, unexpected = hf.from_folder(folder, task_kind, config)
         new, notes = _new_head(model, adapter, missing, mismatched, own_labels, labels, str(folder))
+        notes += leftovers.notes(model, unexpected, str(folder))
     spec = replace(spec, config=hf.to_dict(model), image=image)
     if image is not None and image_size not in (None, image["size"]):
         model, spec = _resized(model, spec, adapter, image_size)
@@ -271,9 +273,11 @@ def _create_timm(
     adapter = adapter_of(spec)
     if folder is None:
         return Created(model, spec, None, (), ("random weights, from a configuration",))
-    loaded = timm_library.load_into(model, timm_library.filtered(model, read_weights(folder)))
+    tensors = timm_library.filtered(model, read_weights(folder))
+    missing, mismatched, unexpected = timm_library.load_into(model, tensors)
     own_labels = timm_library.label_names(folder)
-    new, notes = _new_head(model, adapter, *loaded, own_labels, labels, str(folder))
+    new, notes = _new_head(model, adapter, missing, mismatched, own_labels, labels, str(folder))
+    notes += leftovers.notes(model, unexpected, str(folder))
     return Created(model, spec, None, tuple(new), tuple(notes))
 
 
@@ -302,13 +306,13 @@ def _new_head(
     if backbone:
         how = "of another shape" if backbone[0] in mismatched else "missing"
         raise ModelError(
-            f"{origin} does not fit its config.json: {_some(backbone)} is {how}",
+            f"{origin} does not fit its config.json: {some(backbone)} is {how}",
             hint="only the head may be new; see that weights and config.json belong together",
         )
     new = sorted(missing | mismatched)
     if not new and not _same_labels(own, labels):
         new = _renew_output(model, adapter, len(labels))
-        return new, [f"the checkpoint's head is for other labels ({_some(own or [])}): {_some(new)} is new"]
+        return new, [f"the checkpoint's head is for other labels ({some(own or [])}): {some(new)} is new"]
     return new, [f"new head: {', '.join(new)}" if new else "the checkpoint's own head is kept"]
 
 
@@ -374,13 +378,8 @@ def _check_complete(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     lacking = sorted(name for name, tensor in own.items() if tensor.is_meta)
     foreign = sorted(set(tensors) - {name for names, _ in _aliases(model) for name in names})
     if lacking or foreign:
-        what = f"lack {_some(lacking)}" if lacking else f"hold {_some(foreign)}, which the model does not have"
+        what = f"lack {some(lacking)}" if lacking else f"hold {some(foreign)}, which the model does not have"
         raise ModelError(
             f"the tensors {what}",
             hint="were they written with another version of transformers or timm? `recap status` names it",
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(str(name) for name in names[:LISTED]) + more

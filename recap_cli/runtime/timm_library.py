@@ -7,11 +7,29 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from recap_cli.errors import ModelError
 from recap_cli.runtime.checkpoints import FOLDER_HINT, locate, quiet, read_config
+from recap_cli.runtime.foreign import LIBRARY_ERRORS
+from recap_cli.runtime.hf import CONFIG_HINT, LAYERS, MOST, MOST_LAYERS, check_memory
 from recap_cli.runtime.specs import ModelSpec, image_facts
+
+FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "cache_dir", "pretrained")
+
+TOP = {"architecture", "num_classes", "label_names", "model_args", "pretrained_cfg"}  # the keys of `config_json`
+PRETRAINED = {
+    "num_classes",
+    "input_size",
+    "fixed_input_size",
+    "interpolation",
+    "crop_pct",
+    "mean",
+    "std",
+    "first_conv",
+    "classifier",
+}
 
 
 def build(architecture: str, args: Mapping[str, Any]) -> Any:
@@ -19,10 +37,14 @@ def build(architecture: str, args: Mapping[str, Any]) -> Any:
     import timm
 
     check_architecture(architecture)
+    _check_args(architecture, args)
     try:
         with quiet():
+            if torch.get_default_device().type != "meta":
+                with torch.device("meta"):
+                    check_memory(architecture, timm.create_model(architecture, pretrained=False, **args))
             return timm.create_model(architecture, pretrained=False, **args).eval()
-    except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+    except LIBRARY_ERRORS as error:
         hint = "see model.config in the recipe, or model_args in the folder's config.json"
         raise ModelError(f"timm cannot build {architecture}: {_said(error)}", hint=hint) from error
 
@@ -76,7 +98,7 @@ def find(name: str, revision: str | None, *, only_config: bool = False) -> tuple
             check_architecture(architecture)
         folder = locate(name.removeprefix("hf-hub:").removeprefix("hf_hub:"), revision, only_config=only_config)
         config = read_config(folder)
-        return folder, architecture_of(config, f"{folder}/config.json"), dict(config.get("model_args") or {})
+        return folder, architecture_of(config, f"{folder}/config.json"), _part(folder, config, "model_args")
     if only_config:
         return None, architecture, {}
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
@@ -92,8 +114,17 @@ def open_folder(folder: Path) -> Any:
     try:
         with quiet():
             return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
-        raise ModelError(f"timm cannot open {folder}: {_said(error)}") from error
+    except LIBRARY_ERRORS as error:
+        raise ModelError(f"timm cannot open {folder}: {_said(error)}", hint="export or copy it again") from error
+
+
+def check_config(folder: Path) -> None:
+    """Raise `ModelError` if config.json says more than `config_json` writes: timm would read files that it names."""
+    config = read_config(folder)
+    more = (set(config) - TOP) | {f"pretrained_cfg.{key}" for key in set(_part(folder, config, "pretrained_cfg")) - PRETRAINED}
+    if more:
+        raise ModelError(f"{folder}/config.json says {min(more)}, which no export does", hint="export or copy it again")
+    _check_args(architecture_of(config, f"{folder}/config.json"), _part(folder, config, "model_args"))
 
 
 def filtered(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -102,13 +133,16 @@ def filtered(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors if translate is None else dict(translate(tensors, model))
 
 
-def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
-    """Copy the tensors that fit into `model`; the names it lacked, and those of another shape, keep their random weights."""
+def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str], set[str]]:
+    """Copy the tensors that fit into `model`; the names it lacked, and those of another shape, keep their random weights.
+
+    The third are the names that the model does not have.
+    """
     own = model.state_dict()
     missing = {name for name in own if name not in tensors}
     mismatched = {name for name in own if name in tensors and tensors[name].shape != own[name].shape}
     model.load_state_dict({name: t for name, t in tensors.items() if name in own and name not in mismatched}, strict=False)
-    return missing, mismatched
+    return missing, mismatched, set(tensors) - set(own)
 
 
 def model_type(model: Any) -> str:
@@ -127,7 +161,14 @@ def read_image_facts(model: Any, args: Mapping[str, Any], folder: Path | None = 
     """
     cfg = dict(model.pretrained_cfg)
     if folder is not None:
-        cfg.update(read_config(folder).get("pretrained_cfg") or {})
+        cfg.update(_part(folder, read_config(folder), "pretrained_cfg"))
+    try:
+        return _image_facts(model, args, cfg)
+    except (TypeError, ValueError, LookupError) as error:
+        raise ModelError(f"pretrained_cfg says no size, mean or std of images: {_said(error)}", hint=CONFIG_HINT) from error
+
+
+def _image_facts(model: Any, args: Mapping[str, Any], cfg: Mapping[str, Any]) -> dict[str, Any]:
     height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or cfg["input_size"][1:]
     if height != width:
         raise ModelError(
@@ -173,6 +214,24 @@ def config_of(architecture: str, args: Mapping[str, Any], names: Sequence[str], 
     """The `config` of a spec: the architecture, and the arguments with the task's classes and image size in them."""
     sized = {} if image_size is None else {"img_size": image_size}
     return {"architecture": architecture, "args": {**args, "num_classes": len(names), **sized}}
+
+
+def _part(folder: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An object within a folder's config.json; empty where it is not there."""
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise ModelError(f"{key} in {folder}/config.json is no object, but a {type(found).__name__}", hint=CONFIG_HINT)
+    return dict(found)
+
+
+def _check_args(architecture: str, args: Mapping[str, Any]) -> None:
+    """Refuse arguments that name files, and sizes that no model has."""
+    for key, value in args.items():
+        if key in FILES:
+            raise ModelError(f"{key} is no argument of {architecture} that may be given here", hint=CONFIG_HINT)
+        for size in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(size, int | float) and not size <= (MOST_LAYERS if key in LAYERS else MOST):  # NaN too
+                raise ModelError(f"{key} of this {architecture} is {size:,}, which no model has", hint=CONFIG_HINT)
 
 
 def _said(error: Exception) -> str:
