@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,15 @@ def check_weights(folder: Path) -> list[Path]:
                 ) from error
             raise ModelError(f"{path} is truncated or damaged: {error}", hint="copy or download it again") from error
     return files
+
+
+def count_weights(folder: Path) -> int:
+    """How many numbers the weights of a folder are. Raises `ModelError` as `check_weights` does."""
+    count = 0
+    for path in check_weights(folder):
+        with safe_open(path, framework="pt") as file:
+            count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  (no mapping)
+    return count
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

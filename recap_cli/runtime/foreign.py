@@ -79,13 +79,16 @@ def _read(path: Path, hint: str) -> bytes:
         raise ModelError(f"{path.parent} has no {path.name}", hint=hint) from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}", hint=hint) from error
-    with open(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise ModelError(f"{path} is no ordinary file", hint=hint)
         if found.st_size > MOST_BYTES:
             raise ModelError(f"{path} has {found.st_size:,} bytes, more than any such file", hint=hint)
-        return file.read(MOST_BYTES)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(MOST_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def _is_deep(found: Any) -> bool:

@@ -15,18 +15,18 @@ from torch import nn
 
 from recap_cli.errors import ModelError
 from recap_cli.runtime import foreign
-from recap_cli.runtime.checkpoints import FOLDER_HINT, QUANTIZED_HINT, check_weights, quiet
+from recap_cli.runtime.checkpoints import FOLDER_HINT, QUANTIZED_HINT, count_weights, quiet
 from recap_cli.runtime.foreign import LIBRARY_ERRORS
-from recap_cli.runtime.specs import ModelSpec, TaskKind, image_facts
+from recap_cli.runtime.specs import INTERPOLATIONS, ModelSpec, TaskKind, image_facts
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers, 0 … 5
 SIZES = (  # keys of the configurations that count something, of which there must be some; layers are conformance's business
     *("hidden_size", "dim", "num_attention_heads", "n_heads", "intermediate_size", "hidden_dim"),
     *("vocab_size", "max_position_embeddings", "image_size", "patch_size", "num_channels"),
 )
 MOST = 1 << 24  # of any of them; vocabularies end below a million, and nothing else is larger
 LAYERS, MOST_LAYERS = ("num_hidden_layers", "n_layers", "depth"), 2_000  # whichever key the library has
+NEW_HEAD = 100_000_000  # weights that a new head may have beside those of a checkpoint; made in a second
 ACTIVATIONS = ("hidden_act", "activation")
 DTYPES = ("dtype", "torch_dtype")
 CHOICES = ("attn_implementation", "experts_implementation")  # of code; with underscores before, and _internal behind it, too
@@ -51,13 +51,14 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
         raise ModelError(f"the weights of a {model_type} are float32, not {kind}", hint="see finetune.resident for less memory")
     rest |= {key: "float32" for key in DTYPES if key in rest}
     try:
-        defaults = AutoConfig.for_model(model_type)
-        if strict:
-            _check_keys(model_type, rest, defaults)
-        _check_names(model_type, rest, defaults)
-        config = AutoConfig.for_model(model_type, **rest)
-        config.architectures = config.architectures or []  # transformers 5.23 iterates over it, None or not
-        config.id2label = {int(number): str(name) for number, name in config.id2label.items()}
+        with quiet():
+            defaults = AutoConfig.for_model(model_type)
+            if strict:
+                _check_keys(model_type, rest, defaults)
+            _check_names(model_type, rest, defaults)
+            config = AutoConfig.for_model(model_type, **rest)
+            config.architectures = config.architectures or []  # transformers 5.23 iterates over it, None or not
+            config.id2label = {int(number): str(name) for number, name in config.id2label.items()}
     except (*LIBRARY_ERRORS, StrictDataclassError) as error:
         first_line = " ".join(str(error).split())
         raise ModelError(
@@ -83,23 +84,30 @@ def from_config(config: Any, task_kind: TaskKind) -> nn.Module:
     return model.eval()
 
 
-def check_size(config: Any, task_kind: TaskKind) -> None:
-    """Raise `ModelError` if a model of this configuration has more weights than this machine has memory; none is allocated."""
+def check_size(config: Any, task_kind: TaskKind, held: int | None = None) -> None:
+    """Raise `ModelError` as `check_fit` does for a model of this configuration; none is allocated."""
     with quiet(), torch.device("meta"):
-        check_memory(config.model_type, from_config(copy.deepcopy(config), task_kind))
+        check_fit(config.model_type, from_config(copy.deepcopy(config), task_kind), held)
 
 
-def check_memory(kind: str, skeleton: nn.Module) -> None:
-    """Raise `ModelError` if the float32 weights of a model on the meta device are more than this machine has memory."""
+def check_fit(kind: str, skeleton: nn.Module, held: int | None = None) -> None:
+    """Raise `ModelError` if a model on the meta device could not be, were it made.
+
+    Its float32 weights are more than this machine has memory, or far more than the `held` numbers of its checkpoint.
+    """
     import psutil
 
-    wanted_bytes = 4 * sum(param.numel() for param in skeleton.parameters())
+    wanted = sum(param.numel() for param in skeleton.parameters())
     there_bytes = psutil.virtual_memory().total + psutil.swap_memory().total
-    if wanted_bytes > there_bytes:
+    if 4 * wanted > there_bytes:
         raise ModelError(
-            f"a {kind} of this configuration has {wanted_bytes / 1e9:,.1f} GB of weights, and this machine "
+            f"a {kind} of this configuration has {4 * wanted / 1e9:,.1f} GB of weights, and this machine "
             f"{there_bytes / 1e9:,.1f} GB of memory",
             hint=CONFIG_HINT,
+        )
+    if held is not None and wanted > 2 * held + NEW_HEAD:
+        raise ModelError(
+            f"a {kind} of this configuration has {wanted:,} weights, and its files hold {held:,}", hint=CONFIG_HINT
         )
 
 
@@ -117,9 +125,14 @@ def from_folder(folder: Path, task_kind: TaskKind, config: Any) -> Loaded:
 
     Raises `ModelError` if weights are damaged, pickled or of another architecture, or too large for this machine.
     """
-    check_weights(folder)
+    held = count_weights(folder)
     foreign.check_folder(folder, ("*.json",))  # transformers looks into some of them
-    check_size(config, task_kind)
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder} holds an adapter of PEFT (adapter_config.json), and transformers would load what that names",
+            hint="merge it into its model first: model.merge_and_unload().save_pretrained(NEW)",
+        )
+    check_size(config, task_kind, held)
     try:
         with quiet():
             model, info = _auto(task_kind).from_pretrained(
@@ -196,9 +209,9 @@ def read_image_facts(folder: Path | None, config: Any) -> tuple[dict[str, Any], 
         return image_facts(size, channels), note
     given = foreign.read_object(path)
     number = given.get("resample")
-    if isinstance(number, int) and not 0 <= number < len(RESAMPLE):
-        raise ModelError(f"{path}: resample is {number}, and must be 0 to {len(RESAMPLE) - 1}", hint=foreign.AGAIN)
-    interpolation = RESAMPLE[number] if isinstance(number, int) else "bilinear"
+    if isinstance(number, int) and not 0 <= number < len(INTERPOLATIONS):
+        raise ModelError(f"{path}: resample is {number}, and must be 0 to {len(INTERPOLATIONS) - 1}", hint=foreign.AGAIN)
+    interpolation = INTERPOLATIONS[number] if isinstance(number, int) else "bilinear"
     try:
         return image_facts(size, channels, given.get("image_mean"), given.get("image_std"), interpolation), None
     except ModelError as error:
@@ -211,7 +224,7 @@ def preprocessor_json(image: dict[str, Any]) -> str:
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
         "size": {"height": image["size"], "width": image["size"]},
-        "resample": RESAMPLE.index(image["interpolation"]),
+        "resample": INTERPOLATIONS.index(image["interpolation"]),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -14,8 +14,8 @@ from recap_cli.core import adapter as adapters
 from recap_cli.core.adapter import Adapter, matches
 from recap_cli.core.surgery import owner_of, state_sizes
 from recap_cli.errors import ModelError
-from recap_cli.runtime import hf, leftovers, timm_library
-from recap_cli.runtime.checkpoints import FOLDER_HINT, locate, read_config, read_weights
+from recap_cli.runtime import hf, leftovers, strange_adapters, timm_library
+from recap_cli.runtime.checkpoints import FOLDER_HINT, count_weights, locate, read_config, read_weights
 from recap_cli.runtime.foreign import some
 from recap_cli.runtime.positions import resample
 from recap_cli.runtime.specs import Library, ModelSpec, TaskKind
@@ -91,7 +91,7 @@ def adapter_of(spec: ModelSpec) -> Adapter:
     if spec.model_type not in known:
         message, hint = registry.unknown("adapters", spec.model_type, known)
         raise ModelError(f"the model type {spec.model_type!r} is unknown: {message}", hint=hint)
-    return cast(Adapter, registry.load("adapters", spec.model_type))
+    return strange_adapters.guarding(cast(Adapter, registry.load("adapters", spec.model_type)), spec.model_type)
 
 
 def skeleton(spec: ModelSpec) -> nn.Module:
@@ -267,7 +267,8 @@ def _create_timm(
         architecture = timm_library.architecture_of(args, "model.config")
         args.pop("architecture")
     config = timm_library.config_of(architecture, args, labels, image_size)
-    model = timm_library.build(architecture, config["args"])
+    held = None if folder is None else count_weights(folder)
+    model = timm_library.build(architecture, config["args"], held)
     image = timm_library.read_image_facts(model, config["args"], folder)
     spec = ModelSpec("timm", timm_library.model_type(model), config, len(labels), labels, task_kind, image)
     adapter = adapter_of(spec)

@@ -28,7 +28,7 @@ from recap_cli.core.groups import Axis, Choice, counts, everything, shapes_of
 from recap_cli.core.surgery import indices, put
 from recap_cli.errors import ModelError, StorageError
 from recap_cli.runtime import candidates, hf, models, sealed, timm_library
-from recap_cli.runtime.checkpoints import WEIGHTS, quiet, read_config
+from recap_cli.runtime.checkpoints import WEIGHTS, check_weights, count_weights, quiet, read_config
 from recap_cli.runtime.specs import ModelSpec
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -111,7 +111,11 @@ def load(folder: Path | str) -> nn.Module:
 def _open_ragged(folder: Path, spec: ModelSpec, sizes: dict[str, int]) -> nn.Module:
     """The full model's skeleton, cut to `sizes` and filled. Raises `ModelError` if these, or the shapes, are none of it."""
     tensors, adapter, full = _read_tensors(folder), models.adapter_of(spec), models.skeleton(spec)
-    axes, shapes = find_axes(adapter, full), shapes_of(models.tensors_of(full))
+    shapes = shapes_of(models.tensors_of(full))
+    try:
+        axes = find_axes(adapter, full)
+    except LookupError as error:
+        raise ModelError(f"{folder} is no {spec.model_type}: {error}", hint=sealed.HINT) from error
     if {axis.name for axis in axes} != set(sizes) or not all(0 <= sizes[axis.name] <= axis.size for axis in axes):
         raise ModelError(f"the sizes in {folder / sealed.FACTS} are none of this {spec.model_type}", hint=sealed.HINT)
     where = indices(axes, {axis.name: torch.arange(axis.size) < sizes[axis.name] for axis in axes}, shapes)
@@ -189,9 +193,12 @@ def _compare(found: Tensor, wanted: Tensor) -> None:
 def _open_stock(folder: Path, spec: ModelSpec) -> nn.Module:
     """The folder opened by its own library, by nothing but its public call. Raises `ModelError` if a weight does not fit."""
     if spec.library == "timm":
-        timm_library.check_config(folder)
+        timm_library.check_config(folder, spec)
+        hf.check_fit(spec.model_type, models.skeleton(spec), count_weights(folder))
         return cast(nn.Module, timm_library.open_folder(folder))
     config = hf.configure(read_config(folder))
+    if config.model_type != spec.model_type:
+        raise ModelError(f"{folder}: model_type in config.json is not what spec.json says", hint=sealed.HINT)
     hf.check_task(config, spec.task_kind)
     model, missing, mismatched, unexpected = hf.from_folder(folder, spec.task_kind, config)
     if wrong := sorted(missing | mismatched | unexpected):
@@ -266,6 +273,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    check_weights(folder)
     try:
         return dict(load_file(folder / WEIGHTS))
     except (SafetensorError, OSError) as error:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from math import isfinite
 from typing import Any, Literal, get_args
 
 from recap_cli.errors import ModelError
@@ -11,6 +10,8 @@ from recap_cli.errors import ModelError
 Library = Literal["transformers", "timm"]
 TaskKind = Literal["text-classification", "image-classification"]
 MOST_PIXELS = 1 << 16  # of a side
+MOST_VALUE = 1e6  # of a mean or standard deviation of pixels in [0, 1]
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers, 0 … 5
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ def _problems(spec: ModelSpec) -> Iterator[str]:
         yield "config or forward is no object"
     if spec.library == "timm" and not (isinstance(spec.config.get("architecture"), str) and _is_dict(spec.config.get("args"))):
         yield "config names no architecture, or no args"
+    if spec.library == "transformers" and spec.config.get("model_type") != spec.model_type:
+        yield f"model_type is {spec.model_type!r}, and that of config {spec.config.get('model_type')!r}"
+    if spec.library == "timm" and not spec.model_type.startswith("timm-"):
+        yield f"model_type is {spec.model_type!r}, which is none of timm"
     if not isinstance(spec.label_names, list) or not all(isinstance(name, str) for name in spec.label_names):
         yield "label_names is no list of names"
     if type(spec.num_labels) is not int or spec.num_labels != len(spec.label_names):
@@ -79,7 +84,7 @@ def _image_problems(image: Any) -> Iterator[str]:
     for key in ("mean", "std"):
         if not isinstance(image[key], list) or len(image[key]) != image["channels"] or not all(map(_is_number, image[key])):
             yield f"image has {key} {image[key]!r}"
-    if not isinstance(image["interpolation"], str):
+    if image["interpolation"] not in INTERPOLATIONS:
         yield f"image has interpolation {image['interpolation']!r}"
 
 
@@ -88,18 +93,26 @@ def _is_dict(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MOST_VALUE < value < MOST_VALUE  # nor NaN
 
 
 def image_facts(size: int, channels: int, mean: Any = None, std: Any = None, interpolation: str = "bilinear") -> dict[str, Any]:
-    """The `image` of a spec; mean and std are 0.5 where none are given for that many channels."""
-    return {
+    """The `image` of a spec; mean and std are 0.5 where none are given for that many channels.
+
+    Raises `ModelError` for a mean or a std that is no number, a std of 0, and an interpolation that is none of Pillow's.
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise ModelError(f"the interpolation is {interpolation!r}, which is none of {', '.join(INTERPOLATIONS)}")
+    facts: dict[str, Any] = {
         "size": size,
         "channels": channels,
         "mean": _per_channel(mean, channels),
         "std": _per_channel(std, channels),
         "interpolation": interpolation,
     }
+    if not all(std > 0 for std in facts["std"]):
+        raise ModelError(f"the standard deviation of a channel is above 0; found {facts['std']}")
+    return facts
 
 
 def _per_channel(values: Any, channels: int) -> list[float]:

@@ -13,27 +13,21 @@ from torch import Tensor, nn
 from recap_cli.errors import ModelError
 from recap_cli.runtime.checkpoints import FOLDER_HINT, locate, quiet, read_config
 from recap_cli.runtime.foreign import LIBRARY_ERRORS
-from recap_cli.runtime.hf import CONFIG_HINT, LAYERS, MOST, MOST_LAYERS, check_memory
+from recap_cli.runtime.hf import CONFIG_HINT, LAYERS, MOST, MOST_LAYERS, check_fit
 from recap_cli.runtime.specs import ModelSpec, image_facts
 
-FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "cache_dir", "pretrained")
-
-TOP = {"architecture", "num_classes", "label_names", "model_args", "pretrained_cfg"}  # the keys of `config_json`
-PRETRAINED = {
-    "num_classes",
-    "input_size",
-    "fixed_input_size",
-    "interpolation",
-    "crop_pct",
-    "mean",
-    "std",
-    "first_conv",
-    "classifier",
-}
+OF_VERSION = ("first_conv", "classifier")  # of `pretrained_cfg`, which another version of timm may say differently
+NOT_HERE = (  # arguments that name files, and switches of the process or of the output
+    *("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "cache_dir"),
+    *("scriptable", "exportable", "no_jit", "features_only"),
+)
 
 
-def build(architecture: str, args: Mapping[str, Any]) -> Any:
-    """A model with random weights, in eval mode, on torch's current default device. Raises `ModelError`."""
+def build(architecture: str, args: Mapping[str, Any], held: int | None = None) -> Any:
+    """A model with random weights, in eval mode, on torch's current default device.
+
+    Raises `ModelError`, also where it is too large for this machine, or for the `held` numbers of its checkpoint.
+    """
     import timm
 
     check_architecture(architecture)
@@ -42,7 +36,7 @@ def build(architecture: str, args: Mapping[str, Any]) -> Any:
         with quiet():
             if torch.get_default_device().type != "meta":
                 with torch.device("meta"):
-                    check_memory(architecture, timm.create_model(architecture, pretrained=False, **args))
+                    check_fit(architecture, timm.create_model(architecture, pretrained=False, **args), held)
             return timm.create_model(architecture, pretrained=False, **args).eval()
     except LIBRARY_ERRORS as error:
         hint = "see model.config in the recipe, or model_args in the folder's config.json"
@@ -118,13 +112,15 @@ def open_folder(folder: Path) -> Any:
         raise ModelError(f"timm cannot open {folder}: {_said(error)}", hint="export or copy it again") from error
 
 
-def check_config(folder: Path) -> None:
-    """Raise `ModelError` if config.json says more than `config_json` writes: timm would read files that it names."""
-    config = read_config(folder)
-    more = (set(config) - TOP) | {f"pretrained_cfg.{key}" for key in set(_part(folder, config, "pretrained_cfg")) - PRETRAINED}
-    if more:
-        raise ModelError(f"{folder}/config.json says {min(more)}, which no export does", hint="export or copy it again")
-    _check_args(architecture_of(config, f"{folder}/config.json"), _part(folder, config, "model_args"))
+def check_config(folder: Path, spec: ModelSpec) -> None:
+    """Raise `ModelError` unless config.json is what `config_json` writes: timm would read files that another one names."""
+    given, written = read_config(folder), json.loads(config_json(spec))
+    found, wanted = (
+        {**values, "pretrained_cfg": {k: v for k, v in _part(folder, values, "pretrained_cfg").items() if k not in OF_VERSION}}
+        for values in (given, written)
+    )
+    if wrong := [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]:
+        raise ModelError(f"{folder}: {wrong[0]} in config.json is not what spec.json says", hint="export or copy it again")
 
 
 def filtered(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -164,6 +160,8 @@ def read_image_facts(model: Any, args: Mapping[str, Any], folder: Path | None = 
         cfg.update(_part(folder, read_config(folder), "pretrained_cfg"))
     try:
         return _image_facts(model, args, cfg)
+    except ModelError as error:
+        raise ModelError(f"pretrained_cfg: {error.message}", hint=error.hint or CONFIG_HINT) from error
     except (TypeError, ValueError, LookupError) as error:
         raise ModelError(f"pretrained_cfg says no size, mean or std of images: {_said(error)}", hint=CONFIG_HINT) from error
 
@@ -227,7 +225,7 @@ def _part(folder: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _check_args(architecture: str, args: Mapping[str, Any]) -> None:
     """Refuse arguments that name files, and sizes that no model has."""
     for key, value in args.items():
-        if key in FILES:
+        if key in NOT_HERE:
             raise ModelError(f"{key} is no argument of {architecture} that may be given here", hint=CONFIG_HINT)
         for size in value if isinstance(value, list | tuple) else [value]:
             if isinstance(size, int | float) and not size <= (MOST_LAYERS if key in LAYERS else MOST):  # NaN too
