@@ -289,6 +289,10 @@ def _check_values(model_type: str, values: Mapping[str, Any]) -> None:
 
     if values.get("quantization_config"):
         raise ModelError(f"the weights of this {model_type} are quantized (quantization_config)", hint=QUANTIZED_HINT)
+    for key in DTYPES:
+        kind = values.get(key)
+        if kind not in (None, "auto") and not isinstance(getattr(torch, str(kind).removeprefix("torch."), None), torch.dtype):
+            raise ModelError(f"{key} of this {model_type} is {kind!r}, which is no type of torch's", hint=CONFIG_HINT)
     for key in (*SIZES, *LAYERS, "num_labels"):
         value = values.get(key)
         least, most = (0, MOST_LAYERS) if key in LAYERS else (0 if key == "num_labels" else 1, MOST)

@@ -202,7 +202,7 @@ def _open_stock(folder: Path, spec: ModelSpec) -> nn.Module:
     hf.check_task(config, spec.task_kind)
     model, missing, mismatched, unexpected = hf.from_folder(folder, spec.task_kind, config)
     if wrong := sorted(missing | mismatched | unexpected):
-        raise ModelError(f"a plain {type(model).__name__} cannot hold {wrong[0]} as it is")
+        raise ModelError(f"a plain {type(model).__name__} cannot hold {wrong[0]} as it is", hint=sealed.HINT)
     return model
 
 

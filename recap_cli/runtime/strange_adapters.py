@@ -20,6 +20,8 @@ def guarding(adapter: Adapter, name: str) -> Adapter:
     What `axes` raises of the kinds that a lookup raises is a `ConformanceError`: it does not know the model. All else is a
     `PluginError`, and so is a weight that either has written to.
     """
+    if adapter.axes is None and adapter.resize is None:
+        return adapter
     plain_axes, plain_resize = adapter.axes, adapter.resize
     who = f"the adapter {name!r}"
 
