@@ -1,5 +1,6 @@
 """Eq. (1) and (4) against a naive double loop over groups and entries, on every pico model; other criteria; what is freed."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -273,3 +274,21 @@ def test_a_score_that_ends_the_process_is_named(needs: str) -> None:
 
     with pytest.raises(PluginError, match="the criterion 'leave' failed: SystemExit: 4"):
         group_scores(model, axes, Criterion(needs, leave), losses_of(model, spec, data[:1]), named="leave")  # type: ignore[arg-type]
+
+
+def test_what_a_score_prints_and_where_it_goes_stay_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    model, axes, data, spec = prepared("vit")
+
+    def loud(weight: Tensor, grad: Tensor) -> Tensor:
+        print("from python")
+        os.write(1, b"past python")
+        os.chdir("/")
+        return weight.abs()
+
+    before = os.getcwd()
+    group_scores(model, axes, Criterion("mean", loud), losses_of(model, spec, data[:1]))
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "from python" in err
+    assert "past python" in err
+    assert os.getcwd() == before
