@@ -164,7 +164,7 @@ def _importances(who: str, scores: Tensor, hint: str) -> Tensor:
 
 def _checksums(model: nn.Module) -> dict[str, int]:
     """A checksum of every tensor of the model's state: `Tensor._version` would not see what is written through `.data`."""
-    return {name: crc32(_bytes(tensor)) for name, tensor in model.state_dict().items()}
+    return {name: crc32(_bytes(tensor)) for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
 
 
 def _bytes(tensor: Tensor) -> Any:

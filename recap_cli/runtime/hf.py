@@ -247,12 +247,9 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Any:
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except LIBRARY_ERRORS as error:
-        raise ModelError(
-            f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}", hint="save the tokenizer there again"
-        ) from error
-    except Exception as error:  # tokenizers, written in Rust, raises the bare class, and nothing else of Python does
-        if type(error) is not Exception:
+    except BaseException as error:
+        # tokenizers, written in Rust, raises the bare Exception, and panics with a class that is no Exception
+        if not isinstance(error, LIBRARY_ERRORS) and type(error).__name__ not in ("Exception", "PanicException"):
             raise
         raise ModelError(
             f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}", hint="save the tokenizer there again"
@@ -327,5 +324,5 @@ def _check_names(model_type: str, values: Mapping[str, Any], defaults: Any) -> N
             raise ModelError(f"{key} is no setting of a {model_type}", hint=CONFIG_HINT)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
