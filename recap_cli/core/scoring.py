@@ -153,11 +153,11 @@ def _checked(axis: Axis, who: str, scores: Tensor) -> Tensor:
 
 
 def _importances(who: str, scores: Tensor, hint: str) -> Tensor:
-    """The scores, which are real numbers, there, and not below zero. One that is not finite is the selection's to refuse."""
+    """The scores. Raises `PluginError` unless they are real numbers that are there, and none is below zero."""
     if not scores.is_floating_point() or scores.layout != torch.strided or scores.is_meta:
         kind = "no values (device meta)" if scores.is_meta else f"scores of {scores.dtype}, {scores.layout}"
         raise PluginError(f"{who} gave {kind}, not a dense tensor of floating-point numbers", hint=hint)
-    if scores.numel() and bool(scores.amin() < 0):
+    if scores.numel() and not bool(scores.amin().nan_to_num() >= 0):  # NaN is the selection's to refuse
         raise PluginError(f"{who} gave scores below zero ({float(scores.amin()):.4g})", hint=hint)
     return scores.detach()
 
