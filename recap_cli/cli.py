@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from recap_cli import console
+from recap_cli import console, registry
 from recap_cli.commands import (
     compare,
     doctor,
@@ -98,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_streams()
     _quiet_libraries()
     _sleep_soon()
+    registry.leave_out_broken()
     try:
         return _run(given)
     except KeyboardInterrupt:

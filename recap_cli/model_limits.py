@@ -28,6 +28,7 @@ _LIMITS: dict[int, tuple[str, ...]] = {
     ),
     100_000_000: ("vocab_size", "max_position_embeddings", "n_positions"),
 }
+LARGEST = max(_LIMITS)
 LIMITS = {key: limit for limit, keys in _LIMITS.items() for key in keys}
 
 

@@ -3,20 +3,27 @@
 Ours register through the same groups as a stranger's: `recap.criteria`, `recap.adapters` and `recap.methods`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib.metadata import EntryPoint, entry_points
-from typing import Literal
+from importlib import metadata
+from importlib.metadata import Distribution, EntryPoint
+from typing import Any, Literal, cast
 
 from recap_cli.errors import PluginError
+from recap_cli.strangers import guarded
 
 Kind = Literal["criteria", "adapters", "methods"]
+OURS = "recap-cli"
+UNKNOWN, FILE = "unknown", "entry_points.txt"
 KINDS: tuple[Kind, ...] = ("criteria", "adapters", "methods")
 SINGULAR: dict[Kind, str] = {"criteria": "criterion", "adapters": "adapter", "methods": "method"}
 ADD_ADAPTER = (
     "to add one, register an Adapter in the entry-point group recap.adapters under the model type; see docs/plugins.md"
 )
+
+
+_read: Callable[[Distribution], Any] = cast(Any, Distribution.entry_points).fget  # as it is without `leave_out_broken`
 
 
 @dataclass(frozen=True)
@@ -30,10 +37,47 @@ class Entry:
     target: str
 
 
+@dataclass(frozen=True)
+class Broken:
+    """A distribution, of any kind, whose entry points cannot be read, and why."""
+
+    distribution: str
+    version: str
+    problem: str
+
+
 def entries(kind: Kind) -> list[Entry]:
-    """Every plugin of a kind, by name; a name that two distributions claim is there twice."""
-    found = {_entry(kind, point) for point in entry_points(group=f"recap.{kind}")}
+    """Every plugin of a kind, by name; a name that two distributions claim is there twice.
+
+    A distribution whose entry points cannot be read is left out: see `broken`.
+    """
+    group = f"recap.{kind}"
+    found = {
+        Entry(point.name, kind, *_name_of(distribution), point.value)
+        for distribution in _with_plugins()
+        for point in _readable(distribution)
+        if point.group == group
+    }
     return sorted(found, key=lambda entry: (entry.name, entry.distribution))
+
+
+def broken() -> list[Broken]:
+    """The distributions in this environment whose entry points cannot be read, ours or anybody's."""
+    found = {
+        Broken(*_name_of(distribution), problem)
+        for distribution in metadata.distributions()
+        if (problem := _problem(distribution)) is not None
+    }
+    return sorted(found, key=lambda one: (one.distribution, one.version))
+
+
+def leave_out_broken() -> None:
+    """Let this process see no entry points where they cannot be read; nothing is changed where all can be.
+
+    torch and pydantic read those of all distributions when they are imported, and one that is malformed would end them.
+    """
+    if broken():
+        Distribution.entry_points = property(_readable)  # type: ignore[assignment,method-assign]
 
 
 def names(kind: Kind) -> list[str]:
@@ -55,13 +99,9 @@ def load(kind: Kind, name: str) -> object:
     """
     entry = _find(kind, name)
     source = f"the {SINGULAR[kind]} {name!r} ({entry.target}, from {entry.distribution} {entry.version})"
-    try:
+    hint = f"repair or uninstall {entry.distribution}; `recap plugins` lists what there is"
+    with guarded(f"{source} cannot be loaded", hint):
         plugin = EntryPoint(name, entry.target, f"recap.{kind}").load()
-    except (Exception, SystemExit) as error:  # a plugin is a stranger's code: importing it may raise anything
-        raise PluginError(
-            f"{source} cannot be loaded: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
-            hint=f"repair or uninstall {entry.distribution}; `recap plugins` lists what there is",
-        ) from error
     wanted = _type_of(kind)
     if not isinstance(plugin, wanted):
         raise PluginError(
@@ -92,9 +132,41 @@ def _find(kind: Kind, name: str) -> Entry:
     return claims[0]
 
 
-def _entry(kind: Kind, point: EntryPoint) -> Entry:
-    distribution, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "unknown")
-    return Entry(point.name, kind, distribution, version, point.value)
+def _with_plugins() -> list[Distribution]:
+    """The distributions that register anything here; of two with one name the first on the path, as with imports."""
+    found = [each for each in metadata.distributions() if any(point.group.startswith("recap.") for point in _readable(each))]
+    named = {_name_of(each)[0]: each for each in reversed(found)}
+    return [each if name == UNKNOWN else metadata.distribution(name) for name, each in named.items()]
+
+
+def _readable(distribution: Distribution) -> Any:
+    """The entry points of a distribution; none where they cannot be read, as `broken` says."""
+    return metadata.EntryPoints() if _problem(distribution) else _read(distribution)
+
+
+def _problem(distribution: Distribution) -> str | None:
+    """Why the entry points of a distribution cannot be read, or None where they can."""
+    try:
+        list(_read(distribution))
+    except Exception as error:  # noqa: BLE001  (a stranger's file, asked in order to know)
+        lines = [
+            line.strip() for line in ((not isinstance(error, UnicodeError) and distribution.read_text(FILE)) or "").splitlines()
+        ]
+        bare = (n for n, line in enumerate(lines, 1) if line and line[0] not in "#[" and "=" not in line)
+        if number := next(bare, None):
+            return f"line {number} of its {FILE} has no '='"
+        return f"its {FILE} cannot be read: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None
+
+
+def _name_of(distribution: Distribution) -> tuple[str, str]:
+    """The name and the version of a distribution, where its metadata say them."""
+    try:
+        said = distribution.metadata
+        name, version = (next(iter(said.get_all(key) or [UNKNOWN])) for key in ("Name", "Version"))
+    except Exception:  # noqa: BLE001  (as in _problem)
+        return UNKNOWN, UNKNOWN
+    return str(name), str(version)
 
 
 def _type_of(kind: Kind) -> type:

@@ -20,18 +20,19 @@ TABLE = {
     "errors": set(),
     "parent": set(),
     "progress": set(),
-    "core": {"errors"},
+    "strangers": {"errors"},
+    "core": {"strangers", "errors"},
     "api": {"core", "errors"},
     "plugins": {"api"},
     "storage": {"errors"},
     "state": {"storage", "errors"},
     "recipe": {"errors"},
-    "registry": {"core", "errors"},
-    "runtime": {"core", "storage", "recipe", "registry", "errors", "progress"},
-    "stages": {"runtime", "core", "storage", "state", "recipe", "registry", "errors", "parent", "progress"},
+    "registry": {"core", "strangers", "errors"},
+    "runtime": {"core", "storage", "recipe", "registry", "strangers", "errors", "progress"},
+    "stages": {"runtime", "core", "storage", "state", "recipe", "registry", "strangers", "errors", "parent", "progress"},
     "console": {"errors", "progress"},
     "commands": {"stages", "console", "state", "recipe", "registry", "errors", "progress"},
-    "cli": {"commands", "console", "errors"},
+    "cli": {"commands", "console", "registry", "errors"},
     "__main__": {"cli", "parent"},
     "__init__": {"runtime", "errors"},
 }
@@ -46,7 +47,20 @@ MEMBERS = {
     "recipe_schema": "recipe",
     "recipe_yaml": "recipe",
 }
-LIGHT = {"errors", "parent", "progress", "storage", "state", "recipe", "registry", "console", "commands", "cli", "__main__"}
+LIGHT = {
+    "errors",
+    "parent",
+    "progress",
+    "storage",
+    "state",
+    "recipe",
+    "registry",
+    "strangers",
+    "console",
+    "commands",
+    "cli",
+    "__main__",
+}
 LIGHT |= {"__init__"}
 HEAVY = {"torch", "transformers", "timm", "datasets", "sklearn", "torchvision", "torchmetrics", "matplotlib", "peft", "jinja2"}
 

@@ -1,13 +1,18 @@
 """Plugins: listed unloaded, loaded one at a time, refused with a message that says what to do."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
 from torch import nn
 
 from recap_cli import registry
+from recap_cli.cli import main
 from recap_cli.core.adapter import Adapter
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.groups import Axis, Cut
@@ -144,3 +149,98 @@ def test_an_entry_point_to_nothing_is_refused(distribution):
     distribution("acme-gone", "[recap.criteria]\ngone = acme_gone_module:MISSING\n")
     with pytest.raises(PluginError, match=r"'gone'.*AttributeError"):
         registry.load("criteria", "gone")
+
+
+BROKEN = [
+    ("[console_scripts]\nno equals sign here\n", "line 2 of its entry_points.txt has no '='"),
+    ("[a]\nb = c\n\xff\n", "entry_points.txt cannot be read: UnicodeDecodeError"),
+]
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """`leave_out_broken` changes the process: after the test it reads entry points as before."""
+    monkeypatch.setattr(Distribution, "entry_points", Distribution.entry_points)
+
+
+@pytest.mark.parametrize(("points", "problem"), BROKEN)
+@pytest.mark.usefixtures("restored")
+def test_a_distribution_with_broken_entry_points_is_left_out_and_named(distribution, capsys, points, problem):
+    known = {kind: registry.names(kind) for kind in registry.KINDS}
+    site = distribution("zz-broken", "")
+    (site / "zz_broken-1.2.dist-info" / "entry_points.txt").write_bytes(points.encode("latin-1"))
+    assert {kind: registry.names(kind) for kind in registry.KINDS} == known
+    (found,) = registry.broken()
+    assert (found.distribution, found.version) == ("zz-broken", "1.2")
+    assert problem in found.problem
+    assert main(["plugins"]) == 0
+    shown = capsys.readouterr()
+    assert "taylor" in shown.out
+    assert f"zz-broken 1.2 is left out: {found.problem}" in shown.err
+    assert main(["doctor", "--json"]) == 1
+    assert any("zz-broken 1.2" in one and problem in one for one in json.loads(capsys.readouterr().out)["problems"])
+
+
+def test_libraries_that_read_all_entry_points_are_imported_beside_a_broken_one(distribution):
+    site = distribution("zz-broken", "[console_scripts]\nno equals sign here\n")
+    code = (
+        "from recap_cli.cli import main; import sys; code = main(['run', 'quickstart', '--dry-run']); "
+        "import torch; sys.exit(code)"
+    )
+    where = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=where)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_distribution_is_read_as_it_is_imported_the_first_on_the_path(distribution, tmp_path, monkeypatch):
+    distribution("acme-prune", "[recap.criteria]\nabs = acme_prune_module:ABS\n", "", "1.0")
+    (tmp_path / "acme-prune").rename(tmp_path / "before")
+    monkeypatch.syspath_prepend(str(tmp_path / "before"))
+    distribution("acme-prune", "[recap.criteria]\nabs = acme_prune_module:ABS\n", "", "2.0")
+    assert [entry.version for entry in registry.entries("criteria") if entry.name == "abs"] == ["2.0"]
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("class Own(BaseException): pass\nraise Own('mine')", "Own: mine"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("import sys; sys.exit(4)", "SystemExit: 4"),
+    ],
+)
+def test_whatever_an_import_raises_names_the_plugin(distribution, source, told):
+    distribution("acme-raises", "[recap.criteria]\nraises = acme_raises_module:X\n", source)
+    with pytest.raises(PluginError, match=rf"'raises'.*acme-raises 1.2.*{told}\n"):
+        registry.load("criteria", "raises")
+
+
+def test_a_dry_run_imports_a_strangers_criterion(distribution, capsys):
+    distribution("acme-boom", "[recap.criteria]\nboom = acme_boom_module:X\n", "raise OSError('boom')")
+    assert main(["run", "quickstart", "--dry-run", "--set", "mask.criterion=boom"]) == 7
+    assert "'boom'" in capsys.readouterr().err
+
+
+def test_what_an_import_prints_and_where_it_goes_stay_its_own(distribution, capfd):
+    source = (
+        "import os; print('from python', flush=True); os.system('echo from a process'); os.chdir('/')\n"
+        "from recap_cli.api import Criterion\nX = Criterion(score=lambda w, g: w.abs())\n"
+    )
+    distribution("acme-loud", "[recap.criteria]\nloud = acme_loud_module:X\n", source)
+    before = os.getcwd()
+    registry.load("criteria", "loud")
+    print("the result")
+    out, err = capfd.readouterr()
+    assert out == "the result\n"
+    assert "from python" in err
+    assert "from a process" in err
+    assert os.getcwd() == before
+
+
+def test_a_real_ctrl_c_ends_a_plugins_import_as_any_other(distribution):
+    source = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    distribution("acme-slow", "[recap.criteria]\nslow = acme_slow_module:X\n", source)
+    heard = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        registry.load("criteria", "slow")
+    assert signal.getsignal(signal.SIGINT) is heard
+    assert main(["run", "quickstart", "--dry-run", "--set", "mask.criterion=slow"]) == 130

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from recap_cli import console
+from recap_cli import console, registry
 from recap_cli.commands.arguments import JsonOption
 
 PACKAGES = ("recap-cli", "torch", "torchvision", "transformers", "timm", "datasets", "safetensors", "typer", "pydantic")
@@ -23,6 +23,10 @@ def doctor(as_json: JsonOption = False) -> None:
     versions = {name: _version(name) for name in PACKAGES}
     devices, driver, problems = _devices()
     problems += [f"{name} is not installed" for name, version in versions.items() if version is None]
+    problems += [
+        f"{one.distribution} {one.version}: {one.problem}; its plugins are left out: repair or uninstall it"
+        for one in registry.broken()
+    ]
     folders = {"cache": _folder(_cache()), "here": _folder(Path.cwd())}
     problems += [f"{folder['path']} cannot be written" for folder in folders.values() if not folder["writable"]]
     found = {

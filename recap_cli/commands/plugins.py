@@ -11,7 +11,7 @@ def plugins(as_json: JsonOption = False) -> None:
 
     Example: [bold]recap plugins[/bold]
     """
-    from recap_cli.registry import KINDS, SINGULAR, entries
+    from recap_cli.registry import KINDS, SINGULAR, broken, entries
 
     rows = [
         {"kind": SINGULAR[kind], "name": entry.name, "distribution": entry.distribution, "version": entry.version}
@@ -22,3 +22,5 @@ def plugins(as_json: JsonOption = False) -> None:
         console.emit_json(rows)
     else:
         console.records(rows, is_result=True)
+    for one in broken():
+        console.say(f"{one.distribution} {one.version} is left out: {one.problem}")

@@ -1,11 +1,11 @@
 """Where weights come from: a local folder or the hub's cache; safetensors only, checked before anything is built."""
 
-import json
 import logging
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from recap_cli.errors import ModelError
+from recap_cli.runtime import foreign
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -22,6 +23,8 @@ WANTED = ("*.json", "*.txt", "*.model", WEIGHTS, "model-*.safetensors")  # token
 CONFIGS = ("config.json", "preprocessor_config.json")
 TIMEOUT_SECONDS = 5.0
 LFS_POINTER = b"version https://git-lfs"  # what git leaves in place of a large file that it has not fetched
+FLOATS = ("F64", "F32", "F16", "BF16")
+QUANTIZED_HINT = "name the model before it was quantized; RECAP has its own: --set finetune.resident=int8"
 FOLDER_HINT = "name a local folder with config.json and model.safetensors: --set model.name=DIR"
 CONFIG_HINT = "copy or download config.json again, or name another folder: --set model.name=DIR"
 
@@ -68,15 +71,9 @@ def locate(name: str, revision: str | None = None, *, only_config: bool = False)
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json. Raises `ModelError` if there is none, or it is not a JSON object."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder} has no config.json", hint=FOLDER_HINT) from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", hint=CONFIG_HINT) from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds no JSON object, but a {type(config).__name__}", hint=CONFIG_HINT)
-    return config
+    if not path.exists() and not path.is_symlink():
+        raise ModelError(f"{folder} has no config.json", hint=FOLDER_HINT)
+    return foreign.read_object(path, CONFIG_HINT)
 
 
 def check_weights(folder: Path) -> list[Path]:
@@ -84,8 +81,9 @@ def check_weights(folder: Path) -> list[Path]:
     files = _weight_files(folder)
     for path in files:
         try:
-            with safe_open(path, framework="pt"):  # reads the header and compares it with the file's length
-                pass
+            foreign.check_ordinary(path)
+            with safe_open(path, framework="pt") as file:  # reads the header and compares it with the file's length
+                _check_types(path, file)
         except FileNotFoundError as error:
             raise ModelError(f"{path} is missing, though {INDEX} names it", hint="copy or download it again") from error
         except (SafetensorError, OSError) as error:
@@ -97,9 +95,25 @@ def check_weights(folder: Path) -> list[Path]:
     return files
 
 
+def count_weights(folder: Path) -> int:
+    """How many numbers the weights of a folder are. Raises `ModelError` as `check_weights` does."""
+    count = 0
+    for path in check_weights(folder):
+        with safe_open(path, framework="pt") as file:
+            count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  (no mapping)
+    return count
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder by name. Raises `ModelError` as `check_weights` does."""
     return {name: tensor for path in check_weights(folder) for name, tensor in load_file(path).items()}
+
+
+def _check_types(path: Path, file: Any) -> None:
+    """Raise `ModelError` for weights in integers or 8 bits, which mean nothing without the scales of some quantization."""
+    for name in file.keys():  # noqa: SIM118  (no mapping)
+        if name.endswith(".weight") and (kind := file.get_slice(name).get_dtype()) not in FLOATS:
+            raise ModelError(f"{path}: {name} is quantized ({kind})", hint=QUANTIZED_HINT)
 
 
 def _is_pointer(path: Path) -> bool:
@@ -111,14 +125,10 @@ def _is_pointer(path: Path) -> bool:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
+    if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            return [folder / shard for shard in sorted(set(index["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{folder / INDEX} cannot be read: {error}", hint="copy or download it again") from error
+    if (folder / INDEX).exists():
+        return [folder / shard for shard in _shards(folder / INDEX)]
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     if pickled:
         raise ModelError(
@@ -126,6 +136,17 @@ def _weight_files(folder: Path) -> list[Path]:
             hint="convert it once, where you trust it: AutoModel.from_pretrained(DIR).save_pretrained(NEW)",
         )
     raise ModelError(f"{folder} has no {WEIGHTS}", hint=FOLDER_HINT)
+
+
+def _shards(path: Path) -> list[str]:
+    """The files that an index names. Raises `ModelError` if it says something else, or one is not in its own folder."""
+    shards = foreign.read_object(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ModelError(f"{path} says not in which files the weights are (weight_map)", hint=foreign.AGAIN)
+    for shard in shards.values():
+        if not foreign.is_plain(shard) or not shard.endswith(".safetensors"):
+            raise ModelError(f"{path} names {shard!r}, which is no safetensors file in the same folder", hint=foreign.AGAIN)
+    return sorted(set(shards.values()))
 
 
 def _download(name: str, revision: str | None, wanted: tuple[str, ...]) -> Path:

@@ -1,5 +1,6 @@
 """Models of the transformers library: from a folder, from a configuration, or as a skeleton to be filled."""
 
+import copy
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -7,29 +8,36 @@ from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from recap_cli.errors import ModelError
-from recap_cli.runtime.checkpoints import FOLDER_HINT, check_weights, quiet
+from recap_cli.runtime import foreign
+from recap_cli.runtime.checkpoints import FOLDER_HINT, QUANTIZED_HINT, count_weights, quiet
+from recap_cli.runtime.config_checks import HINT as CONFIG_HINT
 from recap_cli.runtime.config_checks import check_limits, check_padding
-from recap_cli.runtime.specs import ModelSpec, TaskKind, image_facts
+from recap_cli.runtime.foreign import LIBRARY_ERRORS
+from recap_cli.runtime.specs import INTERPOLATIONS, ModelSpec, TaskKind, image_facts
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers, 0 … 5
 SIZES = (  # keys of the configurations that count something, of which there must be some; layers are conformance's business
     *("hidden_size", "dim", "num_attention_heads", "n_heads", "intermediate_size", "hidden_dim"),
     *("vocab_size", "max_position_embeddings", "image_size", "patch_size", "num_channels"),
 )
+LAYERS = ("num_hidden_layers", "n_layers", "depth")  # whichever key the library has
+NEW_HEAD = 100_000_000  # weights that a new head may have beside those of a checkpoint; made in a second
 ACTIVATIONS = ("hidden_act", "activation")
-CONFIG_HINT = "correct it in model.config, or in the config.json of the model's folder"
+DTYPES = ("dtype", "torch_dtype")
+CHOICES = ("attn_implementation", "experts_implementation")  # of code; with underscores before, and _internal behind it, too
 NOT_IN_DEFAULTS = {"head_dim", "architectures", "tokenizer", "transformers_version", "_name_or_path", "torch_dtype"}
 
 
 def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
-    """The configuration object that `values` (with `model_type`) describe.
+    """The configuration object that `values` (with `model_type`) describe; its weights are float32.
 
+    How attention is computed is the library's choice: what a configuration says of it may name code that is to be downloaded.
     `strict` refuses keys that the model type does not know, which transformers would keep without a word. Raises `ModelError`.
     """
     from huggingface_hub.errors import StrictDataclassError
@@ -39,17 +47,25 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
     model_type = str(values.get("model_type"))
     check_limits(model_type, rest)
     _check_values(model_type, rest)
+    rest = {key: value for key, value in rest.items() if not key.strip("_").startswith(CHOICES)}
+    if strict and (kind := next((rest[key] for key in DTYPES if key in rest), "float32")) != "float32":
+        raise ModelError(f"the weights of a {model_type} are float32, not {kind}", hint="see finetune.resident for less memory")
+    rest |= {key: "float32" for key in DTYPES if key in rest}
     try:
-        if strict:
-            _check_keys(model_type, rest, AutoConfig.for_model(model_type))
-        config = AutoConfig.for_model(model_type, **rest)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+        with quiet():
+            defaults = AutoConfig.for_model(model_type)
+            if strict:
+                _check_keys(model_type, rest, defaults)
+            _check_names(model_type, rest, defaults)
+            config = AutoConfig.for_model(model_type, **rest)
+            config.architectures = config.architectures or []  # transformers 5.23 iterates over it, None or not
+            config.id2label = {int(number): str(name) for number, name in config.id2label.items()}
+    except (*LIBRARY_ERRORS, StrictDataclassError) as error:
         first_line = " ".join(str(error).split())
         raise ModelError(
             f"this is no configuration of a {model_type}: {first_line}", hint="see model.config in the recipe"
         ) from error
     check_padding(config)
-    config.architectures = config.architectures or []  # transformers 5.23 iterates over it, None or not
     return config
 
 
@@ -81,19 +97,62 @@ def from_config(config: Any, task_kind: TaskKind) -> nn.Module:
     """A model with random weights, from torch's own generator. Raises `ModelError` if the architecture has no such head."""
     try:
         model: nn.Module = _auto(task_kind).from_config(config)
-    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+    except LIBRARY_ERRORS as error:
         raise ModelError(
             f"a {config.model_type} cannot be built for {task_kind}: {_first_line(error)}", hint=CONFIG_HINT
         ) from error
     return model.eval()
 
 
-def from_folder(folder: Path, task_kind: TaskKind, config: Any) -> tuple[nn.Module, set[str], set[str]]:
-    """The model with the folder's weights in float32, in eval mode; the names it lacked, and those of another shape.
+def check_size(config: Any, task_kind: TaskKind, held: int | None = None) -> None:
+    """Raise `ModelError` as `check_fit` does for a model of this configuration; none is allocated."""
+    with quiet(), torch.device("meta"):
+        check_fit(config.model_type, from_config(copy.deepcopy(config), task_kind), held)
 
-    Whatever the folder lacks is random. Raises `ModelError` if weights are damaged, pickled or of another architecture.
+
+def check_fit(kind: str, skeleton: nn.Module, held: int | None = None) -> None:
+    """Raise `ModelError` if a model on the meta device could not be, were it made.
+
+    Its float32 weights are more than this machine has memory, or far more than the `held` numbers of its checkpoint.
     """
-    check_weights(folder)
+    import psutil
+
+    wanted = sum(param.numel() for param in skeleton.parameters())
+    there_bytes = psutil.virtual_memory().total + psutil.swap_memory().total
+    if 4 * wanted > there_bytes:
+        raise ModelError(
+            f"a {kind} of this configuration has {4 * wanted / 1e9:,.1f} GB of weights, and this machine "
+            f"{there_bytes / 1e9:,.1f} GB of memory",
+            hint=CONFIG_HINT,
+        )
+    if held is not None and wanted > 2 * held + NEW_HEAD:
+        raise ModelError(
+            f"a {kind} of this configuration has {wanted:,} weights, and its files hold {held:,}", hint=CONFIG_HINT
+        )
+
+
+class Loaded(NamedTuple):
+    """A model in eval mode; the names that its folder lacked, had in another shape, and had besides."""
+
+    model: nn.Module
+    missing: set[str]
+    mismatched: set[str]
+    unexpected: set[str]
+
+
+def from_folder(folder: Path, task_kind: TaskKind, config: Any) -> Loaded:
+    """The model with the folder's weights in float32. Whatever the folder lacks is random.
+
+    Raises `ModelError` if weights are damaged, pickled or of another architecture, or too large for this machine.
+    """
+    held = count_weights(folder)
+    foreign.check_folder(folder, ("*.json",))  # transformers looks into some of them
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder} holds an adapter of PEFT (adapter_config.json), and transformers would load what that names",
+            hint="merge it into its model first: model.merge_and_unload().save_pretrained(NEW)",
+        )
+    check_size(config, task_kind, held)
     try:
         with quiet():
             model, info = _auto(task_kind).from_pretrained(
@@ -106,9 +165,10 @@ def from_folder(folder: Path, task_kind: TaskKind, config: Any) -> tuple[nn.Modu
                 output_loading_info=True,
                 dtype="float32",
             )
-    except (ValueError, TypeError, AttributeError, KeyError, OSError, RuntimeError) as error:
-        raise ModelError(f"{folder} cannot be loaded for {task_kind}: {_first_line(error)}") from error
-    return model.eval(), set(info["missing_keys"]), {str(item[0]) for item in info["mismatched_keys"]}
+    except LIBRARY_ERRORS as error:
+        raise ModelError(f"{folder} cannot be loaded for {task_kind}: {_first_line(error)}", hint=FOLDER_HINT) from error
+    mismatched = {str(item[0]) for item in info["mismatched_keys"]}
+    return Loaded(model.eval(), set(info["missing_keys"]), mismatched, set(info["unexpected_keys"]))
 
 
 def model_type(values: Mapping[str, Any], origin: str) -> str:
@@ -167,13 +227,15 @@ def read_image_facts(folder: Path | None, config: Any) -> tuple[dict[str, Any], 
     if path is None or not path.is_file():
         note = None if path is None else f"{folder} has no preprocessor_config.json: mean and std are taken to be 0.5"
         return image_facts(size, channels), note
+    given = foreign.read_object(path)
+    number = given.get("resample")
+    if isinstance(number, int) and not 0 <= number < len(INTERPOLATIONS):
+        raise ModelError(f"{path}: resample is {number}, and must be 0 to {len(INTERPOLATIONS) - 1}", hint=foreign.AGAIN)
+    interpolation = INTERPOLATIONS[number] if isinstance(number, int) else "bilinear"
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-        number = given.get("resample")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    interpolation = RESAMPLE[number] if isinstance(number, int) and number < len(RESAMPLE) else "bilinear"
-    return image_facts(size, channels, given.get("image_mean"), given.get("image_std"), interpolation), None
+        return image_facts(size, channels, given.get("image_mean"), given.get("image_std"), interpolation), None
+    except ModelError as error:
+        raise ModelError(f"{path}: {error.message}", hint=foreign.AGAIN) from error
 
 
 def preprocessor_json(image: dict[str, Any]) -> str:
@@ -182,7 +244,7 @@ def preprocessor_json(image: dict[str, Any]) -> str:
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
         "size": {"height": image["size"], "width": image["size"]},
-        "resample": RESAMPLE.index(image["interpolation"]),
+        "resample": INTERPOLATIONS.index(image["interpolation"]),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -201,11 +263,17 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Any:
         raise ModelError(
             f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})", hint="save the tokenizer beside it"
         )
+    foreign.check_folder(folder, ("*.json", "*.txt", "*.model", "*.jinja"))
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
-        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+    except BaseException as error:
+        # tokenizers, written in Rust, raises the bare Exception, and panics with a class that is no Exception
+        if not isinstance(error, LIBRARY_ERRORS) and type(error).__name__ not in ("Exception", "PanicException"):
+            raise
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}", hint="save the tokenizer there again"
+        ) from error
     if len(tokenizer) > vocab_size:
         raise ModelError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens, the model embeds {vocab_size}")
     return tokenizer
@@ -244,10 +312,18 @@ def _check_values(model_type: str, values: Mapping[str, Any]) -> None:
     """Refuse sizes of nothing and unknown activations by their keys, which the library's own errors do not name."""
     from transformers.activations import ACT2FN
 
-    for key in SIZES:
+    if values.get("quantization_config"):
+        raise ModelError(f"the weights of this {model_type} are quantized (quantization_config)", hint=QUANTIZED_HINT)
+    for key in DTYPES:
+        kind = values.get(key)
+        if kind not in (None, "auto") and not isinstance(getattr(torch, str(kind).removeprefix("torch."), None), torch.dtype):
+            raise ModelError(f"{key} of this {model_type} is {kind!r}, which is no type of torch's", hint=CONFIG_HINT)
+    for key in (*SIZES, *LAYERS, "num_labels"):
         value = values.get(key)
-        if isinstance(value, int) and value < 1:
-            raise ModelError(f"{key} of this {model_type} is {value}, and must be 1 or more", hint=CONFIG_HINT)
+        least = 0 if key in LAYERS or key == "num_labels" else 1
+        for size in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(size, int) and size < least:
+                raise ModelError(f"{key} of this {model_type} is {size}, and must be {least} or more", hint=CONFIG_HINT)
     for key in ACTIVATIONS:
         value = values.get(key)
         if isinstance(value, str) and value not in ACT2FN:
@@ -265,5 +341,14 @@ def _check_keys(model_type: str, values: dict[str, Any], defaults: Any) -> None:
             raise ModelError(f"a {model_type} has no configuration key {key!r} (model.config.{key})", hint=hint)
 
 
-def _first_line(error: Exception) -> str:
+def _check_names(model_type: str, values: Mapping[str, Any], defaults: Any) -> None:
+    """Refuse keys that would take the place of what the library's own class is made of, its methods and tables."""
+    known = {*defaults.to_dict(), *type(defaults).attribute_map}
+    for key in values.keys() - known:
+        own = getattr(type(defaults), key, None)
+        if callable(own) or isinstance(own, dict | set | tuple):
+            raise ModelError(f"{key} is no setting of a {model_type}", hint=CONFIG_HINT)
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

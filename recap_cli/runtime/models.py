@@ -14,9 +14,10 @@ from recap_cli.core.adapter import Adapter, matches
 from recap_cli.core.surgery import owner_of, state_sizes
 from recap_cli.core.ties import names_of
 from recap_cli.errors import ModelError
-from recap_cli.runtime import hf, timm_library
-from recap_cli.runtime.checkpoints import FOLDER_HINT, locate, read_config, read_weights
-from recap_cli.runtime.config_checks import check_fits, check_limits
+from recap_cli.runtime import hf, leftovers, strange_adapters, timm_library
+from recap_cli.runtime.checkpoints import FOLDER_HINT, count_weights, locate, read_config, read_weights
+from recap_cli.runtime.config_checks import check_limits
+from recap_cli.runtime.foreign import some
 from recap_cli.runtime.head_labels import places_of, reorder_output, same_labels
 from recap_cli.runtime.positions import resample
 from recap_cli.runtime.specs import Library, ModelSpec, TaskKind
@@ -43,7 +44,6 @@ __all__ = [
 
 Batch = Mapping[str, Tensor]
 EXAMPLE_TOKENS = 12
-LISTED = 5  # names in an error message
 
 
 class Created(NamedTuple):
@@ -93,7 +93,7 @@ def adapter_of(spec: ModelSpec) -> Adapter:
     if spec.model_type not in known:
         message, hint = registry.unknown("adapters", spec.model_type, known)
         raise ModelError(f"the model type {spec.model_type!r} is unknown: {message}", hint=hint)
-    return cast(Adapter, registry.load("adapters", spec.model_type))
+    return strange_adapters.guarding(cast(Adapter, registry.load("adapters", spec.model_type)), spec.model_type)
 
 
 def skeleton(spec: ModelSpec) -> nn.Module:
@@ -241,14 +241,15 @@ def _create_hf(
     image, note = hf.read_image_facts(folder, config) if task_kind == "image-classification" else (None, None)
     if folder is None and image is not None and image_size is not None:
         config.image_size = image["size"] = image_size
-    check_fits(lambda: hf.from_config(config, task_kind), origin)
     new: list[str] = []
     if folder is None:
+        hf.check_size(config, task_kind)
         model = hf.from_config(config, task_kind)
         notes = ["random weights, from a configuration"]
     else:
-        model, missing, mismatched = hf.from_folder(folder, task_kind, config)
+        model, missing, mismatched, unexpected = hf.from_folder(folder, task_kind, config)
         new, notes = _new_head(model, adapter, missing, mismatched, own_labels, labels, str(folder))
+        notes += leftovers.notes(model, unexpected, str(folder))
     spec = replace(spec, config=hf.to_dict(model), image=image)
     hf.keep_no_cache(model)
     if image is not None and image_size not in (None, image["size"]):
@@ -274,16 +275,18 @@ def _create_timm(
         args.pop("architecture")
     check_limits(architecture, args)
     config = timm_library.config_of(architecture, args, labels, image_size)
-    check_fits(lambda: timm_library.build(architecture, config["args"]), architecture)
-    model = timm_library.build(architecture, config["args"])
+    held = None if folder is None else count_weights(folder)
+    model = timm_library.build(architecture, config["args"], held)
     image = timm_library.read_image_facts(model, config["args"], folder)
     spec = ModelSpec("timm", timm_library.model_type(model), config, len(labels), labels, task_kind, image)
     adapter = adapter_of(spec)
     if folder is None:
         return Created(model, spec, None, (), ("random weights, from a configuration",))
-    loaded = timm_library.load_into(model, timm_library.filtered(model, read_weights(folder)))
+    tensors = timm_library.filtered(model, read_weights(folder))
+    missing, mismatched, unexpected = timm_library.load_into(model, tensors)
     own_labels = timm_library.label_names(folder)
-    new, notes = _new_head(model, adapter, *loaded, own_labels, labels, str(folder))
+    new, notes = _new_head(model, adapter, missing, mismatched, own_labels, labels, str(folder))
+    notes += leftovers.notes(model, unexpected, str(folder))
     return Created(model, spec, None, tuple(new), tuple(notes))
 
 
@@ -312,15 +315,15 @@ def _new_head(
     if backbone:
         how = "of another shape" if backbone[0] in mismatched else "missing"
         raise ModelError(
-            f"{origin} does not fit its config.json: {_some(backbone)} is {how}",
+            f"{origin} does not fit its config.json: {some(backbone)} is {how}",
             hint="only the head may be new; see that weights and config.json belong together",
         )
     new = sorted(missing | mismatched)
     if not new and (places := places_of(labels, own)) and reorder_output(model, adapter, places):
-        return new, [f"the checkpoint's own head is kept, its labels in the order of the data: {_some(labels)}"]
+        return new, [f"the checkpoint's own head is kept, its labels in the order of the data: {some(labels)}"]
     if not new and not same_labels(own, labels):
         new = _renew_output(model, adapter, len(labels))
-        return new, [f"the checkpoint's head is for other labels ({_some(own or [])}): {_some(new)} is new"]
+        return new, [f"the checkpoint's head is for other labels ({some(own or [])}): {some(new)} is new"]
     return new, [f"new head: {', '.join(new)}" if new else "the checkpoint's own head is kept"]
 
 
@@ -375,13 +378,8 @@ def _check_complete(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     lacking = sorted(name for name, tensor in own.items() if tensor.is_meta)
     foreign = sorted(set(tensors) - {name for names, _ in _aliases(model) for name in names})
     if lacking or foreign:
-        what = f"lack {_some(lacking)}" if lacking else f"hold {_some(foreign)}, which the model does not have"
+        what = f"lack {some(lacking)}" if lacking else f"hold {some(foreign)}, which the model does not have"
         raise ModelError(
             f"the tensors {what}",
             hint="were they written with another version of transformers or timm? `recap status` names it",
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(str(name) for name in names[:LISTED]) + more

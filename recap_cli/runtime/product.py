@@ -23,17 +23,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recap_cli import registry, storage
-from recap_cli.core.adapter import Adapter
+from recap_cli.core.adapter import Adapter, find_axes
 from recap_cli.core.groups import Axis, Choice, counts, everything, shapes_of
 from recap_cli.core.surgery import indices, put
 from recap_cli.core.ties import first_names
 from recap_cli.errors import ModelError, StorageError
-from recap_cli.runtime import candidates, hf, models, timm_library
-from recap_cli.runtime.checkpoints import WEIGHTS, read_config
+from recap_cli.runtime import candidates, hf, models, sealed, timm_library
+from recap_cli.runtime.checkpoints import WEIGHTS, check_weights, count_weights, read_config
 from recap_cli.runtime.specs import ModelSpec
 
-SCHEMA = 1
-FACTS = "recap.json"
 TOLERANCE = 1e-5  # of the largest logit
 
 
@@ -60,7 +58,7 @@ def export(
     small = models.assemble(spec, tensors, adapter, counts(plan))
     logits = _logits(spec, small)
     about: dict[str, Any] = {
-        "schema": SCHEMA,
+        "schema": sealed.SCHEMA,
         "sizes": counts(plan),
         "adapter": registry.used("adapters", spec.model_type),
         "versions": {name: version(name) for name in ("recap-cli", "torch", "transformers", "timm", "safetensors")},
@@ -75,7 +73,7 @@ def export(
         else:
             about |= _write_small(folder, spec, processor, adapter, tensors, axes, plan, logits)
         about["files"] = {path.name: asdict(storage.seal(path)) for path in sorted(folder.iterdir())}
-        _write_json(folder / FACTS, about)
+        _write_json(folder / sealed.FACTS, about)
     return {**about, "path": str(out)}
 
 
@@ -98,15 +96,36 @@ def check_out(out: Path) -> None:
 def load(folder: Path | str) -> nn.Module:
     """The model of a folder that `export` wrote, in eval mode, with the ordinary forward of its library.
 
-    Raises `ModelError` if the folder is none of ours, is newer than this version, or its files do not fit together.
+    Nothing is read that recap.json does not seal. Raises `ModelError` if the folder is none of ours, is newer than this
+    version, or its files do not fit together.
     """
     folder = Path(folder)
-    about = _read_facts(folder)
-    _check_files(folder, about["files"])
+    about = sealed.read(folder)
     spec = ModelSpec.from_json(_read_text(folder / "spec.json"), str(folder / "spec.json"))
-    if about["form"] == "ragged":
-        return models.assemble(spec, _read_tensors(folder), models.adapter_of(spec), about["sizes"])
-    return _open_stock(folder, spec)
+    model = _open_ragged(folder, spec, about["sizes"]) if about["form"] == "ragged" else _open_stock(folder, spec)
+    for name, tensor in model.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise ModelError(f"{folder}: {name} holds values that are not finite", hint=sealed.HINT)
+    return model
+
+
+def _open_ragged(folder: Path, spec: ModelSpec, sizes: dict[str, int]) -> nn.Module:
+    """The full model's skeleton, cut to `sizes` and filled. Raises `ModelError` if these, or the shapes, are none of it."""
+    tensors, adapter, full = _read_tensors(folder), models.adapter_of(spec), models.skeleton(spec)
+    shapes = shapes_of(models.tensors_of(full))
+    try:
+        axes = find_axes(adapter, full)
+    except LookupError as error:
+        raise ModelError(f"{folder} is no {spec.model_type}: {error}", hint=sealed.HINT) from error
+    if {axis.name for axis in axes} != set(sizes) or not all(0 <= sizes[axis.name] <= axis.size for axis in axes):
+        raise ModelError(f"the sizes in {folder / sealed.FACTS} are none of this {spec.model_type}", hint=sealed.HINT)
+    where = indices(axes, {axis.name: torch.arange(axis.size) < sizes[axis.name] for axis in axes}, shapes)
+    for name, tensor in tensors.items():
+        cut = where.get(name, {})
+        wanted = tuple(len(cut[dim]) if dim in cut else size for dim, size in enumerate(shapes.get(name, ())))
+        if name in shapes and tuple(tensor.shape) != wanted:
+            raise ModelError(f"{folder}: {name} has shape {tuple(tensor.shape)}, and must have {wanted}", hint=sealed.HINT)
+    return models.assemble(spec, tensors, adapter, sizes)
 
 
 def _write_small(
@@ -175,11 +194,16 @@ def _compare(found: Tensor, wanted: Tensor) -> None:
 def _open_stock(folder: Path, spec: ModelSpec) -> nn.Module:
     """The folder opened by its own library, by nothing but its public call. Raises `ModelError` if a weight does not fit."""
     if spec.library == "timm":
+        timm_library.check_config(folder, spec)
+        hf.check_fit(spec.model_type, models.skeleton(spec), count_weights(folder))
         return cast(nn.Module, timm_library.open_folder(folder))
     config = hf.configure(read_config(folder))
-    model, missing, mismatched = hf.from_folder(folder, spec.task_kind, config)
-    if wrong := sorted(missing | mismatched):
-        raise ModelError(f"a plain {type(model).__name__} cannot hold {wrong[0]} as it is")
+    if config.model_type != spec.model_type:
+        raise ModelError(f"{folder}: model_type in config.json is not what spec.json says", hint=sealed.HINT)
+    hf.check_task(config, spec.task_kind)
+    model, missing, mismatched, unexpected = hf.from_folder(folder, spec.task_kind, config)
+    if wrong := sorted(missing | mismatched | unexpected):
+        raise ModelError(f"a plain {type(model).__name__} cannot hold {wrong[0]} as it is", hint=sealed.HINT)
     return model
 
 
@@ -242,42 +266,16 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_facts(folder: Path) -> dict[str, Any]:
-    """What recap.json says. Raises `ModelError` if it is not there, not ours, or newer than this version."""
-    if not folder.is_dir():
-        raise ModelError(f"{folder} is not a folder that recap export wrote", hint="recap export STATE OUT writes one")
-    try:
-        about = json.loads(_read_text(folder / FACTS))
-        schema = int(about["schema"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{folder / FACTS} is not what recap export wrote: {error}", hint="export or copy it again") from error
-    if schema > SCHEMA:
-        raise ModelError(f"{folder} was written by a newer recap (schema {schema})", hint="pip install -U recap-cli")
-    if lacking := [key for key in ("form", "sizes", "files") if key not in about]:
-        raise ModelError(f"{folder / FACTS} says no {lacking[0]!r}", hint="export or copy it again")
-    return dict(about)
-
-
-def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise `ModelError` unless every file is the one that was written."""
-    for name, facts in files.items():
-        if what := storage.difference(folder / name, storage.Seal(**facts)):
-            raise ModelError(f"{folder / name}: {what}", hint="export or copy it again")
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ModelError(
-            f"{path} cannot be read: {error.strerror}", hint="recap export STATE OUT writes such a folder"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", hint="recap export STATE OUT writes such a folder") from error
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    check_weights(folder)
     try:
         return dict(load_file(folder / WEIGHTS))
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{folder / WEIGHTS} is missing, truncated or damaged: {error}", hint="export or copy it again"
-        ) from error
+        raise ModelError(f"{folder / WEIGHTS} is missing, truncated or damaged: {error}", hint=sealed.HINT) from error

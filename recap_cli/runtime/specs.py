@@ -1,13 +1,17 @@
 """What it takes to build a model again, as plain data: the library, its configuration, the task and the preprocessing."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from recap_cli.errors import ModelError
 
 Library = Literal["transformers", "timm"]
 TaskKind = Literal["text-classification", "image-classification"]
+MOST_PIXELS = 1 << 16  # of a side
+MOST_VALUE = 1e6  # of a mean or standard deviation of pixels in [0, 1]
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers, 0 … 5
 
 
 @dataclass(frozen=True)
@@ -35,23 +39,85 @@ class ModelSpec:
     @staticmethod
     def from_json(text: str, origin: str = "the model's spec") -> "ModelSpec":
         """The spec that `to_json` wrote. Raises `ModelError`, naming `origin`, if the text is something else."""
+        hint = "write it again with this version of recap"
         try:
-            return ModelSpec(**json.loads(text))
-        except (TypeError, ValueError) as error:
-            raise ModelError(f"{origin} cannot be read: {error}", hint="write it again with this version of recap") from error
+            spec = ModelSpec(**json.loads(text))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ModelError(f"{origin} cannot be read: {error}", hint=hint) from error
+        if wrong := next(_problems(spec), None):
+            raise ModelError(f"{origin} is no description of a model: {wrong}", hint=hint)
+        return spec
+
+
+def _problems(spec: ModelSpec) -> Iterator[str]:
+    """What of a spec that was read is not what its fields say; each holds only if there is none before it."""
+    if spec.library not in get_args(Library):
+        yield f"library is {spec.library!r}"
+    if spec.task_kind not in get_args(TaskKind):
+        yield f"task_kind is {spec.task_kind!r}"
+    if not isinstance(spec.model_type, str):
+        yield f"model_type is {spec.model_type!r}"
+    if not isinstance(spec.config, dict) or not isinstance(spec.forward, dict):
+        yield "config or forward is no object"
+    if spec.library == "timm" and not (isinstance(spec.config.get("architecture"), str) and _is_dict(spec.config.get("args"))):
+        yield "config names no architecture, or no args"
+    if spec.library == "transformers" and spec.config.get("model_type") != spec.model_type:
+        yield f"model_type is {spec.model_type!r}, and that of config {spec.config.get('model_type')!r}"
+    if spec.library == "timm" and not spec.model_type.startswith("timm-"):
+        yield f"model_type is {spec.model_type!r}, which is none of timm"
+    if not isinstance(spec.label_names, list) or not all(isinstance(name, str) for name in spec.label_names):
+        yield "label_names is no list of names"
+    if type(spec.num_labels) is not int or spec.num_labels != len(spec.label_names):
+        yield f"num_labels is {spec.num_labels!r}, for {len(spec.label_names)} label_names"
+    if (spec.image is None) != (spec.task_kind == "text-classification"):
+        yield "image does not go with task_kind"
+    if spec.image is not None:
+        yield from _image_problems(spec.image)
+
+
+def _image_problems(image: Any) -> Iterator[str]:
+    if not _is_dict(image) or set(image) != {"size", "channels", "mean", "std", "interpolation"}:
+        yield "image lacks a key, or has one more"
+    for key in ("size", "channels"):
+        if type(image[key]) is not int or not 0 < image[key] <= MOST_PIXELS:
+            yield f"image has {key} {image[key]!r}"
+    for key in ("mean", "std"):
+        if not isinstance(image[key], list) or len(image[key]) != image["channels"] or not all(map(_is_number, image[key])):
+            yield f"image has {key} {image[key]!r}"
+    if image["interpolation"] not in INTERPOLATIONS:
+        yield f"image has interpolation {image['interpolation']!r}"
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MOST_VALUE < value < MOST_VALUE  # nor NaN
 
 
 def image_facts(size: int, channels: int, mean: Any = None, std: Any = None, interpolation: str = "bilinear") -> dict[str, Any]:
-    """The `image` of a spec; mean and std are 0.5 where none are given for that many channels."""
-    return {
+    """The `image` of a spec; mean and std are 0.5 where none are given for that many channels.
+
+    Raises `ModelError` for a mean or a std that is no number, a std of 0, and an interpolation that is none of Pillow's.
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise ModelError(f"the interpolation is {interpolation!r}, which is none of {', '.join(INTERPOLATIONS)}")
+    facts: dict[str, Any] = {
         "size": size,
         "channels": channels,
         "mean": _per_channel(mean, channels),
         "std": _per_channel(std, channels),
         "interpolation": interpolation,
     }
+    if not all(std > 0 for std in facts["std"]):
+        raise ModelError(f"the standard deviation of a channel is above 0; found {facts['std']}")
+    return facts
 
 
 def _per_channel(values: Any, channels: int) -> list[float]:
-    given = [float(value) for value in values] if isinstance(values, list | tuple) else []
-    return given if len(given) == channels else [0.5] * channels
+    if not isinstance(values, list | tuple) or len(values) != channels:
+        return [0.5] * channels
+    if not all(map(_is_number, values)):
+        raise ModelError(f"the mean and the standard deviation of a channel are numbers; found {list(values)}")
+    return [float(value) for value in values]

@@ -7,22 +7,40 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from recap_cli.errors import ModelError
+from recap_cli.model_limits import LARGEST, LIMITS
 from recap_cli.runtime.checkpoints import FOLDER_HINT, locate, quiet, read_config
+from recap_cli.runtime.config_checks import HINT as CONFIG_HINT
+from recap_cli.runtime.foreign import LIBRARY_ERRORS
+from recap_cli.runtime.hf import check_fit
 from recap_cli.runtime.specs import ModelSpec, image_facts
 
+OF_VERSION = ("first_conv", "classifier")  # of `pretrained_cfg`, which another version of timm may say differently
+NOT_HERE = (  # arguments that name files, and switches of the process or of the output
+    *("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "cache_dir"),
+    *("scriptable", "exportable", "no_jit", "features_only"),
+)
 
-def build(architecture: str, args: Mapping[str, Any]) -> Any:
-    """A model with random weights, in eval mode, on torch's current default device. Raises `ModelError`."""
+
+def build(architecture: str, args: Mapping[str, Any], held: int | None = None) -> Any:
+    """A model with random weights, in eval mode, on torch's current default device.
+
+    Raises `ModelError`, also where it is too large for this machine, or for the `held` numbers of its checkpoint.
+    """
     import timm
 
     check_architecture(architecture)
+    _check_args(architecture, args)
     try:
         with quiet():
+            if torch.get_default_device().type != "meta":
+                with torch.device("meta"):
+                    check_fit(architecture, timm.create_model(architecture, pretrained=False, **args), held)
             return timm.create_model(architecture, pretrained=False, **args).eval()
-    except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+    except LIBRARY_ERRORS as error:
         hint = "see model.config in the recipe, or model_args in the folder's config.json"
         raise ModelError(f"timm cannot build {architecture}: {_said(error)}", hint=hint) from error
 
@@ -76,7 +94,7 @@ def find(name: str, revision: str | None, *, only_config: bool = False) -> tuple
             check_architecture(architecture)
         folder = locate(name.removeprefix("hf-hub:").removeprefix("hf_hub:"), revision, only_config=only_config)
         config = read_config(folder)
-        return folder, architecture_of(config, f"{folder}/config.json"), dict(config.get("model_args") or {})
+        return folder, architecture_of(config, f"{folder}/config.json"), _part(folder, config, "model_args")
     if only_config:
         return None, architecture, {}
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
@@ -92,8 +110,19 @@ def open_folder(folder: Path) -> Any:
     try:
         with quiet():
             return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
-        raise ModelError(f"timm cannot open {folder}: {_said(error)}") from error
+    except LIBRARY_ERRORS as error:
+        raise ModelError(f"timm cannot open {folder}: {_said(error)}", hint="export or copy it again") from error
+
+
+def check_config(folder: Path, spec: ModelSpec) -> None:
+    """Raise `ModelError` unless config.json is what `config_json` writes: timm would read files that another one names."""
+    given, written = read_config(folder), json.loads(config_json(spec))
+    found, wanted = (
+        {**values, "pretrained_cfg": {k: v for k, v in _part(folder, values, "pretrained_cfg").items() if k not in OF_VERSION}}
+        for values in (given, written)
+    )
+    if wrong := [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]:
+        raise ModelError(f"{folder}: {wrong[0]} in config.json is not what spec.json says", hint="export or copy it again")
 
 
 def filtered(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -102,13 +131,16 @@ def filtered(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors if translate is None else dict(translate(tensors, model))
 
 
-def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
-    """Copy the tensors that fit into `model`; the names it lacked, and those of another shape, keep their random weights."""
+def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str], set[str]]:
+    """Copy the tensors that fit into `model`; the names it lacked, and those of another shape, keep their random weights.
+
+    The third are the names that the model does not have.
+    """
     own = model.state_dict()
     missing = {name for name in own if name not in tensors}
     mismatched = {name for name in own if name in tensors and tensors[name].shape != own[name].shape}
     model.load_state_dict({name: t for name, t in tensors.items() if name in own and name not in mismatched}, strict=False)
-    return missing, mismatched
+    return missing, mismatched, set(tensors) - set(own)
 
 
 def model_type(model: Any) -> str:
@@ -127,7 +159,16 @@ def read_image_facts(model: Any, args: Mapping[str, Any], folder: Path | None = 
     """
     cfg = dict(model.pretrained_cfg)
     if folder is not None:
-        cfg.update(read_config(folder).get("pretrained_cfg") or {})
+        cfg.update(_part(folder, read_config(folder), "pretrained_cfg"))
+    try:
+        return _image_facts(model, args, cfg)
+    except ModelError as error:
+        raise ModelError(f"pretrained_cfg: {error.message}", hint=error.hint or CONFIG_HINT) from error
+    except (TypeError, ValueError, LookupError) as error:
+        raise ModelError(f"pretrained_cfg says no size, mean or std of images: {_said(error)}", hint=CONFIG_HINT) from error
+
+
+def _image_facts(model: Any, args: Mapping[str, Any], cfg: Mapping[str, Any]) -> dict[str, Any]:
     height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or cfg["input_size"][1:]
     if height != width:
         raise ModelError(
@@ -173,6 +214,24 @@ def config_of(architecture: str, args: Mapping[str, Any], names: Sequence[str], 
     """The `config` of a spec: the architecture, and the arguments with the task's classes and image size in them."""
     sized = {} if image_size is None else {"img_size": image_size}
     return {"architecture": architecture, "args": {**args, "num_classes": len(names), **sized}}
+
+
+def _part(folder: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An object within a folder's config.json; empty where it is not there."""
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise ModelError(f"{key} in {folder}/config.json is no object, but a {type(found).__name__}", hint=CONFIG_HINT)
+    return dict(found)
+
+
+def _check_args(architecture: str, args: Mapping[str, Any]) -> None:
+    """Refuse arguments that name files, and sizes that no model has."""
+    for key, value in args.items():
+        if key in NOT_HERE:
+            raise ModelError(f"{key} is no argument of {architecture} that may be given here", hint=CONFIG_HINT)
+        for size in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(size, int | float) and not size <= LIMITS.get(key, LARGEST):  # NaN too
+                raise ModelError(f"{key} of this {architecture} is {size:,}, which no model has", hint=CONFIG_HINT)
 
 
 def _said(error: Exception) -> str:

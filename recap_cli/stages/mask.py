@@ -59,8 +59,9 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
                 track=track,
                 label="importance for the mask",
             )
+            criterion = shared.load_criterion(recipe.mask.criterion)
             with shared.on_device(model, axes, device, here.spec.model_type):
-                scores = group_scores(model, axes, shared.load_criterion(recipe.mask.criterion), losses)
+                scores = group_scores(model, axes, criterion, losses, named=recipe.mask.criterion)
             chosen = _chosen(recipe, axes, shapes, scores, 1.0 - turn.mask_ratio, draft.round)
         draft.save_tensors(f"{folder}/{shared.MASK}", shared.as_bytes(chosen))
         draft.facts |= {"moves": turn.moves, "mask_ratio": turn.mask_ratio}

@@ -1,7 +1,6 @@
 """A method's own training: put into the small model, stepped, and taken out again, with a stranger's mistakes caught."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,13 +11,14 @@ from recap_cli.core.groups import Axis, Choice, shrink
 from recap_cli.core.method import Attached, Frame, Scores, Turn
 from recap_cli.core.optim import Optimizer
 from recap_cli.core.partial import Slot, make_partial
-from recap_cli.errors import PluginError, RecapError, lacks_device_memory
+from recap_cli.errors import PluginError
 from recap_cli.recipe import Recipe
 from recap_cli.stages.context import Layout
 from recap_cli.stages.prune import choose
 from recap_cli.stages.trainable import RESIDENTS
 from recap_cli.stages.turns import method_of, options_of
 from recap_cli.stages.vocabulary import Vocabulary
+from recap_cli.strangers import guarded
 
 HINT = "choose another method, or repair the plugin; see docs/plugins.md"
 
@@ -32,7 +32,7 @@ def attach(model: nn.Module, layout: Layout, recipe: Recipe, plan: Choice, turns
     shapes = {cut.param: tuple(model.get_parameter(cut.param).shape) for axis in axes for cut in axis.cuts}
     options = options_of(recipe, method)
     frame = Frame(model, axes, layout.head, turns, recipe.finetune.lr, options, partial(choose, recipe, axes, shapes))
-    with _theirs(f"the training of the method {recipe.method!r}"):
+    with guarded(f"the training of the method {recipe.method!r} failed", HINT):
         made: Any = None if method.training is None else method.training(frame)
     if not isinstance(made, Attached):
         raise PluginError(f"the training of the method {recipe.method!r} gave {type(made).__name__}, not Attached", hint=HINT)
@@ -48,7 +48,7 @@ def make_own(
 ) -> list[Slot]:
     """Make what a method's own training names trainable, and nothing else, as `make_trainable` does with a mask."""
     resident = RESIDENTS[recipe.finetune.resident]
-    with _theirs("`moves` of a method's training"):
+    with guarded("`moves` of a method's training failed", HINT):
         names = {name for name, _ in model.named_parameters(remove_duplicate=False) if attached.moves(name)}
     return make_partial(
         model,
@@ -64,7 +64,7 @@ def make_own(
 
 def rates_of(attached: Attached, slots: Sequence[Slot]) -> dict[str, float]:
     """The factor of each slot's learning rate."""
-    with _theirs("`rate` of a method's training"):
+    with guarded("`rate` of a method's training failed", HINT):
         return {slot.name: float(attached.rate(slot.name)) for slot in slots}
 
 
@@ -75,7 +75,7 @@ def stepping(attached: Attached | None, optimizer: Optimizer, steps: int) -> Cal
     slots = {slot.name: slot for slot in optimizer.slots}
 
     def before(step: int) -> None:
-        with _theirs("`before_step` of a method's training"):
+        with guarded("`before_step` of a method's training failed", HINT):
             attached.before_step(step, steps, lambda name: slots[name].master)
 
     return before
@@ -88,7 +88,7 @@ def result_of(
 
     Raises `PluginError` for tensors that the model does not have or that are of another shape.
     """
-    with _theirs("`result` of a method's training"):
+    with guarded("`result` of a method's training failed", HINT):
         moved, scores = (dict(part) for part in attached.result(values, before))
     for name, tensor in moved.items():
         if name not in before or not isinstance(tensor, Tensor) or tensor.shape != before[name].shape:
@@ -100,17 +100,3 @@ def result_of(
         if not isinstance(found, Tensor) or tuple(found.shape) != (axis.size,):
             raise PluginError(f"`result` of a method's training: no scores of shape ({axis.size},) for {axis.name}", hint=HINT)
     return moved, scores
-
-
-@contextmanager
-def _theirs(what: str) -> Iterator[None]:
-    """Turn what a stranger's code raises into a `PluginError`; our own errors, and a lack of memory, pass."""
-    try:
-        yield
-    except RecapError:
-        raise
-    except Exception as error:  # a method is a stranger's code: it may raise anything
-        if lacks_device_memory(error):
-            raise
-        first = str(error).partition(chr(10))[0]
-        raise PluginError(f"{what} failed: {type(error).__name__}: {first}", hint=HINT) from error

@@ -145,7 +145,7 @@ def _scorer(
             label=f"importance, step {step} of {recipe.prune.steps}",
         )
         with shared.on_device(model, axes, device, here.spec.model_type):
-            scores = group_scores(model, axes, criterion, losses)
+            scores = group_scores(model, axes, criterion, losses, named=recipe.prune.criterion)
         if past is not None:
             pools = ranked_together(axes, recipe.prune.scope, uniform=recipe.prune.uniform)
             scores = averaged(pools, scores, {name: of[plan[name]] for name, of in past.items()}, weight)

@@ -44,14 +44,15 @@ def next_stage(recipe: Recipe, state: State) -> str | None:
 
 
 def check(recipe: Recipe) -> None:
-    """Look, without loading anything, whether what the recipe names is there: criteria, the model's folder, local files, the
-    validation data.
+    """Look, without reading any data, whether what the recipe names is there: criteria, the model's folder, local files, the
+    validation data. Plugins that are not ours are imported.
 
-    Raises `PluginError` for a method or a criterion that is not registered, `RecipeError` for an option that the method does
-    not have, `ModelError` for a folder and `DataError` for a file that is missing.
+    Raises `PluginError` for a method or a criterion that is not registered or cannot be imported, `RecipeError` for an option
+    that the method does not have, `ModelError` for a folder and `DataError` for a file that is missing.
     """
     for name in (recipe.prune.criterion, recipe.mask.criterion):
-        registry.used("criteria", name)
+        if registry.used("criteria", name)["distribution"] != registry.OURS:  # ours would only bring torch, which takes seconds
+            registry.load("criteria", name)
     turns_for(recipe)
     _check_folder(recipe.model.name)
     data = recipe.data

@@ -10,6 +10,7 @@ from recap_cli.core.method import Method, Moves, Option, Plan, Settings, Turn
 from recap_cli.errors import PluginError, RecipeError
 from recap_cli.recipe import Recipe
 from recap_cli.state import Manifest
+from recap_cli.strangers import guarded
 
 MOST = 10_000  # turns; what gives more has no end
 
@@ -44,15 +45,12 @@ def turns_for(recipe: Recipe) -> tuple[Turn, ...]:
         entry_cost=_entry_cost(recipe),
         options=options_of(recipe, method),
     )
-    try:
-        turns = tuple(turn for turn, _ in zip(method.turns(settings), range(MOST), strict=False))
-    except ValueError as error:  # a plugin's way to refuse a value of its options
-        raise RecipeError(f"{recipe.name}: {error}", hint=_options_hint(recipe.method, method)) from error
-    except Exception as error:  # a method is a stranger's code: it may raise anything
-        raise PluginError(
-            f"the method {recipe.method!r} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
-            hint="its turns(settings) returns the rounds of a run; see docs/plugins.md",
-        ) from error
+    hint = "its turns(settings) returns the rounds of a run; see docs/plugins.md"
+    with guarded(f"the method {recipe.method!r} failed", hint):
+        try:
+            turns = tuple(turn for turn, _ in zip(method.turns(settings), range(MOST), strict=False))
+        except ValueError as error:  # a plugin's way to refuse a value of its options
+            raise RecipeError(f"{recipe.name}: {error}", hint=_options_hint(recipe.method, method)) from error
     if problem := _problem(turns, method):
         raise PluginError(f"the method {recipe.method!r}: {problem}", hint="see Turn in docs/plugins.md")
     return turns

@@ -1,5 +1,6 @@
 """Eq. (1) and (4) against a naive double loop over groups and entries, on every pico model; other criteria; what is freed."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -182,3 +183,112 @@ def test_importances_of_any_sign_and_size_can_be_averaged(now: list[float]) -> N
     axis = Axis("a", "heads", 0, 2, ())
     found = averaged([[axis]], {"a": torch.tensor(now)}, {"a": torch.tensor([0.0, 2.0])}, 0.5)["a"]
     assert found.tolist() == pytest.approx([now[0] / 4, 1.0 + now[1] / 4])
+
+
+@pytest.mark.parametrize("write", [lambda t: t.zero_(), lambda t: t.data.zero_(), lambda t: t.numpy().fill(0)])
+@pytest.mark.parametrize("needs", ["none", "mean", "each"])
+def test_a_score_that_writes_to_its_arguments_writes_to_copies(write, needs: str) -> None:  # type: ignore[no-untyped-def]
+    model, axes, data, spec = prepared("bert")
+    before = {name: tensor.clone() for name, tensor in models.tensors_of(model).items()}
+
+    def score(weight: Tensor, grad: Tensor) -> Tensor:
+        found = (weight * grad).square()
+        write(weight)
+        if needs != "none":  # zeros of no memory, which refuse it themselves
+            write(grad)
+        return found
+
+    found = group_scores(model, axes, Criterion(needs, score), losses_of(model, spec, data))
+    plain = group_scores(model, axes, Criterion(needs, lambda w, g: (w * g).square()), losses_of(model, spec, data))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in models.tensors_of(model).items())
+    assert all(torch.equal(found[name], scores) for name, scores in plain.items())
+
+
+def writing(model: nn.Module, how: str) -> None:
+    weight = model.get_parameter("bert.encoder.layer.1.attention.self.query.weight")
+    if how == "in place":
+        with torch.no_grad():
+            weight.mul_(1.5)
+    elif how == "data":
+        weight.data.mul_(1.5)
+    elif how == "moved within":
+        weight.data.copy_(weight.data.flip(0))
+    else:
+        model.get_submodule("bert.encoder.layer.1.attention.self").query = nn.Linear(32, 32)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "moved within", "replaced"])
+def test_group_scores_that_change_the_model_are_refused_by_name(how: str) -> None:
+    model, axes, data, spec = prepared("bert")
+
+    def spoil(model: nn.Module, axes: list[Axis], losses):  # type: ignore[no-untyped-def]
+        writing(model, how)
+        return {axis.name: torch.ones(axis.size) for axis in axes}
+
+    with pytest.raises(PluginError, match=r"the criterion 'spoil' has changed the model: bert\.encoder\.layer\.1\.attention"):
+        group_scores(model, axes, Criterion(score_groups=spoil), losses_of(model, spec, data), named="spoil")
+
+
+def test_group_scores_leave_no_gradients_and_no_flags_behind() -> None:
+    model, axes, data, spec = prepared("bert")
+    flags = {name: param.requires_grad for name, param in model.named_parameters()}
+
+    def derive(model: nn.Module, axes: list[Axis], losses):  # type: ignore[no-untyped-def]
+        for param in model.parameters():
+            param.requires_grad_(param.ndim > 1)
+        for loss, _ in losses(False):
+            loss.backward()
+        return {axis.name: torch.ones(axis.size) for axis in axes}
+
+    group_scores(model, axes, Criterion(score_groups=derive), losses_of(model, spec, data))
+    assert {name: param.requires_grad for name, param in model.named_parameters()} == flags
+    assert all(param.grad is None for param in model.parameters())
+
+
+NO_SCORES = [
+    (lambda t: -t.abs() - 1, "scores below zero"),
+    (lambda t: t.abs().to(torch.complex64), "complex64"),
+    (lambda t: torch.ones_like(t, dtype=torch.int64), "int64"),
+    (lambda t: torch.ones_like(t, device="meta"), "meta"),
+    (lambda t: t.abs().to_sparse(), "sparse"),
+]
+
+
+@pytest.mark.parametrize(("made", "told"), NO_SCORES)
+def test_scores_that_are_no_importances_are_refused_by_the_criterions_name(made, told: str) -> None:  # type: ignore[no-untyped-def]
+    model, axes, data, spec = prepared("vit")
+    losses = losses_of(model, spec, data[:1])
+    with pytest.raises(PluginError, match=f"the criterion 'odd' gave .*{told}"):
+        group_scores(model, axes, Criterion("none", lambda w, g: made(w)), losses, named="odd")
+    grouped = Criterion(score_groups=lambda model, axes, losses: {a.name: made(torch.ones(a.size)) for a in axes})
+    with pytest.raises(PluginError, match=f"the criterion 'odd' gave .*{told}"):
+        group_scores(model, axes, grouped, losses, named="odd")
+
+
+@pytest.mark.parametrize("needs", ["none", "mean"])
+def test_a_score_that_ends_the_process_is_named(needs: str) -> None:
+    model, axes, data, spec = prepared("vit")
+
+    def leave(weight: Tensor, grad: Tensor) -> Tensor:
+        raise SystemExit(4)
+
+    with pytest.raises(PluginError, match="the criterion 'leave' failed: SystemExit: 4"):
+        group_scores(model, axes, Criterion(needs, leave), losses_of(model, spec, data[:1]), named="leave")  # type: ignore[arg-type]
+
+
+def test_what_a_score_prints_and_where_it_goes_stay_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    model, axes, data, spec = prepared("vit")
+
+    def loud(weight: Tensor, grad: Tensor) -> Tensor:
+        print("from python")
+        os.write(1, b"past python")
+        os.chdir("/")
+        return weight.abs()
+
+    before = os.getcwd()
+    group_scores(model, axes, Criterion("mean", loud), losses_of(model, spec, data[:1]))
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "from python" in err
+    assert "past python" in err
+    assert os.getcwd() == before

@@ -9,7 +9,7 @@ from torch import nn
 
 from recap_cli.core.adapter import Adapter, find_axes
 from recap_cli.core.groups import Axis, Cut
-from recap_cli.errors import ConformanceError, ModelError
+from recap_cli.errors import ConformanceError, ModelError, PluginError
 from recap_cli.plugins.adapters.bert import BERT
 from recap_cli.plugins.adapters.timm_vit import FUSED, TIMM_VIT
 from recap_cli.plugins.adapters.vit import DINOV2, VIT
@@ -187,3 +187,33 @@ def test_a_block_of_another_kind_among_the_others_is_reported():
     report = conformance.check(model, TIMM_VIT, spec)
     assert report.coverage == ["blocks.1.mlp"]
     assert len(report.axes) == 3
+
+
+def touching(model: nn.Module, sizes: dict[str, int]) -> None:
+    with torch.no_grad():
+        model.get_parameter("vit.layernorm.weight").mul_(2)
+
+
+def leaving(*_: object) -> list[Axis]:
+    raise SystemExit(4)
+
+
+def not_known(model: nn.Module) -> list[Axis]:
+    raise LookupError("no blocks here")
+
+
+@pytest.mark.parametrize(
+    ("functions", "kind", "told"),
+    [
+        ({"resize": touching}, PluginError, "the adapter 'vit' has written to vit.layernorm.weight"),
+        ({"resize": leaving}, PluginError, "the adapter 'vit' failed: SystemExit: 4"),
+        ({"resize": lambda *_: 1 / 0}, PluginError, "the adapter 'vit' failed: ZeroDivisionError"),
+        ({"axes": leaving}, PluginError, "the adapter 'vit' failed: SystemExit: 4"),
+        ({"axes": not_known}, ConformanceError, "the adapter 'vit' does not describe this ViT.*: no blocks here"),
+    ],
+)
+def test_the_functions_of_an_adapter_can_fail_in_no_way_of_their_own(monkeypatch, functions, kind, told):
+    model, spec = pico("vit")
+    monkeypatch.setattr(models.registry, "load", lambda *_: replace(VIT, **functions))
+    with pytest.raises(kind, match=told):
+        conformance.check(model, models.adapter_of(spec), spec)

@@ -325,6 +325,9 @@ def test_configurations_with_mistakes_are_refused():
     refused("exactly one of", name=None, config=None)
     error = refused("hidden_act of this vit is 'gelo'", name=None, config={"model_type": "vit", "hidden_act": "gelo"})
     assert error.hint == "did you mean gelu?"
+    refused("weights of a vit are float32, not float16", name=None, config={"model_type": "vit", "torch_dtype": "float16"})
+    refused("dtype of this vit is 'nope'", name=None, config={"model_type": "vit", "dtype": "nope"})
+    refused("num_hidden_layers of this vit is 1,000,000", name=None, config={"model_type": "vit", "num_hidden_layers": 10**6})
     refused("two labels at least", name=None, config={"model_type": "vit"}, label_names=["a"])
 
 
