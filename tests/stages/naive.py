@@ -265,7 +265,9 @@ def evaluate(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
     with torch.no_grad():
         logits = torch.cat([logits_of(model, batch) for batch in batches])
     labels = torch.cat([batch["labels"] for batch in batches])
-    return float(cross_entropy(logits, labels)), sum(a == b for a, b in zip(logits.argmax(1), labels, strict=True)) / len(labels)
+    return float(cross_entropy(logits, labels)), sum(a == b for a, b in zip(logits.argmax(1), labels, strict=True)) / len(
+        labels
+    )
 
 
 def ratios(recipe: Any) -> list[tuple[float, float, bool]]:
