@@ -1,13 +1,13 @@
 """A process that runs tests on changed sources: it imports what others have made once, and forks for each change.
 
-It is started as `python -m tests.faults.server` (see `FaultServer`) and reads one request a line, as JSON: `tests`, the ids of tests,
-`sources`, file → its changed text, and `limit`, seconds. It answers with one line each: the outcome of every test by its id, whether
-`passed`, `failed`, `error` or what else pytest calls it, or why there is none.
+It is started as `python -m tests.faults.server` (see `FaultServer`) and reads one request a line, as JSON: `tests`, the ids of
+tests, `sources`, file → its changed text, and `limit`, seconds. It answers with one line each: the outcome of every test by its
+id, whether `passed`, `failed`, `error` or what else pytest calls it, or why there is none.
 
-Neither `recap_cli` nor a test is ever imported in the server itself. A child imports them afresh, with the changed text in the place of
-the file's, wherever they are imported from. What no change can touch, torch and the libraries of models, is there before the fork: the
-first child, on sources as they are, says which modules that are. The server only imports; it never computes, so that no thread, no
-device and no lock is carried over a fork.
+Neither `recap_cli` nor a test is ever imported in the server itself. A child imports them afresh, with the changed text in the
+place of the file's, wherever they are imported from. What no change can touch, torch and the libraries of models, is there
+before the fork: the first child, on sources as they are, says which modules that are. The server only imports; it never
+computes, so that no thread, no device and no lock is carried over a fork.
 """
 
 import gc
@@ -112,7 +112,7 @@ def _run(request: Mapping[str, Any]) -> dict[str, Any]:
             os.setpgid(0, 0)
             _child(request, go)
             status = 0
-        except BaseException:
+        except Exception:  # noqa: BLE001 - told, and the parent hears that there is no answer
             traceback.print_exc()
         finally:
             os._exit(status)
@@ -149,7 +149,7 @@ def main() -> None:
 
 
 class FaultServer:
-    """The server, as a test or another runner has it: a context in which `run` gives the outcomes of tests on changed sources."""
+    """The server, as a test or another runner has it: inside, `run` gives the outcomes of tests on changed sources."""
 
     def __enter__(self) -> "FaultServer":
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}

@@ -1,4 +1,4 @@
-"""The algorithm once more, written from the equations: full-model coordinates, plain loops, and nothing of `recap_cli` but data.
+"""The algorithm once more, written from the equations: full-model coordinates, plain loops, and nothing of `recap_cli`.
 
 Nothing is ever cut here. A group that a plan drops has its weights set to zero in the full model, which computes the same; a
 mask is one boolean for each entry of each full tensor. What a state's `layout.json` says of its axes is all that is taken over.
@@ -159,7 +159,9 @@ def best_groups(
     return sorted(kept)
 
 
-def moving(axes: Axes, tensors: Mapping[str, Tensor], alive: Sequence[Group], chosen: Sequence[Group], frozen: Sequence[str]):
+def moving(
+    axes: Axes, tensors: Mapping[str, Tensor], alive: Sequence[Group], chosen: Sequence[Group], frozen: Sequence[str]
+) -> dict[str, Tensor]:
     """Which entries of the full tensors move: what lies outside every group, and the chosen dimensions of groups alive."""
     moves = {name: torch.full(tensor.shape, name not in frozen) for name, tensor in tensors.items()}
     for group in everything(axes):
@@ -285,11 +287,11 @@ def ratios(recipe: Any) -> list[tuple[float, float, bool]]:
     return found
 
 
-def rates(recipe: Any, round: int, steps: int) -> list[tuple[float, float]]:
-    """The learning rates, of the body and of a new head, of the `steps` of a round from 1 on; all rounds are equally long."""
+def rates(recipe: Any, number: int, steps: int) -> list[tuple[float, float]]:
+    """The learning rates, of the body and of a new head, of the `steps` of round `number`; all rounds are equally long."""
     tune = recipe.finetune
-    whole, first = (recipe.rounds * steps, (round - 1) * steps) if tune.course == "run" else (steps, 0)
-    rise = round_half_even(tune.warmup_ratio * whole)
+    whole, first = (recipe.rounds * steps, (number - 1) * steps) if tune.course == "run" else (steps, 0)
+    rise = round(tune.warmup_ratio * whole)
     head = tune.lr
     if tune.head_lr == "auto" and tune.optimizer == "adamw":
         head = max(tune.lr, min(recipe.head.lr, 10 * tune.lr))
@@ -304,10 +306,6 @@ def rates(recipe: Any, round: int, steps: int) -> list[tuple[float, float]]:
             share = {"linear": 1 - done, "cosine": 0.5 + 0.5 * cos(pi * done), "constant": 1.0}[tune.schedule]
         found.append((tune.lr * share, head * share))
     return found
-
-
-def round_half_even(value: float) -> int:
-    return int(round(value))
 
 
 def by_axis(groups: Sequence[Group]) -> dict[str, list[int]]:
