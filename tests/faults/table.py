@@ -19,7 +19,7 @@ PRODUCT = f"{SETTINGS}test_the_product_is_the_small_model_of_the_round_with_the_
 RAMP = f"{SETTINGS}test_a_round_that_is_pruned_less_than_the_last_is_no_product"
 PATIENCE = f"{SETTINGS}test_patience_counts_the_rounds_since_the_best[values0-3-matthews]"
 DRAWN = f"{SETTINGS}test_every_example_is_as_likely_in_d_s_as_any_other"
-DROPOUT = f"{SETTINGS}test_dropout_is_for_training_alone[bert]"
+DROPOUT = f"{SETTINGS}test_dropout_is_for_training_alone"
 WARM_UP = f"{SETTINGS}test_the_warm_up_trains_the_head_and_nothing_else_as_torch_would[deit]"
 GLOBAL = f"{SETTINGS}test_scopes_floors_and_criteria_choose_what_the_reference_chooses[global-bert]"
 
