@@ -50,8 +50,8 @@ FAULTS = (
     Fault(
         "prune cuts the most important groups",
         "recap_cli/stages/prune.py",
-        "scores = group_scores(model, axes, criterion, losses)",
-        "scores = {name: -of for name, of in group_scores(model, axes, criterion, losses).items()}",
+        "        if past is not None:\n",
+        "        scores = {name: -of for name, of in scores.items()}\n        if past is not None:\n",
         (CHOSEN,),
     ),
     Fault(
@@ -71,8 +71,8 @@ FAULTS = (
     Fault(
         "the last round becomes the product",
         "recap_cli/stages/merge.py",
-        "    if best is not None and not value",
-        "    if best is not None and not best and not value",
+        'return\n    place = f"best-',
+        'pass\n    place = f"best-',
         (f"{PRODUCT}[1-matthews]",),
     ),
     Fault(
@@ -295,8 +295,8 @@ FAULTS = (
     Fault(
         "patience is one round longer",
         "recap_cli/stages/schedule.py",
-        'rounds - best["round"] >= recipe.patience',
-        'rounds - best["round"] > recipe.patience',
+        ">= recipe.patience",
+        "> recipe.patience",
         (PATIENCE,),
     ),
     Fault(
