@@ -1,0 +1,310 @@
+"""Named faults: what a hurried person might write, each with the tests that must fail on it.
+
+`old` stands exactly once in `file`; `new` is put in its place. Of the tests that fail, `tests` names the smallest.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+PLAIN = "tests/stages/test_algorithm.py::"
+SETTINGS = "tests/stages/test_algorithm_settings.py::"
+PLAN = f"{PLAIN}test_every_plan_keeps_the_groups_of_the_highest_eq_1_through_all_gradual_steps[vit]"
+TRAINED = f"{PLAIN}test_what_moves_is_trained_as_by_torch_on_dense_gradients_and_merged_and_all_else_ages[vit]"
+ORDER = f"{PLAIN}test_the_order_of_examples_runs_through_all_rounds_epoch_after_epoch[vit]"
+CHOSEN = f"{SETTINGS}test_every_example_of_a_last_short_batch_counts_as_much_in_the_importance_as_any_other"
+ADAMW = f"{SETTINGS}test_a_single_round_trains_as_the_reference_does[adamw]"
+SGD = f"{SETTINGS}test_a_single_round_trains_as_the_reference_does[sgd]"
+PRODUCT = f"{SETTINGS}test_the_product_is_the_small_model_of_the_round_with_the_best_metric"
+RAMP = f"{SETTINGS}test_a_round_that_is_pruned_less_than_the_last_is_no_product"
+PATIENCE = f"{SETTINGS}test_patience_counts_the_rounds_since_the_best[values0-3-matthews]"
+DRAWN = f"{SETTINGS}test_every_example_is_as_likely_in_d_s_as_any_other"
+DROPOUT = f"{SETTINGS}test_dropout_is_for_training_alone"
+WARM_UP = f"{SETTINGS}test_the_warm_up_trains_the_head_and_nothing_else_as_torch_would[deit]"
+GLOBAL = f"{SETTINGS}test_scopes_floors_and_criteria_choose_what_the_reference_chooses[global-bert]"
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def changed(self, text: str | None = None) -> str:
+        """The file's text (or this one) with the fault in it. Raises `ValueError` unless the old text is there just once."""
+        text = (ROOT / self.file).read_text(encoding="utf-8") if text is None else text
+        if (found := text.count(self.old)) != 1:
+            raise ValueError(f"{self.name}: {self.file} has the text {self.old!r} {found} times, not once: mend the table")
+        return text.replace(self.old, self.new)
+
+
+FAULTS = (
+    Fault(
+        "the mask keeps the least important groups",
+        "recap_cli/stages/mask.py",
+        "recipe, axes, shapes, scores, 1.0 - turn.mask_ratio",
+        "recipe, axes, shapes, {name: -of for name, of in scores.items()}, 1.0 - turn.mask_ratio",
+        (CHOSEN,),
+    ),
+    Fault(
+        "prune cuts the most important groups",
+        "recap_cli/stages/prune.py",
+        "        if past is not None:\n",
+        "        scores = {name: -of for name, of in scores.items()}\n        if past is not None:\n",
+        (CHOSEN,),
+    ),
+    Fault(
+        "D_s is always the first examples",
+        "recap_cli/runtime/order.py",
+        'torch.randperm(count, generator=generator_for(seed, round, f"sample for {stage}"))[:size]',
+        "torch.arange(count)[:size]",
+        (DRAWN,),
+    ),
+    Fault(
+        "the worst round becomes the product",
+        "recap_cli/stages/merge.py",
+        'not value > best["value"]',
+        'not value < best["value"]',
+        (f"{PRODUCT}[1-matthews]",),
+    ),
+    Fault(
+        "the last round becomes the product",
+        "recap_cli/stages/merge.py",
+        'return\n    place = f"best-',
+        'pass\n    place = f"best-',
+        (f"{PRODUCT}[1-matthews]",),
+    ),
+    Fault(
+        "a round of the ramp may be the product",
+        "recap_cli/stages/merge.py",
+        "if here.turns[draft.round - 1].product:",
+        "if here.turns:",
+        (RAMP,),
+    ),
+    Fault(
+        "eq. (1) without the square",
+        "plugins/criteria/taylor.py",
+        "(weight * grad).square()",
+        "(weight * grad).abs()",
+        (CHOSEN,),
+    ),
+    Fault(
+        "eq. (4) with the weight",
+        "plugins/criteria/fisher.py",
+        "return grad.square()",
+        "return (grad * weight).square()",
+        (CHOSEN,),
+    ),
+    Fault(
+        "importance is the sum over batches, not the mean over D_s",
+        "recap_cli/core/scoring.py",
+        "(loss if each else loss * share).backward()",
+        "loss.backward()",
+        (CHOSEN,),
+    ),
+    Fault(
+        "entries are summed along the wrong axis",
+        "recap_cli/core/scoring.py",
+        "if d != dim]) if score.ndim > 1",
+        "if d == dim]) if score.ndim > 1",
+        ("tests/core/test_scoring.py::test_importance_is_that_of_a_naive_double_loop[1-vit]",),
+    ),
+    Fault(
+        "the ranking is by importance, not by importance per parameter",
+        "recap_cli/core/selection.py",
+        'per_param = scope == "global"',
+        "per_param = False",
+        ("tests/core/test_selection.py::test_global_ranks_by_importance_per_parameter",),
+    ),
+    Fault(
+        "a group is dropped only where all of it fits into the budget",
+        "recap_cli/core/selection.py",
+        "if dropped + params[i] / 2 > goal",
+        "if dropped + params[i] > goal",
+        ("tests/core/test_selection.py::test_the_gradual_schedule_counts_from_the_original_sizes[3-0.333-2]",),
+    ),
+    Fault(
+        "the floor is ignored",
+        "recap_cli/core/selection.py",
+        "spare = [axis.size - _floor(axis, original, floor, least) for axis in pool]",
+        "spare = [axis.size - least for axis in pool]",
+        ("tests/core/test_selection.py::test_the_floor_holds_in_every_axis",),
+    ),
+    Fault(
+        "each gradual step cuts a share of what is left as if it were the whole",
+        "recap_cli/core/gradual.py",
+        "keep_share=(1.0 - ratio) ** (step / steps)",
+        "keep_share=(1.0 - ratio) ** (1 / steps)",
+        (CHOSEN,),
+    ),
+    Fault(
+        "the scope of pruning is ignored",
+        "recap_cli/stages/prune.py",
+        "steps=recipe.prune.steps,\n        scope=recipe.prune.scope,",
+        'steps=recipe.prune.steps,\n        scope="per-kind",',
+        (GLOBAL,),
+    ),
+    Fault(
+        "the mask is chosen in the scope of pruning",
+        "recap_cli/stages/mask.py",
+        "scope, random = recipe.mask.scope, recipe.mask.random",
+        "scope, random = recipe.prune.scope, recipe.mask.random",
+        (CHOSEN,),
+    ),
+    Fault(
+        "pruning goes by the mask's criterion",
+        "recap_cli/stages/prune.py",
+        "shared.load_criterion(recipe.prune.criterion)",
+        "shared.load_criterion(recipe.mask.criterion)",
+        (CHOSEN,),
+    ),
+    Fault(
+        "the mask's share is of the full model",
+        "recap_cli/stages/mask.py",
+        "shapes, scores, 1.0 - turn.mask_ratio,",
+        "shapes, scores, (1.0 - turn.mask_ratio) / (1.0 - turn.prune_ratio),",
+        (CHOSEN,),
+    ),
+    Fault(
+        "later rounds keep the first plan",
+        "recap_cli/stages/prune.py",
+        "plan = _PLANS[turn.plan](",
+        'plan = _PLANS["same" if draft.round > 1 else turn.plan](',
+        (PLAN,),
+    ),
+    Fault(
+        "dropout is on while importance is measured",
+        "recap_cli/stages/prune.py",
+        "model = here.model(tensors)\n",
+        "model = here.model(tensors).train()\n",
+        (DROPOUT,),
+    ),
+    Fault(
+        "seeds do not depend on the round",
+        "recap_cli/runtime/order.py",
+        'f"{seed}/{round}/{stage}"',
+        'f"{seed}/{stage}"',
+        (DRAWN,),
+    ),
+    Fault(
+        "every epoch of the warm-up has the same order",
+        "recap_cli/stages/init.py",
+        "round=0, epoch=epoch)",
+        "round=0, epoch=0)",
+        (WARM_UP,),
+    ),
+    Fault(
+        "every round begins its epochs anew",
+        "recap_cli/stages/finetune.py",
+        "_epochs(recipe, split, before, steps, device)",
+        "_epochs(recipe, split, 0, steps, device)",
+        (ORDER,),
+    ),
+    Fault(
+        "the learning rate begins anew in each round",
+        "recap_cli/stages/finetune.py",
+        "learning_rate(first + step,",
+        "learning_rate(step,",
+        (TRAINED,),
+    ),
+    Fault(
+        "the head's learning rate is that of everything",
+        "recap_cli/stages/finetune.py",
+        "for name in scale.keys() & set(here.layout.head)}",
+        "for name in scale}",
+        (ADAMW,),
+    ),
+    Fault(
+        "finetuning is judged on the training examples",
+        "recap_cli/stages/finetune.py",
+        "metrics = evaluate(forward, validation,",
+        "metrics = evaluate(forward, train_split,",
+        (ADAMW,),
+    ),
+    Fault(
+        "embeddings move by default",
+        "recap_cli/stages/trainable.py",
+        "return name in layout.embeddings and not (",
+        "return name in layout.embeddings and bool(",
+        (ADAMW,),
+    ),
+    Fault(
+        "gradients are clipped after the step",
+        "recap_cli/runtime/training.py",
+        "_clip(optimizer.slots, max_grad_norm)\n                optimizer.step()\n",
+        "optimizer.step()\n                _clip(optimizer.slots, max_grad_norm)\n",
+        (SGD,),
+    ),
+    Fault(
+        "a last, shorter micro-batch counts as much as a whole one",
+        "recap_cli/runtime/training.py",
+        'share = len(part["labels"]) / count',
+        "share = min(size, count) / count",
+        (SGD,),
+    ),
+    Fault(
+        "biases and norms decay too",
+        "recap_cli/core/optim.py",
+        "self.weight_decay if slot.leaf.ndim > 1 else 0.0",
+        "self.weight_decay if slot.leaf.ndim > 0 else 0.0",
+        ("tests/core/test_optim.py::test_vectors_do_not_decay",),
+    ),
+    Fault(
+        "the bias correction of a whole tensor is one step late",
+        "recap_cli/core/optim.py",
+        "correction = (1 - beta2 ** (count + 1)) ** 0.5",
+        "correction = (1 - beta2 ** (count + 2)) ** 0.5",
+        ("tests/core/test_optim.py::test_ten_steps_are_torchs_own_to_the_bit[adamw]",),
+    ),
+    Fault(
+        "all entries are as old as the oldest",
+        "recap_cli/core/optim.py",
+        "t = (count + 1).double()",
+        "t = (count.max() + 1).double()",
+        ("tests/core/test_optim.py::test_entries_of_different_ages_each_match_an_optimizer_of_their_own_age",),
+    ),
+    Fault(
+        "moments that sit out do not age",
+        "recap_cli/core/moments.py",
+        "aged = {COUNT: 1, **aging}",
+        "aged = {COUNT: 1, **dict.fromkeys(aging, 1.0)}",
+        ("tests/core/test_moments.py::test_a_round_writes_back_what_moved_and_ages_the_rest",),
+    ),
+    Fault(
+        "moments that sit out age twice",
+        "recap_cli/core/moments.py",
+        'tensor * aged[key.rpartition("/")[2]]',
+        'tensor * aged[key.rpartition("/")[2]] ** 2',
+        ("tests/core/test_moments.py::test_a_round_writes_back_what_moved_and_ages_the_rest",),
+    ),
+    Fault(
+        "the mask's entries are written to the small model's places in the full one",
+        "recap_cli/core/surgery.py",
+        "chosen if kept is None else kept[chosen]",
+        "chosen",
+        (ADAMW,),
+    ),
+    Fault(
+        "what a prune step removed does not move later offsets up",
+        "recap_cli/core/groups.py",
+        "offset=cut.offset - before",
+        "offset=cut.offset",
+        ("tests/core/test_groups.py::test_shrinking_a_fused_matrix_moves_the_sections_up",),
+    ),
+    Fault(
+        "patience is one round longer",
+        "recap_cli/stages/schedule.py",
+        ">= recipe.patience",
+        "> recipe.patience",
+        (PATIENCE,),
+    ),
+    Fault(
+        "the ramp goes down",
+        "plugins/methods/recap.py",
+        "(1 - settings.ramp) * way)",
+        "(1 - settings.ramp) * (1 - way))",
+        (PLAN,),
+    ),
+)
+TOGETHER = FAULTS[:3]

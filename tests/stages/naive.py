@@ -1,0 +1,312 @@
+"""The algorithm once more, written from the equations: full-model coordinates, plain loops, and nothing of `recap_cli`.
+
+Nothing is ever cut here. A group that a plan drops has its weights set to zero in the full model, which computes the same; a
+mask is one boolean for each entry of each full tensor. What a state's `layout.json` says of its axes is all that is taken over.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from math import ceil, cos, pi
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+Batch = dict[str, Tensor]
+Group = tuple[str, int]  # the name of an axis, and a unit of it; of the fine ones, a hidden dimension of it
+
+
+@dataclass
+class Axes:
+    """The axes of a full model as `layout.json` has them, and index arithmetic on them."""
+
+    axes: list[dict[str, Any]]
+    shapes: dict[str, tuple[int, ...]]
+
+    def units(self, *, fine: bool = False) -> dict[str, int]:
+        return {a["name"]: a["size"] * (a["cuts"][0]["width"] if fine else 1) for a in self.axes}
+
+    def kind(self, name: str) -> str:
+        return next(str(a["kind"]) for a in self.axes if a["name"] == name)
+
+    def stretches(self, group: Group, *, fine: bool = False) -> Iterator[tuple[str, int, int, int]]:
+        """The parameter, dimension, first index and length of each stretch of entries that a group owns."""
+        name, unit = group
+        for cut in next(a for a in self.axes if a["name"] == name)["cuts"]:
+            width = 1 if fine else cut["width"]
+            yield cut["param"], cut["dim"], cut["offset"] + unit * width, width
+
+    def params(self, group: Group, *, fine: bool = False) -> int:
+        """How many parameters a group has."""
+        count = 0
+        for param, dim, _, width in self.stretches(group, fine=fine):
+            entries = width
+            for other, size in enumerate(self.shapes[param]):
+                entries *= 1 if other == dim else size
+            count += entries
+        return count
+
+    def fine_of(self, group: Group) -> list[Group]:
+        """The hidden dimensions of a head, or the neuron itself."""
+        name, unit = group
+        width = next(a for a in self.axes if a["name"] == name)["cuts"][0]["width"]
+        return [(name, unit * width + i) for i in range(width)]
+
+
+def everything(axes: Axes) -> list[Group]:
+    return [(name, unit) for name, size in axes.units().items() for unit in range(size)]
+
+
+def load(model: nn.Module, tensors: Mapping[str, Tensor], axes: Axes, alive: Sequence[Group]) -> None:
+    """Put the full model's weights into `model`, those of groups that are not alive as zeros."""
+    with torch.no_grad():
+        params = dict(model.named_parameters())
+        for name, param in params.items():
+            param.copy_(tensors[name])
+        for group in set(everything(axes)) - set(alive):
+            for param_name, dim, start, width in axes.stretches(group):
+                params[param_name].narrow(dim, start, width).zero_()
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    out = model(inputs["pixel_values"]) if hasattr(model, "forward_features") else model(**inputs)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def gradients(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """The derivative of the mean loss over all examples of the batches, by parameter."""
+    model.zero_grad()
+    count = sum(len(batch["labels"]) for batch in batches)
+    losses = [cross_entropy(logits_of(model, batch), batch["labels"], reduction="sum") for batch in batches]
+    (torch.stack(losses).sum() / count).backward()
+    return {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+
+
+def _one_by_one(batches: Sequence[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        for i in range(len(batch["labels"])):
+            yield {name: tensor[i : i + 1] for name, tensor in batch.items()}
+
+
+ENTRY_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "taylor": lambda weight, grad: (grad * weight) ** 2,  # eq. (1)
+    "fisher": lambda weight, grad: grad**2,  # eq. (4)
+    "fisher-per-example": lambda weight, grad: grad**2,
+    "magnitude": lambda weight, grad: weight**2,
+}
+
+
+def importance(
+    model: nn.Module, axes: Axes, alive: Sequence[Group], batches: Sequence[Batch], criterion: str, *, fine: bool = False
+) -> dict[Group, float]:
+    """The sum over every entry of every group of its score, the model being in evaluation mode."""
+    model.eval()
+    samples = [[one] for one in _one_by_one(batches)] if criterion == "fisher-per-example" else [list(batches)]
+    weights = {name: param.detach().double() for name, param in model.named_parameters()}
+    groups = [g for group in alive for g in axes.fine_of(group)] if fine else list(alive)
+    total = dict.fromkeys(groups, 0.0)
+    for sample in samples:
+        grads = gradients(model, sample) if sample else weights
+        for group in groups:
+            for param, dim, start, width in axes.stretches(group, fine=fine):
+                weight, grad = (t[param].double().narrow(dim, start, width) for t in (weights, grads))
+                total[group] += float(ENTRY_SCORES[criterion](weight, grad).sum()) / len(samples)
+    return total
+
+
+def ranked_together(axes: Axes, scope: str) -> list[list[str]]:
+    names = list(axes.units())
+    if scope == "per-layer":
+        return [[name] for name in names]
+    if scope == "global":
+        return [names]
+    kinds = {axes.kind(name) for name in names}
+    return [[name for name in names if axes.kind(name) == kind] for kind in sorted(kinds)]
+
+
+def best_groups(
+    scores: Mapping[Group, float],
+    axes: Axes,
+    share: float,
+    whole: Sequence[Group],
+    *,
+    scope: str,
+    floor: float = 0.0,
+    least: int = 0,
+    fine: bool = False,
+) -> list[Group]:
+    """Of each pool the least important go, one by one, until what is left is nearest to a share of the `whole`'s parameters."""
+    kept: list[Group] = []
+    for pool in ranked_together(axes, scope):
+        budget = share * sum(axes.params(g, fine=fine) for g in whole if g[0] in pool)
+        of_each = Counter(name for name, _ in whole if name in pool)
+        left = [g for g in scores if g[0] in pool]
+        held, number = sum(axes.params(g, fine=fine) for g in left), Counter(name for name, _ in left)
+        rank = {g: scores[g] / (axes.params(g, fine=fine) if scope == "global" else 1) for g in left}
+        for group in sorted(left, key=lambda g: rank[g]):
+            params = axes.params(group, fine=fine)
+            if number[group[0]] <= max(least, ceil(floor * of_each[group[0]] - 1e-9)):
+                continue
+            if abs(held - params - budget) > abs(held - budget) + 1e-6:
+                break
+            left.remove(group)
+            held, number[group[0]] = held - params, number[group[0]] - 1
+        kept += left
+    return sorted(kept)
+
+
+def moving(
+    axes: Axes, tensors: Mapping[str, Tensor], alive: Sequence[Group], chosen: Sequence[Group], frozen: Sequence[str]
+) -> dict[str, Tensor]:
+    """Which entries of the full tensors move: what lies outside every group, and the chosen dimensions of groups alive."""
+    moves = {name: torch.full(tensor.shape, name not in frozen) for name, tensor in tensors.items()}
+    for group in everything(axes):
+        for param, dim, start, width in axes.stretches(group):
+            moves[param].narrow(dim, start, width).fill_(False)
+    assert {name for group in chosen for name in group[:1]} <= {name for name, _ in alive}
+    for group in chosen:
+        for param, dim, start, width in axes.stretches(group, fine=True):
+            moves[param].narrow(dim, start, width).fill_(True)
+    return moves
+
+
+@dataclass
+class Training:
+    """The settings of a training: `rule` makes torch's optimizer of parameter groups, `aging` says how its moments age."""
+
+    rule: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    aging: dict[str, float]
+    weight_decay: float
+    head: Sequence[str]
+    clip: float | None = None
+
+
+def adamw(betas: tuple[float, float], eps: float, **rest: Any) -> Training:
+    aging = {"exp_avg": betas[0], "exp_avg_sq": betas[1]}
+    return Training(lambda groups: torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, foreach=False), aging, **rest)
+
+
+def sgd(momentum: float, **rest: Any) -> Training:
+    return Training(lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=momentum), {"momentum": momentum}, **rest)
+
+
+TORCH_NAMES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum": "momentum_buffer"}
+
+
+@dataclass
+class Memory:
+    """The moments and the number of steps of every entry of the full model."""
+
+    shapes: dict[str, tuple[int, ...]]
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+
+    def start(self, name: str, aging: Mapping[str, float]) -> None:
+        if name not in self.counts:
+            self.moments[name] = {moment: torch.zeros(self.shapes[name]) for moment in aging}
+            self.counts[name] = torch.zeros(self.shapes[name], dtype=torch.int64)
+
+
+def finetune(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    moves: Mapping[str, Tensor],
+    memory: Memory,
+    training: Training,
+    batches: Sequence[Batch],
+    rates: Sequence[tuple[float, float]],
+) -> None:
+    """Dense gradients of `model`, of which the entries that move step by an optimizer of torch's per age; then eq. (5) and (6).
+
+    `rates` are the learning rates of each step, that of the body and that of the head. `tensors` are the full model's: they
+    and `memory` are changed in place.
+    """
+    params = {name: param for name, param in model.named_parameters() if bool(moves[name].any())}
+    flat: list[tuple[str, Tensor, nn.Parameter]] = []
+    for name, param in params.items():
+        memory.start(name, training.aging)
+        for age in memory.counts[name][moves[name]].unique().tolist():
+            at = moves[name] & (memory.counts[name] == age)
+            flat.append((name, at, nn.Parameter(param.detach()[at].clone())))
+    decay = {name: training.weight_decay if param.ndim > 1 else 0.0 for name, param in params.items()}
+    optimizer = training.rule([{"params": [values], "weight_decay": decay[name]} for name, _, values in flat])
+    for name, at, values in flat:
+        age = int(memory.counts[name][at][0])
+        optimizer.state[values] = {"step": torch.tensor(float(age))}
+        optimizer.state[values] |= {TORCH_NAMES[m]: tensor[at].clone() for m, tensor in memory.moments[name].items()}
+    model.train()
+    for batch, (rate, head_rate) in zip(batches, rates, strict=True):
+        grads = gradients(model, [batch])
+        if training.clip is not None:
+            norm = torch.sqrt(sum((grads[n][at] ** 2).sum() for n, at, _ in flat if n in grads))
+            grads = {name: grad * min(1.0, training.clip / float(norm)) for name, grad in grads.items()}
+        for (name, at, values), group in zip(flat, optimizer.param_groups, strict=True):
+            values.grad = grads[name][at] if name in grads else None
+            group["lr"] = head_rate if name in training.head else rate
+        optimizer.step()
+        with torch.no_grad():
+            for name, at, values in flat:
+                params[name][at] = values
+                memory.counts[name][at] += name in grads
+    for name, of in memory.moments.items():
+        for moment, tensor in of.items():
+            tensor[~moves[name]] *= training.aging[moment]  # eq. (5)
+    for name, at, values in flat:
+        tensors[name][at] = values.detach()  # eq. (6)
+        for moment, tensor in memory.moments[name].items():
+            tensor[at] = optimizer.state[values][TORCH_NAMES[moment]]
+
+
+def evaluate(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
+    """The mean loss over all examples, and the share of them that is classified right."""
+    model.eval()
+    with torch.no_grad():
+        logits = torch.cat([logits_of(model, batch) for batch in batches])
+    labels = torch.cat([batch["labels"] for batch in batches])
+    return float(cross_entropy(logits, labels)), sum(a == b for a, b in zip(logits.argmax(1), labels, strict=True)) / len(
+        labels
+    )
+
+
+def ratios(recipe: Any) -> list[tuple[float, float, bool]]:
+    """r_p and r_f of each round of `recap`, and whether it prunes anew: memory is the same in every round (docs/methods.md)."""
+    rounds, r_p, r_f = recipe.rounds, recipe.prune.ratio, recipe.mask.ratio
+    settled = min(int(rounds * recipe.prune.settled + 1e-9), rounds - 1)
+    anew, last, found = rounds - settled, 1 - r_f, []
+    for number in range(rounds):
+        way = 1.0 if anew == 1 else min(1.0, number / (anew - 1))
+        moves = last * (recipe.prune.ramp + (1 - recipe.prune.ramp) * way)
+        entry_cost = {"adamw": 3, "sgd": 1 + (recipe.finetune.momentum > 0)}[recipe.finetune.optimizer]
+        kept = (1 - r_p) * (1 + entry_cost * last) / (1 + entry_cost * moves)
+        assert kept <= 1  # this reference knows no recipe that prunes nothing in its first rounds
+        found.append((1 - kept, 1 - moves, number < anew))
+    return found
+
+
+def rates(recipe: Any, number: int, steps: int) -> list[tuple[float, float]]:
+    """The learning rates, of the body and of a new head, of the `steps` of round `number`; all rounds are equally long."""
+    tune = recipe.finetune
+    whole, first = (recipe.rounds * steps, (number - 1) * steps) if tune.course == "run" else (steps, 0)
+    rise = round(tune.warmup_ratio * whole)
+    head = tune.lr
+    if tune.head_lr == "auto" and tune.optimizer == "adamw":
+        head = max(tune.lr, min(recipe.head.lr, 10 * tune.lr))
+    elif isinstance(tune.head_lr, float):
+        head = tune.head_lr
+    found = []
+    for step in range(first, first + steps):
+        if step < rise:
+            share = (step + 1) / rise
+        else:
+            done = (step - rise) / (whole - rise)
+            share = {"linear": 1 - done, "cosine": 0.5 + 0.5 * cos(pi * done), "constant": 1.0}[tune.schedule]
+        found.append((tune.lr * share, head * share))
+    return found
+
+
+def by_axis(groups: Sequence[Group]) -> dict[str, list[int]]:
+    return {name: [unit for _, unit in of] for name, of in groupby(sorted(groups), key=lambda g: g[0])}
