@@ -38,7 +38,10 @@ TABLE = {
 MEMBERS = {
     "draft": "state",
     "folder": "state",
+    "journal": "state",
     "manifest": "state",
+    "manifest_names": "state",
+    "manifest_schema": "state",
     "recipe_conflicts": "recipe",
     "recipe_problems": "recipe",
     "recipe_schema": "recipe",
