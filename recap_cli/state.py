@@ -185,8 +185,12 @@ class State:
         return json.loads(self.load_text(rel))
 
     def load_text(self, rel: str) -> str:
-        """A committed text file. Raises as `verified`."""
-        return self.verified(rel).read_bytes().decode()
+        """A committed text file. Raises as `verified`, and `CorruptStateError` for one that is no UTF-8."""
+        path = self.verified(rel)
+        try:
+            return path.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise CorruptStateError(f"{path}: is no text", hint=START_OVER) from error
 
     def check_order(self, asked: str) -> None:
         """Passes where the stage `asked` is the next one.

@@ -10,6 +10,7 @@ from recap_cli import registry
 from recap_cli.core.method import Turn
 from recap_cli.errors import DataError, ModelError
 from recap_cli.recipe import Recipe
+from recap_cli.stages import record
 from recap_cli.stages.turns import check_steps, turns_for, turns_of
 from recap_cli.state import Manifest, State
 
@@ -18,7 +19,7 @@ HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
 def finished(recipe: Recipe, manifest: Manifest) -> str | None:
     """Why no further round is to begin, or None."""
-    rounds, best, planned = manifest.round, manifest.best, len(turns_of(manifest, recipe))
+    rounds, best, planned = manifest.round, manifest.best, len(turns_of(manifest))
     if rounds >= planned:
         return f"all {planned} rounds are done" if planned > 1 else "its one round is done"
     if recipe.patience is not None and best is not None and rounds - best["round"] >= recipe.patience:
@@ -130,6 +131,7 @@ def _turn_text(recipe: Recipe, turn: Turn) -> str:
 
 def summary(state: State) -> dict[str, Any]:
     """Where a state stands, as plain values: a row per round, the product, the next stage."""
+    record.check(state)
     manifest = state.manifest
     recipe = recipes.parse(state.recipe_text, str(state.path / manifest.recipe))
     return {
@@ -138,7 +140,7 @@ def summary(state: State) -> dict[str, Any]:
         "stage": manifest.stage,
         "round": manifest.round,
         "method": recipe.method,
-        "rounds_planned": len(turns_of(manifest, recipe)),
+        "rounds_planned": len(turns_of(manifest)),
         "next": next_stage(recipe, state),
         "finished": finished(recipe, manifest) if manifest.stage == "merge" else None,
         "product": str(state.path / manifest.best["folder"]) if manifest.best else None,
