@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from recap_cli import console
+from recap_cli import console, interrupt
 from recap_cli.commands import (
     compare,
     doctor,
@@ -35,7 +35,7 @@ from recap_cli.commands import (
 )
 from recap_cli.errors import DeviceMemoryError, PluginError, RecapError, StorageError, lacks_device_memory
 
-INTERRUPTED = 130
+STOPPED = "stopped; what the stages before have finished is kept, and nothing else"
 TRACEBACK = "RECAP_TRACEBACK"
 REFUSED = {
     errno.ENOSPC: "the disk is full",
@@ -95,17 +95,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     _open_streams()
     _quiet_libraries()
-    try:
-        return _run(given)
-    except KeyboardInterrupt:
-        return _stopped(given)
-    except BrokenPipeError:  # whoever read our output has gone, as `head` does; nobody is left to tell
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for the flush at exit)
-        return 1
-    except Exception as error:  # noqa: BLE001  (the last door: everything becomes a message here)
-        return _failed(error)
-    finally:
-        console.close()
+    said: list[str] = []  # the word to someone who stops us, once it is out
+    with interrupt.heard(lambda: "" if said else f"error: {STOPPED}\nhint: {_again(given)}\n") as is_interrupted:
+        try:
+            return _run(given)
+        except KeyboardInterrupt:
+            return _stopped(given, said)
+        except BrokenPipeError:  # whoever read our output has gone, as `head` does; nobody is left to tell
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for the flush at exit)
+            return 1
+        except Exception as error:  # noqa: BLE001  (the last door: everything becomes a message here)
+            return _stopped(given, said) if is_interrupted() else _failed(error)
+        finally:
+            console.close()
 
 
 def _run(arguments: list[str]) -> int:
@@ -113,17 +115,22 @@ def _run(arguments: list[str]) -> int:
     try:
         app(arguments, prog_name="recap")
     except SystemExit as end:
-        if end.code == INTERRUPTED:
+        if end.code == interrupt.INTERRUPTED:
             raise KeyboardInterrupt from end
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
 
 
-def _stopped(arguments: Sequence[str]) -> int:
+def _stopped(arguments: Sequence[str], said: list[str]) -> int:
     console.close()
-    again = shlex.join(["recap", *arguments])
-    console.error("stopped; what the stages before have finished is kept, and nothing else", f"go on with `{again}`")
-    return INTERRUPTED
+    console.error(STOPPED, _again(arguments))
+    said.append(STOPPED)
+    return interrupt.INTERRUPTED
+
+
+def _again(arguments: Sequence[str]) -> str:
+    """Return the hint with the command that goes on."""
+    return f"go on with `{shlex.join(['recap', *arguments])}`"
 
 
 def _failed(error: Exception) -> int:

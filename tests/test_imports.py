@@ -19,6 +19,7 @@ PLUGINS = Path(next(iter(import_module("recap_cli.plugins").__path__)))
 TABLE = {
     "errors": set(),
     "parent": set(),
+    "interrupt": set(),
     "progress": set(),
     "core": {"errors"},
     "api": {"core", "errors"},
@@ -31,7 +32,7 @@ TABLE = {
     "stages": {"runtime", "core", "storage", "state", "recipe", "registry", "errors", "parent", "progress"},
     "console": {"errors", "progress"},
     "commands": {"stages", "console", "state", "recipe", "registry", "errors", "progress"},
-    "cli": {"commands", "console", "errors"},
+    "cli": {"commands", "console", "errors", "interrupt"},
     "__main__": {"cli", "parent"},
     "__init__": {"runtime", "errors"},
 }
@@ -47,7 +48,20 @@ MEMBERS = {
     "recipe_schema": "recipe",
     "recipe_yaml": "recipe",
 }
-LIGHT = {"errors", "parent", "progress", "storage", "state", "recipe", "registry", "console", "commands", "cli", "__main__"}
+LIGHT = {
+    "errors",
+    "interrupt",
+    "parent",
+    "progress",
+    "storage",
+    "state",
+    "recipe",
+    "registry",
+    "console",
+    "commands",
+    "cli",
+    "__main__",
+}
 LIGHT |= {"__init__"}
 HEAVY = {"torch", "transformers", "timm", "datasets", "sklearn", "torchvision", "torchmetrics", "matplotlib", "peft", "jinja2"}
 
