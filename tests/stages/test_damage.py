@@ -1,8 +1,11 @@
 """A damaged state: whatever stands in its files, the next command refuses it, or works; and nothing on disk is lost."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -317,6 +320,34 @@ def test_facts_in_json_that_no_stage_has_written_are_refused_whatever_their_chec
     for text in (b"", b"[" * 100_000, b"\xff", *([] if "tokenizer" in rel else [b'{"a": 1}', b"[]"])):
         with pytest.raises(CorruptStateError, match=rel.removesuffix("/tokenizer_config.json")):
             read(forge(path, rel, text))
+
+
+# --- pipes -----------------------------------------------------------------------------------------------------------
+
+EVERY_COMMAND = """
+import sys
+from recap_cli.cli import main
+path, out, recipe = sys.argv[1:]
+commands = [["status"], ["prune"], ["mask"], ["finetune"], ["merge"], ["eval"], ["report"], ["profile-memory"]]
+commands = [[*words, path] for words in commands]
+commands += [["export", path, out], ["run", "--state", path], ["run", recipe, "--state", path]]
+for command in commands:
+    print(command[0], main(command), flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes on this system")
+@pytest.mark.parametrize("rel", ["state.yaml", "recipe.yaml"])
+def test_no_command_waits_for_a_pipe_in_the_place_of_a_file(rel: str, damaged: Callable[[str], Path], tmp_path: Path) -> None:
+    path, recipe = damaged("prune 2"), tmp_path / "recipe.yaml"
+    shutil.copy(path / "recipe.yaml", recipe)
+    (path / rel).unlink()
+    os.mkfifo(path / rel)
+    before = contents(path)
+    program = [sys.executable, "-c", EVERY_COMMAND, str(path), str(tmp_path / "out"), str(recipe)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=300)
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["11"] * 11, (done.stdout, done.stderr)
+    assert contents(path) == before
 
 
 # --- a finished state ------------------------------------------------------------------------------------------------
