@@ -36,6 +36,7 @@ from recap_cli.commands import (
 from recap_cli.errors import DeviceMemoryError, PluginError, RecapError, StorageError, lacks_device_memory
 
 STOPPED = "stopped; what the stages before have finished is kept, and nothing else"
+INTERRUPTED = interrupt.INTERRUPTED
 TRACEBACK = "RECAP_TRACEBACK"
 REFUSED = {
     errno.ENOSPC: "the disk is full",
@@ -115,7 +116,7 @@ def _run(arguments: list[str]) -> int:
     try:
         app(arguments, prog_name="recap")
     except SystemExit as end:
-        if end.code == interrupt.INTERRUPTED:
+        if end.code == INTERRUPTED:
             raise KeyboardInterrupt from end
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
@@ -125,7 +126,7 @@ def _stopped(arguments: Sequence[str], said: list[str]) -> int:
     console.close()
     console.error(STOPPED, _again(arguments))
     said.append(STOPPED)
-    return interrupt.INTERRUPTED
+    return INTERRUPTED
 
 
 def _again(arguments: Sequence[str]) -> str:
