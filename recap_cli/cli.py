@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from recap_cli import console, registry
+from recap_cli import console, interrupt, registry
 from recap_cli.commands import (
     compare,
     doctor,
@@ -35,7 +35,8 @@ from recap_cli.commands import (
 )
 from recap_cli.errors import DeviceMemoryError, PluginError, RecapError, StorageError, lacks_device_memory
 
-INTERRUPTED = 130
+STOPPED = "stopped; what the stages before have finished is kept, and nothing else"
+INTERRUPTED = interrupt.INTERRUPTED
 TRACEBACK = "RECAP_TRACEBACK"
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SPINS = "1000"  # tenths of a millisecond; the library's own 300,000 are a whole slice of time beside other programs
@@ -99,17 +100,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     _sleep_soon()
     registry.leave_out_broken()
-    try:
-        return _run(given)
-    except KeyboardInterrupt:
-        return _stopped(given)
-    except BrokenPipeError:  # whoever read our output has gone, as `head` does; nobody is left to tell
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for the flush at exit)
-        return 1
-    except Exception as error:  # noqa: BLE001  (the last door: everything becomes a message here)
-        return _failed(error)
-    finally:
-        console.close()
+    said: list[str] = []  # the word to someone who stops us, once it is out
+    with interrupt.heard(lambda: "" if said else f"error: {STOPPED}\nhint: {_again(given)}\n") as is_interrupted:
+        try:
+            return _run(given)
+        except KeyboardInterrupt:
+            return _stopped(given, said)
+        except BrokenPipeError:  # whoever read our output has gone, as `head` does; nobody is left to tell
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for the flush at exit)
+            return 1
+        except Exception as error:  # noqa: BLE001  (the last door: everything becomes a message here)
+            return _stopped(given, said) if is_interrupted() else _failed(error)
+        finally:
+            console.close()
 
 
 def _run(arguments: list[str]) -> int:
@@ -123,11 +126,16 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _stopped(arguments: Sequence[str]) -> int:
+def _stopped(arguments: Sequence[str], said: list[str]) -> int:
     console.close()
-    again = shlex.join(["recap", *arguments])
-    console.error("stopped; what the stages before have finished is kept, and nothing else", f"go on with `{again}`")
+    console.error(STOPPED, _again(arguments))
+    said.append(STOPPED)
     return INTERRUPTED
+
+
+def _again(arguments: Sequence[str]) -> str:
+    """Return the hint with the command that goes on."""
+    return f"go on with `{shlex.join(['recap', *arguments])}`"
 
 
 def _failed(error: Exception) -> int:

@@ -1,6 +1,7 @@
 """What one stage writes into a state's folder, and the commit that makes it count."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,18 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from recap_cli import storage
 from recap_cli.errors import StateError
-from recap_cli.folder import sweep
+from recap_cli.journal import note, open_journal, sweep
 from recap_cli.manifest import (
-    AMENDED,
     COMMIT,
+    RECIPE,
     Manifest,
-    amended_name,
     below,
+    facts_of,
     is_ours,
     manifest_text,
+    quoted,
     read_manifest,
+    recipe_name,
     round_of,
 )
+from recap_cli.manifest_schema import problem_of
 from recap_cli.storage import Seal
 
 if TYPE_CHECKING:
@@ -43,6 +47,7 @@ class Draft:
         self.versions = dict(before.versions)
         self.plugins = dict(before.plugins)
         self._root = root
+        self._work = open_journal(root)
         self._before = before
         self._announced: set[str] = set()
         self._dropped: set[str] = set()
@@ -56,18 +61,11 @@ class Draft:
 
         Raises:
             ValueError: `rel` is no file in a full-NNN, round-NNN or best-NNN folder, or is committed already.
+            StateError: a file that recap has not written is in the way.
         """
-        return self._announce(rel, rel)
-
-    def folder(self, rel: str) -> Path:
-        """A new folder, all files of which will be part of the state: for code that names its files itself.
-
-        Raises:
-            ValueError: `rel` is not ours, or holds committed files.
-        """
-        if below(self._before.files, rel):
-            raise ValueError(f"{rel}: holds committed files; write into a new folder, and drop this one")
-        return self._announce(f"{rel}/any", rel).parent
+        if not is_ours(rel):
+            raise ValueError(f"{rel}: not a place in a full-NNN, round-NNN or best-NNN folder")
+        return self._announce(rel)
 
     def save_tensors(self, rel: str, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
         """Writes a safetensors file; flushing and hashing go on in the background. Tensors are not copied.
@@ -75,7 +73,7 @@ class Draft:
         Raises:
             StorageError: the disk is full or refuses.
         """
-        storage.save_tensors(self.path(rel), tensors, metadata)
+        storage.save_tensors(self.path(rel), tensors, metadata, by=self._work)
         self._seal(rel)
 
     def save_json(self, rel: str, value: Any) -> None:
@@ -119,22 +117,30 @@ class Draft:
 
     def amend(self, text: str, digest: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Puts another recipe, under a name of its own, in the place of the one there is; no stage is done by that."""
-        name, old = amended_name(self._before), self._before
-        storage.write_text(self._root / name, text)
-        self._announced.add(name)
+        name, old = recipe_name(len(self._before.changes) + 1), self._before
+        storage.write_text(self._announce(name), text)
         self._dropped.add(old.recipe)
         change = {"changed": _now(), "round": old.round, "stage": old.stage, "before": dict(before), "after": dict(after)}
-        self._amended = {"schema": AMENDED, "recipe": name, "recipe_digest": digest, "changes": [*old.changes, change]}
+        self._amended = {"recipe": name, "recipe_digest": digest, "changes": [*old.changes, change]}
 
-    def _announce(self, rel: str, announced: str) -> Path:
-        if not is_ours(rel):
-            raise ValueError(f"{rel}: not a place in a full-NNN, round-NNN or best-NNN folder")
+    def save_recipe(self, text: str) -> None:
+        """Writes the recipe of a new state."""
+        storage.write_text(self._announce(RECIPE), text)
+
+    def _announce(self, rel: str) -> Path:
+        """Where to write a new file, once its name is in the journal and its folder is there."""
+        path = self._root / rel
         if rel in self._before.files:
             raise ValueError(f"{rel}: is committed; write it under a new name, and drop this one")
-        path = self._root / rel
+        if rel in self._announced:
+            return path
+        odd = storage.odd_place(self._root, rel)
+        if odd or os.path.lexists(path):
+            raise self._in_the_way(odd[0] if odd else path)
+        note(self._root, [rel])
         with storage.storage_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._announced.add(announced)
+        self._announced.add(rel)
         return path
 
     def _seal(self, rel: str) -> None:
@@ -142,21 +148,18 @@ class Draft:
         seen = storage.fingerprint(path)
         self._sealing[rel] = seen, self._threads.submit(storage.flush, path), self._threads.submit(storage.seal, path)
 
-    def _written(self) -> list[str]:
-        """The new files, those in announced folders included."""
-        written: set[str] = set()
-        for announced in self._announced:
-            path = self._root / announced
-            files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-            if not files:
-                raise ValueError(f"{announced}: was announced but not written")
-            written.update(file.relative_to(self._root).as_posix() for file in files)
-        return sorted(written - self._before.files.keys())
+    def _in_the_way(self, path: Path) -> StateError:
+        return StateError(
+            f"{path}: is in the way of what `{self.stage}` writes, and recap has not written it",
+            hint=f"move it out of the state, and run the same again: recap run --state {quoted(self._root)}",
+        )
 
     def _sealed(self) -> dict[str, Seal]:
         """The new files, flushed and hashed, several at a time."""
-        written = self._written()
+        written = sorted(self._announced)
         for rel in written:
+            if not (self._root / rel).is_file():
+                raise ValueError(f"{rel}: was announced but not written")
             if rel not in self._sealing or self._sealing[rel][0] != storage.fingerprint(self._root / rel):
                 self._seal(rel)
         seals = {}
@@ -171,11 +174,11 @@ class Draft:
     def _commit(self) -> None:
         kept = {rel: seal for rel, seal in self._before.files.items() if rel not in self._dropped}
         files = {**kept, **self._sealed()}
-        for name in (self.full, self.small, (self.best or {}).get("folder")):
-            if name is not None and not below(files, name):
-                raise ValueError(f"{name}: is to be current, but no file of it is part of the state")
         after = replace(self._before, files=files, **(self._amended or self._stage_done()))
-        storage.replace_text(self._root / COMMIT, manifest_text(after))
+        if problem := problem_of(facts_of(after)):
+            raise ValueError(f"{COMMIT}: {problem}")
+        note(self._root, sorted(self._dropped))
+        storage.replace_text(self._root / COMMIT, manifest_text(after), self._work / COMMIT)
 
     def _stage_done(self) -> dict[str, Any]:
         return {
@@ -200,10 +203,6 @@ class Draft:
             raise ValueError(f"facts may not be named {', '.join(sorted(clash))}")
         return {**entry, **self.facts}
 
-    def include(self, rel: str) -> None:
-        """Makes a file beside the folders, written already, part of the state."""
-        self._announced.add(rel)
-
     def _close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
@@ -216,14 +215,14 @@ def _now() -> str:
 def drafting(root: Path, before: Manifest, stage: str) -> Iterator[Draft]:
     """A draft that is committed at the end; afterwards, done or not, removes what the commit on disk does not name."""
     draft = Draft(root, before, stage)
-    keep = set(before.files)  # also where the commit went wrong so late that nobody can say if it will last
+    spared = set(before.files)  # where the commit went wrong so late that nobody can say if it will last
     try:
         with storage.refused_writes(root):
             yield draft
             draft._commit()
-        keep = set()
+        spared = set()
     finally:
         draft._close()
         with suppress(OSError, StateError):  # the next writer tries again; an error under way must not be hidden
             committed = read_manifest(root).files if (root / COMMIT).exists() else {}
-            sweep(root, keep | committed.keys())
+            sweep(root, committed, spared)

@@ -1,22 +1,23 @@
-"""The housekeeping of a state folder: who may write it, which folder may become one, and what is swept out of it."""
+"""Who may write a state folder, which folder may become one, and what in it is refused as it stands."""
 
 import errno
 import json
 import os
-import shutil
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from recap_cli import storage
-from recap_cli.errors import StateError, StateLockedError
-from recap_cli.manifest import COMMIT, OURS, RECIPES, UNDER_WAY, quoted
+from recap_cli.errors import CorruptStateError, StateError, StateLockedError
+from recap_cli.journal import JOURNAL, WORK
+from recap_cli.manifest import COMMIT, START_OVER, UNDER_WAY, quoted
 
 LOCK = ".recap-lock"
 HOLDER = ".recap-writer"  # who holds the lock, for the message only
+NO_LINKS = "put the folder or file itself back in its place; a whole state may lie elsewhere, and be linked to"
 
 
 def plain(path: str | Path) -> Path:
@@ -40,6 +41,7 @@ def claim(root: Path) -> bool:
         root.mkdir(parents=True, exist_ok=True)
         if any(root.iterdir()) and not (root / UNDER_WAY).exists():
             raise StateError(f"{root}: is not empty, and not a state", hint="give a new folder with --state")
+        refuse_odd(root, ())
         (root / UNDER_WAY).touch()
     return made
 
@@ -90,8 +92,10 @@ def locked(root: Path, stage: str) -> Iterator[None]:
 
     Raises:
         StateLockedError: another process holds it.
+        CorruptStateError: the lock, or a file beside it, is no plain file.
         StorageError: the folder cannot be written.
     """
+    refuse_odd(root, ())
     lock = FileLock(root / LOCK, timeout=0)
     try:
         lock.acquire()
@@ -106,9 +110,11 @@ def locked(root: Path, stage: str) -> Iterator[None]:
             holder.write_text(json.dumps(told), encoding="utf-8")
         yield
     finally:
-        with suppress(OSError):
-            holder.unlink()
-        lock.release()
+        try:
+            with suppress(OSError):
+                holder.unlink()
+        finally:  # a second Ctrl-C may come here
+            lock.release()
 
 
 def _locked_error(root: Path) -> StateLockedError:
@@ -120,32 +126,24 @@ def _locked_error(root: Path) -> StateLockedError:
     return StateLockedError(f"{root}: {who} is writing this state", hint="wait until it is done, or stop it")
 
 
-def sweep(root: Path, keep: Collection[str]) -> None:
-    """Removes leftovers: whatever stands in folders of ours, or under names of ours, and not in `keep`.
+def is_tidy(root: Path) -> bool:
+    """Whether nothing is left of a writer that was stopped."""
+    return not any(os.path.lexists(root / name) for name in (WORK, UNDER_WAY, HOLDER))
+
+
+def refuse_odd(root: Path, files: Iterable[str]) -> None:
+    """Passes where `files`, those beside them that every state has, and the folders that they are in, are no links, and no
+    pipes or devices.
 
     Raises:
-        OSError: something cannot be removed.
+        CorruptStateError: one is.
     """
-    names = {COMMIT + ".tmp"} | ({UNDER_WAY} if (root / COMMIT).exists() else set())
-    for entry in list(root.iterdir()):
-        name = entry.name
-        if (name in names or RECIPES.fullmatch(name)) and name not in keep:
-            entry.unlink()
-        elif OURS.fullmatch(name):
-            _sweep_folder(root, entry, keep)
+    for rel in (*files, COMMIT, LOCK, HOLDER, UNDER_WAY, f"{WORK}/{JOURNAL}"):
+        if odd := storage.odd_place(root, rel):
+            raise odd_error(*odd)
 
 
-def _sweep_folder(root: Path, folder: Path, keep: Collection[str]) -> None:
-    if folder.is_symlink() or not folder.is_dir():
-        folder.unlink()
-    elif not any(rel.startswith(f"{folder.name}/") for rel in keep):
-        shutil.rmtree(folder)
-    else:
-        for parent, folders, files in os.walk(folder, topdown=False):
-            here = Path(parent)
-            links = [name for name in folders if (here / name).is_symlink()]
-            for name in [*files, *links]:
-                if (here / name).relative_to(root).as_posix() not in keep:
-                    (here / name).unlink()
-            if not any(here.iterdir()):
-                here.rmdir()
+def odd_error(path: Path, what: str) -> CorruptStateError:
+    """The error that names what stands in the place of a file or a folder of a state."""
+    hint = NO_LINKS if what == "a link" else START_OVER
+    return CorruptStateError(f"{path}: is {what}, which nothing in a state is", hint=hint)

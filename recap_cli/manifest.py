@@ -1,40 +1,72 @@
-"""What `state.yaml` says: the stage that is done, what is current, and every file that counts, with its checksum."""
+"""What `state.yaml` says: the stage that is done, what is current, and every file that counts, with its checksum.
+
+Its own checksum is its last line. A file that was cut, or of which one bit is another, is refused before it is read as YAML.
+"""
 
 import errno
+import hashlib
 import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from recap_cli import storage
 from recap_cli.errors import CorruptStateError, StateError
+from recap_cli.manifest_names import (
+    COMMIT,
+    NEXT_STAGE,
+    OURS,
+    RECIPE,
+    RECIPES,
+    SCHEMA,
+    STAGES,
+    UNDER_WAY,
+    below,
+    is_ours,
+    recipe_name,
+)
 from recap_cli.storage import Seal
 
-SCHEMA = 2  # the newest there is; a state is of the oldest that can say what it holds, so that older versions read it
-AMENDED = 2  # the schema from which on a state may have changed settings
-NEXT_STAGE = {"init": "prune", "prune": "mask", "mask": "finetune", "finetune": "merge", "merge": "prune"}
-STAGES = tuple(NEXT_STAGE)
-
-COMMIT = "state.yaml"
-RECIPE = "recipe.yaml"
-RECIPES = re.compile(r"recipe(-\d{3,})?\.yaml")  # of which the manifest names one: `amended_name` says what the next is called
-UNDER_WAY = ".recap-init"  # lies in a folder from the first moment of its `init` to the commit
-OURS = re.compile(r"(full|round|best)-\d{3,}")
+__all__ = [
+    "COMMIT",
+    "NEXT_STAGE",
+    "OURS",
+    "RECIPE",
+    "RECIPES",
+    "SCHEMA",
+    "STAGES",
+    "UNDER_WAY",
+    "Manifest",
+    "below",
+    "is_ours",
+    "manifest_text",
+    "quoted",
+    "read_manifest",
+    "recipe_name",
+    "round_of",
+]
 
 PREFACE = "# Written by recap, as a whole, when a stage is done. Look at it with `recap status`.\n"
+SEALED = "# sha256 of all lines above: "
+SEAL_LINE = re.compile(rb"# sha256 of all lines above: ([0-9a-f]{64})\n\Z")
+SEAL_BYTES = len(SEALED) + 65
+UNSEALED = re.compile(rb"^schema: ([12])$", re.MULTILINE)  # before there was a checksum
 START_OVER = "restore the file from a copy, or start a new state: recap init RECIPE --state NEW"
 ELSEWHERE = "name a state's folder, or make a new one: recap init RECIPE --state NEW"
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What `state.yaml` says.
 
-    `full` and `small` are the folders (or files) that hold the current models, `best` whatever `merge` notes about the
-    best small model; `files` are all files that count; `history` has one entry per finished stage, oldest first.
+    `full` and `small` are the folders that hold the current models, `best` whatever `merge` notes about the best small
+    model; `files` are all files that count; `history` has one entry per finished stage, oldest first.
     `recipe` is the file of the recipe as it is now, `changes` what was changed in it since `init`, oldest first.
     """
 
@@ -48,7 +80,7 @@ class Manifest:
     plugins: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, Seal] = field(default_factory=dict)
-    schema: int = 1
+    schema: int = SCHEMA
     recipe: str = RECIPE
     changes: list[dict[str, Any]] = field(default_factory=list)
 
@@ -58,33 +90,11 @@ class Manifest:
         return next((entry for entry in self.history if entry["stage"] == "init"), {})
 
 
-FIELDS: dict[str, type | tuple[type, ...]] = {
-    "schema": int,
-    "round": int,
-    "stage": str,
-    "full": (str, type(None)),
-    "small": (str, type(None)),
-    "best": (dict, type(None)),
-    "recipe_digest": str,
-    "versions": dict,
-    "plugins": dict,
-    "history": list,
-    "files": dict,
-}
-AMENDED_FIELDS: dict[str, type | tuple[type, ...]] = {"recipe": str, "changes": list}
-
-
-def fields_of(schema: int) -> dict[str, type | tuple[type, ...]]:
-    """The keys of a state.yaml of that schema, and what each holds; those of the newest schema stand before the long ones."""
-    if schema < AMENDED:
-        return FIELDS
-    last = {name: FIELDS[name] for name in ("history", "files")}
-    return {name: kind for name, kind in FIELDS.items() if name not in last} | AMENDED_FIELDS | last
-
-
-def amended_name(manifest: Manifest) -> str:
-    """What the file of the next changed recipe is called: a name that no commit has had."""
-    return f"recipe-{len(manifest.changes) + 2:03d}.yaml"
+# In the order of the file: what a reader looks for first stands first, and what is long last.
+FIELDS = (
+    *("schema", "round", "stage", "full", "small", "best", "recipe_digest", "recipe"),
+    *("versions", "plugins", "changes", "history", "files"),
+)
 
 
 def round_of(manifest: Manifest, stage: str) -> int:
@@ -92,41 +102,39 @@ def round_of(manifest: Manifest, stage: str) -> int:
     return manifest.round + 1 if stage == "prune" else manifest.round
 
 
-def is_ours(rel: str) -> bool:
-    """Whether `rel` is a plain relative place inside a folder that belongs to the state."""
-    parts = PurePosixPath(rel).parts
-    plain = rel == "/".join(parts) and ".." not in parts and "\\" not in rel
-    return plain and len(parts) > 1 and OURS.fullmatch(parts[0]) is not None
-
-
-def below(files: Mapping[str, Seal], rel: str) -> dict[str, Seal]:
-    """The file `rel`, or all files in the folder `rel`."""
-    return {name: seal for name, seal in files.items() if name == rel or name.startswith(f"{rel}/")}
-
-
 def quoted(path: Path) -> str:
     """The path as a shell needs it, for hints."""
     return shlex.quote(str(path))
 
 
-def manifest_text(manifest: Manifest) -> str:
-    """The text of state.yaml; what a reader looks for first stands first."""
+def facts_of(manifest: Manifest) -> dict[str, Any]:
+    """A manifest as plain values, key by key as in state.yaml."""
     facts = asdict(manifest)
-    ordered = {name: facts[name] for name in fields_of(manifest.schema)}
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    return PREFACE + str(yaml.dump(ordered, Dumper=dumper, sort_keys=False, allow_unicode=True))
+    return {name: facts[name] for name in FIELDS}
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The text of state.yaml, its checksum last."""
+    return sealed(PREFACE + str(yaml.dump(facts_of(manifest), Dumper=DUMPER, sort_keys=False, allow_unicode=True)))
+
+
+def sealed(body: str) -> str:
+    """A text with its checksum as a last line."""
+    return f"{body}{SEALED}{hashlib.sha256(body.encode()).hexdigest()}\n"
 
 
 def read_manifest(root: Path) -> Manifest:
     """What state.yaml says now.
 
     Raises:
-        StateError: there is none, it cannot be read, or it is of a newer schema.
-        CorruptStateError: it makes no sense.
+        StateError: there is none, it cannot be read, or it is of another schema.
+        CorruptStateError: it is not as it was written, or makes no sense.
     """
     place = root / COMMIT
     try:
-        text = place.read_text(encoding="utf-8")
+        if odd := storage.oddity(place):
+            raise CorruptStateError(f"{place}: is {odd}, not a plain file", hint=START_OVER)
+        body = _body(place)
     except (FileNotFoundError, NotADirectoryError) as error:
         free = isinstance(error, FileNotFoundError) and _may_become_one(root)
         hint = f"recap init RECIPE --state {quoted(root)}" if free else ELSEWHERE
@@ -135,15 +143,40 @@ def read_manifest(root: Path) -> Manifest:
         denied = error.errno in (errno.EACCES, errno.EPERM)
         hint = "look at the permissions of the folder" if denied else ELSEWHERE
         raise StateError(f"{place}: cannot be read: {error.strerror}", hint=hint) from error
-    except UnicodeDecodeError as error:
-        raise CorruptStateError(f"{place}: is no text", hint=START_OVER) from error
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where else ""
-        raise CorruptStateError(f"{place}{line}: is no YAML", hint=START_OVER) from error
-    return _manifest(place, found)
+    return _manifest(place, _parsed(place, body))
+
+
+def _body(place: Path) -> bytes:
+    """What stands above the checksum, which is looked at first: a file of any size that has none is not read.
+
+    Raises:
+        OSError: the file cannot be read.
+        CorruptStateError: the checksum is not that of what stands above it.
+    """
+    with place.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - SEAL_BYTES))
+        seal = SEAL_LINE.search(file.read(SEAL_BYTES))
+        file.seek(0)
+        body = file.read(max(0, size - SEAL_BYTES) if seal else 1024)
+    if seal is None and (older := UNSEALED.search(body)):
+        raise _other_schema(place, int(older.group(1)), "")
+    if seal is None:
+        raise _altered(place, "its last line, a checksum of all others, is not there: it was cut off or edited")
+    if hashlib.sha256(body).hexdigest() != seal.group(1).decode():
+        raise _altered(place, "it is not as recap wrote it: its last line is a checksum of other lines")
+    return body
+
+
+def _altered(place: Path, what: str) -> CorruptStateError:
+    return CorruptStateError(f"{place}: {what}", hint=START_OVER)
+
+
+def _other_schema(place: Path, schema: object, by: str) -> StateError:
+    return StateError(
+        f"{place}: has schema {schema}{by} and this recap knows schema {SCHEMA} alone",
+        hint="use the version of recap that made the state, or start a new one: recap init RECIPE --state NEW",
+    )
 
 
 def _may_become_one(root: Path) -> bool:
@@ -161,44 +194,54 @@ def _why_no_state(root: Path) -> str:
     return f"is not a state: it has no {COMMIT}"
 
 
+def _parsed(place: Path, body: bytes) -> Any:
+    try:
+        loader = LOADER(body.decode())
+        try:
+            node = loader.get_single_node()
+            if key := _doubled(node):
+                raise _altered(place, f"{key} stands in it twice")
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except UnicodeDecodeError as error:
+        raise CorruptStateError(f"{place}: is no text", hint=START_OVER) from error
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)  # PyYAML's constructors have other errors than its own, too
+        line = f", line {where.line + 1}" if where else ""
+        raise CorruptStateError(f"{place}{line}: is no YAML", hint=START_OVER) from error
+
+
+def _doubled(node: yaml.Node | None) -> str | None:
+    """A key that a mapping has twice, of which YAML would keep the last without a word."""
+    pending, seen = [node], set[int]()
+    while pending:
+        now = pending.pop()
+        if id(now) in seen:  # an alias
+            continue
+        seen.add(id(now))
+        if isinstance(now, yaml.MappingNode):
+            keys = [str(key.value) for key, _ in now.value if isinstance(key, yaml.ScalarNode)]
+            if len(keys) != len(set(keys)):
+                return next(key for key in keys if keys.count(key) > 1)
+            pending.extend(value for _, value in now.value)
+        elif isinstance(now, yaml.SequenceNode):
+            pending.extend(now.value)
+    return None
+
+
 def _manifest(place: Path, found: Any) -> Manifest:
+    from recap_cli.manifest_schema import problem_of
+
     if not isinstance(found, dict) or not isinstance(found.get("schema"), int):
         raise CorruptStateError(f"{place}: has no schema number", hint=START_OVER)
-    if found["schema"] > SCHEMA:
+    if found["schema"] != SCHEMA:
         writer = found.get("versions", {}).get("recap") if isinstance(found.get("versions"), dict) else None
-        by = f", written by recap {writer}," if writer else ""
-        raise StateError(
-            f"{place}: has schema {found['schema']}{by} and this recap knows schemas up to {SCHEMA}",
-            hint="upgrade recap, or use the version that made the state",
-        )
-    fields = fields_of(found["schema"])
-    for name, kind in fields.items():
-        if name not in found or not isinstance(found[name], kind):
-            raise CorruptStateError(f"{place}: {name} is missing or not what it should be", hint=START_OVER)
-    if found["stage"] not in STAGES:
-        raise CorruptStateError(f"{place}: there is no stage {found['stage']!r}", hint=START_OVER)
-    if found["schema"] < 1 or found["round"] < 0 or (found["stage"] == "init") != (found["round"] == 0):
-        raise CorruptStateError(
-            f"{place}: schema {found['schema']}, round {found['round']}, stage {found['stage']} do not go together",
-            hint=START_OVER,
-        )
-    manifest = Manifest(**{**{name: found[name] for name in fields}, "files": _seals(place, found["files"])})
-    if not RECIPES.fullmatch(manifest.recipe) or not all(map(_is_change, manifest.changes)):
-        raise CorruptStateError(f"{place}: recipe or changes make no sense", hint=START_OVER)
-    return manifest
+        raise _other_schema(place, found["schema"], f", written by recap {writer}," if writer else "")
+    if problem := problem_of(found):
+        raise CorruptStateError(f"{place}: {problem}", hint=START_OVER)
+    return Manifest(**{**found, "files": _seals(found["files"])})
 
 
-def _is_change(found: Any) -> bool:
-    """Whether an entry of `changes` has what is said of it: when, after which stage, and the values before and after."""
-    kinds = {"changed": str, "round": int, "stage": str, "before": dict, "after": dict}
-    return isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
-
-
-def _seals(place: Path, files: Mapping[Any, Any]) -> dict[str, Seal]:
-    seals = {}
-    for rel, facts in files.items():
-        ok = isinstance(rel, str) and (RECIPES.fullmatch(rel) is not None or is_ours(rel)) and isinstance(facts, dict)
-        if not ok or not isinstance(facts.get("bytes"), int) or not isinstance(facts.get("sha256"), str):
-            raise CorruptStateError(f"{place}: the entry of {rel!r} in files makes no sense", hint=START_OVER)
-        seals[rel] = Seal(facts["bytes"], facts["sha256"])
-    return seals
+def _seals(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Seal]:
+    return {rel: Seal(facts["bytes"], facts["sha256"]) for rel, facts in files.items()}

@@ -2,8 +2,7 @@
 
 `state.yaml` names every file that counts, with its size and checksum. A stage writes new files under new names, flushes
 them, and then replaces `state.yaml`; so whoever is killed, at any moment, leaves the state before the stage or the one
-after it. Whatever else lies in `full-NNN`, `round-NNN` and `best-NNN`, or is called
-`recipe-NNN.yaml`, is a leftover, and the next writer removes it.
+after it. What it had noted in its journal, and `state.yaml` does not name, the next writer removes; nothing else.
 """
 
 import json
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from recap_cli import storage
 from recap_cli.draft import Draft, drafting
-from recap_cli.errors import CorruptStateError, StageOrderError, StateError
-from recap_cli.folder import claim, locked, plain, refuse_running, refuse_state, sweep, withdraw
+from recap_cli.errors import CorruptStateError, StageOrderError, StateError, StorageError
+from recap_cli.folder import claim, is_tidy, locked, odd_error, plain, refuse_odd, refuse_running, refuse_state, withdraw
+from recap_cli.journal import sweep
 from recap_cli.manifest import (
     COMMIT,
     NEXT_STAGE,
-    RECIPE,
     SCHEMA,
     STAGES,
     START_OVER,
@@ -60,10 +59,9 @@ class State:
             refuse_state(root)  # again: another `init` may just have finished
             try:
                 with storage.storage_errors(root):
-                    sweep(root, keep=())
+                    sweep(root, committed=())
                 with drafting(root, Manifest(0, "init", digest), "init") as draft:
-                    storage.write_text(root / RECIPE, recipe_text)
-                    draft.include(RECIPE)
+                    draft.save_recipe(recipe_text)
                     yield draft
                 with suppress(OSError):  # committed; the next start flushes the same folder
                     storage.flush(root.absolute().parent)
@@ -76,13 +74,15 @@ class State:
         """The state in a folder, its recipe checked.
 
         Raises:
-            StateError: there is no state, or one of a newer schema.
+            StateError: there is no state, or one of another schema.
             StateLockedError: another process is making it.
-            CorruptStateError: state.yaml makes no sense, or the recipe was edited.
+            CorruptStateError: state.yaml is not as it was written, or makes no sense; or the recipe was edited.
         """
         root = plain(path)
         try:
             state = cls(root, read_manifest(root), "")
+        except CorruptStateError:
+            raise
         except StateError:
             refuse_running(root)
             raise
@@ -107,13 +107,13 @@ class State:
         Raises:
             StageOrderError: another stage is next.
             StateLockedError: another process is writing this state.
+            CorruptStateError: a link, a pipe or a device stands in the place of what was committed.
             StorageError: the disk is full, or the folder cannot be written.
         """
         with locked(self.path, stage):
             self._catch_up()
             self.check_order(stage)
-            with storage.storage_errors(self.path):
-                sweep(self.path, self.manifest.files)
+            self._make_room()
             with drafting(self.path, self.manifest, stage) as draft:
                 yield draft
             self.manifest = read_manifest(self.path)
@@ -130,24 +130,39 @@ class State:
         """
         with locked(self.path, "run"):
             self._catch_up()
-            with storage.storage_errors(self.path):
-                sweep(self.path, self.manifest.files)
+            self._make_room()
             with drafting(self.path, self.manifest, self.manifest.stage) as draft:
                 draft.amend(recipe_text, digest, before, after)
             self.manifest = read_manifest(self.path)
             self.recipe_text = recipe_text
+
+    def tidy(self) -> None:
+        """Removes what a writer that was stopped has left: of a finished state, nobody else would.
+
+        Where the folder cannot be written it stays, and does no harm.
+
+        Raises:
+            StateLockedError: another process is writing this state.
+        """
+        if is_tidy(self.path):
+            return
+        with suppress(StorageError), locked(self.path, "run"):
+            self._catch_up()
+            self._make_room()
 
     def verified(self, rel: str) -> Path:
         """The path of a committed file, or folder, after a look at size and checksum, once per process and file.
 
         Raises:
             StateError: the state has no such file, or another process has just moved it on.
-            CorruptStateError: the file is missing, truncated or altered.
+            CorruptStateError: the file is missing, truncated or altered, or is none.
         """
         seals = below(self.manifest.files, rel)
         if not seals:
             hint = f"recap status {quoted(self.path)}"
             raise StateError(f"{self.path}: {rel} is not part of this state", hint=hint)
+        if odd := next(filter(None, (storage.odd_place(self.path, name) for name in seals)), None):
+            raise odd_error(*odd)
         with ThreadPoolExecutor(max_workers=4) as threads:
             found = threads.map(lambda name: storage.difference(self.path / name, seals[name]), seals)
             differences = {name: what for name, what in zip(seals, found, strict=True) if what}
@@ -170,8 +185,12 @@ class State:
         return json.loads(self.load_text(rel))
 
     def load_text(self, rel: str) -> str:
-        """A committed text file. Raises as `verified`."""
-        return self.verified(rel).read_bytes().decode()
+        """A committed text file. Raises as `verified`, and `CorruptStateError` for one that is no UTF-8."""
+        path = self.verified(rel)
+        try:
+            return path.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise CorruptStateError(f"{path}: is no text", hint=START_OVER) from error
 
     def check_order(self, asked: str) -> None:
         """Passes where the stage `asked` is the next one.
@@ -184,6 +203,12 @@ class State:
             done = f"`{self.manifest.stage}` of round {self.manifest.round} is done"
             message = f"{self.path}: {done}, so `{right}` comes next, not `{asked}`"
             raise StageOrderError(message, hint=f"recap {right} {quoted(self.path)}")
+
+    def _make_room(self) -> None:
+        """Removes the leftovers of a writer that was stopped, if everything that was committed is in a place of its own."""
+        refuse_odd(self.path, self.manifest.files)
+        with storage.storage_errors(self.path):
+            sweep(self.path, self.manifest.files)
 
     def _catch_up(self) -> None:
         """Takes over what other processes have committed since; but not another recipe, which the caller has read."""

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,8 +42,37 @@ _sealed: dict[Fingerprint, Seal] = {}  # of this process, so that the stages of 
 
 def fingerprint(path: Path) -> Fingerprint:
     """What changes when the file is written to or replaced: device, inode, bytes, and both times in nanoseconds."""
-    stat = path.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    now = path.stat()
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+
+
+def oddity(path: Path) -> str | None:
+    """What stands there in place of a plain file, in words; None for a plain one. What it leads to is not looked at.
+
+    Raises:
+        OSError: nothing is there, or it cannot be looked at.
+    """
+    mode = path.lstat().st_mode
+    kinds = {"a link": stat.S_ISLNK, "a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+    return None if stat.S_ISREG(mode) else next((word for word, is_it in kinds.items() if is_it(mode)), "a device")
+
+
+def odd_place(root: Path, rel: str) -> tuple[Path, str] | None:
+    """The first thing on the way from `root` to the file `rel` that is no plain folder, or file, and what it is instead.
+
+    What is not there is not odd.
+    """
+    parents = [root / parent for parent in reversed(Path(rel).parents)][1:]
+    for path in (*parents, root / rel):
+        try:
+            found = oddity(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if path != root / rel:
+            found = None if found == "a folder" else found or "a file"
+        if found:
+            return path, found
+    return None
 
 
 def seal(path: Path) -> Seal:
@@ -106,13 +136,15 @@ def write_text(path: Path, text: str) -> None:
         path.write_bytes(data)
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, temporary: Path | None = None) -> None:
     """Replaces a whole file at once: whoever opens it, at any moment or after a crash, finds the old or the new text.
+
+    It is written as `temporary` first, a file of the same disk; where none is given, as one beside it.
 
     Raises:
         StorageError: the disk is full or refuses; the old text stands, unless the error names the folder.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary or path.with_name(path.name + ".tmp")
     write_text(temporary, text)
     with storage_errors(path, len(text)):
         flush(temporary)
@@ -121,8 +153,13 @@ def replace_text(path: Path, text: str) -> None:
         flush(path.parent)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None, by: Path | None = None
+) -> None:
     """Writes a safetensors file, not yet flushed; contiguous CPU tensors are not copied.
+
+    It is written into the folder `by`, of the same disk, and then moved: safetensors writes under a name of its own first,
+    which stays there if it is killed. Where no folder is given it is the file's own.
 
     Raises:
         StorageError: the disk is full or refuses; where the space is known not to do, before anything is written.
@@ -134,11 +171,13 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[
         free = free_bytes(path)
         if free is not None and free < wanted_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        path.touch()
-        mode = path.stat().st_mode
+        made = (by or path.parent) / path.name
+        made.touch()
+        mode = made.stat().st_mode
         packed = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(packed, path, {"format": "pt", **(metadata or {})})
-        path.chmod(mode)  # safetensors 0.8 leaves files that only their owner can read
+        save_file(packed, made, {"format": "pt", **(metadata or {})})
+        made.chmod(mode)  # safetensors 0.8 leaves files that only their owner can read
+        os.replace(made, path)
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, "Tensor"]:

@@ -102,6 +102,8 @@ def folder(tmp_path: Path) -> Path:
     recipe = parse(RECIPE, "pico.yaml")
     with State.create(tmp_path / "state", dump(recipe), digest(recipe)) as draft:
         draft.facts |= {"notes": ["a new head"], "not_pruned": ["pooler"]}
+        draft.save_text("full-000/model.txt", "zero")
+        draft.set_full("full-000")
     return tmp_path / "state"
 
 
@@ -266,7 +268,7 @@ def test_paths_in_hints_are_quoted(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_a_name_that_is_too_long_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "quickstart", "--state", "n" * 300]) == errors.StorageError.exit_code
-    assert "the name is too long" in capsys.readouterr().err
+    assert "File name too long" in capsys.readouterr().err
 
 
 def test_ctrl_c_takes_the_bar_off_the_screen(fake: Fake, folder: Path) -> None:

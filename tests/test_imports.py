@@ -19,6 +19,7 @@ PLUGINS = Path(next(iter(import_module("recap_cli.plugins").__path__)))
 TABLE = {
     "errors": set(),
     "parent": set(),
+    "interrupt": set(),
     "progress": set(),
     "strangers": {"errors"},
     "core": {"strangers", "errors"},
@@ -32,16 +33,19 @@ TABLE = {
     "stages": {"runtime", "core", "storage", "state", "recipe", "registry", "strangers", "errors", "parent", "progress"},
     "console": {"errors", "progress"},
     "commands": {"stages", "console", "state", "recipe", "registry", "errors", "progress"},
-    "cli": {"commands", "console", "registry", "errors"},
+    "cli": {"commands", "console", "registry", "errors", "interrupt"},
     "__main__": {"cli", "parent"},
     "__init__": {"runtime", "errors"},
 }
 MEMBERS = {
     "draft": "state",
     "folder": "state",
+    "journal": "state",
     "manifest": "state",
     "model_limits": "recipe",
     "recipe_bounds": "recipe",
+    "manifest_names": "state",
+    "manifest_schema": "state",
     "recipe_conflicts": "recipe",
     "recipe_problems": "recipe",
     "recipe_schema": "recipe",
@@ -49,6 +53,7 @@ MEMBERS = {
 }
 LIGHT = {
     "errors",
+    "interrupt",
     "parent",
     "progress",
     "storage",

@@ -12,6 +12,7 @@ import pytest
 
 from recap_cli import parent
 from recap_cli import recipe as recipes
+from recap_cli.stages.run import run
 from recap_cli.state import State
 from tests.limits import HANG_SECONDS
 from tests.tiny import tiny
@@ -72,6 +73,112 @@ def test_the_runs_of_a_comparison_end_with_it_when_it_is_killed(tmp_path: Path) 
     again = begin(*arguments, "--out", str(out))
     _, err = again.communicate(timeout=HANG_SECONDS)
     assert again.returncode == 0, err
+
+
+TWICE = """
+import os, signal, sys
+from pathlib import Path
+from recap_cli.cli import main
+
+last, unlink = sys.argv[3], Path.unlink
+
+
+def stop_twice(path, *args, **kwargs):
+    if path.as_posix().endswith(last):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+    return unlink(path, *args, **kwargs)
+
+
+Path.unlink = stop_twice
+sys.exit(main(["run", sys.argv[1], "--state", sys.argv[2]]))
+"""
+
+
+def test_ctrl_c_twice_in_the_cleanup_after_the_last_commit_leaves_nothing_for_ever(tmp_path: Path) -> None:
+    recipe, state = tmp_path / "tiny.yaml", tmp_path / "state"
+    recipe.write_text(recipes.dump(tiny("vit", rounds=1, prune={"steps": 1})))
+    child = [sys.executable, "-c", TWICE, str(recipe), str(state), "full-000/model.safetensors"]
+    done = subprocess.run(child, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.count("error: stopped; what the stages before have finished is kept") == 1
+    assert f"hint: go on with `recap run {recipe} --state {state}`" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert State.open(state).manifest.stage == "merge"
+    assert (state / "full-000/model.safetensors").exists()  # the second came before it could go
+    run(recipes.read(str(recipe)), state)
+    here = {file.relative_to(state).as_posix() for file in state.rglob("*") if file.is_file()}
+    assert here == {"state.yaml", ".recap-lock", *State.open(state).manifest.files}
+    assert not (state / "full-000").exists()
+
+
+SWALLOWS = """
+import atexit, os, signal, sys
+from recap_cli import console
+from recap_cli.cli import main
+from recap_cli.commands import status
+
+where, error = sys.argv[1], console.error
+
+
+def stop(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def open_state(folder):
+    try:
+        stop()
+    except KeyboardInterrupt:
+        if where == "swallowed":
+            raise ValueError("could not determine the shape") from None
+        if where == "unwinding":
+            stop()
+        raise
+
+
+def say(*args):
+    if where == "before the word":
+        stop()
+    error(*args)
+    if where == "after the word":
+        stop()
+
+
+status.open_state, console.error = open_state, say
+if where == "exit":
+    atexit.register(stop)
+sys.exit(main(["status", "x"]))
+"""
+
+
+@pytest.mark.parametrize("where", ["swallowed", "unwinding", "before the word", "after the word", "exit"])
+def test_a_ctrl_c_that_is_swallowed_or_comes_twice_ends_with_130_and_the_usual_word(where: str) -> None:
+    done = subprocess.run([sys.executable, "-c", SWALLOWS, where], capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 130, done.stderr
+    stopped = "error: stopped; what the stages before have finished is kept, and nothing else\n"
+    assert done.stderr.endswith(f"{stopped}hint: go on with `recap status x`\n")
+    assert "Traceback" not in done.stderr
+    assert "bug" not in done.stderr
+
+
+@pytest.mark.parametrize("place", ["another thread", "ignored", "of another program"])
+def test_ctrl_c_that_is_not_ours_to_hear_is_left_alone(place: str) -> None:
+    program = f"""
+import signal, threading
+from recap_cli.cli import main
+place = {place!r}
+if place != "another thread":
+    signal.signal(signal.SIGINT, signal.SIG_IGN if place == "ignored" else print)
+before, seen = signal.getsignal(signal.SIGINT), []
+thread = threading.Thread(target=lambda: main(["--version"]))
+thread.start() if place == "another thread" else main(["--version"])
+assert place != "another thread" or thread.join() is None
+assert signal.getsignal(signal.SIGINT) is before
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 WATCHER = """

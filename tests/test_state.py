@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from io import BufferedReader
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +25,11 @@ import yaml
 from recap_cli import state as state_module
 from recap_cli import storage
 from recap_cli.errors import CorruptStateError, StageOrderError, StateError, StateLockedError, StorageError
-from recap_cli.manifest import ELSEWHERE, FIELDS, manifest_text
+from recap_cli.manifest import ELSEWHERE, FIELDS, SEALED, manifest_text, sealed
 from recap_cli.state import STAGES, State
 
 RECIPE = "name: test\n"
+BEST = {"round": 1, "metric": "accuracy", "value": 0.9, "folder": "best-001", "noted": "by merge"}
 
 
 def create(path: Path) -> State:
@@ -65,9 +68,10 @@ def alter(path: Path, data: bytes) -> None:
 
 
 def rewrite(state: State, **changes: object) -> None:
+    """Other facts under a checksum that is right: as another program would write them."""
     place = state.path / "state.yaml"
     facts = yaml.safe_load(place.read_text())
-    place.write_text(yaml.safe_dump({**facts, **changes}))
+    place.write_text(sealed(yaml.safe_dump({**facts, **changes})))
 
 
 def script(tmp_path: Path, text: str) -> list[str]:
@@ -81,7 +85,7 @@ def script(tmp_path: Path, text: str) -> list[str]:
 
 def test_init_commits_what_was_written_and_nothing_else(state: State) -> None:
     manifest = state.manifest
-    assert (manifest.schema, manifest.round, manifest.stage, manifest.recipe_digest) == (1, 0, "init", "d1")
+    assert (manifest.schema, manifest.round, manifest.stage, manifest.recipe_digest) == (3, 0, "init", "d1")
     assert (manifest.full, manifest.small, manifest.best, manifest.versions) == ("full-000", None, None, {"recap": "0.1.0"})
     assert set(manifest.files) == {"recipe.yaml", "full-000/model.txt", "full-000/deep/config.json"}
     assert manifest.files["full-000/model.txt"].bytes == 4
@@ -170,18 +174,6 @@ def test_json_and_text_come_back(state: State) -> None:
     assert state.load_text("round-001/note.txt") == "žluť\r\n"
 
 
-def test_all_files_of_a_folder_that_other_code_fills_belong_to_the_state(state: State) -> None:
-    with state.writing("prune") as draft:
-        folder = draft.folder("full-001")
-        (folder / "sub").mkdir()
-        (folder / "config.json").write_text("{}")
-        (folder / "sub" / "vocab.txt").write_text("[PAD]")
-        draft.set_full("full-001")
-        draft.drop("full-000")
-    assert set(state.manifest.files) == {"recipe.yaml", "full-001/config.json", "full-001/sub/vocab.txt"}
-    assert state.verified("full-001") == state.path / "full-001"
-
-
 def test_a_file_written_again_after_it_was_hashed_is_hashed_again(state: State) -> None:
     with state.writing("prune") as draft:
         draft.save_tensors("round-001/w.safetensors", {"w": torch.zeros(4)})
@@ -198,11 +190,12 @@ def test_dropped_files_stay_until_the_commit_and_are_gone_after_it(state: State)
         draft.drop("full-000")
         draft.save_text("full-001/model.txt", "one")
         draft.set_full("full-001")
-        draft.set_best({"folder": "full-001", "metric": 0.9})
+        draft.save_text("best-001/model.txt", "best")
+        draft.set_best(BEST)
         assert (state.path / "full-000/model.txt").read_text() == "zero"
-    assert tree(state.path) == {"state.yaml", "recipe.yaml", "full-001/model.txt"}
+    assert tree(state.path) == {"state.yaml", "recipe.yaml", "full-001/model.txt", "best-001/model.txt"}
     assert not (state.path / "full-000").exists()
-    assert state.manifest.best == {"folder": "full-001", "metric": 0.9}
+    assert state.manifest.best == BEST
 
 
 @pytest.mark.parametrize(
@@ -215,13 +208,17 @@ def test_dropped_files_stay_until_the_commit_and_are_gone_after_it(state: State)
         lambda draft: draft.path("full-001"),
         lambda draft: draft.path("recipe.yaml"),
         lambda draft: draft.path("full-000/model.txt"),
-        lambda draft: draft.folder("full-000"),
-        lambda draft: draft.folder("round-001"),
+        lambda draft: draft.path("round-001/never-written"),
         lambda draft: draft.drop("full-007"),
         lambda draft: draft.drop("recipe.yaml"),
         lambda draft: draft.set_small("round-007"),
         lambda draft: draft.drop("full-000"),
         lambda draft: draft.facts.update(stage="other"),
+        lambda draft: draft.set_full("full-0"),
+        lambda draft: draft.set_full(None),
+        lambda draft: draft.set_best({**BEST, "folder": "full-000"}),
+        lambda draft: draft.set_best({"folder": "full-000"}),
+        lambda draft: draft.versions.update(recap=1),
     ],
 )
 def test_misuse_by_a_stage_is_an_error_and_commits_nothing(state: State, misuse: Callable[..., object]) -> None:
@@ -327,23 +324,42 @@ def test_a_path_through_folders_that_are_not_there_makes_none_of_them(state: Sta
 
 def test_a_newer_schema_is_refused_with_both_versions(state: State) -> None:
     rewrite(state, schema=7, versions={"recap": "9.1"}, files="another shape")
-    with pytest.raises(StateError, match=r"schema 7, written by recap 9\.1, and this recap knows schemas up to 2") as caught:
+    with pytest.raises(StateError, match=r"schema 7, written by recap 9\.1, and this recap knows schema 3 alone") as caught:
         State.open(state.path)
-    assert "upgrade recap" in str(caught.value.hint)
+    assert not isinstance(caught.value, CorruptStateError)
+    assert "the version of recap that made the state" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_state_that_is_older_than_the_checksum_is_called_old_and_not_damaged(state: State, schema: int) -> None:
+    body = (state.path / "state.yaml").read_text().partition(SEALED)[0]
+    (state.path / "state.yaml").write_text(body.replace("schema: 3", f"schema: {schema}"))
+    with pytest.raises(StateError, match=f"has schema {schema} and this recap knows schema 3 alone") as caught:
+        State.open(state.path)
+    assert not isinstance(caught.value, CorruptStateError)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "no schema number"),
-        ("schema: 1\nround: [", "state.yaml, line [23]: is no YAML"),
-        ("schema: 1\n", "round is missing"),
+        ("schema: 3\nround: [", "state.yaml, line [23]: is no YAML"),
+        ("schema: 3\n", "round is missing"),
         ("!!python/object/apply:os.system [echo]", "is no YAML"),
+        ("!!bool maybe", "is no YAML"),
+        ("schema: 3\nx: 2026-99-99\n", "is no YAML"),
+        ("schema: 3\nx: " + "[" * 50_000, "is no YAML"),
         ("\0", "is no YAML"),
+        ("schema: 3\nround: 0\nround: 1\n", "round stands in it twice"),
+        ("schema: 3\nx:\n- {a: 1, a: 2}\n", "a stands in it twice"),
+        (
+            "x: &a [1]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopqrst")),
+            "schema",
+        ),
     ],
 )
 def test_a_malformed_state_yaml_is_named(state: State, text: str, message: str) -> None:
-    (state.path / "state.yaml").write_text(text)
+    (state.path / "state.yaml").write_text(sealed(text))
     with pytest.raises(CorruptStateError, match=message) as caught:
         State.open(state.path)
     assert caught.value.hint
@@ -352,19 +368,49 @@ def test_a_malformed_state_yaml_is_named(state: State, text: str, message: str) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stage": "distill"}, "no stage 'distill'"),
+        ({"stage": "distill"}, "stage is missing or not"),
         ({"history": 3}, "history is missing or not"),
-        ({"schema": 0}, "schema 0, round 0, stage init do not go together"),
-        ({"round": -1}, "round -1, stage init do not"),
-        ({"round": 1}, "round 1, stage init do not"),
-        ({"stage": "merge"}, "round 0, stage merge do not"),
-        ({"files": {"../../x": {"bytes": 1, "sha256": "a"}}}, r"entry of '\.\./\.\./x'"),
-        ({"files": {"full-000/x": {"bytes": "1", "sha256": "a"}}}, "entry of 'full-000/x'"),
+        ({"schema": "3"}, "has no schema number"),
+        ({"round": -1}, "round is missing or not"),
+        ({"round": 1}, "does not lead to init of round 1"),
+        ({"round": 1000}, "does not lead to init of round 1000"),
+        ({"stage": "merge"}, "does not lead to merge of round 0"),
+        ({"history": []}, "does not lead to init"),
+        ({"history": [{"stage": "init"}]}, r"history\[0\]\.round is missing"),
+        ({"full": ".."}, r"full is '\.\.'"),
+        ({"full": None}, "full is missing"),
+        ({"full": "full-001"}, "full is 'full-001'"),
+        ({"full": "full-0"}, "full is 'full-0'"),
+        ({"full": "full-٠٠٠"}, "full is"),
+        ({"small": ".."}, r"small is '\.\.'"),
+        ({"small": "full-000"}, "small is 'full-000'"),
+        ({"best": {}}, "best.round is missing"),
+        ({"best": {**BEST, "round": ".."}}, "best.round is missing or not"),
+        ({"best": {**BEST, "value": "high"}}, "best.value is missing or not"),
+        ({"best": BEST}, "best is 'best-001'"),
+        ({"versions": {"recap": 3}}, r"versions\.recap is missing or not"),
+        ({"recipe": "recipe-002.yaml"}, "'recipe.yaml' in files makes no sense"),
+        ({"files": {}}, "is not in files"),
+        ({"files": {"../../x": {"bytes": 1, "sha256": "a" * 64}}}, r"entry of '\.\./\.\./x'"),
+        ({"files": {"full-000/x": {"bytes": "1", "sha256": "a" * 64}}}, "files.full-000/x.bytes is"),
+        ({"files": {"full-000/x": {"bytes": 1, "sha256": "a"}}}, "files.full-000/x.sha256 is"),
+        ({"extra": 1}, "extra is missing or not"),
     ],
 )
 def test_a_state_yaml_that_makes_no_sense_is_named(state: State, changes: dict[str, object], message: str) -> None:
     rewrite(state, **changes)
     with pytest.raises(CorruptStateError, match=message):
+        State.open(state.path)
+
+
+@pytest.mark.parametrize("key", ["seconds", "finished", "stage", "round"])
+@pytest.mark.parametrize("value", [None, "x", [1], -1])
+def test_an_entry_of_the_history_that_makes_no_sense_is_named(state: State, key: str, value: object) -> None:
+    if (key, value) == ("finished", "x"):
+        pytest.skip("a text, and nothing reckons with it")
+    (entry,) = state.manifest.history
+    rewrite(state, history=[{**entry, key: value}])
+    with pytest.raises(CorruptStateError, match=rf"history\[0\]\.{key} is missing or not"):
         State.open(state.path)
 
 
@@ -416,7 +462,8 @@ def test_a_reader_whose_state_moved_on_is_told_so(state: State) -> None:
     reader = State.open(state.path)
     with state.writing("prune") as draft:
         draft.drop("full-000")
-        draft.set_full(None)  # type: ignore[arg-type]
+        draft.save_text("full-001/model.txt", "one")
+        draft.set_full("full-001")
     with pytest.raises(StateError, match="another process finished `prune` of round 1") as caught:
         reader.load_text("full-000/model.txt")
     assert not isinstance(caught.value, CorruptStateError)
@@ -452,7 +499,7 @@ def test_a_changed_recipe_is_committed_under_a_new_name_with_the_values_before(s
     amend(state)
     manifest = State.open(state.path).manifest
     assert manifest == state.manifest
-    assert (manifest.recipe, manifest.recipe_digest, manifest.schema) == ("recipe-002.yaml", "d2", 2)
+    assert (manifest.recipe, manifest.recipe_digest) == ("recipe-002.yaml", "d2")
     assert state.recipe_text == State.open(state.path).recipe_text == "name: changed\n"
     (change,) = manifest.changes
     assert (change["round"], change["stage"]) == (1, "prune")
@@ -479,15 +526,13 @@ def test_stages_go_on_after_a_changed_recipe_and_it_may_change_again(state: Stat
     assert tree(state.path) == committed(state.path)
 
 
-def test_a_state_whose_recipe_was_never_changed_is_of_the_first_schema_which_older_versions_read(state: State) -> None:
-    facts = yaml.safe_load((state.path / "state.yaml").read_text())
-    assert facts["schema"] == 1
-    assert set(facts) == set(FIELDS)
-    assert manifest_text(state.manifest) == (state.path / "state.yaml").read_text()
+def test_the_facts_stand_in_the_file_in_their_order_and_its_checksum_last(state: State) -> None:
     amend(state)
-    facts = yaml.safe_load((state.path / "state.yaml").read_text())
-    assert facts["schema"] == 2
-    assert set(facts) == {*FIELDS, "recipe", "changes"}
+    text = (state.path / "state.yaml").read_text()
+    assert list(yaml.safe_load(text)) == list(FIELDS)
+    assert manifest_text(state.manifest) == text
+    body, _, checksum = text.partition(SEALED)
+    assert checksum == f"{hashlib.sha256(body.encode()).hexdigest()}\n"
 
 
 @pytest.mark.parametrize(
@@ -495,6 +540,8 @@ def test_a_state_whose_recipe_was_never_changed_is_of_the_first_schema_which_old
     [
         {"recipe": "../recipe.yaml"},
         {"recipe": None},
+        {"recipe": "recipe.yaml"},
+        {"changes": []},
         {"changes": [{"changed": "2026"}]},
         {"changes": ["x"]},
     ],
@@ -502,7 +549,7 @@ def test_a_state_whose_recipe_was_never_changed_is_of_the_first_schema_which_old
 def test_a_changed_recipe_that_makes_no_sense_is_named(state: State, changes: dict[str, object]) -> None:
     amend(state)
     rewrite(state, **changes)
-    with pytest.raises(CorruptStateError, match=r"recipe (is missing|or changes)"):
+    with pytest.raises(CorruptStateError, match=r"recipe(-002.yaml')? (is missing|in files|is not in files)|changes\[0\]"):
         State.open(state.path)
 
 
@@ -548,21 +595,199 @@ def test_a_full_disk_while_the_recipe_is_changed_leaves_the_old_one(
 # --- leftovers and interruptions -------------------------------------------------------------------------------------
 
 
-def test_leftovers_are_swept_and_foreign_files_are_not(state: State, tmp_path: Path) -> None:
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file below `root` with what it holds, but not the lock, which stays between writers."""
+    return {rel: (root / rel).read_bytes() for rel in tree(root)}
+
+
+FOREIGN = (
+    *("notes.txt", "full-backup/a", "full-000.zip", "round-1/a", "mine.tmp", ".git/config", "state.yaml.tmp"),
+    *("full-000/notes.txt", "full-000/deep/notes.txt", "round-001/mine/b", "round-099/a", "best-001/c", "recipe-999.yaml"),
+)
+
+
+def test_files_of_the_user_stay_wherever_they_lie(state: State, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious.txt").write_text("x")
-    leftovers = ["full-007/a", "round-001/deep/b", "best-001/c", "full-000/.tmpAbCd", "state.yaml.tmp", "recipe-002.yaml"]
-    foreign = ["notes.txt", "full-backup/a", "full-000.zip", "round-1/a", "mine.tmp", ".git/config"]
-    for rel in [*leftovers, *foreign]:
+    for rel in FOREIGN:
         (state.path / rel).parent.mkdir(parents=True, exist_ok=True)
-        (state.path / rel).write_text("x")
-    (state.path / "best-002").symlink_to(outside)
+        (state.path / rel).write_text(rel)
     (state.path / "full-000" / "link").symlink_to(outside)
+    (state.path / "best-002").symlink_to(outside)
     advance(state, "prune")
-    assert tree(state.path) == committed(state.path) | set(foreign)
-    assert not (state.path / "best-002").is_symlink()
-    assert (outside / "precious.txt").exists()
+    amend(state)
+    with state.writing("mask") as draft:
+        draft.drop("full-000")
+        draft.save_text("full-001/model.txt", "one")
+        draft.set_full("full-001")
+    assert tree(state.path) == committed(state.path) | set(FOREIGN)
+    assert {rel: (state.path / rel).read_text() for rel in FOREIGN} == {rel: rel for rel in FOREIGN}
+    assert (state.path / "full-000" / "link").is_symlink()
+    assert (state.path / "best-002" / "precious.txt").exists()
+
+
+@pytest.mark.parametrize("rel", ["round-001/prune.txt", "round-001"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "dangling link"])
+def test_what_a_stage_did_not_write_is_not_overwritten(state: State, tmp_path: Path, rel: str, kind: str) -> None:
+    if (rel, kind) == ("round-001", "folder"):
+        pytest.skip("a stage may write beside other files")
+    place = state.path / rel
+    place.parent.mkdir(exist_ok=True)
+    (tmp_path / "outside").mkdir()
+    if kind == "file":
+        place.write_text("mine")
+    elif kind == "folder":
+        place.mkdir()
+        (place / "mine.txt").write_text("mine")
+    else:
+        place.symlink_to(tmp_path / ("outside" if kind == "link" else "nowhere"))
+    before = contents(state.path)
+    with pytest.raises(StateError, match=rf"{rel}: is in the way of what `prune` writes") as caught:
+        advance(state, "prune")
+    assert not isinstance(caught.value, CorruptStateError)
+    assert f"recap run --state {state.path}" in str(caught.value.hint)
+    assert contents(state.path) == before
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_a_recipe_of_the_users_is_not_overwritten_by_a_changed_one(state: State) -> None:
+    (state.path / "recipe-002.yaml").write_text("mine")
+    before = contents(state.path)
+    with pytest.raises(StateError, match=r"recipe-002\.yaml: is in the way"):
+        amend(state)
+    assert contents(state.path) == before
+
+
+def stop_in_the_cleanup(state: State, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that replaces the full model is committed, and then a second Ctrl-C comes at its first removal."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def write(patched: pytest.MonkeyPatch) -> None:
+        with state.writing(stage) as draft:
+            draft.drop("full-000")
+            draft.save_text("full-001/model.txt", "one")
+            draft.set_full("full-001")
+            patched.setattr(Path, "unlink", interrupt)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        write(patched)
+    assert (state.path / ".recap-draft/names").exists()
+    assert (state.path / "full-000/model.txt").exists()
+
+
+@pytest.mark.parametrize("go_on", ["tidy", "the next stage", "a changed recipe"])
+def test_what_a_stopped_cleanup_has_left_goes_with_the_next_writer(
+    state: State, monkeypatch: pytest.MonkeyPatch, go_on: str
+) -> None:
+    stop_in_the_cleanup(state, "prune", monkeypatch)
+    found = State.open(state.path)
+    (state.path / "full-000/mine.txt").write_text("mine")
+    if go_on == "tidy":
+        found.tidy()
+    elif go_on == "the next stage":
+        advance(found, "mask")
+    else:
+        amend(found)
+    assert tree(state.path) == committed(state.path) | {"full-000/mine.txt"}
+    assert not (state.path / ".recap-draft").exists()
+
+
+def test_tidy_writes_nothing_where_nothing_is_left(state: State) -> None:
+    (state.path / ".recap-lock").unlink()
+    State.open(state.path).tidy()
+    assert not (state.path / ".recap-lock").exists()
+
+
+@pytest.mark.parametrize("name", ["full-000/config.json", "full-000/notes.txt", "../outside.txt", "notes.txt", "full-000"])
+def test_a_journal_that_is_not_as_it_was_written_removes_nothing(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "outside.txt").write_text("mine")
+    (state.path / "notes.txt").write_text("mine")
+    (state.path / "full-000/notes.txt").write_text("mine")
+    stop_in_the_cleanup(state, "prune", monkeypatch)
+    journal = state.path / ".recap-draft/names"
+    lines = journal.read_text().splitlines()
+    torn = f"{hashlib.sha256(name.encode()).hexdigest()[:16]} {name}"  # without its end
+    journal.write_text("\n".join([*(f"{line[:16]} {name}" for line in lines), torn]))
+    before = contents(state.path)
+    State.open(state.path).tidy()
+    gone = (".recap-draft/names", ".recap-writer")
+    assert contents(state.path) == {rel: held for rel, held in before.items() if rel not in gone}
+    assert (tmp_path / "outside.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "notes.txt", "/etc/hostname", "full-000/../notes.txt", ".recap-lock"])
+def test_a_journal_with_names_that_are_not_ours_removes_nothing(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "outside.txt").write_text("mine")
+    (state.path / "notes.txt").write_text("mine")
+    stop_in_the_cleanup(state, "prune", monkeypatch)
+    line = f"{hashlib.sha256(name.encode()).hexdigest()[:16]} {name}\n"
+    (state.path / ".recap-draft/names").write_text(line)
+    State.open(state.path).tidy()
+    assert (tmp_path / "outside.txt").exists()
+    assert (state.path / "notes.txt").exists()
+    assert (state.path / ".recap-lock").exists()
+
+
+# --- links, pipes and devices ----------------------------------------------------------------------------------------
+
+PLACES = ("state.yaml", "recipe.yaml", "full-000", "full-000/model.txt", "full-000/deep")
+MADE = (".recap-draft", ".recap-lock", ".recap-writer")  # beside the committed ones
+
+
+@pytest.mark.parametrize("rel", [*PLACES, *MADE])
+def test_a_link_in_the_place_of_what_was_committed_is_refused_by_name_and_nothing_changes(
+    state: State, tmp_path: Path, rel: str
+) -> None:
+    big, place = tmp_path / "big", state.path / rel
+    big.mkdir()
+    (state.path / "round-001").mkdir()
+    (state.path / "round-001/mine.txt").write_text("mine")
+    if not place.exists():
+        place.mkdir() if rel == ".recap-draft" else place.touch()
+    place.rename(big / place.name)
+    place.symlink_to(big / place.name)
+    before, outside = contents(state.path), contents(big)
+    with pytest.raises(CorruptStateError, match=f"{re.escape(rel)}: is a link, (which|not)") as caught:
+        advance(State.open(state.path), "prune")
+    assert caught.value.hint
+    assert (contents(state.path), contents(big)) == (before, outside)
+    assert place.is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+@pytest.mark.parametrize("rel", ["state.yaml", "recipe.yaml", "full-000/model.txt", *MADE])
+def test_a_pipe_a_socket_or_a_device_is_refused_and_not_waited_for(
+    state: State, monkeypatch: pytest.MonkeyPatch, rel: str, kind: str
+) -> None:
+    place = state.path / rel
+    place.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "socket":
+        monkeypatch.chdir(place.parent)  # the name of a socket is short
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(place.name)
+    else:
+        try:
+            os.mknod(place, stat.S_IFCHR | 0o666, os.makedev(1, 5))  # /dev/zero
+        except PermissionError:
+            pytest.skip("no device may be made here")
+    program = "import sys; from recap_cli.state import State\nwith State.open(sys.argv[1]).writing('prune'): pass"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(state.path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert f"CorruptStateError: {place}: is a {kind}, " in done.stderr
 
 
 @pytest.mark.parametrize("error", [RuntimeError("nan"), KeyboardInterrupt(), SystemExit(1)])
@@ -762,6 +987,7 @@ def test_a_second_writer_in_the_same_process_is_refused(state: State) -> None:
 def test_a_second_init_at_the_same_time_is_refused(tmp_path: Path) -> None:
     with State.create(tmp_path / "s", RECIPE, "d") as draft:
         draft.save_text("full-000/a.txt", "a")
+        draft.set_full("full-000")
         with pytest.raises(StateLockedError):
             create(tmp_path / "s")
         with pytest.raises(StateLockedError, match=r"`recap init`.* is writing") as caught:
@@ -823,6 +1049,7 @@ disk = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=True)
 with State.create(disk / "s", "name: x\\n", "d") as draft:
     draft.save_text("full-000/a.txt", "a")
+    draft.set_full("full-000")
 state = State.open(disk / "s")
 before = sorted(map(str, disk.rglob("*"))), (disk / "s/state.yaml").read_bytes()
 told = []
@@ -875,4 +1102,4 @@ def test_a_real_full_disk_and_a_real_read_only_one(tmp_path: Path) -> None:
 def test_the_module_imports_no_torch() -> None:
     code = "import sys, recap_cli.state; sys.exit(any(name in sys.modules for name in ('torch', 'safetensors.torch')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert state_module.SCHEMA == 2
+    assert state_module.SCHEMA == 3

@@ -118,7 +118,7 @@ def outline_of(here: Context, track: Track = silent) -> Outline:
     plan = here.plan(folder) if folder and f"{folder}/{shared.PLAN}" in files else None
     mask = None
     if folder and plan is not None and f"{folder}/{shared.MASK}" in files:
-        mask = {name: chosen.bool() for name, chosen in state.load_tensors(f"{folder}/{shared.MASK}").items()}
+        mask = here.mask(folder, plan)
     tensors = models.tensors_of(models.skeleton(here.spec))
     turn = here.turns[state.manifest.round - 1] if plan is not None else None
     return Outline(here.spec, here.adapter, here.layout, tensors, plan, mask, turn, here.turns, _vocabulary_of(here, track))

@@ -20,11 +20,12 @@ from recap_cli.recipe import Recipe
 from recap_cli.runtime import devices
 from recap_cli.runtime.order import batches
 from recap_cli.runtime.training import Batch
-from recap_cli.stages import blueprint, profile, schedule
+from recap_cli.stages import blueprint, profile, record, schedule, stored
 from recap_cli.stages import context as shared
 from recap_cli.stages.comparison import finite
 from recap_cli.stages.context import Context
 from recap_cli.stages.eval import best_tensors
+from recap_cli.stages.record import MEMORY
 from recap_cli.stages.results import STAGES
 from recap_cli.state import State
 
@@ -45,6 +46,7 @@ def is_finished(recipe: Recipe, path: Path) -> bool:
     """Whether the state at `path` is of exactly this recipe, and nothing is left to do."""
     try:
         state = State.open(path)
+        record.check(state)
     except RecapError:  # not begun, or broken: whoever runs it will say so
         return False
     return state.manifest.recipe_digest == recipes.digest(recipe) and schedule.next_stage(recipe, state) is None
@@ -157,8 +159,8 @@ def _seconds(facts: Mapping[str, Any]) -> dict[str, float]:
 def _memory(state: State, rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     most = max(rows, key=lambda row: sum(row[name] for name in schedule.HELD))  # of one round, not of several
     held: dict[str, float | None] = {name: most[name] for name in schedule.HELD}
-    files = [name for name in state.manifest.files if name.startswith("round-") and name.endswith("/memory.json")]
-    peaks = [(state.load_json(name).get("training_peak") or {}).get("allocated_bytes") for name in files]
+    files = [name for name in state.manifest.files if name.startswith("round-") and name.endswith(f"/{MEMORY}")]
+    peaks = [(stored.memory(state, name)["training_peak"] or {}).get("allocated_bytes") for name in files]
     known = [peak for peak in peaks if peak is not None]
     full = sum(most[f"full_{name}"] for name in schedule.HELD)
     return {

@@ -3,23 +3,23 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, cast
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from recap_cli import recipe as recipes
 from recap_cli import registry
-from recap_cli.core.adapter import Adapter, block_paths, find_axes
+from recap_cli.core.adapter import Adapter, block_paths
 from recap_cli.core.criterion import Criterion, Losses
-from recap_cli.core.groups import Axis, Choice, Cut, Shape, kinds_of, shapes_of
+from recap_cli.core.groups import Axis, Choice, Shape, check_axes, kinds_of, refine, shrink
 from recap_cli.core.method import Turn
 from recap_cli.core.streaming import streamed
-from recap_cli.core.surgery import Where
+from recap_cli.core.surgery import Where, indices
 from recap_cli.errors import PluginError, StageOrderError
-from recap_cli.manifest import quoted
+from recap_cli.manifest import below, quoted
 from recap_cli.progress import Track
 from recap_cli.recipe import Recipe
 from recap_cli.runtime import models, sources, tasks
@@ -28,66 +28,56 @@ from recap_cli.runtime.labels import check_names
 from recap_cli.runtime.models import ModelSpec
 from recap_cli.runtime.order import batches, sample
 from recap_cli.runtime.tasks import Task
+from recap_cli.stages import record, stored
+from recap_cli.stages.layout import Layout
+from recap_cli.stages.record import (
+    BUFFERS,
+    IMPORTANCE,
+    LAYOUT,
+    MASK,
+    MEMORY,
+    METRICS,
+    MOMENTS,
+    MOVED,
+    PLAN,
+    ROWS,
+    SCORES,
+    SMALL,
+    SPEC,
+    WEIGHTS,
+)
 from recap_cli.stages.schedule import finished
 from recap_cli.stages.turns import turns_of
 from recap_cli.stages.vocabulary import Vocabulary
 from recap_cli.state import State
 
-WEIGHTS, BUFFERS, SPEC, LAYOUT, MOMENTS = (
-    "model.safetensors",
-    "buffers.safetensors",
-    "spec.json",
-    "layout.json",
-    "moments.safetensors",
-)
-PLAN, IMPORTANCE, MASK, ROWS, SMALL, MOVED, SCORES = (
-    "plan.safetensors",
-    "importance.safetensors",
-    "mask.safetensors",
-    "rows.safetensors",
-    "small.safetensors",
-    "moved.safetensors",
-    "scores.safetensors",
-)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The axes of the full model, the shapes of what they cut, and the names of its embeddings and of its task head."""
-
-    axes: tuple[Axis, ...]
-    shapes: dict[str, Shape]
-    embeddings: tuple[str, ...]
-    head: tuple[str, ...]
-
-    @classmethod
-    def of(cls, adapter: Adapter, model: nn.Module) -> "Layout":
-        head = models.head_names(adapter, model)
-        embeddings = [name for name in models.embedding_names(adapter, model) if name not in head]
-        axes = tuple(find_axes(adapter, model))
-        cut = {cut.param for axis in axes for cut in axis.cuts}
-        shapes = {name: shape for name, shape in shapes_of(model.named_parameters()).items() if name in cut}
-        return cls(axes, shapes, tuple(embeddings), tuple(head))
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> "Layout":
-        axes = (Axis(**{**axis, "cuts": tuple(Cut(**cut) for cut in axis["cuts"])}) for axis in found["axes"])
-        shapes = {name: tuple(shape) for name, shape in found["shapes"].items()}
-        return cls(tuple(axes), shapes, tuple(found["embeddings"]), tuple(found["head"]))
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @property
-    def along(self) -> dict[str, int]:
-        """The dimension that each cut parameter is cut along."""
-        return {cut.param: cut.dim for axis in self.axes for cut in axis.cuts}
+__all__ = [  # the names of the files among them, as every stage needs them
+    "BUFFERS",
+    "IMPORTANCE",
+    "LAYOUT",
+    "MASK",
+    "MEMORY",
+    "METRICS",
+    "MOMENTS",
+    "MOVED",
+    "PLAN",
+    "ROWS",
+    "SCORES",
+    "SMALL",
+    "SPEC",
+    "WEIGHTS",
+    "Layout",
+]
 
 
 class Context:
-    """A state with what its files mean. Everything is read when it is first asked for."""
+    """A state with what its files mean. Everything is read when it is first asked for, and checked then.
+
+    Whatever reads a file raises `CorruptStateError` where it is not one that a stage writes: another name, shape or type.
+    """
 
     def __init__(self, state: State) -> None:
+        record.check(state)
         self.state = state
         self.recipe: Recipe = recipes.parse(state.recipe_text, str(state.path / state.manifest.recipe))
 
@@ -99,42 +89,71 @@ class Context:
     @cached_property
     def turns(self) -> tuple[Turn, ...]:
         """What each round does."""
-        return turns_of(self.state.manifest, self.recipe)
+        return turns_of(self.state.manifest)
 
     @cached_property
     def spec(self) -> ModelSpec:
-        return ModelSpec.from_json(self.state.load_text(f"{self.full}/{SPEC}"))
+        return stored.spec(self.state, f"{self.full}/{SPEC}")
 
     @cached_property
     def adapter(self) -> Adapter:
         return models.adapter_of(self.spec)
 
     @cached_property
+    def _outline(self) -> stored.Tensors:
+        """The tensors that the full model has."""
+        with stored.meant(self.state.path / f"{self.full}/{SPEC}"):
+            return stored.Tensors.of(models.skeleton(self.spec))
+
+    @cached_property
     def layout(self) -> Layout:
-        return Layout.from_json(self.state.load_json(f"{self.full}/{LAYOUT}"))
+        rel = f"{self.full}/{LAYOUT}"
+        path, text = self.state.path / rel, self.state.load_text(rel)
+        with stored.meant(path):
+            layout = TypeAdapter(Layout).validate_json(text, strict=True)
+            problems = check_axes(layout.axes, layout.shapes)
+        shapes = self._outline.shapes
+        known = {**layout.shapes, **{name: shapes.get(name, ()) for name in (*layout.embeddings, *layout.head)}}
+        problems += [f"{name} is no such parameter of the model" for name, shape in known.items() if shapes.get(name) != shape]
+        if not layout.axes or problems:
+            raise stored.corrupt(path, problems[0] if problems else "it has no axes")
+        return layout
 
     @cached_property
     def task(self) -> Task:
         return task_of(self.recipe, self.spec)
 
     def head_lr(self, turn: Turn) -> float:
-        """The peak learning rate of the task head in a round.
+        """The peak learning rate of the task head in a round."""
+        return self.recipe.head_lr(new=self.state.manifest.made["head_new"], alone=turn.moves == "head")
 
-        A state that does not say whether its head is new is older than `auto`, and goes on without.
-        """
-        return self.recipe.head_lr(new=self.state.manifest.made.get("head_new", False), alone=turn.moves == "head")
+    def processor(self) -> Any:
+        """The tokenizer of the full model, or None for images."""
+        files = below(self.state.manifest.files, self.full)
+        for rel in files.keys() - {f"{self.full}/{name}" for name in (WEIGHTS, MOMENTS)}:
+            self.state.verified(rel)
+        folder = self.state.path / self.full
+        return stored.processor(folder, lambda: models.load_processor(folder, self.spec))
 
     def splits(self, track: Track) -> tuple[Split, Split]:
         """The training and the validation examples, ready for the model."""
-        processor = models.load_processor(self.state.path / self.full, self.spec)
-        return splits_of(self.recipe, self.spec, processor, track)
+        return splits_of(self.recipe, self.spec, self.processor(), track)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """The weights of the full model, on the CPU, without what no checkpoint of it holds."""
+        return self._full_parts()[0]
 
     def full_tensors(self) -> dict[str, Tensor]:
         """The weights and buffers of the full model, on the CPU."""
-        tensors = self.state.load_tensors(f"{self.full}/{WEIGHTS}")
-        if f"{self.full}/{BUFFERS}" in self.state.manifest.files:
-            tensors |= self.state.load_tensors(f"{self.full}/{BUFFERS}")
-        return tensors
+        weights, buffers = self._full_parts()
+        return weights | buffers
+
+    def _full_parts(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        file = f"{self.full}/{BUFFERS}"
+        weights = self.state.load_tensors(f"{self.full}/{WEIGHTS}")
+        buffers = self.state.load_tensors(file) if file in self.state.manifest.files else {}
+        stored.check_model(self.state.path / self.full / WEIGHTS, weights | buffers, self._outline, self._outline.shapes)
+        return weights, buffers
 
     def model(self, tensors: dict[str, Tensor], sizes: dict[str, int] | None = None) -> nn.Module:
         """A model in evaluation mode made of `tensors` (no copies); a small one if `sizes` (axis → units) are given."""
@@ -142,12 +161,74 @@ class Context:
 
     def plan(self, folder: str) -> Choice:
         """Which groups of the full model the small model in `folder` kept."""
-        return {name: kept.bool() for name, kept in self.state.load_tensors(f"{folder}/{PLAN}").items()}
+        return stored.choice(self.state, f"{folder}/{PLAN}", self.layout.axes)
+
+    def mask(self, folder: str, plan: Choice) -> Choice:
+        """Which hidden dimensions of the small model that `plan` leaves may move in a round."""
+        axes = [refine(axis) for axis in shrink(self.layout.axes, plan)]
+        return stored.choice(self.state, f"{folder}/{MASK}", axes)
+
+    def small_shapes(self, plan: Choice) -> dict[str, Shape]:
+        """The shapes of the small model's tensors, by all of their names."""
+        shapes = self._outline.shapes
+        return stored.cut_shapes(shapes, indices(self.layout.axes, plan, self.layout.shapes))
+
+    def small(self, folder: str, plan: Choice, name: str = SMALL) -> dict[str, Tensor]:
+        """The tensors of the small model of a round, as it was cut; or those of the file `name`, a small model too."""
+        rel = f"{folder}/{name}"
+        tensors = self.state.load_tensors(rel)
+        stored.check_model(self.state.path / rel, tensors, self._outline, self.small_shapes(plan))
+        return tensors
+
+    def moved(self, folder: str, plan: Choice, where: Where) -> dict[str, Tensor]:
+        """The values of the entries that have moved, which are `where` in the small model."""
+        rel = f"{folder}/{MOVED}"
+        path, tensors = self.state.path / rel, self.state.load_tensors(rel)
+        stored.check_each(path, tensors, stored.cut_shapes(self.small_shapes(plan), where), torch.float32)
+        tuned = next(entry for entry in reversed(self.state.manifest.history) if entry["stage"] == "finetune")
+        count = sum(tensor.numel() for tensor in tensors.values())
+        if self.turns[tuned["round"] - 1].moves != "training" and count != tuned["trainable"]:
+            raise stored.corrupt(path, f"it holds {count:,} entries, and {tuned['trainable']:,} were trained")
+        return tensors
+
+    def tuned_moments(self, folder: str, plan: Choice, where: Where, kinds: Sequence[str]) -> dict[str, Tensor]:
+        """The moments, of the `kinds` there are, of the entries `where` in the small model, after a round."""
+        shapes = stored.cut_shapes(self.small_shapes(plan), where)
+        return stored.moments(self.state, f"{folder}/{MOMENTS}", shapes, kinds, self._along(self.vocabulary(folder)))
+
+    def full_moments(self, kinds: Sequence[str]) -> dict[str, Tensor]:
+        """The moments of the full model; none before the first merge, or where they are not carried."""
+        file, shapes = f"{self.full}/{MOMENTS}", self._outline.shapes
+        if not self.recipe.finetune.carry_moments or file not in self.state.manifest.files:
+            return {}
+        rounds = (self.vocabulary(f"round-{number:03d}") for number in range(self.state.manifest.round, 0, -1))
+        vocabulary = next((found for found in rounds if found), None)
+        return stored.moments(self.state, file, shapes, kinds, self._along(vocabulary))
+
+    def _along(self, vocabulary: Vocabulary | None) -> dict[str, int]:
+        return self.layout.along | (vocabulary.along() if vocabulary else {})
+
+    def importance(self, folder: str) -> dict[str, Tensor] | None:
+        """The averaged importance of the full model's groups that a round has written; None where it has written none."""
+        file = f"{folder}/{IMPORTANCE}"
+        return stored.scores(self.state, file, self.layout.axes) if file in self.state.manifest.files else None
+
+    def scores(self, folder: str) -> dict[str, Tensor]:
+        """The scores that the training of a round has learned for the groups of its small model."""
+        return stored.scores(self.state, f"{folder}/{SCORES}", shrink(self.layout.axes, self.plan(folder)))
+
+    def metrics(self, folder: str) -> dict[str, float]:
+        """Loss and metrics of a round's small model on the validation data."""
+        return stored.metrics(self.state, f"{folder}/{METRICS}", self.recipe.task.metric)
+
+    def memory(self, folder: str) -> dict[str, Any]:
+        """Bytes held and measured while finetuning in a round."""
+        return stored.memory(self.state, f"{folder}/{MEMORY}")
 
     def vocabulary(self, folder: str) -> Vocabulary | None:
         """Which rows of the token table the finetuning in `folder` held, and which could move; None where that is not known."""
         file = f"{folder}/{ROWS}"
-        return Vocabulary.from_tensors(self.state.load_tensors(file)) if file in self.state.manifest.files else None
+        return stored.vocabulary(self.state, file, self._outline.shapes) if file in self.state.manifest.files else None
 
     def rows(self, folder: str) -> Where:
         """The rows of the token table that the finetuning in `folder` could move, where that is neither all nor none."""

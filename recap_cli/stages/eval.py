@@ -153,8 +153,8 @@ def best_tensors(here: Context) -> tuple[dict[str, Tensor], dict[str, int], dict
     """The tensors and sizes of the best small model, and what is noted of it. Raises `UsageError` if there is none yet."""
     _check(here, "best")
     best = here.state.manifest.best or {}
-    tensors = here.state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}")
-    return tensors, counts(here.plan(best["folder"])), best
+    plan = here.plan(best["folder"])
+    return here.small(best["folder"], plan, shared.WEIGHTS), counts(plan), best
 
 
 def _best(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
@@ -172,10 +172,9 @@ def _small(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
     plan, full = here.plan(folder), here.full_tensors()
     tensors = gather(full, indices(here.layout.axes, plan, shapes_of(full)))
     if f"{folder}/{shared.MOVED}" in state.manifest.files:
-        chosen = {name: c.bool() for name, c in state.load_tensors(f"{folder}/{shared.MASK}").items()}
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        where = moving(here.layout, plan, chosen, tensors, here.rows(folder))
-        scatter(tensors, state.load_tensors(f"{folder}/{shared.MOVED}"), where)
+        where = moving(here.layout, plan, here.mask(folder, plan), tensors, here.rows(folder))
+        scatter(tensors, here.moved(folder, plan, where), where)
     return tensors, counts(plan), state.manifest.round
 
 

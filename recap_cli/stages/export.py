@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from recap_cli.progress import Track, silent
-from recap_cli.runtime import models, product
+from recap_cli.runtime import product
 from recap_cli.stages.context import Context
 from recap_cli.stages.eval import best_tensors
 from recap_cli.state import State
@@ -22,7 +22,7 @@ def export(state: State, out: Path, *, dense: bool = False, track: Track = silen
     tensors, _, best = best_tensors(here)
     return product.export(
         here.spec,
-        models.load_processor(state.path / here.full, here.spec),
+        here.processor(),
         here.adapter,
         tensors,
         here.layout.axes,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recap_cli.core.embedding import PartialEmbedding
 from recap_cli.core.groups import Choice, counts, shrink
@@ -83,9 +83,9 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
         memory.reset(device)
         turn, plan = here.turns[draft.round - 1], here.plan(folder)
         train_split, validation = here.splits(track)
-        small = state.load_tensors(f"{folder}/{shared.SMALL}")
+        small = here.small(folder, plan)
         model = ledger.model = here.model(small, counts(plan))
-        chosen = {name: c.bool() for name, c in state.load_tensors(f"{folder}/{shared.MASK}").items()}
+        chosen = here.mask(folder, plan)
         vocabulary = vocabularies.of(model, train_split, validation)
         where = moving(here.layout, plan, chosen, small, vocabulary.where(turn) if vocabulary else None)
         torch.manual_seed(seed_for(recipe.seed, draft.round, "training"))
@@ -109,8 +109,8 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
         moments = len(optimizer.rule.aging)
         held["full_finetuning"] = memory.full_finetuning(_entry(state, "prune")["params_full"], moments)
         held |= memory.measured(device, peak)
-        draft.save_json(f"{folder}/memory.json", held)
-        draft.save_json(f"{folder}/metrics.json", metrics)
+        draft.save_json(f"{folder}/{shared.MEMORY}", held)
+        draft.save_json(f"{folder}/{shared.METRICS}", metrics)
         draft.facts |= {
             "metric": recipe.task.metric,
             **metrics,
@@ -140,7 +140,7 @@ def _partial(
     """Make the model partly trainable, and the optimizer of its slots, with the moments they had."""
     settings = here.recipe.finetune
     in_full = compose_where(indices(here.layout.axes, plan, here.layout.shapes), where)
-    moments, steps = take_moments(_stored_moments(here), in_full)
+    moments, steps = take_moments(here.full_moments(tuple(rule_of(settings).aging)), in_full)
     if settings.checkpointing:
         models.enable_checkpointing(model)
     if own is None:
@@ -160,12 +160,6 @@ def _partial(
         along=here.layout.along | (vocabulary.along() if vocabulary else {}),
         scale=scale,
     )
-
-
-def _stored_moments(here: Context) -> dict[str, Tensor]:
-    file = f"{here.full}/{shared.MOMENTS}"
-    carried = here.recipe.finetune.carry_moments and file in here.state.manifest.files
-    return here.state.load_tensors(file) if carried else {}
 
 
 def _train(
@@ -238,7 +232,7 @@ def _save(draft: Draft, folder: str, optimizer: Optimizer, own: Attached | None,
     moved = {slot.name: slot.master.cpu() for slot in optimizer.slots}
     kept = set(moved)
     if own is not None:
-        before = here.state.load_tensors(f"{folder}/{shared.SMALL}")  # training may have moved what is in memory
+        before = here.small(folder, plan)  # training may have moved what is in memory
         moved, scores = result_of(own, moved, before, shrink(here.layout.axes, plan))
         kept &= set(before)
         if scores:

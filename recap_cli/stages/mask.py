@@ -40,7 +40,7 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
         shared.check_rounds(here)
         recipe, folder, turn = here.recipe, f"round-{draft.round:03d}", here.turns[draft.round - 1]
         plan = here.plan(folder)
-        tensors = state.load_tensors(f"{folder}/{shared.SMALL}")
+        tensors = here.small(folder, plan)
         shapes = shapes_of(tensors)
         axes = fine_axes(here.layout, plan)
         model = here.model(tensors, counts(plan))

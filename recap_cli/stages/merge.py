@@ -1,12 +1,13 @@
 """`merge`: write what moved back into the full model; keep the small model if it is the best so far (paper, sec. 3.3)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from recap_cli.core.groups import shapes_of
+from recap_cli.core.groups import Shape, shapes_of
 from recap_cli.core.moments import COUNT, put_moments
-from recap_cli.core.surgery import compose_where, gather, indices, scatter
+from recap_cli.core.surgery import Where, compose_where, gather, indices, scatter
 from recap_cli.progress import Track, silent
 from recap_cli.runtime.tasks import goodness
 from recap_cli.stages import context as shared
@@ -27,16 +28,18 @@ def merge(state: State, *, track: Track = silent) -> dict[str, Any]:
         shared.check_rounds(here)
         folder, full = f"round-{draft.round:03d}", f"full-{draft.round:03d}"
         plan = here.plan(folder)
-        tensors = state.load_tensors(f"{here.full}/{shared.WEIGHTS}")
+        tensors = here.full_weights()
         shapes = shapes_of(tensors)
-        small = state.load_tensors(f"{folder}/{shared.SMALL}")
-        chosen = {name: c.bool() for name, c in state.load_tensors(f"{folder}/{shared.MASK}").items()}
+        small, chosen = here.small(folder, plan), here.mask(folder, plan)
         kept = indices(here.layout.axes, plan, shapes)
-        where = compose_where(kept, moving(here.layout, plan, chosen, small, here.rows(folder)))
-        moved = state.load_tensors(f"{folder}/{shared.MOVED}")
+        free = moving(here.layout, plan, chosen, small, here.rows(folder))
+        where, moved = compose_where(kept, free), here.moved(folder, plan, free)
         scatter(tensors, moved, where)  # eq. (6)
         draft.save_tensors(f"{full}/{shared.WEIGHTS}", tensors)
-        _save_moments(here, draft, folder, full, where, shapes)
+        if here.recipe.finetune.carry_moments:
+            aging = rule_of(here.recipe.finetune).aging
+            tuned = here.tuned_moments(folder, plan, free, tuple(aging))
+            draft.save_tensors(f"{full}/{shared.MOMENTS}", _moments(here, folder, tuned, aging, where, shapes))
         _copy_the_rest(here, draft, full)
         if here.turns[draft.round - 1].product:
             _keep_best(here, draft, gather(tensors, kept) | {n: t for n, t in small.items() if n not in tensors}, folder)
@@ -48,25 +51,27 @@ def merge(state: State, *, track: Track = silent) -> dict[str, Any]:
     return state.manifest.history[-1]
 
 
-def _save_moments(here: Context, draft: Draft, folder: str, full: str, where: Any, shapes: Any) -> None:
-    """Eq. (5): moments of entries that moved are written back, all others age once."""
-    if not here.recipe.finetune.carry_moments:
-        return
-    before = f"{here.full}/{shared.MOMENTS}"
-    stored = here.state.load_tensors(before) if before in here.state.manifest.files else {}
+def _moments(
+    here: Context,
+    folder: str,
+    found: Mapping[str, Tensor],
+    aging: Mapping[str, float],
+    where: Where,
+    shapes: Mapping[str, Shape],
+) -> dict[str, Tensor]:
+    """Eq. (5): moments of entries that moved, `found` after the round, are written back, all others age once."""
+    stored = here.full_moments(tuple(aging))
     tuned: dict[str, dict[str, Tensor]] = {}
     counts: dict[str, Tensor] = {}
-    for key, tensor in here.state.load_tensors(f"{folder}/{shared.MOMENTS}").items():
+    for key, tensor in found.items():
         name, _, moment = key.rpartition("/")
         if moment == COUNT:
             counts[name] = tensor
         else:
             tuned.setdefault(name, {})[moment] = tensor
-    aging = rule_of(here.recipe.finetune).aging
     vocabulary = here.vocabulary(folder)
     along = here.layout.along | (vocabulary.along() if vocabulary else {})
-    after = put_moments(stored, tuned, counts, where, shapes=shapes, along=along, aging=aging)
-    draft.save_tensors(f"{full}/{shared.MOMENTS}", after)
+    return put_moments(stored, tuned, counts, where, shapes=shapes, along=along, aging=aging)
 
 
 def _copy_the_rest(here: Context, draft: Draft, full: str) -> None:
@@ -82,9 +87,9 @@ def _keep_best(here: Context, draft: Draft, tuned: dict[str, Tensor], folder: st
 
     Of rounds that are alike in both the later one counts: it has been trained for longer, on more of the full model.
     """
-    metrics, metric, best = here.state.load_json(f"{folder}/metrics.json"), here.recipe.task.metric, draft.best
+    metrics, metric, best = here.metrics(folder), here.recipe.task.metric, draft.best
     if best is not None:
-        before = here.state.load_json(f"round-{best['round']:03d}/metrics.json")
+        before = here.metrics(f"round-{best['round']:03d}")
         if _rank(metrics, metric) < _rank(before, metric):
             return
     place = f"best-{draft.round:03d}"

@@ -87,7 +87,7 @@ def _as_before(here: Context, model: nn.Module, turn: Turn, draft: Draft, track:
 
 def _as_learned(here: Context, model: nn.Module, turn: Turn, draft: Draft, track: Track) -> Choice:
     """Cut the model to the groups whose scores, of the training in the round before, are highest."""
-    scores = here.state.load_tensors(f"round-{draft.round - 1:03d}/{shared.SCORES}")
+    scores = here.scores(f"round-{draft.round - 1:03d}")
     return _cut(here, model, choose(here.recipe, here.layout.axes, here.layout.shapes, scores, 1.0 - turn.prune_ratio))
 
 
@@ -158,6 +158,5 @@ def _scorer(
 
 def _past(here: Context, round: int) -> Scores | None:
     """The averaged importance that the last of the rounds before has written: axis name → a score for each group."""
-    files = (f"round-{number:03d}/{shared.IMPORTANCE}" for number in range(round - 1, 0, -1))
-    found = next((file for file in files if file in here.state.manifest.files), None)
-    return None if found is None else here.state.load_tensors(found)
+    found = (here.importance(f"round-{number:03d}") for number in range(round - 1, 0, -1))
+    return next((scores for scores in found if scores is not None), None)

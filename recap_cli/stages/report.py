@@ -16,7 +16,7 @@ from recap_cli.errors import StateError, StorageError, UsageError
 from recap_cli.manifest import COMMIT, UNDER_WAY, quoted
 from recap_cli.runtime import pages
 from recap_cli.stages import results
-from recap_cli.stages.context import MASK, WEIGHTS, Context, Layout
+from recap_cli.stages.context import WEIGHTS, Context, Layout
 from recap_cli.stages.results import RESULTS
 from recap_cli.stages.schedule import summary
 from recap_cli.state import State
@@ -57,8 +57,8 @@ def of_state(state: State) -> dict[str, Any]:
         "method": here.recipe.method,
         "metric": here.recipe.task.metric,
         "task": here.recipe.task.kind,
-        "metrics": {number: state.load_json(f"round-{number:03d}/metrics.json") for number in tuned},
-        "memory": {number: state.load_json(f"round-{number:03d}/memory.json") for number in tuned},
+        "metrics": {number: here.metrics(f"round-{number:03d}") for number in tuned},
+        "memory": {number: here.memory(f"round-{number:03d}") for number in tuned},
         "picture": _picture(here, rounds),
         "full_bytes": _bytes(manifest.files, manifest.full),
         "product_bytes": _bytes(manifest.files, product),
@@ -114,8 +114,7 @@ def _moves(here: Context, number: int, plan: Choice) -> Choice | None:
     done = {entry["stage"] for entry in here.state.manifest.history if entry["round"] == number}
     if "finetune" not in done or _turn(here.state, number).get("moves") == "training":
         return None
-    mask = here.state.load_tensors(f"round-{number:03d}/{MASK}")
-    return visited(here.layout.axes, plan, {name: chosen.bool() for name, chosen in mask.items()})
+    return visited(here.layout.axes, plan, here.mask(f"round-{number:03d}", plan))
 
 
 def _turn(state: State, number: int) -> Mapping[str, Any]:

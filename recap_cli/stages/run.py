@@ -1,5 +1,6 @@
 """`run`: the same stages in a loop, from wherever the state stands."""
 
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from recap_cli.folder import plain
 from recap_cli.manifest import COMMIT
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import Recipe
+from recap_cli.stages import record
 from recap_cli.stages.budget import as_solved
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
@@ -37,15 +39,22 @@ def run(
     `said` are the keys that a user has set beside the recipe, which a memory budget does not solve once more; None says that
     the recipe is the state's own.
 
-    Raises `StateError` if the state there was made from a recipe that differs in more, and whatever a stage raises.
+    At the end the product is what was committed, and nothing is left of a run that was stopped.
+
+    Raises `StateError` if the state there was made from a recipe that differs in more, `CorruptStateError` if the product was
+    altered, and whatever a stage raises.
     """
     path = plain(path)
-    if (path / COMMIT).exists():
+    if os.path.lexists(path / COMMIT):
         state = State.open(path)
+        record.check(state)
         adopt(state, recipe if said is None else as_solved(recipe, state, said), on_change=on_change)
     else:
         state = init(recipe, path, track=track)
         on_stage(state.manifest.history[-1])
     while stage := next_stage(recipe, state):
         on_stage(STAGES[stage](state, track=track))
+    state.tidy()
+    if state.manifest.best is not None:
+        state.verified(state.manifest.best["folder"])
     return state

@@ -11,6 +11,7 @@ from recap_cli.core.method import Turn
 from recap_cli.errors import DataError, ModelError
 from recap_cli.recipe import Recipe
 from recap_cli.runtime.tasks import goodness
+from recap_cli.stages import record
 from recap_cli.stages.turns import check_steps, turns_for, turns_of
 from recap_cli.stages.verdict import start_of, warning
 from recap_cli.state import Manifest, State
@@ -20,7 +21,7 @@ HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
 def finished(recipe: Recipe, manifest: Manifest) -> str | None:
     """Why no further round is to begin, or None."""
-    rounds, planned = manifest.round, len(turns_of(manifest, recipe))
+    rounds, planned = manifest.round, len(turns_of(manifest))
     if rounds >= planned:
         return f"all {planned} rounds are done" if planned > 1 else "its one round is done"
     if recipe.patience is not None and manifest.best is not None and _rounds_since_better(recipe, manifest) >= recipe.patience:
@@ -30,7 +31,7 @@ def finished(recipe: Recipe, manifest: Manifest) -> str | None:
 
 def _rounds_since_better(recipe: Recipe, manifest: Manifest) -> int:
     """How many rounds ago the metric was better than ever before. A tie is not: the best round may be a later one."""
-    turns, metric = turns_of(manifest, recipe), recipe.task.metric
+    turns, metric = turns_of(manifest), recipe.task.metric
     rounds = [entry for entry in manifest.history if entry["stage"] == "finetune" and turns[entry["round"] - 1].product]
     best = max((goodness(metric, entry[metric]) for entry in rounds), default=None)
     first = next((entry["round"] for entry in rounds if goodness(metric, entry[metric]) == best), 0)
@@ -142,6 +143,7 @@ def _turn_text(recipe: Recipe, turn: Turn) -> str:
 
 def summary(state: State) -> dict[str, Any]:
     """Where a state stands, as plain values: a row per round, the product, the next stage."""
+    record.check(state)
     manifest = state.manifest
     recipe = recipes.parse(state.recipe_text, str(state.path / manifest.recipe))
     start, following = start_of(manifest, recipe.task.metric), next_stage(recipe, state)
@@ -152,7 +154,7 @@ def summary(state: State) -> dict[str, Any]:
         "stage": manifest.stage,
         "round": manifest.round,
         "method": recipe.method,
-        "rounds_planned": len(turns_of(manifest, recipe)),
+        "rounds_planned": len(turns_of(manifest)),
         "next": following,
         "finished": finished(recipe, manifest) if manifest.stage == "merge" else None,
         "product": str(state.path / manifest.best["folder"]) if manifest.best else None,

@@ -77,12 +77,9 @@ def options_of(recipe: Recipe, method: Method) -> dict[str, Option]:
     return {**method.options, **cast(dict[str, Option], recipe.options)}
 
 
-def turns_of(manifest: Manifest, recipe: Recipe) -> tuple[Turn, ...]:
-    """The turns of a state, as they were planned when it was made; one without any is older than methods, and is RECAP's."""
-    if "turns" in manifest.made:
-        return tuple(Turn.from_json(turn) for turn in manifest.made["turns"])
-    embeddings = recipe.mask.train_embeddings
-    return (Turn(recipe.prune.ratio, recipe.mask.ratio, share=1 / recipe.rounds, embeddings=embeddings),) * recipe.rounds
+def turns_of(manifest: Manifest) -> tuple[Turn, ...]:
+    """The turns of a state, as they were planned when it was made."""
+    return tuple(Turn.from_json(turn) for turn in manifest.made["turns"])
 
 
 def steps_of(turns: Sequence[Turn], total: int) -> list[int]:

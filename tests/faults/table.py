@@ -64,8 +64,8 @@ FAULTS = (
     Fault(
         "the worst round becomes the product",
         "recap_cli/stages/merge.py",
-        'not value > best["value"]',
-        'not value < best["value"]',
+        "_rank(metrics, metric) < _rank(before, metric)",
+        "_rank(metrics, metric) > _rank(before, metric)",
         (f"{PRODUCT}[1-matthews]",),
     ),
     Fault(

@@ -327,14 +327,6 @@ def test_a_new_head_moves_at_the_rate_of_its_warm_up_where_that_is_higher(tmp_pa
     assert trained.manifest.history[0]["head_new"] is False
 
 
-def test_a_state_that_says_nothing_of_its_head_goes_on_at_the_rate_of_the_rest(tmp_path: Path) -> None:
-    state = init(tiny("vit", rounds=1, finetune={"lr": 1e-4}), tmp_path / "state")
-    turn = Context(state).turns[0]
-    assert Context(state).head_lr(turn) == 1e-3
-    del state.manifest.history[0]["head_new"]
-    assert Context(state).head_lr(turn) == 1e-4
-
-
 def test_the_mask_moves_the_same_share_of_every_layer_unless_the_plain_algorithm_is_asked_for(tmp_path: Path) -> None:
     spread = {}
     for place, faithful in (("default", False), ("faithful", True)):
