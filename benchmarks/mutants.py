@@ -8,36 +8,31 @@ mutmut's operators make every mutant of a file (another operator or number, an a
 round, …). So many are drawn with a seed, spread over the files by their number of mutants. A first run of the tests notes
 which test runs which line and how long it takes; it is kept in `--work` until a file changes. A mutant then meets the tests
 that run its line, those of its own file first, the short ones before the long ones, one set of parameters of each test before
-the others, until one fails or `--patience` seconds of tests have passed. Each mutant has a process of its own, forked from one
-that has imported the libraries.
+the others, until one fails or `--patience` seconds of tests have passed. Each mutant has a process of its own, forked by the
+server that the named faults of the test suite run on (`tests/faults/server.py`).
 
 Not mutated: what stands in a `raise` (texts of errors are asserted where they are shown), annotations, aliases of types,
 docstrings.
 A mutant that no test can tell from the original is listed with its reason in `mutants_equivalent.yaml`. One that makes its
-tests run five times as long as they should is killed, too.
+tests run ten times as long as they should is killed, too.
 
 Wants the extra `mutants` (`pip install -e '.[mutants]'`).
 """
 
 import difflib
 import hashlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import json
 import os
 import random
-import resource
-import signal
+import subprocess
 import sys
 import time
-import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
-from types import ModuleType
+from queue import SimpleQueue
 from typing import Any
 
 import yaml
@@ -47,21 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = Path(__file__).resolve().parent / "mutants_equivalent.yaml"
 STAGES = ("prune", "mask", "finetune", "merge")
 TESTS = ("tests/core", "tests/stages", "tests/runtime")
-PYTEST = ["-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", "-o", "timeout=0", "--no-header"]
-PYTEST += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # the libraries are imported before pytest starts
-LIBRARIES = (
-    "torch",
-    "torch.profiler",
-    "torchmetrics.functional",
-    "torchvision",
-    "numpy",
-    "PIL.Image",
-    "pytest",
-    "safetensors.torch",
-)
-LIBRARIES += ("pydantic", "rich", "typer", "datasets", "timm", "transformers", "peft", "sklearn.datasets", "matplotlib.pyplot")
-LIBRARIES += ("transformers.models.auto.modeling_auto",)
-START_SECONDS = 20.0  # CPU seconds that collecting may take
+PYTEST = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "--no-header"]
+START_SECONDS = 60.0  # what collecting may take, on top of ten times what the tests take
+sys.path.insert(0, str(ROOT))  # for the tests' own server of changed sources
 
 
 @dataclass(frozen=True)
@@ -167,7 +150,7 @@ def note_cover(to: Path, folders: Sequence[str]) -> None:
     cover = coverage.Coverage(data_file=None, include=[str(ROOT / file) for file in files()], config_file=False)
     noting = _Noting(cover)
     cover.start()
-    pytest.main([*folders, *(option for option in PYTEST if option != "-x")], plugins=[noting])
+    pytest.main([*folders, *PYTEST], plugins=[noting])
     cover.stop()
     if noting.failed:
         raise SystemExit(f"the tests fail without any mutant: {', '.join(noting.failed[:5])}")
@@ -186,7 +169,9 @@ def cover_of(work: Path, folders: Sequence[str]) -> dict[str, Any]:
     place = work / f"cover-{digest}.json"
     if not place.exists():
         print("which test runs which line: the tests run once …", flush=True)
-        _in_child(lambda: note_cover(place, folders), log=work / "cover.log", limit=7200.0)
+        with (work / "cover.log").open("w") as log:
+            command = [sys.executable, __file__, "--note", str(place), "--tests", ",".join(folders)]
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
     if not place.exists():
         raise SystemExit(f"the tests did not run through: {work / 'cover.log'}")
     return json.loads(place.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
@@ -214,121 +199,54 @@ def tests_for(mutant: Mutant, cover: Mapping[str, Any], patience: float) -> list
     return chosen
 
 
-# --- one mutant in one process -------------------------------------------------------------------------------------
+# --- one mutant in one process ----------------------------------------------------------------------------------------------
 
 
-class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives one module other code than its file has."""
-
-    def __init__(self, mutant: Mutant) -> None:
-        self.name = mutant.file.removesuffix(".py").replace("/", ".")
-        self.path, self.code = str(ROOT / mutant.file), mutant.code
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return None
-
-    def exec_module(self, module: ModuleType) -> None:
-        exec(compile(self.code, self.path, "exec"), module.__dict__)
-
-
-def _try(mutant: Mutant, tests: Sequence[str]) -> int:
-    import pytest
-
-    sys.meta_path.insert(0, _Changed(mutant))
-    return int(pytest.main([*tests, *PYTEST]))
-
-
-def _in_child(work: Any, *, log: Path, limit: float) -> int:
-    """Run `work` in a fork of this process, and return its exit code.
-
-    It is that of SIGXCPU or SIGKILL after more than `limit` CPU seconds, or, asleep, after twenty times as long.
-    """
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        resource.setrlimit(resource.RLIMIT_CPU, (ceil(limit), ceil(limit) + 5))
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        code = 70
-        try:
-            code = work() or 0
-        except BaseException:  # noqa: BLE001 (told in the log; the copy of this process ends here)
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    end = time.monotonic() + 20 * limit
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return -signal.SIGKILL
-
-
-def fate(mutant: Mutant, number: int, cover: Mapping[str, Any], patience: float, work: Path) -> dict[str, Any]:
+def fate(server: Any, mutant: Mutant, cover: Mapping[str, Any], patience: float) -> dict[str, Any]:
     """Whether a test fails on the mutant, and which."""
     tests = tests_for(mutant, cover, patience)
-    seconds = sum(cover["seconds"].get(test, 0.0) for test in tests)
-    log, started = work / f"mutant-{number}-{os.getpid()}.log", time.monotonic()
-    code = _in_child(lambda: _try(mutant, tests), log=log, limit=START_SECONDS + 5 * seconds)
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    log.unlink(missing_ok=True)
-    by = next((line.split(" ")[1] for line in text.splitlines() if line.startswith(("FAILED ", "ERROR "))), None)
-    if code in (2, 3, 4, 5) and by is None:
-        raise SystemExit(f"pytest did not run the tests of {mutant.file}:{mutant.line} (exit {code}):\n{text[-2000:]}")
-    killed = code != 0
-    by = by or ("a limit of time" if code in (-signal.SIGKILL, -signal.SIGXCPU) else f"exit {code}") if killed else None
-    return {"killed": killed, "by": by, "tests": len(tests), "seconds": round(time.monotonic() - started, 1)}
+    seconds, started = sum(cover["seconds"].get(test, 0.0) for test in tests), time.monotonic()
+    try:
+        limit = START_SECONDS + 10 * seconds
+        outcomes = server.run(tests, {mutant.file: mutant.code}, limit=limit, options=["-x"])
+        by = next((f"{test} ({outcome})" for test, outcome in outcomes.items() if outcome in ("failed", "error")), None)
+        if by is None and not outcomes:
+            raise SystemExit(f"no test ran on {mutant.file}:{mutant.line}")
+    except RuntimeError as error:  # it ran too long, or its process died
+        by = str(error).rpartition(": ")[2]
+    return {"killed": by is not None, "by": by, "tests": len(tests), "seconds": round(time.monotonic() - started, 1)}
 
 
-def run(mutants: Sequence[Mutant], cover: Mapping[str, Any], *, jobs: int, patience: float, work: Path) -> list[dict[str, Any]]:
-    """The fate of every mutant, in their order; `jobs` processes share them."""
-    turn = list(range(len(mutants)))
-    random.Random(0).shuffle(turn)  # so that the long ones do not meet
-    children = []
-    for job in range(jobs):
-        reader, writer = os.pipe()
-        if (child := os.fork()) == 0:
-            os.close(reader)
-            with os.fdopen(writer, "w", encoding="utf-8") as out:
-                for number in turn[job::jobs]:
-                    found = fate(mutants[number], number, cover, patience, work)
-                    print(json.dumps({"number": number, **found}), file=out, flush=True)
-            os._exit(0)
-        os.close(writer)
-        children.append((child, os.fdopen(reader, encoding="utf-8")))
+def run(mutants: Sequence[Mutant], cover: Mapping[str, Any], *, jobs: int, patience: float) -> list[dict[str, Any]]:
+    """The fate of every mutant, in their order; `jobs` servers share them."""
+    from tests.faults.server import FaultServer
+
+    servers: SimpleQueue[Any] = SimpleQueue()
+    whole = {test.partition("[")[0] for test in cover["seconds"]}
+    quick = sorted(whole, key=lambda test: cover["seconds"].get(test, 1e9))[:3]
+
+    def one(mutant: Mutant) -> dict[str, Any]:
+        server = servers.get()
+        try:
+            return fate(server, mutant, cover, patience)
+        finally:
+            servers.put(server)
+
     fates: dict[int, dict[str, Any]] = {}
-    for found in _lines([stream for _, stream in children]):
-        fates[found.pop("number")] = found
-        killed = sum(each["killed"] for each in fates.values())
-        print(f"\r{len(fates)} of {len(mutants)}, {killed} killed ", end="", flush=True)
-    for child, _ in children:
-        os.waitpid(child, 0)
+    with ThreadPoolExecutor(jobs) as threads:
+        started = [FaultServer().__enter__() for _ in range(jobs)]
+        for server in started:
+            server.run(quick, modules=True)
+            servers.put(server)
+        asked = {threads.submit(one, mutant): number for number, mutant in enumerate(mutants)}
+        for done in as_completed(asked):
+            fates[asked[done]] = done.result()
+            killed = sum(each["killed"] for each in fates.values())
+            print(f"\r{len(fates)} of {len(mutants)}, {killed} killed ", end="", flush=True)
+        for server in started:
+            server.__exit__(None, None, None)
     print()
     return [fates[number] for number in range(len(mutants))]
-
-
-def _lines(streams: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    import selectors
-
-    with selectors.DefaultSelector() as ready:
-        for stream in streams:
-            ready.register(stream, selectors.EVENT_READ)
-        while ready.get_map():
-            for key, _ in ready.select():
-                line = key.fileobj.readline()  # type: ignore[union-attr]
-                if line:
-                    yield json.loads(line)
-                else:
-                    ready.unregister(key.fileobj)
 
 
 # --- the figure ----------------------------------------------------------------------------------------------------
@@ -365,15 +283,6 @@ def figures(mutants: Sequence[Mutant], fates: Sequence[Mapping[str, Any]], total
     }
 
 
-def load_libraries(names: Iterable[str]) -> None:
-    """Import what every process would import; nothing of ours, so that each imports its own, with its mutant."""
-    import torch
-
-    for name in names:
-        __import__(name)
-    torch.set_num_threads(1)
-
-
 def main() -> None:
     command = parser(__doc__, "mutants")
     command.add_argument("--count", type=int, default=400, help="mutants to draw")
@@ -381,22 +290,25 @@ def main() -> None:
     command.add_argument("--jobs", type=int, default=2)
     command.add_argument("--patience", type=float, default=40.0, help="seconds of tests that a mutant meets at most")
     command.add_argument("--tests", default=",".join(TESTS), help="the folders of tests that mutants meet")
+    command.add_argument("--note", type=Path, help="run the tests once, write here which runs which line, and end")
     command.add_argument("--work", type=Path, default=ROOT / "build" / "mutants", help="where the cover is kept")
     command.add_argument("--show", type=int, help="print how this one of the drawn mutants differs, and end")
     command.add_argument("--only", default="", help="mutants of files whose names contain this")
     args = command.parse_args()
     os.chdir(ROOT)
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1"}
+    if args.note is not None:
+        note_cover(args.note, args.tests.split(","))
+        return
     args.work.mkdir(parents=True, exist_ok=True)
     mutants, total = draw(args.count, args.seed, args.only)
     if args.show is not None:
         chosen = mutants[args.show]
         print(f"{chosen.file}:{chosen.line}\n- {chosen.before}\n+ {chosen.after}")
         return
-    load_libraries(LIBRARIES)
     cover = cover_of(args.work, args.tests.split(","))
     started = time.monotonic()
-    fates = run(mutants, cover, jobs=args.jobs, patience=args.patience, work=args.work)
+    fates = run(mutants, cover, jobs=args.jobs, patience=args.patience)
     found = {"seed": args.seed, "patience_seconds": args.patience, "minutes": round((time.monotonic() - started) / 60, 1)}
     found |= figures(mutants, fates, total)
     for row in found["survivors"]:

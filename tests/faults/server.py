@@ -95,6 +95,7 @@ def _child(request: Mapping[str, Any], out: int) -> None:
         if not request.get("loud"):
             os.dup2(nowhere.fileno(), 1), os.dup2(nowhere.fileno(), 2)
         options = ["-q", "-p", cache, "-p", "pytest_timeout", "-o", "addopts=", "--assert=plain", f"--basetemp={folder}/pytest"]
+        options += request.get("options", [])
         code = pytest.main([*options, "--rootdir", str(ROOT), *request["tests"]], plugins=[heard])
     modules = [name for name in sys.modules if not name.startswith(OURS)] if request.get("modules") else []
     os.write(out, json.dumps({"exit": int(code), "outcomes": heard.of, "modules": modules}).encode())
@@ -164,16 +165,25 @@ class FaultServer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.process.communicate(timeout=600)
+        self.process.communicate(timeout=1800)
 
     def run(
-        self, tests: Sequence[str], sources: Mapping[str, str] | None = None, *, limit: float = 600, modules: bool = False
+        self,
+        tests: Sequence[str],
+        sources: Mapping[str, str] | None = None,
+        *,
+        limit: float = 1800,
+        modules: bool = False,
+        options: Sequence[str] = (),
     ) -> Outcomes:
         """How each of these tests ends with some files' texts replaced; `modules` lets the server preload what they import.
 
+        `options` are pytest's own, such as `-x`.
+
         Raises `RuntimeError` if the child ended without an answer, or not within the limit.
         """
-        request = {"tests": list(tests), "sources": dict(sources or {}), "limit": limit, "modules": modules}
+        request: dict[str, Any] = {"tests": list(tests), "sources": dict(sources or {}), "limit": limit, "modules": modules}
+        request["options"] = list(options)
         if self.process.stdin is None or self.process.stdout is None:
             raise RuntimeError("the server has no pipes")
         print(json.dumps(request), file=self.process.stdin, flush=True)
