@@ -1,7 +1,7 @@
 # The commands that people and CI share. PYTHON is the interpreter of the environment the project is installed in.
 PYTHON ?= python
 
-.PHONY: check format lint types test
+.PHONY: check format lint types test fuzz
 
 check: lint types test
 
@@ -18,3 +18,8 @@ types:
 
 test:
 	$(PYTHON) -m pytest
+
+# 5,000 drawn inputs, and all that once broke something; see CONTRIBUTING.md. Another seed: make fuzz SEED=7
+SEED ?= 0
+fuzz:
+	$(PYTHON) -m tests.fuzz.run --cases 5000 --seed $(SEED) --jobs 2

@@ -11,7 +11,7 @@ Steps = tuple[tuple[Any, ...], ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One input: a sound `base` of a kind, the steps that damage it, and the calls that are then made. JSON values throughout."""
+    """One input: a sound `base` of a kind, the steps that damage it, and the calls that are then made; all JSON values."""
 
     kind: str
     base: str
@@ -57,6 +57,8 @@ class Call:
     refuse: str = ""  # the rule that forbids to end well
     succeed: str = ""  # the rule that forbids to fail
     names: tuple[str, ...] = ()  # one of these stands in the message of a refusal
+    never: tuple[str, ...] = ()  # words of a library that mean nothing to a user
+    may_stop: bool = False  # whether 130, as after Ctrl-C, is right
     state: Path | None = None  # a failure alters nothing in here that was committed
     leftovers: Callable[[str], bool] = lambda rel: False  # what of the state may go even so
     reads_only: bool = False  # success alters nothing in the state either

@@ -1,4 +1,4 @@
-"""Steps that damage files: bytes cut, flipped, put in; files taken away or replaced by what is no file; trees and tensors altered.
+"""Steps that damage files: bytes cut or put in, files taken away or replaced by what is no file, trees and tensors altered.
 
 A step is a tuple of JSON values, its name first. A file is named, or counted among all files of the folder.
 """
@@ -23,12 +23,21 @@ TENSOR_OPERATIONS = ("drop", "rename", "longer", "flat", "half", "whole", "nan",
 bytewise = st.one_of(
     st.tuples(st.just("cut"), which, shares),
     st.tuples(st.just("flip"), which, shares, st.integers(0, 7)),
-    st.tuples(st.just("insert"), which, shares, st.sampled_from(["\0", "\n", "\x1b[2J", "\xff", "[" * 2000, "x" * 300, "- ", ": ", "&a *a"])),
+    st.tuples(
+        st.just("insert"),
+        which,
+        shares,
+        st.sampled_from(["\0", "\n", "\x1b[2J", "\xff", "[" * 2000, "x" * 300, "- ", ": ", "&a *a"]),
+    ),
     st.tuples(st.just("drop-line"), which, shares),
     st.tuples(st.just("double-line"), which, shares),
 )
-filewise = st.tuples(st.sampled_from(["empty", "delete", "fifo", "folder", "link", "dangling", "sparse", "socket", "zero", "junk"]), which)
-tree = st.tuples(st.just("tree"), which, shares, st.sampled_from(["set", "set", "set", "delete", "rename", "wrap", "double"]), hostile)
+filewise = st.tuples(
+    st.sampled_from(["empty", "delete", "fifo", "folder", "link", "dangling", "sparse", "socket", "zero", "junk"]), which
+)
+tree = st.tuples(
+    st.just("tree"), which, shares, st.sampled_from(["set", "set", "set", "delete", "rename", "wrap", "double"]), hostile
+)
 tensor = st.tuples(st.just("tensor"), which, shares, st.sampled_from(TENSOR_OPERATIONS))
 large = st.tuples(st.just("tree"), which, shares, st.just("set"), st.sampled_from(LARGE))
 

@@ -1,4 +1,4 @@
-"""Model folders that `model.name` points to: configurations, indices, weights, tokenizers and preprocessors that are hostile."""
+"""Model folders that `model.name` points to: hostile configurations, indices, weights, tokenizers and preprocessors."""
 
 import shutil
 from collections.abc import Iterator
@@ -17,13 +17,47 @@ HEAD = ("classifier.", "bert.pooler.")  # of these a checkpoint may have none, o
 
 _config = damage.on("config.json", st.one_of(damage.tree, damage.tree, damage.bytewise, damage.filewise, damage.large))
 _index = damage.on("model.safetensors.index.json", st.one_of(damage.tree, damage.bytewise, damage.filewise, damage.large))
-_beside = st.one_of(*(damage.on(name, st.one_of(damage.tree, damage.bytewise, damage.large)) for name in ("tokenizer.json", "tokenizer_config.json")))
+_beside = st.one_of(
+    *(
+        damage.on(name, st.one_of(damage.tree, damage.bytewise, damage.large))
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    )
+)
 _looks = damage.on("preprocessor_config.json", st.one_of(damage.tree, damage.bytewise, damage.filewise))
 _added = st.tuples(
     st.just("put"),
     st.just("config.json"),
-    st.sampled_from(["dtype", "torch_dtype", "id2label", "pad_token_id", "sub_configs", "quantization_config", "attn_implementation", "auto_map", "num_labels", "hidden_act", "architectures", "layer_types", "problem_type", "_name_or_path"]),
-    st.one_of(st.sampled_from([{"quant_method": "bitsandbytes"}, {"quant_method": "gptq"}, {"AutoModelForSequenceClassification": "modeling_evil.Evil"}, "flash_attention_2", "evil/kernel", 10**6]), damage.hostile),
+    st.sampled_from(
+        [
+            "dtype",
+            "torch_dtype",
+            "id2label",
+            "pad_token_id",
+            "sub_configs",
+            "quantization_config",
+            "attn_implementation",
+            "auto_map",
+            "num_labels",
+            "hidden_act",
+            "architectures",
+            "layer_types",
+            "problem_type",
+            "_name_or_path",
+        ]
+    ),
+    st.one_of(
+        st.sampled_from(
+            [
+                {"quant_method": "bitsandbytes"},
+                {"quant_method": "gptq"},
+                {"AutoModelForSequenceClassification": "modeling_evil.Evil"},
+                "flash_attention_2",
+                "evil/kernel",
+                10**6,
+            ]
+        ),
+        damage.hostile,
+    ),
 )
 _any = st.one_of(damage.bytewise, damage.filewise, damage.tree, damage.tensor)
 
@@ -31,9 +65,22 @@ _any = st.one_of(damage.bytewise, damage.filewise, damage.tree, damage.tensor)
 def cases() -> st.SearchStrategy[Case]:
     """A folder, and one or two steps."""
     step = st.one_of(_config, _added, _any, _any)
-    by_base = {"bert": st.one_of(step, _beside), "vit": st.one_of(step, _looks), "bert-sharded": st.one_of(step, _index, _index)}
+    by_base = {
+        "bert": st.one_of(step, _beside),
+        "vit": st.one_of(step, _looks),
+        "bert-sharded": st.one_of(step, _index, _index),
+    }
     return st.one_of(
-        *(st.builds(Case, st.just("folders"), st.just(base), st.one_of(st.tuples(steps), st.tuples(steps, steps)), st.just(("init",))) for base, steps in by_base.items())
+        *(
+            st.builds(
+                Case,
+                st.just("folders"),
+                st.just(base),
+                st.one_of(st.tuples(steps), st.tuples(steps, steps)),
+                st.just(("init",)),
+            )
+            for base, steps in by_base.items()
+        )
     )
 
 
@@ -59,7 +106,14 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
     recipe = box.cwd / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values))
     arguments = ("init", str(recipe), "--state", str(box.root / "state"))
-    yield Call(arguments, state=folder, reads_only=True, refuse=refuse, names=(str(folder), "model.config"), writes=(box.root / "state",))
+    yield Call(
+        arguments,
+        state=folder,
+        reads_only=True,
+        refuse=refuse,
+        names=(str(folder), "model.config"),
+        writes=(box.root / "state",),
+    )
 
 
 def _damage(folder: Any, step: tuple[Any, ...], box: Box) -> str:
@@ -72,7 +126,7 @@ def _damage(folder: Any, step: tuple[Any, ...], box: Box) -> str:
             damage.write_tree(folder / step[1], {**found, step[2]: damage.unfold(step[3])})
         return ""
     if step[0] == "index":
-        names = [name for name in _names(folder / "model.safetensors")]
+        names = sorted(_names(folder / "model.safetensors"))
         place = str(box.outside / "o.safetensors") if step[1] == "absolute" else "../outside/o.safetensors"
         (folder / "model.safetensors").unlink()
         damage.write_tree(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": dict.fromkeys(names, place)})
@@ -122,6 +176,8 @@ CORPUS = {
     "S15 sub_configs 5": _put("sub_configs", 5),
     "S15 image_mean of text": _put("image_mean", ["x", 0, 0], "vit", "preprocessor_config.json"),
     "S15 resample -99": _put("resample", -99, "vit", "preprocessor_config.json"),
-    "held: auto_map": _put("auto_map", {"AutoModelForSequenceClassification": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"}),
+    "held: auto_map": _put(
+        "auto_map", {"AutoModelForSequenceClassification": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"}
+    ),
     "held: a pickle alone": _case(("delete", "model.safetensors")),
 }

@@ -50,7 +50,9 @@ def _make(call: Call, box: Box) -> Result:
     streams = [(box.root / name).open("w+b") for name in ("stdout", "stderr")]
     for number, stream in enumerate(streams, 1):
         os.dup2(stream.fileno(), number)
-    sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(os.dup(n), "wb"), encoding="utf-8", write_through=True) for n in (1, 2))
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(os.fdopen(os.dup(n), "wb"), encoding="utf-8", write_through=True) for n in (1, 2)
+    )
     code, value = 0, None
     WATCH.begin((box.scratch, box.cwd, *call.writes), box.outside, box.root, box.site)
     try:
@@ -100,9 +102,12 @@ def _of_words(call: Call, found: Result) -> Iterator[Fault]:
         yield Fault("mute", f"exit code {found.code} without a message")
     elif found.code and call.names and not any(name in found.err.replace("\n", "") for name in call.names):
         yield Fault("unnamed", f"the message names none of {', '.join(Path(name).name for name in call.names)}")
-    if found.code in (1, 130) or found.code not in exit_codes():
-        if "bug in recap" not in found.err and "bare " not in found.err:
-            yield Fault("code", f"exit code {found.code}")
+    if words := [words for words in call.never if words in found.err]:
+        yield Fault("unclear", f"the message says {words[0]!r}")
+    stopped = found.code == 130 and not call.may_stop
+    known = "bug in recap" in found.err or "bare " in found.err
+    if (found.code == 1 or stopped or found.code not in exit_codes()) and not known:
+        yield Fault("code", f"exit code {found.code}")
     if len(found.err) > LONGEST:
         yield Fault("endless", f"a message above {LONGEST:,} characters")
     if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", found.out + found.err):
@@ -131,7 +136,8 @@ def _of_files(call: Call, found: Result, folder: Path, before: dict[str, str]) -
         counts = whole and not (folder == call.state and call.leftovers(name))
         if after.get(name) != was and (counts or name in call.stays):
             what = "lost" if name not in after else "altered"
-            yield Fault(what, f"by a {'failed' if found.code else 'finished'} {call.arguments[0] if call.arguments else 'load'}: {_kind(name)}")
+            by = f"by a {'failed' if found.code else 'finished'} {call.arguments[0] if call.arguments else 'load'}"
+            yield Fault(what, f"{by}: {_kind(name)}")
             return
     if folder == call.state and not found.code:
         for name, wanted in call.same.items():

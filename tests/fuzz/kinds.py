@@ -8,11 +8,20 @@ from types import ModuleType
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 
-from tests.fuzz import probe, states
+from tests.fuzz import data, exports, folders, plugins, probe, recipes, states
 from tests.fuzz.case import Case
 
-KINDS: dict[str, ModuleType] = {"probe": probe, "states": states}
+KINDS: dict[str, ModuleType] = {
+    "probe": probe,
+    "recipes": recipes,
+    "states": states,
+    "data": data,
+    "folders": folders,
+    "exports": exports,
+    "plugins": plugins,
+}
 SHARES = {"recipes": 0.36, "states": 0.28, "data": 0.12, "folders": 0.08, "exports": 0.08, "plugins": 0.08}
+SAMPLE = 60
 LIBRARIES = ("torch", "transformers", "timm", "datasets", "torchvision", "sklearn.datasets", "torchmetrics", "PIL.Image")
 
 
@@ -42,7 +51,9 @@ def draw(kind: str, count: int, seed: int) -> list[Case]:
     found: dict[str, Case] = {}
 
     @seeded(seed)
-    @settings(max_examples=2 * count, phases=[Phase.generate], database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=2 * count, phases=[Phase.generate], database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    )
     @given(KINDS[kind].cases())
     def note(case: Case) -> None:
         found[case.to_json()] = case
@@ -51,10 +62,13 @@ def draw(kind: str, count: int, seed: int) -> list[Case]:
     return list(islice(found.values(), count))
 
 
-def corpus(kinds: list[str], *, fast: bool) -> list[tuple[str, Case]]:
-    """The inputs that once broke something, by name; `fast` leaves out those that need whole seconds even where all is well."""
+def corpus(kinds: list[str], sampled: int | None = None) -> list[tuple[str, Case]]:
+    """The inputs that once broke something, by name; with a seed, `SAMPLE` of those that are quick."""
     found = [(name, case) for kind in kinds for name, case in getattr(KINDS[kind], "CORPUS", {}).items()]
-    return [(name, case) for name, case in found if not (fast and name.endswith("(slow)"))]
+    if sampled is None:
+        return found
+    quick = [(name, case) for name, case in found if not name.endswith("(slow)")]
+    return random.Random(sampled).sample(quick, min(SAMPLE, len(quick)))
 
 
 def probes() -> dict[str, Case]:

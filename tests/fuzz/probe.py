@@ -24,7 +24,13 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
     state.mkdir()
     (state / "weights").write_text("w")
     (box.outside / "secret").write_text("s")
-    rules = {"accepted": {"refuse": "a rule"}, "refused": {"succeed": "a rule"}, "wrong": {"same": {"weights": "0"}}, "stdout": {"stdout": ""}}
+    rules = {
+        "accepted": {"refuse": "a rule"},
+        "refused": {"succeed": "a rule"},
+        "wrong": {"same": {"weights": "0"}},
+        "stdout": {"stdout": ""},
+        "unclear": {"never": ("straddling",)},
+    }
     yield Call(act=lambda: ACTS[case.base](box), state=state, writes=(state,), names=("there",), **rules.get(case.base, {}))  # type: ignore[arg-type]
 
 
@@ -108,5 +114,6 @@ ACTS: dict[str, Callable[[Box], object]] = {
     "endless": lambda box: print("error: there " + "x" * 30_000, file=sys.stderr),
     "escape": lambda box: print("\x1b[31m", file=sys.stderr),
     "memory": _hold,
+    "unclear": lambda box: print("straddling", file=sys.stderr),
     "unnamed": lambda box: (_ for _ in ()).throw(DataError("some file is missing")),
 }

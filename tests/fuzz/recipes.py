@@ -10,14 +10,21 @@ from hypothesis import strategies as st
 
 from tests.fuzz import damage, documented
 from tests.fuzz.case import Box, Call, Case
-from tests.fuzz.values import PLAIN, hostile, in_text, shares, unfold
+from tests.fuzz.values import PLAIN, hostile, in_text, unfold
 from tests.fuzz.world import MODELS, World
 
 FILE = "recipe.yaml"
 KEYS = sorted(documented.keys())
 # What a real run may be asked for: more would only take as long as was asked.
 LARGEST = {
-    **{"rounds": 2, "finetune.epochs": 2, "finetune.steps": 4, "head.warmup_epochs": 2, "importance.batches": 4, "prune.steps": 3},
+    **{
+        "rounds": 2,
+        "finetune.epochs": 2,
+        "finetune.steps": 4,
+        "head.warmup_epochs": 2,
+        "importance.batches": 4,
+        "prune.steps": 3,
+    },
     **{"data.image_size": 64, "data.workers": 4, "patience": 10**9},
 }
 LARGEST_OF_CONFIG = 256
@@ -26,10 +33,53 @@ SANE: dict[str, list[Any]] = {
     "a number": [0.0, 0.1, 0.25, 0.5, 0.9, 0.999, 1e-6],
     "true": [True, False, "tokens"],
 }
-TEXTS = ["x", "..", ".", "../../x", "/abs/x", "a/b", "a\0b", "a\nb", "\x1b[31mred", "~", " ", "-x", "é", "con", "a" * 300, "x\\y", "\u202e"]
+TEXTS = [
+    "x",
+    "..",
+    ".",
+    "../../x",
+    "/abs/x",
+    "a/b",
+    "a\0b",
+    "a\nb",
+    "\x1b[31mred",
+    "~",
+    " ",
+    "-x",
+    "é",
+    "con",
+    "a" * 300,
+    "x\\y",
+    "\u202e",
+]
 
 _key = st.sampled_from([*KEYS, *documented.sections()])
-_config = st.sampled_from(["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "pad_token_id", "dtype", "torch_dtype", "hidden_act", "layer_norm_eps", "attn_implementation", "id2label", "model_type", "nonsense", "max_position_embeddings", "image_size", "patch_size", "num_channels", "quantization_config", "auto_map", "architectures", "tokenizer"]).map("model.config.{}".format)
+_config = st.sampled_from(
+    [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+        "pad_token_id",
+        "dtype",
+        "torch_dtype",
+        "hidden_act",
+        "layer_norm_eps",
+        "attn_implementation",
+        "id2label",
+        "model_type",
+        "nonsense",
+        "max_position_embeddings",
+        "image_size",
+        "patch_size",
+        "num_channels",
+        "quantization_config",
+        "auto_map",
+        "architectures",
+        "tokenizer",
+    ]
+).map("model.config.{}".format)
 
 
 @st.composite
@@ -54,21 +104,67 @@ _set = st.tuples(st.just("set"), st.one_of(_key, _key, _config), hostile)
 _overrides = st.tuples(
     st.just("override"),
     st.one_of(
-        st.builds(_override, st.one_of(_key, _config), st.sampled_from([value for value in PLAIN if not isinstance(value, dict)])),
-        st.sampled_from(["", "=", "x", "=x", ".=1", "a.b.c.d=1", "prune=", "prune.ratio", "rounds=1=2", "data.train=#x", "data.train=&x", "rounds=*x", "prune.=1", "[=1", "rounds=!!python/name:os.system", "\udcff=1", "finetune.betas=[.9,", "rounds= 3", " rounds =3", "rounds=١"]),
+        st.builds(
+            _override, st.one_of(_key, _config), st.sampled_from([value for value in PLAIN if not isinstance(value, dict)])
+        ),
+        st.sampled_from(
+            [
+                "",
+                "=",
+                "x",
+                "=x",
+                ".=1",
+                "a.b.c.d=1",
+                "prune=",
+                "prune.ratio",
+                "rounds=1=2",
+                "data.train=#x",
+                "data.train=&x",
+                "rounds=*x",
+                "prune.=1",
+                "[=1",
+                "rounds=!!python/name:os.system",
+                "\udcff=1",
+                "finetune.betas=[.9,",
+                "rounds= 3",
+                " rounds =3",
+                "rounds=١",
+            ]
+        ),
     ),
 )
-_unknown = st.tuples(st.just("set"), st.builds("{}.{}".format, st.sampled_from(sorted(documented.sections())), st.sampled_from(["x", "ratoi", "", "a.b", "ünï"])), hostile)
+_unknown = st.tuples(
+    st.just("set"),
+    st.builds(
+        "{}.{}".format, st.sampled_from(sorted(documented.sections())), st.sampled_from(["x", "ratoi", "", "a.b", "ünï"])
+    ),
+    hostile,
+)
 _removed = st.tuples(st.just("remove"), _key)
 _text = st.one_of(damage.on(FILE, damage.bytewise), damage.on(FILE, damage.bytewise), damage.on(FILE, damage.filewise))
-_bomb = st.tuples(st.just("bomb"), st.just(FILE), st.integers(2, 12), st.integers(2, 12), st.sampled_from(["options", "extra", "name"]))
+_bomb = st.tuples(
+    st.just("bomb"), st.just(FILE), st.integers(2, 12), st.integers(2, 12), st.sampled_from(["options", "extra", "name"])
+)
 _name = st.tuples(st.just("set"), st.just("name"), st.sampled_from(TEXTS))
 
 
 def cases() -> st.SearchStrategy[Case]:
     """Steps on the recipe of a pico model; where no more is asked for than can be done quickly, a share is really run."""
-    looked = st.one_of(st.tuples(_set), st.tuples(_overrides), st.tuples(_set, _overrides), st.tuples(_sane(), _sane(), _overrides), st.tuples(_unknown), st.tuples(_removed), st.tuples(_text), st.tuples(_set, _set), st.tuples(_bomb), st.tuples(_name))
-    tried = st.one_of(st.tuples(_sane(), _sane()), st.tuples(_sane(), _sane(), _sane(), _sane()), st.tuples(_set), st.tuples(_name))
+    looked = st.one_of(
+        st.tuples(_set),
+        st.tuples(_overrides),
+        st.tuples(_set, _overrides),
+        st.tuples(_sane(), _sane(), _overrides),
+        st.tuples(_unknown),
+        st.tuples(_removed),
+        st.tuples(_text),
+        st.tuples(_set, _set),
+        st.tuples(_bomb),
+        st.tuples(_name),
+    )
+    tried = st.one_of(
+        st.tuples(_sane(), _sane()), st.tuples(_sane(), _sane(), _sane(), _sane()), st.tuples(_set), st.tuples(_name)
+    )
     base = st.sampled_from(MODELS)
     dry = st.builds(Case, st.just("recipes"), base, looked, st.just(("dry-run",)))
     real = st.builds(Case, st.just("recipes"), base, tried, st.sampled_from([("init",), ("run",), ("run-named",)]))
@@ -166,7 +262,10 @@ def _forbidden(values: Any, overrides: list[str]) -> Iterator[str]:
         elif not any(later.partition(".")[0] == key.partition(".")[0] for later, _ in said[at + 1 :]):
             yield from documented.violation(key, value)
     names = [value for key, value in said if key == "name"] or ([values.get("name")] if isinstance(values, dict) else [])
-    if any(isinstance(name, str) and ("/" in name or "\0" in name or name in (".", "..") or not name.isprintable()) for name in names[-1:]):
+    if any(
+        isinstance(name, str) and ("/" in name or "\0" in name or name in (".", "..") or not name.isprintable())
+        for name in names[-1:]
+    ):
         yield "a name is one part of a path"
 
 
@@ -183,7 +282,12 @@ def _quick(values: Any, overrides: list[str]) -> bool:
     """Whether what is asked for is done in a second or two, should it be taken."""
     if not isinstance(values, dict):
         return True
-    asked = {f"{key}.{name}": value for key, section in values.items() if isinstance(section, dict) for name, value in section.items()}
+    asked = {
+        f"{key}.{name}": value
+        for key, section in values.items()
+        if isinstance(section, dict)
+        for name, value in section.items()
+    }
     asked |= {str(key): value for key, value in values.items()} | dict(map(_parsed, overrides))
     for key, value in asked.items():
         largest = LARGEST.get(key, LARGEST_OF_CONFIG if key.startswith("model.config.") else math.inf)
@@ -214,12 +318,24 @@ CORPUS = {
     "S4 an anchor as an override": _empty("data.train=&x"),
     "S4 an empty section": _empty("prune="),
     "S9 an alias bomb in options (slow)": _case(("bomb", FILE, 9, 10, "options")),
-    "S9 an alias bomb in model.config (slow)": _case(("remove", "model"), ("append", FILE, "model:\n  config:\n    model_type: vit\n    a0: &a0 [x]\n" + "".join(f"    a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)))),
+    "S9 an alias bomb in model.config (slow)": _case(
+        ("remove", "model"),
+        (
+            "append",
+            FILE,
+            "model:\n  config:\n    model_type: vit\n    a0: &a0 [x]\n"
+            + "".join(f"    a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)),
+        ),
+    ),
     "S9 ten million rounds (slow)": _set_case("rounds", 10_000_000, call="dry-run"),
     "S9 1e308 rounds (slow)": _case(("override", "rounds=1e308")),
     "S9 100,000 brackets (slow)": _case(("write", FILE, "[" * 100_000)),
     "S9 3,000 brackets (slow)": _case(("write", FILE, "[" * 3000)),
-    "S9 20,000 unknown keys (slow)": _case(("set", "prune.x", {"$wide": 20_000}), ("set", "x", {"$wide": 3}), ("append", FILE, "".join(f"k{n}: 1\n" for n in range(20_000)))),
+    "S9 20,000 unknown keys (slow)": _case(
+        ("set", "prune.x", {"$wide": 20_000}),
+        ("set", "x", {"$wide": 3}),
+        ("append", FILE, "".join(f"k{n}: 1\n" for n in range(20_000))),
+    ),
     "S9 a value of 20 MB (slow)": _case(("set", "name", {"$long": 20_000_000})),
     "S9 a million layers (slow)": _set_case("model.config.num_hidden_layers", 1_000_000, call="run!"),
     "S9 a million steps of pruning (slow)": _set_case("prune.steps", 1_000_000, call="run!"),
@@ -236,7 +352,9 @@ CORPUS = {
     "S15 evaluate.batch_size 1e20": _set_case("evaluate.batch_size", 10**20),
     "S15 importance.batch_size 1e20": _set_case("importance.batch_size", 10**20),
     "S15 a budget of 400 digits": _set_case("finetune.memory_budget", "9" * 400 + "GB"),
-    "S15 the root as data": _case(("set", "data.train", "/"), ("set", "data.validation", None), ("set", "data.validation_share", 0.5), calls=("run",)),
+    "S15 the root as data": _case(
+        ("set", "data.train", "/"), ("set", "data.validation", None), ("set", "data.validation_share", 0.5), calls=("run",)
+    ),
     "S15 torch_dtype float16": _set_case("model.config.torch_dtype", "float16"),
     "S15 dtype nope": _set_case("model.config.dtype", "nope"),
     "S15 pad_token_id 999": _set_case("model.config.pad_token_id", 999, base="bert"),

@@ -12,17 +12,22 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 import psutil
 
 from tests.fuzz.case import Box, Case, Fault
+from tests.fuzz.judge import judge
+from tests.fuzz.kinds import KINDS, corpus, drawn, load_libraries, probes
+from tests.fuzz.watch import put_on
+from tests.fuzz.world import World, environment
 
 LIMIT_SECONDS = 25.0
 BUSY_FACTOR = 12  # a process that is not waiting gets so much more time by the clock: the machine may be busy
@@ -76,6 +81,8 @@ class Player:
             try:
                 _in_child(case, self.world, box, self.limit)
                 code = 0
+            except BaseException:  # noqa: BLE001  (a fault of the play, told by the process that waits)
+                (box.root / "broken").write_text(traceback.format_exc())
             finally:
                 os._exit(code)
         return {pid: Child(case, box, time.monotonic())}
@@ -109,15 +116,9 @@ class Player:
 
 def _in_child(case: Case, world: Any, box: Box, limit: float) -> None:
     """Play the case and write down what was found; the process ends after it."""
-    from tests.fuzz.judge import judge
-    from tests.fuzz.kinds import KINDS
-    from tests.fuzz.world import environment
-
     os.environ.update(environment(box.scratch))
     os.environ.pop("RECAP_TRACEBACK", None)
     os.chdir(box.cwd)
-    import tempfile
-
     tempfile.tempdir = str(box.scratch)
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     resource.setrlimit(resource.RLIMIT_CPU, (int(used + limit) + 1, int(used + limit) + 2))
@@ -143,7 +144,8 @@ def _played(child: Child, status: int, used: Any, hung: bool, resident_bytes: in
     elif number:
         faults = [Fault("crash", f"{call}: {signal.Signals(number).name}", told)]
     elif not found.exists():
-        faults = [Fault("broken", f"the play itself failed: {(told.strip().splitlines() or ['?'])[-1]}", told)]
+        told = _read(child.box.root / "broken")
+        faults = [Fault("broken", f"the play itself failed: {(told.strip().splitlines() or ['?'])[-1][:150]}", told)]
     else:
         faults = [Fault(**fault) for fault in json.loads(found.read_text())]
     if used.ru_maxrss * 1024 > resident_bytes:
@@ -193,7 +195,7 @@ def _fields(case: Case) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Play what the command line asks for; returns 1 where anything was found."""
     options = _options(arguments)
-    root = Path(mkdtemp(prefix="recap-fuzz-")).resolve()
+    root = Path(tempfile.mkdtemp(prefix="recap-fuzz-")).resolve()
     began, spent = time.monotonic(), time.process_time()
     try:
         os.chdir(root)
@@ -220,8 +222,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     parser.add_argument("--kinds", default="", help="only these, with commas between")
-    parser.add_argument("--corpus", default="all", choices=["all", "none", "fast", "only"], help="the inputs that once broke something")
-    parser.add_argument("--case", action="append", default=[], metavar="JSON", help="play this one instead, and show what it prints")
+    parser.add_argument(
+        "--corpus", default="all", choices=["all", "none", "sample", "only"], help="the inputs that once broke something"
+    )
+    parser.add_argument(
+        "--case", action="append", default=[], metavar="JSON", help="play this one instead, and show what it prints"
+    )
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds of a hang")
     parser.add_argument("--json", type=os.path.abspath, metavar="FILE", help="write the report here")
     parser.add_argument("--no-shrink", action="store_true")
@@ -232,16 +238,12 @@ def _prepared(options: argparse.Namespace, root: Path) -> tuple[Player, list[tup
     """Import and make everything, and draw the cases."""
     scratch = root / "world"
     scratch.mkdir()
-    from tests.fuzz.kinds import KINDS, corpus, drawn, load_libraries, probes
-    from tests.fuzz.watch import put_on
-    from tests.fuzz.world import World, environment
-
     os.environ.update(environment(scratch))
     load_libraries()
     kinds = [kind for kind in options.kinds.split(",") if kind] or list(KINDS)
     cases = [("given", Case.from_json(text)) for text in options.case]
     if not cases:
-        cases = [] if options.corpus == "none" else corpus(kinds, fast=options.corpus == "fast")
+        cases = [] if options.corpus == "none" else corpus(kinds, options.seed if options.corpus == "sample" else None)
         cases += [] if options.corpus == "only" else drawn(kinds, options.cases, options.seed)
     world = World(scratch)
     for kind in {case.kind for _, case in cases}:

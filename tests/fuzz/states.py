@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from tests.fuzz import damage
 from tests.fuzz.case import Box, Call, Case
-from tests.fuzz.values import shares
 from tests.fuzz.world import AFTER, MODELS, World, facts_of, sha256, tensors_since
 
 OURS = re.compile(r"(full|round|best)-\d{3,}/.*|recipe(-\d{3,})?\.yaml|state\.yaml\.tmp|\.recap-init")
@@ -19,8 +18,14 @@ NOTES = "notes.txt"
 SEALED = ("state.yaml", "recipe.yaml")
 LOOKS = ("status", "status-json", "eval", "export", "report", "dry-run")
 
-_manifest = st.one_of(damage.on("state.yaml", damage.bytewise), damage.on("state.yaml", damage.tree), damage.on("state.yaml", damage.filewise))
-_plants = st.tuples(st.just("write"), st.sampled_from(["own.txt", "full-000/own.txt", "round-099/x", "recipe-999.yaml", "report.html"]), st.just("mine"))
+_manifest = st.one_of(
+    damage.on("state.yaml", damage.bytewise), damage.on("state.yaml", damage.tree), damage.on("state.yaml", damage.filewise)
+)
+_plants = st.tuples(
+    st.just("write"),
+    st.sampled_from(["own.txt", "full-000/own.txt", "round-099/x", "recipe-999.yaml", "report.html"]),
+    st.just("mine"),
+)
 _any = st.one_of(damage.bytewise, damage.filewise, damage.tree, damage.tensor, _plants)
 _step = st.one_of(_manifest, _any, _any)
 _linked = st.tuples(st.just("link"), st.sampled_from(["full-000", "full-001", "full-002", "round-001", "best-001"]))
@@ -35,7 +40,9 @@ def cases() -> st.SearchStrategy[Case]:
         st.tuples(st.one_of(damage.on("state.yaml", damage.tree)), st.just(("reseal",))),
         st.tuples(_linked),
     )
-    calls = st.one_of(st.just(("status", "next")), st.just(("next",)), st.tuples(st.sampled_from([*LOOKS, "next", "run", "wrong"])))
+    calls = st.one_of(
+        st.just(("status", "next")), st.just(("next",)), st.tuples(st.sampled_from([*LOOKS, "next", "run", "wrong"]))
+    )
     base = st.tuples(st.sampled_from(MODELS), st.sampled_from(AFTER)).map("/".join)
     return st.builds(Case, st.just("states"), base, steps, calls)
 
@@ -137,27 +144,61 @@ CORPUS = {
     "S1 best names a folder without files": _case("vit/merge1", ("at", "state.yaml", "best/folder", "best-009")),
     "S11 a folder on another disk": _case("bert/merge1", ("link", "full-001")),
     "S11 a folder on another disk, for the mask": _case("vit/prune1", ("link", "full-000")),
-    "S15 history without a round": _case("bert/merge1", ("at", "state.yaml", "history", [{"stage": "init"}]), ("reseal",), calls=("status", "next")),
+    "S15 history without a round": _case(
+        "bert/merge1", ("at", "state.yaml", "history", [{"stage": "init"}]), ("reseal",), calls=("status", "next")
+    ),
     "S15 seconds that are a text": _case("bert/merge1", ("at", "state.yaml", "history/1/seconds", "x"), ("reseal",)),
     "S15 bytes that are a list": _case("bert/finetune1", ("at", "state.yaml", "history/3/weights_bytes", [1]), ("reseal",)),
-    "S15 best round that is a text": _case("bert/merge1", ("at", "state.yaml", "best/round", ".."), ("reseal",), calls=("eval",)),
+    "S15 best round that is a text": _case(
+        "bert/merge1", ("at", "state.yaml", "best/round", ".."), ("reseal",), calls=("eval",)
+    ),
     "S15 round 1000": _case("bert/mask1", ("at", "state.yaml", "round", 1000), ("reseal",), calls=("next",)),
-    "S15 small above the folder": _case("bert/prune1", ("at", "state.yaml", "small", ".."), ("reseal",), calls=("status", "next")),
-    "S15 a turn without its course": _case("bert/merge1", ("at", "state.yaml", "history/0/turns/0/course", "$delete"), ("reseal",), calls=("next",)),
-    "S15 a plan without a name": _case("bert/prune1", ("tensor", "round-001/plan.safetensors", 0.0, "drop"), ("reseal",), calls=("next",)),
-    "S15 a plan of another shape": _case("bert/prune1", ("tensor", "round-001/plan.safetensors", 0.0, "longer"), ("reseal",), calls=("next",)),
-    "S15 a mask without a name": _case("bert/mask1", ("tensor", "round-001/mask.safetensors", 0.0, "drop"), ("reseal",), calls=("next",)),
-    "S15 a mask of another shape": _case("bert/mask1", ("tensor", "round-001/mask.safetensors", 0.0, "longer"), ("reseal",), calls=("next",)),
-    "S15 moved without a name": _case("bert/finetune1", ("tensor", "round-001/moved.safetensors", 0.0, "drop"), ("reseal",), calls=("next",)),
-    "S15 moved of another shape": _case("bert/finetune1", ("tensor", "round-001/moved.safetensors", 0.5, "longer"), ("reseal",), calls=("next",)),
-    "S15 small without a name": _case("bert/prune1", ("tensor", "round-001/small.safetensors", 0.3, "drop"), ("reseal",), calls=("next",)),
+    "S15 small above the folder": _case(
+        "bert/prune1", ("at", "state.yaml", "small", ".."), ("reseal",), calls=("status", "next")
+    ),
+    "S15 a turn without its course": _case(
+        "bert/merge1", ("at", "state.yaml", "history/0/turns/0/course", "$delete"), ("reseal",), calls=("next",)
+    ),
+    "S15 a plan without a name": _case(
+        "bert/prune1", ("tensor", "round-001/plan.safetensors", 0.0, "drop"), ("reseal",), calls=("next",)
+    ),
+    "S15 a plan of another shape": _case(
+        "bert/prune1", ("tensor", "round-001/plan.safetensors", 0.0, "longer"), ("reseal",), calls=("next",)
+    ),
+    "S15 a mask without a name": _case(
+        "bert/mask1", ("tensor", "round-001/mask.safetensors", 0.0, "drop"), ("reseal",), calls=("next",)
+    ),
+    "S15 a mask of another shape": _case(
+        "bert/mask1", ("tensor", "round-001/mask.safetensors", 0.0, "longer"), ("reseal",), calls=("next",)
+    ),
+    "S15 moved without a name": _case(
+        "bert/finetune1", ("tensor", "round-001/moved.safetensors", 0.0, "drop"), ("reseal",), calls=("next",)
+    ),
+    "S15 moved of another shape": _case(
+        "bert/finetune1", ("tensor", "round-001/moved.safetensors", 0.5, "longer"), ("reseal",), calls=("next",)
+    ),
+    "S15 small without a name": _case(
+        "bert/prune1", ("tensor", "round-001/small.safetensors", 0.3, "drop"), ("reseal",), calls=("next",)
+    ),
     "S15 layout.json a list": _case("vit/init", ("write", "full-000/layout.json", "[1]"), ("reseal",), calls=("next",)),
-    "S15 layout.json of other types": _case("vit/init", ("tree", "full-000/layout.json", 0.3, "set", 5), ("reseal",), calls=("next",)),
-    "S15 metrics.json a list": _case("bert/finetune1", ("write", "round-001/metrics.json", "[1]"), ("reseal",), calls=("next",)),
-    "S15 spec.json of other types": _case("bert/init", ("at", "full-000/spec.json", "config", None), ("reseal",), calls=("next",)),
-    "S15 tokenizer_config.json of other types": _case("bert/init", ("write", "full-000/tokenizer_config.json", "[1]"), ("reseal",), calls=("next",)),
+    "S15 layout.json of other types": _case(
+        "vit/init", ("tree", "full-000/layout.json", 0.3, "set", 5), ("reseal",), calls=("next",)
+    ),
+    "S15 metrics.json a list": _case(
+        "bert/finetune1", ("write", "round-001/metrics.json", "[1]"), ("reseal",), calls=("next",)
+    ),
+    "S15 spec.json of other types": _case(
+        "bert/init", ("at", "full-000/spec.json", "config", None), ("reseal",), calls=("next",)
+    ),
+    "S15 tokenizer_config.json of other types": _case(
+        "bert/init", ("write", "full-000/tokenizer_config.json", "[1]"), ("reseal",), calls=("next",)
+    ),
     "S16 state.yaml a FIFO": _case("vit/init", ("fifo", "state.yaml"), calls=("status",)),
-    "S16 the product of a finished state altered": _case("bert/merge2", ("flip", "best-*/model.safetensors", 0.9, 1), calls=("run",)),
+    "S16 the product of a finished state altered": _case(
+        "bert/merge2", ("flip", "best-*/model.safetensors", 0.9, 1), calls=("run",)
+    ),
     "held: every file cut": _case("bert/merge1", ("cut", 3, 0.5), calls=("next",)),
-    "held: tags in state.yaml": _case("vit/init", ("write", "state.yaml", "!!python/object/apply:os.system [echo]"), calls=("status",)),
+    "held: tags in state.yaml": _case(
+        "vit/init", ("write", "state.yaml", "!!python/object/apply:os.system [echo]"), calls=("status",)
+    ),
 }

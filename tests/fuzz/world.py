@@ -58,7 +58,8 @@ class World:
         if not folder.exists():
             name, _, sharded = base.partition("-")
             model: Any = pico(name)[0]
-            model.save_pretrained(folder, max_shard_size="60KB" if sharded else "5GB")
+            with contextlib.redirect_stderr(io.StringIO()):
+                model.save_pretrained(folder, max_shard_size="60KB" if sharded else "5GB")
             if name == "bert":
                 shutil.copytree(self.data() / "tokenizer", folder, dirs_exist_ok=True)
             else:
@@ -106,7 +107,11 @@ def facts_of(state: Path) -> dict[str, Any]:
 def tensors_since(before: Path, after: Path) -> dict[str, str]:
     """The safetensors files that a state has and an earlier one has not, with their sha256."""
     old = facts_of(before)["files"]
-    return {name: seal["sha256"] for name, seal in facts_of(after)["files"].items() if name not in old and name.endswith(".safetensors")}
+    return {
+        name: seal["sha256"]
+        for name, seal in facts_of(after)["files"].items()
+        if name not in old and name.endswith(".safetensors")
+    }
 
 
 def environment(scratch: Path) -> dict[str, str]:
