@@ -59,6 +59,7 @@ class Call:
     names: tuple[str, ...] = ()  # one of these stands in the message of a refusal
     never: tuple[str, ...] = ()  # words of a library that mean nothing to a user
     may_stop: bool = False  # whether 130, as after Ctrl-C, is right
+    may_start: bool = False  # whether other programs may be started
     state: Path | None = None  # a failure alters nothing in here that was committed
     leftovers: Callable[[str], bool] = lambda rel: False  # what of the state may go even so
     reads_only: bool = False  # success alters nothing in the state either

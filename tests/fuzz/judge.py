@@ -36,7 +36,8 @@ def judge(call: Call, box: Box) -> Iterator[Fault]:
     kept = [box.outside] if call.state is None else [box.outside, call.state]
     before = {folder: tree(folder) for folder in kept}
     found = _make(call, box)
-    faults = [Fault(what, _plain(detail)) for what, detail in WATCH.end()]
+    seen = dict(reversed(WATCH.end()))  # of each kind of violation the first
+    faults = [Fault(what, _plain(detail)) for what, detail in seen.items() if not (what == "process" and call.may_start)]
     faults += _of_words(call, found)
     faults += _of_rules(call, found)
     for folder in kept:

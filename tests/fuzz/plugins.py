@@ -237,6 +237,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
             if name == "prune" and "clone()" in parts.get("score", "")
             else {},
             may_stop=interrupted,
+            may_start=name == "doctor",
         )
 
 

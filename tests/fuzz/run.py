@@ -129,7 +129,7 @@ def _in_child(case: Case, world: Any, box: Box, limit: float) -> None:
     sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (until the process ends)
     faults: list[Fault] = []
     for call in KINDS[case.kind].play(case, world, box):
-        (box.root / "call").write_text(" ".join(call.arguments) or "recap_cli.load")
+        (box.root / "call").write_text(ascii(" ".join(call.arguments) or "recap_cli.load"))
         faults += judge(call, box)
     (box.root / "found.json").write_text(json.dumps([asdict(fault) for fault in faults]))
 
@@ -137,7 +137,7 @@ def _in_child(case: Case, world: Any, box: Box, limit: float) -> None:
 def _played(child: Child, status: int, used: Any, hung: bool, resident_bytes: int) -> Played:
     found = child.box.root / "found.json"
     told = _read(child.box.root / "stderr")[-1500:]
-    call = _read(child.box.root / "call").partition(" ")[0]
+    call = _read(child.box.root / "call").strip("'\"").partition(" ")[0]
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if hung or number in (signal.SIGXCPU, signal.SIGKILL):
         faults = [Fault("hang", f"{call or 'play'} was ended", told)]
@@ -282,6 +282,8 @@ def _play_all(player: Player, cases: list[tuple[str, Case]], options: argparse.N
         if name := names[played.case.to_json()]:
             corpus[name] = sorted(signatures)
         for signature, fault in signatures.items():
+            if signature not in by_signature:
+                print(f"{name or 'drawn'}: {signature}", file=sys.stderr, flush=True)
             by_signature[signature].append((played.case, fault))
     faults = []
     for signature, found in sorted(by_signature.items(), key=lambda item: -len(item[1])):

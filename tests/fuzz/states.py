@@ -1,5 +1,6 @@
 """States after every stage, damaged: `state.yaml`, the files that it names, what lies beside them."""
 
+import hashlib
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from tests.fuzz.world import AFTER, MODELS, World, facts_of, sha256, tensors_sin
 
 OURS = re.compile(r"(full|round|best)-\d{3,}/.*|recipe(-\d{3,})?\.yaml|state\.yaml\.tmp|\.recap-init")
 NOTES = "notes.txt"
-SEALED = ("state.yaml", "recipe.yaml")
+SEAL = "# sha256 of all lines above: "  # the last line of a state.yaml that is sealed
 LOOKS = ("status", "status-json", "eval", "export", "report", "dry-run")
 
 _manifest = st.one_of(
@@ -64,7 +65,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
     touched = {damage.apply(state, step, box.outside) for step in case.steps if step[0] != "reseal"}
     resealed = ("reseal",) in case.steps
     if resealed:
-        reseal(state)
+        reseal(state, sealed=SEAL.encode() in (sound / "state.yaml").read_bytes())
     forged = not resealed and "state.yaml" in touched and told(state / "state.yaml") != told(sound / "state.yaml")
     refuse = "a state.yaml that is not what was committed is refused" if forged else ""
     committed = {*facts["files"], "state.yaml", NOTES}
@@ -93,8 +94,8 @@ def told(file: Path) -> Any:
     return found if isinstance(found, dict) else f"no mapping: {file}"
 
 
-def reseal(state: Path) -> None:
-    """Put the checksums in state.yaml right, as a hostile hand would."""
+def reseal(state: Path, *, sealed: bool) -> None:
+    """Put the checksums in state.yaml right, as a hostile hand would, and its own where it has one."""
     found = told(state / "state.yaml")
     files = found.get("files") if isinstance(found, dict) else None
     for name, seal in files.items() if isinstance(files, dict) else ():
@@ -103,6 +104,9 @@ def reseal(state: Path) -> None:
             seal |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
     if isinstance(found, dict):
         damage.write_tree(state / "state.yaml", found)
+        if sealed:
+            text = (state / "state.yaml").read_bytes()
+            (state / "state.yaml").write_bytes(text + f"{SEAL}{hashlib.sha256(text).hexdigest()}\n".encode())
 
 
 def _later(world: World, model: str, after: str, call: str) -> Path | None:
