@@ -5,6 +5,7 @@ A step is a tuple of JSON values, its name first. A file is named, or counted am
 
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ def apply(root: Path, step: tuple[Any, ...], outside: Path) -> str | None:
     `outside` is where a file goes that a link is put in place of.
     """
     file = pick(root, step[1], {"tensor": ".safetensors", "tree": (".json", ".yaml")}.get(step[0], ""))
-    if file is None:
+    if file is None or root not in Path(os.path.normpath(file)).parents:
         return None
     ACTIONS[step[0]](file, outside, *step[2:])
     return file.relative_to(root).as_posix()
@@ -126,6 +127,13 @@ def _link(file: Path, outside: Path, *_: Any) -> None:
         elsewhere.mkdir(exist_ok=True)
         shutil.move(file, elsewhere / file.name)
         file.symlink_to(elsewhere / file.name)
+
+
+def _drop_match(file: Path, _: Path, pattern: str) -> None:
+    """Take the first line away that a pattern is found in."""
+    lines = file.read_text().splitlines(keepends=True)
+    del lines[next(at for at, line in enumerate(lines) if re.search(pattern, line))]
+    file.write_text("".join(lines))
 
 
 def _tree(file: Path, _: Path, share: float, operation: str, value: Any) -> None:
@@ -239,6 +247,7 @@ ACTIONS: dict[str, Callable[..., None]] = {
     "append": _bytes(lambda data, text: data + text.encode("latin-1")),
     "drop-line": _bytes(_line(0)),
     "double-line": _bytes(_line(2)),
+    "drop-match": _drop_match,
     "empty": _bytes(lambda data: b""),
     "junk": _bytes(lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"),
     "delete": _instead(lambda file, _: None),

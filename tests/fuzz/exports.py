@@ -148,7 +148,7 @@ CORPUS = {
     "S13 schema 1.5": _fact("schema", 1.5, refused=True),
     "S13 100,000 brackets": _case(("write", FACTS, "[" * 100_000)),
     "S13 a FIFO as recap.json": _case(("fifo", FACTS)),
-    "S13 a FIFO among files": _case(("fifo", "config.json")),
+    "S13 a FIFO among files": _case(("fifo", "config.json"), ("at", FACTS, "files/config.json/bytes", 0)),
     "S13 /dev/zero among files": _case(("zero", "config.json"), ("at", FACTS, "files/config.json/bytes", 0)),
     "S13 spec config null": _sealed("spec.json", "config", None),
     "S13 spec library timm": _sealed("spec.json", "library", "timm"),

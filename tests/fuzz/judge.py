@@ -31,8 +31,8 @@ class Result(NamedTuple):
     value: Any
 
 
-def judge(call: Call, box: Box) -> Iterator[Fault]:
-    """Make one call, and yield what is wrong with what it did."""
+def judge(call: Call, box: Box) -> tuple[list[Fault], Result]:
+    """Make one call; returns what is wrong with what it did, and what it came to."""
     kept = [box.outside] if call.state is None else [box.outside, call.state]
     before = {folder: tree(folder) for folder in kept}
     found = _make(call, box)
@@ -43,7 +43,7 @@ def judge(call: Call, box: Box) -> Iterator[Fault]:
     for folder in kept:
         faults += _of_files(call, found, folder, before[folder])
     told = (found.out + found.err)[-1500:]
-    yield from (Fault(fault.what, fault.detail, told) for fault in faults)
+    return [Fault(fault.what, fault.detail, told) for fault in faults], found
 
 
 def _make(call: Call, box: Box) -> Result:

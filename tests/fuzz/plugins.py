@@ -275,7 +275,7 @@ CORPUS = {
     "S14 sys.exit in score": _case("score", "raise SystemExit(4)"),
     "S14 a BaseException on import": _case("module", "class E(BaseException): pass\nraise E('x')"),
     "S14 KeyboardInterrupt on import": _case("module", "raise KeyboardInterrupt"),
-    "S14 import that fails, seen by --dry-run": Case(
+    "held: a method that cannot be imported": Case(
         "plugins", "method", (("module", "raise ValueError('boom')"),), ("dry-fuzzed",)
     ),
     "held: a name claimed twice": Case("plugins", "criterion", (("second", ""), ("score", "raise KeyError('x')")), ("prune",)),

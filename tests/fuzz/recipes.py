@@ -341,7 +341,7 @@ CORPUS = {
     "S9 a million steps of pruning (slow)": _set_case("prune.steps", 1_000_000, call="run!"),
     "S10 a name above the folder": _set_case("name", "../../x", call="run-named"),
     "S10 an absolute name": _set_case("name", "/abs/x", call="dry-run"),
-    "S10 the folder above as a name": _set_case("name", "..", call="run-named"),
+    "S10 the folder above as a name": _set_case("name", "..", call="dry-run"),
     "S10 the folder itself as a name": _set_case("name", ".", call="run-named"),
     "S10 a zero byte in a name": _set_case("name", "a\0b", call="run-named"),
     "S10 an escape in a name": _set_case("name", "\x1b[31mred", call="run-named"),
@@ -357,6 +357,6 @@ CORPUS = {
     ),
     "S15 torch_dtype float16": _set_case("model.config.torch_dtype", "float16"),
     "S15 dtype nope": _set_case("model.config.dtype", "nope"),
-    "S15 pad_token_id 999": _set_case("model.config.pad_token_id", 999, base="bert"),
+    "S15 pad_token_id 999": _set_case("model.config.pad_token_id", 999, base="bert", call="run!"),
     "held: tags": _case(("write", FILE, "name: !!python/object/apply:os.system [echo]")),
 }

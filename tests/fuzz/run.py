@@ -33,7 +33,7 @@ LIMIT_SECONDS = 25.0
 BUSY_FACTOR = 12  # a process that is not waiting gets so much more time by the clock: the machine may be busy
 ADDRESS_BYTES = 12 * 2**30
 RESIDENT_BYTES = 3 * 2**30
-FILE_BYTES = 2 * 2**30
+ROOM_BYTES = 2**30
 SHRINKS = 40  # plays that making one failing case smaller may cost
 
 
@@ -43,7 +43,7 @@ class Played(NamedTuple):
     case: Case
     faults: list[Fault]
     cpu_seconds: float
-    codes: list[int]
+    told: list[str]  # per call: its words, its exit code, and what it printed
 
 
 class Child(NamedTuple):
@@ -123,20 +123,22 @@ def _in_child(case: Case, world: Any, box: Box, limit: float) -> None:
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     resource.setrlimit(resource.RLIMIT_CPU, (int(used + limit) + 1, int(used + limit) + 2))
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_BYTES, ADDRESS_BYTES))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (until the process ends)
     faults: list[Fault] = []
+    told: list[str] = []
     for call in KINDS[case.kind].play(case, world, box):
         (box.root / "call").write_text(ascii(" ".join(call.arguments) or "recap_cli.load"))
-        faults += judge(call, box)
-    (box.root / "found.json").write_text(json.dumps([asdict(fault) for fault in faults]))
+        found, result = judge(call, box)
+        faults += found
+        told.append(f"{' '.join(call.arguments)[:300] or 'recap_cli.load'} -> {result.code}\n{result.out}{result.err}"[:3000])
+    (box.root / "found.json").write_text(json.dumps({"faults": [asdict(fault) for fault in faults], "told": told}))
 
 
 def _played(child: Child, status: int, used: Any, hung: bool, resident_bytes: int) -> Played:
     found = child.box.root / "found.json"
-    told = _read(child.box.root / "stderr")[-1500:]
+    told, facts = _read(child.box.root / "stderr")[-1500:], {}
     call = _read(child.box.root / "call").strip("'\"").partition(" ")[0]
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if hung or number in (signal.SIGXCPU, signal.SIGKILL):
@@ -147,10 +149,11 @@ def _played(child: Child, status: int, used: Any, hung: bool, resident_bytes: in
         told = _read(child.box.root / "broken")
         faults = [Fault("broken", f"the play itself failed: {(told.strip().splitlines() or ['?'])[-1][:150]}", told)]
     else:
-        faults = [Fault(**fault) for fault in json.loads(found.read_text())]
+        facts = json.loads(found.read_text())
+        faults = [Fault(**fault) for fault in facts["faults"]]
     if used.ru_maxrss * 1024 > resident_bytes:
         faults.append(Fault("memory", f"{call} held above {resident_bytes / 2**30:.1f} GiB"))
-    return Played(child.case, faults, used.ru_utime + used.ru_stime, [])
+    return Played(child.case, faults, used.ru_utime + used.ru_stime, facts.get("told", []))
 
 
 def _read(path: Path) -> str:
@@ -181,7 +184,7 @@ def _smaller_ones(case: Case) -> Iterator[Case]:
             if len(items) > 1:
                 yield Case(**{**_fields(case), field: items[:at] + items[at + 1 :]})
     for at, step in enumerate(case.steps):
-        for place, value in enumerate(step[1:], 1):
+        for place, value in enumerate(step[2:], 2):  # the first says where
             if isinstance(value, str) and len(value) > 8:
                 for part in (value[: len(value) // 2], value[len(value) // 2 :]):
                     steps = (*case.steps[:at], (*step[:place], part, *step[place + 1 :]), *case.steps[at + 1 :])
@@ -195,7 +198,7 @@ def _fields(case: Case) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Play what the command line asks for; returns 1 where anything was found."""
     options = _options(arguments)
-    root = Path(tempfile.mkdtemp(prefix="recap-fuzz-")).resolve()
+    root = Path(tempfile.mkdtemp(prefix="recap-fuzz-", dir=_in_memory())).resolve()
     began, spent = time.monotonic(), time.process_time()
     try:
         os.chdir(root)
@@ -232,6 +235,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=os.path.abspath, metavar="FILE", help="write the report here")
     parser.add_argument("--no-shrink", action="store_true")
     return parser.parse_args(arguments)
+
+
+def _in_memory() -> str | None:
+    """A folder of the machine's memory, where there is one with room: every stage waits for the disk."""
+    place = Path("/dev/shm")
+    return str(place) if place.is_dir() and shutil.disk_usage(place).free > ROOM_BYTES else None
 
 
 def _prepared(options: argparse.Namespace, root: Path) -> tuple[Player, list[tuple[str, Case]]]:
@@ -275,12 +284,14 @@ def _play_all(player: Player, cases: list[tuple[str, Case]], options: argparse.N
     corpus: dict[str, list[str]] = {}
     cpu: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for played in player.play((case for _, case in cases), options.jobs):
+    for played in _until_stopped(player.play((case for _, case in cases), options.jobs)):
         cpu[played.case.kind] += played.cpu_seconds
         counts[played.case.kind] += 1
         signatures = {fault.signature: fault for fault in played.faults}
         if name := names[played.case.to_json()]:
             corpus[name] = sorted(signatures)
+        if options.case:
+            print("\n".join(played.told).encode("ascii", "backslashreplace").decode())
         for signature, fault in signatures.items():
             if signature not in by_signature:
                 print(f"{name or 'drawn'}: {signature}", file=sys.stderr, flush=True)
@@ -299,11 +310,17 @@ def _play_all(player: Player, cases: list[tuple[str, Case]], options: argparse.N
     }
 
 
+def _until_stopped(plays: Iterator[Played]) -> Iterator[Played]:
+    """What has been played; Ctrl-C ends it, and what was found until then is reported."""
+    try:
+        yield from plays
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+
+
 def _tell(report: dict[str, Any], options: argparse.Namespace) -> None:
     for fault in report["faults"]:
         print(f"{fault['times']:5} × {fault['signature']}\n        --case {shell(fault['case'])}")
-        if options.case:
-            print(fault["told"])
     kinds = ", ".join(f"{kind} {told['cases']} in {told['cpu_seconds']} s" for kind, told in report["by_kind"].items())
     print(f"{report['cases']} cases ({kinds} of processor time), {report['seconds']} s in all, seed {report['seed']}")
     print(f"{len(report['faults'])} kinds of fault")

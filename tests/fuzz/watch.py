@@ -15,6 +15,7 @@ MOVING = {
     "os.remove": 1,
     "os.rename": 2,
     "os.rmdir": 1,
+    "shutil.rmtree": 1,
     "os.mkdir": 1,
     "os.link": 2,
     "os.symlink": 2,

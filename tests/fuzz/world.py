@@ -98,15 +98,17 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@cache
 def facts_of(state: Path) -> dict[str, Any]:
-    """What a sound state.yaml says."""
-    facts: dict[str, Any] = yaml.safe_load((state / "state.yaml").read_text())
+    """What the state.yaml of a sound state says; sound states are never written to."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    facts: dict[str, Any] = yaml.load((state / "state.yaml").read_text(), Loader=loader)
     return facts
 
 
-def tensors_since(before: Path, after: Path) -> dict[str, str]:
-    """The safetensors files that a state has and an earlier one has not, with their sha256."""
-    old = facts_of(before)["files"]
+def tensors_since(before: Path | None, after: Path) -> dict[str, str]:
+    """The safetensors files that a state has and an earlier one, if any, has not, with their sha256."""
+    old = facts_of(before)["files"] if before else {}
     return {
         name: seal["sha256"]
         for name, seal in facts_of(after)["files"].items()
