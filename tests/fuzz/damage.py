@@ -70,10 +70,15 @@ def pick(root: Path, name: str | int, suffix: Any = "") -> Path | None:
 
 def _bytes(change: Callable[..., bytes]) -> Callable[..., None]:
     def act(file: Path, _: Path, *values: Any) -> None:
-        if file.is_file():
+        if is_small(file):
             file.write_bytes(change(file.read_bytes(), *values))
 
     return act
+
+
+def is_small(file: Path) -> bool:
+    """Whether it is a file, and not the sparse one of 1 TB."""
+    return file.is_file() and file.stat().st_size < 2**26
 
 
 def _flip(data: bytes, share: float, bit: int) -> bytes:
@@ -147,6 +152,8 @@ def _tree(file: Path, _: Path, share: float, operation: str, value: Any) -> None
 
 def read_tree(file: Path) -> Any:
     """The value of a JSON or YAML file; None where it is none."""
+    if not is_small(file):
+        return None
     try:
         text = file.read_text()
         return json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
@@ -206,7 +213,7 @@ def _tensor(file: Path, _: Path, share: float | str, operation: str) -> None:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    if not file.is_file() or file.stat().st_size > 2**26:
+    if not is_small(file):
         return
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()

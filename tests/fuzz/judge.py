@@ -37,7 +37,7 @@ def judge(call: Call, box: Box) -> tuple[list[Fault], Result]:
     before = {folder: tree(folder) for folder in kept}
     found = _make(call, box)
     seen = dict(reversed(WATCH.end()))  # of each kind of violation the first
-    faults = [Fault(what, _plain(detail)) for what, detail in seen.items() if not (what == "process" and call.may_start)]
+    faults = [Fault(what, _plain(detail)) for what, detail in seen.items()]
     faults += _of_words(call, found)
     faults += _of_rules(call, found)
     for folder in kept:
@@ -55,7 +55,7 @@ def _make(call: Call, box: Box) -> Result:
         io.TextIOWrapper(os.fdopen(os.dup(n), "wb"), encoding="utf-8", write_through=True) for n in (1, 2)
     )
     code, value = 0, None
-    WATCH.begin((box.scratch, box.cwd, *call.writes), box.outside, box.root, box.site)
+    WATCH.begin((box.scratch, box.cwd, *call.writes), box.outside, box.root, box.site, call.may_start)
     try:
         if call.load is not None:
             import recap_cli

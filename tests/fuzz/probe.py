@@ -59,11 +59,19 @@ def _alter(box: Box) -> None:
 
 def _connect(box: Box) -> None:
     with socket.socket() as made:
-        made.settimeout(0.1)
+        made.connect(("127.0.0.1", 9))
+
+
+def _refused(act: Callable[[Box], object]) -> Callable[[Box], None]:
+    """The act, which the watch refuses as well as it sees it."""
+
+    def tried(box: Box) -> None:
         try:
-            made.connect(("127.0.0.1", 9))
-        except OSError:
-            return
+            act(box)
+        except PermissionError:
+            _refuse(box)
+
+    return tried
 
 
 def _execute(box: Box) -> None:
@@ -102,10 +110,10 @@ ACTS: dict[str, Callable[[Box], object]] = {
     "refused": _refuse,
     "wrong": lambda box: None,
     "stdout": lambda box: print("hello"),
-    "outside": lambda box: (box.root / "elsewhere.txt").touch(),
+    "outside": _refused(lambda box: (box.root / "elsewhere.txt").touch()),
     "peeked": lambda box: (box.outside / "secret").read_text(),
-    "socket": _connect,
-    "process": lambda box: subprocess.run(["true"], check=True),
+    "socket": _refused(_connect),
+    "process": _refused(lambda box: subprocess.run(["true"], check=True)),
     "unpickled": lambda box: pickle.loads(pickle.dumps(Fraction(1, 2))),
     "executed": _execute,
     "chdir": lambda box: os.chdir("/"),

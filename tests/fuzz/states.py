@@ -88,7 +88,11 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
 def told(file: Path) -> Any:
     """What a state.yaml says, as far as a reader of YAML can tell; a text of its bytes where there is no telling."""
     try:
-        found = yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if file.is_file() else None
+        found = (
+            yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            if damage.is_small(file)
+            else None
+        )
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
         found = None
     return found if isinstance(found, dict) else f"no mapping: {file}"
@@ -100,7 +104,7 @@ def reseal(state: Path, *, sealed: bool) -> None:
     files = found.get("files") if isinstance(found, dict) else None
     for name, seal in files.items() if isinstance(files, dict) else ():
         path = state / str(name)
-        if isinstance(seal, dict) and path.is_file() and path.stat().st_size < 2**26:
+        if isinstance(seal, dict) and damage.is_small(path):
             seal |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
     if isinstance(found, dict):
         damage.write_tree(state / "state.yaml", found)

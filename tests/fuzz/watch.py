@@ -1,9 +1,10 @@
 """An audit hook: what a call opens, writes, connects to, starts and unpickles, where it may not.
 
 A hook cannot be taken off, so it is put on in the runner alone, and counts only between `begin` and `end`. It sees what goes
-through Python; files that a library in Rust or C opens by itself are not seen.
+through Python; files that a library in Rust or C opens by itself are not seen. What would harm the machine is refused.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Iterable
@@ -30,7 +31,8 @@ FORBIDDEN = {
     "pickle.find_class": "unpickled",
     "os.chdir": "chdir",
 }
-PLACES = ("/dev/null", "/proc/self/")
+HARM = ("outside", "socket", "process")
+PLACES = ("/dev/null", "/proc/self")
 
 
 class Watch:
@@ -40,10 +42,12 @@ class Watch:
         self.on = False
         self.writable: tuple[str, ...] = ()
         self.hidden = self.data = self.code = "\0"
+        self.may_start = False
         self.seen: list[tuple[str, str]] = []
 
-    def begin(self, writable: Iterable[Path], hidden: Path, data: Path, code: Path) -> None:
+    def begin(self, writable: Iterable[Path], hidden: Path, data: Path, code: Path, may_start: bool) -> None:
         """Count from now: files may be written below `writable`, none read below `hidden`; below `data` only `code` runs."""
+        self.may_start = may_start
         self.writable = (*map(str, writable), *PLACES)
         self.hidden, self.data, self.code = str(hidden), str(data), str(code)
         self.seen = []
@@ -61,11 +65,11 @@ class Watch:
             self._opened(*values)
         elif (paths := MOVING.get(event)) is not None:
             at = 1 if event in ("os.link", "os.symlink") else 0  # what a link points to is not touched
-            folders = [value for value in values[paths:] if isinstance(value, int)]
-            if all(folder == -1 for folder in folders if event != "os.mkdir"):  # else relative to an open folder, as in rmtree
+            last = values[-1] if event != "os.truncate" else None
+            if not isinstance(last, int) or last < 0:  # else relative to a folder that is open, as within rmtree
                 for path in values[at:paths]:
                     self._touches(event, path)
-        elif event in FORBIDDEN:
+        elif event in FORBIDDEN and not (self.may_start and FORBIDDEN[event] == "process"):
             self._saw(FORBIDDEN[event], f"{event} {str(values[:2])[:120]}")
         elif event in ("compile", "exec") and values:
             name = str(values[-1] if event == "compile" else getattr(values[0], "co_filename", ""))
@@ -81,12 +85,17 @@ class Watch:
             self._saw("peeked", _absolute(path).removeprefix(self.data))
 
     def _touches(self, event: str, path: Any) -> None:
-        if not isinstance(path, int) and not _absolute(path).startswith(self.writable):
-            self._saw("outside", f"{event} {_absolute(path).removeprefix(self.data)}")
+        if isinstance(path, int):
+            return
+        place = _absolute(path)
+        if not any(place == inside or place.startswith(inside + os.sep) for inside in self.writable):
+            self._saw("outside", f"{event} {place.removeprefix(self.data)}")
 
     def _saw(self, what: str, detail: str) -> None:
         if (what, detail) not in self.seen and len(self.seen) < 20:
             self.seen.append((what, detail))
+        if what in HARM:
+            raise PermissionError(errno.EPERM, f"the watch refuses this: {what} {detail}")
 
 
 def _absolute(path: Any) -> str:
