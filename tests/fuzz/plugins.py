@@ -223,7 +223,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
         "doctor": ("doctor",),
     }
     for name in case.calls:
-        interrupted = "KeyboardInterrupt" in "".join(parts.values()) and not module
+        interrupted = "KeyboardInterrupt" in "".join(parts.values())
         yield Call(
             arguments[name],
             refuse=refuse["prune" if name == "prune" else "fuzzed"] if name in ("prune", "dry-fuzzed", "init-fuzzed") else "",

@@ -75,7 +75,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
         yield Call(
             arguments,
             refuse=refuse,
-            names=(state.name,),
+            names=() if resealed else (state.name,),
             state=state,
             leftovers=lambda rel: OURS.fullmatch(rel) is not None and rel not in committed,
             reads_only=name in LOOKS,
