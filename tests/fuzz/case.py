@@ -58,7 +58,7 @@ class Call:
     succeed: str = ""  # the rule that forbids to fail
     names: tuple[str, ...] = ()  # one of these stands in the message of a refusal
     never: tuple[str, ...] = ()  # words of a library that mean nothing to a user
-    may_stop: bool = False  # whether 130, as after Ctrl-C, is right
+    codes: tuple[int, ...] = ()  # of 1 and 130, those that are right here
     may_start: bool = False  # whether other programs may be started
     state: Path | None = None  # a failure alters nothing in here that was committed
     leftovers: Callable[[str], bool] = lambda rel: False  # what of the state may go even so

@@ -74,7 +74,7 @@ def _fits(key: str, told: str, value: Any) -> bool:  # noqa: PLR0911  (one line 
     if told.startswith("text such as"):
         mark = MARKS[key.rpartition(".")[2]]
         return isinstance(value, str) and mark.fullmatch(value) is not None
-    if told == "text":
+    if told.startswith("text"):
         return isinstance(value, str | float) and value != ""
     if told.startswith("true"):
         return isinstance(value, bool) or value in re.findall(r'"(\w+)"', told)
@@ -90,6 +90,8 @@ def _fits(key: str, told: str, value: Any) -> bool:  # noqa: PLR0911  (one line 
 
 def _is_number(told: str, value: Any) -> bool:
     whole = told.startswith("a whole number")
+    if not whole and not told.startswith("a number"):
+        raise AssertionError(f"a type that this module cannot read: {told}")
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not (whole or math.isfinite(value)):
         return False
     if found := re.match(r"a (?:whole )?number from (\d+) to (\d+)", told):

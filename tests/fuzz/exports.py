@@ -89,7 +89,9 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
             "" if resealed or torch.allclose(_logits(model), wanted, atol=1e-5) else "another model came back than was exported"
         )
 
-    yield Call(load=folder, state=folder, reads_only=True, refuse=forbidden, check=check, names=() if resealed else (folder.name,))
+    yield Call(
+        load=folder, state=folder, reads_only=True, refuse=forbidden, check=check, names=() if resealed else (folder.name,)
+    )
 
 
 def _seal(folder: Any) -> None:

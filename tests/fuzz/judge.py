@@ -99,15 +99,15 @@ def _of_words(call: Call, found: Result) -> Iterator[Fault]:
         yield Fault("bare", f"{bare[1]} {bare[2]}")
     elif "Traceback (most recent call last)" in found.err:
         yield Fault("traceback", found.err.strip().splitlines()[-1][:80])
-    elif found.code and not re.search(r"error: \S|Error", found.err):
+    elif found.code not in (0, *call.codes) and not re.search(r"error: \S|Error", found.err):
         yield Fault("mute", f"exit code {found.code} without a message")
     elif found.code and call.names and not any(name in found.err.replace("\n", "") for name in call.names):
         yield Fault("unnamed", f"the message names none of {', '.join(Path(name).name for name in call.names)}")
     if words := [words for words in call.never if words in found.err]:
         yield Fault("unclear", f"the message says {words[0]!r}")
-    stopped = found.code == 130 and not call.may_stop
+    strange = found.code in {1, 130} - {*call.codes} or found.code not in exit_codes()
     known = "bug in recap" in found.err or "bare " in found.err
-    if (found.code == 1 or stopped or found.code not in exit_codes()) and not known:
+    if strange and not known:
         yield Fault("code", f"exit code {found.code}")
     if len(found.err) > LONGEST:
         yield Fault("endless", f"a message above {LONGEST:,} characters")

@@ -228,7 +228,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
             arguments[name],
             refuse=refuse["prune" if name == "prune" else "fuzzed"] if name in ("prune", "dry-fuzzed", "init-fuzzed") else "",
             succeed=sound,
-            names=("fuzzed", "turn", "options") if not interrupted else (),
+            names=("fuzzed", "turn", "options") if not interrupted and name != "doctor" else (),
             state=state,
             leftovers=lambda rel: rel.startswith("round-"),
             writes=(state, box.root / "new"),
@@ -236,7 +236,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
             same=tensors_since(_STATES["init"], _STATES["prune"])
             if name == "prune" and "clone()" in parts.get("score", "")
             else {},
-            may_stop=interrupted,
+            codes=(130,) if interrupted else (1,) if name == "doctor" else (),
             may_start=name == "doctor",
         )
 
