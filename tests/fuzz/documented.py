@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 DOCS = Path(__file__).parents[2] / "docs"
 OPEN = ("options", "model.config")  # sections whose keys are someone else's
@@ -74,6 +75,8 @@ def _fits(key: str, told: str, value: Any) -> bool:  # noqa: PLR0911  (one line 
     if told.startswith("text such as"):
         mark = MARKS[key.rpartition(".")[2]]
         return isinstance(value, str) and mark.fullmatch(value) is not None
+    if told.startswith("text that can name a folder"):
+        return isinstance(value, str | float) and _names_a_folder(str(value))
     if told.startswith("text"):
         return isinstance(value, str | float) and value != ""
     if told.startswith("true"):
@@ -86,6 +89,17 @@ def _fits(key: str, told: str, value: Any) -> bool:  # noqa: PLR0911  (one line 
     if isinstance(value, str) and f'"{value}"' in told:
         return True
     return _is_number(told, value)
+
+
+def _names_a_folder(text: str) -> bool:
+    """The rule for a name: one plain part of a path."""
+    plain = text not in ("", ".", "..") and not text.startswith(("-", "~")) and text == text.strip()
+    return plain and len(text.encode("utf-8", "surrogatepass")) <= 200 and not leads_astray(text)
+
+
+def leads_astray(name: str) -> bool:
+    """Whether a name is no part of a path but more, or speaks to the terminal."""
+    return name in (".", "..") or any(char in "/\\" or category(char) == "Cc" for char in name)
 
 
 def _is_number(told: str, value: Any) -> bool:

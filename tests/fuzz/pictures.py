@@ -69,7 +69,7 @@ def _save(file: Path, mode: str, edge: int) -> None:
         else Image.fromarray((grey * 255).astype(np.uint8)).convert("RGB").convert("L" if mode == "LA" else mode)
     )
     image = image.convert("LA") if mode == "LA" else image
-    form = "PNG" if mode in ("1", "L", "LA", "P", "RGBA", "I;16", "I") else "TIFF"
+    form = "PNG" if mode in ("1", "L", "LA", "P", "RGBA", "I;16") else "TIFF"
     if form == "TIFF" and mode == "HSV":
         image = image.convert("RGB")
     image.save(file, form)

@@ -262,10 +262,7 @@ def _forbidden(values: Any, overrides: list[str]) -> Iterator[str]:
         elif not any(later.partition(".")[0] == key.partition(".")[0] for later, _ in said[at + 1 :]):
             yield from documented.violation(key, value)
     names = [value for key, value in said if key == "name"] or ([values.get("name")] if isinstance(values, dict) else [])
-    if any(
-        isinstance(name, str) and ("/" in name or "\0" in name or name in (".", "..") or not name.isprintable())
-        for name in names[-1:]
-    ):
+    if any(isinstance(name, str) and documented.leads_astray(name) for name in names[-1:]):
         yield "a name is one part of a path"
 
 
