@@ -102,10 +102,10 @@ def _line(copies: int) -> Callable[[bytes, float], bytes]:
 
 def _instead(make: Callable[[Path, Path], object]) -> Callable[..., None]:
     def act(file: Path, outside: Path, *_: Any) -> None:
-        if file.is_symlink() or file.is_file():
-            file.unlink()
-        elif file.is_dir():
+        if file.is_dir() and not file.is_symlink():
             shutil.rmtree(file)
+        else:
+            file.unlink(missing_ok=True)
         file.parent.mkdir(parents=True, exist_ok=True)
         make(file, outside)
 

@@ -1,7 +1,6 @@
 """Images that are cut, strange, or bombs: what the cases of `data` put among the images of a class."""
 
 import os
-import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -24,9 +23,8 @@ def altered(root: Path, step: tuple[Any, ...], box: Box) -> str:
     if step[0] == "beside":
         path = root / "train" / os.fsdecode(step[1].encode().decode("unicode_escape").encode("utf-8", "surrogateescape"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(files[0], path) if path.suffix == ".png" and not path.name.startswith("._") else path.write_bytes(
-            b"\0\5\x16\7"
-        )
+        whole = path.suffix == ".png" and not path.name.startswith("._")
+        path.write_bytes(files[0].read_bytes() if whole else b"\0\5\x16\7")
     elif step[0] == "mode":
         file = files[int(step[1] * len(files))]
         file.write_bytes(b"")

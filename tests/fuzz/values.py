@@ -66,7 +66,7 @@ hostile = st.one_of(
     st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=12),
     st.lists(st.sampled_from(PLAIN[:20]), max_size=4),
 )
-shares = st.floats(0, 1, exclude_max=True).map(lambda share: round(share, 4))  # of a file's length, lines or nodes
+shares = st.floats(0, 1, exclude_max=True).map(lambda share: int(share * 10_000) / 10_000)  # of a file's length, lines or nodes
 
 
 def unfold(value: Any) -> Any:
