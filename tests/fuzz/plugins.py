@@ -228,7 +228,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
             arguments[name],
             refuse=refuse["prune" if name == "prune" else "fuzzed"] if name in ("prune", "dry-fuzzed", "init-fuzzed") else "",
             succeed=sound,
-            names=("fuzzed", "turn", "options") if not interrupted and name != "doctor" else (),
+            names=("fuzzed", "turn", "options", "importance") if not interrupted and name != "doctor" else (),
             state=state,
             leftovers=lambda rel: rel.startswith("round-"),
             writes=(state, box.root / "new"),
