@@ -248,6 +248,7 @@ def _prepared(options: argparse.Namespace, root: Path) -> tuple[Player, list[tup
     scratch = root / "world"
     scratch.mkdir()
     os.environ.update(environment(scratch))
+    tempfile.tempdir = str(scratch)
     load_libraries()
     kinds = [kind for kind in options.kinds.split(",") if kind] or list(KINDS)
     cases = [("given", Case.from_json(text)) for text in options.case]
