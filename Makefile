@@ -2,6 +2,7 @@
 PYTHON ?= python
 
 .PHONY: check format lint types test mutants
+.PHONY: check format lint types test fuzz
 
 check: lint types test
 
@@ -21,3 +22,7 @@ test:
 
 mutants:  # wants the extra: pip install -e '.[dev,mutants]'
 	$(PYTHON) benchmarks/mutants.py
+# 5,000 drawn inputs, and all that once broke something; see CONTRIBUTING.md. Another seed: make fuzz SEED=7
+SEED ?= 0
+fuzz:
+	$(PYTHON) -m tests.fuzz.run --cases 5000 --seed $(SEED) --jobs 2
