@@ -1,8 +1,7 @@
 # The commands that people and CI share. PYTHON is the interpreter of the environment the project is installed in.
 PYTHON ?= python
 
-.PHONY: check format lint types test mutants
-.PHONY: check format lint types test fuzz
+.PHONY: check format lint types test mutants fuzz
 
 check: lint types test
 
@@ -22,6 +21,7 @@ test:
 
 mutants:  # wants the extra: pip install -e '.[dev,mutants]'
 	$(PYTHON) benchmarks/mutants.py
+
 # 5,000 drawn inputs, and all that once broke something; see CONTRIBUTING.md. Another seed: make fuzz SEED=7
 SEED ?= 0
 fuzz:
