@@ -111,7 +111,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
         state=folder,
         reads_only=True,
         refuse=refuse,
-        names=(str(folder), "model.config", "quantization_config"),
+        names=(str(folder),),
         writes=(box.root / "state",),
     )
 
