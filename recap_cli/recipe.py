@@ -102,6 +102,8 @@ def read(source: str, overrides: Sequence[str] = ()) -> Recipe:
     if source in _shipped_files():
         return parse(shipped_text(source), f"{source}.yaml", overrides)
     try:
+        if Path(source).is_fifo() and not source.startswith("/dev/"):  # the pipe of a shell's `<(...)` is below /dev
+            raise RecipeError(f"cannot read the recipe {source}: it is a pipe, and no file", hint=_HINT)
         with Path(source).open("rb") as file:
             raw = file.read(MOST_BYTES + 1)
         if len(raw) > MOST_BYTES:

@@ -329,6 +329,12 @@ def _case(*steps: tuple[Any, ...], base: str = "csv") -> Case:
 
 
 CORPUS = {
+    "a csv of a million million zero bytes": _case(
+        ("file", "train", ("sparse", 0)), ("must-refuse", "zeros are no text"), base="csv"
+    ),
+    "a jsonl of as many": _case(("file", "train", ("sparse", 0)), base="jsonl"),
+    "an empty file that is hidden": _case(("beside", "._0.png"), ("png", 0.0, "empty", 0.0), base="images"),
+    "an escape in the name of a class": _case(("beside", "\x1b[31m/1.png"), ("png", 0.0, "cut", 0.0), base="images"),
     "S2 images of 16 bits": _case(("ramps",), base="images"),
     "S3 stars from 1 to 5": _case(("labels", ["1", "2", "3", "4", "5"]), ("succeed",)),
     "S3 labels 0 and 2": _case(("labels", ["0", "2"]), ("succeed",)),

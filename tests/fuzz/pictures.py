@@ -12,12 +12,16 @@ from tests.fuzz.case import Box
 
 def altered(root: Path, step: tuple[Any, ...], box: Box) -> str:
     """Do a step to the folders of images; returns the rule that forbids to use them."""
-    files = sorted((root / "train").rglob("*.png"))
+    files = sorted(file for file in (root / "train").rglob("*.png") if not _is_hidden(file.relative_to(root)))
     if step[0] in ("bytes", "file"):
         touched = damage.apply(root, step[2], box.outside)
         return (
             "an image that is no whole image is refused"
-            if touched and step[2][0] in ("empty", "junk") and touched.startswith("train")
+            if touched
+            and step[2][0] in ("empty", "junk")
+            and touched.startswith("train")
+            and touched.endswith(".png")
+            and not _is_hidden(Path(touched))
             else ""
         )
     if step[0] == "beside":
@@ -32,6 +36,11 @@ def altered(root: Path, step: tuple[Any, ...], box: Box) -> str:
     elif step[0] == "png":
         return _broken(files[int(step[1] * len(files))], step, box)
     return str(step[1]) if step[0] == "must-refuse" else ""
+
+
+def _is_hidden(file: Path) -> bool:
+    """Whether a file is one of those that are noted, and not read."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in file.parts)
 
 
 def _broken(file: Path, step: tuple[Any, ...], box: Box) -> str:

@@ -276,6 +276,10 @@ CORPUS = {
     "S14 sys.exit in score": _case("score", "raise SystemExit(4)"),
     "S14 a BaseException on import": _case("module", "class E(BaseException): pass\nraise E('x')"),
     "S14 KeyboardInterrupt on import": _case("module", "raise KeyboardInterrupt"),
+    "entry points of a million million zero bytes": Case(
+        "plugins", "foreign", (("points", ("sparse", "entry_points.txt")),), ("plugins", "dry-run")
+    ),
+    "a FIFO as entry points": Case("plugins", "foreign", (("points", ("fifo", "entry_points.txt")),), ("plugins", "dry-run")),
     "an escape in the error of an import": _case("module", "raise ValueError('\\x1b[31m' + 'x\\n' * 9)"),
     "an import whose error has 100,000 characters": _case("module", "raise RecursionError('x' * 100000)"),
     "scores that are not a number": _case("score", "return torch.full_like(weight, float('nan'))"),
