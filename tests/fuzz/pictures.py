@@ -28,10 +28,10 @@ def altered(root: Path, step: tuple[Any, ...], box: Box) -> str:
         path = root / "train" / os.fsdecode(step[1].encode().decode("unicode_escape").encode("utf-8", "surrogateescape"))
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.suffix == ".png" and not path.name.startswith("._")
-        path.write_bytes(files[0].read_bytes() if whole else b"\0\5\x16\7")
+        path.write_bytes(png(16, 16) if whole else b"\0\5\x16\7")
     elif step[0] == "mode":
         file = files[int(step[1] * len(files))]
-        file.write_bytes(b"")
+        damage.apply(file.parent, ("delete", file.name), box.outside)  # a pipe of an earlier step would be waited for
         _save(file, step[2], step[3])
     elif step[0] == "png":
         return _broken(files[int(step[1] * len(files))], step, box)
@@ -45,6 +45,8 @@ def _is_hidden(file: Path) -> bool:
 
 def _broken(file: Path, step: tuple[Any, ...], box: Box) -> str:
     what, share = step[2], step[3]
+    if what in ("bomb", "wide", "text"):
+        damage.apply(file.parent, ("delete", file.name), box.outside)
     if what == "bomb":
         file.write_bytes(png(20_000, 20_000))
     elif what == "wide":

@@ -219,6 +219,12 @@ CORPUS = {
     "S15 tokenizer_config.json of other types": _case(
         "bert/init", ("write", "full-000/tokenizer_config.json", "[1]"), ("reseal",), calls=("next",)
     ),
+    "a plugin without its kind": _case(
+        "bert/init", ("at", "state.yaml", "plugins/used/0/kind", "$delete"), ("reseal",), calls=("report",)
+    ),
+    "plugins that are no list": _case(
+        "bert/init", ("at", "state.yaml", "plugins/used", {"kind": "x"}), ("reseal",), calls=("report",)
+    ),
     "S16 state.yaml a FIFO": _case("vit/init", ("fifo", "state.yaml"), calls=("status",)),
     "S16 the product of a finished state altered": _case(
         "bert/merge2", ("flip", "best-*/model.safetensors", 0.9, 1), calls=("run",)
