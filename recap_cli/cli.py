@@ -34,6 +34,7 @@ from recap_cli.commands import (
     status,
 )
 from recap_cli.errors import DeviceMemoryError, PluginError, RecapError, StorageError, lacks_device_memory
+from recap_cli.legible import legible
 
 STOPPED = "stopped; what the stages before have finished is kept, and nothing else"
 INTERRUPTED = interrupt.INTERRUPTED
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _sleep_soon()
     registry.leave_out_broken()
     said: list[str] = []  # the word to someone who stops us, once it is out
-    with interrupt.heard(lambda: "" if said else f"error: {STOPPED}\nhint: {_again(given)}\n") as is_interrupted:
+    with interrupt.heard(lambda: "" if said else f"error: {STOPPED}\nhint: {legible(_again(given))}\n") as is_interrupted:
         try:
             return _run(given)
         except KeyboardInterrupt:
@@ -141,7 +142,8 @@ def _again(arguments: Sequence[str]) -> str:
 def _failed(error: Exception) -> int:
     console.close()
     if os.environ.get(TRACEBACK, "") not in ("", "0"):
-        console.say("".join(traceback.format_exception(error)).rstrip())
+        for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
+            console.say(line)
     ours = _explained(error)
     console.error(ours.message, ours.hint)
     return ours.exit_code

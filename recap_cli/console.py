@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from recap_cli.legible import escaped_in_json, legible
 from recap_cli.progress import Item
 
 if TYPE_CHECKING:
@@ -32,14 +33,19 @@ def result(text: str) -> None:
     print(text, file=sys.stdout, flush=True)  # noqa: T201
 
 
+def line(text: str) -> None:
+    """Print a line of a result that is for people on stdout: `legible`, for it may quote anything."""
+    result(legible(text))
+
+
 def emit_json(value: object) -> None:
     """Print `value` as JSON on stdout; a number that is not finite becomes null, which JSON can say."""
-    result(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
+    result(escaped_in_json(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str)))
 
 
 def say(text: str) -> None:
-    """Print a line for people on stderr, above the bars where there are some."""
-    _console(sys.stderr).print(text, soft_wrap=True)
+    """Print a line for people on stderr, above the bars where there are some; `legible`, for it may quote anything."""
+    _console(sys.stderr).print(legible(text), soft_wrap=True)
 
 
 def error(message: str, hint: str | None = None) -> None:
@@ -47,9 +53,9 @@ def error(message: str, hint: str | None = None) -> None:
     from rich.text import Text
 
     console = _console(sys.stderr)
-    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), legible(message)), soft_wrap=True)
     if hint:
-        console.print(Text.assemble(("hint: ", "bold cyan"), hint), soft_wrap=True)
+        console.print(Text.assemble(("hint: ", "bold cyan"), legible(hint)), soft_wrap=True)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, is_result: bool = False) -> None:
@@ -63,7 +69,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str |
     from rich.table import Table
     from rich.text import Text
 
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[legible(str(cell)) for cell in row] for row in rows]
+    columns, title = [legible(name) for name in columns], title and legible(title)
     shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         numbers = all(re.fullmatch(r"(-?\d.{,12})?", row[index]) for row in cells)
@@ -99,6 +106,7 @@ def records(rows: Sequence[Mapping[str, Any]], *, title: str | None = None, is_r
 
 def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
     """Pass the items through, as a `recap_cli.progress.Track`: a bar on a terminal, else plain lines."""
+    label = legible(label)
     count = total if total is not None else operator.length_hint(items, -1)
     known = count if count >= 0 else None
     return _bar(items, label, known) if _is_terminal(sys.stderr) else _lines(items, label, known)

@@ -20,16 +20,20 @@ RecapError                 1
 └── ComparisonError       18   a comparison some of whose cells are not done
 """
 
+from recap_cli.legible import legible
+
 
 class RecapError(Exception):
     """Base of every error that becomes a message instead of a traceback.
 
-    `message` names the thing and the place; `hint` says what to do next, if anything can be said.
+    `message` names the thing and the place; `hint` says what to do next, if anything can be said. Both are kept `legible`: they
+    quote what files and plugins say, and Python's own tracebacks show them too.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        message, hint = legible(message), None if hint is None else legible(hint)
         super().__init__(message)
         self.message = message
         self.hint = hint

@@ -46,6 +46,25 @@ class Best(BaseModel):
     folder: str
 
 
+class Used(BaseModel):
+    """A plugin that the state was made with."""
+
+    model_config = STRICT
+
+    kind: str
+    name: str
+    distribution: str
+    version: str
+
+
+class Plugins(BaseModel):
+    """The plugins that the state was made with; none before `init` has noted them."""
+
+    model_config = STRICT
+
+    used: list[Used] = []
+
+
 class Change(BaseModel):
     """A change of settings: when, after which stage, and the values before and after."""
 
@@ -72,7 +91,7 @@ class Contents(BaseModel):
     recipe_digest: str
     recipe: str
     versions: dict[str, str]
-    plugins: dict[str, Any]
+    plugins: Plugins
     changes: list[Change]
     history: list[Entry]
     files: dict[str, File]

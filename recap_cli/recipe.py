@@ -58,6 +58,7 @@ __all__ = [
     "shipped_text",
 ]
 
+OPEN_PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # as a shell writes `<(...)`: somebody writes there
 _HINT = "Give a YAML file, or a name from `recap recipes ls`."
 
 
@@ -102,6 +103,8 @@ def read(source: str, overrides: Sequence[str] = ()) -> Recipe:
     if source in _shipped_files():
         return parse(shipped_text(source), f"{source}.yaml", overrides)
     try:
+        if Path(source).is_fifo() and not source.startswith(OPEN_PIPES):  # one with no writer would be waited for
+            raise RecipeError(f"cannot read the recipe {source}: it is a pipe, and no file", hint=_HINT)
         with Path(source).open("rb") as file:
             raw = file.read(MOST_BYTES + 1)
         if len(raw) > MOST_BYTES:

@@ -3,11 +3,13 @@
 Ours register through the same groups as a stranger's: `recap.criteria`, `recap.adapters` and `recap.methods`.
 """
 
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import metadata
 from importlib.metadata import Distribution, EntryPoint
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from recap_cli.errors import PluginError
@@ -16,6 +18,7 @@ from recap_cli.strangers import guarded
 Kind = Literal["criteria", "adapters", "methods"]
 OURS = "recap-cli"
 UNKNOWN, FILE = "unknown", "entry_points.txt"
+MOST_BYTES = 2**20  # of such a file; the longest known have some thousand
 KINDS: tuple[Kind, ...] = ("criteria", "adapters", "methods")
 SINGULAR: dict[Kind, str] = {"criteria": "criterion", "adapters": "adapter", "methods": "method"}
 ADD_ADAPTER = (
@@ -146,6 +149,9 @@ def _readable(distribution: Distribution) -> Any:
 
 def _problem(distribution: Distribution) -> str | None:
     """Why the entry points of a distribution cannot be read, or None where they can."""
+    place = getattr(distribution, "_path", None)  # a folder, or a place within a zip file
+    if isinstance(place, Path) and (odd := _oddity(place / FILE)):
+        return f"its {FILE} {odd}"
     try:
         list(_read(distribution))
     except Exception as error:  # noqa: BLE001  (a stranger's file, asked in order to know)
@@ -157,6 +163,17 @@ def _problem(distribution: Distribution) -> str | None:
             return f"line {number} of its {FILE} has no '='"
         return f"its {FILE} cannot be read: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return None
+
+
+def _oddity(file: Path) -> str | None:
+    """What is wrong with a file that must not even be opened: a pipe would be waited for, and a huge one fill the memory."""
+    try:
+        found = file.stat()
+    except OSError:  # there is none, or it cannot be read, as whoever opens it says
+        return None
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        return "is no ordinary file"
+    return f"has {found.st_size:,} bytes" if found.st_size > MOST_BYTES and stat.S_ISREG(found.st_mode) else None
 
 
 def _name_of(distribution: Distribution) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from contextlib import redirect_stderr
 import pytest
 
 from recap_cli import console
+from recap_cli.errors import DataError
 from recap_cli.runtime.pages.template import milliseconds
 
 
@@ -211,3 +212,64 @@ def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[1;31m" in on_terminal(lambda: console.error("red"))
     monkeypatch.setenv("NO_COLOR", "1")
     assert "31m" not in on_terminal(lambda: console.error("plain"))
+
+
+HOSTILE = "\x1b[31mred\x07 \r\x9b2J\u202edne\x7f"
+ESCAPED = r"\x1b[31mred\x07 \r\x9b2J\u202edne\x7f"
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        console.say,
+        console.line,
+        console.error,
+        lambda text: console.error("no", text),
+        lambda text: console.table([text], [["1"]]),
+        lambda text: console.table(["a"], [[text]]),
+        lambda text: console.table(["a"], [["1"]], title=text),
+        lambda text: list(console.track([1], text)),
+    ],
+)
+def test_whatever_is_quoted_cannot_steer_the_terminal(
+    show: Callable[[str], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(HOSTILE)
+    said = "".join(capsys.readouterr())
+    assert ESCAPED.replace(" ", "") in "".join(said.split())  # a title is folded
+    assert not set(said) & set("\x1b\x07\r\x9b\u202e\x7f")
+
+
+def test_a_bar_cannot_steer_the_terminal() -> None:
+    said = on_terminal(lambda: list(console.track([1], "\x1b]0;title\x07")))
+    assert r"\x1b]0;title\x07" in said
+    assert "\x1b]0;" not in said
+
+
+def test_json_escapes_control_characters_and_means_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    console.emit_json({"name": HOSTILE, "long": "x" * 50_000})
+    out = capsys.readouterr().out
+    assert not set(out) & set("\x1b\x07\r\x9b\u202e\x7f")
+    assert json.loads(out) == {"name": HOSTILE, "long": "x" * 50_000}
+
+
+def test_a_result_is_printed_as_it_is_for_the_next_command_of_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    console.result("runs/" + HOSTILE + "x" * 9000)
+    assert capsys.readouterr().out == "runs/" + HOSTILE + "x" * 9000 + "\n"
+
+
+@pytest.mark.parametrize("text", ["x" * 200_000, "y\n" * 100_000, "\0" * 5000])
+def test_of_what_is_too_long_the_beginning_and_the_end_are_shown(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    console.error(f"a.csv: {text} is no label")
+    err = capsys.readouterr().err
+    assert len(err) < 20_000
+    assert err.startswith("error: a.csv: ")
+    assert err.endswith(" is no label\n")
+    assert "characters left out" in err
+
+
+def test_an_error_is_legible_to_plain_python_too() -> None:
+    error = DataError("\x1b[2J" + "x" * 200_000, hint="\x9b" + "y" * 200_000)
+    for text in (str(error), error.message, error.hint or "", *error.__notes__):
+        assert not set(text) & set("\x1b\x9b")
+        assert 3000 < len(text) < 5000

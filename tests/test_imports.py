@@ -17,7 +17,8 @@ PLUGINS = Path(next(iter(import_module("recap_cli.plugins").__path__)))
 
 # Which rooms a room may see, besides itself. A module of the package's top level is a room of its own unless named in MEMBERS.
 TABLE = {
-    "errors": set(),
+    "legible": set(),
+    "errors": {"legible"},
     "parent": set(),
     "interrupt": set(),
     "progress": set(),
@@ -31,9 +32,9 @@ TABLE = {
     "registry": {"core", "strangers", "errors"},
     "runtime": {"core", "storage", "recipe", "registry", "strangers", "errors", "progress"},
     "stages": {"runtime", "core", "storage", "state", "recipe", "registry", "strangers", "errors", "parent", "progress"},
-    "console": {"errors", "progress"},
+    "console": {"errors", "legible", "progress"},
     "commands": {"stages", "console", "state", "recipe", "registry", "errors", "progress"},
-    "cli": {"commands", "console", "registry", "errors", "interrupt"},
+    "cli": {"commands", "console", "registry", "errors", "legible", "interrupt"},
     "__main__": {"cli", "parent"},
     "__init__": {"runtime", "errors"},
 }
@@ -54,6 +55,7 @@ MEMBERS = {
 LIGHT = {
     "errors",
     "interrupt",
+    "legible",
     "parent",
     "progress",
     "storage",

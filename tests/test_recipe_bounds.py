@@ -1,5 +1,6 @@
 """Recipes and overrides that would hang, write elsewhere or say nothing: each is refused at once, with its place."""
 
+import os
 from pathlib import Path
 from time import monotonic
 
@@ -65,6 +66,18 @@ def test_thousands_of_unknown_keys_are_not_all_explained() -> None:
 def test_a_recipe_that_never_ends_is_not_read_to_its_end() -> None:
     with pytest.raises(RecipeError, match="cannot read the recipe /dev/zero: it is larger than 512 KiB"):
         recipe.read("/dev/zero")
+
+
+@pytest.mark.timeout(120)  # it would be waited for
+def test_a_named_pipe_is_no_recipe_and_the_pipe_of_a_shell_is_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match=r"r\.yaml: it is a pipe, and no file"):
+        recipe.read(str(tmp_path / "r.yaml"))
+    reading, writing = os.pipe()
+    os.write(writing, TEXT.encode())
+    os.close(writing)
+    assert recipe.read(f"/dev/fd/{reading}") == recipe.parse(TEXT, "r.yaml")
+    os.close(reading)
 
 
 def test_what_is_as_large_as_it_may_be_is_read_and_its_filled_form_too() -> None:

@@ -181,6 +181,23 @@ def test_a_distribution_with_broken_entry_points_is_left_out_and_named(distribut
     assert any("zz-broken 1.2" in one and problem in one for one in json.loads(capsys.readouterr().out)["problems"])
 
 
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (os.mkfifo, "is no ordinary file"),
+        (lambda file: (file.touch(), os.truncate(file, 2**40)), "has 1,099,511,627,776 bytes"),
+    ],
+)
+@pytest.mark.timeout(120)  # a pipe would be waited for
+def test_entry_points_that_cannot_be_a_small_file_are_not_opened(distribution, make, problem):
+    file = distribution("zz-broken", "") / "zz_broken-1.2.dist-info" / "entry_points.txt"
+    file.unlink()
+    make(file)
+    (found,) = registry.broken()
+    assert found.problem == f"its entry_points.txt {problem}"
+    assert "taylor" in registry.names("criteria")
+
+
 def test_libraries_that_read_all_entry_points_are_imported_beside_a_broken_one(distribution):
     site = distribution("zz-broken", "[console_scripts]\nno equals sign here\n")
     code = (

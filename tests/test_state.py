@@ -377,6 +377,8 @@ def test_a_malformed_state_yaml_is_named(state: State, text: str, message: str) 
         ({"stage": "merge"}, "does not lead to merge of round 0"),
         ({"history": []}, "does not lead to init"),
         ({"history": [{"stage": "init"}]}, r"history\[0\]\.round is missing"),
+        ({"plugins": {"used": [{"name": "x"}]}}, r"plugins\.used\[0\]\.kind is missing"),
+        ({"plugins": {"used": {"kind": "x"}}}, r"plugins\.used is missing or not"),
         ({"full": ".."}, r"full is '\.\.'"),
         ({"full": None}, "full is missing"),
         ({"full": "full-001"}, "full is 'full-001'"),

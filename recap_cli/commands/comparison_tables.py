@@ -46,10 +46,10 @@ def print_results(results: Mapping[str, Any], path: Path) -> None:
         cells = [[record["state"].rpartition("/")[2], record["status"], record["error"] or ""] for record in left]
         console.table(["cell", "status", "why"], cells, title="Not done", is_result=True)
     if begun := _begun(rows, results["metric"]):
-        console.result(begun)
+        console.line(begun)
     for row in rows:
         if row["warning"]:
-            console.result(f"warning: {' '.join(_place(row, _ratios(rows)))}, {row['warning']}")
+            console.line(f"warning: {' '.join(_place(row, _ratios(rows)))}, {row['warning']}")
     for note in results["notes"]:
         console.say(f"note: {note}")
     files = ["results.json", "results.csv", *results.get("pictures", ())]

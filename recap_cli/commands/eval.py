@@ -70,7 +70,7 @@ def evaluate(
         return
     shown = [{key: value for key, value in row.items() if key not in ("data", "examples")} for row in rows]
     if rows and "data" in rows[0]:
-        console.result(f"{rows[0]['data']}, {rows[0]['examples']:,} examples")
+        console.line(f"{rows[0]['data']}, {rows[0]['examples']:,} examples")
     console.records(shown, is_result=True)
     if predictions is not None:
         console.say(f"wrote {predictions}")

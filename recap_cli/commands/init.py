@@ -28,7 +28,7 @@ def init(
         from recap_cli.stages.schedule import describe
 
         for line in describe(checked):
-            console.result(line)
+            console.line(line)
         return
     from recap_cli.commands.tables import say_stage
     from recap_cli.manifest import quoted

@@ -38,7 +38,7 @@ def show(found: Mapping[str, Any]) -> None:
     if "budget" in found:
         _show_budget(found["budget"])
     rows = found["predicted"]
-    console.result(f"{found['recipe']}, in MB (10⁶ bytes): finetuning {_settings_text(rows)}")
+    console.line(f"{found['recipe']}, in MB (10⁶ bytes): finetuning {_settings_text(rows)}")
     for title, some in _blocks_of_rows(rows):
         console.table(*_bytes(some, rows), title=f"{title}redicted", is_result=True)
     if _is_grid(rows) and len({row["method"] for row in rows}) > 1:
@@ -153,7 +153,7 @@ def _measured(rows: Sequence[Row]) -> Table:
 def _show_budget(budget: Row) -> None:
     changes = budget["changes"]
     if not changes:
-        console.result(f"RECAP fits in {budget['memory_budget']} as it is.")
+        console.line(f"RECAP fits in {budget['memory_budget']} as it is.")
         return
     from recap_cli.stages.budget import value_text
 
@@ -164,8 +164,8 @@ def _show_budget(budget: Row) -> None:
     columns = ["setting", "change", "peak before", "after"]
     console.table(columns, rows, title=f"Recap, to fit in {budget['memory_budget']} (MB)", is_result=True)
     for change in changes:
-        console.result(f"{change['key']} costs {change['cost']}")
-    console.result("")
+        console.line(f"{change['key']} costs {change['cost']}")
+    console.line("")
 
 
 def _closing(found: Row) -> Iterator[str]:

@@ -47,7 +47,7 @@ def run(
         from recap_cli.stages.schedule import describe
 
         for line in describe(checked):
-            console.result(line)
+            console.line(line)
         return
     from recap_cli.commands.tables import print_summary, say_change, say_stage
     from recap_cli.stages import run as stage

@@ -19,4 +19,4 @@ def status(folder: StateArgument = None, as_json: JsonOption = False) -> None:
     else:
         print_summary(found, is_result=True)
         for note in (found.get("init") or {}).get("notes", ()):
-            console.result(f"note: {note}")
+            console.line(f"note: {note}")

@@ -51,7 +51,7 @@ def print_summary(summary: Mapping[str, Any], *, is_result: bool) -> None:
         console.table(*_times(rounds), title="Time", is_result=is_result)
         if any(row.get(HELD[0]) is not None for row in rounds):
             console.table(*_memory(rounds), title="Held while finetuning", is_result=is_result)
-    line = console.result if is_result else console.say
+    line = console.line if is_result else console.say
     for text in _closing(summary):
         line(text)
 

@@ -125,7 +125,14 @@ def _scored(criterion: Criterion, who: str, param: Tensor, grad: Tensor) -> Tens
         raise PluginError(f"{who} gave {found} for a weight of shape {tuple(param.shape)}", hint=SCORE_HINT)
     if score.device != param.device:
         raise PluginError(f"{who} gave scores on {score.device} for a weight on {param.device}", hint=SCORE_HINT)
-    return _importances(who, score, SCORE_HINT)
+    importances = _importances(who, score, SCORE_HINT)
+    if not _is_finite(importances) and _is_finite(param) and _is_finite(grad):  # else the data's or the weights' fault
+        raise PluginError(f"{who} gave scores that are not finite for a weight and a gradient that are", hint=SCORE_HINT)
+    return importances
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 def _scored_groups(criterion: Criterion, who: str, model: nn.Module, axes: Sequence[Axis], losses: Losses) -> Scores:
@@ -157,7 +164,7 @@ def _importances(who: str, scores: Tensor, hint: str) -> Tensor:
     if not scores.is_floating_point() or scores.layout != torch.strided or scores.is_meta:
         kind = "no values (device meta)" if scores.is_meta else f"scores of {scores.dtype}, {scores.layout}"
         raise PluginError(f"{who} gave {kind}, not a dense tensor of floating-point numbers", hint=hint)
-    if scores.numel() and not bool(scores.amin().nan_to_num() >= 0):  # NaN is the selection's to refuse
+    if scores.numel() and not bool(scores.amin().nan_to_num() >= 0):  # NaN is refused elsewhere
         raise PluginError(f"{who} gave scores below zero ({float(scores.amin()):.4g})", hint=hint)
     return scores.detach()
 

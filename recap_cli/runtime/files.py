@@ -44,6 +44,11 @@ def read_file(path: Path, *, key: str, text_columns: list[str]) -> "pa.Table":
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty", hint=f"name another file with --set {key}=FILE")
+        if reader is not _read_parquet and _is_blank(path):
+            raise DataError(
+                f"{path} begins with zero bytes and no text: it was not written whole",
+                hint=f"copy it again, or name another file with --set {key}=FILE",
+            )
         table = reader(path, text_columns)
         table.column_names  # noqa: B018 (decodes the names, which may fail)
     except RecursionError as error:
@@ -53,6 +58,12 @@ def read_file(path: Path, *, key: str, text_columns: list[str]) -> "pa.Table":
     if table.num_rows == 0:
         raise DataError(f"{path} has no rows", hint=f"name another file with --set {key}=FILE")
     return table
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether a file has nothing but zero bytes in front: of a copy that was stopped they may be many, and no line ends."""
+    with path.open("rb") as file:
+        return not file.read(2**12).strip(b"\0")
 
 
 def _unreadable(path: Path, key: str, error: Exception) -> DataError:

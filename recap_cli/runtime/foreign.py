@@ -6,7 +6,8 @@ A named pipe would be waited for, a device read without end, and a deeply nested
 import json
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ def check_folder(folder: Path, patterns: Iterable[str]) -> None:
     for pattern in patterns:
         for path in folder.glob(pattern):
             check_ordinary(path)
+
+
+@contextmanager
+def named(place: str | Path | None) -> Iterator[None]:
+    """Have each `ModelError` from inside name the place, if there is one, that the model comes from."""
+    try:
+        yield
+    except ModelError as error:
+        if place is None or str(place) in error.message:
+            raise
+        raise type(error)(f"{place}: {error.message}", hint=error.hint) from error
 
 
 def is_plain(name: object) -> bool:

@@ -17,7 +17,7 @@ from recap_cli.errors import ModelError
 from recap_cli.runtime import hf, leftovers, strange_adapters, timm_library
 from recap_cli.runtime.checkpoints import FOLDER_HINT, count_weights, locate, read_config, read_weights
 from recap_cli.runtime.config_checks import check_limits
-from recap_cli.runtime.foreign import some
+from recap_cli.runtime.foreign import named, some
 from recap_cli.runtime.head_labels import places_of, reorder_output, same_labels
 from recap_cli.runtime.positions import resample
 from recap_cli.runtime.specs import Library, ModelSpec, TaskKind
@@ -76,7 +76,8 @@ def create(
         raise ModelError(f"a classification needs two labels at least; the data have {len(label_names)}", hint="see data.label")
     check_source(library, name, config, task_kind)
     make = _create_timm if library == "timm" else _create_hf
-    return make(name, config, revision, task_kind, list(label_names), image_size)
+    with named(name):
+        return make(name, config, revision, task_kind, list(label_names), image_size)
 
 
 def check_source(library: Library, name: str | None, config: dict[str, Any] | None, task_kind: TaskKind) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from recap_cli.runtime import hf, timm_library
 from recap_cli.runtime.checkpoints import locate, read_config
+from recap_cli.runtime.foreign import named
 from recap_cli.runtime.models import adapter_of, check_source
 from recap_cli.runtime.specs import Library, ModelSpec, TaskKind
 
@@ -27,7 +28,8 @@ def outline(
     """
     check_source(library, name, config, task_kind)
     make = _outline_timm if library == "timm" else _outline_hf
-    return make(name, config, revision, task_kind, list(label_names), image_size)
+    with named(name):
+        return make(name, config, revision, task_kind, list(label_names), image_size)
 
 
 def _outline_hf(

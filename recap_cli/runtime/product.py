@@ -30,6 +30,7 @@ from recap_cli.core.ties import first_names
 from recap_cli.errors import ModelError, StorageError
 from recap_cli.runtime import candidates, hf, models, sealed, timm_library
 from recap_cli.runtime.checkpoints import WEIGHTS, check_weights, count_weights, read_config
+from recap_cli.runtime.foreign import named
 from recap_cli.runtime.specs import ModelSpec
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -102,7 +103,8 @@ def load(folder: Path | str) -> nn.Module:
     folder = Path(folder)
     about = sealed.read(folder)
     spec = ModelSpec.from_json(_read_text(folder / "spec.json"), str(folder / "spec.json"))
-    model = _open_ragged(folder, spec, about["sizes"]) if about["form"] == "ragged" else _open_stock(folder, spec)
+    with named(folder):
+        model = _open_ragged(folder, spec, about["sizes"]) if about["form"] == "ragged" else _open_stock(folder, spec)
     for name, tensor in model.state_dict().items():
         if not bool(tensor.isfinite().all()):
             raise ModelError(f"{folder}: {name} holds values that are not finite", hint=sealed.HINT)

@@ -292,3 +292,24 @@ def test_what_a_score_prints_and_where_it_goes_stay_its_own(capfd: pytest.Captur
     assert "from python" in err
     assert "past python" in err
     assert os.getcwd() == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_the_criterions_fault_where_its_inputs_are(value: float) -> None:
+    model, axes, data, spec = prepared("bert")
+    losses = losses_of(model, spec, data)
+    odd = Criterion(score=lambda weight, grad: weight.abs() * value)
+    with pytest.raises(PluginError, match="the criterion 'odd' gave scores that are not finite"):
+        group_scores(model, axes, odd, losses, named="odd")
+
+
+def test_scores_of_a_gradient_that_is_not_finite_are_nobodys_fault_here() -> None:
+    model, axes, data, spec = prepared("bert")
+
+    def broken(each: bool) -> Iterator[tuple[Tensor, float]]:
+        for loss, share in losses_of(model, spec, data)(each):
+            yield loss * float("nan"), share
+
+    taylor = Criterion(score=lambda weight, grad: (weight * grad) ** 2)
+    scores = group_scores(model, axes, taylor, broken, named="taylor")
+    assert any(bool(found.isnan().any()) for found in scores.values())  # the selection refuses them, and says: check the data

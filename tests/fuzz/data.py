@@ -176,10 +176,12 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
     root.mkdir()
     refuse = ""
     if case.base == "images":
+        spoiled: dict[Path, str] = {}
         for split in ("train", "validation"):
             shutil.copytree(world.data() / split, root / split)
         for step in case.steps:
-            refuse = pictures.altered(root, step, box) or refuse
+            pictures.altered(root, step, box, spoiled)
+        refuse = next(filter(None, spoiled.values()), "")
     else:
         rows = {split: _rows(world.data() / f"{split}.csv") for split in ("train", "validation")}
         for step in case.steps:
@@ -329,6 +331,14 @@ def _case(*steps: tuple[Any, ...], base: str = "csv") -> Case:
 
 
 CORPUS = {
+    "a csv of a million million zero bytes": _case(
+        ("file", "train", ("sparse", 0)), ("must-refuse", "zeros are no text"), base="csv"
+    ),
+    "a jsonl of as many": _case(("file", "train", ("sparse", 0)), base="jsonl"),
+    "a file that was no image and is one now": _case(("png", 0.0, "empty", 0.0), ("mode", 0.0, "L", 16), base="images"),
+    "a pipe that is an image now": _case(("png", 0.0, "fifo", 0.0), ("png", 0.0, "wide", 0.0), base="images"),
+    "an empty file that is hidden": _case(("beside", "._0.png"), ("png", 0.0, "empty", 0.0), base="images"),
+    "an escape in the name of a class": _case(("beside", "\x1b[31m/1.png"), ("png", 0.0, "cut", 0.0), base="images"),
     "S2 images of 16 bits": _case(("ramps",), base="images"),
     "S3 stars from 1 to 5": _case(("labels", ["1", "2", "3", "4", "5"]), ("succeed",)),
     "S3 labels 0 and 2": _case(("labels", ["0", "2"]), ("succeed",)),

@@ -120,6 +120,9 @@ def _sealed(name: str, key: str, value: Any, base: str = "vit/ragged", rule: str
 
 INDEX = '{"metadata": {}, "weight_map": {"classifier.weight": "../outside/o.safetensors"}}'
 CORPUS = {
+    "a schema of 200,000 characters": Case(
+        "exports", "bert/dense", (("tree", "recap.json", 0.0, "set", {"$long": 200_000}),), ("load",)
+    ),
     "S7 files of recap.json outside": _fact("files", {"../outside/secret.txt": {"bytes": 6, "sha256": "0"}}),
     "S7 no file is among files": _case(
         ("at", FACTS, "files", {}),

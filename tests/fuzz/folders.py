@@ -111,7 +111,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
         state=folder,
         reads_only=True,
         refuse=refuse,
-        names=(str(folder), "model.config", "quantization_config"),
+        names=(str(folder),),
         writes=(box.root / "state",),
     )
 
@@ -176,6 +176,9 @@ CORPUS = {
     "S15 sub_configs 5": _put("sub_configs", 5),
     "S15 image_mean of text": _put("image_mean", ["x", 0, 0], "vit", "preprocessor_config.json"),
     "S15 resample -99": _put("resample", -99, "vit", "preprocessor_config.json"),
+    "20,000 labels": _put("id2label", {"$wide": 20_000}),
+    "a label of 200,000 characters": _put("id2label", {"0": "x" * 200_000, "1": "y"}),
+    "a type of 200,000 characters": _put("model_type", {"$long": 200_000}),
     "held: auto_map": _put(
         "auto_map", {"AutoModelForSequenceClassification": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"}
     ),

@@ -9,33 +9,48 @@ from typing import Any
 from tests.fuzz import damage
 from tests.fuzz.case import Box
 
+WHOLE = "an image that is no whole image is refused"
+PATCHES = ("cut", "flip", "insert", "drop-line", "double-line")  # of a file's bytes: they make no whole image of a broken one
 
-def altered(root: Path, step: tuple[Any, ...], box: Box) -> str:
-    """Do a step to the folders of images; returns the rule that forbids to use them."""
-    files = sorted((root / "train").rglob("*.png"))
+
+def altered(root: Path, step: tuple[Any, ...], box: Box, spoiled: dict[Path, str]) -> None:
+    """Do a step to the folders of images, and note in `spoiled` which files nobody may take for images, by which rule."""
+    files = sorted(file for file in (root / "train").rglob("*.png") if not _is_hidden(file.relative_to(root)))
     if step[0] in ("bytes", "file"):
         touched = damage.apply(root, step[2], box.outside)
-        return (
-            "an image that is no whole image is refused"
-            if touched and step[2][0] in ("empty", "junk") and touched.startswith("train")
-            else ""
-        )
+        if touched and touched.startswith("train") and touched.endswith(".png") and not _is_hidden(Path(touched)):
+            _note(spoiled, root / touched, step[2][0], WHOLE if step[2][0] in ("empty", "junk") else "")
     if step[0] == "beside":
         path = root / "train" / os.fsdecode(step[1].encode().decode("unicode_escape").encode("utf-8", "surrogateescape"))
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.suffix == ".png" and not path.name.startswith("._")
-        path.write_bytes(files[0].read_bytes() if whole else b"\0\5\x16\7")
+        path.write_bytes(png(16, 16) if whole else b"\0\5\x16\7")
     elif step[0] == "mode":
         file = files[int(step[1] * len(files))]
-        file.write_bytes(b"")
+        damage.apply(file.parent, ("delete", file.name), box.outside)  # a pipe of an earlier step would be waited for
         _save(file, step[2], step[3])
+        _note(spoiled, file, "mode", "")
     elif step[0] == "png":
-        return _broken(files[int(step[1] * len(files))], step, box)
-    return str(step[1]) if step[0] == "must-refuse" else ""
+        file = files[int(step[1] * len(files))]
+        _note(spoiled, file, step[2], _broken(file, step, box))
+    elif step[0] == "must-refuse":
+        spoiled[root] = str(step[1])
+
+
+def _note(spoiled: dict[Path, str], file: Path, what: str, rule: str) -> None:
+    if rule or what not in PATCHES:
+        spoiled[file] = rule
+
+
+def _is_hidden(file: Path) -> bool:
+    """Whether a file is one of those that are noted, and not read."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in file.parts)
 
 
 def _broken(file: Path, step: tuple[Any, ...], box: Box) -> str:
     what, share = step[2], step[3]
+    if what in ("bomb", "wide", "text"):
+        damage.apply(file.parent, ("delete", file.name), box.outside)
     if what == "bomb":
         file.write_bytes(png(20_000, 20_000))
     elif what == "wide":
@@ -47,7 +62,7 @@ def _broken(file: Path, step: tuple[Any, ...], box: Box) -> str:
             file.parent, (what, file.name, *((share, 3) if what == "flip" else (share,) if what == "cut" else ())), box.outside
         )
     cut = what == "cut" and share < 0.5
-    return "an image that is no whole image is refused" if cut or what in ("empty", "junk", "text", "dangling") else ""
+    return WHOLE if cut or what in ("empty", "junk", "text", "dangling") else ""
 
 
 def _save(file: Path, mode: str, edge: int) -> None:

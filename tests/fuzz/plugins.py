@@ -44,7 +44,8 @@ SCORES = {
     "return weight.abs()[:1]": "scores have the tensor's shape",
     "return weight.abs().sum()": "scores have the tensor's shape",
     "return torch.full_like(weight, float('nan'))": "scores are non-negative",
-    "return torch.full_like(weight, float('inf'))": "",
+    "return torch.full_like(weight, float('inf'))": "scores are finite",
+    "return weight.abs() * float('nan')": "scores are finite",
     "return None": "a criterion returns a tensor",
     "return weight.abs().tolist()": "a criterion returns a tensor",
     "return 5": "a criterion returns a tensor",
@@ -228,7 +229,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
             arguments[name],
             refuse=refuse["prune" if name == "prune" else "fuzzed"] if name in ("prune", "dry-fuzzed", "init-fuzzed") else "",
             succeed=sound,
-            names=("fuzzed", "turn", "options", "importance") if not interrupted and name != "doctor" else (),
+            names=("fuzzed", "turn", "options") if not interrupted and name != "doctor" else (),
             state=state,
             leftovers=lambda rel: rel.startswith("round-"),
             writes=(state, box.root / "new"),
@@ -275,6 +276,13 @@ CORPUS = {
     "S14 sys.exit in score": _case("score", "raise SystemExit(4)"),
     "S14 a BaseException on import": _case("module", "class E(BaseException): pass\nraise E('x')"),
     "S14 KeyboardInterrupt on import": _case("module", "raise KeyboardInterrupt"),
+    "entry points of a million million zero bytes": Case(
+        "plugins", "foreign", (("points", ("sparse", "entry_points.txt")),), ("plugins", "dry-run")
+    ),
+    "a FIFO as entry points": Case("plugins", "foreign", (("points", ("fifo", "entry_points.txt")),), ("plugins", "dry-run")),
+    "an escape in the error of an import": _case("module", "raise ValueError('\\x1b[31m' + 'x\\n' * 9)"),
+    "an import whose error has 100,000 characters": _case("module", "raise RecursionError('x' * 100000)"),
+    "scores that are not a number": _case("score", "return torch.full_like(weight, float('nan'))"),
     "held: a method that cannot be imported": Case(
         "plugins", "method", (("module", "raise ValueError('boom')"),), ("dry-fuzzed",)
     ),

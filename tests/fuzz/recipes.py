@@ -344,6 +344,8 @@ CORPUS = {
     "S10 an escape in a name": _set_case("name", "\x1b[31mred", call="run-named"),
     "S10 a line break in a name": _set_case("name", "a\nb", call="run-named"),
     "S15 an override that is no text": _case(("override", "\udcff=1")),
+    "a FIFO": _case(("fifo", FILE)),
+    "an escape in an override": _case(("override", "finetune.device=\x1b[31mred"), ("must-refuse", "no such device")),
     "S15 an override of 2,000 parts": _case(("override", ".".join("a" * 2000) + "=1")),
     "S15 finetune.batch_size 1e20": _set_case("finetune.batch_size", 10**20),
     "S15 evaluate.batch_size 1e20": _set_case("evaluate.batch_size", 10**20),

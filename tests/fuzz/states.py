@@ -67,7 +67,8 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
     resealed = ("reseal",) in case.steps
     if resealed:
         reseal(state, sealed=SEAL.encode() in (sound / "state.yaml").read_bytes())
-    forged = not resealed and "state.yaml" in touched and told(state / "state.yaml") != told(sound / "state.yaml")
+    start = told(state / "state.yaml")
+    forged = not resealed and "state.yaml" in touched and start != told(sound / "state.yaml")
     refuse = "a state.yaml that is not what was committed is refused" if forged else ""
     committed = {*facts["files"], "state.yaml", NOTES}
     for name in case.calls:
@@ -77,12 +78,25 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
             refuse=refuse,
             names=() if resealed else (state.name,),
             state=state,
-            leftovers=lambda rel: OURS.fullmatch(rel) is not None and rel not in committed,
+            leftovers=lambda rel, name=name: (
+                (OURS.fullmatch(rel) is not None and rel not in committed)
+                or (name == "run" and rel in _given_up(start, told(state / "state.yaml")))
+            ),
             reads_only=name in LOOKS,
             writes=(state, box.root / "out", box.root / "elsewhere"),
             stays=frozenset({NOTES}),
             same={} if resealed else _wanted(world, model, after, name),
         )
+
+
+def _given_up(start: Any, now: Any) -> set[str]:
+    """What the stages that a `run` finished before it failed have replaced or removed, from what state.yaml said and says."""
+    before, after = (found.get("history") if isinstance(found, dict) else None for found in (start, now))
+    if not isinstance(before, list) or not isinstance(after, list):
+        return set()
+    if len(after) <= len(before) or after[: len(before)] != before:
+        return set()
+    return {"state.yaml", *(name for name in start["files"] if name not in now["files"])}
 
 
 def told(file: Path) -> Any:
@@ -205,9 +219,18 @@ CORPUS = {
     "S15 tokenizer_config.json of other types": _case(
         "bert/init", ("write", "full-000/tokenizer_config.json", "[1]"), ("reseal",), calls=("next",)
     ),
+    "a plugin without its kind": _case(
+        "bert/init", ("at", "state.yaml", "plugins/used/0/kind", "$delete"), ("reseal",), calls=("report",)
+    ),
+    "plugins that are no list": _case(
+        "bert/init", ("at", "state.yaml", "plugins/used", {"kind": "x"}), ("reseal",), calls=("report",)
+    ),
     "S16 state.yaml a FIFO": _case("vit/init", ("fifo", "state.yaml"), calls=("status",)),
     "S16 the product of a finished state altered": _case(
         "bert/merge2", ("flip", "best-*/model.safetensors", 0.9, 1), calls=("run",)
+    ),
+    "what an earlier round has left is cut, and the stages before it is needed are kept": _case(
+        "bert/prune2", ("tensor", "round-001/rows.safetensors", 0.0, "empty"), calls=("run",)
     ),
     "held: every file cut": _case("bert/merge1", ("cut", 3, 0.5), calls=("next",)),
     "held: tags in state.yaml": _case(

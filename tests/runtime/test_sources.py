@@ -264,6 +264,15 @@ def test_files_that_are_empty_or_something_else(tmp_path: Path, suffix: str) -> 
     file = tmp_path / f"a.{suffix}"
     file.write_bytes(b"")
     assert fails(file)[0] == f"{file} is empty"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl"])
+@pytest.mark.parametrize("size", [1, 2**40])
+def test_zero_bytes_are_no_text_however_many(tmp_path: Path, suffix: str, size: int) -> None:
+    file = tmp_path / f"a.{suffix}"
+    with file.open("wb") as made:
+        made.truncate(size)
+    assert fails(file)[0] == f"{file} begins with zero bytes and no text: it was not written whole"
     file.write_bytes(b'\xff\xfe{"\x00garbage\n\x80\x81')
     assert fails(file)[0].startswith(f"{file} cannot be read as {suffix}: ")
 
