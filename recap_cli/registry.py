@@ -59,12 +59,7 @@ def entries(kind: Kind) -> list[Entry]:
 
 def broken() -> list[Broken]:
     """The distributions in this environment whose entry points cannot be read, ours or anybody's."""
-    found = {
-        Broken(*_name_of(distribution), problem)
-        for distribution in metadata.distributions()
-        if (problem := _problem(distribution)) is not None
-    }
-    return sorted(found, key=lambda one: (one.distribution, one.version))
+    return list(_broken(_environment()))
 
 
 def leave_out_broken() -> None:
@@ -141,6 +136,16 @@ def _entries(environment: tuple[object, ...]) -> tuple[Entry, ...]:
         if point.group == f"recap.{kind}"
     }
     return tuple(sorted(found, key=lambda entry: (entry.name, entry.distribution)))
+
+
+@lru_cache(maxsize=1)
+def _broken(environment: tuple[object, ...]) -> tuple[Broken, ...]:
+    found = {
+        Broken(*_name_of(distribution), problem)
+        for distribution in metadata.distributions()
+        if (problem := _problem(distribution)) is not None
+    }
+    return tuple(sorted(found, key=lambda one: (one.distribution, one.version)))
 
 
 def _find(kind: Kind, name: str) -> Entry:
