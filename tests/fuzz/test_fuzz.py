@@ -12,7 +12,7 @@ from tests.fuzz import documented
 from tests.fuzz.case import Case
 
 ROOT = Path(__file__).parents[2]
-CASES = 120
+CASES = 200
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each case is played in a fork")
