@@ -8,7 +8,9 @@ import hashlib
 import re
 import shlex
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +145,7 @@ def read_manifest(root: Path) -> Manifest:
         denied = error.errno in (errno.EACCES, errno.EPERM)
         hint = "look at the permissions of the folder" if denied else ELSEWHERE
         raise StateError(f"{place}: cannot be read: {error.strerror}", hint=hint) from error
-    return _manifest(place, _parsed(place, body))
+    return _manifest(place, deepcopy(_parsed(place, body)))
 
 
 def _body(place: Path) -> bytes:
@@ -194,7 +196,9 @@ def _why_no_state(root: Path) -> str:
     return f"is not a state: it has no {COMMIT}"
 
 
+@lru_cache(maxsize=2)
 def _parsed(place: Path, body: bytes) -> Any:
+    """The values of a text, kept for the next look at the same one: a stage reads state.yaml three times. Not to be changed."""
     try:
         loader = LOADER(body.decode())
         try:

@@ -7,6 +7,7 @@ what is wrong between keys, and `recap_cli.recipe_problems` says so in words, wi
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -71,6 +72,12 @@ def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the text is no YAML mapping, or keys are unknown, missing, doubled, wrong or at odds; all of them.
     """
+    return _parsed(text, origin, tuple(overrides)).model_copy(deep=True)  # a copy: its `model.config` is a dictionary
+
+
+@lru_cache(maxsize=8)
+def _parsed(text: str, origin: str, overrides: tuple[str, ...]) -> Recipe:
+    """What `parse` returns; kept, for every stage of a run asks for the same recipe, and YAML in Python takes its time."""
     document = load(text, origin, overrides, ALTERNATIVES, NEEDS)
     found = list(document.problems)
     recipe = None

@@ -3,10 +3,13 @@
 Ours register through the same groups as a stranger's: `recap.criteria`, `recap.adapters` and `recap.methods`.
 """
 
+import os
 import stat
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib import metadata
 from importlib.metadata import Distribution, EntryPoint
 from pathlib import Path
@@ -54,24 +57,12 @@ def entries(kind: Kind) -> list[Entry]:
 
     A distribution whose entry points cannot be read is left out: see `broken`.
     """
-    group = f"recap.{kind}"
-    found = {
-        Entry(point.name, kind, *_name_of(distribution), point.value)
-        for distribution in _with_plugins()
-        for point in _readable(distribution)
-        if point.group == group
-    }
-    return sorted(found, key=lambda entry: (entry.name, entry.distribution))
+    return [entry for entry in _entries(_environment()) if entry.kind == kind]
 
 
 def broken() -> list[Broken]:
     """The distributions in this environment whose entry points cannot be read, ours or anybody's."""
-    found = {
-        Broken(*_name_of(distribution), problem)
-        for distribution in metadata.distributions()
-        if (problem := _problem(distribution)) is not None
-    }
-    return sorted(found, key=lambda one: (one.distribution, one.version))
+    return list(_broken(_environment()))
 
 
 def leave_out_broken() -> None:
@@ -122,6 +113,42 @@ def unknown(kind: Kind, name: str, known: Iterable[str]) -> tuple[str, str]:
     hints = [f"did you mean {' or '.join(near)}?"] if near else []
     hints += [ADD_ADAPTER] if kind == "adapters" else []
     return message, " ".join(hints) or "`recap plugins` lists what there is"
+
+
+def _environment() -> tuple[object, ...]:
+    """What the distributions of this process hang on: where they are looked for, and when those folders last changed."""
+    return (*map(id, sys.meta_path), *((place, _changed(place)) for place in map(os.path.abspath, sys.path)))
+
+
+def _changed(place: str) -> int | None:
+    try:
+        return os.stat(place).st_mtime_ns
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=1)
+def _entries(environment: tuple[object, ...]) -> tuple[Entry, ...]:
+    """Every plugin of every kind, kept for as long as the `environment` stays: every stage asks, and all metadata are read."""
+    found = {
+        Entry(point.name, kind, *owner, point.value)
+        for distribution in _with_plugins()
+        for owner in [_name_of(distribution)]
+        for point in _readable(distribution)
+        for kind in KINDS
+        if point.group == f"recap.{kind}"
+    }
+    return tuple(sorted(found, key=lambda entry: (entry.name, entry.distribution)))
+
+
+@lru_cache(maxsize=1)
+def _broken(environment: tuple[object, ...]) -> tuple[Broken, ...]:
+    found = {
+        Broken(*_name_of(distribution), problem)
+        for distribution in metadata.distributions()
+        if (problem := _problem(distribution)) is not None
+    }
+    return tuple(sorted(found, key=lambda one: (one.distribution, one.version)))
 
 
 def _find(kind: Kind, name: str) -> Entry:

@@ -163,14 +163,23 @@ class State:
             raise StateError(f"{self.path}: {rel} is not part of this state", hint=hint)
         if odd := next(filter(None, (storage.odd_place(self.path, name) for name in seals)), None):
             raise odd_error(*odd)
-        with ThreadPoolExecutor(max_workers=4) as threads:
-            found = threads.map(lambda name: storage.difference(self.path / name, seals[name]), seals)
-            differences = {name: what for name, what in zip(seals, found, strict=True) if what}
+        differences = {name: what for name, what in zip(seals, self._compared(seals), strict=True) if what}
         if differences:
             self._refuse_stale()
             told = "; ".join(f"{self.path / name}: {what}" for name, what in differences.items())
             raise CorruptStateError(told, hint=START_OVER)
         return self.path / rel
+
+    def _compared(self, seals: Mapping[str, storage.Seal]) -> list[str | None]:
+        """How each committed file differs from its seal; several are hashed at once."""
+
+        def compare(name: str) -> str | None:
+            return storage.difference(self.path / name, seals[name])
+
+        if len(seals) == 1:  # most are asked for one by one, and were hashed before: a thread would cost more than it gains
+            return [compare(name) for name in seals]
+        with ThreadPoolExecutor(max_workers=4) as threads:
+            return list(threads.map(compare, seals))
 
     def load_tensors(self, rel: str, device: str = "cpu") -> dict[str, "Tensor"]:
         """The tensors of a committed safetensors file. Raises as `verified`."""

@@ -9,6 +9,27 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+LONG = (  # files of 15 s and more, the longest first: one that begins last would leave the other worker idle
+    "tests/faults/test_faults.py",
+    "tests/fuzz/test_fuzz.py",
+    "tests/stages/test_methods.py",
+    "tests/stages/test_invariants.py",
+    "tests/test_kill.py",
+    "tests/test_profile_memory.py",
+    "tests/stages/test_algorithm.py",
+    "tests/stages/test_algorithm_settings.py",
+    "tests/runtime/test_prediction.py",
+    "tests/test_compare.py",
+    "tests/test_docs.py",
+    "tests/stages/test_damage.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: with `--dist loadfile` each is the work of one worker."""
+    rank = {file: place for place, file in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(LONG)))
+
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:

@@ -12,6 +12,7 @@ import pytest
 
 from recap_cli import parent
 from recap_cli import recipe as recipes
+from recap_cli.cli import main
 from recap_cli.stages.run import run
 from recap_cli.state import State
 from tests.limits import HANG_SECONDS
@@ -41,18 +42,13 @@ def wait_for_mask(running: "subprocess.Popen[str]", state: Path) -> None:
 def test_killed_in_the_middle_of_training_and_run_again_is_uninterrupted(tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(recipes.dump(tiny("vit", finetune={"epochs": 20})))
-    whole = start(recipe, tmp_path / "whole")
-    out, err = whole.communicate(timeout=HANG_SECONDS)
-    assert whole.returncode == 0, err
-    assert Path(out.strip()).is_dir()
+    assert main(["run", str(recipe), "--state", str(tmp_path / "whole")]) == 0
     killed = start(recipe, tmp_path / "killed")
     wait_for_mask(killed, tmp_path / "killed")
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
     assert State.open(tmp_path / "killed").manifest.stage in ("mask", "finetune")
-    again = start(recipe, tmp_path / "killed")
-    _, err = again.communicate(timeout=HANG_SECONDS)
-    assert again.returncode == 0, err
+    assert main(["run", str(recipe), "--state", str(tmp_path / "killed")]) == 0
     files = [sorted(p.relative_to(tmp_path / d) for p in (tmp_path / d).rglob("*.safetensors")) for d in ("whole", "killed")]
     assert files[0] == files[1]
     assert all((tmp_path / "whole" / f).read_bytes() == (tmp_path / "killed" / f).read_bytes() for f in files[0])
@@ -70,9 +66,7 @@ def test_the_runs_of_a_comparison_end_with_it_when_it_is_killed(tmp_path: Path) 
     killed.communicate()
     run.wait(HANG_SECONDS)  # raises if it goes on
     assert State.open(cell).manifest.stage in ("mask", "finetune")  # and not as if it had run to its end
-    again = begin(*arguments, "--out", str(out))
-    _, err = again.communicate(timeout=HANG_SECONDS)
-    assert again.returncode == 0, err
+    assert main([*arguments, "--out", str(out)]) == 0
 
 
 TWICE = """

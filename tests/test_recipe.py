@@ -403,6 +403,27 @@ def test_overrides_win_and_may_set_what_the_file_lacks() -> None:
     assert (got.rounds, got.finetune.lr, got.prune.ratio, got.prune.steps) == (6, 2e-5, 0.5, 1)
 
 
+def test_a_recipe_that_was_parsed_before_is_another_object_all_through_and_takes_no_second_reading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = dedent("""\
+        model: {config: {model_type: bert, extra: {deep: [1]}}}
+        task: {kind: text-classification}
+        data: {name: some/data, text: sentence}
+        """)
+    first = recipe.parse(text, "r.yaml", ["seed=3"])
+    monkeypatch.setattr(recipe, "load", lambda *_: pytest.fail("read again"))
+    again = recipe.parse(text, "r.yaml", ["seed=3"])
+    assert again == first
+    assert recipe.digest(again) == recipe.digest(first)
+    assert first.model.config is not None
+    first.model.config["extra"]["deep"].append(2)
+    assert again.model.config == {"model_type": "bert", "extra": {"deep": [1]}}
+    assert recipe.parse(text, "r.yaml", ["seed=3"]) == again
+    monkeypatch.undo()
+    assert recipe.parse(text, "r.yaml", ["seed=4"]).seed == 4
+
+
 def test_an_override_is_split_at_the_first_equals_sign() -> None:
     assert parsed("", "data.train=runs/a=b.csv").data.train == "runs/a=b.csv"
     assert recipe.read("quickstart", ["model.config.hidden_size=32"]).model.config == {

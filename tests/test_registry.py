@@ -217,6 +217,26 @@ def test_a_distribution_is_read_as_it_is_imported_the_first_on_the_path(distribu
     assert [entry.version for entry in registry.entries("criteria") if entry.name == "abs"] == ["2.0"]
 
 
+def test_what_is_installed_or_removed_while_the_process_runs_is_seen(distribution):
+    site = distribution("acme-one", "[recap.criteria]\none = acme_one_module:X\n")
+    assert "one" in registry.names("criteria")
+    info = site / "acme_two-2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-two\nVersion: 2.0\n")
+    (info / "entry_points.txt").write_text("[recap.criteria]\ntwo = acme_two_module:X\n")
+    assert {"one", "two"} <= set(registry.names("criteria"))
+    sys.path.remove(str(site))
+    assert {"one", "two"}.isdisjoint(registry.names("criteria"))
+
+
+def test_metadata_are_read_once_for_all_look_ups(distribution, monkeypatch):
+    distribution("acme-one", "[recap.criteria]\none = acme_one_module:X\n")
+    assert "one" in registry.names("criteria")
+    monkeypatch.setattr(registry.metadata, "distributions", lambda: pytest.fail("read again"))
+    for kind in registry.KINDS:
+        assert registry.entries(kind)
+
+
 @pytest.mark.parametrize(
     ("source", "told"),
     [

@@ -103,7 +103,7 @@ class Context:
     def _outline(self) -> stored.Tensors:
         """The tensors that the full model has."""
         with stored.meant(self.state.path / f"{self.full}/{SPEC}"):
-            return stored.Tensors.of(models.skeleton(self.spec))
+            return stored.outline(self.spec)
 
     @cached_property
     def layout(self) -> Layout:

@@ -16,6 +16,7 @@ from recap_cli.core.moments import COUNT
 from recap_cli.core.surgery import Where
 from recap_cli.errors import CorruptStateError, ModelError, RecapError
 from recap_cli.manifest import START_OVER
+from recap_cli.runtime import models
 from recap_cli.runtime.models import ModelSpec
 from recap_cli.stages.record import OPEN, Count, Held, Size
 from recap_cli.stages.vocabulary import Vocabulary
@@ -125,6 +126,19 @@ class Tensors:
             names.setdefault(id(tensor), []).append(name)
         floats = frozenset(name for name, tensor in named if tensor.is_floating_point())
         return cls({name: tuple(tensor.shape) for name, tensor in named}, floats, tuple(map(tuple, names.values())))
+
+
+_OUTLINES: dict[str, Tensors] = {}  # of the last model: every stage of a run asks, and building one takes its time
+
+
+def outline(spec: ModelSpec) -> Tensors:
+    """The tensors that a model of this description has; kept for the next call with the same one."""
+    key = spec.to_json()
+    if key not in _OUTLINES:
+        made = Tensors.of(models.skeleton(spec))
+        _OUTLINES.clear()
+        _OUTLINES[key] = made
+    return _OUTLINES[key]
 
 
 def cut_shapes(shapes: Mapping[str, Shape], where: Where) -> dict[str, Shape]:

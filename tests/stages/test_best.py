@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import recap_cli.stages.finetune as finetuning
+from recap_cli.recipe import Recipe
 from recap_cli.stages.run import run
 from recap_cli.stages.schedule import finished, summary
 from recap_cli.state import State
@@ -27,8 +28,14 @@ def scripted(monkeypatch: pytest.MonkeyPatch, figures: Sequence[tuple[float, flo
     monkeypatch.setattr(finetuning, "evaluate", evaluate)
 
 
+def quick(rounds: int, **sections: Any) -> Recipe:
+    """A recipe of which no figure counts; without a ramp each round may be the product."""
+    least: dict[str, Any] = {"finetune": {"steps": 1, "batch_size": 8}, "importance": {"batches": 1, "batch_size": 8}}
+    return tiny("vit", rounds=rounds, prune={"ramp": 1, "steps": 1}, head={"warmup_epochs": 0}, **least, **sections)
+
+
 def run_of(path: Path, rounds: int, **sections: Any) -> State:
-    return run(tiny("vit", rounds=rounds, prune={"ramp": 1}, **sections), path)  # without a ramp each round may be the product
+    return run(quick(rounds, **sections), path)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +92,7 @@ def test_patience_counts_rounds_without_a_better_metric(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str, figures: list[tuple[float, float]], ends_after: int
 ) -> None:
     scripted(monkeypatch, figures, metric)
-    recipe = tiny("vit", rounds=4, patience=2, prune={"ramp": 1}, task={"metric": metric})
+    recipe = quick(4, patience=2, task={"metric": metric})
     state = run(recipe, tmp_path / "state")
     assert state.manifest.round == ends_after
     assert (f"{metric} has not improved for 2 rounds" in (finished(recipe, state.manifest) or "")) == (ends_after < 4)

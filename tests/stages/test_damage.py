@@ -34,7 +34,7 @@ from recap_cli.storage import seal
 from tests.tiny import tiny
 
 STAGES: dict[str, Callable[[State], object]] = {"prune": prune, "mask": mask, "finetune": finetune, "merge": merge}
-FLIPS, JSON_PLACES = 150, 20
+FLIPS, JSON_PLACES, EACH = 50, 8, 3  # the fuzzing draws many more
 SEED = 14
 RECIPE = {"prune": {"steps": 1, "ema": 0.5}, "mask": {"train_embeddings": "tokens"}}
 
@@ -73,12 +73,12 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def cuts(text: bytes) -> Iterator[bytes]:
     lines = text.splitlines(keepends=True)
-    yield from (b"".join(lines[:count]) for count in range(len(lines)))
+    yield from (b"".join(lines[:count]) for count in (*range(0, len(lines), EACH), len(lines) - 1))
 
 
 def deletions(text: bytes) -> Iterator[bytes]:
     lines = text.splitlines(keepends=True)
-    yield from (b"".join(lines[:at] + lines[at + 1 :]) for at in range(len(lines)))
+    yield from (b"".join(lines[:at] + lines[at + 1 :]) for at in (*range(1, len(lines), EACH), len(lines) - 1))
 
 
 def flips(text: bytes) -> Iterator[bytes]:
