@@ -4,6 +4,7 @@ Knows YAML and the command line, and no key of the recipe by name. What is odd h
 without `=`) becomes a `Problem`; `recap_cli.recipe_problems` adds what the schema finds.
 """
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from recap_cli.recipe_bounds import DEEPEST, check_size, is_number, unprintable
 KeyPath = tuple[str, ...]
 NULLS = ("null", "Null", "NULL", "~")
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+_QUOTE = "(put text in quotes)"
 _LONGEST = 60  # characters of an override that a message repeats
 
 
@@ -75,6 +77,13 @@ def load(
     return document
 
 
+def setting(key: str, value: str) -> str:
+    """The `--set` of a text, as it is typed: in quotes for YAML where that reads it as something else, and for the shell."""
+    if not _is_itself(value):
+        value = yaml.safe_dump(value, default_style='"', allow_unicode=True, width=float("inf")).strip()
+    return f"--set {key}={shlex.quote(value)}"
+
+
 def place(document: Document, paths: Sequence[KeyPath], *, at_key: bool) -> tuple[tuple[int, int, int], str]:
     """Return the sorting order and the words for where a problem stands that the keys `paths` have a part in.
 
@@ -122,6 +131,15 @@ def _parse(text: str) -> tuple[yaml.Node | None, Any, list[tuple[yaml.Mark, str,
     return root, yaml.safe_load(text), odd
 
 
+def _is_itself(value: str) -> bool:
+    """Whether an override of these characters sets this text."""
+    try:
+        root, parsed, odd = _parse(value)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return False
+    return type(parsed) is str and parsed == value and not odd and _lost(value, root, parsed) is None
+
+
 def _odd_keys(
     node: yaml.Node | None, path: KeyPath, above: frozenset[int], seen: set[int]
 ) -> Iterator[tuple[yaml.Mark, str, str]]:
@@ -132,7 +150,7 @@ def _odd_keys(
         return
     seen.add(id(node))
     if isinstance(node, yaml.ScalarNode) and ":" in node.value and is_number(node):
-        text = f"expected a number in digits; found {node.value}, which YAML reads to base 60 (put text in quotes)"
+        text = f"expected a number in digits; found {node.value}, which YAML reads to base 60 {_QUOTE}"
         yield node.start_mark, ".".join(path), text
     children = node.value if isinstance(node, yaml.CollectionNode) else []
     lines: dict[str, int] = {}
@@ -170,9 +188,10 @@ def _apply(document: Document, turn: int, text: str) -> None:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # as above
         return _refuse(document, turn, text, ".".join(path), f"expected a YAML value: {_fault(error)[2]}")
     if problem := _lost(value, root, parsed):
-        return _refuse(document, turn, text, ".".join(path), problem)
+        return _refuse(document, turn, text, ".".join(path), problem.replace(_QUOTE, f"(as text: {setting(key, value)})"))
     for _, inner, reason in odd:
-        _refuse(document, turn, text, ".".join(filter(None, (*path, inner))), reason)
+        told = reason if inner else reason.replace(_QUOTE, f"(as text: {setting(key, value)})")
+        _refuse(document, turn, text, ".".join(filter(None, (*path, inner))), told)
     if problem := _put(document.values, path, parsed):
         return _refuse(document, turn, text, ".".join(path), problem)
     document.overrides.append(Override(turn, text, path, parsed))
@@ -216,10 +235,10 @@ def _lost(value: str, root: yaml.Node | None, parsed: Any) -> str | None:
     if not value.strip():
         return "expected a value after the `=`; found nothing (write null for null)"
     if parsed is None and value.strip() not in NULLS:
-        return f"expected a value after the `=`; found {value.strip()}, which YAML reads as nothing (put text in quotes)"
+        return f"expected a value after the `=`; found {value.strip()}, which YAML reads as nothing {_QUOTE}"
     rest = "" if root is None else value[root.end_mark.index :].strip()
     if rest.startswith("#"):
-        return f"expected a value and no more; found {rest} after it, a comment in YAML (put text in quotes)"
+        return f"expected a value and no more; found {rest} after it, a comment in YAML {_QUOTE}"
     return None
 
 
