@@ -4,6 +4,7 @@ Knows YAML and the command line, and no key of the recipe by name. What is odd h
 without `=`) becomes a `Problem`; `recap_cli.recipe_problems` adds what the schema finds.
 """
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from recap_cli.recipe_bounds import DEEPEST, check_size, is_number, unprintable
 KeyPath = tuple[str, ...]
 NULLS = ("null", "Null", "NULL", "~")
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
-_QUOTE = "(put text in quotes)"
+_IN_QUOTES = re.compile(r"\(put (text|it) in quotes\)")  # what helps in a file
 _LONGEST = 60  # characters of an override that a message repeats
 
 
@@ -84,6 +85,11 @@ def setting(key: str, value: str) -> str:
     return f"--set {key}={shlex.quote(value)}"
 
 
+def as_typed(problem: str, key: str, value: str) -> str:
+    """A problem of an override: quotes alone would be the shell's, and would not reach YAML."""
+    return _IN_QUOTES.sub(lambda _: f"(as text: {setting(key.strip(), value.strip())})", problem)
+
+
 def place(document: Document, paths: Sequence[KeyPath], *, at_key: bool) -> tuple[tuple[int, int, int], str]:
     """Return the sorting order and the words for where a problem stands that the keys `paths` have a part in.
 
@@ -150,7 +156,7 @@ def _odd_keys(
         return
     seen.add(id(node))
     if isinstance(node, yaml.ScalarNode) and ":" in node.value and is_number(node):
-        text = f"expected a number in digits; found {node.value}, which YAML reads to base 60 {_QUOTE}"
+        text = f"expected a number in digits; found {node.value}, which YAML reads to base 60 (put text in quotes)"
         yield node.start_mark, ".".join(path), text
     children = node.value if isinstance(node, yaml.CollectionNode) else []
     lines: dict[str, int] = {}
@@ -188,9 +194,9 @@ def _apply(document: Document, turn: int, text: str) -> None:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # as above
         return _refuse(document, turn, text, ".".join(path), f"expected a YAML value: {_fault(error)[2]}")
     if problem := _lost(value, root, parsed):
-        return _refuse(document, turn, text, ".".join(path), problem.replace(_QUOTE, f"(as text: {setting(key, value)})"))
+        return _refuse(document, turn, text, ".".join(path), as_typed(problem, key, value))
     for _, inner, reason in odd:
-        told = reason if inner else reason.replace(_QUOTE, f"(as text: {setting(key, value)})")
+        told = reason if inner else as_typed(reason, key, value)
         _refuse(document, turn, text, ".".join(filter(None, (*path, inner))), told)
     if problem := _put(document.values, path, parsed):
         return _refuse(document, turn, text, ".".join(path), problem)
@@ -235,10 +241,10 @@ def _lost(value: str, root: yaml.Node | None, parsed: Any) -> str | None:
     if not value.strip():
         return "expected a value after the `=`; found nothing (write null for null)"
     if parsed is None and value.strip() not in NULLS:
-        return f"expected a value after the `=`; found {value.strip()}, which YAML reads as nothing {_QUOTE}"
+        return f"expected a value after the `=`; found {value.strip()}, which YAML reads as nothing (put text in quotes)"
     rest = "" if root is None else value[root.end_mark.index :].strip()
     if rest.startswith("#"):
-        return f"expected a value and no more; found {rest} after it, a comment in YAML {_QUOTE}"
+        return f"expected a value and no more; found {rest} after it, a comment in YAML (put text in quotes)"
     return None
 
 

@@ -105,7 +105,7 @@ def notes(peaks: Collection[int], origin: str) -> Iterator[str]:
     """What to tell of 16-bit images whose largest values are `peaks`: if all of them are dim, hardly a shade is left."""
     if peaks and (most := max(peaks)) < DIM:
         yield (
-            f"{origin}: no value of its 16-bit images is above {most:,}, and the upper 8 of 16 bits are read, so that they keep "
+            f"{origin}: no value of its 16-bit images is above {most:,}, and of 16 bits the upper 8 are read, which keeps "
             f"{most // 256 + 1} of 256 shades; stretch their values to 0 … 65,535, or convert them to 8 bits"
         )
 
