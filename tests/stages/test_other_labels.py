@@ -6,6 +6,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
 from recap_cli.errors import DataError
@@ -100,3 +101,24 @@ def test_a_label_column_with_nothing_in_it_is_none(tmp_path: Path, labels: list[
     assert seen(state, tmp_path, data=write(tmp_path / "other.parquet", labels)) == ["None", "None"]
     with pytest.raises(DataError, match="row 2"):
         seen(state, tmp_path, data=write(tmp_path / "other.parquet", ["no", labels[0] and str(labels[0])]))
+
+
+def test_class_folders_name_the_labels_of_a_file_in_another_case(tmp_path: Path) -> None:
+    for folder in ("Cat", "Dog"):
+        (tmp_path / "folders" / folder).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "folders" / folder / "0.png")
+    rows = [f"folders/{name}/0.png,{name.lower()}" for name in ("Cat", "Dog") * 4]
+    (tmp_path / "train.csv").write_text("\n".join(["image,label", *rows]) + "\n")
+    files = {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "folders")}
+    state = init(tiny("vit", data=files), tmp_path / "state")
+    assert seen(state, tmp_path) == ["cat", "dog"]
+    assert seen(state, tmp_path, data=tmp_path / "folders") == ["cat", "dog"]
+
+
+def test_a_state_that_does_not_say_what_numbers_are_takes_them_for_no_places(tmp_path: Path) -> None:
+    names = ["no", "yes"]
+    state = made(tmp_path, table([0, 1] * 4, names), table([0, 1], names))
+    del state.manifest.history[0]["label_places"], state.manifest.history[0]["label_words"]
+    assert seen(state, tmp_path, data=write(tmp_path / "named.parquet", [1, 0], names)) == ["yes", "no"]
+    with pytest.raises(DataError, match="holds 1 in row 1, but the labels are no, yes"):
+        seen(state, tmp_path, data=write(tmp_path / "bare.parquet", [1, 0]))
