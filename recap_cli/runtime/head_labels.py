@@ -36,4 +36,4 @@ def reorder_output(model: nn.Module, adapter: Adapter, places: Sequence[int]) ->
 
 def _plain(name: str) -> str:
     """A name without the marks between its words. Others stay: `+` and `-`, `C` and `C++` are different labels."""
-    return key_of(re.sub(r"(?<=[^\W_])[\s_,.-]+(?=[^\W_])", " ", name))
+    return key_of(re.sub(r"(?<=[^\W_])(-|[\s_,.]+)(?=[^\W_])", " ", name))

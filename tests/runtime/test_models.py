@@ -460,7 +460,13 @@ def test_labels_of_a_head_are_told_apart_by_their_signs(saved, own, labels, plac
 
 
 @pytest.mark.parametrize(
-    ("own", "labels"), [(["+", "-"], ["plus", "minus"]), (["-1", "0"], ["0", "1"]), (["a b", "a-b"], ["A B", "a_b"])]
+    ("own", "labels"),
+    [
+        (["+", "-"], ["plus", "minus"]),
+        (["-1", "0"], ["0", "1"]),
+        (["up -1", "up 0"], ["up 0", "up 1"]),
+        (["a b", "a-b"], ["A B", "a_b"]),
+    ],
 )
 def test_labels_of_a_head_that_may_be_others_get_a_new_one(saved, own, labels):
     folder = saved("vit")
