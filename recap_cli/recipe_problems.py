@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from recap_cli.errors import RecipeError
 from recap_cli.recipe_conflicts import CONFLICTS
-from recap_cli.recipe_yaml import Document, KeyPath, Problem, overlap, place
+from recap_cli.recipe_yaml import Document, KeyPath, Problem, as_typed, overlap, place
 
 _Schema = Mapping[str, Any]
 _LONGEST = 60  # characters of a found value that a message repeats
@@ -56,6 +56,8 @@ def explain(error: ValidationError, document: Document, schema: _Schema) -> tupl
         else:
             text = _mismatch(path, document.values, schema)
         order, where = place(document, [path], at_key=unknown)
+        if typed := next((given.text for given in reversed(document.overrides) if given.path == path), None):
+            text = as_typed(text, ".".join(path), typed.partition("=")[2])
         found.append(Problem(order, where, ".".join(path), text))
     return found, suspects
 

@@ -4,6 +4,8 @@ Knows YAML and the command line, and no key of the recipe by name. What is odd h
 without `=`) becomes a `Problem`; `recap_cli.recipe_problems` adds what the schema finds.
 """
 
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from recap_cli.recipe_bounds import DEEPEST, check_size, is_number, unprintable
 KeyPath = tuple[str, ...]
 NULLS = ("null", "Null", "NULL", "~")
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+_IN_QUOTES = re.compile(r"\(put (text|it) in quotes\)")  # what helps in a file
 _LONGEST = 60  # characters of an override that a message repeats
 
 
@@ -75,6 +78,18 @@ def load(
     return document
 
 
+def setting(key: str, value: str) -> str:
+    """The `--set` of a text, as it is typed: in quotes for YAML where that reads it as something else, and for the shell."""
+    if not _is_itself(value):
+        value = yaml.safe_dump(value, default_style='"', allow_unicode=True, width=float("inf")).strip()
+    return f"--set {key}={shlex.quote(value)}"
+
+
+def as_typed(problem: str, key: str, value: str) -> str:
+    """A problem of an override: quotes alone would be the shell's, and would not reach YAML."""
+    return _IN_QUOTES.sub(lambda _: f"(as text: {setting(key.strip(), value.strip())})", problem)
+
+
 def place(document: Document, paths: Sequence[KeyPath], *, at_key: bool) -> tuple[tuple[int, int, int], str]:
     """Return the sorting order and the words for where a problem stands that the keys `paths` have a part in.
 
@@ -120,6 +135,15 @@ def _parse(text: str) -> tuple[yaml.Node | None, Any, list[tuple[yaml.Mark, str,
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     odd = list(_odd_keys(root, (), frozenset(), set()))
     return root, yaml.safe_load(text), odd
+
+
+def _is_itself(value: str) -> bool:
+    """Whether an override of these characters sets this text."""
+    try:
+        root, parsed, odd = _parse(value)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return False
+    return type(parsed) is str and parsed == value and not odd and _lost(value, root, parsed) is None
 
 
 def _odd_keys(
@@ -170,9 +194,10 @@ def _apply(document: Document, turn: int, text: str) -> None:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # as above
         return _refuse(document, turn, text, ".".join(path), f"expected a YAML value: {_fault(error)[2]}")
     if problem := _lost(value, root, parsed):
-        return _refuse(document, turn, text, ".".join(path), problem)
+        return _refuse(document, turn, text, ".".join(path), as_typed(problem, key, value))
     for _, inner, reason in odd:
-        _refuse(document, turn, text, ".".join(filter(None, (*path, inner))), reason)
+        told = reason if inner else as_typed(reason, key, value)
+        _refuse(document, turn, text, ".".join(filter(None, (*path, inner))), told)
     if problem := _put(document.values, path, parsed):
         return _refuse(document, turn, text, ".".join(path), problem)
     document.overrides.append(Override(turn, text, path, parsed))

@@ -1,6 +1,8 @@
 """Recipes: what is accepted, what is refused and in which words, and that they survive the way out and in again."""
 
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -599,3 +601,12 @@ def test_importing_the_recipe_brings_in_nothing_heavy() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"torch", "numpy", "transformers", "timm", "datasets", "sklearn", "rich", "typer"}
     assert not heavy & set(loaded)
+
+
+@pytest.mark.parametrize("typed", ["1", "yes", "12:30", "#x", "a #b", "2024-01-01"])
+def test_an_override_that_yaml_does_not_read_as_text_is_told_as_it_may_be_typed(typed: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe.read("bert_base_cola", [f"data.text={typed}"])
+    found = re.search(r"\(as text: --set (.*)\)", caught.value.message)
+    assert found
+    assert recipe.read("bert_base_cola", shlex.split(found[1])).data.text == typed

@@ -1,13 +1,13 @@
 """A folder with one folder of images per class, as an Arrow table: the path of each image, and the name of its folder."""
 
 import os
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recap_cli.errors import DataError
+from recap_cli.recipe_yaml import setting
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,13 +34,13 @@ def read_folder(path: Path, *, key: str) -> "tuple[pa.Table, list[str]]":
     empty: list[str] = []
     found: list[tuple[str, str]] = []
     try:
-        folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not _is_junk_folder(folder.name))
+        folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not is_junk_name(folder.name))
         for folder in folders:
             files = sorted(_files(folder))
             hidden += [file for file in files if _is_image(file) and _is_hidden(file, folder)]
             images = [file for file in files if _is_image(file) and not _is_hidden(file, folder)]
             others.update(file.suffix.lower() for file in files if not _is_image(file) and not _is_junk(file, folder))
-            found += [(_checked(file), folder.name) for file in images]
+            found += [(checked(file), folder.name) for file in images]
             if not images:
                 empty.append(folder.name)
     except OSError as error:
@@ -48,7 +48,8 @@ def read_folder(path: Path, *, key: str) -> "tuple[pa.Table, list[str]]":
     if not found:
         raise DataError(
             f"{_printable(path)} has no folders with images in them",
-            hint=f"put the images of each class into a folder named for the class, and set {key} to the folder above",
+            hint="put the images of each class into a folder named for the class, and name the folder above these: "
+            f"--set {key}=FOLDER",
         )
     _check_classes(path, {name for _, name in found})
     images_of, labels = zip(*found, strict=True)
@@ -75,21 +76,22 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_SUFFIXES
 
 
-def _is_junk_folder(name: str) -> bool:
+def is_junk_name(name: str) -> bool:
+    """Whether systems leave folders of this name, or hide what has it."""
     return name.startswith(".") or name.lower() in JUNK_FOLDERS
 
 
 def _is_hidden(file: Path, folder: Path) -> bool:
     """Whether a file, or a folder between it and its class, is one that systems make: `._0.png` of macOS holds no image."""
     *between, name = file.relative_to(folder).parts
-    return name.startswith(".") or any(map(_is_junk_folder, between))
+    return name.startswith(".") or any(map(is_junk_name, between))
 
 
 def _is_junk(file: Path, folder: Path) -> bool:
     return file.name.lower() in JUNK_FILES or _is_hidden(file, folder)
 
 
-def _checked(file: Path) -> str:
+def checked(file: Path) -> str:
     """The path as text. Raises `DataError` if it is no UTF-8, in which tables are kept, or if there is no file behind it."""
     name = str(file)
     if name != _printable(file):
@@ -112,10 +114,10 @@ def _check_classes(path: Path, names: set[str]) -> None:
     if "train" not in lowered or not lowered.keys() <= {"train", *SPLITS}:
         return
     other = next((lowered[split] for split in SPLITS if split in lowered), None)
-    held_out = "--set data.validation_share=0.1" if other is None else f"--set data.validation={shlex.quote(str(path / other))}"
+    held_out = "--set data.validation_share=0.1" if other is None else setting("data.validation", str(path / other))
     raise DataError(
         f"{path} holds splits ({', '.join(sorted(names))}), not classes",
-        hint=f"--set data.train={shlex.quote(str(path / lowered['train']))} {held_out}",
+        hint=f"{setting('data.train', str(path / lowered['train']))} {held_out}",
     )
 
 

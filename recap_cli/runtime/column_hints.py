@@ -1,11 +1,11 @@
 """Whether a table has the columns that a recipe names; if not, which ones it has that were probably meant."""
 
-import shlex
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from recap_cli.errors import DataError
+from recap_cli.recipe_yaml import setting
 from recap_cli.runtime.class_folders import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _hint(table: "pa.Table", roles: Mapping[str, str], wrong: list[str]) -> str:
     if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
         return f"the file is separated by {mark!r}; save it with commas, or as .tsv with tabs"
     fits = _fitting(table, {role: name for role, name in roles.items() if role in wrong}, set(roles.values()))
-    sets = " ".join(f"--set data.{role}={shlex.quote(fits[role][0]) if len(fits[role]) == 1 else 'COLUMN'}" for role in wrong)
+    sets = " ".join(setting(f"data.{role}", fits[role][0] if len(fits[role]) == 1 else "COLUMN") for role in wrong)
     open_roles = [role for role in wrong if len(fits[role]) != 1]
     choices = [
         f"data.{role} is one of {', '.join(fits[role])}" if fits[role] else f"no column of it holds {WANTED[role]}"

@@ -6,6 +6,7 @@ Which examples a batch holds, and when, is the business of `order`; where they c
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ Fetch = Callable[[Tensor, torch.Generator | None], dict[str, Tensor]]
 
 RAM_BYTES = 2 * 1024**3  # images of a split that fit in here are decoded once; those of a larger one each time they are used
 CHUNK = 256  # examples per step of the progress bar
+LOOKED_AT = 64  # images, spread over a split that is not held, whose range is looked at beforehand
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Split:
     """The training or the validation examples: their labels, shape (examples,), int64, and a way to fetch their inputs.
 
     `origin` is the file or data set they come from, for messages. Of texts, `tokens` are the ids that occur in them, and
-    `special` those that the tokenizer may add, such as padding: both sorted, int64.
+    `special` those that the tokenizer may add, such as padding: both sorted, int64. `notes` are what a user should know.
     """
 
     origin: str
@@ -66,6 +68,7 @@ class Split:
     fetch: Fetch
     tokens: Tensor | None = None
     special: Tensor | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -176,12 +179,17 @@ def image_split(
     _check_channels(inputs)
     mean = torch.tensor(inputs.mean).view(-1, 1, 1)  # (channels, 1, 1)
     std = torch.tensor(inputs.std).view(-1, 1, 1)
-    pixels_at = _decoder(dataset, inputs, origin, workers)
+    decoded = _decoder(dataset, inputs, origin, workers)
+    peaks: list[int] = []
+    pixels_at: Callable[[Tensor], Tensor]
     if len(dataset) * inputs.channels * inputs.size[0] * inputs.size[1] <= ram_bytes:
         held = torch.empty((len(dataset), inputs.channels, *inputs.size), dtype=torch.uint8)
         for chunk in _chunks(len(dataset), track, f"decode {origin}"):
-            held[chunk.start : chunk.stop] = pixels_at(torch.arange(chunk.start, chunk.stop))
+            held[chunk.start : chunk.stop] = decoded(torch.arange(chunk.start, chunk.stop), peaks)
         pixels_at = held.__getitem__
+    else:
+        decoded(torch.arange(0, len(dataset), -(-len(dataset) // LOOKED_AT)), peaks)
+        pixels_at = decoded
 
     def fetch(indices: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
         values = pixels_at(indices)
@@ -190,7 +198,7 @@ def image_split(
             values = torch.where(flip.view(-1, 1, 1, 1), values.flip(-1), values)
         return {"pixel_values": values.to(torch.float32).div_(255).sub_(mean).div_(std)}
 
-    return Split(origin, _labels(dataset), fetch)
+    return Split(origin, _labels(dataset), fetch, notes=tuple(pixels.notes(peaks, origin)))
 
 
 def _check_channels(inputs: ImageInputs) -> None:
@@ -202,29 +210,29 @@ def _check_channels(inputs: ImageInputs) -> None:
         )
 
 
-def _decoder(dataset: "Dataset", inputs: ImageInputs, origin: str, workers: int) -> Callable[[Tensor], Tensor]:
-    """A function from indices to pixels, (batch, channels, height, width), uint8."""
+def _decoder(dataset: "Dataset", inputs: ImageInputs, origin: str, workers: int) -> Callable[..., Tensor]:
+    """A function from indices to pixels, (batch, channels, height, width), uint8; see `pixels.decode` for its list."""
     import datasets
 
     encoded = dataset.cast_column("image", datasets.Image(decode=False))
 
-    def decode(image: Mapping[str, Any], row: int) -> Tensor:
+    def decode(peaks: list[int] | None, image: Mapping[str, Any], row: int) -> Tensor:
         try:
-            return _pixels(pixels.decode(image), inputs)
+            return _pixels(pixels.decode(image, peaks), inputs)
         except pixels.BROKEN as error:
             file = f" {image['path']}" if image.get("path") else ""
             raise DataError(
                 f"the image{file} in row {row} of {origin} {_wrong_with(error)}: {error}", hint=_hint_for(error)
             ) from error
 
-    def pixels_at(indices: Tensor) -> Tensor:
+    def pixels_at(indices: Tensor, peaks: list[int] | None = None) -> Tensor:
         examples = encoded.select(indices.tolist())[:]
         images, rows = examples["image"], examples["row"]
         with pixels.careful():
             if workers == 0:
-                return torch.stack(list(map(decode, images, rows)))
+                return torch.stack(list(map(partial(decode, peaks), images, rows)))
             with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes without the interpreter's lock
-                return torch.stack(list(pool.map(decode, images, rows)))
+                return torch.stack(list(pool.map(partial(decode, peaks), images, rows)))
 
     return pixels_at
 

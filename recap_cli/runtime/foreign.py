@@ -78,10 +78,10 @@ def is_plain(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
-def some(names: Sequence[object], most: int = 5) -> str:
+def some(names: Sequence[object], most: int = 5, mark: str = ", ") -> str:
     """The first few of a list of names, for a message."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(str(name) for name in names[:most]) + more
+    return mark.join(str(name) for name in names[:most]) + more
 
 
 def _read(path: Path, hint: str) -> bytes:

@@ -7,21 +7,19 @@ import torch
 from torch import nn
 
 from recap_cli.core.adapter import Adapter, matches
+from recap_cli.runtime.labels import finder, key_of
 
 
-def same_labels(own: Sequence[str] | None, labels: Sequence[str]) -> bool:
-    """Whether a head of `own` labels may be used for these; names such as LABEL_0 say nothing and fit all."""
-    if own is None or all(re.fullmatch(r"LABEL_\d+", str(name)) for name in own):
-        return True
-    return [_plain(name) for name in own] == [_plain(name) for name in labels]
+def places_of(labels: Sequence[str], own: Sequence[str] | None) -> list[int] | None:
+    """Where each of `labels` stands in a head of `own`; None where these are others, or one of them may be two.
 
-
-def places_of(labels: Sequence[str], own: Sequence[str] | None) -> list[int]:
-    """Where each of `labels` stands in a head of the same labels in another order; empty for any other head."""
-    plain, wanted = [_plain(name) for name in own or ()], [_plain(name) for name in labels]
-    if plain == wanted or len(set(plain)) < len(plain) or sorted(plain) != sorted(wanted):
-        return []
-    return [plain.index(name) for name in wanted]
+    Names such as LABEL_0 say nothing, and fit all.
+    """
+    if own is None or all(re.fullmatch(r"LABEL_\d+", name) for name in own):
+        return list(range(len(labels)))
+    find = finder(own, _plain)
+    places = [place for label in labels if (place := find(label)) is not None]
+    return places if sorted(places) == list(range(len(own))) == list(range(len(labels))) else None
 
 
 def reorder_output(model: nn.Module, adapter: Adapter, places: Sequence[int]) -> bool:
@@ -37,4 +35,5 @@ def reorder_output(model: nn.Module, adapter: Adapter, places: Sequence[int]) ->
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[\W_]+", " ", str(name)).strip().lower()
+    """A name without the marks between its words. Others stay: `+` and `-`, `C` and `C++` are different labels."""
+    return key_of(re.sub(r"(?<=[^\W_])(-|[\s_,.]+)(?=[^\W_])", " ", name))

@@ -59,7 +59,8 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
             _check_names(model_type, rest, defaults)
             config = AutoConfig.for_model(model_type, **rest)
             config.architectures = config.architectures or []  # transformers 5.23 iterates over it, None or not
-            config.id2label = {int(number): str(name) for number, name in config.id2label.items()}
+            names = {int(number): str(name) for number, name in config.id2label.items()}
+            config.id2label = dict(sorted(names.items()))  # JSON may have them as texts, 10 before 2
     except (*LIBRARY_ERRORS, StrictDataclassError) as error:
         first_line = " ".join(str(error).split())
         raise ModelError(
@@ -190,6 +191,11 @@ def check_task(config: Any, task_kind: TaskKind) -> None:
         raise ModelError(
             f"transformers has no {config.model_type} for {task_kind}", hint="do model.name and task.kind fit together?"
         )
+
+
+def label_names(config: Any) -> list[str]:
+    """The name of each output of a configuration's head, empty where it has none."""
+    return [config.id2label.get(number, "") for number in range(len(config.id2label))]
 
 
 def set_labels(config: Any, names: Sequence[str]) -> None:

@@ -5,16 +5,18 @@ A label is known by its key: 3, 3.0, "3" and "03" have the same, and so have "Ye
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from recap_cli.errors import DataError
+from recap_cli.runtime.foreign import some
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Value = bool | int | str
+Find = Callable[[str], int | None]  # from a label as it is written to its place
 Spellings = Mapping[str, Counter[str]]  # how often each label, by key, is written in which way
 
 WHOLE = re.compile(r"([0-9]{1,18})(\.0*)?")  # "3", "03" and "3.0"
@@ -27,8 +29,8 @@ CHOOSE = "choose the column of the labels with --set data.label=NAME"
 class Labels:
     """The classes of the training data: their names in the order of their numbers, and what to tell of them.
 
-    `own` is True where the data set brings the names along: its column then holds places among them. Where `words` is False,
-    a name is meant letter by letter, and otherwise upper case and surrounding blanks are no difference.
+    `own` is True where the data set brings the names along: its whole numbers then are places among them. Where `words` is
+    False, a name is meant letter by letter, and otherwise upper case and surrounding blanks are no difference.
     """
 
     names: tuple[str, ...]
@@ -51,7 +53,8 @@ def read_labels(column: "pa.ChunkedArray", own: Sequence[str] | None, place: str
     else:
         spellings = _spellings(counts, words, place)
         names = {key: min(ways, key=lambda way: (-ways[way], way)) for key, ways in spellings.items()}
-        ordered = sorted(names, key=int if _all_whole(names) else names.__getitem__)
+        by_number = _all_whole(names)
+        ordered = sorted(names, key=lambda key: (_number(key) if by_number else 0, names[key]))
         notes = _notes(ordered, spellings, names, place)
         found = Labels(tuple(names[key] for key in ordered), words=words, notes=tuple(notes))
     if len(found.names) < 2:
@@ -69,19 +72,22 @@ def read_labels(column: "pa.ChunkedArray", own: Sequence[str] | None, place: str
 def label_numbers(column: "pa.ChunkedArray", labels: Labels, own: Sequence[str] | None, place: str) -> "pa.ChunkedArray":
     """Each label as its place in `labels`, int64; `own` are the names that come with this column, if any do.
 
-    Raises `DataError`, with the row, for a label that is not among those of the training data.
+    A number with names of its own is a place among these. Without, it is a place or a value, as the training data have it.
+
+    Raises `DataError`, with the row, for a label that is not among those of the training data, or may be two of them.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     plain = _plain(column, place)
     values = pc.unique(plain)
-    place_of = _finder(labels, own)
-    places = [place_of(value) for value in values.to_pylist()]
+    places = _places(values.to_pylist(), labels, own, place)
     numbers = pc.take(pa.array(places, pa.int64()), pc.index_in(plain, value_set=values))
     if (row := pc.index(numbers.is_null(), True).as_py()) >= 0:
+        odd = plain[row].as_py()
+        named = f" ({own[odd]!r})" if own and type(odd) is int and 0 <= odd < len(own) else ""
         raise DataError(
-            f"{place} holds {plain[row].as_py()!r} in row {row + 1}, but the labels are {_some(labels.names)}",
+            f"{place} holds {odd!r}{named} in row {row + 1}, but the labels are {some(labels.names)}",
             hint="use the same labels for training and validation (a label of -1 marks a test set without labels)",
         )
     return numbers
@@ -91,26 +97,61 @@ def check_names(found: Sequence[str], wanted: Sequence[str], origin: str) -> Non
     """Raise `DataError` unless the labels of the data are those that a model was made for, in the same order."""
     if list(found) != list(wanted):
         raise DataError(
-            f"the labels of {origin} are {_some(found)}, but the model was made for {_some(wanted)}",
+            f"the labels of {origin} are {some(found)}, but the model was made for {some(wanted)}",
             hint="put the data back as they were, or make a new state for them with `recap init`",
         )
 
 
-def _finder(labels: Labels, own: Sequence[str] | None) -> Callable[[Value], int | None]:
-    """From a label as a column holds it to its place in `labels`."""
-    exact = {name: number for number, name in enumerate(labels.names)}
-    keys = Counter(_key(name, labels.words) for name in labels.names)
-    alike = {key: exact[name] for name in labels.names if keys[key := _key(name, labels.words)] == 1}
-    by_place = (own or labels.names) if labels.own or (own and not _all_whole(labels.names)) else None
+def finder(names: Sequence[str], key: Callable[[str], str]) -> Find:
+    """Labels by their names: letter by letter, or else by a key that is not empty, and that one name alone has."""
+    exact = {name: number for number, name in enumerate(names)}
+    keys = Counter(map(key, names))
+    alike = {key(name): number for name, number in exact.items() if key(name) and keys[key(name)] == 1}
+    return lambda text: exact.get(text, alike.get(key(text)))
 
-    def place_of(value: Value) -> int | None:
-        if by_place is not None and type(value) is int:
-            if not 0 <= value < len(by_place):
-                return None
-            value = by_place[value]
-        return exact.get(str(value), alike.get(_key(value, labels.words)))
 
-    return place_of
+def key_of(text: str) -> str:
+    """What a label is known by. A single letter is no word: `a` and `A` are two, as where handwriting is read."""
+    text = text.strip()
+    if whole := WHOLE.fullmatch(text):
+        return whole[1].lstrip("0") or "0"
+    return text.casefold() if len(text) > 1 else text
+
+
+def _places(values: Collection[Value], labels: Labels, own: Sequence[str] | None, place: str) -> list[int | None]:
+    """The place of each value in `labels`, None where it has none. Raises `DataError` if two readings fit, and differ."""
+    find = finder(labels.names, key_of if labels.words else str)
+    by_value = [find(str(value)) for value in values]
+    if own is not None:
+        if not any(find(name) is not None for name in own) and _is_plain_count(labels.names, len(own)):
+            return by_value  # the training data number their labels, and do not name them
+        return _by_place(values, [find(name) for name in own], by_value)
+    if not labels.own:
+        return by_value
+    by_place = _by_place(values, range(len(labels.names)), by_value)
+    if not _all_whole(labels.names):
+        return by_place
+    fitting = [places for places in (by_value, by_place) if None not in places]
+    if len(fitting) < 2 or by_value == by_place:
+        return fitting[0] if fitting else by_value
+    first = next(value for value, one, other in zip(values, by_value, by_place, strict=True) if one != other)
+    raise DataError(
+        f"{place} holds {first}, which is the label {labels.names[int(first)]!r} by its place from 0, and the label "
+        f"{str(first)!r} by its name: the labels are {some(labels.names)}",
+        hint='write the labels as texts, which are names: "label": "1" in a .jsonl file',
+    )
+
+
+def _by_place(values: Collection[Value], places: Sequence[int | None], otherwise: Sequence[int | None]) -> list[int | None]:
+    """Whole numbers as places; texts as they would be `otherwise`."""
+    return [
+        other if type(value) is not int else places[value] if 0 <= value < len(places) else None
+        for value, other in zip(values, otherwise, strict=True)
+    ]
+
+
+def _is_plain_count(names: Sequence[str], count: int) -> bool:
+    return list(names) == [str(number) for number in range(count)]
 
 
 def _plain(column: "pa.ChunkedArray", place: str) -> "pa.ChunkedArray":
@@ -144,7 +185,7 @@ def _spellings(counts: Mapping[Value, int], words: bool, place: str) -> Spelling
     numbers = [value for value in counts if type(value) is int]
     if numbers and min(numbers) < 0:
         raise DataError(
-            f"{place} holds {_some(sorted(numbers))}; labels that are whole numbers are 0 or more",
+            f"{place} holds {some(sorted(numbers))}; labels that are whole numbers are 0 or more",
             hint="a label of -1 marks a test set without labels; where it is a class, call it by a word",
         )
     found: dict[str, Counter[str]] = {}
@@ -159,14 +200,11 @@ def _spellings(counts: Mapping[Value, int], words: bool, place: str) -> Spelling
 
 
 def _key(value: Value, words: bool) -> str:
-    """What a label is known by. A single letter is no word: `a` and `A` are two, as where handwriting is read."""
-    text = str(value)
-    if not words:
-        return text
-    text = text.strip()
-    if whole := WHOLE.fullmatch(text):
-        return whole[1].lstrip("0") or "0"
-    return text.casefold() if len(text) > 1 else text
+    return key_of(str(value)) if words else str(value)
+
+
+def _number(key: str) -> int:
+    return int(key.partition(".")[0])
 
 
 def _all_whole(names: Sequence[str] | Mapping[str, str]) -> bool:
@@ -176,18 +214,11 @@ def _all_whole(names: Sequence[str] | Mapping[str, str]) -> bool:
 def _notes(ordered: Sequence[str], spellings: Spellings, names: Mapping[str, str], place: str) -> Iterator[str]:
     count = len(ordered)
     if _all_whole(ordered) and ordered != [str(number) for number in range(count)]:
-        named = _some([names[key] for key in ordered])
+        named = some([names[key] for key in ordered])
         yield f"{place} holds {named}: the model numbers them 0 … {count - 1}, and keeps them as the names of its labels"
     several = [", ".join(map(repr, sorted(spellings[key]))) for key in ordered if len(spellings[key]) > 1]
     if several:
-        yield f"{place}: written differently, and one label each: {_some(several, '; ')}"
+        yield f"{place}: written differently, and one label each: {some(several, mark='; ')}"
     alone = [key for key in ordered if len(key) == 1 and key.swapcase() in spellings and key != key.swapcase()]
     if alone:
-        yield f"{place}: {_some(alone)} are labels of their own, for single letters differ in case"
-
-
-def _some(values: Sequence[object], mark: str = ", ") -> str:
-    """The values, or the first and the last few of many."""
-    if len(values) <= 8:
-        return mark.join(map(str, values))
-    return f"{mark.join(map(str, values[:4]))}{mark}…{mark}{values[-1]} ({len(values)} of them)"
+        yield f"{place}: {some(alone)} are labels of their own, for single letters differ in case"

@@ -18,7 +18,7 @@ from recap_cli.runtime import hf, leftovers, strange_adapters, timm_library
 from recap_cli.runtime.checkpoints import FOLDER_HINT, count_weights, locate, read_config, read_weights
 from recap_cli.runtime.config_checks import check_limits
 from recap_cli.runtime.foreign import named, some
-from recap_cli.runtime.head_labels import places_of, reorder_output, same_labels
+from recap_cli.runtime.head_labels import places_of, reorder_output
 from recap_cli.runtime.positions import resample
 from recap_cli.runtime.specs import Library, ModelSpec, TaskKind
 
@@ -237,7 +237,7 @@ def _create_hf(
     config = hf.configure(given, strict=folder is None)
     hf.check_task(config, task_kind)
     processor = None if task_kind == "image-classification" else _tokenizer(folder, given, config.vocab_size)
-    own_labels = list(config.id2label.values())
+    own_labels = hf.label_names(config)
     hf.set_labels(config, labels)
     image, note = hf.read_image_facts(folder, config) if task_kind == "image-classification" else (None, None)
     if folder is None and image is not None and image_size is not None:
@@ -320,12 +320,15 @@ def _new_head(
             hint="only the head may be new; see that weights and config.json belong together",
         )
     new = sorted(missing | mismatched)
-    if not new and (places := places_of(labels, own)) and reorder_output(model, adapter, places):
+    if new:
+        return new, [f"new head: {', '.join(new)}"]
+    places = places_of(labels, own)
+    if places == list(range(len(labels))):
+        return new, ["the checkpoint's own head is kept"]
+    if places and reorder_output(model, adapter, places):
         return new, [f"the checkpoint's own head is kept, its labels in the order of the data: {some(labels)}"]
-    if not new and not same_labels(own, labels):
-        new = _renew_output(model, adapter, len(labels))
-        return new, [f"the checkpoint's head is for other labels ({some(own or [])}): {some(new)} is new"]
-    return new, [f"new head: {', '.join(new)}" if new else "the checkpoint's own head is kept"]
+    new = _renew_output(model, adapter, len(labels))
+    return new, [f"the checkpoint's head is for other labels ({some(own or [])}): {some(new)} is new"]
 
 
 def _renew_output(model: nn.Module, adapter: Adapter, num_labels: int) -> list[str]:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from recap_cli.errors import DataError
 from recap_cli.runtime import sources
-from recap_cli.runtime.class_folders import IMAGE_SUFFIXES
+from recap_cli.runtime.class_folders import IMAGE_SUFFIXES, checked, is_junk_name
 from recap_cli.runtime.columns import Found, Roles, class_names, pick, roles_for
 from recap_cli.runtime.files import READERS
 from recap_cli.runtime.labels import Labels, label_numbers
 from recap_cli.runtime.tasks import Kind
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 KEY = "data.other"  # stands in the hints of the readers, where a recipe's key would; `_retold` puts --data in its place
@@ -39,18 +40,18 @@ class Other:
         return files_of(self.examples)
 
 
-def read_other(kind: Kind, place: Path | None, split: str | None, names: Sequence[str], data: Mapping[str, Any]) -> Other:
+def read_other(kind: Kind, place: Path | None, split: str | None, labels: Labels, data: Mapping[str, Any]) -> Other:
     """Read the file or folder `place`, or its `split`; without a place, the split of the recipe's data set on the hub.
 
-    `names` are the labels that the model has, `data` is the recipe's section. A column of labels that is not there, or holds
-    nothing but −1, makes the examples unlabelled.
+    `labels` are those of the training data, `data` is the recipe's section. A column of labels that is not there, is empty, or
+    holds nothing but −1, makes the examples unlabelled.
 
     Raises `DataError` for what is missing, cannot be read, does not fit, or has a label that the model does not know.
     """
     roles = roles_for(kind, **{role: data[role] for role in ("text", "text_pair", "image", "label")})
     try:
         found = _find(roles, place, split, data)
-        return _labelled(found, roles, names, by_place=data["name"] is not None)
+        return _labelled(found, roles, labels)
     except DataError as error:
         raise DataError(error.message, hint=_retold(error.hint, roles)) from error
 
@@ -107,7 +108,7 @@ def _split_of(place: Path, split: str, *, folders: bool) -> Path:
 
 def _flat(folder: Path) -> list[Path]:
     """The images that stand in a folder itself, where it has no folders: images without labels."""
-    children = [child for child in sorted(folder.iterdir()) if not child.name.startswith(".")]
+    children = [child for child in sorted(folder.iterdir()) if not is_junk_name(child.name)]
     if any(child.is_dir() for child in children):
         return []
     return [child for child in children if child.suffix.lower() in IMAGE_SUFFIXES]
@@ -116,31 +117,40 @@ def _flat(folder: Path) -> list[Path]:
 def _unlabelled_images(folder: Path, images: Sequence[Path]) -> Found:
     import pyarrow as pa
 
-    return Found(pa.table({"image": pa.array(map(str, images), pa.string())}), str(folder), classes=True)
+    return Found(pa.table({"image": pa.array(map(checked, images), pa.string())}), str(folder), classes=True)
 
 
-def _labelled(found: Found, roles: Roles, names: Sequence[str], *, by_place: bool) -> Other:
-    """The labels by their names; numbers without names count as places where the training data have come with names."""
+def _labelled(found: Found, roles: Roles, labels: Labels) -> Other:
+    """The labels as those of validation data are read."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     name = found.column("label", roles)
     inputs = {role: column for role, column in roles.items() if role != "label"}
-    if name not in found.table.column_names:
-        columns, labelled = pick(found, inputs), False
-    else:
-        columns = pick(found, roles)
-        kind = columns["label"].type
-        number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-        labelled = not (number and pc.all(pc.equal(columns["label"], -1)).as_py())
+    labelled = not _is_unlabelled(found.table, name)
+    columns = pick(found, roles if labelled else inputs)
     told: list[str] = []
     if labelled:
         own, told = class_names(found, name)
-        labels = Labels(tuple(names), own=by_place, words=not found.classes)
         columns["label"] = label_numbers(columns["label"], labels, own, found.place(name))
     else:
         columns["label"] = pa.chunked_array([pa.array([0] * found.table.num_rows, pa.int64())])
-    return Other(sources._dataset(columns, names), found.origin, labelled, (*found.notes, *told))
+    return Other(sources._dataset(columns, labels.names), found.origin, labelled, (*found.notes, *told))
+
+
+def _is_unlabelled(table: "pa.Table", name: str) -> bool:
+    """Whether a table lacks the column of the labels, or has nothing in it: no value, an empty text, or −1, in every row."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if (count := table.column_names.count(name)) != 1:
+        return bool(count == 0)
+    column = table.column(name)
+    if column.null_count == len(column):
+        return True
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return bool(pc.all(pc.equal(pc.utf8_trim_whitespace(column), "")).as_py())
+    number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+    return bool(number and column.null_count == 0 and pc.all(pc.equal(column, -1)).as_py())
 
 
 def _retold(hint: str | None, roles: Roles) -> str | None:

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import os
+import secrets
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO, StringIO
@@ -32,23 +34,39 @@ def check(path: Path, *, force: bool) -> None:
         )
     if os.path.lexists(path) and not force:
         raise UsageError(f"--predictions {path}: is there already", hint="name another file, or write over it with --force")
-    if not path.parent.is_dir():
-        raise StorageError(f"{path} cannot be written: there is no folder {path.parent}", hint="make it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
+    place = _behind(path)
+    if place.exists() and not place.is_file():
+        raise UsageError(f"--predictions {path}: is no ordinary file", hint="name another file")
+    if not place.parent.is_dir():
+        raise StorageError(f"{path} cannot be written: there is no folder {place.parent}", hint="make it first")
+    if not os.access(place.parent, os.W_OK | os.X_OK):
         raise StorageError(f"{path} cannot be written: permission denied", hint="name a file in a folder you may write to")
 
 
 def write(path: Path, columns: Columns) -> None:
-    """Write the columns, all of the same length; a value that is None is left empty. Raises `StorageError`."""
+    """Write the columns, all of the same length; a value that is None is left empty. A link stays one, and its file is written.
+
+    Raises `StorageError`.
+    """
     data = WRITERS[path.suffix.lower()](columns)
-    temporary = path.with_name(f"{path.name}.tmp")
+    place = _behind(path)
+    temporary = place.with_name(f".recap-{secrets.token_hex(8)}.tmp")
     try:
         with storage.storage_errors(path, len(data)):
-            temporary.write_bytes(data)
+            with temporary.open("xb") as file:
+                file.write(data)
             storage.flush(temporary)
-            os.replace(temporary, path)
+            os.replace(temporary, place)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _behind(path: Path) -> Path:
+    """The file that a link leads to; any other path as it is."""
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return path
 
 
 def _csv(columns: Columns) -> bytes:
@@ -60,8 +78,13 @@ def _csv(columns: Columns) -> bytes:
 
 
 def _jsonl(columns: Columns) -> bytes:
-    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    rows = (dict(zip(columns, map(_in_json, row), strict=True)) for row in zip(*columns.values(), strict=True))
     return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
+
+
+def _in_json(value: Any) -> Any:
+    """The value, or null for a number that JSON does not have: a model that has diverged gives NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _parquet(columns: Columns) -> bytes:

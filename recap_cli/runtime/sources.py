@@ -31,17 +31,21 @@ DIGITS_SHARE = 0.2  # of the digits are for validation, unless the recipe says a
 
 @dataclass(frozen=True)
 class Raw:
-    """Training and validation examples, not yet tensors; `label` is a number, whose name stands in `label_names`.
+    """Training and validation examples, not yet tensors; `label` is a number, whose name stands in `labels`.
 
     `notes` are what a user should know of how they were read.
     """
 
     train: "Dataset"
     validation: "Dataset"
-    label_names: list[str]
+    labels: Labels
     train_origin: str
     validation_origin: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def label_names(self) -> list[str]:
+        return list(self.labels.names)
 
 
 def read_splits(
@@ -89,7 +93,7 @@ def read_splits(
     return Raw(
         train=_first(examples[0], train_samples, seed, "training"),
         validation=_first(examples[1], validation_samples, seed, "validation"),
-        label_names=list(labels.names),
+        labels=labels,
         train_origin=first.origin,
         validation_origin=f"{first.origin} (held out)" if second is None else second.origin,
         notes=(*notes, *labels.notes),

@@ -19,6 +19,7 @@ from recap_cli.runtime import devices, models, other_data, prediction_files
 from recap_cli.runtime.data import Split, make_split
 from recap_cli.runtime.evaluation import Examples
 from recap_cli.runtime.evaluation import evaluate as score
+from recap_cli.runtime.labels import Labels
 from recap_cli.stages import context as shared
 from recap_cli.stages.context import Context
 from recap_cli.stages.cores import on_fitting_threads
@@ -92,14 +93,23 @@ def _validation(here: Context, track: Track, *, placed: bool) -> Scored:
 def _others(here: Context, data: Path | None, split: str | None, say: Callable[[str], None], track: Track) -> Scored:
     """Other data, with the columns, the preprocessing and the labels of the recipe's own."""
     recipe, spec = here.recipe, here.spec
-    found = other_data.read_other(recipe.task.kind, data, split, spec.label_names, recipe.data.model_dump())
+    found = other_data.read_other(recipe.task.kind, data, split, _labels(here), recipe.data.model_dump())
     for note in found.notes:
         say(f"note: {note}")
     if not found.labelled:
         say(f"note: {found.origin} has no labels: there are predictions of it, and no metrics")
     inputs = shared.inputs_of(recipe, spec, models.load_processor(here.state.path / here.full, spec))
     made = make_split(found.examples, inputs, origin=found.origin, workers=recipe.data.workers, track=track)
+    for note in made.notes:
+        say(f"note: {note}")
     return Scored(made, found.labelled, found.places, None if data is None else found.files)
+
+
+def _labels(here: Context) -> Labels:
+    """The labels as `init` read them. Where a state does not say how, numbers are values, as in a file without names."""
+    made = here.state.manifest.made
+    own, words = made.get("label_places", False), made.get("label_words", True)
+    return Labels(tuple(here.spec.label_names), own=own, words=words)
 
 
 def _columns(scored: Scored, seen: dict[str, Examples], names: Sequence[str]) -> dict[str, list[Any]]:

@@ -4,6 +4,7 @@ A method that has no ratio to prune or to freeze by has one cell a seed, whateve
 """
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,7 +168,7 @@ def _refuse_options(overrides: Sequence[str], own: str, methods: Mapping[str, Me
         if key.partition(".")[0] == "options" and own not in methods:
             raise UsageError(
                 f"--set {given}: options of the recipe's own method, {own}, which is not compared",
-                hint=f"name the method that they are of, as in --set {next(iter(methods))}:{given}",
+                hint=f"name the method that they are of, as in --set {shlex.quote(f'{next(iter(methods))}:{given}')}",
             )
 
 

@@ -90,6 +90,8 @@ class InitFacts(BaseModel):
     train_examples: Size
     labels: Size
     head_new: bool
+    label_places: bool = False
+    label_words: bool = True
     budget: Budget | None = None
 
 

@@ -1,12 +1,14 @@
 """Folders with one folder of images per class, as people and systems leave them."""
 
 import os
+import shlex
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from recap_cli import recipe as recipes
 from recap_cli.errors import DataError
 from recap_cli.runtime.sources import Raw, read_splits
 from tests.tiny import data_folder, tiny
@@ -143,3 +145,22 @@ def test_a_folder_within_a_class_that_may_not_be_read_is_named(tmp_path: Path) -
         assert "cat/more" in fails(folder)[0]
     finally:
         (folder / "cat" / "more").chmod(0o700)
+
+
+def test_folders_that_are_numbers_with_a_point_are_classes_in_their_order(tmp_path: Path) -> None:
+    raw = read(write(tmp_path / "set", "10.0/0.png", "2.0/0.png", "1.0/0.png"))
+    assert raw.label_names == ["1.0", "2.0", "10.0"]
+
+
+@pytest.mark.parametrize("name", ["a #b", "x: y", "null", "my set"])
+def test_the_hint_of_a_folder_of_splits_may_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write(Path(name), "train/cat/0.png", "test/cat/0.png")
+    words = [word for word in shlex.split(fails(folder)[1]) if word != "--set"]
+    data = recipes.read("vit_base_cifar100", words).data
+    assert (data.train, data.validation) == (str(folder / "train"), str(folder / "test"))
+
+
+def test_a_folder_without_images_is_told_how_to_name_another(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    assert "--set data.train=FOLDER" in fails(tmp_path)[1]

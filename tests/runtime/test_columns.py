@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from recap_cli import recipe as recipes
 from recap_cli.errors import DataError
 from recap_cli.runtime.sources import Raw, read_splits
 
@@ -140,3 +141,13 @@ def test_images_are_stored_in_several_ways(tmp_path: Path, kind: pa.DataType) ->
 def test_arrays_that_are_no_stored_images_are_refused_by_their_type(tmp_path: Path, column: list[Any]) -> None:
     message, _ = fails(write(tmp_path, image=column, label=[0, 1]), "image-classification")
     assert "in column 'image', not images or paths of images" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["1", "yes", "a #b", "x: y", "null", "~", "12:30", "it's", "a b", "'", '"', "é", "#x", "=", "$HOME"]
+)
+def test_a_hint_may_be_typed_whatever_the_columns_are_called(tmp_path: Path, name: str) -> None:
+    file = write(tmp_path, **{name: [f"text {i}" for i in range(4)], "kind": [0, 1, 0, 1]})
+    words = shlex.split(fails(file, text="sentence", label="kind")[1].removeprefix("name the column with "))
+    assert words[0] == "--set"
+    assert recipes.read("bert_base_cola", words[1:]).data.text == name

@@ -337,3 +337,19 @@ def test_an_image_is_never_fetched_from_the_net(tmp_path: Path) -> None:
         DataError, match=r"the image http://127.0.0.1:9/a.png in row 2 of x cannot be decoded: there is no such"
     ):
         make_split(dataset, GREY, origin="x")
+
+
+@pytest.mark.parametrize("ram_bytes", [2**31, 1])
+@pytest.mark.parametrize(("peaks", "told"), [((4000, 4095), True), ((4095, 4096), False), ((300, 65535), False)])
+def test_images_of_12_bits_in_16_are_told(tmp_path: Path, peaks: tuple[int, int], told: bool, ram_bytes: int) -> None:
+    stored = [encoded(Image.fromarray(np.linspace(0, peak, 63).astype(np.uint16).reshape(7, 9))) for peak in peaks]
+    split = make_split(images(tmp_path, stored), GREY, origin="scans", ram_bytes=ram_bytes)
+    said = (
+        "scans: no value of its 16-bit images is above 4,095, and of 16 bits the upper 8 are read, which keeps "
+        "16 of 256 shades; stretch their values to 0 … 65,535, or convert them to 8 bits"
+    )
+    assert split.notes == ((said,) if told else ())
+
+
+def test_images_of_8_bits_are_not_told(tmp_path: Path) -> None:
+    assert make_split(images(tmp_path, [encoded(noise(0)), encoded(noise(1))]), GREY, origin="scans").notes == ()

@@ -122,6 +122,10 @@ def test_a_validation_label_never_trained_on_is_refused(tmp_path: Path, train: A
         ([1, 0], ["no", "yes"], ["Yes", "no"], None, [1, 0]),
         (["yes", "no"], None, [1, 0], ["no", "yes"], [1, 0]),
         ([1, 0], None, [1, 0], ["no", "yes"], [1, 0]),
+        ([5, 4, 3, 2, 1], None, [1, 4], ["1", "2", "3", "4", "5"], [1, 4]),  # places, although they are labels as well
+        ([0, 1, 2], ["2", "0", "1"], [0, 1], ["0", "1"], [1, 2]),
+        ([0, 1, 2, 3, 4], ["1", "2", "3", "4", "5"], [1, 5], None, [0, 4]),  # no places: there is none from 0 on for 5
+        ([0, 1, 2, 3, 4], ["1", "2", "3", "4", "5"], [0, 4], None, [0, 4]),
         ([1, 0], ["US", "us"], [1, 0], ["US", "us"], [1, 0]),  # the names of a data set are meant letter by letter
     ],
 )
@@ -195,3 +199,16 @@ def test_other_labels_under_a_state_are_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DataError) as caught:
         prune(State.open(tmp_path / "state"))
     assert caught.value.message == f"the labels of {file} are dog, newt, zebra, but the model was made for cat, dog, newt"
+
+
+def test_numbers_beside_names_that_are_other_numbers_are_refused_where_they_may_be_both(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, table_of([0, 1, 2], ["1", "2", "3"]), table_of([1, 2]))
+    place = f"column 'label' of {tmp_path / 'dev.parquet'}"
+    readings = "which is the label '2' by its place from 0, and the label '1' by its name"
+    assert caught.value.message == f"{place} holds 1, {readings}: the labels are 1, 2, 3"
+
+
+def test_names_that_a_file_has_for_numbers_of_others_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds 1 \('2 stars'\) in row 1, but the labels are 1, 2, 3"):
+        read(tmp_path, table_of([1, 2, 3]), table_of([1, 2], ["1 star", "2 stars", "3 stars"]))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recap_cli.errors import ModelError
-from recap_cli.runtime import checkpoints, hf, models
+from recap_cli.runtime import checkpoints, hf, leftovers, models
 from recap_cli.runtime.models import ModelSpec, create
 from recap_cli.runtime.positions import resample
 from tests.pico import LABELS, PICO, WORDS, pico, write_tokenizer
@@ -409,3 +409,91 @@ def test_quiet_gives_the_libraries_their_voice_back():
     with checkpoints.quiet():
         assert not logging.is_progress_bar_enabled()
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def labelled(folder: Path, names: list[str]) -> torch.Tensor:
+    """Gives a saved vit a head of these labels; its weights."""
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {str(number): name for number, name in enumerate(names)}
+    config["id2label"] = dict(sorted(config["id2label"].items()))
+    config["label2id"] = {name: number for number, name in enumerate(names)}
+    (folder / "config.json").write_text(json.dumps(config))
+    weight = torch.randn(len(names), 32, generator=torch.Generator().manual_seed(0))
+    tensors = {**load_file(folder / "model.safetensors"), "classifier.weight": weight, "classifier.bias": weight[:, 0].clone()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return weight
+
+
+def created_for(folder: Path, labels: list[str]) -> models.Created:
+    return create(library="transformers", name=str(folder), config=None, **{**VISION, "label_names": labels})
+
+
+def test_the_labels_of_a_head_are_in_the_order_of_their_numbers_however_a_file_has_them(saved):
+    names = [f"class {number:02}" for number in range(12)]
+    folder = saved("vit")
+    weight = labelled(folder, names)
+    assert list(json.loads((folder / "config.json").read_text())["id2label"])[:3] == ["0", "1", "10"]
+    created = created_for(folder, names)
+    assert created.notes == ("the checkpoint's own head is kept",)
+    assert torch.equal(created.model.classifier.weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("own", "labels", "places"),
+    [
+        ([">50K", "<=50K"], ["<=50K", ">50K"], [1, 0]),
+        (["-", "+"], ["+", "-"], [1, 0]),
+        (["C#", "C", "C++"], ["C", "C#", "C++"], [1, 0, 2]),
+        (["😢", "😀"], ["😀", "😢"], [1, 0]),
+        (["1", "0", "-1"], ["-1", "0", "1"], [2, 1, 0]),
+        (["a", "A"], ["A", "a"], [1, 0]),
+        (["sea_lion", "wolf"], ["Wolf", "sea lion"], [1, 0]),
+    ],
+)
+def test_labels_of_a_head_are_told_apart_by_their_signs(saved, own, labels, places):
+    folder = saved("vit")
+    weight = labelled(folder, own)
+    created = created_for(folder, labels)
+    assert created.new == ()
+    assert "in the order of the data" in created.notes[0]
+    assert torch.equal(created.model.classifier.weight, weight[places])
+
+
+@pytest.mark.parametrize(
+    ("own", "labels"),
+    [
+        (["+", "-"], ["plus", "minus"]),
+        (["-1", "0"], ["0", "1"]),
+        (["up -1", "up 0"], ["up 0", "up 1"]),
+        (["a b", "a-b"], ["A B", "a_b"]),
+    ],
+)
+def test_labels_of_a_head_that_may_be_others_get_a_new_one(saved, own, labels):
+    folder = saved("vit")
+    labelled(folder, own)
+    created = created_for(folder, labels)
+    assert set(created.new) == {"classifier.weight", "classifier.bias"}
+    assert "is for other labels" in created.notes[0]
+
+
+def gpt2(layers: int = 2) -> torch.nn.Module:
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    with torch.device("meta"):
+        return GPT2ForSequenceClassification(GPT2Config(n_embd=32, n_layer=layers, n_head=4, vocab_size=64))
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("buffers", [("attn.bias", "attn.masked_bias"), ("attn.rotary_emb.inv_freq", "attn.attention.bias")])
+def test_buffers_that_older_releases_wrote_into_the_blocks_are_told(prefix, buffers):
+    unexpected = [f"{prefix}h.{number}.{name}" for number in range(2) for name in buffers]
+    (note,) = leftovers.notes(gpt2(), unexpected, "DIR")
+    assert note.startswith(f"not used, for this model has no place for them: {prefix}h.0.attn.")
+
+
+@pytest.mark.parametrize(
+    "name", ["h.2.attn.bias", "h.2.mlp.c_fc.weight", "transformer.h.1.attn.q_norm.weight", "h.0.ls1.gamma"]
+)
+def test_weights_of_blocks_that_a_model_lacks_are_refused(name):
+    with pytest.raises(ModelError, match=f"asks for no {name}"):
+        leftovers.notes(gpt2(), [name], "DIR")

@@ -153,6 +153,8 @@ def test_another_state_yaml_under_a_right_checksum_is_refused_or_works_and_not_o
         (0, {"turns": None}, r"history\[0\]\.turns is"),
         (0, {"notes": [1]}, r"history\[0\]\.notes\.0 is"),
         (0, {"head_new": "yes"}, r"history\[0\]\.head_new is"),
+        (0, {"label_places": "no"}, r"history\[0\]\.label_places is"),
+        (0, {"label_words": 1}, r"history\[0\]\.label_words is"),
         (0, {"budget": {"memory_budget": "1GB"}}, r"history\[0\]\.budget\.changes is"),
         (1, {"kept": {"heads": 4}}, r"history\[1\]\.kept\.heads is"),
         (1, {"params_full": 0}, r"history\[1\]\.params_full is"),

@@ -8,15 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from pyarrow import parquet
 
 from recap_cli.cli import main
 from recap_cli.errors import DataError, RecapError, StorageError, UsageError
+from recap_cli.runtime import prediction_files
 from recap_cli.stages.context import Context
 from recap_cli.stages.eval import evaluate
+from recap_cli.stages.init import init
 from recap_cli.stages.run import run
 from recap_cli.state import State
 from tests.pico import LABELS
@@ -266,3 +270,70 @@ def test_numbers_are_no_places_among_names_that_the_training_data_have_written_o
     rows = [{**row, "label": LABELS.index(row["label"])} for row in validation_rows()]
     with pytest.raises(DataError, match=rf"in row 1, but the labels are {LABELS[0]}"):
         evaluate(texts, which=["best"], data=write_rows(tmp_path / "other.jsonl", rows))
+
+
+def test_a_file_of_the_users_own_beside_the_predictions_stays(texts: State, tmp_path: Path) -> None:
+    (tmp_path / "told.csv.tmp").write_text("mine")
+    evaluate(texts, which=["best"], predictions=tmp_path / "told.csv")
+    assert (tmp_path / "told.csv.tmp").read_text() == "mine"
+    assert {file.name for file in tmp_path.iterdir()} == {"told.csv", "told.csv.tmp"}
+
+
+def test_predictions_go_through_a_link(texts: State, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "told.csv").write_text("old")
+    (tmp_path / "told.csv").symlink_to("there/told.csv")
+    evaluate(texts, which=["best"], predictions=tmp_path / "told.csv", force=True)
+    assert (tmp_path / "told.csv").is_symlink()
+    assert len(read_rows(tmp_path / "there" / "told.csv")) == VALIDATION
+
+
+def test_what_is_no_file_is_not_written_over(texts: State, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "told.csv")
+    with pytest.raises(UsageError, match="is no ordinary file"):
+        evaluate(texts, which=["best"], predictions=tmp_path / "told.csv", force=True)
+    (tmp_path / "link.csv").symlink_to("nowhere/told.csv")
+    with pytest.raises(StorageError, match="there is no folder"):
+        evaluate(texts, which=["best"], predictions=tmp_path / "link.csv", force=True)
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
+    told = tmp_path / "told.jsonl"
+    prediction_files.write(told, {"index": [0, 1, 2], "loss": [float("nan"), float("inf"), 0.5]})
+    assert [json.loads(line, parse_constant=pytest.fail)["loss"] for line in told.read_text().splitlines()] == [None, None, 0.5]
+
+
+@pytest.mark.parametrize("junk", ["@eaDir", ".cache", "__MACOSX"])
+def test_folders_that_systems_leave_beside_images_do_not_count(images: State, tmp_path: Path, junk: str) -> None:
+    for at, file in enumerate(sorted((data_folder() / "validation").rglob("*.png"))):
+        (tmp_path / f"{at:02}.png").write_bytes(file.read_bytes())
+    (tmp_path / junk).mkdir()
+    (row,) = evaluate(images, which=["best"], data=tmp_path, predictions=tmp_path / "told.csv")
+    assert row["examples"] == VALIDATION
+
+
+def test_the_name_of_an_image_that_is_no_utf8_is_refused(images: State, tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(next((data_folder() / "validation").rglob("*.png")).read_bytes())
+    with pytest.raises(DataError, match="is not in UTF-8"):
+        evaluate(images, which=["best"], data=tmp_path, predictions=tmp_path / "told.csv")
+
+
+def test_a_folder_without_images_is_told_in_the_words_of_the_command(images: State, tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(DataError) as caught:
+        evaluate(images, which=["best"], data=tmp_path)
+    assert "--data FOLDER" in str(caught.value.hint)
+    assert "data.other" not in str(caught.value.hint)
+
+
+def test_16_bit_images_without_bright_values_are_told(images: State, tmp_path: Path) -> None:
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 16
+    for label in LABELS:
+        (tmp_path / label).mkdir()
+        Image.fromarray(values).save(tmp_path / label / "0.png")
+    heard: list[str] = []
+    evaluate(images, which=["best"], data=tmp_path, say=heard.append)
+    assert any("which keeps 16 of 256 shades" in note for note in heard)
+    recipe = tiny("vit", data={"train": str(tmp_path), "validation": str(tmp_path)})
+    noted = init(recipe, tmp_path / "state").manifest.made["notes"]
+    assert sum("which keeps 16 of 256 shades" in note for note in noted) == 2
