@@ -67,13 +67,13 @@ class Draft:
             raise ValueError(f"{rel}: not a place in a full-NNN, round-NNN or best-NNN folder")
         return self._announce(rel)
 
-    def save_tensors(self, rel: str, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
+    def save_tensors(self, rel: str, tensors: Mapping[str, "Tensor"]) -> None:
         """Writes a safetensors file; flushing and hashing go on in the background. Tensors are not copied.
 
         Raises:
             StorageError: the disk is full or refuses.
         """
-        storage.save_tensors(self.path(rel), tensors, metadata, by=self._work)
+        storage.save_tensors(self.path(rel), tensors, by=self._work)
         self._seal(rel)
 
     def save_json(self, rel: str, value: Any) -> None:

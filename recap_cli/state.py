@@ -172,13 +172,9 @@ class State:
             raise CorruptStateError(told, hint=START_OVER)
         return self.path / rel
 
-    def load_tensors(self, rel: str, device: str = "cpu") -> dict[str, "Tensor"]:
-        """The tensors of a committed safetensors file. Raises as `verified`."""
-        return storage.load_tensors(self.verified(rel), device)
-
-    def load_metadata(self, rel: str) -> dict[str, str]:
-        """The text beside the tensors of a committed safetensors file. Raises as `verified`."""
-        return storage.load_metadata(self.verified(rel))
+    def load_tensors(self, rel: str) -> dict[str, "Tensor"]:
+        """The tensors of a committed safetensors file, on the CPU. Raises as `verified`."""
+        return storage.load_tensors(self.verified(rel))
 
     def load_json(self, rel: str) -> Any:
         """The value in a committed JSON file. Raises as `verified`."""

@@ -153,9 +153,7 @@ def replace_text(path: Path, text: str, temporary: Path | None = None) -> None:
         flush(path.parent)
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None, by: Path | None = None
-) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], by: Path | None = None) -> None:
     """Writes a safetensors file, not yet flushed; contiguous CPU tensors are not copied.
 
     It is written into the folder `by`, of the same disk, and then moved: safetensors writes under a name of its own first,
@@ -175,13 +173,13 @@ def save_tensors(
         made.touch()
         mode = made.stat().st_mode
         packed = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(packed, made, {"format": "pt", **(metadata or {})})
+        save_file(packed, made, {"format": "pt"})
         made.chmod(mode)  # safetensors 0.8 leaves files that only their owner can read
         os.replace(made, path)
 
 
-def load_tensors(path: Path, device: str = "cpu") -> dict[str, "Tensor"]:
-    """The tensors of a safetensors file. On the CPU they are private pages of it: writing to them changes no file.
+def load_tensors(path: Path) -> dict[str, "Tensor"]:
+    """The tensors of a safetensors file, on the CPU. They are private pages of it: writing to them changes no file.
 
     Raises:
         CorruptStateError: the file is not in the safetensors format.
@@ -190,25 +188,10 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, "Tensor"]:
     from safetensors.torch import load_file
 
     try:
-        tensors: dict[str, Tensor] = load_file(path, device)
+        tensors: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
         raise CorruptStateError(f"{path}: is no safetensors file ({error})") from error
     return tensors
-
-
-def load_metadata(path: Path) -> dict[str, str]:
-    """The text that stands beside the tensors of a safetensors file.
-
-    Raises:
-        CorruptStateError: the file is not in the safetensors format.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise CorruptStateError(f"{path}: is no safetensors file ({error})") from error
 
 
 def free_bytes(path: Path) -> int | None:
