@@ -78,10 +78,16 @@ def refuse_running(root: Path) -> None:
 
 
 def withdraw(root: Path, made: bool) -> None:
-    """Leaves the folder of a failed `init` as it was found."""
-    with suppress(OSError):  # an error is under way; and the marker lets the next `init` use the folder
-        for name in (HOLDER, LOCK, UNDER_WAY):
+    """Leaves the folder of a failed `init` as it was found; or marked, where not all that it wrote could be removed.
+
+    The marker lets the next `init` use the folder, which removes what the journal names.
+    """
+    with suppress(OSError):  # an error is under way
+        for name in (HOLDER, LOCK):
             (root / name).unlink(missing_ok=True)
+        if os.path.lexists(root / WORK):
+            return
+        (root / UNDER_WAY).unlink(missing_ok=True)
         if made:
             root.rmdir()
 

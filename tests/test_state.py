@@ -267,6 +267,48 @@ def test_a_failed_init_leaves_nothing(tmp_path: Path, error: BaseException) -> N
     assert [entry.name for entry in tmp_path.rglob("*")] == ["empty"]
 
 
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), KeyboardInterrupt()])
+@pytest.mark.parametrize("kept", ["names", "model.txt", ".recap-draft"])
+@pytest.mark.parametrize("made", [True, False])
+def test_a_failed_init_that_cannot_clean_up_leaves_a_folder_that_the_next_one_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, made: bool, error: BaseException
+) -> None:
+    root = tmp_path / "s"
+    if not made:
+        root.mkdir()
+
+    def failing(patched: pytest.MonkeyPatch) -> None:
+        with State.create(root, RECIPE, "d") as draft:
+            draft.save_text("full-000/model.txt", "zero")
+            refuse_to_remove(kept, error, patched)
+            raise RuntimeError("adapter")
+
+    with monkeypatch.context() as patched, pytest.raises((RuntimeError, KeyboardInterrupt)):
+        failing(patched)
+    assert root.exists()
+    with pytest.raises(StateError, match="its `init` was stopped") as caught:
+        State.open(root)
+    assert caught.value.hint == f"recap init RECIPE --state {root}"
+    state = create(root)
+    assert tree(root) == committed(root)
+    assert state.next_stage() == "prune"
+
+
+def refuse_to_remove(name: str, error: BaseException, patched: pytest.MonkeyPatch) -> None:
+    """Let every removal of a file or folder of this name fail, by `pathlib` and by `shutil`."""
+
+    def guard(plainly: Callable[..., None]) -> Callable[..., None]:
+        def remove(path: Path | str, *more: object, **how: object) -> None:
+            if Path(path).name == name:
+                raise error
+            plainly(path, *more, **how)
+
+        return remove
+
+    for place, function in ((Path, "unlink"), (os, "unlink"), (os, "rmdir")):
+        patched.setattr(place, function, guard(getattr(place, function)))
+
+
 def test_init_where_a_file_stands_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StateError, match="is a file"):
@@ -696,6 +738,30 @@ def test_what_a_stopped_cleanup_has_left_goes_with_the_next_writer(
         amend(found)
     assert tree(state.path) == committed(state.path) | {"full-000/mine.txt"}
     assert not (state.path / ".recap-draft").exists()
+
+
+def test_what_is_removed_is_flushed_before_the_journal_that_names_it_goes(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    flush, unlink, rmtree = storage.flush, Path.unlink, shutil.rmtree
+
+    def told(what: str, plainly: Callable[..., None]) -> Callable[..., None]:
+        def call(path: Path, *more: object, **how: object) -> None:
+            events.append(f"{what} {path.relative_to(state.path).as_posix()}")
+            plainly(path, *more, **how)
+
+        return call
+
+    with state.writing("prune") as draft:
+        draft.drop("full-000/model.txt")
+        draft.save_text("round-001/prune.txt", "one")
+        draft.set_full("full-000")
+        monkeypatch.setattr(storage, "flush", told("flush", flush))
+        monkeypatch.setattr(Path, "unlink", told("remove", unlink))
+        monkeypatch.setattr(shutil, "rmtree", told("remove", rmtree))
+    after = events[events.index("remove full-000/model.txt") :]
+    assert {"flush .", "flush full-000"} <= set(after[: after.index("remove .recap-draft")])
 
 
 def test_tidy_writes_nothing_where_nothing_is_left(state: State) -> None:
