@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recap_cli import storage
+from recap_cli import interrupt, storage
 from recap_cli.errors import StateError
 from recap_cli.journal import note, open_journal, sweep
 from recap_cli.manifest import (
@@ -214,12 +214,15 @@ def _now() -> str:
 @contextmanager
 def drafting(root: Path, before: Manifest, stage: str) -> Iterator[Draft]:
     """A draft that is committed at the end; afterwards, done or not, removes what the commit on disk does not name."""
+    interrupt.note_done(None)
     draft = Draft(root, before, stage)
     spared = set(before.files)  # where the commit went wrong so late that nobody can say if it will last
     try:
         with storage.refused_writes(root):
             yield draft
             draft._commit()
+        if not draft._amended:
+            interrupt.note_done(f"`{stage}` of round {draft.round} is done: `recap status {quoted(root)}` says what comes next")
         spared = set()
     finally:
         draft._close()
