@@ -16,7 +16,7 @@ STDERR, SHOW_CURSOR = 2, "\x1b[?25h"
 
 
 def note_done(what: str | None) -> None:
-    """Note what is finished now, whenever Ctrl-C comes: a whole sentence that says how to go on. None: something is under way."""
+    """Note what is finished now, in words that say how to go on. None: something is under way that is not."""
     _done[:] = [] if what is None else [what]
 
 

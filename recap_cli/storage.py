@@ -21,6 +21,7 @@ from recap_cli.errors import CorruptStateError, StorageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+DENIED = "it may not be read"
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 NO_PLACE = frozenset({errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.ELOOP})  # no folder can be of that name
@@ -96,6 +97,8 @@ def difference(path: Path, expected: Seal) -> str | None:
         found = seal(path)
     except (FileNotFoundError, NotADirectoryError):
         return "it is missing"
+    except PermissionError as error:
+        return f"{DENIED} ({error.strerror})"
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     if found.sha256 != expected.sha256:

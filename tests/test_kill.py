@@ -166,8 +166,7 @@ def test_an_export_removes_what_a_stopped_cleanup_has_left_and_does_without(
         unlink(path, *args, **kwargs)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Path, "unlink", stop)
-        run(tiny("vit", rounds=1, prune={"steps": 1}), path)
+        run(tiny("vit", rounds=1, prune={"steps": 1}), path, on_stage=lambda facts: patched.setattr(Path, "unlink", stop))
     assert (path / "full-000/model.safetensors").exists()
     state = State.open(path)
     with locked(path, "run"):  # whoever writes tidies up itself

@@ -497,6 +497,27 @@ def test_a_committed_file_that_holds_no_tensors_is_named(state: State) -> None:
         state.load_tensors("full-000/model.txt")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.usefixtures("permissions")
+@pytest.mark.parametrize("rel", ["full-000/deep", "full-000/model.txt", "full-000", "recipe.yaml", "state.yaml"])
+def test_what_may_not_be_read_is_called_neither_damaged_nor_full(state: State, rel: str) -> None:
+    (state.path / rel).chmod(0)
+
+    def read() -> None:
+        State.open(state.path).verified("full-000")
+
+    def write() -> None:
+        advance(State.open(state.path), "prune")
+
+    for use in (read, write) if rel.startswith("full-000/deep") or rel == "full-000" else (read,):
+        with pytest.raises(StateError, match=r"(may not|cannot) be read.*Permission denied") as caught:
+            use()
+        assert type(caught.value) is StateError
+        assert caught.value.hint == "look at the permissions of the folder and what is in it; the state is as it was"
+    (state.path / rel).chmod(0o700)
+    advance(State.open(state.path), "prune")
+
+
 def test_reading_what_is_not_part_of_the_state_is_refused(state: State) -> None:
     (state.path / "full-000/extra.txt").write_text("x")
     with pytest.raises(StateError, match=r"full-000/extra\.txt is not part of this state"):

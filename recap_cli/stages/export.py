@@ -15,8 +15,8 @@ from recap_cli.state import State
 def export(state: State, out: Path, *, dense: bool = False, track: Track = silent) -> dict[str, Any]:
     """Write the best small model to the new folder `out`, or with `dense` a zero-filled checkpoint of the original shapes.
 
-    What was written is loaded again, and its logits are compared, before this returns the facts of it. What a writer of the state
-    that was stopped has left there goes first.
+    What was written is loaded again, and its logits are compared, before this returns the facts of it. What a stopped writer
+    has left in the state goes first.
 
     Raises `UsageError` if there is no best model yet, `StorageError` if `out` is there already.
     """

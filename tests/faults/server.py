@@ -81,9 +81,10 @@ class _Outcomes:
             self.of[report.nodeid] = report.outcome if report.when == "call" else "error"
 
     def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
-        from pytest import fail  # what `pytest.raises` has when nothing was raised
+        import pytest
 
-        if getattr(report, "when", None) == "call" and not call.excinfo.errisinstance((AssertionError, fail.Exception)):
+        asserted = (AssertionError, pytest.fail.Exception)  # the latter where `pytest.raises` has seen nothing raised
+        if getattr(report, "when", None) == "call" and not call.excinfo.errisinstance(asserted):
             self.of[node.nodeid] = f"crashed: {call.excinfo.typename}"
 
     def pytest_collectreport(self, report: Any) -> None:

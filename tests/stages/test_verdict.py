@@ -83,9 +83,7 @@ def test_a_model_of_one_answer_is_no_better_than_chance_whatever_the_number_of_e
         level = chance(labels, count)
         answers = score(torch.full_like(labels, best), labels, count)
         silent += [
-            (size, name)
-            for name, value in answers.items()
-            if warning(name, value, warm_up=None, chance=level[name]) is None
+            (size, name) for name, value in answers.items() if warning(name, value, warm_up=None, chance=level[name]) is None
         ]
     assert silent == []
 
