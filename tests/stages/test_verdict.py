@@ -133,7 +133,6 @@ def test_without_a_warm_up_nothing_is_measured_and_chance_is_known(tmp_path: Pat
         ("accuracy", 0.3, 0.6, 0.3, "0.3000 is no better than chance"),
         ("accuracy", 0.6, 0.6, 0.3, None),
         ("accuracy", 0.4, None, 0.3, None),
-        ("accuracy", 0.4, None, None, None),
         ("loss", 0.5, 0.6, 0.7, None),
         ("loss", 0.65, 0.6, 0.7, "0.6500 is worse than"),
         ("loss", 0.7, 0.6, 0.7, "0.7000 is no better than chance"),
@@ -142,7 +141,7 @@ def test_without_a_warm_up_nothing_is_measured_and_chance_is_known(tmp_path: Pat
     ],
 )
 def test_a_product_is_measured_against_chance_and_against_the_warmed_up_head(
-    metric: str, value: float, warm_up: float | None, level: float | None, said: str | None
+    metric: str, value: float, warm_up: float | None, level: float, said: str | None
 ) -> None:
     found = warning(metric, value, warm_up=warm_up, chance=level)
     assert (found is None) == (said is None)
