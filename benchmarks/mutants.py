@@ -43,6 +43,7 @@ EQUIVALENT = Path(__file__).resolve().parent / "mutants_equivalent.yaml"
 STAGES = ("prune", "mask", "finetune", "merge")
 TESTS = ("tests/core", "tests/stages", "tests/runtime")
 PYTEST = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "--no-header"]
+FOUND = ("failed", "error", "crashed")  # how a test ends that has seen a mutant
 START_SECONDS = 60.0  # what collecting may take, on top of ten times what the tests take
 sys.path.insert(0, str(ROOT))  # for the tests' own server of changed sources
 
@@ -209,7 +210,7 @@ def fate(server: Any, mutant: Mutant, cover: Mapping[str, Any], patience: float)
     try:
         limit = START_SECONDS + 10 * seconds
         outcomes = server.run(tests, {mutant.file: mutant.code}, limit=limit, options=["-x"])
-        by = next((f"{test} ({outcome})" for test, outcome in outcomes.items() if outcome in ("failed", "error")), None)
+        by = next((f"{test} ({outcome})" for test, outcome in outcomes.items() if outcome.startswith(FOUND)), None)
         if by is None and not outcomes:
             raise SystemExit(f"no test ran on {mutant.file}:{mutant.line}")
     except RuntimeError as error:  # it ran too long, or its process died

@@ -135,7 +135,9 @@ def _stopped(arguments: Sequence[str], said: list[str]) -> int:
 
 
 def _again(arguments: Sequence[str]) -> str:
-    """Return the hint with the command that goes on."""
+    """Return the hint with the command that goes on: `run` is always the same one, a stage that is done is not."""
+    if (done := interrupt.done()) and arguments[:1] != ["run"]:
+        return done
     return f"go on with `{shlex.join(['recap', *arguments])}`"
 
 

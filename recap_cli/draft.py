@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recap_cli import storage
+from recap_cli import interrupt, storage
 from recap_cli.errors import StateError
 from recap_cli.journal import note, open_journal, sweep
 from recap_cli.manifest import (
@@ -67,13 +67,13 @@ class Draft:
             raise ValueError(f"{rel}: not a place in a full-NNN, round-NNN or best-NNN folder")
         return self._announce(rel)
 
-    def save_tensors(self, rel: str, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
+    def save_tensors(self, rel: str, tensors: Mapping[str, "Tensor"]) -> None:
         """Writes a safetensors file; flushing and hashing go on in the background. Tensors are not copied.
 
         Raises:
             StorageError: the disk is full or refuses.
         """
-        storage.save_tensors(self.path(rel), tensors, metadata, by=self._work)
+        storage.save_tensors(self.path(rel), tensors, by=self._work)
         self._seal(rel)
 
     def save_json(self, rel: str, value: Any) -> None:
@@ -214,12 +214,15 @@ def _now() -> str:
 @contextmanager
 def drafting(root: Path, before: Manifest, stage: str) -> Iterator[Draft]:
     """A draft that is committed at the end; afterwards, done or not, removes what the commit on disk does not name."""
+    interrupt.note_done(None)
     draft = Draft(root, before, stage)
     spared = set(before.files)  # where the commit went wrong so late that nobody can say if it will last
     try:
         with storage.refused_writes(root):
             yield draft
             draft._commit()
+        if not draft._amended:
+            interrupt.note_done(f"`{stage}` of round {draft.round} is done: `recap status {quoted(root)}` says what comes next")
         spared = set()
     finally:
         draft._close()

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from recap_cli import storage
 from recap_cli.errors import CorruptStateError, StateError, StateLockedError
 from recap_cli.journal import JOURNAL, WORK
-from recap_cli.manifest import COMMIT, START_OVER, UNDER_WAY, quoted
+from recap_cli.manifest import COMMIT, LOOK_AT_PERMISSIONS, START_OVER, UNDER_WAY, quoted
 
 LOCK = ".recap-lock"
 HOLDER = ".recap-writer"  # who holds the lock, for the message only
@@ -78,10 +78,16 @@ def refuse_running(root: Path) -> None:
 
 
 def withdraw(root: Path, made: bool) -> None:
-    """Leaves the folder of a failed `init` as it was found."""
-    with suppress(OSError):  # an error is under way; and the marker lets the next `init` use the folder
-        for name in (HOLDER, LOCK, UNDER_WAY):
+    """Leaves the folder of a failed `init` as it was found; or marked, where not all that it wrote could be removed.
+
+    The marker lets the next `init` use the folder, which removes what the journal names.
+    """
+    with suppress(OSError):  # an error is under way
+        for name in (HOLDER, LOCK):
             (root / name).unlink(missing_ok=True)
+        if os.path.lexists(root / WORK):
+            return
+        (root / UNDER_WAY).unlink(missing_ok=True)
         if made:
             root.rmdir()
 
@@ -137,10 +143,25 @@ def refuse_odd(root: Path, files: Iterable[str]) -> None:
 
     Raises:
         CorruptStateError: one is.
+        StateError: one may not be looked at.
     """
     for rel in (*files, COMMIT, LOCK, HOLDER, UNDER_WAY, f"{WORK}/{JOURNAL}"):
-        if odd := storage.odd_place(root, rel):
-            raise odd_error(*odd)
+        refuse_odd_place(root, rel)
+
+
+def refuse_odd_place(root: Path, rel: str) -> None:
+    """The same of one file.
+
+    Raises:
+        CorruptStateError: it is odd, or a folder on the way to it is.
+        StateError: it may not be looked at.
+    """
+    try:
+        odd = storage.odd_place(root, rel)
+    except PermissionError as error:
+        raise StateError(f"{root / rel}: {storage.DENIED} ({error.strerror})", hint=LOOK_AT_PERMISSIONS) from error
+    if odd:
+        raise odd_error(*odd)
 
 
 def odd_error(path: Path, what: str) -> CorruptStateError:

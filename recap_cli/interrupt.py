@@ -11,7 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 INTERRUPTED = 130
+_done: list[str] = []  # what this process has finished last, if nothing else is under way
 STDERR, SHOW_CURSOR = 2, "\x1b[?25h"
+
+
+def note_done(what: str | None) -> None:
+    """Note what is finished now, in words that say how to go on. None: something is under way that is not."""
+    _done[:] = [] if what is None else [what]
+
+
+def done() -> str | None:
+    """What was noted last."""
+    return _done[0] if _done else None
 
 
 @contextmanager
@@ -22,6 +33,7 @@ def heard(word: Callable[[], str]) -> Iterator[Callable[[], bool]]:
     or another program's own (Python hears signals in its main thread alone), nothing changes.
     """
     count = 0
+    note_done(None)
 
     def hear(*_: object) -> None:
         nonlocal count

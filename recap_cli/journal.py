@@ -76,14 +76,25 @@ def sweep(root: Path, committed: Collection[str], spared: Collection[str] = ()) 
     if storage.odd_place(root, f"{WORK}/{JOURNAL}"):
         return  # not of our making
     old = noted(root) - set(committed)
-    for name in sorted(old - set(spared)):
+    going = sorted(old - set(spared))
+    for name in going:
         if storage.odd_place(root, name) is None:
             (root / name).unlink(missing_ok=True)
             _remove_empty(root, name)
+    _flush_around(root, going)
     if (root / COMMIT).exists():
         (root / UNDER_WAY).unlink(missing_ok=True)
     if not old & set(spared) and (root / WORK).exists():
         shutil.rmtree(root / WORK)
+
+
+def _flush_around(root: Path, names: Iterable[str]) -> None:
+    """Returns when it is on the disk that these files are gone: until then the journal must name them."""
+    folders = {root / parent for name in names for parent in Path(name).parents}
+    for folder in sorted(folders):
+        if folder.is_dir():
+            with suppress(OSError):  # on a disk that flushes nothing, a tidy folder now is all that can be had
+                storage.flush(folder)
 
 
 def _remove_empty(root: Path, name: str) -> None:

@@ -58,6 +58,7 @@ SEAL_LINE = re.compile(rb"# sha256 of all lines above: ([0-9a-f]{64})\n\Z")
 SEAL_BYTES = len(SEALED) + 65
 UNSEALED = re.compile(rb"^schema: ([12])$", re.MULTILINE)  # before there was a checksum; of such a file no damage can be told
 START_OVER = "restore the file from a copy, or start a new state: recap init RECIPE --state NEW"
+LOOK_AT_PERMISSIONS = "look at the permissions of the folder and what is in it; the state is as it was"
 ELSEWHERE = "name a state's folder, or make a new one: recap init RECIPE --state NEW"
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -143,7 +144,7 @@ def read_manifest(root: Path) -> Manifest:
         raise StateError(f"{root}: {_why_no_state(root)}", hint=hint) from None
     except OSError as error:
         denied = error.errno in (errno.EACCES, errno.EPERM)
-        hint = "look at the permissions of the folder" if denied else ELSEWHERE
+        hint = LOOK_AT_PERMISSIONS if denied else ELSEWHERE
         raise StateError(f"{place}: cannot be read: {error.strerror}", hint=hint) from error
     return _manifest(place, deepcopy(_parsed(place, body)))
 

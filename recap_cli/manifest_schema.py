@@ -43,6 +43,7 @@ class Best(BaseModel):
     round: Count
     metric: str
     value: float
+    loss: float
     folder: str
 
 

@@ -15,10 +15,21 @@ from typing import TYPE_CHECKING, Any
 from recap_cli import storage
 from recap_cli.draft import Draft, drafting
 from recap_cli.errors import CorruptStateError, StageOrderError, StateError, StorageError
-from recap_cli.folder import claim, is_tidy, locked, odd_error, plain, refuse_odd, refuse_running, refuse_state, withdraw
+from recap_cli.folder import (
+    claim,
+    is_tidy,
+    locked,
+    plain,
+    refuse_odd,
+    refuse_odd_place,
+    refuse_running,
+    refuse_state,
+    withdraw,
+)
 from recap_cli.journal import sweep
 from recap_cli.manifest import (
     COMMIT,
+    LOOK_AT_PERMISSIONS,
     NEXT_STAGE,
     SCHEMA,
     STAGES,
@@ -154,19 +165,21 @@ class State:
         """The path of a committed file, or folder, after a look at size and checksum, once per process and file.
 
         Raises:
-            StateError: the state has no such file, or another process has just moved it on.
+            StateError: the state has no such file, it may not be read, or another process has just moved it on.
             CorruptStateError: the file is missing, truncated or altered, or is none.
         """
         seals = below(self.manifest.files, rel)
         if not seals:
             hint = f"recap status {quoted(self.path)}"
             raise StateError(f"{self.path}: {rel} is not part of this state", hint=hint)
-        if odd := next(filter(None, (storage.odd_place(self.path, name) for name in seals)), None):
-            raise odd_error(*odd)
+        for name in seals:
+            refuse_odd_place(self.path, name)
         differences = {name: what for name, what in zip(seals, self._compared(seals), strict=True) if what}
         if differences:
             self._refuse_stale()
             told = "; ".join(f"{self.path / name}: {what}" for name, what in differences.items())
+            if all(what.startswith(storage.DENIED) for what in differences.values()):
+                raise StateError(told, hint=LOOK_AT_PERMISSIONS)
             raise CorruptStateError(told, hint=START_OVER)
         return self.path / rel
 
@@ -181,13 +194,9 @@ class State:
         with ThreadPoolExecutor(max_workers=4) as threads:
             return list(threads.map(compare, seals))
 
-    def load_tensors(self, rel: str, device: str = "cpu") -> dict[str, "Tensor"]:
-        """The tensors of a committed safetensors file. Raises as `verified`."""
-        return storage.load_tensors(self.verified(rel), device)
-
-    def load_metadata(self, rel: str) -> dict[str, str]:
-        """The text beside the tensors of a committed safetensors file. Raises as `verified`."""
-        return storage.load_metadata(self.verified(rel))
+    def load_tensors(self, rel: str) -> dict[str, "Tensor"]:
+        """The tensors of a committed safetensors file, on the CPU. Raises as `verified`."""
+        return storage.load_tensors(self.verified(rel))
 
     def load_json(self, rel: str) -> Any:
         """The value in a committed JSON file. Raises as `verified`."""

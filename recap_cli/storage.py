@@ -21,6 +21,7 @@ from recap_cli.errors import CorruptStateError, StorageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+DENIED = "it may not be read"
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 NO_PLACE = frozenset({errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.ELOOP})  # no folder can be of that name
@@ -96,6 +97,8 @@ def difference(path: Path, expected: Seal) -> str | None:
         found = seal(path)
     except (FileNotFoundError, NotADirectoryError):
         return "it is missing"
+    except PermissionError as error:
+        return f"{DENIED} ({error.strerror})"
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     if found.sha256 != expected.sha256:
@@ -153,9 +156,7 @@ def replace_text(path: Path, text: str, temporary: Path | None = None) -> None:
         flush(path.parent)
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None, by: Path | None = None
-) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], by: Path | None = None) -> None:
     """Writes a safetensors file, not yet flushed; contiguous CPU tensors are not copied.
 
     It is written into the folder `by`, of the same disk, and then moved: safetensors writes under a name of its own first,
@@ -175,13 +176,13 @@ def save_tensors(
         made.touch()
         mode = made.stat().st_mode
         packed = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(packed, made, {"format": "pt", **(metadata or {})})
+        save_file(packed, made, {"format": "pt"})
         made.chmod(mode)  # safetensors 0.8 leaves files that only their owner can read
         os.replace(made, path)
 
 
-def load_tensors(path: Path, device: str = "cpu") -> dict[str, "Tensor"]:
-    """The tensors of a safetensors file. On the CPU they are private pages of it: writing to them changes no file.
+def load_tensors(path: Path) -> dict[str, "Tensor"]:
+    """The tensors of a safetensors file, on the CPU. They are private pages of it: writing to them changes no file.
 
     Raises:
         CorruptStateError: the file is not in the safetensors format.
@@ -190,25 +191,10 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, "Tensor"]:
     from safetensors.torch import load_file
 
     try:
-        tensors: dict[str, Tensor] = load_file(path, device)
+        tensors: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
         raise CorruptStateError(f"{path}: is no safetensors file ({error})") from error
     return tensors
-
-
-def load_metadata(path: Path) -> dict[str, str]:
-    """The text that stands beside the tensors of a safetensors file.
-
-    Raises:
-        CorruptStateError: the file is not in the safetensors format.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise CorruptStateError(f"{path}: is no safetensors file ({error})") from error
 
 
 def free_bytes(path: Path) -> int | None:

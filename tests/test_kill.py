@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -13,6 +15,13 @@ import pytest
 from recap_cli import parent
 from recap_cli import recipe as recipes
 from recap_cli.cli import main
+from recap_cli.folder import locked
+from recap_cli.stages.export import export
+from recap_cli.stages.finetune import finetune
+from recap_cli.stages.init import init
+from recap_cli.stages.mask import mask
+from recap_cli.stages.merge import merge
+from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
 from recap_cli.state import State
 from tests.limits import HANG_SECONDS
@@ -106,6 +115,59 @@ def test_ctrl_c_twice_in_the_cleanup_after_the_last_commit_leaves_nothing_for_ev
     here = {file.relative_to(state).as_posix() for file in state.rglob("*") if file.is_file()}
     assert here == {"state.yaml", ".recap-lock", *State.open(state).manifest.files}
     assert not (state / "full-000").exists()
+
+
+@pytest.mark.parametrize("which", ["merge", "prune"])
+def test_ctrl_c_after_the_commit_of_a_stage_does_not_say_to_run_it_again(
+    tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, unlink = init(tiny("vit", rounds=2, prune={"steps": 1, "ramp": 1}), tmp_path / "state"), Path.unlink
+    stages: dict[str, Callable[[State], object]] = {"prune": prune, "mask": mask, "finetune": finetune, "merge": merge}
+    for stage in ("prune", "mask", "finetune", *(("merge",) if which == "prune" else ())):
+        stages[stage](state)
+
+    def stop(path: Path, *args: Any, **kwargs: Any) -> None:
+        if path.name in ("model.safetensors", ".recap-init") and State.open(state.path).manifest.stage == which:
+            raise KeyboardInterrupt
+        unlink(path, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", stop)
+        assert main([which, str(state.path)]) == 130
+    number = State.open(state.path).manifest.round
+    err = capsys.readouterr().err
+    assert f"hint: `{which}` of round {number} is done: `recap status {state.path}` says what comes next" in err
+    assert "go on with" not in err
+    assert main(["status", str(state.path)]) == 0
+    monkeypatch.setattr("recap_cli.commands.status.open_state", interrupted)
+    assert main(["status", str(state.path)]) == 130
+    assert f"hint: go on with `recap status {state.path}`" in capsys.readouterr().err
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_export_removes_what_a_stopped_cleanup_has_left_and_does_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, unlink = tmp_path / "state", Path.unlink
+
+    def stop(path: Path, *args: Any, **kwargs: Any) -> None:
+        if path.name == "model.safetensors" and path.parent.name == "full-000":
+            raise KeyboardInterrupt
+        unlink(path, *args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        run(tiny("vit", rounds=1, prune={"steps": 1}), path, on_stage=lambda facts: patched.setattr(Path, "unlink", stop))
+    assert (path / "full-000/model.safetensors").exists()
+    state = State.open(path)
+    with locked(path, "run"):  # whoever writes tidies up itself
+        export(state, tmp_path / "first")
+    assert (path / "full-000/model.safetensors").exists()
+    export(state, tmp_path / "second")
+    here = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    assert here == {"state.yaml", ".recap-lock", *state.manifest.files}
 
 
 SWALLOWS = """

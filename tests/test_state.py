@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 from recap_cli import state as state_module
 from recap_cli import storage
@@ -29,7 +30,7 @@ from recap_cli.manifest import ELSEWHERE, FIELDS, SEALED, manifest_text, sealed
 from recap_cli.state import STAGES, State
 
 RECIPE = "name: test\n"
-BEST = {"round": 1, "metric": "accuracy", "value": 0.9, "folder": "best-001", "noted": "by merge"}
+BEST = {"round": 1, "metric": "accuracy", "value": 0.9, "loss": 0.2, "folder": "best-001", "noted": "by merge"}
 
 
 def create(path: Path) -> State:
@@ -124,7 +125,7 @@ def test_a_stage_out_of_order_names_the_one_done_and_the_next_command(state: Sta
     assert (state.path / "state.yaml").read_bytes() == before
 
 
-def test_tensors_come_back_bit_for_bit_with_their_metadata(state: State) -> None:
+def test_tensors_come_back_bit_for_bit(state: State) -> None:
     tensors = {
         "w": torch.randn(4, 6),
         "t": torch.randn(4, 6).T,
@@ -132,12 +133,13 @@ def test_tensors_come_back_bit_for_bit_with_their_metadata(state: State) -> None
         "b": torch.ones(3).bfloat16(),
     }
     with state.writing("prune") as draft:
-        draft.save_tensors("round-001/small.safetensors", tensors, {"steps": "4"})
+        draft.save_tensors("round-001/small.safetensors", tensors)
         draft.set_small("round-001")
     loaded = state.load_tensors("round-001/small.safetensors")
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in tensors.items())
-    assert state.load_metadata("round-001/small.safetensors") == {"format": "pt", "steps": "4"}
+    with safe_open(state.path / "round-001/small.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # without it transformers opens no checkpoint
     loaded["w"].zero_()  # the caller's own, not the file's
     assert torch.equal(State.open(state.path).load_tensors("round-001/small.safetensors")["w"], tensors["w"])
 
@@ -265,6 +267,48 @@ def test_a_failed_init_leaves_nothing(tmp_path: Path, error: BaseException) -> N
     assert [entry.name for entry in tmp_path.rglob("*")] == ["empty"]
 
 
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), KeyboardInterrupt()])
+@pytest.mark.parametrize("kept", ["names", "model.txt", ".recap-draft"])
+@pytest.mark.parametrize("made", [True, False])
+def test_a_failed_init_that_cannot_clean_up_leaves_a_folder_that_the_next_one_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, made: bool, error: BaseException
+) -> None:
+    root = tmp_path / "s"
+    if not made:
+        root.mkdir()
+
+    def failing(patched: pytest.MonkeyPatch) -> None:
+        with State.create(root, RECIPE, "d") as draft:
+            draft.save_text("full-000/model.txt", "zero")
+            refuse_to_remove(kept, error, patched)
+            raise RuntimeError("adapter")
+
+    with monkeypatch.context() as patched, pytest.raises((RuntimeError, KeyboardInterrupt)):
+        failing(patched)
+    assert root.exists()
+    with pytest.raises(StateError, match="its `init` was stopped") as caught:
+        State.open(root)
+    assert caught.value.hint == f"recap init RECIPE --state {root}"
+    state = create(root)
+    assert tree(root) == committed(root)
+    assert state.next_stage() == "prune"
+
+
+def refuse_to_remove(name: str, error: BaseException, patched: pytest.MonkeyPatch) -> None:
+    """Let every removal of a file or folder of this name fail, by `pathlib` and by `shutil`."""
+
+    def guard(plainly: Callable[..., None]) -> Callable[..., None]:
+        def remove(path: Path | str, *more: object, **how: object) -> None:
+            if Path(path).name == name:
+                raise error
+            plainly(path, *more, **how)
+
+        return remove
+
+    for place, function in ((Path, "unlink"), (os, "unlink"), (os, "rmdir")):
+        patched.setattr(place, function, guard(getattr(place, function)))
+
+
 def test_init_where_a_file_stands_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StateError, match="is a file"):
@@ -389,6 +433,7 @@ def test_a_malformed_state_yaml_is_named(state: State, text: str, message: str) 
         ({"best": {}}, "best.round is missing"),
         ({"best": {**BEST, "round": ".."}}, "best.round is missing or not"),
         ({"best": {**BEST, "value": "high"}}, "best.value is missing or not"),
+        ({"best": {key: value for key, value in BEST.items() if key != "loss"}}, "best.loss is missing"),
         ({"best": BEST}, "best is 'best-001'"),
         ({"versions": {"recap": 3}}, r"versions\.recap is missing or not"),
         ({"recipe": "recipe-002.yaml"}, "'recipe.yaml' in files makes no sense"),
@@ -442,7 +487,7 @@ def test_a_truncated_altered_or_missing_tensor_file_is_named(
     message = message.replace("79", str(path.stat().st_size - 1)).replace("80", str(path.stat().st_size))
     assert state.load_tensors("round-001/w.safetensors")["w"].tolist() == [0, 0]
     damage(path)
-    for read in (state.load_tensors, state.verified, state.load_metadata, lambda _: state.verified("round-001")):
+    for read in (state.load_tensors, state.verified, lambda _: state.verified("round-001")):
         with pytest.raises(CorruptStateError, match=re.escape(f"{path}: {message}")) as caught:
             read("round-001/w.safetensors")
         assert caught.value.hint
@@ -452,6 +497,27 @@ def test_a_truncated_altered_or_missing_tensor_file_is_named(
 def test_a_committed_file_that_holds_no_tensors_is_named(state: State) -> None:
     with pytest.raises(CorruptStateError, match=r"model\.txt: is no safetensors file"):
         state.load_tensors("full-000/model.txt")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.usefixtures("permissions")
+@pytest.mark.parametrize("rel", ["full-000/deep", "full-000/model.txt", "full-000", "recipe.yaml", "state.yaml"])
+def test_what_may_not_be_read_is_called_neither_damaged_nor_full(state: State, rel: str) -> None:
+    (state.path / rel).chmod(0)
+
+    def read() -> None:
+        State.open(state.path).verified("full-000")
+
+    def write() -> None:
+        advance(State.open(state.path), "prune")
+
+    for use in (read, write) if rel.startswith("full-000/deep") or rel == "full-000" else (read,):
+        with pytest.raises(StateError, match=r"(may not|cannot) be read.*Permission denied") as caught:
+            use()
+        assert type(caught.value) is StateError
+        assert caught.value.hint == "look at the permissions of the folder and what is in it; the state is as it was"
+    (state.path / rel).chmod(0o700)
+    advance(State.open(state.path), "prune")
 
 
 def test_reading_what_is_not_part_of_the_state_is_refused(state: State) -> None:
@@ -695,6 +761,30 @@ def test_what_a_stopped_cleanup_has_left_goes_with_the_next_writer(
         amend(found)
     assert tree(state.path) == committed(state.path) | {"full-000/mine.txt"}
     assert not (state.path / ".recap-draft").exists()
+
+
+def test_what_is_removed_is_flushed_before_the_journal_that_names_it_goes(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    flush, unlink, rmtree = storage.flush, Path.unlink, shutil.rmtree
+
+    def told(what: str, plainly: Callable[..., None]) -> Callable[..., None]:
+        def call(path: Path, *more: object, **how: object) -> None:
+            events.append(f"{what} {path.relative_to(state.path).as_posix()}")
+            plainly(path, *more, **how)
+
+        return call
+
+    with state.writing("prune") as draft:
+        draft.drop("full-000/model.txt")
+        draft.save_text("round-001/prune.txt", "one")
+        draft.set_full("full-000")
+        monkeypatch.setattr(storage, "flush", told("flush", flush))
+        monkeypatch.setattr(Path, "unlink", told("remove", unlink))
+        monkeypatch.setattr(shutil, "rmtree", told("remove", rmtree))
+    after = events[events.index("remove full-000/model.txt") :]
+    assert {"flush .", "flush full-000"} <= set(after[: after.index("remove .recap-draft")])
 
 
 def test_tidy_writes_nothing_where_nothing_is_left(state: State) -> None:

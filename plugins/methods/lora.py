@@ -9,7 +9,8 @@ from torch import Tensor
 from recap_cli.api import Attached, Axis, Frame, Method, Settings, Turn, is_transposed, names_of
 
 MARK = ".lora_"  # of the names that peft gives
-PLACES = ("query", "key", "value", "output", "up", "down")
+HEADS = ("query", "key", "value")
+PLACES = (*HEADS, "output", "up", "down")
 
 
 def turns(settings: Settings) -> list[Turn]:
@@ -25,12 +26,11 @@ def attach(frame: Frame) -> Attached:
     from peft import LoraConfig, inject_adapter_in_model
 
     rank, alpha = frame.options["rank"], frame.options["alpha"]
-    paths = targets(frame.axes, frame.options["targets"])
-    called = names_of(frame.model)
-    if tied := [names for path in paths if len(names := called[f"{path}.weight"]) > 1]:
-        raise ValueError(
-            f"{' and '.join(tied[0])} are one parameter, beside which LoRA can put no adapter: see options.targets"
-        )
+    called, places = names_of(frame.model), frame.options["targets"]
+    if set(places) & set(HEADS):  # before `targets` counts the matrices: of two that are one it would miss one
+        _refuse_ties(called, [path for axis in frame.axes if not _is_known(axis) for path in _layers(axis)[0]])
+    paths = targets(frame.axes, places)
+    _refuse_ties(called, paths)
     transposed = {path: is_transposed(frame.model.get_submodule(path)) for path in paths}
     config = LoraConfig(r=_count("rank", rank), lora_alpha=_count("alpha", alpha), target_modules=paths)
     with warnings.catch_warnings():
@@ -54,17 +54,35 @@ def targets(axes: Sequence[Axis], places: Any) -> list[str]:
     """The paths of the layers at `places`; one that makes several of them (a fused qkv) is named once."""
     found: list[str] = []
     for axis in axes:
-        weights = [cut.param.removesuffix(".weight") for cut in axis.cuts if cut.param.endswith(".weight")]
-        *rows, last = weights
-        if axis.kind == "heads":
-            if len(rows) not in (1, 3):
-                raise ValueError(f"{axis.name} has {len(rows)} matrices before the last, where LoRA knows query, key and value")
+        rows, last = _layers(axis)
+        if axis.kind != "heads":
+            layers = {"up": rows, "down": [last]}
+        elif _is_known(axis):
             query, key, value = rows if len(rows) == 3 else rows * 3
             layers = {"query": [query], "key": [key], "value": [value], "output": [last]}
+        elif set(_places(places)) & set(HEADS):
+            raise ValueError(f"{axis.name} has {len(rows)} matrices before the last, where LoRA knows query, key and value")
         else:
-            layers = {"up": rows, "down": [last]}
+            layers = {"output": [last]}
         found += [path for place in _places(places) for path in layers.get(place, [])]
     return list(dict.fromkeys(found))
+
+
+def _layers(axis: Axis) -> tuple[list[str], str]:
+    """The paths of the layers before an axis, and of the one after it."""
+    *rows, last = [cut.param.removesuffix(".weight") for cut in axis.cuts if cut.param.endswith(".weight")]
+    return rows, last
+
+
+def _is_known(axis: Axis) -> bool:
+    return axis.kind != "heads" or len(_layers(axis)[0]) in (1, 3)
+
+
+def _refuse_ties(called: Mapping[str, Sequence[str]], paths: Sequence[str]) -> None:
+    if tied := [names for path in paths if len(names := called[f"{path}.weight"]) > 1]:
+        raise ValueError(
+            f"{' and '.join(tied[0])} are one parameter, beside which LoRA can put no adapter: see options.targets"
+        )
 
 
 def _places(value: Any) -> Sequence[str]:

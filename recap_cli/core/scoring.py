@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 from zlib import crc32
 
@@ -26,8 +27,8 @@ def group_scores(
 
     With `score = (g·θ)²` this is eq. (1), with `g²` eq. (4), `g` being the mean derivative over D_s. Only prunable tensors
     get a gradient, and each gradient is freed as soon as its last contribution is in, so that with one batch no two layers'
-    gradients are held together. The model's `requires_grad` flags are as before when this returns. Messages call the criterion
-    as it is `named`.
+    gradients are held together. The model's `requires_grad` flags, and each module's mode, are as before when this returns.
+    Messages call the criterion as it is `named`.
 
     Raises `PluginError` if the criterion fails, gives something else than scores, or writes to the model.
     """
@@ -136,12 +137,15 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _scored_groups(criterion: Criterion, who: str, model: nn.Module, axes: Sequence[Axis], losses: Losses) -> Scores:
-    flags, before = [(p, p.requires_grad) for p in model.parameters()], _checksums(model)
+    flags, modes = [(p, p.requires_grad) for p in model.parameters()], [(m, m.training) for m in model.modules()]
+    before = _checksums(model)
     try:
         with guarded(f"{who} failed", GROUPS_HINT):
             scores = criterion.score_groups(model, axes, losses)  # type: ignore[misc]
     finally:
         _restore(flags)
+        for module, mode in modes:
+            module.training = mode
     if changed := _changed(before, _checksums(model)):
         raise PluginError(
             f"{who} has changed the model: {changed}", hint="`score_groups` may look at the model, and copies what it changes"
@@ -170,8 +174,12 @@ def _importances(who: str, scores: Tensor, hint: str) -> Tensor:
 
 
 def _checksums(model: nn.Module) -> dict[str, int]:
-    """A checksum of every tensor of the model's state: `Tensor._version` would not see what is written through `.data`."""
-    return {name: crc32(_bytes(tensor)) for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    """A checksum of every parameter and buffer, those included that no checkpoint holds.
+
+    `Tensor._version` would not see what is written through `.data`.
+    """
+    named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return {name: crc32(_bytes(tensor.detach())) for name, tensor in named}
 
 
 def _bytes(tensor: Tensor) -> Any:

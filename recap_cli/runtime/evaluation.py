@@ -63,13 +63,16 @@ class Examples:
 def chance(labels: Tensor, num_labels: int) -> dict[str, float]:
     """What the best answer that is the same for every example gives on these labels, under the keys that `evaluate` has.
 
-    The loss is that of the shares of the labels as probabilities, their entropy. F1 of two labels is that of always label 1.
+    The metrics are those of `score`, to the bit, so that a model of one answer is exactly at chance. The loss is that of the
+    shares of the labels as probabilities, their entropy; an evaluation rounds it otherwise.
     """
-    shares = torch.bincount(labels, minlength=num_labels).double() / len(labels)  # (labels,)
-    share = float(shares[1] if num_labels == 2 else shares.max())
-    f1 = 2 * share / (1 + share) / (1 if num_labels == 2 else num_labels)
-    entropy = float(-(shares * shares.clamp_min(1e-300).log()).sum())
-    return {"loss": entropy, "accuracy": float(shares.max()), "f1": f1, "matthews": 0.0}
+    counts = torch.bincount(labels, minlength=num_labels)  # (labels,)
+    # The most frequent label is best by every metric, but for F1 of two labels, which is that of label 1.
+    answers = {int(counts.argmax())} | ({1} if num_labels == 2 else set())
+    found = [score(torch.full_like(labels, answer), labels, num_labels) for answer in answers]
+    shares = counts[counts > 0].double() / len(labels)
+    best = {name: max(one[name] for one in found) for name in found[0]}
+    return {"loss": float(-(shares * shares.log()).sum()), **best}
 
 
 def score(predictions: Tensor, labels: Tensor, num_labels: int) -> dict[str, float]:

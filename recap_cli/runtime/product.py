@@ -174,7 +174,7 @@ def _describe(folder: Path, spec: ModelSpec, processor: Any) -> None:
 
 
 def _save(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    storage.save_tensors(folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in tensors.items()}, None)
+    storage.save_tensors(folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
 
 
 def _prove(folder: Path, spec: ModelSpec, tensors: Mapping[str, Tensor], logits: Tensor) -> None:

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor, nn
@@ -80,18 +80,13 @@ def is_given(given: Mapping[str, str] = os.environ) -> bool:
     return SHARED not in given and any(given.get(name) for name in GIVEN)
 
 
-def quota_cores(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """How many cores' time the control group of this process may use, rounded up; None where there is no limit (Linux)."""
-    try:
-        quota, period = (root / "cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):  # not version 2
-        try:
-            quota, period = ((root / f"cpu/cpu.cfs_{name}_us").read_text(encoding="ascii") for name in ("quota", "period"))
-        except OSError:  # another system
-            return None
-    if not quota.strip().isdigit() or not period.strip().isdigit():  # "max", or −1: no limit
-        return None
-    return max(1, math.ceil(int(quota) / int(period)))
+def quota_cores(root: Path = Path("/")) -> int | None:
+    """How many cores' time the control group of this process may use, rounded up; None where there is no limit (Linux).
+
+    A group is limited by those above it, too: the least limit counts.
+    """
+    limits = [limit for group in _control_groups(root) if (limit := _limit(group)) is not None]
+    return max(1, math.ceil(min(limits))) if limits else None
 
 
 def described(given: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -109,6 +104,41 @@ def described(given: Mapping[str, str] = os.environ) -> dict[str, str]:
     waits = [f"{name}={given[name]}" for name in WAITING if given.get(name)]
     waiting = f"{' '.join(waits)}: how long a thread spins before it sleeps" if waits else "as the libraries have it"
     return {"threads": threads, "waiting": waiting, "load": _load()}
+
+
+def _control_groups(root: Path) -> Iterator[Path]:
+    """The folders of the groups that this process is in, and of those above them, as far as they can be seen.
+
+    A container may be told the name that its group has outside, and sees the group itself as the topmost one.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:  # hidden, or another system
+        lines = ["0::/", "1:cpu:/"]
+    mount = root / "sys/fs/cgroup"
+    for _, controllers, name in (line.split(":", 2) for line in lines if line.count(":") > 1):
+        if not controllers:  # version 2; `unified` where version 1 has the controllers
+            mounts = [mount, mount / "unified"]
+        elif "cpu" in controllers.split(","):
+            mounts = [mount / "cpu", mount / controllers]
+        else:
+            continue
+        group = PurePosixPath("" if ".." in name else name.lstrip("/"))
+        yield from (place / path for place in mounts for path in (group, *group.parents))
+
+
+def _limit(group: Path) -> float | None:
+    """The cores' time that a control group may use by its own limit, or None."""
+    try:
+        quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):  # not version 2, or no group that can be seen
+        try:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text(encoding="ascii") for name in ("quota", "period"))
+        except (OSError, ValueError):
+            return None
+    if not quota.strip().isdigit() or not period.strip().isdigit():  # "max", or −1: no limit
+        return None
+    return int(quota) / max(1, int(period))
 
 
 def _largest_weight(model: nn.Module) -> int:

@@ -5,6 +5,7 @@ from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 from recap_cli.runtime import threads
+from recap_cli.stages import record
 from recap_cli.state import State
 
 P = ParamSpec("P")
@@ -12,11 +13,12 @@ R = TypeVar("R")
 
 
 def on_fitting_threads(stage: Callable[Concatenate[State, P], R]) -> Callable[Concatenate[State, P], R]:
-    """The stage, run so. A state that notes no number is older, and computes as it did."""
+    """The stage, run so. Raises `CorruptStateError`, as every stage, where the record of the state is none of ours."""
 
     @wraps(stage)
     def run(state: State, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with threads.limited(state.manifest.made.get("threads")):
+        record.check(state)
+        with threads.limited(state.manifest.made["threads"]):
             return stage(state, *args, **kwargs)
 
     return run

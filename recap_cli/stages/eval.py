@@ -15,7 +15,7 @@ from recap_cli.core.surgery import gather, indices, scatter
 from recap_cli.errors import DataError, UsageError
 from recap_cli.manifest import quoted
 from recap_cli.progress import Track, silent
-from recap_cli.runtime import devices, models, other_data, prediction_files
+from recap_cli.runtime import devices, other_data, prediction_files
 from recap_cli.runtime.data import Split, make_split
 from recap_cli.runtime.evaluation import Examples
 from recap_cli.runtime.evaluation import evaluate as score
@@ -84,7 +84,7 @@ def _validation(here: Context, track: Track, *, placed: bool) -> Scored:
     if not placed:
         return Scored(here.splits(track)[1])
     raw = shared.read_raw(here.recipe)
-    processor = models.load_processor(here.state.path / here.full, here.spec)
+    processor = here.processor()
     _, split = shared.splits_of(here.recipe, here.spec, processor, track, raw)
     files = None if here.recipe.data.train is None else other_data.files_of(raw.validation)
     return Scored(split, places=other_data.places_of(raw.validation), files=files)
@@ -98,7 +98,7 @@ def _others(here: Context, data: Path | None, split: str | None, say: Callable[[
         say(f"note: {note}")
     if not found.labelled:
         say(f"note: {found.origin} has no labels: there are predictions of it, and no metrics")
-    inputs = shared.inputs_of(recipe, spec, models.load_processor(here.state.path / here.full, spec))
+    inputs = shared.inputs_of(recipe, spec, here.processor())
     made = make_split(found.examples, inputs, origin=found.origin, workers=recipe.data.workers, track=track)
     for note in made.notes:
         say(f"note: {note}")

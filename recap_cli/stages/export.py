@@ -1,8 +1,10 @@
 """`export`: the best small model as a folder that three lines of Python load."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from recap_cli.errors import StateError
 from recap_cli.progress import Track, silent
 from recap_cli.runtime import product
 from recap_cli.stages.context import Context
@@ -13,11 +15,14 @@ from recap_cli.state import State
 def export(state: State, out: Path, *, dense: bool = False, track: Track = silent) -> dict[str, Any]:
     """Write the best small model to the new folder `out`, or with `dense` a zero-filled checkpoint of the original shapes.
 
-    What was written is loaded again, and its logits are compared, before this returns the facts of it.
+    What was written is loaded again, and its logits are compared, before this returns the facts of it. What a stopped writer
+    has left in the state goes first.
 
     Raises `UsageError` if there is no best model yet, `StorageError` if `out` is there already.
     """
     product.check_out(out)
+    with suppress(StateError):  # another process is writing, and tidies up itself; what is read here is checked by itself
+        state.tidy()
     here = Context(state)
     tensors, _, best = best_tensors(here)
     return product.export(

@@ -12,6 +12,7 @@ from recap_cli.core.method import Embeddings, Moves, Plan
 from recap_cli.errors import CorruptStateError
 from recap_cli.manifest import COMMIT, START_OVER, Manifest
 from recap_cli.manifest_names import folder_of
+from recap_cli.runtime.tasks import Metric
 from recap_cli.state import State
 
 WEIGHTS, BUFFERS, SPEC, LAYOUT, MOMENTS = (
@@ -76,8 +77,19 @@ class Budget(BaseModel):
     changes: list[Setting]
 
 
+class Figures(BaseModel):
+    """The loss and all metrics of an evaluation."""
+
+    model_config = OPEN
+
+    loss: float
+    accuracy: float
+    f1: float
+    matthews: float
+
+
 class InitFacts(BaseModel):
-    """What `init` notes."""
+    """What `init` notes; `warmed_up` where a head was warmed up."""
 
     model_config = OPEN
 
@@ -92,6 +104,10 @@ class InitFacts(BaseModel):
     head_new: bool
     label_places: bool = False
     label_words: bool = True
+    threads: Size | None
+    metric: Metric
+    chance: Figures
+    warmed_up: Figures | None = None
     budget: Budget | None = None
 
 

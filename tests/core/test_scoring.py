@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -211,15 +212,19 @@ def writing(model: nn.Module, how: str) -> None:
             weight.mul_(1.5)
     elif how == "data":
         weight.data.mul_(1.5)
+    elif how == "a buffer of no checkpoint":
+        layer = model.get_submodule("bert.encoder.layer.1.attention")
+        layer.get_buffer("scale").mul_(1.5)
     elif how == "moved within":
         weight.data.copy_(weight.data.flip(0))
     else:
         model.get_submodule("bert.encoder.layer.1.attention.self").query = nn.Linear(32, 32)  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("how", ["in place", "data", "moved within", "replaced"])
+@pytest.mark.parametrize("how", ["in place", "data", "moved within", "replaced", "a buffer of no checkpoint"])
 def test_group_scores_that_change_the_model_are_refused_by_name(how: str) -> None:
     model, axes, data, spec = prepared("bert")
+    model.get_submodule("bert.encoder.layer.1.attention").register_buffer("scale", torch.ones(2), persistent=False)
 
     def spoil(model: nn.Module, axes: list[Axis], losses):  # type: ignore[no-untyped-def]
         writing(model, how)
@@ -227,6 +232,24 @@ def test_group_scores_that_change_the_model_are_refused_by_name(how: str) -> Non
 
     with pytest.raises(PluginError, match=r"the criterion 'spoil' has changed the model: bert\.encoder\.layer\.1\.attention"):
         group_scores(model, axes, Criterion(score_groups=spoil), losses_of(model, spec, data), named="spoil")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_group_scores_leave_every_module_in_the_mode_it_was_in(fails: bool) -> None:
+    model, axes, data, spec = prepared("bert")
+    model.get_submodule("classifier").train()
+    before = {name: module.training for name, module in model.named_modules()}
+
+    def flip(model: nn.Module, axes: list[Axis], losses):  # type: ignore[no-untyped-def]
+        model.train()
+        model.get_submodule("classifier").eval()
+        if fails:
+            raise RuntimeError("on the way")
+        return {axis.name: torch.ones(axis.size) for axis in axes}
+
+    with pytest.raises(PluginError, match="on the way") if fails else nullcontext():
+        group_scores(model, axes, Criterion(score_groups=flip), losses_of(model, spec, data))
+    assert {name: module.training for name, module in model.named_modules()} == before
 
 
 def test_group_scores_leave_no_gradients_and_no_flags_behind() -> None:

@@ -2,7 +2,8 @@
 
 It is started as `python -m tests.faults.server` (see `FaultServer`) and reads one request a line, as JSON: `tests`, the ids of
 tests, `sources`, file → its changed text, and `limit`, seconds. It answers with one line each: the outcome of every test by its
-id, whether `passed`, `failed`, `error` or what else pytest calls it, or why there is none.
+id, whether `passed`, `failed`, `error` or what else pytest calls it, or why there is none. A test that failed has asserted so;
+of one that ended by any other exception the outcome is `crashed` and its type, which no fault is found by.
 
 Neither `recap_cli` nor a test is ever imported in the server itself. A child imports them afresh, with the changed text in the
 place of the file's, wherever they are imported from. What no change can touch, torch and the libraries of models, is there
@@ -78,6 +79,13 @@ class _Outcomes:
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":
             self.of[report.nodeid] = report.outcome if report.when == "call" else "error"
+
+    def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
+        import pytest
+
+        asserted = (AssertionError, pytest.fail.Exception)  # the latter where `pytest.raises` has seen nothing raised
+        if getattr(report, "when", None) == "call" and not call.excinfo.errisinstance(asserted):
+            self.of[node.nodeid] = f"crashed: {call.excinfo.typename}"
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:

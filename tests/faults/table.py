@@ -106,8 +106,9 @@ FAULTS = (
     Fault(
         "entries are summed along the wrong axis",
         "recap_cli/core/scoring.py",
-        "if d != dim]) if score.ndim > 1",
-        "if d == dim]) if score.ndim > 1",
+        "along = score.float().sum(dim=[d for d in range(score.ndim) if d != dim]) if score.ndim > 1",
+        "along = (score.mT if score.shape[0] == score.shape[-1] else score).float().sum("
+        "dim=[d for d in range(score.ndim) if d != dim]) if score.ndim > 1",
         ("tests/core/test_scoring.py::test_importance_is_that_of_a_naive_double_loop[1-vit]",),
     ),
     Fault(

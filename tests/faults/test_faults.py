@@ -57,6 +57,12 @@ def test_the_first_three_faults_together_fail(server: FaultServer, unchanged: Ou
     assert server.run([CHOSEN, DRAWN], texts) == {CHOSEN: "failed", DRAWN: "failed"}
 
 
+def test_a_test_that_crashes_has_found_no_fault(server: FaultServer, unchanged: Outcomes) -> None:
+    test, file = "tests/core/test_optim.py::test_vectors_do_not_decay", "recap_cli/core/optim.py"
+    text = (ROOT / file).read_text(encoding="utf-8").replace("if slot.leaf.ndim > 1", "if slot.leaf.nothing")
+    assert server.run([test], {file: text}) == {test: "crashed: AttributeError"}
+
+
 def test_a_source_that_cannot_be_imported_is_no_fault_that_a_test_found(server: FaultServer, unchanged: Outcomes) -> None:
     test = "tests/core/test_optim.py::test_vectors_do_not_decay"
     outcomes = server.run([test], {"recap_cli/core/optim.py": "raise RuntimeError('broken')"})

@@ -66,12 +66,15 @@ def test_a_large_model_is_not_run_to_be_measured() -> None:
     assert threads.fitting(layers(1024, 4096), forward, batch(1, 1, 1024), 32) is None
 
 
-def test_threads_are_limited_and_come_back() -> None:
+@pytest.mark.parametrize("quota", [None, 2, 6])
+def test_threads_are_limited_and_come_back(quota: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "quota_cores", lambda: quota)
     with threads.limited(1, {}):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 4
     with threads.limited(None, {}):
-        assert torch.get_num_threads() == (threads.quota_cores() or 4)
+        assert torch.get_num_threads() == (2 if quota == 2 else 4)
+    assert torch.get_num_threads() == 4
 
 
 def test_a_number_that_the_user_gives_stands_and_that_of_a_comparison_is_an_upper_limit() -> None:
@@ -81,19 +84,60 @@ def test_a_number_that_the_user_gives_stands_and_that_of_a_comparison_is_an_uppe
         assert torch.get_num_threads() == 1
 
 
+V1 = {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}
+
+
 @pytest.mark.parametrize(
     ("files", "cores"),
     [
-        ({"cpu.max": "150000 100000\n"}, 2),
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
+        ({"sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+        # A group below the root, of this process: its own limit, and those of all above it, count.
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "150000 100000\n"}, 2),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "300000 100000\n"}, 3),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+                "sys/fs/cgroup/a/cpu.max": "100000 100000\n",
+                "sys/fs/cgroup/cpu.max": "400000 100000\n",
+            },
+            1,
+        ),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/b/cpu.max": "100000 100000\n"}, None),  # another's
+        # A container that sees the name which its group has outside, and its own group as the root.
+        ({"proc/self/cgroup": "0::/docker/1f\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
+        ({"proc/self/cgroup": "0::/../../c\n", "sys/fs/cgroup/cpu.max": "200000 100000\n", "c/cpu.max": "1 1\n"}, 2),
+        # Version 1, and both beside each other.
+        ({**V1, "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n"}, 1),
+        (V1, None),
+        (
+            {
+                **V1,
+                "proc/self/cgroup": "7:memory:/m\n4:cpu,cpuacct:/a:b\n1:name=systemd:/s\n0::/s\n",
+                "sys/fs/cgroup/cpu/a:b/cpu.cfs_quota_us": "250000\n",
+                "sys/fs/cgroup/cpu/a:b/cpu.cfs_period_us": "100000\n",
+                "sys/fs/cgroup/cpu/m/cpu.cfs_quota_us": "100000\n",
+                "sys/fs/cgroup/cpu/m/cpu.cfs_period_us": "100000\n",
+            },
+            3,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/a\n",
+                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "250000\n",
+                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000\n",
+            },
+            3,
+        ),
+        ({"proc/self/cgroup": "0::/s\n", "sys/fs/cgroup/unified/s/cpu.max": "150000 100000\n"}, 2),
+        ({"proc/self/cgroup": "no such line\n", "sys/fs/cgroup/cpu.max": "what is this\n"}, None),
         ({}, None),
     ],
 )
-def test_the_quota_of_a_control_group(tmp_path: Path, files: dict[str, str], cores: int | None) -> None:
+def test_the_quota_of_the_control_group_of_this_process(tmp_path: Path, files: dict[str, str], cores: int | None) -> None:
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert threads.quota_cores(tmp_path) == cores
 

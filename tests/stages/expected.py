@@ -40,7 +40,7 @@ def naive_plan(record: Record, round: int) -> list[Group]:
 def naive_mask(record: Record, round: int) -> list[Group]:
     """The fine groups of highest eq. (4), on the D_s that the stage looked at."""
     recipe, axes, model, alive = record.recipe, record.axes, record.model(), record.plan(round)
-    (looks,) = record.seen(round, "mask").values()
+    looks = record.only(round, "mask")
     naive.load(model, record.full(round - 1), axes, alive)
     scores = naive.importance(model, axes, alive, [look.batch for look in looks], recipe.mask.criterion, fine=True)
     whole = [fine for group in alive for fine in axes.fine_of(group)]
@@ -69,7 +69,7 @@ def check_training(record: Record, rounds: int, steps: int) -> None:
         alive = record.plan(round)
         moves = naive.moving(axes, full, alive, record.mask(round), frozen)
         naive.load(model, full, axes, alive)
-        (looks,) = record.seen(round, "finetune").values()
+        looks = record.only(round, "finetune")
         rates = naive.rates(recipe, round, steps)
         naive.finetune(model, full, moves, memory, training, [look.batch for look in looks], rates)
         check_full_model(record, round, full, moves)
@@ -107,7 +107,7 @@ def check_moments(record: Record, round: int, memory: Memory) -> None:
 
 def check_metrics(record: Record, round: int, model: torch.nn.Module) -> None:
     """What `finetune` wrote is the trained small model's loss and accuracy on all of the validation data, once."""
-    (looks,) = record.seen(round, "finetune", validation=True).values()
+    looks = record.only(round, "finetune", validation=True)
     assert indices_of(looks) == list(range(VALIDATION))
     loss, accuracy = naive.evaluate(model, [look.batch for look in looks])
     assert record.metrics[round]["loss"] == pytest.approx(loss, rel=1e-3)

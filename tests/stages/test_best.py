@@ -64,21 +64,6 @@ def test_the_product_is_the_round_with_the_best_metric(
     assert [row["best"] for row in summary(state)["rounds"]] == [number == best for number in range(1, len(figures) + 1)]
 
 
-def test_a_state_that_does_not_note_the_loss_of_its_best_round_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted(monkeypatch, [(0.6, 0.7), (0.6, 0.9)])
-    from recap_cli.stages.merge import Draft
-
-    plainly = Draft.set_best
-
-    def without_loss(draft: Draft, best: dict[str, Any]) -> None:
-        plainly(draft, {key: value for key, value in best.items() if key != "loss"})
-
-    monkeypatch.setattr(Draft, "set_best", without_loss)
-    best = run_of(tmp_path / "state", 2).manifest.best
-    assert best is not None
-    assert best["round"] == 1
-
-
 @pytest.mark.parametrize(
     ("metric", "figures", "ends_after"),
     [

@@ -155,6 +155,10 @@ def test_another_state_yaml_under_a_right_checksum_is_refused_or_works_and_not_o
         (0, {"head_new": "yes"}, r"history\[0\]\.head_new is"),
         (0, {"label_places": "no"}, r"history\[0\]\.label_places is"),
         (0, {"label_words": 1}, r"history\[0\]\.label_words is"),
+        (0, {"threads": "all"}, r"history\[0\]\.threads is"),
+        (0, {"metric": "speed"}, r"history\[0\]\.metric is"),
+        (0, {"chance": {"accuracy": 0.5}}, r"history\[0\]\.chance\.loss is"),
+        (0, {"warmed_up": {"loss": 0.5}}, r"history\[0\]\.warmed_up\.accuracy is"),
         (0, {"budget": {"memory_budget": "1GB"}}, r"history\[0\]\.budget\.changes is"),
         (1, {"kept": {"heads": 4}}, r"history\[1\]\.kept\.heads is"),
         (1, {"params_full": 0}, r"history\[1\]\.params_full is"),
@@ -173,6 +177,17 @@ def test_facts_of_a_stage_that_make_no_sense_are_named(
     (path / "state.yaml").write_text(manifest_text(manifest))
     for look in (summary, Context):
         with pytest.raises(CorruptStateError, match=message):
+            look(State.open(path))
+
+
+@pytest.mark.parametrize("key", ["threads", "chance", "metric"])
+def test_a_fact_of_init_that_is_not_there_is_named_by_every_stage(key: str, damaged: Callable[[str], Path]) -> None:
+    path = damaged("prune 2")
+    manifest = read_manifest(path)
+    del manifest.history[0][key]
+    (path / "state.yaml").write_text(manifest_text(manifest))
+    for look in (summary, Context, mask):
+        with pytest.raises(CorruptStateError, match=rf"history\[0\]\.{key} is missing"):
             look(State.open(path))
 
 

@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from recap_cli.cli import main
-from recap_cli.errors import DataError, RecapError, StorageError, UsageError
+from recap_cli.errors import CorruptStateError, DataError, RecapError, StorageError, UsageError
 from recap_cli.runtime import prediction_files
 from recap_cli.stages.context import Context
 from recap_cli.stages.eval import evaluate
@@ -83,6 +84,19 @@ def test_the_same_examples_in_a_file_of_any_kind_score_the_same(texts: State, tm
     found = evaluate(texts, which=which, data=other)
     assert figures(found) == figures(evaluate(texts, which=which))
     assert {(row["data"], row["examples"]) for row in found} == {(str(other), VALIDATION)}
+
+
+@pytest.mark.parametrize("asked", ["data", "predictions"])
+def test_a_tokenizer_that_was_altered_scores_nothing(texts: State, tmp_path: Path, asked: str) -> None:
+    shutil.copytree(texts.path, tmp_path / "state")
+    file = tmp_path / "state" / str(texts.manifest.full) / "tokenizer.json"
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b'"w1"', b'"W1"'))  # as many bytes, and another meaning
+    assert file.read_bytes() != whole
+    other = write_rows(tmp_path / "other.csv", validation_rows()) if asked == "data" else None
+    told = tmp_path / "told.csv" if asked == "predictions" else None
+    with pytest.raises(CorruptStateError, match=r"tokenizer.json: its sha256 begins with"):
+        evaluate(State.open(tmp_path / "state"), which=["best"], data=other, predictions=told)
 
 
 def test_labels_count_by_their_names_also_where_the_file_lacks_the_first(texts: State, tmp_path: Path) -> None:

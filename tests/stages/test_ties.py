@@ -10,6 +10,7 @@ from transformers import BertForSequenceClassification
 
 import recap_cli
 from recap_cli.core.ties import first_names, names_of
+from recap_cli.errors import PluginError
 from recap_cli.recipe import Recipe
 from recap_cli.runtime import models, prediction
 from recap_cli.runtime.order import batches, order, seed_for
@@ -148,3 +149,20 @@ def test_predicted_weights_are_those_that_are_held_to_the_byte(resident: str) ->
     counted = prediction.usage(profile.prepare(outline, wanted, "recap", real)[0])
     for kind in ("weights", "gradients", "optimizer"):
         assert predicted.maxima[kind] == counted.maxima[kind], kind  # type: ignore[index]
+
+
+@pytest.mark.parametrize("targets", [["query", "value"], ["key"]])
+def test_lora_names_what_is_one_parameter(tmp_path: Path, targets: list[str]) -> None:
+    tied = f"{ATTENTION}.query.weight and {ATTENTION}.key.weight are one parameter"
+    with pytest.raises(PluginError, match=tied):
+        run(recipe(method="lora-ft", options={"targets": targets}), tmp_path / "state")
+
+
+def test_lora_goes_beside_what_is_not_tied(tmp_path: Path) -> None:
+    chosen = recipe(method="lora-ft", rounds=1, options={"targets": ["output"]})
+    start = Context(init(chosen, tmp_path / "first")).full_tensors()
+    end = Context(run(chosen, tmp_path / "state")).full_tensors()
+    moved = {name for name, tensor in end.items() if not torch.equal(tensor, start[name])}
+    layers = {f"bert.encoder.layer.{layer}.attention.output.dense.weight" for layer in (0, 1)}
+    assert layers <= moved
+    assert f"{ATTENTION}.query.weight" not in moved

@@ -11,7 +11,9 @@ import torch
 import recap_cli.stages.finetune as finetuning
 from recap_cli.commands.comparison_tables import print_results
 from recap_cli.commands.tables import print_summary, say_stage
-from recap_cli.runtime.evaluation import chance, score
+from recap_cli.runtime.data import Split
+from recap_cli.runtime.evaluation import chance, evaluate, score
+from recap_cli.runtime.tasks import METRICS, Task
 from recap_cli.stages import cells, results
 from recap_cli.stages import eval as evaluation
 from recap_cli.stages.init import init
@@ -45,15 +47,68 @@ def ended(path: Path, monkeypatch: pytest.MonkeyPatch, warm: float, last: float,
     return run(tiny("vit", rounds=1, task={"metric": metric}), path)
 
 
-@pytest.mark.parametrize("labels", [[0, 1, 1, 1, 0], [0, 0, 0, 1], [2, 0, 1, 2, 2, 3, 3], [1, 1, 1]])
-def test_chance_is_the_best_of_all_answers_that_are_the_same_for_every_example(labels: list[int]) -> None:
-    true, count = torch.tensor(labels), max(2, max(labels) + 1)
+def always(shares: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+    """A model that gives every example these probabilities."""
+    return lambda batch: shares.float().clamp_min(1e-30).log().expand(len(batch["labels"]), -1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "count"),
+    [
+        ([0, 1, 1, 1, 0], 2),
+        ([0, 0, 0, 1], 2),
+        ([2, 0, 1, 2, 2, 3, 3], 4),
+        ([1, 1, 1], 2),
+        ([0, 2, 2], 3),  # 1 is not there: F1 is a mean over the labels that are
+        ([4, 4, 0], 7),
+        ([2, 2], 3),
+    ],
+)
+def test_chance_is_the_best_of_all_answers_that_are_the_same_for_every_example(labels: list[int], count: int) -> None:
+    true = torch.tensor(labels)
     found = chance(true, count)
     same = [score(torch.full_like(true, label), true, count) for label in range(count)]
     for metric in ("accuracy", "f1", "matthews"):
-        assert found[metric] == pytest.approx(max(one[metric] for one in same)), metric
+        assert found[metric] == max(one[metric] for one in same), metric
     shares = torch.bincount(true, minlength=count) / len(true)
     assert found["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(shares.log().expand(len(true), -1), true)))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_model_of_one_answer_is_no_better_than_chance_whatever_the_number_of_examples(count: int) -> None:
+    silent = []
+    for size in range(20, 400):
+        labels = (torch.arange(size) % 4).clamp(max=count - 1)
+        best = int(torch.bincount(labels, minlength=count).argmax())
+        level = chance(labels, count)
+        answers = score(torch.full_like(labels, best), labels, count)
+        silent += [
+            (size, name) for name, value in answers.items() if warning(name, value, warm_up=None, chance=level[name]) is None
+        ]
+    assert silent == []
+
+
+@pytest.mark.parametrize("size", [20, 33, 61, 127, 300])
+@pytest.mark.parametrize("metric", METRICS)
+def test_an_evaluation_of_a_model_that_knows_the_shares_of_the_labels_alone_is_at_chance(metric: Any, size: int) -> None:
+    labels = (torch.arange(size) % 5).clamp(max=2)
+    split = Split("made", labels, lambda indices, _: {"inputs": indices})
+    found = evaluate(always(torch.bincount(labels) / size), split, Task("text-classification", metric, 3), batch_size=7)
+    said = warning(metric, found[metric], warm_up=None, chance=chance(labels, 3)[metric])
+    assert said is not None
+    assert "is no better than chance" in said
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_run_whose_product_gives_one_answer_is_said_to_be_no_better_than_chance(
+    metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(_: Any, split: Split, task: Task, **how: Any) -> dict[str, float]:
+        return evaluate(always(torch.bincount(split.labels, minlength=3) / len(split)), split, task, **how)
+
+    monkeypatch.setattr(finetuning, "evaluate", judge)
+    recipe = tiny("vit", rounds=1, task={"metric": metric}, head={"warmup_epochs": 0}, finetune={"steps": 1})
+    assert "is no better than chance" in str(summary(run(recipe, tmp_path / "state"))["warning"])
 
 
 def test_init_notes_what_the_full_model_is_worth_with_its_head_warmed_up(tmp_path: Path) -> None:
@@ -78,15 +133,15 @@ def test_without_a_warm_up_nothing_is_measured_and_chance_is_known(tmp_path: Pat
         ("accuracy", 0.3, 0.6, 0.3, "0.3000 is no better than chance"),
         ("accuracy", 0.6, 0.6, 0.3, None),
         ("accuracy", 0.4, None, 0.3, None),
-        ("accuracy", 0.4, None, None, None),
         ("loss", 0.5, 0.6, 0.7, None),
         ("loss", 0.65, 0.6, 0.7, "0.6500 is worse than"),
         ("loss", 0.7, 0.6, 0.7, "0.7000 is no better than chance"),
+        ("loss", 0.699, None, 0.7, None),
         ("matthews", 0.0, -0.1, 0.0, "0.0000 is no better than chance"),
     ],
 )
 def test_a_product_is_measured_against_chance_and_against_the_warmed_up_head(
-    metric: str, value: float, warm_up: float | None, level: float | None, said: str | None
+    metric: str, value: float, warm_up: float | None, level: float, said: str | None
 ) -> None:
     found = warning(metric, value, warm_up=warm_up, chance=level)
     assert (found is None) == (said is None)

@@ -97,6 +97,13 @@ class Record:
                 found.setdefault(look.label, []).append(look)
         return found
 
+    def only(self, round: int, stage: str, *, validation: bool = False) -> list[Look]:
+        """The batches of a stage that goes through the data once, for one thing it does."""
+        found = self.seen(round, stage, validation=validation)
+        of = "validation" if validation else "training"
+        assert len(found) == 1, f"{stage} of round {round} went through the {of} data for {[*found]}, not for one thing"
+        return next(iter(found.values()))
+
     def samples(self) -> dict[tuple[int, str, int], list[Look]]:
         """Every D_s of the run: round, stage and number within the stage → its batches."""
         return {
