@@ -27,7 +27,7 @@ TABLE = {
     "api": {"core", "errors"},
     "plugins": {"api"},
     "storage": {"errors"},
-    "state": {"storage", "errors"},
+    "state": {"storage", "errors", "interrupt"},  # a commit is told there: after it, Ctrl-C has another word
     "recipe": {"errors"},
     "registry": {"core", "strangers", "errors"},
     "runtime": {"core", "storage", "recipe", "registry", "strangers", "errors", "progress"},
