@@ -41,7 +41,14 @@ from record import parser, write
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = Path(__file__).resolve().parent / "mutants_equivalent.yaml"
 STAGES = ("prune", "mask", "finetune", "merge")
-TESTS = ("tests/core", "tests/stages", "tests/runtime")
+TESTS = (  # those that run the heart; others of the stages' folder are of comparisons, budgets and reports
+    "tests/core",
+    *(
+        f"tests/stages/test_{name}.py"
+        for name in ("algorithm", "algorithm_settings", "best", "decoders", "invariants", "kinds")
+    ),
+    *(f"tests/stages/test_{name}.py" for name in ("methods", "on_device", "stages", "ties", "vocabulary")),
+)
 PYTEST = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "--no-header"]
 START_SECONDS = 60.0  # what collecting may take, on top of ten times what the tests take
 sys.path.insert(0, str(ROOT))  # for the tests' own server of changed sources
@@ -289,7 +296,7 @@ def main() -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--jobs", type=int, default=2)
     command.add_argument("--patience", type=float, default=40.0, help="seconds of tests that a mutant meets at most")
-    command.add_argument("--tests", default=",".join(TESTS), help="the folders of tests that mutants meet")
+    command.add_argument("--tests", default=",".join(TESTS), help="the folders and files of tests that mutants meet")
     command.add_argument("--note", type=Path, help="run the tests once, write here which runs which line, and end")
     command.add_argument("--work", type=Path, default=ROOT / "build" / "mutants", help="where the cover is kept")
     command.add_argument("--show", type=int, help="print how this one of the drawn mutants differs, and end")
