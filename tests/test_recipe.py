@@ -219,7 +219,7 @@ def test_all_problems_come_at_once_in_the_order_of_the_file() -> None:
         'r.yaml:1:9 rounds expected a whole number from 1 to 5000; found "three"',
         "r.yaml:3:3 model.nme unknown key; did you mean model.name?",
         'r.yaml:5:3 task.kind expected "image-classification", as data.builtin is digits; found "text-classification"',
-        'r.yaml:6:11 task.metric expected one of accuracy, f1, matthews; found "acuracy"; did you mean accuracy?',
+        'r.yaml:6:11 task.metric expected one of accuracy, f1, matthews, loss; found "acuracy"; did you mean accuracy?',
         f"r.yaml:8:3 data.name {one}",
         "r.yaml:11:10 prune.ratio expected a number in [0, 1); found 1.0",
         "r.yaml:14:3 finetune.max_grad_norm expected null with finetune.fused_backward, "

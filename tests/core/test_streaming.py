@@ -1,6 +1,7 @@
 """A streamed model gives the same logits and scores, holds one block at a time, and is left as it was; on every pico model."""
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -97,11 +98,12 @@ def test_an_exception_inside_leaves_the_model_as_it_was() -> None:
     model, axes, data, spec = prepared("bert")
     before = state_of(model)
 
-    def fail(weight: Tensor, grad: Tensor) -> Tensor:
+    def stopped(each: bool) -> Iterator[tuple[Tensor, float]]:
+        yield from losses_of(model, spec, data[:1])(each)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), streamed(model, block_paths(model, axes), "cpu"):
-        group_scores(model, axes, Criterion("mean", fail), losses_of(model, spec, data[:1]))
+        group_scores(model, axes, Criterion("mean", lambda weight, grad: grad.square()), stopped)
     assert_as_before(model, before)
     assert all(param.grad is None for param in model.parameters())
 

@@ -159,7 +159,7 @@ def drawn_in_a_page(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
     ]
     groups = [
         {**one, **{name: kind(**one[name]).model_dump() for name, kind in parts.items()}}
-        | {"last": None, "statuses": {"done": 1}, "errors": [], "held_bytes": 2_000_000, "seconds_whole": 1.0}
+        | {"last": None, "statuses": {"done": 1}, "errors": [], "warning": None, "held_bytes": 2_000_000, "seconds_whole": 1.0}
         for one in rows
     ]
     found = {"recipe": "r", "metric": "accuracy", "task": "t", "created": "2026", "command": "", "place": "p", "grid": {}}

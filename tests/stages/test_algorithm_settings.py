@@ -145,7 +145,7 @@ def test_the_warm_up_trains_the_head_and_nothing_else_as_torch_would(name: str) 
     warm = witnessed(still(name, head={"warmup_epochs": 2, "lr": 0.01}), stop=(0, "init"))
     before, after, head = cold.full(0), warm.full(0), warm.layout["head"]
     assert {n for n in after if not torch.equal(after[n], before[n])} == set(head)
-    looks = [look for of in warm.seen(0, "init").values() for look in of]
+    looks = warm.seen(0, "init")["warm up the head"]
     assert [sorted(indices_of(looks)[start:][:TRAIN]) for start in (0, TRAIN)] == [list(range(TRAIN))] * 2
     assert indices_of(looks)[:TRAIN] != indices_of(looks)[TRAIN:]
     model = warm.model().eval()

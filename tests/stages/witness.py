@@ -129,6 +129,7 @@ def watching(record: Record, at: list[Any]) -> Iterator[Any]:
     def track(items: Any, text: str, total: int | None = None) -> Any:
         label[0] = text
         yield from items
+        label[0] = ""
 
     Split.batch = batch  # type: ignore[method-assign]
     try:
