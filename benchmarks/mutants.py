@@ -19,6 +19,7 @@ tests run ten times as long as they should is killed, too.
 Wants the extra `mutants` (`pip install -e '.[mutants]'`).
 """
 
+import ast
 import difflib
 import hashlib
 import json
@@ -59,14 +60,15 @@ class Mutant:
     """One change of one file: the lines that it takes out and puts in, and the whole code with it."""
 
     file: str
+    function: str  # the function or class that it stands in, or nothing
     line: int
     before: str
     after: str
     code: str = field(repr=False)
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.file, self.before, self.after
+    def key(self) -> tuple[str, ...]:
+        return self.file, self.function, self.before, self.after
 
 
 def files() -> list[str]:
@@ -97,7 +99,15 @@ def _is_alias(line: Any) -> bool:
 def mutant_of(file: str, module: Any, mutation: Any) -> Mutant:
     """The file with one of its changes."""
     changed = module.deep_replace(mutation.original_node, mutation.mutated_node).code
-    return Mutant(file, *_difference(module.code, changed), changed)
+    line, before, after = _difference(module.code, changed)
+    return Mutant(file, _function_at(module.code, line), line, before, after, changed)
+
+
+def _function_at(code: str, line: int) -> str:
+    """The dotted name of the innermost function or class around a line."""
+    inside = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    around = sorted((node for node in inside if node.lineno <= line <= (node.end_lineno or 0)), key=lambda node: node.lineno)
+    return ".".join(node.name for node in around)
 
 
 def _nodes(root: Any, kind: type) -> Iterator[Any]:
@@ -220,7 +230,7 @@ def fate(server: Any, mutant: Mutant, cover: Mapping[str, Any], patience: float)
         if by is None and not outcomes:
             raise SystemExit(f"no test ran on {mutant.file}:{mutant.line}")
     except RuntimeError as error:  # it ran too long, or its process died
-        by = str(error).rpartition(": ")[2]
+        by = f"no answer: {str(error).rpartition(': ')[2]}"
     return {"killed": by is not None, "by": by, "tests": len(tests), "seconds": round(time.monotonic() - started, 1)}
 
 
@@ -259,28 +269,40 @@ def run(mutants: Sequence[Mutant], cover: Mapping[str, Any], *, jobs: int, patie
 # --- the figure ----------------------------------------------------------------------------------------------------
 
 
-def equivalents() -> dict[tuple[str, str, str], str]:
+def equivalents() -> dict[tuple[str, ...], str]:
     """The mutants that no test can tell from the original, each with the reason."""
     listed = yaml.safe_load(EQUIVALENT.read_text(encoding="utf-8")) or [] if EQUIVALENT.exists() else []
-    return {(entry["file"], entry["before"].strip(), entry["after"].strip()): entry["reason"] for entry in listed}
+    return {
+        tuple(str(entry[key]).strip() for key in ("file", "function", "before", "after")): entry["reason"] for entry in listed
+    }
 
 
 def figures(mutants: Sequence[Mutant], fates: Sequence[Mapping[str, Any]], total: int) -> dict[str, Any]:
     """What came out: counts, the share of the non-equivalent that were killed, per file, and every survivor."""
     known = equivalents()
     rows = [
-        {"file": m.file, "line": m.line, "before": m.before, "after": m.after, **fate, "equivalent": known.get(m.key)}
+        {
+            "file": m.file,
+            "function": m.function,
+            "line": m.line,
+            "before": m.before,
+            "after": m.after,
+            **fate,
+            "equivalent": known.get(m.key),
+        }
         for m, fate in zip(mutants, fates, strict=True)
     ]
     counted = [row for row in rows if row["killed"] or row["equivalent"] is None]
     by_file: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         by_file[row["file"]]["killed" if row["killed"] else "equivalent" if row["equivalent"] else "survived"] += 1
-    keys = ("file", "line", "before", "after", "tests", "equivalent")
+    keys = ("file", "function", "line", "before", "after", "tests", "equivalent")
     return {
         "mutants_in_all": total,
         "drawn": len(rows),
         "killed": sum(row["killed"] for row in rows),
+        "of_these_by_no_answer": sum(str(row["by"]).startswith("no answer") for row in rows),  # a hang, or the process died
+        "of_these_by_an_error_outside_a_test": sum(str(row["by"]).endswith("(error)") for row in rows),
         "equivalent": sum(not row["killed"] and row["equivalent"] is not None for row in rows),
         "survived": sum(not row["killed"] and row["equivalent"] is None for row in rows),
         "killed_share_of_non_equivalent": round(sum(row["killed"] for row in counted) / max(1, len(counted)), 4),
