@@ -8,7 +8,7 @@ mutmut's operators make every mutant of a file (another operator or number, an a
 round, …). So many are drawn with a seed, spread over the files by their number of mutants. A first run of the tests notes
 which test runs which line and how long it takes; it is kept in `--work` until a file changes. A mutant then meets the tests
 that run its line, those of its own file first, the short ones before the long ones, one set of parameters of each test before
-the others, until one fails or `--patience` seconds of tests have passed. Each mutant has a process of its own, forked by the
+the others, until one fails or `--patience` seconds of tests have passed. Stopped, the same command goes on. Each mutant has a process of its own, forked by the
 server that the named faults of the test suite run on (`tests/faults/server.py`).
 
 Not mutated: what stands in a `raise` (texts of errors are asserted where they are shown), annotations, aliases of types,
@@ -31,6 +31,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -179,8 +180,8 @@ def note_cover(to: Path, folders: Sequence[str]) -> None:
     to.write_text(json.dumps({"seconds": noting.seconds, "lines": lines}), encoding="utf-8")
 
 
-def cover_of(work: Path, folders: Sequence[str]) -> dict[str, Any]:
-    """Which tests run which line, read, or noted if a file has changed since."""
+def cover_of(work: Path, folders: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Which tests run which line, read, or noted if a file has changed since; with the digest of all that it hangs on."""
     sources = [path for folder in ("recap_cli", "plugins", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
     digest = hashlib.sha256(" ".join(folders).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     place = work / f"cover-{digest}.json"
@@ -191,7 +192,7 @@ def cover_of(work: Path, folders: Sequence[str]) -> dict[str, Any]:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
     if not place.exists():
         raise SystemExit(f"the tests did not run through: {work / 'cover.log'}")
-    return json.loads(place.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return digest, json.loads(place.read_text(encoding="utf-8"))
 
 
 def tests_for(mutant: Mutant, cover: Mapping[str, Any], patience: float) -> list[str]:
@@ -234,13 +235,13 @@ def fate(server: Any, mutant: Mutant, cover: Mapping[str, Any], patience: float)
     return {"killed": by is not None, "by": by, "tests": len(tests), "seconds": round(time.monotonic() - started, 1)}
 
 
-def run(mutants: Sequence[Mutant], cover: Mapping[str, Any], *, jobs: int, patience: float) -> list[dict[str, Any]]:
-    """The fate of every mutant, in their order; `jobs` servers share them."""
+def run(mutants: Sequence[Mutant], cover: Mapping[str, Any], *, jobs: int, patience: float, kept: Path) -> list[dict[str, Any]]:
+    """The fate of every mutant, in their order; `jobs` servers share them. What stands in the file `kept` is not run again."""
     from tests.faults.server import FaultServer
 
+    fates = _kept(mutants, kept)
     servers: SimpleQueue[Any] = SimpleQueue()
-    whole = {test.partition("[")[0] for test in cover["seconds"]}
-    quick = sorted(whole, key=lambda test: cover["seconds"].get(test, 1e9))[:3]
+    quick = sorted(cover["seconds"], key=cover["seconds"].__getitem__)[:3]
 
     def one(mutant: Mutant) -> dict[str, Any]:
         server = servers.get()
@@ -249,21 +250,27 @@ def run(mutants: Sequence[Mutant], cover: Mapping[str, Any], *, jobs: int, patie
         finally:
             servers.put(server)
 
-    fates: dict[int, dict[str, Any]] = {}
-    with ThreadPoolExecutor(jobs) as threads:
-        started = [FaultServer().__enter__() for _ in range(jobs)]
-        for server in started:
+    with ThreadPoolExecutor(jobs) as threads, ExitStack() as stack, kept.open("a", encoding="utf-8") as out:
+        for _ in range(jobs):
+            server = stack.enter_context(FaultServer())
             server.run(quick, modules=True)
             servers.put(server)
-        asked = {threads.submit(one, mutant): number for number, mutant in enumerate(mutants)}
+        asked = {threads.submit(one, mutant): number for number, mutant in enumerate(mutants) if number not in fates}
         for done in as_completed(asked):
-            fates[asked[done]] = done.result()
+            number = asked[done]
+            fates[number] = done.result()
+            print(json.dumps({"key": mutants[number].key, **fates[number]}), file=out, flush=True)
             killed = sum(each["killed"] for each in fates.values())
             print(f"\r{len(fates)} of {len(mutants)}, {killed} killed ", end="", flush=True)
-        for server in started:
-            server.__exit__(None, None, None)
     print()
     return [fates[number] for number in range(len(mutants))]
+
+
+def _kept(mutants: Sequence[Mutant], kept: Path) -> dict[int, dict[str, Any]]:
+    """What an earlier run of the same command has found, by the mutants' numbers."""
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+    found = {tuple(each.pop("key")): each for each in map(json.loads, lines)}
+    return {number: found[mutant.key] for number, mutant in enumerate(mutants) if mutant.key in found}
 
 
 # --- the figure ----------------------------------------------------------------------------------------------------
@@ -335,9 +342,11 @@ def main() -> None:
         chosen = mutants[args.show]
         print(f"{chosen.file}:{chosen.line}\n- {chosen.before}\n+ {chosen.after}")
         return
-    cover = cover_of(args.work, args.tests.split(","))
+    digest, cover = cover_of(args.work, args.tests.split(","))
     started = time.monotonic()
-    fates = run(mutants, cover, jobs=args.jobs, patience=args.patience)
+    fates = run(
+        mutants, cover, jobs=args.jobs, patience=args.patience, kept=args.work / f"fates-{digest}-{args.patience:g}.jsonl"
+    )
     found = {"seed": args.seed, "patience_seconds": args.patience, "minutes": round((time.monotonic() - started) / 60, 1)}
     found |= figures(mutants, fates, total)
     for row in found["survivors"]:
