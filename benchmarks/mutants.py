@@ -8,8 +8,8 @@ mutmut's operators make every mutant of a file (another operator or number, an a
 round, …). So many are drawn with a seed, spread over the files by their number of mutants. A first run of the tests notes
 which test runs which line and how long it takes; it is kept in `--work` until a file changes. A mutant then meets the tests
 that run its line, those of its own file first, the short ones before the long ones, one set of parameters of each test before
-the others, until one fails or `--patience` seconds of tests have passed. Stopped, the same command goes on. Each mutant has a process of its own, forked by the
-server that the named faults of the test suite run on (`tests/faults/server.py`).
+the others, until one fails or `--patience` seconds of tests have passed. Each mutant has a process of its own, forked by the
+server that the named faults of the test suite run on (`tests/faults/server.py`). Stopped, the same command goes on.
 
 Not mutated: what stands in a `raise` (texts of errors are asserted where they are shown), annotations, aliases of types,
 docstrings.
