@@ -241,7 +241,7 @@ def run(mutants: Sequence[Mutant], cover: Mapping[str, Any], *, jobs: int, patie
 
     fates = _kept(mutants, kept)
     servers: SimpleQueue[Any] = SimpleQueue()
-    quick = sorted(cover["seconds"], key=cover["seconds"].__getitem__)[:3]
+    by_file = {test.partition("::")[0]: test for test in sorted(cover["seconds"], key=cover["seconds"].__getitem__)}
 
     def one(mutant: Mutant) -> dict[str, Any]:
         server = servers.get()
@@ -253,7 +253,7 @@ def run(mutants: Sequence[Mutant], cover: Mapping[str, Any], *, jobs: int, patie
     with ThreadPoolExecutor(jobs) as threads, ExitStack() as stack, kept.open("a", encoding="utf-8") as out:
         for _ in range(jobs):
             server = stack.enter_context(FaultServer())
-            server.run(quick, modules=True)
+            server.run(list(by_file.values()), modules=True)  # the longest of each file: a child finds all that they import
             servers.put(server)
         asked = {threads.submit(one, mutant): number for number, mutant in enumerate(mutants) if number not in fates}
         for done in as_completed(asked):
