@@ -9,7 +9,7 @@ round, …). So many are drawn with a seed, spread over the files by their numbe
 which test runs which line and how long it takes; it is kept in `--work` until a file changes. A mutant then meets the tests
 that run its line, those of its own file first, the short ones before the long ones, one set of parameters of each test before
 the others, until one fails or `--patience` seconds of tests have passed. Each mutant has a process of its own, forked by the
-server that the named faults of the test suite run on (`tests/faults/server.py`).
+server that the named faults of the test suite run on (`tests/faults/server.py`). Stopped, the same command goes on.
 
 Not mutated: what stands in a `raise` (texts of errors are asserted where they are shown), annotations, aliases of types,
 docstrings.
@@ -19,6 +19,7 @@ tests run ten times as long as they should is killed, too.
 Wants the extra `mutants` (`pip install -e '.[mutants]'`).
 """
 
+import ast
 import difflib
 import hashlib
 import json
@@ -30,6 +31,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -41,7 +43,14 @@ from record import parser, write
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = Path(__file__).resolve().parent / "mutants_equivalent.yaml"
 STAGES = ("prune", "mask", "finetune", "merge")
-TESTS = ("tests/core", "tests/stages", "tests/runtime")
+TESTS = (  # those that run the heart; others of the stages' folder are of comparisons, budgets and reports
+    "tests/core",
+    *(
+        f"tests/stages/test_{name}.py"
+        for name in ("algorithm", "algorithm_settings", "best", "decoders", "invariants", "kinds")
+    ),
+    *(f"tests/stages/test_{name}.py" for name in ("methods", "on_device", "stages", "ties", "vocabulary")),
+)
 PYTEST = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "--no-header"]
 FOUND = ("failed", "error", "crashed")  # how a test ends that has seen a mutant
 START_SECONDS = 60.0  # what collecting may take, on top of ten times what the tests take
@@ -53,14 +62,15 @@ class Mutant:
     """One change of one file: the lines that it takes out and puts in, and the whole code with it."""
 
     file: str
+    function: str  # the function or class that it stands in, or nothing
     line: int
     before: str
     after: str
     code: str = field(repr=False)
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.file, self.before, self.after
+    def key(self) -> tuple[str, ...]:
+        return self.file, self.function, self.before, self.after
 
 
 def files() -> list[str]:
@@ -91,7 +101,15 @@ def _is_alias(line: Any) -> bool:
 def mutant_of(file: str, module: Any, mutation: Any) -> Mutant:
     """The file with one of its changes."""
     changed = module.deep_replace(mutation.original_node, mutation.mutated_node).code
-    return Mutant(file, *_difference(module.code, changed), changed)
+    line, before, after = _difference(module.code, changed)
+    return Mutant(file, _function_at(module.code, line), line, before, after, changed)
+
+
+def _function_at(code: str, line: int) -> str:
+    """The dotted name of the innermost function or class around a line."""
+    inside = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    around = sorted((node for node in inside if node.lineno <= line <= (node.end_lineno or 0)), key=lambda node: node.lineno)
+    return ".".join(node.name for node in around)
 
 
 def _nodes(root: Any, kind: type) -> Iterator[Any]:
@@ -163,8 +181,8 @@ def note_cover(to: Path, folders: Sequence[str]) -> None:
     to.write_text(json.dumps({"seconds": noting.seconds, "lines": lines}), encoding="utf-8")
 
 
-def cover_of(work: Path, folders: Sequence[str]) -> dict[str, Any]:
-    """Which tests run which line, read, or noted if a file has changed since."""
+def cover_of(work: Path, folders: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Which tests run which line, read, or noted if a file has changed since; with the digest of all that it hangs on."""
     sources = [path for folder in ("recap_cli", "plugins", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
     digest = hashlib.sha256(" ".join(folders).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     place = work / f"cover-{digest}.json"
@@ -175,7 +193,7 @@ def cover_of(work: Path, folders: Sequence[str]) -> dict[str, Any]:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
     if not place.exists():
         raise SystemExit(f"the tests did not run through: {work / 'cover.log'}")
-    return json.loads(place.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return digest, json.loads(place.read_text(encoding="utf-8"))
 
 
 def tests_for(mutant: Mutant, cover: Mapping[str, Any], patience: float) -> list[str]:
@@ -214,17 +232,17 @@ def fate(server: Any, mutant: Mutant, cover: Mapping[str, Any], patience: float)
         if by is None and not outcomes:
             raise SystemExit(f"no test ran on {mutant.file}:{mutant.line}")
     except RuntimeError as error:  # it ran too long, or its process died
-        by = str(error).rpartition(": ")[2]
+        by = f"no answer: {str(error).rpartition(': ')[2]}"
     return {"killed": by is not None, "by": by, "tests": len(tests), "seconds": round(time.monotonic() - started, 1)}
 
 
-def run(mutants: Sequence[Mutant], cover: Mapping[str, Any], *, jobs: int, patience: float) -> list[dict[str, Any]]:
-    """The fate of every mutant, in their order; `jobs` servers share them."""
+def run(mutants: Sequence[Mutant], cover: Mapping[str, Any], *, jobs: int, patience: float, kept: Path) -> list[dict[str, Any]]:
+    """The fate of every mutant, in their order; `jobs` servers share them. What stands in the file `kept` is not run again."""
     from tests.faults.server import FaultServer
 
+    fates = _kept(mutants, kept)
     servers: SimpleQueue[Any] = SimpleQueue()
-    whole = {test.partition("[")[0] for test in cover["seconds"]}
-    quick = sorted(whole, key=lambda test: cover["seconds"].get(test, 1e9))[:3]
+    by_file = {test.partition("::")[0]: test for test in sorted(cover["seconds"], key=cover["seconds"].__getitem__)}
 
     def one(mutant: Mutant) -> dict[str, Any]:
         server = servers.get()
@@ -233,48 +251,66 @@ def run(mutants: Sequence[Mutant], cover: Mapping[str, Any], *, jobs: int, patie
         finally:
             servers.put(server)
 
-    fates: dict[int, dict[str, Any]] = {}
-    with ThreadPoolExecutor(jobs) as threads:
-        started = [FaultServer().__enter__() for _ in range(jobs)]
-        for server in started:
-            server.run(quick, modules=True)
+    with ThreadPoolExecutor(jobs) as threads, ExitStack() as stack, kept.open("a", encoding="utf-8") as out:
+        for _ in range(jobs):
+            server = stack.enter_context(FaultServer())
+            server.run(list(by_file.values()), modules=True)  # the longest of each file: a child finds all that they import
             servers.put(server)
-        asked = {threads.submit(one, mutant): number for number, mutant in enumerate(mutants)}
+        asked = {threads.submit(one, mutant): number for number, mutant in enumerate(mutants) if number not in fates}
         for done in as_completed(asked):
-            fates[asked[done]] = done.result()
+            number = asked[done]
+            fates[number] = done.result()
+            print(json.dumps({"key": mutants[number].key, **fates[number]}), file=out, flush=True)
             killed = sum(each["killed"] for each in fates.values())
             print(f"\r{len(fates)} of {len(mutants)}, {killed} killed ", end="", flush=True)
-        for server in started:
-            server.__exit__(None, None, None)
     print()
     return [fates[number] for number in range(len(mutants))]
+
+
+def _kept(mutants: Sequence[Mutant], kept: Path) -> dict[int, dict[str, Any]]:
+    """What an earlier run of the same command has found, by the mutants' numbers."""
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+    found = {tuple(each.pop("key")): each for each in map(json.loads, lines)}
+    return {number: found[mutant.key] for number, mutant in enumerate(mutants) if mutant.key in found}
 
 
 # --- the figure ----------------------------------------------------------------------------------------------------
 
 
-def equivalents() -> dict[tuple[str, str, str], str]:
+def equivalents() -> dict[tuple[str, ...], str]:
     """The mutants that no test can tell from the original, each with the reason."""
     listed = yaml.safe_load(EQUIVALENT.read_text(encoding="utf-8")) or [] if EQUIVALENT.exists() else []
-    return {(entry["file"], entry["before"].strip(), entry["after"].strip()): entry["reason"] for entry in listed}
+    return {
+        tuple(str(entry[key]).strip() for key in ("file", "function", "before", "after")): entry["reason"] for entry in listed
+    }
 
 
 def figures(mutants: Sequence[Mutant], fates: Sequence[Mapping[str, Any]], total: int) -> dict[str, Any]:
     """What came out: counts, the share of the non-equivalent that were killed, per file, and every survivor."""
     known = equivalents()
     rows = [
-        {"file": m.file, "line": m.line, "before": m.before, "after": m.after, **fate, "equivalent": known.get(m.key)}
+        {
+            "file": m.file,
+            "function": m.function,
+            "line": m.line,
+            "before": m.before,
+            "after": m.after,
+            **fate,
+            "equivalent": known.get(m.key),
+        }
         for m, fate in zip(mutants, fates, strict=True)
     ]
     counted = [row for row in rows if row["killed"] or row["equivalent"] is None]
     by_file: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         by_file[row["file"]]["killed" if row["killed"] else "equivalent" if row["equivalent"] else "survived"] += 1
-    keys = ("file", "line", "before", "after", "tests", "equivalent")
+    keys = ("file", "function", "line", "before", "after", "tests", "equivalent")
     return {
         "mutants_in_all": total,
         "drawn": len(rows),
         "killed": sum(row["killed"] for row in rows),
+        "of_these_by_no_answer": sum(str(row["by"]).startswith("no answer") for row in rows),  # a hang, or the process died
+        "of_these_by_an_error_outside_a_test": sum(str(row["by"]).endswith("(error)") for row in rows),
         "equivalent": sum(not row["killed"] and row["equivalent"] is not None for row in rows),
         "survived": sum(not row["killed"] and row["equivalent"] is None for row in rows),
         "killed_share_of_non_equivalent": round(sum(row["killed"] for row in counted) / max(1, len(counted)), 4),
@@ -290,7 +326,7 @@ def main() -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--jobs", type=int, default=2)
     command.add_argument("--patience", type=float, default=40.0, help="seconds of tests that a mutant meets at most")
-    command.add_argument("--tests", default=",".join(TESTS), help="the folders of tests that mutants meet")
+    command.add_argument("--tests", default=",".join(TESTS), help="the folders and files of tests that mutants meet")
     command.add_argument("--note", type=Path, help="run the tests once, write here which runs which line, and end")
     command.add_argument("--work", type=Path, default=ROOT / "build" / "mutants", help="where the cover is kept")
     command.add_argument("--show", type=int, help="print how this one of the drawn mutants differs, and end")
@@ -307,9 +343,11 @@ def main() -> None:
         chosen = mutants[args.show]
         print(f"{chosen.file}:{chosen.line}\n- {chosen.before}\n+ {chosen.after}")
         return
-    cover = cover_of(args.work, args.tests.split(","))
+    digest, cover = cover_of(args.work, args.tests.split(","))
     started = time.monotonic()
-    fates = run(mutants, cover, jobs=args.jobs, patience=args.patience)
+    fates = run(
+        mutants, cover, jobs=args.jobs, patience=args.patience, kept=args.work / f"fates-{digest}-{args.patience:g}.jsonl"
+    )
     found = {"seed": args.seed, "patience_seconds": args.patience, "minutes": round((time.monotonic() - started) / 60, 1)}
     found |= figures(mutants, fates, total)
     for row in found["survivors"]:
