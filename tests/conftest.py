@@ -75,9 +75,9 @@ def _check(result: int) -> None:
         raise OSError(ctypes.get_errno(), "capabilities")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Steps on tiny models: threads that wait for each other cost more there than they save."""
+    """Steps on tiny models: threads that wait for each other cost more there than they save, and another number other bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

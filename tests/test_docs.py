@@ -168,7 +168,6 @@ def test_the_readme_names_every_shipped_recipe_and_no_other():
     assert "quickstart" in text_of("README.md")
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_stages_of_the_readme_run_one_by_one_as_they_stand_there(tmp_path, monkeypatch):
     section = text_of("README.md").partition("## Stage by stage")[2]
     lines = re.findall(r"^```sh\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)[0].splitlines()

@@ -30,9 +30,6 @@ KINDS = ("weights", "gradients", "optimizer state", "activations", "temporary", 
 UNKNOWN = "name: u\nmodel: {config: {model_type: swin}}\ntask: {kind: image-classification}\ndata: {builtin: digits}\n"
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RECAP_TRACEBACK", "FORCE_COLOR"):

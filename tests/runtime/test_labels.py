@@ -173,7 +173,6 @@ def test_a_column_of_ids_or_texts_is_no_label(tmp_path: Path, labels: Any) -> No
     assert len(read(tmp_path, table_of(labels * 2)).label_names) == 300
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_stars_from_1_to_5_are_the_labels_of_the_exported_model(tmp_path: Path) -> None:
     lines = [f"w{stars} w{6 + i % 9},{stars}" for i in range(12) for stars in (5, 3, 1, 4, 2)]
     (tmp_path / "reviews.csv").write_text("\n".join(["review,stars", *lines]) + "\n")
@@ -188,7 +187,6 @@ def test_stars_from_1_to_5_are_the_labels_of_the_exported_model(tmp_path: Path) 
     assert loaded.config.id2label == {0: "1", 1: "2", 2: "3", 3: "4", 4: "5"}
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_other_labels_under_a_state_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (data_folder() / "train.csv").read_text()
     file = tmp_path / "train.csv"

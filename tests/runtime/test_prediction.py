@@ -35,9 +35,6 @@ NEAR = 0.01
 METHODS = ("full", "head", "lora", "pre-ft", "post-ft", "movement", "recap")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def recipe_of(name: str, larger: bool = False, **sections: Any) -> Recipe:
     tokenizer = {"tokenizer": model_section(name)["config"]["tokenizer"]} if is_text(name) else {}
     model = {"model": {"config": {**LARGER[name], **tokenizer}}} if larger else {}

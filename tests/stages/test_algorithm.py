@@ -7,7 +7,6 @@ from tests.stages.expected import check_training, naive_mask, naive_plan
 from tests.stages.witness import indices_of, record_of
 from tests.tiny import TRAIN
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ADAPTERS = sorted(PICO)
 STEPS = 7  # a round: 1.2 epochs of 40 examples in batches of 7
 

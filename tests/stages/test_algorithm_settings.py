@@ -19,7 +19,6 @@ from tests.stages.expected import assert_near, check_training, naive_mask, naive
 from tests.stages.witness import Record, indices_of, record_of, still, watching, witnessed
 from tests.tiny import TRAIN, tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ALIKE: dict[str, Any] = {"rounds": 1, "prune": {"settled": 0.0, "ramp": 1.0}}
 
 

@@ -14,8 +14,6 @@ from recap_cli.stages.schedule import finished, summary
 from recap_cli.state import State
 from tests.tiny import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def scripted(monkeypatch: pytest.MonkeyPatch, figures: Sequence[tuple[float, float]], metric: str = "accuracy") -> None:
     """Let round after round have these validation figures: the metric and the loss."""

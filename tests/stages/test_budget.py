@@ -29,9 +29,6 @@ MB = 10**6
 Peak = Callable[[Recipe], float]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def straight(recipe: Recipe) -> float:
     """The peak, in MB, of a made-up model: weights, what moves with its state, and the activations of a micro-batch."""
     tune = recipe.finetune

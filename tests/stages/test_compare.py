@@ -25,8 +25,6 @@ from recap_cli.stages.run import run
 from tests.limits import HANG_SECONDS
 from tests.tiny import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:

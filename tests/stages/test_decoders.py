@@ -22,6 +22,8 @@ from tests.runtime.test_prediction import real
 from tests.stages.test_on_device import decided
 from tests.tiny import data_folder, tiny
 
+FROM = {"distribution": "a-strangers", "version": "1.0"}
+
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +34,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(registry, "names", lambda kind: [*names(kind), *(ADAPTERS if kind == "adapters" else ())])
     monkeypatch.setattr(registry, "load", known(load, lambda name: ADAPTERS[name]))
-    monkeypatch.setattr(registry, "used", known(used, lambda name: {"kind": "adapters", "name": name}))
+    monkeypatch.setattr(registry, "used", known(used, lambda name: {"kind": "adapters", "name": name, **FROM}))
 
 
 def recipe(name: str, **sections: Any) -> Recipe:

@@ -27,7 +27,6 @@ from recap_cli.state import State
 from tests.pico import LABELS
 from tests.tiny import VALIDATION, data_folder, tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FIGURES = ("loss", "accuracy", "f1", "matthews")
 
 

@@ -15,8 +15,6 @@ from tests.tiny import tiny
 
 METHODS = ("full", "head", "lora", "pre-ft", "post-ft", "movement", "recap")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def none_made(*_: Any, **__: Any) -> Any:
     raise AssertionError("nothing may be made")

@@ -31,8 +31,6 @@ from tests.tiny import tiny
 METHODS = registry.names("methods")
 PRUNING = [name for name in METHODS if name not in ("full-ft", "head-ft", "lora-ft")]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @cache
 def run_of(method: str, name: str = "vit") -> Path:

@@ -16,8 +16,6 @@ from recap_cli.stages.init import init
 from recap_cli.state import State
 from tests.tiny import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def table(labels: list[Any], names: list[str] | None = None) -> pa.Table:
     found = pa.table({"sentence": [f"w{at} w{at + 1}" for at in range(len(labels))], "label": labels})

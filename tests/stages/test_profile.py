@@ -38,9 +38,6 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory: pytest.TempPathFactory) -> State:
     """A state whose `mask` is done, whose layers have lost different shares."""

@@ -27,8 +27,6 @@ from recap_cli.state import State
 from tests.runtime.test_page import NASTY, read, sample, without_result
 from tests.tiny import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> State:

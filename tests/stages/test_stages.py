@@ -38,7 +38,6 @@ from recap_cli.stages.settings import EXECUTION
 from recap_cli.state import State
 from tests.tiny import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 finetune = finetuning.finetune
 
 

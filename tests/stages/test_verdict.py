@@ -24,7 +24,6 @@ from recap_cli.stages.verdict import warning
 from recap_cli.state import State
 from tests.tiny import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CELL: dict[str, Any] = {
     "method": "recap",
     "prune_ratio": 0.5,

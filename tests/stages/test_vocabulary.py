@@ -33,7 +33,6 @@ from recap_cli.state import State
 from tests.pico import LABELS, PICO, WORDS
 from tests.tiny import is_text, tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = sorted(name for name in PICO if is_text(name))
 SPECIAL = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
 TRAINING, VALIDATION = ("w0 w1", "w1 w2 w2", "w2 w0 w7 w7 w7", "w9 w2"), ("w0 w30", "w1 w9 w31", "w2")
