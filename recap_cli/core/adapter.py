@@ -243,10 +243,10 @@ def _resize_heads(table: Heads, attention: nn.Module, heads: int) -> None:
 
 
 def _blocks(pattern: str, model: nn.Module) -> list[tuple[str, int]]:
-    """The paths of the modules named like `pattern`, each with the number its (last) `*` stands for."""
+    """The paths of the modules named like `pattern`, each with the number its (last) `*` stands for, or 0."""
     form = re.compile(re.escape(pattern).replace(r"\*\*", r"(?:[\w.]*\.)?").replace(r"\*", r"(\d+)"))
     found = ((path, form.fullmatch(path)) for path, _ in model.named_modules())
-    return [(path, int(match[match.lastindex or 0])) for path, match in found if match]
+    return [(path, int(match[match.lastindex]) if match.lastindex else 0) for path, match in found if match]
 
 
 def _has(model: nn.Module, path: str, *names: str) -> bool:

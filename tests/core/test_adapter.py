@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, matches, names_found, resize
-from recap_cli.core.groups import Cut, check_axes, shapes_of
+from recap_cli.core.adapter import Adapter, Heads, Neurons, block_paths, find_axes, matches, names_found, resize
+from recap_cli.core.groups import Axis, Cut, check_axes, shapes_of
 from recap_cli.plugins.adapters.bert import BERT, DISTILBERT
 from recap_cli.plugins.adapters.timm_vit import TIMM_VIT
 from recap_cli.plugins.adapters.vit import DINOV2, VIT
@@ -182,3 +182,18 @@ def test_a_transposed_layer_is_cut_along_the_other_dimension():
 def test_patterns_match_whole_names():
     assert matches("bert.pooler.dense.weight", ["*.pooler.*"])
     assert not matches("vit.layers.0.attention.weight", ["*embeddings.*", "head.*"])
+
+
+def test_a_block_that_is_named_without_a_number_is_layer_0() -> None:
+    adapter = Adapter((Neurons("encoder", ("up",), "down"),), (), ())
+    model = tree({"encoder.up": nn.Linear(WIDTH, HIDDEN), "encoder.down": nn.Linear(HIDDEN, WIDTH)})
+    assert [(axis.name, axis.layer) for axis in find_axes(adapter, model)] == [("encoder.neurons", 0)]
+
+
+def test_an_axis_that_no_block_holds_is_named_with_what_it_cuts() -> None:
+    model = tree({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    cuts = tuple(Cut(f"{name}.weight", 0) for name in "abc")
+    with pytest.raises(LookupError, match=r"holds all that it cuts \(a\.weight, b\.weight and 1 more\)$"):
+        block_paths(model, [Axis("units", "units", 0, 4, cuts)])
+    with pytest.raises(LookupError, match=r"holds all that it cuts \(a\.weight, b\.weight\)$"):
+        block_paths(model, [Axis("units", "units", 0, 4, cuts[:2])])

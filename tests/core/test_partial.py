@@ -462,3 +462,21 @@ def test_what_is_offloaded_is_not_on_the_device(form: str, int8: bool) -> None:
     ]
     holding = [name for name in fp32 if model.get_submodule("0").__getattr__(name[2:]).untyped_storage().nbytes() > 4]
     assert holding == (["0.scale"] if int8 else [])  # the rest are handles
+
+
+@pytest.mark.parametrize(
+    ("form", "int8", "still", "said"),
+    [
+        ("rows", False, False, "float32, 4 rows move"),
+        ("columns", False, False, "float32, 4 columns move"),
+        ("transposed rows", True, False, "int8, 4 rows move"),
+        ("rows", True, True, "int8, nothing moves"),
+    ],
+)
+def test_a_layer_says_what_of_it_moves_and_its_indices_are_no_part_of_a_checkpoint(
+    form: str, int8: bool, still: bool, said: str
+) -> None:
+    model, where = model_and_where(form)
+    make_partial(model, {} if still else where, frozen=lambda _: still, int8=int8)
+    assert model[0].extra_repr() == said  # type: ignore[index]
+    assert not {"0.place", "0.rest"} & set(model.state_dict())
