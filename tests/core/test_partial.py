@@ -480,3 +480,22 @@ def test_a_layer_says_what_of_it_moves_and_its_indices_are_no_part_of_a_checkpoi
     make_partial(model, {} if still else where, frozen=lambda _: still, int8=int8)
     assert model[0].extra_repr() == said  # type: ignore[index]
     assert not {"0.place", "0.rest"} & set(model.state_dict())
+
+
+def test_a_bias_does_not_move_in_part_beside_columns() -> None:
+    model, where = model_and_where("columns")
+    with pytest.raises(TypeError, match=r"0\.bias would move at other rows than 0\.weight"):
+        make_partial(model, {**where, "0.bias": {0: ROWS}}, frozen=lambda _: False)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_masters_have_memory_of_their_own_and_whole_numbers_keep_their_type(offload: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12))
+    model.register_parameter("steps", nn.Parameter(torch.arange(3), requires_grad=False))
+    before = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    dtype = torch.float32 if offload else torch.bfloat16
+    slots = make_partial(model, {}, frozen=lambda name: name == "steps", dtype=dtype, offload=offload)
+    masters = {slot.own.untyped_storage().data_ptr() for slot in slots if slot.own is not None}
+    assert len(masters) == 4
+    assert not masters & (before | {param.untyped_storage().data_ptr() for param in model.parameters()})
+    assert model.get_parameter("steps").dtype == torch.int64

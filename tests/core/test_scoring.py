@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from recap_cli import registry
 from recap_cli.core.adapter import find_axes
 from recap_cli.core.criterion import Criterion
-from recap_cli.core.groups import Axis, refine
+from recap_cli.core.groups import Axis, Cut, refine
 from recap_cli.core.scoring import averaged, group_scores
 from recap_cli.errors import PluginError
 from recap_cli.runtime import models
@@ -125,7 +125,8 @@ def test_scoring_leaves_flags_as_they_were_and_no_gradient() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_with_one_batch_no_two_blocks_hold_gradients_at_once() -> None:
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_gradient_is_freed_once_the_last_batch_has_reached_it(batches: int) -> None:
     model, axes, data, spec = prepared("vit")
     held: list[int] = []
 
@@ -133,8 +134,9 @@ def test_with_one_batch_no_two_blocks_hold_gradients_at_once() -> None:
         held.append(sum(p.grad is not None for p in model.parameters()))
         return grad.square()
 
-    group_scores(model, axes, Criterion("mean", score), losses_of(model, spec, data[:1]))
-    assert max(held) <= 2  # a weight and its bias become complete together
+    group_scores(model, axes, Criterion("mean", score), losses_of(model, spec, data[:batches]))
+    assert max(held) <= (2 if batches == 1 else len(held))  # a weight and its bias become complete together
+    assert held[-1] <= 2  # those of the first layer, which the backward reaches last
 
 
 def test_a_criterion_may_score_whole_groups() -> None:
@@ -336,3 +338,38 @@ def test_scores_of_a_gradient_that_is_not_finite_are_nobodys_fault_here() -> Non
     taylor = Criterion(score=lambda weight, grad: (weight * grad) ** 2)
     scores = group_scores(model, axes, taylor, broken, named="taylor")
     assert any(bool(found.isnan().any()) for found in scores.values())  # the selection refuses them, and says: check the data
+
+
+@pytest.mark.parametrize("found", [{}, None, {"a": 1.0}], ids=["of none", "nothing", "a number"])
+def test_group_scores_that_lack_an_axis_are_refused_with_its_name(found: object) -> None:
+    model, axes, data, spec = prepared("bert")
+    criterion = Criterion(score_groups=lambda *_: found)  # type: ignore[arg-type, return-value]
+    with pytest.raises(PluginError, match=rf"no scores for {axes[0].name} \({len(axes)} of {len(axes)} axes\)") as caught:
+        group_scores(model, axes, criterion, losses_of(model, spec, data))
+    assert "`score_groups` returns a tensor for every axis" in str(caught.value.hint)
+
+
+class Skips(nn.Module):
+    """Two matrices side by side, the second of which the last batch does not use, as with layer drop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
+
+    def forward(self, x: Tensor, *, whole: bool) -> Tensor:
+        return self.a(x).sum() + (self.b(x).square().sum() if whole else 0.0)
+
+
+def test_a_gradient_that_the_last_batch_does_not_reach_counts() -> None:
+    torch.manual_seed(0)
+    model, x = Skips(), torch.randn(2, 3)
+    axes = [Axis(name, "neurons", 0, 4, (Cut(f"{name}.weight", 0),)) for name in "ab"]
+    found = group_scores(
+        model,
+        axes,
+        Criterion("mean", lambda weight, grad: grad.square()),
+        lambda _: ((model(x, whole=whole), 0.5) for whole in (True, False)),
+    )
+    (0.5 * model(x, whole=True) + 0.5 * model(x, whole=False)).backward()
+    for name in "ab":
+        torch.testing.assert_close(found[name], model.get_parameter(f"{name}.weight").grad.square().sum(1))  # type: ignore[union-attr]

@@ -135,3 +135,23 @@ def test_an_importance_that_is_not_a_number_is_refused() -> None:
     a = axis("a", 2)
     with pytest.raises(SelectionError, match="importance of a is not finite"):
         select([a], {"a": torch.tensor([1.0, float("nan")])}, {"a": 1}, original={"a": 2}, keep_share=0.5)
+
+
+def test_where_one_unit_is_a_multiple_one_may_be_left() -> None:
+    a = Axis("a", "heads", 0, 4, (Cut("a.weight", 0, 8),))
+    kept = select([a], rising(a), {"a": 1}, original={"a": 4}, keep_share=0.25, round_to=8)
+    assert kept["a"].tolist() == [False, False, False, True]
+
+
+def test_what_rounding_leaves_goes_to_the_largest_remainder() -> None:
+    axes = [axis("a", 8), axis("b", 8)]
+    scores = {"a": torch.tensor([9.0, 8, 7, 6, 5, 0, 0, 0]), "b": torch.tensor([9.0, 8, 7, 6, 5, 4, 3, 0])}
+    kept = select(axes, scores, dict.fromkeys(scores, 1), original=sizes(axes), keep_share=12 / 16, round_to=4)
+    assert {name: int(keep.sum()) for name, keep in kept.items()} == {"a": 4, "b": 8}
+
+
+def test_less_than_half_a_multiple_is_not_handed_out() -> None:
+    axes = [axis("a", 16), axis("b", 16)]
+    scores = {name: torch.arange(16.0).flip(0) + (name == "b") / 2 for name in "ab"}
+    kept = select(axes, scores, dict.fromkeys(scores, 1), original=sizes(axes), keep_share=19 / 32, round_to=8)
+    assert {name: int(keep.sum()) for name, keep in kept.items()} == {"a": 8, "b": 8}

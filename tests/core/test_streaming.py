@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recap_cli import registry
@@ -349,9 +350,26 @@ class Around(nn.Module):
 def test_an_argument_that_a_block_changes_is_refused(how: str, argument: str) -> None:
     model = Around(how).eval()
     wanted = rf"block \(Changing\) cannot be streamed to a device: its argument {argument} is changed"
-    with streamed(model, ["block"], "cpu"), pytest.raises(ModelError, match=wanted):
+    with streamed(model, ["block"], "cpu"), pytest.raises(ModelError, match=wanted) as caught:
         model(torch.ones(2, 4))
+    assert caught.value.hint == "compute importance on the CPU, where a block runs once: --set importance.device=cpu"
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+class Registered:
+    """A cache that torch knows how to take apart, as it knows transformers' own."""
+
+    def __init__(self, keys: list[Tensor]) -> None:
+        self.keys = keys
+
+
+pytree.register_pytree_node(Registered, lambda cache: (cache.keys, None), lambda keys, _: Registered(list(keys)))
+
+
+def test_a_cache_that_torch_can_take_apart_is_refused_as_any_other() -> None:
+    model = Around("not at all").eval()
+    with streamed(model, ["block"], "cpu"), pytest.raises(ModelError, match="argument seen holds a Registered"):
+        model.block(torch.ones(2, 4), Registered([torch.ones(1)]), notes={})
 
 
 def test_arguments_that_a_block_leaves_alone_are_streamed() -> None:
