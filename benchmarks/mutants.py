@@ -95,7 +95,8 @@ def _is_alias(line: Any) -> bool:
     import libcst
     import libcst.matchers as m
 
-    return isinstance(line, libcst.SimpleStatementLine) and m.matches(line.body[0], m.Assign(value=m.Subscript()))
+    types = m.Subscript() | m.BinaryOperation(operator=m.BitOr())
+    return isinstance(line, libcst.SimpleStatementLine) and m.matches(line.body[0], m.Assign(value=types))
 
 
 def mutant_of(file: str, module: Any, mutation: Any) -> Mutant:

@@ -16,7 +16,7 @@ from recap_cli.core.partial import Slot, make_partial, tied_otherwise
 from recap_cli.core.quantized import QuantizedEmbedding
 from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import Where, cut_model, indices, put, take
-from recap_cli.core.ties import names_of
+from recap_cli.core.ties import Once, names_of
 from recap_cli.runtime.memory import storage_bytes
 from recap_cli.runtime.training import train
 from tests.core.test_partial import Conv1D
@@ -282,3 +282,14 @@ def test_buffers_keep_their_type(dtype: torch.dtype, int8: bool) -> None:
     make_partial(model, {}, frozen=lambda _: True, dtype=dtype, int8=int8)
     assert torch.equal(model.turns, turns)  # in bf16 RoPE would be 1.8 rad off at position 4,095
     assert model.blocks[0].scale.dtype == torch.float32
+
+
+def test_a_tied_parameter_that_would_be_two_things_is_named_by_those_that_hold_it() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
+    model["head"].weight = model["table"].weight
+    once = Once(model)
+    assert once.make(model["head"].weight, "frozen", lambda: 1) == once.make(model["table"].weight, "frozen", lambda: 2) == 1
+    with pytest.raises(
+        TypeError, match=r"tied \(Embedding\.weight and Linear\.weight\) would be frozen in one and codes in the"
+    ):
+        once.make(model["table"].weight, "codes", lambda: 3)

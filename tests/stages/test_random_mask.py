@@ -1,0 +1,59 @@
+"""The share of a mask that is drawn at random, and a criterion's name where its scores are refused: the stage's own wiring."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from recap_cli.core.criterion import Criterion
+from recap_cli.core.groups import Axis, Cut
+from recap_cli.core.selection import select
+from recap_cli.errors import PluginError
+from recap_cli.stages import context
+from recap_cli.stages.init import init
+from recap_cli.stages.mask import _chosen, mask
+from recap_cli.stages.prune import prune
+from tests.tiny import tiny
+
+AXES = [Axis("a", "heads", 0, 40, (Cut("a.weight", 0),)), Axis("b", "neurons", 0, 40, (Cut("b.weight", 0),))]
+SHAPES = {"a.weight": (40, 30), "b.weight": (40, 3)}  # a unit of `a` has ten times the parameters of one of `b`
+PARAMS = {"a": 30, "b": 3}
+SCORES = {name: torch.rand(40, generator=torch.Generator().manual_seed(1)) * PARAMS[name] for name in "ab"}
+
+
+def drawn(scope: str, *, seed: int = 0, round: int = 1) -> dict[str, list[bool]]:
+    recipe = tiny("vit", seed=seed, mask={"random": 0.5, "scope": scope})
+    return {name: chosen.tolist() for name, chosen in _chosen(recipe, AXES, SHAPES, SCORES, 0.5, round).items()}
+
+
+@pytest.mark.parametrize("scope", ["global", "per-kind", "per-layer"])
+def test_the_best_are_among_what_is_drawn(scope: str) -> None:
+    original = {axis.name: axis.size for axis in AXES}
+    best = select(AXES, SCORES, PARAMS, original=original, keep_share=0.25, scope=scope, least=0)  # type: ignore[arg-type]
+    found = drawn(scope)
+    for name, kept in best.items():
+        assert not (kept & ~torch.tensor(found[name])).any()
+    held = sum(PARAMS[name] * sum(chosen) for name, chosen in found.items())
+    assert held == pytest.approx(0.5 * 40 * 33, abs=30)
+
+
+def test_what_is_drawn_is_that_of_the_seed_and_of_the_round() -> None:
+    assert drawn("per-kind") == drawn("per-kind")
+    assert drawn("per-kind", seed=1) != drawn("per-kind") != drawn("per-kind", round=2)
+
+
+@pytest.mark.parametrize(("stage", "name"), [("prune", "magnitude"), ("mask", "fisher")])
+def test_a_criterion_whose_scores_are_refused_is_named(
+    stage: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def negative(weight: Tensor, grad: Tensor) -> Tensor:
+        return -weight.square()
+
+    recipe = tiny("vit", prune={"criterion": "magnitude", "ratio": 0.4 if stage == "prune" else 0.0})
+    state = init(recipe, tmp_path / "state")
+    monkeypatch.setattr(context, "load_criterion", lambda _: Criterion("none", negative))
+    if stage == "mask":
+        prune(state)
+    with pytest.raises(PluginError, match=f"the criterion '{name}' gave scores below zero"):
+        (prune if stage == "prune" else mask)(state)
