@@ -49,7 +49,7 @@ TESTS = (  # those that run the heart; others of the stages' folder are of compa
         f"tests/stages/test_{name}.py"
         for name in ("algorithm", "algorithm_settings", "best", "decoders", "invariants", "kinds")
     ),
-    *(f"tests/stages/test_{name}.py" for name in ("methods", "on_device", "stages", "ties", "vocabulary")),
+    *(f"tests/stages/test_{name}.py" for name in ("methods", "on_device", "random_mask", "stages", "ties", "vocabulary")),
 )
 PYTEST = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "--no-header"]
 FOUND = ("failed", "error", "crashed")  # how a test ends that has seen a mutant
