@@ -342,7 +342,7 @@ def test_an_empty_pipe_means_that_the_stage_before_failed(
 ) -> None:
     pipe(monkeypatch, "")
     assert main(["mask"]) == PipeError.exit_code == 15
-    assert "the stage before this one in the pipe has failed" in capsys.readouterr().err
+    assert "in a pipe, the stage before this one has failed" in capsys.readouterr().err
 
 
 def test_json_in_the_pipe_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,8 @@ def _piped() -> Path:
     line = sys.stdin.readline().rstrip("\r\n")
     if not line:
         raise PipeError(
-            "no state was named: standard input is empty, so the stage before this one in the pipe has failed",
-            hint="its message stands above; outside a pipe, name the state's folder: `recap status DIR`",
+            "no state was named, and standard input is empty: in a pipe, the stage before this one has failed",
+            hint="its message stands above; outside a pipe, name the state's folder, as in `recap status runs/quickstart`",
         )
     if line.startswith(("{", "[")):
         raise UsageError("standard input is JSON, not a state's folder", hint="leave out --json on the stage before this one")

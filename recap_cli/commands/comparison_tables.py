@@ -49,7 +49,7 @@ def print_results(results: Mapping[str, Any], path: Path) -> None:
         console.line(begun)
     for row in rows:
         if row["warning"]:
-            console.line(f"warning: {' '.join(_place(row, _ratios(rows)))}, {row['warning']}")
+            console.line(f"warning: {' '.join(filter(None, _place(row, _ratios(rows))))}, {row['warning']}")
     for note in results["notes"]:
         console.say(f"note: {note}")
     files = ["results.json", "results.csv", *results.get("pictures", ())]

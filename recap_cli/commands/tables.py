@@ -15,7 +15,7 @@ STAGES = ("prune", "mask", "finetune", "merge")
 HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 SILENT = (  # said otherwise, or in the tables at the end
     *("round", "stage", "seconds", "finished", "metric", "evaluated_in", "train_loss", "step_seconds", *HELD),
-    *("params_full", "prunable_full", "prunable_small", "moving_prunable"),
+    *("params_full", "prunable_full", "prunable_small", "moving_prunable", "label_places", "label_words"),
 )
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]  # headings, cells

@@ -5,7 +5,10 @@ from typing import TypedDict
 from recap_cli.runtime.tasks import LESS_IS_BETTER, is_better
 from recap_cli.state import Manifest
 
-TRY = "try another --set finetune.lr=…, a lower --set prune.ratio=…, or more steps (--set finetune.epochs=…), in a new state"
+TRY = (
+    "try another --set finetune.lr=…, more steps (--set finetune.epochs=…) or, where it prunes, a lower --set prune.ratio=…, "
+    "in a new state"
+)
 ROUNDING = 1e-5  # share of a loss: a float32 mean over batches is this near to the same mean in float64
 
 

@@ -72,6 +72,8 @@ def test_every_row_that_is_held_is_looked_up_as_in_the_whole_table(dtype: str, m
     model = words()
     whole = as_held(model.table.weight.detach().clone(), HELD[:0] if moving is None else moving, dtype)
     partial(model, moving, **DTYPES[dtype])
+    moving_rows = 0 if moving is None else len(moving)
+    assert model.table.extra_repr() == f"{len(HELD)} of {VOCABULARY} rows, {moving_rows} move"
     assert isinstance(model.table, PartialEmbedding)
     ids = texts()
     torch.testing.assert_close(model.table(ids), F.embedding(ids, whole), rtol=0, atol=0)
