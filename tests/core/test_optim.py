@@ -137,3 +137,19 @@ def test_entries_without_a_copy_of_their_own_cost_a_step_one_more(name: str) -> 
 def test_steps_one_slot_after_another_hold_the_tensors_of_one(name: str) -> None:
     slots = [slot(torch.randn(64, 32), letter) for letter in "abc"]
     assert temporary_bytes(Optimizer(slots, RULES[name][0], weight_decay=0.1)) == (SLOT_BYTES if name == "adamw" else 0)
+
+
+def test_moments_that_are_given_are_copied_and_kept_in_float32() -> None:
+    param = nn.Parameter(torch.ones(3))
+    given = {"m": torch.full((3,), 0.5, dtype=torch.float64), "v": torch.full((3,), 0.25)}
+    names = list(adamw(betas=(0.9, 0.999), eps=1e-8).aging)
+    moments = dict(zip(names, given.values(), strict=True))
+    slot = Slot("w", param, param.detach())
+    optimizer = Optimizer(
+        [slot], adamw(betas=(0.9, 0.999), eps=1e-8), moments={"w": moments}, counts={"w": torch.tensor([3.0])}
+    )
+    optimizer.lr = 0.1
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert [moment.tolist() for moment in given.values()] == [[0.5] * 3, [0.25] * 3]
+    assert all(moment.dtype == torch.float32 for moment in optimizer.moments["w"].values())

@@ -160,8 +160,11 @@ def test_a_criterion_may_score_whole_groups() -> None:
 )
 def test_a_criterion_that_misbehaves_is_named_as_such(score, message: str) -> None:  # type: ignore[no-untyped-def]
     model, axes, data, spec = prepared("vit")
-    with pytest.raises(PluginError, match=message):
+    with pytest.raises(PluginError, match=message) as caught:
         group_scores(model, axes, Criterion("mean", score), losses_of(model, spec, data[:1]))
+    assert str(caught.value.hint).startswith(
+        "`score(weight, grad)` returns a tensor of the weight's shape; see docs/plugins.md"
+    )
 
 
 def test_group_scores_of_the_wrong_shape_are_refused() -> None:

@@ -16,10 +16,11 @@ from recap_cli.stages.mask import _chosen, mask
 from recap_cli.stages.prune import prune
 from tests.tiny import tiny
 
-AXES = [Axis("a", "heads", 0, 40, (Cut("a.weight", 0),)), Axis("b", "neurons", 0, 40, (Cut("b.weight", 0),))]
-SHAPES = {"a.weight": (40, 30), "b.weight": (40, 3)}  # a unit of `a` has ten times the parameters of one of `b`
-PARAMS = {"a": 30, "b": 3}
-SCORES = {name: torch.rand(40, generator=torch.Generator().manual_seed(1)) * PARAMS[name] for name in "ab"}
+SIZES = {"a": 10, "b": 400}
+PARAMS = {"a": 30, "b": 3}  # of a unit: `b` alone could fill what may move
+AXES = [Axis(name, kind, 0, SIZES[name], (Cut(f"{name}.weight", 0),)) for name, kind in (("a", "heads"), ("b", "neurons"))]
+SHAPES = {f"{name}.weight": (SIZES[name], PARAMS[name]) for name in "ab"}
+SCORES = {name: torch.rand(SIZES[name], generator=torch.Generator().manual_seed(1)) * PARAMS[name] for name in "ab"}
 
 
 def drawn(scope: str, *, seed: int = 0, round: int = 1) -> dict[str, list[bool]]:
@@ -35,7 +36,7 @@ def test_the_best_are_among_what_is_drawn(scope: str) -> None:
     for name, kept in best.items():
         assert not (kept & ~torch.tensor(found[name])).any()
     held = sum(PARAMS[name] * sum(chosen) for name, chosen in found.items())
-    assert held == pytest.approx(0.5 * 40 * 33, abs=30)
+    assert held == pytest.approx(0.5 * sum(SIZES[name] * PARAMS[name] for name in "ab"), abs=30)
 
 
 def test_what_is_drawn_is_that_of_the_seed_and_of_the_round() -> None:
