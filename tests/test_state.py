@@ -450,11 +450,16 @@ def test_a_state_yaml_that_makes_no_sense_is_named(state: State, changes: dict[s
         State.open(state.path)
 
 
-@pytest.mark.parametrize("key", ["seconds", "finished", "stage", "round"])
-@pytest.mark.parametrize("value", [None, "x", [1], -1])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (key, value)
+        for key in ("seconds", "finished", "stage", "round")
+        for value in (None, "x", [1], -1)
+        if (key, value) != ("finished", "x")  # a text, and nothing reckons with it
+    ],
+)
 def test_an_entry_of_the_history_that_makes_no_sense_is_named(state: State, key: str, value: object) -> None:
-    if (key, value) == ("finished", "x"):
-        pytest.skip("a text, and nothing reckons with it")
     (entry,) = state.manifest.history
     rewrite(state, history=[{**entry, key: value}])
     with pytest.raises(CorruptStateError, match=rf"history\[0\]\.{key} is missing or not"):
@@ -695,11 +700,14 @@ def test_files_of_the_user_stay_wherever_they_lie(state: State, tmp_path: Path) 
     assert (state.path / "best-002" / "precious.txt").exists()
 
 
-@pytest.mark.parametrize("rel", ["round-001/prune.txt", "round-001"])
-@pytest.mark.parametrize("kind", ["file", "folder", "link", "dangling link"])
+@pytest.mark.parametrize(
+    ("rel", "kind"),
+    [
+        *(("round-001/prune.txt", kind) for kind in ("file", "folder", "link", "dangling link")),
+        *(("round-001", kind) for kind in ("file", "link", "dangling link")),  # a stage may write into a folder
+    ],
+)
 def test_what_a_stage_did_not_write_is_not_overwritten(state: State, tmp_path: Path, rel: str, kind: str) -> None:
-    if (rel, kind) == ("round-001", "folder"):
-        pytest.skip("a stage may write beside other files")
     place = state.path / rel
     place.parent.mkdir(exist_ok=True)
     (tmp_path / "outside").mkdir()

@@ -49,6 +49,11 @@ def kinds_of(axes: Iterable[Axis]) -> list[str]:
     return sorted(found, key=lambda kind: USUAL.index(kind) if kind in USUAL else len(USUAL))
 
 
+def kept_per_layer(axes: Sequence[Axis], sizes: Mapping[str, int]) -> dict[str, list[int]]:
+    """How many units of each kind there are, heads or neurons or others, in each layer, in the order of the layers."""
+    return {kind: [sizes[axis.name] for axis in axes if axis.kind == kind] for kind in kinds_of(axes)}
+
+
 def shapes_of(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Shape]:
     """The shape of each named tensor."""
     items = tensors.items() if isinstance(tensors, Mapping) else tensors

@@ -14,7 +14,7 @@ from recap_cli import recipe as recipes
 from recap_cli import registry
 from recap_cli.core.adapter import Adapter, block_paths
 from recap_cli.core.criterion import Criterion, Losses
-from recap_cli.core.groups import Axis, Choice, Shape, check_axes, kinds_of, refine, shrink
+from recap_cli.core.groups import Axis, Choice, Shape, check_axes, refine, shrink
 from recap_cli.core.method import Turn
 from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import Where, indices
@@ -398,8 +398,3 @@ def check_rounds(context: Context) -> None:
 def as_bytes(choice: Choice) -> dict[str, Tensor]:
     """A choice as it is stored: booleans of one byte."""
     return {name: chosen.to(torch.uint8) for name, chosen in choice.items()}
-
-
-def kept_per_layer(axes: Sequence[Axis], sizes: dict[str, int]) -> dict[str, list[int]]:
-    """How many units of each kind there are, heads or neurons or others, in each layer, in the order of the layers."""
-    return {kind: [sizes[axis.name] for axis in axes if axis.kind == kind] for kind in kinds_of(axes)}

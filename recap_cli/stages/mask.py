@@ -12,6 +12,7 @@ from recap_cli.core.groups import (
     Shape,
     chosen_params,
     counts,
+    kept_per_layer,
     prunable_params,
     shapes_of,
     unit_params,
@@ -70,7 +71,7 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
             draft.facts |= {
                 "moving_prunable": moving,
                 "moving_share_of_prunable": moving / prunable,
-                "moving_dimensions": shared.kept_per_layer(axes, counts(chosen)),
+                "moving_dimensions": kept_per_layer(axes, counts(chosen)),
             }
     return state.manifest.history[-1]
 

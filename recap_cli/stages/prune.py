@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli.core import adapter, gradual
-from recap_cli.core.groups import Axis, Choice, Shape, chosen_params, counts, prunable_params, unit_params
+from recap_cli.core.groups import Axis, Choice, Shape, chosen_params, counts, kept_per_layer, prunable_params, unit_params
 from recap_cli.core.method import Turn
 from recap_cli.core.scoring import Scores, averaged, group_scores
 from recap_cli.core.selection import ranked_together, select
@@ -59,8 +59,8 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
             "prunable_full": prunable,
             "prunable_small": kept,
             "kept_share_of_prunable": kept / prunable,
-            "kept": shared.kept_per_layer(axes, counts(plan)),
-            "of": shared.kept_per_layer(axes, {axis.name: axis.size for axis in axes}),
+            "kept": kept_per_layer(axes, counts(plan)),
+            "of": kept_per_layer(axes, {axis.name: axis.size for axis in axes}),
         }
     return state.manifest.history[-1]
 

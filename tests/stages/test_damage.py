@@ -247,15 +247,18 @@ READ = [
 ]
 
 
-@pytest.mark.parametrize("change", [of_another_shape, of_another_type, under_another_name, gone, all_gone])
-@pytest.mark.parametrize(("name", "rel"), READ)
+CHANGES = (of_another_shape, of_another_type, under_another_name, gone, all_gone)
+HARMLESS = [("round-001/moments.safetensors", all_gone)]  # as a rule without moments has it
+
+
+@pytest.mark.parametrize(
+    ("name", "rel", "change"), [(*read, change) for read in READ for change in CHANGES if (read[1], change) not in HARMLESS]
+)
 def test_tensors_that_no_stage_has_written_are_refused_whatever_their_checksum(
     name: str, rel: str, change: Callable[[dict[str, Tensor], str], None], damaged: Callable[[str], Path]
 ) -> None:
     path = damaged(name)
     tensors = load((path / rel).read_bytes())
-    if (rel, change) == ("round-001/moments.safetensors", all_gone):
-        pytest.skip("as a rule without moments has it")
     change(tensors, sorted(tensors)[0])
     state, before = forge(path, rel, save(tensors)), contents(path)
     with pytest.raises(CorruptStateError, match=rel) as caught:
