@@ -243,7 +243,8 @@ def _tables(rows: dict[str, list[dict[str, Any]]], step: tuple[Any, ...]) -> str
         return str(step[1])
     if step[0] == "cell":
         _, split, share, column, value = step
-        rows[split][int(share * len(rows[split]))][column] = unfold(value)
+        if table := rows[split]:  # an earlier step may have emptied it
+            table[int(share * len(table))][column] = unfold(value)
     elif step[0] == "labels":
         for table in rows.values():
             for number, row in enumerate(table):
