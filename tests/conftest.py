@@ -1,14 +1,20 @@
 """What tests of several folders share."""
 
 import ctypes
+import gc
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from tests.tiny import data_folder
+
+ROOM_BYTES = 4 * 2**30
 LONG = (  # files of 15 s and more, the longest first: one that begins last would leave the other worker idle
     "tests/faults/test_faults.py",
     "tests/fuzz/test_fuzz.py",
@@ -23,6 +29,28 @@ LONG = (  # files of 15 s and more, the longest first: one that begins last woul
     "tests/test_docs.py",
     "tests/stages/test_damage.py",
 )
+
+
+def pytest_configure() -> None:
+    """Folders of tests lie in the machine's memory where it has room: stages wait for the disk, and tests cannot pull its plug.
+
+    A `TMPDIR` that is set is left as it is.
+    """
+    place = "/dev/shm"
+    if "TMPDIR" not in os.environ and os.path.isdir(place) and shutil.disk_usage(place).free > ROOM_BYTES:
+        os.environ["TMPDIR"] = place  # for the processes that tests start, too
+        tempfile.tempdir = None
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays: no search for garbage need look through it again."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """The folder that the tests of this process share goes with it."""
+    if data_folder.cache_info().currsize:
+        shutil.rmtree(data_folder(), ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
