@@ -19,18 +19,18 @@ import torch
 import yaml
 from record import command_line, parser, write
 
-from recap_cli import recipe as recipes
-from recap_cli.core.groups import counts, shapes_of
+from recap_cli.core.axes import counts, shapes_of
 from recap_cli.core.surgery import gather, indices
-from recap_cli.recipe import Recipe
-from recap_cli.runtime import models
-from recap_cli.runtime.data import Split, make_split
-from recap_cli.runtime.evaluation import evaluate
-from recap_cli.stages import context as shared
-from recap_cli.stages.context import Context
-from recap_cli.stages.schedule import finished
-from recap_cli.stages.turns import method_of
-from recap_cli.state import State
+from recap_cli.data.splits import Split, make_split
+from recap_cli.models import build
+from recap_cli.recipe import recipe as recipes
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds import context as shared
+from recap_cli.rounds.context import Context
+from recap_cli.rounds.plans import method_of
+from recap_cli.rounds.status import finished
+from recap_cli.state.store import State
+from recap_cli.training.evaluation import evaluate
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,7 +86,7 @@ def score(here: Context, split: Split) -> dict[str, float]:
 def split_of(here: Context, task: str) -> Split:
     """What is held out from a run, ready for its model."""
     found, origin = examples(task, here.recipe.seed), SOURCES[task]
-    processor = models.load_processor(here.state.path / here.full, here.spec)
+    processor = build.load_processor(here.state.path / here.full, here.spec)
     return make_split(found, shared.inputs_of(here.recipe, here.spec, processor), origin=origin)
 
 

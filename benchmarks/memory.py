@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 from record import parser, table, write
 from torch import Tensor, optim
 
-from recap_cli import recipe as recipes
-from recap_cli.recipe import Recipe
-from recap_cli.runtime import models, tasks
-from recap_cli.runtime.prediction import Fakes
-from recap_cli.runtime.tracker import Tracker
-from recap_cli.stages import blueprint, profile
-from recap_cli.stages.blueprint import Outline
-from recap_cli.stages.profile import Prediction
-from recap_cli.stages.trainable import RESIDENTS
+from recap_cli.memory import meta_model, predict
+from recap_cli.memory.fake_step import Fakes
+from recap_cli.memory.meta_model import Outline
+from recap_cli.memory.predict import Prediction
+from recap_cli.memory.tracker import Tracker
+from recap_cli.models import build
+from recap_cli.recipe import recipe as recipes
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds.small_model import RESIDENTS
+from recap_cli.tasks import task
 
 LEAN = {"finetune.fused_backward": True, "finetune.checkpointing": True}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ class Case(NamedTuple):
 
     def outline(self) -> Outline:
         """The model without weights."""
-        return blueprint.outline(self.settings(), [f"label {i}" for i in range(self.labels)])
+        return meta_model.outline(self.settings(), [f"label {i}" for i in range(self.labels)])
 
 
 def _vit(width: int, layers: int, patch: int = 16) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def paper_rows() -> Iterator[dict[str, Any]]:
         model, plain = case.outline(), case.settings()
         for method in ("full", "head", "lora", "pre-ft", "recap"):
             started = time.perf_counter()
-            found = figures(profile.predict(model, plain, method))
+            found = figures(predict.predict(model, plain, method))
             seconds = time.perf_counter() - started
             yield {
                 "model": name,
@@ -123,7 +124,7 @@ def paper_rows() -> Iterator[dict[str, Any]]:
                 **found,
             }
         for settings in list(SETTINGS)[1:]:
-            found = figures(profile.predict(model, recipes.changed(plain, SETTINGS[settings]), "recap"))
+            found = figures(predict.predict(model, recipes.changed(plain, SETTINGS[settings]), "recap"))
             yield {"model": name, "method": "recap", "settings": settings, "paper_mb": case.paper["recap"], **found}
 
 
@@ -157,7 +158,7 @@ def _side_by_side(model: Outline, recipe: Recipe) -> Iterator[tuple[str, dict[st
 
 
 def _predicted(model: Outline, recipe: Recipe, method: Any) -> dict[str, Any]:
-    found = profile.predict(model, recipe, method)
+    found = predict.predict(model, recipe, method)
     peak, states = found.usage.peak_bytes, found.usage.maxima["optimizer"]
     eight = {"peak_with_8_bit_moments_bytes": round(peak - states + EIGHT_BIT_BYTES * found.trainable)}
     return {"peak_bytes": peak, **({} if recipe.finetune.offload else eight), "trainable_parameters": found.trainable}
@@ -171,18 +172,18 @@ def _plain(model: Outline, recipe: Recipe, *, offload: bool) -> dict[str, Any]:
     """
     dtype, fakes = RESIDENTS[recipe.finetune.resident].dtype, Fakes()
     shapes = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.tensors.items()}
-    built = models.assemble(model.spec, fakes.like(shapes), model.adapter, {}).train()
+    built = build.assemble(model.spec, fakes.like(shapes), model.adapter, {}).train()
     if recipe.finetune.checkpointing:
-        models.enable_checkpointing(built)
-    shown = profile.batch_of(model.spec, recipe, recipe.finetune.batch_size)
+        build.enable_checkpointing(built)
+    shown = predict.batch_of(model.spec, recipe, recipe.finetune.batch_size)
     batch = fakes.like({n: t.to(dtype) if t.is_floating_point() else t for n, t in shown.items()})
-    params, call = dict(built.named_parameters()), models.forward(model.spec)
+    params, call = dict(built.named_parameters()), build.forward(model.spec)
     tracker, moments = Tracker(built), list[Tensor]()
     with fakes.pretending("cuda"):
         optimizer = None if offload else optim.AdamW(params.values(), foreach=False)
 
         def step() -> None:
-            tasks.loss(call(built, batch), batch["labels"]).backward()
+            task.loss(call(built, batch), batch["labels"]).backward()
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -223,7 +224,7 @@ def _savings(model: Outline, plain: Recipe) -> Iterator[tuple[str, str, int, int
     """The name of each saving, over what, the peak without and with it, and how the figures were got."""
 
     def peak(recipe: Recipe, method: Any = "recap", of: Outline = model) -> int:
-        return profile.predict(of, recipe, method).usage.peak_bytes
+        return predict.predict(of, recipe, method).usage.peak_bytes
 
     best = recipes.changed(plain, SETTINGS["best"])
     pruned, base, lean = peak(plain, "pre-ft"), peak(plain), peak(best)
@@ -250,7 +251,7 @@ def _savings(model: Outline, plain: Recipe) -> Iterator[tuple[str, str, int, int
         yield "micro-batches of 1", "fp32", base, peak(recipes.changed(plain, {"finetune.micro_batch_size": 1})), "predicted"
     eager = replace(model, spec=replace(model.spec, config={**model.spec.config, "attn_implementation": "eager"}))
     yield "fused attention (SDPA)", "fp32", peak(plain, of=eager), base, "predicted"
-    found = profile.predict(model, plain, "recap")
+    found = predict.predict(model, plain, "recap")
     kept = base + 4 * found.trainable - found.usage.at_peak["gradients"]
     yield "gradients freed between steps", "fp32", kept, base, "computed"
     yield "no second copy of scattered entries", "fp32", base + _scattered(model, plain), base, "computed"
@@ -258,7 +259,7 @@ def _savings(model: Outline, plain: Recipe) -> Iterator[tuple[str, str, int, int
 
 def _scattered(model: Outline, recipe: Recipe) -> int:
     """Bytes of the entries that move and do not lie side by side: what a compact copy of them would hold."""
-    step, _ = profile.prepare(model, recipe, "recap", Fakes().like)
+    step, _ = predict.prepare(model, recipe, "recap", Fakes().like)
     return sum(4 * slot.leaf.numel() for slot in step.optimizer.slots if slot.own is None)
 
 
@@ -273,8 +274,8 @@ def importance() -> Iterator[dict[str, Any]]:
                     "model": name,
                     "batch": batch,
                     "settings": settings,
-                    "importance_bytes": profile.importance_bytes(model, recipe),
-                    "finetuning_bytes": profile.predict(model, recipe, "recap").usage.peak_bytes,
+                    "importance_bytes": predict.importance_bytes(model, recipe),
+                    "finetuning_bytes": predict.predict(model, recipe, "recap").usage.peak_bytes,
                     "full_model_bytes": 4 * sum(t.numel() for t in model.tensors.values()),
                 }
 

@@ -8,9 +8,8 @@ from memory import CASES, SETTINGS
 from record import RESULTS, table
 from tables import ran_on
 
-from recap_cli import recipe as recipes
-from recap_cli.runtime import figures
-from recap_cli.stages import profile
+from recap_cli.memory import plots, predict
+from recap_cli.recipe import recipe as recipes
 
 DOCS = Path(__file__).parent.parent / "docs"
 Result = dict[str, Any]
@@ -245,12 +244,12 @@ def pictures() -> None:
     """Bars of ViT-base by method, and peaks over the batch size."""
     model = CASES["ViT-base"].outline()
     plain = CASES["ViT-base"].settings()
-    rows = [p.to_json() for p in profile.grid(model, plain, profile.METHODS)]
+    rows = [p.to_json() for p in predict.grid(model, plain, predict.METHODS)]
     rows += [
-        profile.predict(model, recipes.changed(plain, SETTINGS[name]), "recap").to_json()
+        predict.predict(model, recipes.changed(plain, SETTINGS[name]), "recap").to_json()
         for name in ("best", "int8", "int8, offloaded")
     ]
-    figures.bars(rows, DOCS / "memory-methods.svg", title="ViT-base, 224 px")
+    plots.bars(rows, DOCS / "memory-methods.svg", title="ViT-base, 224 px")
 
 
 def load(name: str) -> Result | None:

@@ -21,13 +21,14 @@ from record import parser, ratio, table, write
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recap_cli import recipe, storage
+from recap_cli.recipe import recipe
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
-from recap_cli.state import State
+from recap_cli.state import files as storage
+from recap_cli.state.store import State
 
 BAR = 2.0
 RECIPE = """

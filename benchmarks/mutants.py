@@ -76,7 +76,7 @@ class Mutant:
 def files() -> list[str]:
     """The heart: what is mutated, relative to the repository."""
     core = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recap_cli/core").glob("*.py"))
-    return [*core, *(f"recap_cli/stages/{stage}.py" for stage in STAGES), "recap_cli/runtime/training.py"]
+    return [*core, *(f"recap_cli/stages/{stage}.py" for stage in STAGES), "recap_cli/training/loop.py"]
 
 
 def mutations_of(file: str) -> tuple[Any, list[Any]]:

@@ -1,7 +1,7 @@
 """Peak memory of one training step, by how the update mask is implemented: four known ways, and ours.
 
 The toy: 12 feedforward blocks 768 → 3072 → 768 (no biases, GELU, nothing else), 197 tokens, a mean-square loss, SGD
-with momentum, fp32. 12.5 % of every matrix may move. *Predicted* bytes are the tracker's (`recap_cli.runtime.tracker`) over
+with momentum, fp32. 12.5 % of every matrix may move. *Predicted* bytes are the tracker's (`recap_cli.memory.tracker`) over
 fake tensors; *measured* ones are the same tracker's over a real step on the CPU.
 
 The task is equal in the share of entries. Where the rows say "rows", fc1 and fc2 both train 12.5 % of their rows; where
@@ -18,14 +18,14 @@ from masked_layers import SHARE, CompactCopy, IndexCopy, Masked, RowsFirst, rows
 from record import parser, table, write
 from torch import Tensor, nn, optim
 
-from recap_cli.core.groups import Axis, Cut
-from recap_cli.core.linear import PartialLinear
-from recap_cli.core.optim import Optimizer, sgd
-from recap_cli.core.partial import Slot, bring_forward, make_partial
+from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.surgery import indices
-from recap_cli.runtime.prediction import Fakes
-from recap_cli.runtime.tracker import Tracker
-from recap_cli.runtime.training import train
+from recap_cli.memory.fake_step import Fakes
+from recap_cli.memory.tracker import Tracker
+from recap_cli.trainable.build import Slot, bring_forward, make_partial
+from recap_cli.trainable.linear import PartialLinear
+from recap_cli.trainable.optim import Optimizer, sgd
+from recap_cli.training.loop import train
 
 BLOCKS, WIDTH, HIDDEN, TOKENS = 12, 768, 3072, 197
 BAR_MB = 327

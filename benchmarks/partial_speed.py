@@ -15,9 +15,9 @@ import torch
 from record import parser, ratio, table, write
 from torch import Tensor, nn, optim
 
-from recap_cli.core.optim import Optimizer, adamw
-from recap_cli.core.partial import make_partial
 from recap_cli.core.surgery import Where
+from recap_cli.trainable.build import make_partial
+from recap_cli.trainable.optim import Optimizer, adamw
 
 TOKENS = (8, 197)
 LAYERS = {"fc1": (768, 3072), "fc2": (3072, 768), "out": (768, 768)}

@@ -18,12 +18,12 @@ from memory import CASES, SETTINGS
 from record import parser, status_bytes, table, write
 from torch import Tensor
 
-from recap_cli import recipe as recipes
-from recap_cli.core.optim import Optimizer, adamw
-from recap_cli.core.partial import make_partial
-from recap_cli.runtime.models import tensors_of
-from recap_cli.runtime.prediction import Fakes, Step, usage
-from recap_cli.stages import measure, profile
+from recap_cli.memory import measure, predict
+from recap_cli.memory.fake_step import Fakes, Step, usage
+from recap_cli.models.build import tensors_of
+from recap_cli.recipe import recipe as recipes
+from recap_cli.trainable.build import make_partial
+from recap_cli.trainable.optim import Optimizer, adamw
 
 SIDE = 512
 REAL = (("ViT-base", "full"), ("ViT-base", "head"), ("ViT-base", "lora"), ("ViT-base", "recap"), ("BERT-base", "recap"))
@@ -76,7 +76,7 @@ def predicted(name: str, method: str) -> dict[str, Any]:
         found = Fakes().usage(step)
     else:
         model = CASES[name].outline()
-        result = profile.predict(model, CASES[name].settings(optimizer="adamw"), method)  # type: ignore[arg-type]
+        result = predict.predict(model, CASES[name].settings(optimizer="adamw"), method)  # type: ignore[arg-type]
         parameters, found = result.total, result.usage
     return {
         "model": name,
@@ -92,8 +92,8 @@ def predicted(name: str, method: str) -> dict[str, Any]:
 def real(name: str, method: str, settings: str) -> dict[str, Any]:
     """The prediction with CPU kernels beside the tracker's count over the same step on real tensors."""
     model, recipe = CASES[name].outline(), recipes.changed(CASES[name].settings(), SETTINGS[settings])
-    expected = profile.predict(model, recipe, method, kernels="cpu").usage  # type: ignore[arg-type]
-    step, _ = profile.prepare(model, recipe, method, measure.random_tensors)  # type: ignore[arg-type]
+    expected = predict.predict(model, recipe, method, kernels="cpu").usage  # type: ignore[arg-type]
+    step, _ = predict.prepare(model, recipe, method, measure.random_tensors)  # type: ignore[arg-type]
     counted = usage(step)
     kinds = {kind: {"predicted_bytes": expected.maxima[kind], "real_bytes": counted.maxima[kind]} for kind in counted.maxima}
     return {

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from recap_cli.core import gradual
 from recap_cli.core.adapter import find_axes, resize
-from recap_cli.core.groups import counts, shapes_of
-from recap_cli.core.scoring import group_scores
+from recap_cli.core.axes import counts, shapes_of
+from recap_cli.core.importance import group_scores
 from recap_cli.core.surgery import cut_model, indices
 from recap_cli.plugins.adapters.vit import VIT
 from recap_cli.plugins.criteria.taylor import TAYLOR

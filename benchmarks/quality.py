@@ -21,10 +21,11 @@ from typing import Any
 import yaml
 from record import command_line, machine, parser, write
 
-from recap_cli import recipe as recipes
-from recap_cli.stages import blueprint, grid, profile
-from recap_cli.stages.compare import compare
-from recap_cli.stages.turns import method_of_name
+from recap_cli.compare import grid
+from recap_cli.compare.runner import compare
+from recap_cli.memory import meta_model, predict
+from recap_cli.recipe import recipe as recipes
+from recap_cli.rounds.plans import method_of_name
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("full-ft", "head-ft", "lora-ft", "pre-ft", "post-ft", "movement")
@@ -197,13 +198,13 @@ def key_of(cell: Mapping[str, Any]) -> tuple[Any, ...]:
 def predicted(task: str) -> Iterator[dict[str, Any]]:
     """The peak of a training step of the methods that a table compares, with and without what costs no accuracy."""
     base = recipes.parse(yaml.safe_dump(recipe_of(task)), task)
-    outline, _ = blueprint.outline_with_data(base)
+    outline, _ = meta_model.outline_with_data(base)
     for micro in (base.finetune.batch_size, 1):
         for method in ("full-ft", "post-ft", "pre-ft", "recap"):
             for ratio in RATIOS if method_of_name(method).prunes and method != "post-ft" else RATIOS[:1]:
                 for settings, values in SAVING.items():
                     chosen = {**values, "prune.ratio": ratio, "finetune.micro_batch_size": micro}
-                    peak = profile.predict(outline, recipes.changed(base, chosen), method).usage.peak_bytes
+                    peak = predict.predict(outline, recipes.changed(base, chosen), method).usage.peak_bytes
                     row = {"method": method, "prune_ratio": ratio, "settings": settings, "micro_batch_size": micro}
                     yield {**row, "peak_bytes": peak}
 

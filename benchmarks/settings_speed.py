@@ -14,9 +14,9 @@ import torch
 from memory import CASES
 from record import cpu_seconds, parser, ratio, table, write
 
-from recap_cli import recipe as recipes
-from recap_cli.runtime.prediction import Step, take_step
-from recap_cli.stages import measure, profile
+from recap_cli.memory import measure, predict
+from recap_cli.memory.fake_step import Step, take_step
+from recap_cli.recipe import recipe as recipes
 
 CASE_SIZES = (("ViT-base", 4), ("BERT-base", 4))
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -46,7 +46,7 @@ def main() -> None:
         model, plain = CASES[name].outline(), CASES[name].settings(batch_size=batch, optimizer="adamw")
         for saving, changes in SETTINGS.items():
             sides = {
-                side: profile.prepare(model, recipe, "recap", measure.random_tensors)[0]
+                side: predict.prepare(model, recipe, "recap", measure.random_tensors)[0]
                 for side, recipe in (("with", recipes.changed(plain, changes)), ("without", plain))
             }
             times: dict[str, list[float]] = {"with": [], "without": []}

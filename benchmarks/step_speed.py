@@ -17,14 +17,14 @@ from record import parser, ratio, table, write
 from torch import Tensor, nn
 
 from recap_cli.core.adapter import Adapter, find_axes, matches, resize
-from recap_cli.core.groups import Choice, chosen_params, counts, prunable_params, refine, shapes_of, shrink, unit_params
-from recap_cli.core.optim import Optimizer, adamw
-from recap_cli.core.partial import bring_forward, make_partial
-from recap_cli.core.selection import select
+from recap_cli.core.axes import Choice, chosen_params, counts, prunable_params, refine, shapes_of, shrink, unit_params
+from recap_cli.core.ranking import select
 from recap_cli.core.surgery import cut_model, indices
 from recap_cli.plugins.adapters.bert import BERT
 from recap_cli.plugins.adapters.vit import VIT
-from recap_cli.runtime.training import train
+from recap_cli.trainable.build import bring_forward, make_partial
+from recap_cli.trainable.optim import Optimizer, adamw
+from recap_cli.training.loop import train
 
 PRUNED = 0.5
 BAR = 1.6

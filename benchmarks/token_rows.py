@@ -18,10 +18,10 @@ import quality
 import yaml
 from record import parser, write
 
-from recap_cli import recipe as recipes
-from recap_cli.recipe import Recipe
-from recap_cli.stages import blueprint, measure, profile
-from recap_cli.stages.blueprint import Outline
+from recap_cli.memory import measure, meta_model, predict
+from recap_cli.memory.meta_model import Outline
+from recap_cli.recipe import recipe as recipes
+from recap_cli.recipe.recipe import Recipe
 from recap_cli.stages.run import run
 
 TASKS = {
@@ -68,7 +68,7 @@ def recipe(task: str) -> Recipe:
 def rows(task: str) -> Iterator[dict[str, Any]]:
     """A row a way, of fp32 and of bf16 residents."""
     base = recipe(task)
-    model, notes = blueprint.outline_with_data(base)
+    model, notes = meta_model.outline_with_data(base)
     if model.vocabulary is None:
         raise SystemExit(f"{task}: {'; '.join(notes)}")
     words = model.vocabulary
@@ -76,7 +76,7 @@ def rows(task: str) -> Iterator[dict[str, Any]]:
         for way, (moves, leaves_out) in WAYS.items():
             settings = recipes.changed(base, {"mask.train_embeddings": moves, "finetune.resident": resident})
             known = model if leaves_out else replace(model, vocabulary=None)
-            made = profile.predict(known, settings, "recap").to_json()
+            made = predict.predict(known, settings, "recap").to_json()
             keys = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "training_peak_bytes")
             row = {"task": task, "resident": resident, "moves": way, **{key: made[key] for key in keys}}
             row |= {"all": words.size, "held": len(words.held), "moving": len(words.moving)}

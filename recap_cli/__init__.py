@@ -17,7 +17,7 @@ def load(folder: "str | Path") -> "nn.Module":
 
     Raises `ModelError` if the folder holds no such model, or its files do not fit together.
     """
-    from recap_cli.runtime.product import load as load_product
+    from recap_cli.models.export import load as load_product
 
     return load_product(folder)
 

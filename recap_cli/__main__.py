@@ -2,9 +2,9 @@
 
 import sys
 
-from recap_cli import parent
 from recap_cli.cli import main
+from recap_cli.process import die_with_parent
 
 if __name__ == "__main__":
-    parent.watch()
+    die_with_parent.watch()
     sys.exit(main())

@@ -1,8 +1,8 @@
 """All that a plugin may import: the records that a plugin is made of, and the errors it may raise."""
 
 from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, is_transposed
+from recap_cli.core.axes import Axis, Choice, Cut, refine
 from recap_cli.core.criterion import Criterion, GroupScores
-from recap_cli.core.groups import Axis, Choice, Cut, refine
 from recap_cli.core.method import Attached, Frame, Method, Settings, Turn
 from recap_cli.core.surgery import owner_of
 from recap_cli.core.ties import names_of

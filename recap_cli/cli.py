@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from recap_cli import console, interrupt, registry
+from recap_cli import console, registry
 from recap_cli.commands import (
     compare,
     doctor,
@@ -34,7 +34,8 @@ from recap_cli.commands import (
     status,
 )
 from recap_cli.errors import DeviceMemoryError, PluginError, RecapError, StorageError, lacks_device_memory
-from recap_cli.legible import legible
+from recap_cli.printable import legible
+from recap_cli.process import interrupt
 
 STOPPED = "stopped; what the stages before have finished is kept, and nothing else"
 INTERRUPTED = interrupt.INTERRUPTED

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from recap_cli.legible import escaped_in_json, legible
+from recap_cli.printable import escaped_in_json, legible
 from recap_cli.progress import Item
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ RecapError                 1
 └── ComparisonError       18   a comparison some of whose cells are not done
 """
 
-from recap_cli.legible import legible
+from recap_cli.printable import legible
 
 
 class RecapError(Exception):

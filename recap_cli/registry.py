@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from recap_cli.errors import PluginError
-from recap_cli.strangers import guarded
+from recap_cli.untrusted.code import guarded
 
 Kind = Literal["criteria", "adapters", "methods"]
 OURS = "recap-cli"

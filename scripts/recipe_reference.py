@@ -1,6 +1,6 @@
 """Write docs/recipe.md, the table of every recipe key, from the descriptions in the schema.
 
-Run `python scripts/recipe_reference.py` after a change of `recap_cli/recipe_schema.py`; a test compares the two.
+Run `python scripts/recipe_reference.py` after a change of `recap_cli/recipe/schema.py`; a test compares the two.
 """
 
 import json
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recap_cli.model_limits import LIMITS
-from recap_cli.recipe import json_schema
-from recap_cli.recipe_bounds import DEEPEST, MOST_BYTES, MOST_VALUES
-from recap_cli.recipe_problems import expected
+from recap_cli.recipe.bounds import DEEPEST, MOST_BYTES, MOST_VALUES
+from recap_cli.recipe.problems import expected
+from recap_cli.recipe.recipe import json_schema
+from recap_cli.untrusted.model_limits import LIMITS
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
 INTRODUCTION = """# Recipe reference

@@ -21,13 +21,13 @@ LONG = (  # files of 15 s and more, the longest first: one that begins last woul
     "tests/stages/test_methods.py",
     "tests/stages/test_invariants.py",
     "tests/test_kill.py",
-    "tests/test_profile_memory.py",
+    "tests/commands/test_profile_memory.py",
     "tests/stages/test_algorithm.py",
     "tests/stages/test_algorithm_settings.py",
-    "tests/runtime/test_prediction.py",
-    "tests/test_compare.py",
+    "tests/memory/test_fake_step.py",
+    "tests/commands/test_compare.py",
     "tests/test_docs.py",
-    "tests/stages/test_damage.py",
+    "tests/state/test_damage.py",
 )
 
 

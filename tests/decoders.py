@@ -10,8 +10,8 @@ from torch import nn
 
 from recap_cli import api
 from recap_cli.core.adapter import Adapter, Heads, Neurons
-from recap_cli.runtime import models
-from recap_cli.runtime.specs import ModelSpec
+from recap_cli.models import build
+from recap_cli.models.specs import ModelSpec
 from tests.pico import WORDS, _hf
 
 PLUGINS = Path(__file__).parents[1] / "docs" / "plugins.md"
@@ -57,4 +57,4 @@ def decoder(name: str, seed: int = 0) -> tuple[nn.Module, ModelSpec]:
     spec = _hf(name, SIZES[name])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return models._build(spec), spec
+        return build._build(spec), spec

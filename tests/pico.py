@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from recap_cli.runtime import models
-from recap_cli.runtime.specs import ModelSpec, image_facts
+from recap_cli.models import build
+from recap_cli.models.specs import ModelSpec, image_facts
 
 LABELS = ["cat", "dog", "newt"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(59))]
@@ -29,13 +29,21 @@ TIMM: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth
 
 
 def _hf(model_type: str, values: dict[str, Any]) -> ModelSpec:
-    from recap_cli.runtime import hf
+    from recap_cli.models import transformers_models
 
-    config = hf.configure({"model_type": model_type, **values}, strict=True)
-    hf.set_labels(config, LABELS)
+    config = transformers_models.configure({"model_type": model_type, **values}, strict=True)
+    transformers_models.set_labels(config, LABELS)
     image = image_facts(16, 3) if "patch_size" in values else None
     kind = "text-classification" if image is None else "image-classification"
-    return ModelSpec("transformers", model_type, hf.to_dict(hf.from_config(config, kind)), len(LABELS), LABELS, kind, image)
+    return ModelSpec(
+        "transformers",
+        model_type,
+        transformers_models.to_dict(transformers_models.from_config(config, kind)),
+        len(LABELS),
+        LABELS,
+        kind,
+        image,
+    )
 
 
 def _timm(architecture: str, **args: Any) -> ModelSpec:
@@ -64,7 +72,7 @@ def pico(name: str, seed: int = 0) -> tuple[nn.Module, ModelSpec]:
     spec = PICO[name]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return models._build(spec), spec
+        return build._build(spec), spec
 
 
 def write_tokenizer(folder: Path) -> Any:

@@ -6,18 +6,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-import recap_cli.stages
 from recap_cli import console, errors
 from recap_cli.cli import main
 from recap_cli.errors import PipeError
-from recap_cli.recipe import digest, dump, parse, shipped
-from recap_cli.state import State
+from recap_cli.recipe.recipe import digest, dump, parse, shipped
+from recap_cli.state.store import State
 
 Fake = Callable[..., None]
 RECIPE = "name: pico\nmodel: {name: vit}\ntask: {kind: image-classification}\ndata: {builtin: digits}\n"
@@ -86,12 +86,12 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """Puts functions in the place of a stage's module, which is then not imported."""
+    """Puts functions in the place of a module of a room, which is then not imported."""
 
-    def put(stage: str, **functions: object) -> None:
+    def put(name: str, room: str = "stages", **functions: object) -> None:
         module = SimpleNamespace(**functions)
-        monkeypatch.setitem(sys.modules, f"recap_cli.stages.{stage}", module)
-        monkeypatch.setattr(recap_cli.stages, stage, module, raising=False)
+        monkeypatch.setitem(sys.modules, f"recap_cli.{room}.{name}", module)
+        monkeypatch.setattr(import_module(f"recap_cli.{room}"), name, module, raising=False)
 
     return put
 
@@ -402,7 +402,7 @@ def test_a_dry_run_only_describes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pico.yaml").write_text(RECIPE, encoding="utf-8")
-    fake("schedule", describe=lambda recipe: [f"{recipe.name}: {recipe.rounds} rounds", "prune"], summary=None)
+    fake("status", "rounds", describe=lambda recipe: [f"{recipe.name}: {recipe.rounds} rounds", "prune"], summary=None)
     assert main([*line, "pico.yaml", "--dry-run"]) == 0
     assert capsys.readouterr().out == "pico: 10 rounds\nprune\n"
     assert [path.name for path in tmp_path.iterdir()] == ["pico.yaml"]
@@ -425,7 +425,7 @@ def ran(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any
         return "the state"
 
     fake("run", run=run)
-    fake("schedule", describe=None, summary=lambda state: SUMMARY)
+    fake("status", "rounds", describe=None, summary=lambda state: SUMMARY)
     return calls
 
 
@@ -476,7 +476,7 @@ def test_run_without_recipe_or_state_says_what_to_name(capsys: pytest.CaptureFix
 
 
 def test_status_is_a_result(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fake("schedule", summary=lambda state: SUMMARY)
+    fake("status", "rounds", summary=lambda state: SUMMARY)
     assert main(["status", str(folder)]) == 0
     out, err = capsys.readouterr()
     assert not err
@@ -488,27 +488,27 @@ def test_status_is_a_result(fake: Fake, folder: Path, capsys: pytest.CaptureFixt
 def test_status_says_which_settings_were_changed_when_and_from_what(
     fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake("schedule", summary=lambda state: SUMMARY | {"changes": [CHANGE]})
+    fake("status", "rounds", summary=lambda state: SUMMARY | {"changes": [CHANGE]})
     assert main(["status", str(folder)]) == 0
     assert f"changed 2026-07-28T10:00:00+00:00, after mask of round 2: {CHANGED}\n" in capsys.readouterr().out
 
 
 def test_status_says_why_a_run_is_over(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     over = SUMMARY | {"next": None, "finished": "all 3 rounds are done"}
-    fake("schedule", summary=lambda state: over)
+    fake("status", "rounds", summary=lambda state: over)
     assert main(["status", str(folder)]) == 0
     assert capsys.readouterr().out.endswith("finished: all 3 rounds are done\n")
 
 
 def test_status_before_the_first_round(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begun = SUMMARY | {"rounds": [], "stage": "init", "round": 0, "next": "prune", "product": None}
-    fake("schedule", summary=lambda state: begun)
+    fake("status", "rounds", summary=lambda state: begun)
     assert main(["status", str(folder)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_status_keeps_the_notes_of_init(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fake("schedule", summary=lambda state: SUMMARY | {"init": {"notes": ["labels 1, 2, 5 are numbered 0 … 2"]}})
+    fake("status", "rounds", summary=lambda state: SUMMARY | {"init": {"notes": ["labels 1, 2, 5 are numbered 0 … 2"]}})
     assert main(["status", str(folder)]) == 0
     assert capsys.readouterr().out.endswith("\nnote: labels 1, 2, 5 are numbered 0 … 2\n")
 
@@ -612,7 +612,7 @@ def test_doctor_asks_the_driver_who_holds_the_devices(
 ) -> None:
     import torch
 
-    from recap_cli.runtime import nvml
+    from recap_cli.machine import nvml
 
     holders = [nvml.Processes(1, 2_000_000, ()), nvml.Processes(not_seen=("what processes hold on cuda:1: it sleeps",))]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -10,7 +10,7 @@ import pytest
 
 from recap_cli import console
 from recap_cli.errors import DataError
-from recap_cli.runtime.pages.template import milliseconds
+from recap_cli.report.template import milliseconds
 
 
 class Terminal(io.StringIO):

@@ -18,18 +18,19 @@ from typer.main import get_command
 from recap_cli import errors, registry
 from recap_cli.api import Adapter, Criterion
 from recap_cli.cli import INTERRUPTED, app, main
+from recap_cli.compare.grid import plan
+from recap_cli.compare.runner import compare
 from recap_cli.core.adapter import find_axes
-from recap_cli.core.groups import refine
-from recap_cli.core.scoring import group_scores
+from recap_cli.core.axes import refine
+from recap_cli.core.importance import group_scores
 from recap_cli.errors import PipeError
-from recap_cli.recipe import dump, json_schema, parse, read, shipped
-from recap_cli.runtime import models, tasks
-from recap_cli.stages.compare import compare
-from recap_cli.stages.context import read_raw
-from recap_cli.stages.grid import plan
+from recap_cli.models import build
+from recap_cli.recipe.recipe import dump, json_schema, parse, read, shipped
+from recap_cli.rounds.context import read_raw
+from recap_cli.rounds.plans import turns_for
 from recap_cli.stages.run import run
-from recap_cli.stages.turns import turns_for
-from recap_cli.state import State
+from recap_cli.state.store import State
+from recap_cli.tasks import task
 from tests.pico import TEXT, pico
 from tests.tiny import data_folder, tiny
 
@@ -244,7 +245,7 @@ def test_the_plugins_of_the_documentation_are_found_and_loaded(extra):
 def test_the_method_of_the_documentation_plans_turns(extra, monkeypatch):
     import recap_headstart
 
-    monkeypatch.setattr("recap_cli.stages.turns.method_of", lambda _: recap_headstart.HEADSTART)
+    monkeypatch.setattr("recap_cli.rounds.plans.method_of", lambda _: recap_headstart.HEADSTART)
     first, *others = turns_for(tiny("vit", options={"head_share": 0.4}, rounds=3))
     assert (first.moves, first.share, first.product) == ("head", 0.4, False)
     assert [turn.share for turn in others] == pytest.approx([0.2] * 3)
@@ -271,19 +272,19 @@ def test_the_method_of_the_documentation_is_compared_on_texts(extra, tmp_path, m
 
 def losses_of(model, spec):
     """A D_s of two batches."""
-    forward = models.forward(spec)
+    forward = build.forward(spec)
 
     def losses(each):
         for seed in (0, 1):
-            batch = models.example_batch(spec, seed=seed)
-            yield tasks.loss(forward(model, batch), torch.tensor([0, 2])), 0.5
+            batch = build.example_batch(spec, seed=seed)
+            yield task.loss(forward(model, batch), torch.tensor([0, 2])), 0.5
 
     return losses
 
 
 def test_the_criterion_of_the_documentation_scores_groups(extra):
     model, spec = pico("bert")
-    axes, losses = find_axes(models.adapter_of(spec), model), losses_of(model, spec)
+    axes, losses = find_axes(build.adapter_of(spec), model), losses_of(model, spec)
     scores = group_scores(model, axes, registry.load("criteria", "abs-taylor"), losses)
     sum(loss * share for loss, share in losses(False)).backward()
     axis = next(axis for axis in axes if axis.kind == "neurons")
@@ -297,7 +298,7 @@ def test_the_activation_criterion_of_the_documentation_scores_groups_of_both_siz
     import recap_activation
 
     model, spec = pico("vit")
-    axes = find_axes(models.adapter_of(spec), model)
+    axes = find_axes(build.adapter_of(spec), model)
     for sizes in (axes, [refine(axis) for axis in axes]):
         scores = group_scores(model, sizes, recap_activation.ACTIVATION, losses_of(model, spec))
         assert all(scores[axis.name].shape == (axis.size,) and bool((scores[axis.name] > 0).all()) for axis in sizes)
@@ -354,7 +355,7 @@ def test_the_picture_is_plain_svg_without_anything_from_elsewhere():
 
 
 def test_the_page_on_states_names_all_settings_that_may_be_changed() -> None:
-    from recap_cli.stages.settings import EXECUTION
+    from recap_cli.rounds.settings import EXECUTION
 
     text = text_of("docs/state.md")
     listed = text[text.index("how something is computed and not what:") : text.index("So a stage that ran out of memory")]

@@ -12,10 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from recap_cli import parent
-from recap_cli import recipe as recipes
 from recap_cli.cli import main
-from recap_cli.folder import locked
+from recap_cli.process import die_with_parent
+from recap_cli.recipe import recipe as recipes
 from recap_cli.stages.export import export
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
@@ -23,7 +22,8 @@ from recap_cli.stages.mask import mask
 from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
-from recap_cli.state import State
+from recap_cli.state.lock import locked
+from recap_cli.state.store import State
 from tests.limits import HANG_SECONDS
 from tests.tiny import tiny
 
@@ -239,10 +239,10 @@ assert signal.getsignal(signal.SIGINT) is before
 
 WATCHER = """
 import os, subprocess, sys, time
-from recap_cli import parent
-parent.watch()
+from recap_cli.process import die_with_parent
+die_with_parent.watch()
 child = subprocess.run([sys.executable, "-c", "import sys; print(repr(sys.stdin.read()))"], capture_output=True, text=True)
-print(repr(sys.stdin.read()), child.stdout.strip(), os.environ.get(parent.VARIABLE), flush=True)
+print(repr(sys.stdin.read()), child.stdout.strip(), os.environ.get(die_with_parent.VARIABLE), flush=True)
 time.sleep(3600)
 """
 
@@ -250,7 +250,7 @@ time.sleep(3600)
 @pytest.mark.parametrize("ignored", [False, True], ids=["SIGINT as usual", "SIGINT ignored"])
 def test_a_process_ends_with_the_holder_of_its_input_which_is_empty_for_all_others(ignored: bool) -> None:
     code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + WATCHER if ignored else WATCHER
-    asked = {**os.environ, parent.VARIABLE: "1"}
+    asked = {**os.environ, die_with_parent.VARIABLE: "1"}
     watcher = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=asked)
     assert watcher.stdin is not None
     assert watcher.stdout is not None

@@ -14,10 +14,10 @@ from torch import nn
 from recap_cli import registry
 from recap_cli.cli import main
 from recap_cli.core.adapter import Adapter
+from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.criterion import Criterion
-from recap_cli.core.groups import Axis, Cut
+from recap_cli.core.importance import group_scores
 from recap_cli.core.method import Method
-from recap_cli.core.scoring import group_scores
 from recap_cli.errors import PluginError
 
 

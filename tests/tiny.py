@@ -9,8 +9,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from recap_cli import recipe as recipes
-from recap_cli.recipe import Recipe
+from recap_cli.recipe import recipe as recipes
+from recap_cli.recipe.recipe import Recipe
 from tests.pico import LABELS, PICO, TIMM, write_tokenizer
 
 TRAIN, VALIDATION = 40, 18

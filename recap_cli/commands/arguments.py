@@ -11,12 +11,12 @@ from recap_cli import console
 from recap_cli.errors import PipeError, UsageError
 
 if TYPE_CHECKING:
-    from recap_cli.state import State
+    from recap_cli.state.store import State
 
 
 def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
     """Return the names of the shipped recipes that begin so, with their titles, for the shell."""
-    from recap_cli.recipe import shipped
+    from recap_cli.recipe.recipe import shipped
 
     return [(recipe.name, recipe.title) for recipe in shipped() if recipe.name.startswith(incomplete)]
 
@@ -43,7 +43,7 @@ def open_state(folder: Path | None) -> "State":
         StateError: there is no state in the folder, or it cannot be used.
     """
     path = folder if folder is not None else _piped()
-    from recap_cli.state import State
+    from recap_cli.state.store import State
 
     return State.open(path)
 

@@ -12,7 +12,7 @@ from recap_cli.commands.arguments import DryRunOption, JsonOption, RecipeArgumen
 from recap_cli.errors import ComparisonError, UsageError
 
 if TYPE_CHECKING:
-    from recap_cli.stages.grid import Plan
+    from recap_cli.compare.grid import Plan
 
 Value = TypeVar("Value", int, float, str)
 Wanted = tuple[str, str]  # what a list is of, and an example
@@ -75,8 +75,8 @@ def compare(
         "seeds": _list("--seeds", seeds, int, SEEDS, lambda seed: 0 <= seed <= MOST_SEED),
     }
     from recap_cli.commands import comparison_tables as tables
-    from recap_cli.stages import compare as stage
-    from recap_cli.stages import grid
+    from recap_cli.compare import grid
+    from recap_cli.compare import runner as stage
 
     plan = grid.plan(recipe, overrides or (), **given)
     path = out if out is not None else Path("runs") / f"compare-{plan.base.name}"
@@ -102,7 +102,7 @@ def compare(
 
 def _check_done(results: Mapping[str, Any], plan: "Plan", path: Path, command: str) -> None:
     """Raise `ComparisonError` if cells of the plan are not done."""
-    from recap_cli.stages.compare import failures
+    from recap_cli.compare.runner import failures
 
     left = failures(results["cells"], plan)
     if not left:

@@ -35,7 +35,7 @@ def print_plan(records: Sequence[Record], path: Path) -> None:
 
 def print_results(results: Mapping[str, Any], path: Path) -> None:
     """Print the tables of a comparison on stdout; where its files are, and what was noted, on stderr."""
-    from recap_cli.stages.results import groups
+    from recap_cli.compare.schema import groups
 
     rows = groups(results["cells"])
     console.table(*_quality(rows, results["metric"]), title=f"{results['recipe']}: means over the seeds", is_result=True)

@@ -84,7 +84,7 @@ def _devices() -> tuple[list[dict[str, Any]], dict[str, str | None], list[str]]:
     try:
         import torch
 
-        from recap_cli.stages import doctor as stage
+        from recap_cli.machine import facts as stage
     except (ImportError, OSError) as error:  # a torch that does not load is what a doctor is asked about
         return [], {}, [f"torch cannot be imported: {error}"]
     devices: list[dict[str, Any]] = [{"device": "cpu", "name": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}"}]

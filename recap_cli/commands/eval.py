@@ -10,7 +10,7 @@ from recap_cli.commands.arguments import JsonOption, StateArgument, open_state
 from recap_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from recap_cli.state import State
+    from recap_cli.state.store import State
 
 MODELS = ("full", "small", "best")
 

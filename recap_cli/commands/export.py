@@ -9,7 +9,7 @@ from recap_cli import console
 from recap_cli.commands.arguments import JsonOption, open_state
 
 if TYPE_CHECKING:
-    from recap_cli.state import State
+    from recap_cli.state.store import State
 
 FORMS = {
     "stock": "a plain checkpoint of the library's own",
@@ -53,7 +53,7 @@ def export(
 
 def _load_lines(state: "State", out: str, form: str) -> list[str]:
     """Return the Python that opens the export: ours for every form, the library's own where that can."""
-    from recap_cli.recipe import parse
+    from recap_cli.recipe.recipe import parse
 
     lines = ["import recap_cli", f"model = recap_cli.load({out!r})"]
     recipe = parse(state.recipe_text, str(state.path / "recipe.yaml"))

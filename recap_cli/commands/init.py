@@ -21,18 +21,18 @@ def init(
 
     Example: [bold]recap init quickstart --state runs/quick | recap prune | recap mask | recap finetune | recap merge[/bold]
     """
-    from recap_cli.recipe import read
+    from recap_cli.recipe.recipe import read
 
     checked = read(recipe, overrides or ())
     if dry_run:
-        from recap_cli.stages.schedule import describe
+        from recap_cli.rounds.status import describe
 
         for line in describe(checked):
             console.line(line)
         return
     from recap_cli.commands.tables import say_stage
-    from recap_cli.manifest import quoted
     from recap_cli.stages import init as stage
+    from recap_cli.state.manifest import quoted
 
     made = stage.init(checked, state, track=console.track)
     say_stage(made.manifest.history[-1])

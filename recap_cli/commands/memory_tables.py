@@ -155,7 +155,7 @@ def _show_budget(budget: Row) -> None:
     if not changes:
         console.line(f"RECAP fits in {budget['memory_budget']} as it is.")
         return
-    from recap_cli.stages.budget import value_text
+    from recap_cli.memory.budget import value_text
 
     rows = [
         [c["key"], f"{value_text(c['before'])} → {value_text(c['after'])}", _mb(c["before_bytes"]), _mb(c["after_bytes"])]

@@ -11,9 +11,9 @@ from recap_cli.commands.arguments import JsonOption, SetOption, complete_recipe
 from recap_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from recap_cli.recipe import Recipe
-    from recap_cli.stages.blueprint import Outline
-    from recap_cli.state import State
+    from recap_cli.memory.meta_model import Outline
+    from recap_cli.recipe.recipe import Recipe
+    from recap_cli.state.store import State
 
 Number = TypeVar("Number", int, float)
 MOST = 2**31  # examples in a batch: torch counts what it indexes so far
@@ -89,14 +89,14 @@ def profile_memory(
     """
     sizes, shares = _numbers("--batch-sizes", batch_sizes, int), _numbers("--ratios", ratios, float)
     from recap_cli.commands import memory_tables as tables
-    from recap_cli.stages import measure as measuring
-    from recap_cli.stages import pictures, profile
+    from recap_cli.memory import measure as measuring
+    from recap_cli.memory import plot_files, predict
 
     asked = [] if methods is None else _methods(methods)
     if budget is not None:
         _bytes_of(budget)
     if plot is not None:
-        pictures.check(plot)
+        plot_files.check(plot)
     recipe, state, model, notes = _open(target, overrides or ())
     asked = asked or (["full"] if recipe.method == "full-ft" else ["full", recipe.method])
     _check_ratios(shares, ratios, asked, recipe)
@@ -106,19 +106,19 @@ def profile_memory(
     found: dict[str, Any] = {"target": target, "recipe": recipe.name}
     if budget is not None:
         found["budget"], recipe = _fit(_Subject(recipe, state, model, notes), target, overrides or (), budget)
-    predictions = profile.grid(model, recipe, asked, sizes, shares, track=console.track)
+    predictions = predict.grid(model, recipe, asked, sizes, shares, track=console.track)
     found["predicted"] = [prediction.to_json() for prediction in predictions]
     if by_module:
         for row, prediction in zip(found["predicted"], predictions, strict=True):
-            row["by_module"] = profile.by_block(model, prediction.usage)
+            row["by_module"] = predict.by_block(model, prediction.usage)
     if recipe.importance.device != "cpu":
-        found["importance_peak_bytes"] = profile.importance_bytes(model, recipe)
+        found["importance_peak_bytes"] = predict.importance_bytes(model, recipe)
     if measure:
         found["measured"] = measuring.measure(model, recipe, asked, track=console.track, snapshot_to=snapshot)
     if plot is not None:
         limit = None if budget is None else _bytes_of(budget)
         given: dict[str, Any] = {"batch_sizes": sizes, "prune_ratios": shares, "budget_bytes": limit}
-        found["pictures"] = [str(path) for path in pictures.draw(found["predicted"], plot, title=recipe.name, **given)]
+        found["pictures"] = [str(path) for path in plot_files.draw(found["predicted"], plot, title=recipe.name, **given)]
     if budget is not None and any(given.startswith("model.config") for given in overrides or ()):
         notes = [*notes, "a run from model.config has random weights: leave it out there, or --set model.name=DIR"]
     found["notes"] = [*notes, *_assumptions(model, recipe, asked, sizes, shares, measure)]
@@ -130,7 +130,7 @@ def profile_memory(
 
 def _methods(text: str) -> list[str]:
     from recap_cli import registry
-    from recap_cli.stages.profile import SHORT
+    from recap_cli.memory.predict import SHORT
 
     known = registry.names("methods")
     given = [name.strip() for name in text.split(",") if name.strip()]
@@ -161,7 +161,7 @@ def _numbers(option: str, text: str | None, kind: Callable[[str], Number]) -> li
 
 
 def _bytes_of(budget: str) -> int:
-    from recap_cli.recipe import bytes_of
+    from recap_cli.recipe.recipe import bytes_of
 
     try:
         return bytes_of(budget)
@@ -171,7 +171,7 @@ def _bytes_of(budget: str) -> int:
 
 
 def _check_measure(recipe: "Recipe", measure: bool, snapshot: Path | None) -> None:
-    from recap_cli.stages import measure as measuring
+    from recap_cli.memory import measure as measuring
 
     if snapshot is not None and not measure:
         raise UsageError(f"--snapshot {snapshot}: expected only with --measure", hint="a prediction allocates nothing")
@@ -180,7 +180,7 @@ def _check_measure(recipe: "Recipe", measure: bool, snapshot: Path | None) -> No
 
 
 def _check_ratios(shares: Sequence[float], text: str | None, methods: Sequence[str], recipe: "Recipe") -> None:
-    from recap_cli.stages.profile import prunes
+    from recap_cli.memory.predict import prunes
 
     if shares and not any(prunes(method) for method in methods):
         raise UsageError(f"--ratios {text}: none of the methods {', '.join(methods)} prunes", hint="--methods pre-ft,recap")
@@ -194,24 +194,24 @@ def _check_ratios(shares: Sequence[float], text: str | None, methods: Sequence[s
 
 def _open(target: str, overrides: Sequence[str]) -> _Subject:
     """The recipe that was named, or the state and its recipe; its model, and what to tell of how that was come by."""
-    from recap_cli import recipe as recipes
-    from recap_cli.manifest import COMMIT, quoted
-    from recap_cli.stages import blueprint
+    from recap_cli.memory import meta_model
+    from recap_cli.recipe import recipe as recipes
+    from recap_cli.state.manifest import COMMIT, quoted
 
     if Path(target).name == COMMIT:
         raise UsageError(f"{target} is the record of a state", hint=f"name its folder: {quoted(Path(target).parent)}")
     if not Path(target).is_dir():
         recipe = recipes.read(target, overrides)
-        model, notes = blueprint.outline_with_data(recipe, console.track)
+        model, notes = meta_model.outline_with_data(recipe, console.track)
         return _Subject(recipe, None, model, notes)
-    from recap_cli.stages.context import Context
-    from recap_cli.stages.settings import recipe_of
-    from recap_cli.state import State
+    from recap_cli.rounds.context import Context
+    from recap_cli.rounds.settings import recipe_of
+    from recap_cli.state.store import State
 
     state = State.open(target)
     recipe = recipe_of(state, overrides)
     other = recipes.differences(recipe_of(state), recipe)
-    model, notes = _as_overridden(blueprint.outline_of(Context(state), console.track), state, other)
+    model, notes = _as_overridden(meta_model.outline_of(Context(state), console.track), state, other)
     return _Subject(recipe, state, model, notes)
 
 
@@ -219,8 +219,8 @@ def _as_overridden(model: "Outline", state: "State", other: Sequence[str]) -> "t
     """The outline of a state without what its own plan or mask say nothing of, as these keys are `other` than its own."""
     from dataclasses import replace
 
-    from recap_cli.manifest import quoted
-    from recap_cli.stages.blueprint import anew
+    from recap_cli.memory.meta_model import anew
+    from recap_cli.state.manifest import quoted
 
     fixed = [key for key in other if key.startswith(("model.", "task.")) or key == "data.image_size"]
     if fixed:
@@ -249,9 +249,9 @@ def _fit(subject: _Subject, target: str, overrides: Sequence[str], text: str) ->
     """What was changed for a budget, with the commands that run so, as plain values; and the recipe with the changes."""
     from dataclasses import asdict
 
-    from recap_cli import recipe as recipes
-    from recap_cli.stages import budget
-    from recap_cli.stages.settings import EXECUTION, recipe_of
+    from recap_cli.memory import budget
+    from recap_cli.recipe import recipe as recipes
+    from recap_cli.rounds.settings import EXECUTION, recipe_of
 
     recipe, state, model, _ = subject
     if state is not None:
@@ -279,8 +279,8 @@ def _commands(subject: _Subject, target: str, overrides: Sequence[str], text: st
     """The command lines that run with the changes; none in a state that has nothing left to run."""
     import shlex
 
-    from recap_cli.stages.budget import value_text
-    from recap_cli.stages.schedule import next_stage
+    from recap_cli.memory.budget import value_text
+    from recap_cli.rounds.status import next_stage
 
     recipe, state = subject.recipe, subject.state
     if state is not None and next_stage(recipe, state) is None:
@@ -305,7 +305,7 @@ def _assumptions(
     measure: bool,
 ) -> Iterator[str]:
     """What the figures take for granted that the recipe does not say."""
-    from recap_cli.stages.profile import prunes
+    from recap_cli.memory.predict import prunes
 
     if any(prunes(method) for method in methods):
         if model.plan is None or shares:

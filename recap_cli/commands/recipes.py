@@ -26,7 +26,7 @@ def list_recipes(as_json: JsonOption = False) -> None:
 
     Example: [bold]recap recipes ls[/bold]
     """
-    from recap_cli.recipe import shipped
+    from recap_cli.recipe.recipe import shipped
 
     rows = [recipe._asdict() for recipe in shipped()]
     if as_json:
@@ -41,7 +41,7 @@ def show(name: NameArgument, filled: FilledOption = False) -> None:
 
     Example: [bold]recap recipes show quickstart[/bold]
     """
-    from recap_cli.recipe import dump, read, shipped_text
+    from recap_cli.recipe.recipe import dump, read, shipped_text
 
     text = shipped_text(name)
     console.result((dump(read(name)) if filled else text).rstrip("\n"))
@@ -53,7 +53,7 @@ def copy(name: NameArgument, to: ToArgument = None) -> None:
 
     Example: [bold]recap recipes copy bert_base_cola mine.yaml[/bold]
     """
-    from recap_cli.recipe import shipped_text
+    from recap_cli.recipe.recipe import shipped_text
 
     text = shipped_text(name)
     path = Path(f"{name}.yaml") if to is None else to / f"{name}.yaml" if to.is_dir() else to
@@ -76,6 +76,6 @@ def schema() -> None:
 
     Example: [bold]recap recipes schema > recap.schema.json[/bold]
     """
-    from recap_cli.recipe import json_schema
+    from recap_cli.recipe.recipe import json_schema
 
     console.emit_json(json_schema())

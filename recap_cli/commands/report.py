@@ -20,6 +20,6 @@ def report(source: Annotated[Path, SOURCE], out: Annotated[Path | None, OUT] = N
 
     Example: [bold]recap report runs/cola[/bold]
     """
-    from recap_cli.stages import report as stage
+    from recap_cli.report import report as stage
 
     console.result(str(stage.report(source, out)))

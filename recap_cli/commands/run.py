@@ -11,7 +11,7 @@ from recap_cli.commands.arguments import RECIPE_HELP, DryRunOption, JsonOption, 
 from recap_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from recap_cli.recipe import Recipe
+    from recap_cli.recipe.recipe import Recipe
 
 OptionalRecipe = Annotated[
     str | None,
@@ -44,14 +44,14 @@ def run(
     """
     checked = _recipe(recipe, state, overrides or ())
     if dry_run:
-        from recap_cli.stages.schedule import describe
+        from recap_cli.rounds.status import describe
 
         for line in describe(checked):
             console.line(line)
         return
     from recap_cli.commands.tables import print_summary, say_change, say_stage
+    from recap_cli.rounds.status import summary
     from recap_cli.stages import run as stage
-    from recap_cli.stages.schedule import summary
 
     path = state if state is not None else Path("runs") / checked.name
     said = None if recipe is None else {given.partition("=")[0] for given in overrides or ()}
@@ -66,13 +66,13 @@ def run(
 
 def _recipe(source: str | None, state: Path | None, overrides: Sequence[str]) -> "Recipe":
     """Return the recipe that was named, or the one of the state that was."""
-    from recap_cli import recipe
+    from recap_cli.recipe import recipe
 
     if source is not None:
         return recipe.read(source, overrides)
     if state is None:
         raise UsageError("no recipe was named", hint="`recap run quickstart`; `recap recipes ls` lists the others")
-    from recap_cli.state import State
+    from recap_cli.state.store import State
 
     found = State.open(state)
     return recipe.parse(found.recipe_text, str(state / found.manifest.recipe), overrides)

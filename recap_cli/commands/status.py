@@ -11,7 +11,7 @@ def status(folder: StateArgument = None, as_json: JsonOption = False) -> None:
     """
     state = open_state(folder)
     from recap_cli.commands.tables import print_summary
-    from recap_cli.stages.schedule import summary
+    from recap_cli.rounds.status import summary
 
     found = summary(state)
     if as_json:

@@ -1,6 +1,6 @@
 """What `recap run`, `recap status` and the stages tell people: a line per finished stage, and the tables of a summary.
 
-The summary of a state, and its record per round, come from `recap_cli.stages.schedule.summary`. A round that is under way
+The summary of a state, and its record per round, come from `recap_cli.rounds.status.summary`. A round that is under way
 lacks what belongs to the stages to come; its cells stay empty.
 """
 

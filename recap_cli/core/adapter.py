@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from recap_cli.core.groups import Axis, Cut
+from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.ties import first_names, names_of
 
 

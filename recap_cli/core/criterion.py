@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from recap_cli.core.groups import Axis
+from recap_cli.core.axes import Axis
 
 Needs = Literal["none", "mean", "each"]
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from recap_cli.core.groups import Axis, Choice, compose, counts, everything, shapes_of, shrink, unit_params
-from recap_cli.core.scoring import Scores
-from recap_cli.core.selection import Scope, select
+from recap_cli.core.axes import Axis, Choice, compose, counts, everything, shapes_of, shrink, unit_params
+from recap_cli.core.importance import Scores
+from recap_cli.core.ranking import Scope, select
 from recap_cli.core.surgery import cut_model, indices
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:  # so that `recap status` reads turns without torch
     from torch import Tensor, nn
 
-    from recap_cli.core.groups import Axis, Choice
+    from recap_cli.core.axes import Axis, Choice
 
 Plan = Literal["importance", "same", "learned"]
 Moves = Literal["mask", "head", "training"]

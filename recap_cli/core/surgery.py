@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from recap_cli.core.groups import Axis, Choice, Shape
+from recap_cli.core.axes import Axis, Choice, Shape
 from recap_cli.core.ties import names_of
 
 Where = dict[str, dict[int, Tensor]]  # parameter → dimension → sorted int64 indices; what is not named is whole

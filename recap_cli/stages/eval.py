@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recap_cli.core.groups import counts, shapes_of
+from recap_cli.core.axes import counts, shapes_of
 from recap_cli.core.surgery import gather, indices, scatter
+from recap_cli.data import other_data, prediction_files
+from recap_cli.data.labels import Labels
+from recap_cli.data.splits import Split, make_split
 from recap_cli.errors import DataError, UsageError
-from recap_cli.manifest import quoted
+from recap_cli.machine import devices
 from recap_cli.progress import Track, silent
-from recap_cli.runtime import devices, other_data, prediction_files
-from recap_cli.runtime.data import Split, make_split
-from recap_cli.runtime.evaluation import Examples
-from recap_cli.runtime.evaluation import evaluate as score
-from recap_cli.runtime.labels import Labels
-from recap_cli.stages import context as shared
-from recap_cli.stages.context import Context
-from recap_cli.stages.cores import on_fitting_threads
-from recap_cli.stages.trainable import moving
-from recap_cli.state import State
+from recap_cli.rounds import context as shared
+from recap_cli.rounds.context import Context
+from recap_cli.rounds.small_model import moving
+from recap_cli.rounds.threads import on_fitting_threads
+from recap_cli.state.manifest import quoted
+from recap_cli.state.store import State
+from recap_cli.training.evaluation import Examples
+from recap_cli.training.evaluation import evaluate as score
 
 
 @dataclass(frozen=True)

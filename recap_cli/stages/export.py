@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from recap_cli.errors import StateError
+from recap_cli.models import export as product
 from recap_cli.progress import Track, silent
-from recap_cli.runtime import product
-from recap_cli.stages.context import Context
+from recap_cli.rounds.context import Context
 from recap_cli.stages.eval import best_tensors
-from recap_cli.state import State
+from recap_cli.state.store import State
 
 
 def export(state: State, out: Path, *, dense: bool = False, track: Track = silent) -> dict[str, Any]:

@@ -8,32 +8,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from recap_cli.core.embedding import PartialEmbedding
-from recap_cli.core.groups import Choice, counts, shrink
+from recap_cli.core.axes import Choice, counts, shrink
 from recap_cli.core.method import Attached, Turn
-from recap_cli.core.moments import COUNT, take_moments
-from recap_cli.core.optim import Optimizer, learning_rate
 from recap_cli.core.surgery import Where, compose_where, indices
+from recap_cli.data.sampling import batches, order, seed_for
+from recap_cli.data.splits import Split
 from recap_cli.errors import TrainingError, lacks_device_memory
+from recap_cli.machine import accounting, devices, snapshot
+from recap_cli.memory import oom
+from recap_cli.memory.oom import Ledger
+from recap_cli.models import build
 from recap_cli.progress import Track, silent
-from recap_cli.recipe import Recipe
-from recap_cli.runtime import devices, memory, models, snapshot, tasks
-from recap_cli.runtime.data import Split
-from recap_cli.runtime.evaluation import evaluate
-from recap_cli.runtime.order import batches, order, seed_for
-from recap_cli.runtime.training import LOWER_THE_RATE, Batch, Forward, Training, train
-from recap_cli.stages import context as shared
-from recap_cli.stages import exhaustion
-from recap_cli.stages import vocabulary as vocabularies
-from recap_cli.stages.context import Context
-from recap_cli.stages.cores import on_fitting_threads
-from recap_cli.stages.exhaustion import Ledger
-from recap_cli.stages.own import attach, make_own, rates_of, result_of, stepping
-from recap_cli.stages.settings import OnChange, adopt, recipe_of, unheard
-from recap_cli.stages.trainable import RESIDENTS, in_dtype, make_trainable, moving, rule_of
-from recap_cli.stages.turns import course_of, steps_in_round, steps_of
-from recap_cli.stages.vocabulary import Vocabulary
-from recap_cli.state import Draft, State
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds import context as shared
+from recap_cli.rounds.context import Context
+from recap_cli.rounds.custom_training import attach, make_own, rates_of, result_of, stepping
+from recap_cli.rounds.plans import course_of, steps_in_round, steps_of
+from recap_cli.rounds.settings import OnChange, adopt, recipe_of, unheard
+from recap_cli.rounds.small_model import RESIDENTS, in_dtype, make_trainable, moving, rule_of
+from recap_cli.rounds.threads import on_fitting_threads
+from recap_cli.state.store import Draft, State
+from recap_cli.tasks import task
+from recap_cli.trainable import token_rows as vocabularies
+from recap_cli.trainable.embedding import PartialEmbedding
+from recap_cli.trainable.moments import COUNT, take_moments
+from recap_cli.trainable.optim import Optimizer, learning_rate
+from recap_cli.trainable.token_rows import Vocabulary
+from recap_cli.training.evaluation import evaluate
+from recap_cli.training.loop import LOWER_THE_RATE, Batch, Forward, Training, train
 
 
 @on_fitting_threads
@@ -68,7 +70,7 @@ def finetune(
             raise
         ledger.measure(error)
     # The error, with the frames that hold the model and its activations, ends above: `explained` has the device to itself.
-    raise exhaustion.explained(here, state.manifest.round, ledger)
+    raise oom.explained(here, state.manifest.round, ledger)
 
 
 def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | None) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
     ):
         shared.check_rounds(here)
         recipe, folder = here.recipe, f"round-{draft.round:03d}"
-        memory.reset(device)
+        accounting.reset(device)
         turn, plan = here.turns[draft.round - 1], here.plan(folder)
         train_split, validation = here.splits(track)
         small = here.small(folder, plan)
@@ -93,11 +95,11 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
         optimizer = ledger.optimizer = _partial(here, model, turn, plan, chosen, where, own, device, vocabulary)
         del small  # what the forward reads is in the model; the fp32 originals of bf16 weights are not needed again
         torch.manual_seed(seed_for(recipe.seed, draft.round, "finetune"))
-        ledger.doing = exhaustion.TRAINING
+        ledger.doing = oom.TRAINING
         run = _train(here, model, optimizer, own, train_split, draft.round, device, track)
-        held: dict[str, Any] = {**memory.held(model, optimizer, run.gradient_bytes)}
-        peak = memory.training_peak(device, held)  # before the evaluation, which may have a higher one
-        ledger.doing = exhaustion.EVALUATING
+        held: dict[str, Any] = {**accounting.held(model, optimizer, run.gradient_bytes)}
+        peak = accounting.training_peak(device, held)  # before the evaluation, which may have a higher one
+        ledger.doing = oom.EVALUATING
         forward = _forward(here, model.eval())
         size = recipe.evaluate.batch_size
         metrics = evaluate(forward, validation, here.task, batch_size=size, device=device, track=track, label="validation")
@@ -107,8 +109,8 @@ def _finetune(here: Context, ledger: Ledger, track: Track, snapshot_to: Path | N
             draft.save_tensors(f"{folder}/{shared.ROWS}", vocabulary.to_tensors())
             draft.facts["token_rows"] = _token_rows(model, optimizer, vocabulary)
         moments = len(optimizer.rule.aging)
-        held["full_finetuning"] = memory.full_finetuning(_entry(state, "prune")["params_full"], moments)
-        held |= memory.measured(device, peak)
+        held["full_finetuning"] = accounting.full_finetuning(_entry(state, "prune")["params_full"], moments)
+        held |= accounting.measured(device, peak)
         draft.save_json(f"{folder}/{shared.MEMORY}", held)
         draft.save_json(f"{folder}/{shared.METRICS}", metrics)
         draft.facts |= {
@@ -142,7 +144,7 @@ def _partial(
     in_full = compose_where(indices(here.layout.axes, plan, here.layout.shapes), where)
     moments, steps = take_moments(here.full_moments(tuple(rule_of(settings).aging)), in_full)
     if settings.checkpointing:
-        models.enable_checkpointing(model)
+        build.enable_checkpointing(model)
     if own is None:
         slots = make_trainable(model, here.layout, here.recipe, turn, plan, chosen, device, vocabulary)
         scale = {slot.name: 1.0 for slot in slots}
@@ -183,7 +185,7 @@ def _train(
 
     return train(
         _forward(here, model.train()),
-        tasks.loss,
+        task.loss,
         optimizer,
         track(_epochs(recipe, split, before, steps, device), f"finetune, round {number}", steps),
         rate=rate,

@@ -12,27 +12,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from recap_cli import recipe as recipes
 from recap_cli import registry
-from recap_cli.core.groups import prunable_params
+from recap_cli.core.axes import prunable_params
 from recap_cli.core.method import Turn
-from recap_cli.core.optim import Optimizer, adamw, learning_rate
-from recap_cli.core.partial import Slot
+from recap_cli.data.sampling import batches, order, seed_for
+from recap_cli.data.splits import Split
 from recap_cli.errors import ModelError
+from recap_cli.machine import devices, threads
+from recap_cli.memory import budget
+from recap_cli.models import build, conformance
+from recap_cli.models.build import ModelSpec
 from recap_cli.progress import Track, silent
-from recap_cli.recipe import Recipe
-from recap_cli.runtime import conformance, devices, models, tasks, threads
-from recap_cli.runtime.data import Split
-from recap_cli.runtime.evaluation import chance, evaluate
-from recap_cli.runtime.models import ModelSpec
-from recap_cli.runtime.order import batches, order, seed_for
-from recap_cli.runtime.training import Batch, train
-from recap_cli.stages import budget
-from recap_cli.stages import context as shared
-from recap_cli.stages import vocabulary as vocabularies
-from recap_cli.stages.context import Layout
-from recap_cli.stages.turns import check_steps, steps_in_round, turns_for
-from recap_cli.state import Draft, State
+from recap_cli.recipe import recipe as recipes
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds import context as shared
+from recap_cli.rounds.context import Layout
+from recap_cli.rounds.plans import check_steps, steps_in_round, turns_for
+from recap_cli.state.store import Draft, State
+from recap_cli.tasks import task
+from recap_cli.trainable import token_rows as vocabularies
+from recap_cli.trainable.build import Slot
+from recap_cli.trainable.optim import Optimizer, adamw, learning_rate
+from recap_cli.training.evaluation import chance, evaluate
+from recap_cli.training.loop import Batch, train
 
 LIBRARIES = ("torch", "transformers", "timm", "safetensors")
 FULL = "full-000"
@@ -62,10 +64,10 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         devices.pick(recipe.finetune.device), devices.pick(recipe.importance.device)
         raw = shared.read_raw(recipe)
         torch.manual_seed(seed_for(recipe.seed, 0, "weights"))
-        created = models.create(**shared.source_of(recipe), label_names=raw.label_names)
+        created = build.create(**shared.source_of(recipe), label_names=raw.label_names)
         model, spec = created.model, created.spec
         draft.plugins["used"].append(registry.used("adapters", spec.model_type))
-        adapter = models.adapter_of(spec)
+        adapter = build.adapter_of(spec)
         _check_weights(model, recipe.model.name)
         _check_tokens(turns, model)
         with threads.limited(threads.fitting_alone(model)):
@@ -141,7 +143,7 @@ def _warm_up(
     with shared.on_device(model.eval(), layout.axes, device, spec.model_type):
         run = train(
             shared.forward_of(spec, model),
-            tasks.loss,
+            task.loss,
             Optimizer(_head_slots(model, layout.head), adamw(betas=(0.9, 0.999), eps=1e-8)),
             track(epochs(), "warm up the head", steps),
             rate=lambda step: learning_rate(step, steps=steps, peak=settings.lr, schedule="linear", warmup_ratio=0.0),
@@ -187,11 +189,11 @@ def _check_tokens(turns: Sequence[Turn], model: nn.Module) -> None:
 def _save(draft: Draft, model: nn.Module, spec: ModelSpec, processor: Any, layout: Layout) -> None:
     """The full model in its library's layout: weights, what is no part of a checkpoint, description and layout."""
     stored = set(model.state_dict())
-    tensors = models.tensors_of(model)
+    tensors = build.tensors_of(model)
     draft.save_tensors(f"{FULL}/{shared.WEIGHTS}", {name: t for name, t in tensors.items() if name in stored})
     if buffers := {name: t for name, t in tensors.items() if name not in stored}:
         draft.save_tensors(f"{FULL}/{shared.BUFFERS}", buffers)
     draft.save_json(f"{FULL}/{shared.LAYOUT}", layout.to_json())
-    for name, content in models.describe(spec, processor).items():
+    for name, content in build.describe(spec, processor).items():
         draft.path(f"{FULL}/{name}").write_bytes(content if isinstance(content, bytes) else content.encode())
     draft.set_full(FULL)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from recap_cli.core.groups import (
+from recap_cli.core.axes import (
     Axis,
     Choice,
     Shape,
@@ -17,17 +17,17 @@ from recap_cli.core.groups import (
     shapes_of,
     unit_params,
 )
-from recap_cli.core.scoring import Scores, group_scores
-from recap_cli.core.selection import select
+from recap_cli.core.importance import Scores, group_scores
+from recap_cli.core.ranking import select
+from recap_cli.data.sampling import generator_for, seed_for
+from recap_cli.machine import devices
 from recap_cli.progress import Track, silent
-from recap_cli.recipe import Recipe
-from recap_cli.runtime import devices
-from recap_cli.runtime.order import generator_for, seed_for
-from recap_cli.stages import context as shared
-from recap_cli.stages.context import Context
-from recap_cli.stages.cores import on_fitting_threads
-from recap_cli.stages.trainable import fine_axes
-from recap_cli.state import State
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds import context as shared
+from recap_cli.rounds.context import Context
+from recap_cli.rounds.small_model import fine_axes
+from recap_cli.rounds.threads import on_fitting_threads
+from recap_cli.state.store import State
 
 
 @on_fitting_threads

@@ -5,16 +5,16 @@ from typing import Any
 
 from torch import Tensor
 
-from recap_cli.core.groups import Shape, shapes_of
-from recap_cli.core.moments import COUNT, put_moments
+from recap_cli.core.axes import Shape, shapes_of
 from recap_cli.core.surgery import Where, compose_where, gather, indices, scatter
 from recap_cli.progress import Track, silent
-from recap_cli.runtime.tasks import goodness
-from recap_cli.stages import context as shared
-from recap_cli.stages.context import Context
-from recap_cli.stages.cores import on_fitting_threads
-from recap_cli.stages.trainable import moving, rule_of
-from recap_cli.state import Draft, State
+from recap_cli.rounds import context as shared
+from recap_cli.rounds.context import Context
+from recap_cli.rounds.small_model import moving, rule_of
+from recap_cli.rounds.threads import on_fitting_threads
+from recap_cli.state.store import Draft, State
+from recap_cli.tasks.task import goodness
+from recap_cli.trainable.moments import COUNT, put_moments
 
 
 @on_fitting_threads

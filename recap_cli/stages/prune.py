@@ -1,33 +1,26 @@
 """`prune`: cut the full model to the small model of this round, by importance on D_s (paper, sec. 3.1) or as its turn says."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recap_cli.core import adapter, gradual
-from recap_cli.core.groups import Axis, Choice, Shape, chosen_params, counts, kept_per_layer, prunable_params, unit_params
+from recap_cli.core.axes import Axis, Choice, chosen_params, counts, kept_per_layer, prunable_params
+from recap_cli.core.importance import Scores, averaged, group_scores
 from recap_cli.core.method import Turn
-from recap_cli.core.scoring import Scores, averaged, group_scores
-from recap_cli.core.selection import ranked_together, select
+from recap_cli.core.ranking import ranked_together
 from recap_cli.core.surgery import cut_model, indices
+from recap_cli.data.sampling import seed_for
+from recap_cli.machine import devices
+from recap_cli.models import build
 from recap_cli.progress import Track, silent
-from recap_cli.recipe import Recipe
-from recap_cli.runtime import devices, models
-from recap_cli.runtime.order import seed_for
-from recap_cli.stages import context as shared
-from recap_cli.stages.context import Context
-from recap_cli.stages.cores import on_fitting_threads
-from recap_cli.state import Draft, State
-
-
-class Limits(TypedDict):
-    """The arguments of a selection that follow from the recipe alone."""
-
-    floor: float
-    uniform: bool
-    round_to: int
+from recap_cli.rounds import context as shared
+from recap_cli.rounds.context import Context
+from recap_cli.rounds.selection import choose, limits
+from recap_cli.rounds.threads import on_fitting_threads
+from recap_cli.state.store import Draft, State
 
 
 @on_fitting_threads
@@ -45,7 +38,7 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
         torch.manual_seed(seed_for(here.recipe.seed, draft.round, "prune"))
         plan = _PLANS[turn.plan](here, model, turn, draft, track)
         folder = f"round-{draft.round:03d}"
-        small = models.tensors_of(model)
+        small = build.tensors_of(model)
         draft.save_tensors(f"{folder}/{shared.PLAN}", shared.as_bytes(plan))
         draft.save_tensors(f"{folder}/{shared.SMALL}", small)
         draft.set_small(folder)
@@ -98,26 +91,6 @@ def _cut(here: Context, model: nn.Module, plan: Choice) -> Choice:
     cut_model(model, indices(here.layout.axes, plan, here.layout.shapes))
     adapter.resize(here.adapter, model, counts(plan))
     return plan
-
-
-def choose(
-    recipe: Recipe, axes: Sequence[Axis], shapes: Mapping[str, Shape], scores: Mapping[str, Tensor], keep_share: float
-) -> Choice:
-    """The groups of the highest scores that hold a share of the prunable parameters, by the recipe's scope and limits."""
-    return select(
-        axes,
-        scores,
-        {axis.name: unit_params(axis, shapes) for axis in axes},
-        original={axis.name: axis.size for axis in axes},
-        keep_share=keep_share,
-        scope=recipe.prune.scope,
-        **limits(recipe),
-    )
-
-
-def limits(recipe: Recipe) -> Limits:
-    """What a plan must respect, whatever its ratio."""
-    return {"floor": recipe.prune.floor, "uniform": recipe.prune.uniform, "round_to": recipe.prune.round_to}
 
 
 def _scorer(

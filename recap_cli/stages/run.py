@@ -5,20 +5,20 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from recap_cli.folder import plain
-from recap_cli.manifest import COMMIT
+from recap_cli.memory.budget import as_solved
 from recap_cli.progress import Track, silent
-from recap_cli.recipe import Recipe
-from recap_cli.stages import record
-from recap_cli.stages.budget import as_solved
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds import record
+from recap_cli.rounds.settings import OnChange, adopt, unheard
+from recap_cli.rounds.status import next_stage
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
-from recap_cli.stages.schedule import next_stage
-from recap_cli.stages.settings import OnChange, adopt, unheard
-from recap_cli.state import State
+from recap_cli.state.lock import plain
+from recap_cli.state.manifest import COMMIT
+from recap_cli.state.store import State
 
 STAGES = {"prune": prune, "mask": mask, "finetune": finetune, "merge": merge}
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from recap_cli.core.adapter import Adapter, Heads, Neurons, block_paths, find_axes, matches, names_found, resize
-from recap_cli.core.groups import Axis, Cut, check_axes, shapes_of
+from recap_cli.core.axes import Axis, Cut, check_axes, shapes_of
 from recap_cli.plugins.adapters.bert import BERT, DISTILBERT
 from recap_cli.plugins.adapters.timm_vit import TIMM_VIT
 from recap_cli.plugins.adapters.vit import DINOV2, VIT

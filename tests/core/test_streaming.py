@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recap_cli import registry
 from recap_cli.core.adapter import block_paths, find_axes
+from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.criterion import Criterion
-from recap_cli.core.groups import Axis, Cut
-from recap_cli.core.scoring import group_scores
+from recap_cli.core.importance import group_scores
 from recap_cli.core.streaming import streamed
 from recap_cli.errors import ModelError
-from recap_cli.runtime import models
-from tests.core.test_scoring import losses_of, prepared
+from recap_cli.models import build
+from tests.core.test_importance import losses_of, prepared
 from tests.decoders import ADAPTERS, decoder
 from tests.pico import LABELS, PICO
 
@@ -77,7 +77,7 @@ def assert_as_before(model: nn.Module, before: dict[str, tuple[int, int, str, Te
 @pytest.mark.parametrize("name", sorted(PICO))
 def test_scores_and_logits_are_those_of_the_plain_model_and_nothing_is_left_behind(name: str) -> None:
     model, axes, data, spec = prepared(name)
-    blocks, forward, before = block_paths(model, axes), models.forward(spec), state_of(model)
+    blocks, forward, before = block_paths(model, axes), build.forward(spec), state_of(model)
     assert len(blocks) == 2
     for criterion in (registry.load("criteria", "taylor"), registry.load("criteria", "fisher")):
         assert isinstance(criterion, Criterion)
@@ -190,7 +190,7 @@ def test_weights_go_to_another_device_and_their_gradients_come_back(name: str) -
         inputs = {key: mode.from_tensor(tensor).to(THERE) for key, tensor in data[0][0].items()}
         with streamed(model, blocks, THERE):
             for _ in range(2):  # the second is added to the first
-                logits = models.forward(spec)(model, inputs)
+                logits = build.forward(spec)(model, inputs)
                 logits.sum().backward()
     assert logits.device.type == THERE
     trained = {key: param for key, param in model.named_parameters() if param.grad is not None}
@@ -289,7 +289,7 @@ def test_a_block_that_drops_at_random_is_refused() -> None:
 def test_a_decoder_with_a_cache_scores_streamed_what_it_scores_unstreamed(name: str) -> None:
     model, spec = decoder(name)
     axes = find_axes(ADAPTERS[name], model)
-    data = [(models.example_batch(spec, batch=3, seed=i), torch.arange(3) % len(LABELS)) for i in range(2)]
+    data = [(build.example_batch(spec, batch=3, seed=i), torch.arange(3) % len(LABELS)) for i in range(2)]
     criterion = registry.load("criteria", "taylor")
     assert isinstance(criterion, Criterion)
     plain = group_scores(model, axes, criterion, losses_of(model, spec, data))
@@ -303,7 +303,7 @@ def test_a_decoder_with_a_cache_scores_streamed_what_it_scores_unstreamed(name: 
 @pytest.mark.parametrize(("name", "block"), [("gpt2", r"transformer\.h\.0 \(GPT2Bl"), ("llama", r"model\.layers\.0 \(LlamaD")])
 def test_a_cache_is_refused_by_the_names_of_block_and_argument(name: str, block: str) -> None:
     model, spec = decoder(name)
-    axes, batch = find_axes(ADAPTERS[name], model), models.example_batch(spec)
+    axes, batch = find_axes(ADAPTERS[name], model), build.example_batch(spec)
     with (
         streamed(model, block_paths(model, axes), "cpu"),
         pytest.raises(ModelError, match=f"{block}.*its argument cache holds a DynamicCache") as caught,

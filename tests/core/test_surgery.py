@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from recap_cli.core.surgery import cut_model, gather, put, scatter, take
-from tests.core.test_partial import Conv1D
+from tests.trainable.test_build import Conv1D
 
 DIMS = {0: torch.tensor([0, 2, 3]), 1: torch.tensor([1, 4]), 2: torch.tensor([0])}
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli.core.adapter import Adapter, find_axes
-from recap_cli.core.groups import Axis, Cut, check_axes, shapes_of
-from recap_cli.core.linear import PartialLinear
-from recap_cli.core.optim import Optimizer, adamw, sgd
-from recap_cli.core.partial import Slot, make_partial, tied_otherwise
-from recap_cli.core.quantized import QuantizedEmbedding
+from recap_cli.core.axes import Axis, Cut, check_axes, shapes_of
 from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import Where, cut_model, indices, put, take
 from recap_cli.core.ties import Once, names_of
-from recap_cli.runtime.memory import storage_bytes
-from recap_cli.runtime.training import train
-from tests.core.test_partial import Conv1D
+from recap_cli.machine.accounting import storage_bytes
+from recap_cli.trainable.build import Slot, make_partial, tied_otherwise
+from recap_cli.trainable.frozen_weights import QuantizedEmbedding
+from recap_cli.trainable.linear import PartialLinear
+from recap_cli.trainable.optim import Optimizer, adamw, sgd
+from recap_cli.training.loop import train
+from tests.trainable.test_build import Conv1D
 
 WORDS, WIDTH = 12, 8
 TABLE, UP = ["table.weight", "out.weight"], ["blocks.0.up.weight", "blocks.1.up.weight"]

@@ -58,14 +58,14 @@ def test_the_first_three_faults_together_fail(server: FaultServer, unchanged: Ou
 
 
 def test_a_test_that_crashes_has_found_no_fault(server: FaultServer, unchanged: Outcomes) -> None:
-    test, file = "tests/core/test_optim.py::test_vectors_do_not_decay", "recap_cli/core/optim.py"
+    test, file = "tests/trainable/test_optim.py::test_vectors_do_not_decay", "recap_cli/trainable/optim.py"
     text = (ROOT / file).read_text(encoding="utf-8").replace("if slot.leaf.ndim > 1", "if slot.leaf.nothing")
     assert server.run([test], {file: text}) == {test: "crashed: AttributeError"}
 
 
 def test_a_source_that_cannot_be_imported_is_no_fault_that_a_test_found(server: FaultServer, unchanged: Outcomes) -> None:
-    test = "tests/core/test_optim.py::test_vectors_do_not_decay"
-    outcomes = server.run([test], {"recap_cli/core/optim.py": "raise RuntimeError('broken')"})
+    test = "tests/trainable/test_optim.py::test_vectors_do_not_decay"
+    outcomes = server.run([test], {"recap_cli/trainable/optim.py": "raise RuntimeError('broken')"})
     assert "failed" not in outcomes.values()
     assert "error" in outcomes.values()
-    assert Path(ROOT / "recap_cli/core/optim.py").read_text().startswith('"""SGD')  # nothing is written to the sources
+    assert Path(ROOT / "recap_cli/trainable/optim.py").read_text().startswith('"""SGD')  # nothing is written to the sources

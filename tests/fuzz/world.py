@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from recap_cli.cli import main
-from recap_cli.recipe import dump
+from recap_cli.recipe.recipe import dump
 from tests.pico import pico
 from tests.tiny import data_folder, tiny
 

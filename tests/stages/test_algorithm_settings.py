@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 import recap_cli.stages.finetune as finetuning
-from recap_cli.core.optim import Optimizer
-from recap_cli.recipe import Recipe
-from recap_cli.stages import context as shared
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds import context as shared
+from recap_cli.rounds.status import summary
 from recap_cli.stages.run import run
-from recap_cli.stages.schedule import summary
-from recap_cli.state import State
+from recap_cli.state.store import State
+from recap_cli.trainable.optim import Optimizer
 from tests.stages import naive
 from tests.stages.expected import assert_near, check_training, naive_mask, naive_plan
 from tests.stages.witness import Record, indices_of, record_of, still, watching, witnessed

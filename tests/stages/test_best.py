@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import recap_cli.stages.finetune as finetuning
-from recap_cli.recipe import Recipe
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds.status import finished, summary
 from recap_cli.stages.run import run
-from recap_cli.stages.schedule import finished, summary
-from recap_cli.state import State
+from recap_cli.state.store import State
 from tests.tiny import tiny
 
 

@@ -9,16 +9,15 @@ import torch
 
 from recap_cli import registry
 from recap_cli.core.streaming import streamed
-from recap_cli.recipe import Recipe
-from recap_cli.runtime import prediction
-from recap_cli.runtime.prediction import Fakes
-from recap_cli.stages import blueprint, profile
-from recap_cli.stages import context as shared
+from recap_cli.memory import fake_step, meta_model, predict
+from recap_cli.memory.fake_step import Fakes
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds import context as shared
 from recap_cli.stages.init import init
 from recap_cli.stages.run import run
 from tests.decoders import ADAPTERS, SIZES
+from tests.memory.test_fake_step import real
 from tests.pico import LABELS
-from tests.runtime.test_prediction import real
 from tests.stages.test_on_device import decided
 from tests.tiny import data_folder, tiny
 
@@ -63,7 +62,7 @@ def test_a_llama_is_finetuned_in_bf16_with_its_frequencies_in_fp32(tmp_path: Pat
     state = run(recipe("llama", rounds=1, finetune={"resident": "bf16"}), tmp_path / "state")
     entry = next(entry for entry in state.manifest.history if entry["stage"] == "finetune")
     model = recipe("llama", finetune={"resident": "bf16"})
-    step, _ = profile.prepare(blueprint.outline(model, LABELS), model, "recap", real)
+    step, _ = predict.prepare(meta_model.outline(model, LABELS), model, "recap", real)
     assert entry["loss"] < 10
     assert {buffer.dtype for name, buffer in step.model.named_buffers() if "inv_freq" in name} == {torch.float32}
 
@@ -72,8 +71,8 @@ def test_a_llama_is_finetuned_in_bf16_with_its_frequencies_in_fp32(tmp_path: Pat
 @pytest.mark.parametrize("name", sorted(ADAPTERS))
 def test_predicted_weights_are_those_that_are_held_to_the_byte(name: str, resident: str) -> None:
     wanted, fakes = recipe(name, finetune={"resident": resident}), Fakes()
-    outline = blueprint.outline(wanted, LABELS)
-    predicted = fakes.usage(profile.prepare(outline, wanted, "recap", fakes.like)[0], "cpu")
-    counted = prediction.usage(profile.prepare(outline, wanted, "recap", real)[0])
+    outline = meta_model.outline(wanted, LABELS)
+    predicted = fakes.usage(predict.prepare(outline, wanted, "recap", fakes.like)[0], "cpu")
+    counted = fake_step.usage(predict.prepare(outline, wanted, "recap", real)[0])
     for kind in ("weights", "gradients", "optimizer"):
         assert predicted.maxima[kind] == counted.maxima[kind], kind  # type: ignore[index]

@@ -17,13 +17,13 @@ from PIL import Image
 from pyarrow import parquet
 
 from recap_cli.cli import main
+from recap_cli.data import prediction_files
 from recap_cli.errors import CorruptStateError, DataError, RecapError, StorageError, UsageError
-from recap_cli.runtime import prediction_files
-from recap_cli.stages.context import Context
+from recap_cli.rounds.context import Context
 from recap_cli.stages.eval import evaluate
 from recap_cli.stages.init import init
 from recap_cli.stages.run import run
-from recap_cli.state import State
+from recap_cli.state.store import State
 from tests.pico import LABELS
 from tests.tiny import VALIDATION, data_folder, tiny
 

@@ -14,22 +14,23 @@ from torch import Tensor
 
 import recap_cli.stages.finetune as finetuning
 from recap_cli import registry
-from recap_cli.core.groups import chosen_params, counts, prunable_params, refine, shapes_of, shrink, unit_params
-from recap_cli.core.moments import COUNT
-from recap_cli.core.partial import bring_forward, make_partial
+from recap_cli.core.axes import chosen_params, counts, prunable_params, refine, shapes_of, shrink, unit_params
 from recap_cli.core.surgery import compose_where, gather, indices, scatter, take
-from recap_cli.runtime import models, tasks
-from recap_cli.runtime.order import batches, order, seed_for
-from recap_cli.stages import context as shared
-from recap_cli.stages.context import Context
+from recap_cli.data.sampling import batches, order, seed_for
+from recap_cli.models import build
+from recap_cli.rounds import context as shared
+from recap_cli.rounds.context import Context
+from recap_cli.rounds.small_model import frozen_whole, moving
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
-from recap_cli.stages.trainable import frozen_whole, moving
-from recap_cli.state import State
+from recap_cli.state.store import State
+from recap_cli.tasks import task
+from recap_cli.trainable.build import bring_forward, make_partial
+from recap_cli.trainable.moments import COUNT
 from tests.pico import PICO
 from tests.tiny import tiny
 
@@ -89,12 +90,12 @@ def test_i2_compact_gradients_are_the_dense_gradients_at_those_entries(rounds: R
     split, _ = here.splits(lambda items, label, total=None: iter(items))
     (batch,) = batches(split, torch.arange(6), 6)
     dense, partial = (here.model({n: t.clone() for n, t in small.items()}, counts(plan)) for _ in range(2))
-    forward = models.forward(here.spec)
-    tasks.loss(forward(dense, batch), batch["labels"]).backward()
+    forward = build.forward(here.spec)
+    task.loss(forward(dense, batch), batch["labels"]).backward()
     fine = [refine(axis) for axis in shrink(here.layout.axes, plan)]
     there = bring_forward(partial, fine, chosen, where)
     slots = make_partial(partial, there, frozen=lambda n: frozen_whole(here.layout, here.turns[0], n))
-    tasks.loss(forward(partial, batch), batch["labels"]).backward()
+    task.loss(forward(partial, batch), batch["labels"]).backward()
     wanted = dict(dense.named_parameters())
     for slot in slots:
         if (grad := wanted[slot.name].grad) is not None:
@@ -222,7 +223,7 @@ def test_i5_both_ratios_zero_in_one_round_is_plain_finetuning_to_the_bit(name: s
     optimizer = torch.optim.AdamW(groups, lr=0.0, foreach=False)
     split, _ = here.splits(lambda items, label, total=None: iter(items))
     steps = 5  # one epoch of 40 in batches of 8
-    forward = models.forward(here.spec)
+    forward = build.forward(here.spec)
     model.train()
     torch.manual_seed(seed_for(recipe.seed, 1, "finetune"))
     for step, batch in enumerate(batches(split, order(len(split), seed=recipe.seed, round=1, epoch=0), 8)):
@@ -243,7 +244,7 @@ def test_two_rounds_in_which_everything_moves_are_one_torch_optimizer(tmp_path: 
     model = here.model({n: t.clone() for n, t in here.full_tensors().items()})
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=False, weight_decay=0.0)
     split, _ = here.splits(lambda items, label, total=None: iter(items))
-    forward = models.forward(here.spec)
+    forward = build.forward(here.spec)
     model.train()
     for round in (1, 2):
         torch.manual_seed(seed_for(here.recipe.seed, round, "finetune"))

@@ -10,14 +10,14 @@ from torch import nn
 import recap_cli
 from recap_cli.commands.tables import _sizes
 from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes
-from recap_cli.core.groups import Axis, chosen_params, prunable_params
+from recap_cli.core.axes import Axis, chosen_params, prunable_params
+from recap_cli.models import build
 from recap_cli.plugins.adapters.bert import BERT
-from recap_cli.runtime import models
-from recap_cli.stages.context import Context
+from recap_cli.report.report import report
+from recap_cli.rounds.context import Context
+from recap_cli.rounds.status import summary
 from recap_cli.stages.export import export
-from recap_cli.stages.report import report
 from recap_cli.stages.run import run
-from recap_cli.stages.schedule import summary
 from tests.tiny import tiny
 
 WIDE = 4  # neurons of an expert
@@ -50,7 +50,7 @@ def test_a_run_prunes_masks_shows_and_exports_whatever_kinds_there_are(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, layers = ADAPTERS[name]
-    monkeypatch.setattr(models, "adapter_of", lambda spec: adapter)
+    monkeypatch.setattr(build, "adapter_of", lambda spec: adapter)
     state = run(tiny("bert"), tmp_path / "state")
     here, rounds = Context(state), summary(state)["rounds"]
     plan, axes, shapes = here.plan("round-002"), here.layout.axes, here.layout.shapes

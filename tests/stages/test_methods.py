@@ -13,19 +13,19 @@ from torch import Tensor
 
 from recap_cli import registry
 from recap_cli.api import Attached, Method, Turn
-from recap_cli.core.groups import counts, everything
+from recap_cli.core.axes import counts, everything
 from recap_cli.errors import PluginError
 from recap_cli.plugins.methods.lora import targets
 from recap_cli.plugins.methods.movement import keep_share
-from recap_cli.runtime.evaluation import evaluate
-from recap_cli.stages import context as shared
-from recap_cli.stages.context import Context
+from recap_cli.rounds import context as shared
+from recap_cli.rounds.context import Context
+from recap_cli.rounds.selection import choose
+from recap_cli.rounds.status import summary
 from recap_cli.stages.export import export
 from recap_cli.stages.init import init
-from recap_cli.stages.prune import choose
 from recap_cli.stages.run import STAGES, run
-from recap_cli.stages.schedule import summary
-from recap_cli.state import State
+from recap_cli.state.store import State
+from recap_cli.training.evaluation import evaluate
 from tests.tiny import tiny
 
 METHODS = registry.names("methods")
@@ -250,7 +250,7 @@ def test_stopped_in_every_stage_and_resumed_is_uninterrupted(method: str, tmp_pa
 
 @pytest.mark.parametrize("method", ["post-ft", "movement", "lora-ft"])
 def test_stage_by_stage_is_what_run_does(method: str, tmp_path: Path) -> None:
-    from recap_cli.stages.schedule import next_stage
+    from recap_cli.rounds.status import next_stage
 
     state = init(tiny("vit", method=method), tmp_path / "state")
     while stage := next_stage(Context(state).recipe, state):
@@ -313,8 +313,8 @@ def broken(*_: Any) -> Any:
 def test_a_strangers_training_that_goes_wrong_is_named_and_nothing_is_committed(
     training: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recap_cli.stages.turns.method_of", lambda _: strangers(training))
-    monkeypatch.setattr("recap_cli.stages.own.method_of", lambda _: strangers(training))
+    monkeypatch.setattr("recap_cli.rounds.plans.method_of", lambda _: strangers(training))
+    monkeypatch.setattr("recap_cli.rounds.custom_training.method_of", lambda _: strangers(training))
     with pytest.raises(PluginError, match=said):
         run(tiny("vit", rounds=1), tmp_path / "state")
     assert State.open(tmp_path / "state").manifest.stage == "mask"
@@ -327,7 +327,7 @@ def test_result_is_given_the_small_model_as_it_was(tmp_path: Path, monkeypatch: 
         seen.update({name: values[name] - small[name] for name in values})
         return dict(values), {}
 
-    for place in ("turns", "own"):
-        monkeypatch.setattr(f"recap_cli.stages.{place}.method_of", lambda _: strangers(attached(result=result)))
+    for place in ("plans", "custom_training"):
+        monkeypatch.setattr(f"recap_cli.rounds.{place}.method_of", lambda _: strangers(attached(result=result)))
     run(tiny("vit", rounds=1), tmp_path / "state")
     assert all(bool(delta.any()) for delta in seen.values())

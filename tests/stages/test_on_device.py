@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from recap_cli.core.adapter import block_paths
-from recap_cli.core.groups import Axis, Cut
+from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.streaming import streamed
 from recap_cli.errors import PluginError
-from recap_cli.stages import blueprint, profile
-from recap_cli.stages import context as shared
-from recap_cli.stages.context import Context
+from recap_cli.memory import meta_model, predict
+from recap_cli.rounds import context as shared
+from recap_cli.rounds.context import Context
 from recap_cli.stages.eval import evaluate
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.prune import prune
-from recap_cli.state import State
+from recap_cli.state.store import State
 from tests.pico import pico
 from tests.tiny import tiny
 
@@ -66,10 +66,10 @@ def test_an_adapter_whose_axes_say_no_block_is_named_before_anything_goes_to_a_d
         shared.on_device(model, whole, torch.device("cuda"), "mine")
     assert "importance.device=cpu" in str(caught.value.hint)
     assert {tensor.device.type for tensor in model.parameters()} == {"cpu"}
-    outline = blueprint.outline(tiny("vit"))
+    outline = meta_model.outline(tiny("vit"))
     unsaid = replace(outline, layout=replace(outline.layout, axes=tuple(whole)))
     with pytest.raises(PluginError, match=f"the adapter '{spec.model_type}'"):
-        profile.importance_bytes(unsaid, tiny("vit"))
+        predict.importance_bytes(unsaid, tiny("vit"))
 
 
 @pytest.mark.parametrize(

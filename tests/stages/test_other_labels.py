@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from recap_cli.data import sources
 from recap_cli.errors import DataError
-from recap_cli.runtime import sources
 from recap_cli.stages.eval import evaluate
 from recap_cli.stages.init import init
-from recap_cli.state import State
+from recap_cli.state.store import State
 from tests.tiny import tiny
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.criterion import Criterion
-from recap_cli.core.groups import Axis, Cut
-from recap_cli.core.selection import select
+from recap_cli.core.ranking import select
 from recap_cli.errors import PluginError
-from recap_cli.stages import context
+from recap_cli.rounds import context
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import _chosen, mask
 from recap_cli.stages.prune import prune

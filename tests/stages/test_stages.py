@@ -10,9 +10,7 @@ import pytest
 import torch
 
 import recap_cli.stages.finetune as finetuning
-from recap_cli import recipe as recipes
-from recap_cli.core.groups import counts
-from recap_cli.core.optim import Optimizer
+from recap_cli.core.axes import counts
 from recap_cli.errors import (
     DeviceMemoryError,
     ModelError,
@@ -23,19 +21,22 @@ from recap_cli.errors import (
     TrainingError,
     UsageError,
 )
-from recap_cli.stages import context as shared
+from recap_cli.memory import oom
+from recap_cli.recipe import recipe as recipes
+from recap_cli.rounds import context as shared
+from recap_cli.rounds import small_model
+from recap_cli.rounds.context import Context
+from recap_cli.rounds.settings import EXECUTION
+from recap_cli.rounds.status import describe, next_stage, summary
 from recap_cli.stages import eval as evaluation
-from recap_cli.stages import exhaustion, trainable
-from recap_cli.stages.context import Context
 from recap_cli.stages.export import export
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import choose, prune
 from recap_cli.stages.run import run
-from recap_cli.stages.schedule import describe, next_stage, summary
-from recap_cli.stages.settings import EXECUTION
-from recap_cli.state import State
+from recap_cli.state.store import State
+from recap_cli.trainable.optim import Optimizer
 from tests.tiny import tiny
 
 finetune = finetuning.finetune
@@ -170,7 +171,7 @@ def test_micro_batches_are_the_big_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["bert", "vit", "timm-vit"])
 def test_checkpointing_runs_every_block_twice(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: dict[bool, int] = {}
-    partial = trainable.make_partial
+    partial = small_model.make_partial
     for checkpointing in (False, True):
         calls[checkpointing] = 0
 
@@ -181,7 +182,7 @@ def test_checkpointing_runs_every_block_twice(name: str, tmp_path: Path, monkeyp
                 layer.register_forward_pre_hook(lambda *_: calls.__setitem__(on, calls[on] + torch.is_grad_enabled()))
             return slots
 
-        monkeypatch.setattr(trainable, "make_partial", counted)
+        monkeypatch.setattr(small_model, "make_partial", counted)
         moved_by(tmp_path / str(checkpointing), name, finetune={"checkpointing": checkpointing, "steps": 1})
     assert calls[True] >= calls[False] + 4  # two layers with two norms each
 
@@ -406,7 +407,7 @@ def test_a_round_of_the_ramp_gives_no_best_model_and_nothing_is_scored_before_th
 @pytest.mark.parametrize("dense", [False, True])
 def test_an_export_gives_the_logits_of_the_best_model(dense: bool, tmp_path: Path) -> None:
     import recap_cli
-    from recap_cli.runtime import models
+    from recap_cli.models import build
 
     state = run(tiny("vit", rounds=1), tmp_path / "state")
     facts = export(state, tmp_path / "out", dense=dense)
@@ -414,11 +415,11 @@ def test_an_export_gives_the_logits_of_the_best_model(dense: bool, tmp_path: Pat
     best = state.manifest.best
     assert best is not None
     model = here.model(state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}"), counts(here.plan(best["folder"])))
-    batch = models.example_batch(here.spec)
+    batch = build.example_batch(here.spec)
     loaded = recap_cli.load(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(
-            loaded(pixel_values=batch["pixel_values"]).logits, models.forward(here.spec)(model, batch), rtol=1e-4, atol=1e-5
+            loaded(pixel_values=batch["pixel_values"]).logits, build.forward(here.spec)(model, batch), rtol=1e-4, atol=1e-5
         )
     assert facts["form"] == ("dense" if dense else facts["form"])
 
@@ -601,7 +602,7 @@ def test_a_device_that_is_too_small_is_explained_and_the_state_goes_on_with_less
         asked.append([thing() for thing in held])
         return [("finetune.checkpointing=true", 5_000_000), ("prune.ratio=0.5", 3_000_000), ("finetune.resident=bf16", 0)]
 
-    monkeypatch.setattr(exhaustion, "_savings", savings)
+    monkeypatch.setattr(oom, "_savings", savings)
     with pytest.raises(DeviceMemoryError) as caught:
         finetune(state)
     told, hint = caught.value.message, str(caught.value.hint)
@@ -634,7 +635,7 @@ def test_without_a_prediction_the_settings_that_are_still_off_are_named(
     def broken(_: Context) -> None:
         raise RuntimeError("fake tensors, and what not")
 
-    monkeypatch.setattr(exhaustion.budget, "savings", broken)
+    monkeypatch.setattr(oom.budget, "savings", broken)
     with pytest.raises(DeviceMemoryError) as caught:
         finetune(masked(tmp_path / "state", finetune={"checkpointing": True}))
     hint = str(caught.value.hint)
@@ -645,7 +646,7 @@ def test_without_a_prediction_the_settings_that_are_still_off_are_named(
 
 
 def test_on_cuda_the_message_names_the_card_what_was_held_and_what_others_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recap_cli.runtime import nvml
+    from recap_cli.machine import nvml
 
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 70_000_000)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 80_000_000)
@@ -653,9 +654,9 @@ def test_on_cuda_the_message_names_the_card_what_was_held_and_what_others_hold(m
     properties = SimpleNamespace(name="Made Up 3000", total_memory=100_000_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(nvml, "processes", lambda _: nvml.Processes(1, 9_000_000, ()))
-    ledger = exhaustion.Ledger(torch.device("cuda"), "training")
+    ledger = oom.Ledger(torch.device("cuda"), "training")
     ledger.measure(torch.OutOfMemoryError(LACK))
-    told = exhaustion._message(3, ledger)
+    told = oom._message(3, ledger)
     assert told == (
         "cuda (Made Up 3000, 100.0 MB in all): out of memory in `finetune` of round 3, while training, where 2.00 GiB more "
         "were asked for; this run held 70.0 MB: weights 0.0 MB, gradients 0.0 MB, optimizer state 0.0 MB, activations and "
@@ -663,7 +664,7 @@ def test_on_cuda_the_message_names_the_card_what_was_held_and_what_others_hold(m
     )
     monkeypatch.setattr(nvml, "processes", lambda _: nvml.Processes())
     ledger.measure(torch.OutOfMemoryError(LACK))
-    assert exhaustion._message(3, ledger).endswith(
+    assert oom._message(3, ledger).endswith(
         "; 10.0 MB were held outside this run's allocator: by other processes, and by CUDA itself"
     )
 
@@ -672,7 +673,7 @@ def test_on_cuda_the_message_names_the_card_what_was_held_and_what_others_hold(m
 
     monkeypatch.setattr(torch.cuda, "memory_allocated", refuse)
     ledger.measure(RuntimeError("CUDA error: out of memory"))
-    assert exhaustion._message(3, ledger) == (
+    assert oom._message(3, ledger) == (
         "cuda: out of memory in `finetune` of round 3, while training; this run held weights 0.0 MB, gradients 0.0 MB, "
         "optimizer state 0.0 MB"
     )

@@ -10,22 +10,22 @@ from transformers import BertForSequenceClassification
 
 import recap_cli
 from recap_cli.core.ties import first_names, names_of
+from recap_cli.data.sampling import batches, order, seed_for
 from recap_cli.errors import PluginError
-from recap_cli.recipe import Recipe
-from recap_cli.runtime import models, prediction
-from recap_cli.runtime.order import batches, order, seed_for
-from recap_cli.runtime.prediction import Fakes
-from recap_cli.stages import blueprint, profile
-from recap_cli.stages import context as shared
-from recap_cli.stages.context import Context
+from recap_cli.memory import fake_step, meta_model, predict
+from recap_cli.memory.fake_step import Fakes
+from recap_cli.models import build
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds import context as shared
+from recap_cli.rounds.context import Context
 from recap_cli.stages.export import export
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
+from tests.memory.test_fake_step import real
 from tests.pico import LABELS
-from tests.runtime.test_prediction import real
 from tests.tiny import model_section, tiny
 
 TYPES, HEAD = "bert.embeddings.token_type_embeddings.weight", "classifier.weight"  # a table is the head's output layer, too
@@ -55,7 +55,7 @@ def test_i11_full_finetuning_of_a_tied_model_is_that_of_torch_to_the_bit(tmp_pat
     assert ties_of(model) == TIES
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=False, weight_decay=0.0)
     split, _ = here.splits(lambda items, label, total=None: iter(items))
-    forward = models.forward(here.spec)
+    forward = build.forward(here.spec)
     model.train()
     for round in (1, 2):
         torch.manual_seed(seed_for(here.recipe.seed, round, "finetune"))
@@ -144,9 +144,9 @@ def test_its_bytes_are_counted_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("resident", ["fp32", "bf16", "int8"])
 def test_predicted_weights_are_those_that_are_held_to_the_byte(resident: str) -> None:
     wanted, fakes = recipe(finetune={"resident": resident}), Fakes()
-    outline = blueprint.outline(wanted, LABELS)
-    predicted = fakes.usage(profile.prepare(outline, wanted, "recap", fakes.like)[0], "cpu")
-    counted = prediction.usage(profile.prepare(outline, wanted, "recap", real)[0])
+    outline = meta_model.outline(wanted, LABELS)
+    predicted = fakes.usage(predict.prepare(outline, wanted, "recap", fakes.like)[0], "cpu")
+    counted = fake_step.usage(predict.prepare(outline, wanted, "recap", real)[0])
     for kind in ("weights", "gradients", "optimizer"):
         assert predicted.maxima[kind] == counted.maxima[kind], kind  # type: ignore[index]
 

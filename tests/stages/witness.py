@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recap_cli.recipe import Recipe
-from recap_cli.runtime import models
-from recap_cli.runtime.data import Split
-from recap_cli.runtime.specs import ModelSpec
+from recap_cli.data.splits import Split
+from recap_cli.models import build
+from recap_cli.models.specs import ModelSpec
+from recap_cli.recipe.recipe import Recipe
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
-from recap_cli.state import State
+from recap_cli.state.store import State
 from tests.stages import naive
 from tests.stages.naive import Axes, Group
 from tests.tiny import VALIDATION, is_text, tiny
@@ -68,7 +68,7 @@ class Record:
 
     def model(self) -> nn.Module:
         """A full model of the run's architecture, with weights of no meaning."""
-        return models._build(ModelSpec.from_json(self.texts["spec.json"]))
+        return build._build(ModelSpec.from_json(self.texts["spec.json"]))
 
     def full(self, round: int) -> dict[str, Tensor]:
         """The full model's weights after a round, 0 being `init`."""

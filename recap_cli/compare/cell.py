@@ -1,0 +1,179 @@
+"""One cell of a comparison: the command that runs it, and the figures that its state gives when it is done."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recap_cli.compare.schema import STAGES
+from recap_cli.compare.store import finite
+from recap_cli.data.sampling import batches
+from recap_cli.errors import RecapError
+from recap_cli.machine import devices
+from recap_cli.memory import meta_model, predict
+from recap_cli.progress import silent
+from recap_cli.recipe import recipe as recipes
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds import context as shared
+from recap_cli.rounds import record, status, stored
+from recap_cli.rounds.context import Context
+from recap_cli.rounds.record import MEMORY
+from recap_cli.stages.eval import best_tensors
+from recap_cli.state.store import State
+from recap_cli.training.loop import Batch
+
+BATCH, WARM_UPS, TIMINGS = 32, 2, 7
+
+_batches: dict[str, Batch] = {}  # by the data they are of, so that all cells are timed on the same examples
+
+
+def command(recipe: Path, state: Path) -> list[str]:
+    """The command that runs a recipe, or goes on with it, in a process of its own; modules of the working directory are not
+    in its way unless they are in ours.
+    """
+    safe = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
+    return [sys.executable, *safe, "-m", "recap_cli", "run", str(recipe), "--state", str(state)]
+
+
+def is_finished(recipe: Recipe, path: Path) -> bool:
+    """Whether the state at `path` is of exactly this recipe, and nothing is left to do."""
+    try:
+        state = State.open(path)
+        record.check(state)
+    except RecapError:  # not begun, or broken: whoever runs it will say so
+        return False
+    return state.manifest.recipe_digest == recipes.digest(recipe) and status.next_stage(recipe, state) is None
+
+
+def figures(path: Path) -> dict[str, Any]:
+    """What a finished state says: metric by round and before the first, steps, seconds, memory held (the maximum over the
+    rounds) and predicted.
+
+    Raises whatever `State.open` raises.
+    """
+    state = State.open(path)
+    facts, best = status.summary(state), state.manifest.best
+    rows = [row for row in facts["rounds"] if "value" in row]
+    product = next((row for row in rows if best and row["round"] == best["round"]), None)
+    return {
+        "status": "done",
+        "error": None,
+        "value": _number(best["value"]) if best else None,
+        "warm_up": _number(facts["warm_up"]),
+        "chance": _number(facts["chance"]),
+        "warning": facts["warning"],
+        "last": _number(rows[-1]["value"]) if rows else None,
+        "product_round": best["round"] if best else None,
+        "per_round": [_number(row["value"]) for row in rows],
+        "steps": sum(row["steps"] for row in rows),
+        "seconds": _seconds(facts),
+        "memory": _memory(state, rows) if rows else None,
+        "parameters": {
+            "full": product["full_parameters"],
+            "product": product["small_parameters"],
+            "trainable": max(row["trainable_entries"] for row in rows),
+        }
+        if product
+        else None,
+    }
+
+
+def predicted(path: Path) -> dict[str, int]:
+    """The activations and the peak of a training step, as `profile` predicts them for the round that holds most."""
+    here = Context(State.open(path))
+    usage = predict.predict(meta_model.outline_of(here), here.recipe, here.recipe.method).usage
+    return {"activations_bytes": usage.maxima["activations"], "peak_bytes": usage.peak_bytes}
+
+
+def measured_product(path: Path) -> dict[str, Any]:
+    """The bytes of the product's tensors, and the seconds of one forward of up to 32 validation examples (a median), on the
+    device that the recipe finetunes on: on a CPU by one thread, for several wait for each other on a machine that is busy
+    (measured: 600 ms instead of 12).
+
+    Raises whatever reading the state, the data or the model raises.
+    """
+    here = Context(State.open(path))
+    tensors, sizes, _ = best_tensors(here)
+    device = devices.pick(here.recipe.finetune.device)
+    count_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    model = here.model(tensors, sizes).to(device)
+    forward, batch = shared.forward_of(here.spec, model), _batch(here, device)
+    with torch.inference_mode(), _one_thread():
+        seconds = [_timed(forward, batch, device) for _ in range(WARM_UPS + TIMINGS)][WARM_UPS:]
+    on = f"{device}, 1 thread" if device.type == "cpu" else str(device)
+    latency = {"latency_seconds": median(seconds), "latency_batch": len(batch["labels"]), "latency_on": on}
+    return {"bytes": count_bytes, **latency}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _timed(forward: Any, batch: Batch, device: torch.device) -> float:
+    _wait(device)
+    started = perf_counter()
+    forward(batch)
+    _wait(device)
+    return perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    """Return when the device has done what it was given."""
+    if device.type in ("cuda", "mps", "xpu"):
+        getattr(torch, device.type).synchronize()
+
+
+def _batch(here: Context, device: torch.device) -> dict[str, Tensor]:
+    recipe = here.recipe
+    key = json.dumps([recipe.data.model_dump(mode="json"), recipe.model.model_dump(mode="json"), str(device)], sort_keys=True)
+    if key not in _batches:
+        _, validation = here.splits(silent)
+        size = min(BATCH, len(validation))
+        _batches[key] = next(batches(validation, torch.arange(size), size, device=device))
+    return _batches[key]
+
+
+def _seconds(facts: Mapping[str, Any]) -> dict[str, float]:
+    """The seconds of each kind of stage, over all rounds."""
+    found = dict.fromkeys(STAGES, 0.0)
+    found["init"] = facts["init"]["seconds"] if facts["init"] else 0.0
+    for row in facts["rounds"]:
+        for name, seconds in row["seconds"].items():
+            found[name] = found.get(name, 0.0) + seconds
+    return {name: round(seconds, 3) for name, seconds in found.items()}
+
+
+def _memory(state: State, rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    most = max(rows, key=lambda row: sum(row[name] for name in status.HELD))  # of one round, not of several
+    held: dict[str, float | None] = {name: most[name] for name in status.HELD}
+    files = [name for name in state.manifest.files if name.startswith("round-") and name.endswith(f"/{MEMORY}")]
+    peaks = [(stored.memory(state, name)["training_peak"] or {}).get("allocated_bytes") for name in files]
+    known = [peak for peak in peaks if peak is not None]
+    full = sum(most[f"full_{name}"] for name in status.HELD)
+    return {
+        **held,
+        "activations_bytes": None,
+        "peak_bytes": None,
+        "device_peak_bytes": max(known) if known else None,
+        "full_held_bytes": full,
+        "held_share": sum(most[name] for name in status.HELD) / full,
+    }
+
+
+def _number(value: Any) -> float | None:
+    number: float | None = finite(value)
+    return number

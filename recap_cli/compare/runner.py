@@ -1,0 +1,185 @@
+"""`compare`: run the cells of a grid, each in a process of its own, and write what they give as it comes."""
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from importlib.metadata import version
+from pathlib import Path
+from platform import processor, python_version, system
+from typing import Any
+
+import psutil
+import torch
+
+from recap_cli.compare import cell as cells
+from recap_cli.compare import plots, processes, store
+from recap_cli.compare.grid import Cell, Plan
+from recap_cli.compare.schema import groups
+from recap_cli.compare.store import Record, Results
+from recap_cli.errors import RecapError
+from recap_cli.progress import Track, silent
+from recap_cli.recipe import recipe as recipes
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.state import files
+from recap_cli.state.lock import locked, plain
+
+LIBRARIES = ("torch", "transformers", "timm", "safetensors", "peft")
+
+
+def compare(
+    plan: Plan,
+    out: Path,
+    *,
+    jobs: int = 1,
+    command: str = "",
+    track: Track = silent,
+    on_cell: Callable[[Record], None] = lambda _: None,
+) -> Results:
+    """Run every cell of `plan` that is not done, `jobs` at a time; returns what `out/results.json` then holds.
+
+    A cell that was stopped goes on after its last finished stage, one that failed is tried again. `on_cell` hears of each
+    that has ended. A cell that fails or is impossible is part of the results.
+
+    Raises:
+        StateError: `out` holds something else, or a comparison of another recipe.
+        StateLockedError: another process is comparing there.
+        StorageError: something cannot be written.
+    """
+    out = plain(out)
+    found = store.read(out)
+    if found is not None:
+        store.check(out, found, plan)
+    with files.storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out, "compare"):
+        results = store.merged(found, plan, {"versions": _versions(), "machine": machine(), "command": command})
+        store.write(out, results)
+        left = waiting(plan, results)
+        records = {record["state"]: record for record in results["cells"]}
+        with closing(_run(left, out, jobs)) as ended:
+            for cell, facts in track(ended, "cells", len(left)) if left else ():
+                record = records[store.state_of(cell)]
+                record |= facts
+                _predict(out, results, record)
+                store.write(out, results)
+                on_cell(record)
+        _measure_products(out, results, track)
+        _draw(out, results)
+    return results
+
+
+def waiting(plan: Plan, results: Results) -> list[Cell]:
+    """The cells of a plan that are still to run, in its order."""
+    status = {record["state"]: record["status"] for record in results["cells"]}
+    return [cell for cell in plan.cells if status[store.state_of(cell)] == "waiting"]
+
+
+def describe(plan: Plan, out: Path) -> list[Record]:
+    """What `compare` would begin with, cell by cell in the order of the runs, for `--dry-run`; writes nothing.
+
+    Raises `StateError` as `compare` does.
+    """
+    out = plain(out)
+    found = store.read(out)
+    if found is not None:
+        store.check(out, found, plan)
+    results = store.merged(found, plan, {})
+    records = {record["state"]: record for record in results["cells"]}
+    return [records[store.state_of(cell)] for cell in plan.cells]
+
+
+def machine() -> dict[str, Any]:
+    """Cores, processor, memory, system and accelerator; nothing that names a host or a person."""
+    return {
+        "cores": processes.cores(),
+        "cpu": _processor(),
+        "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": system(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # of other systems than Linux
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor())
+
+
+def _versions() -> dict[str, str]:
+    return {"recap": version("recap-cli"), "python": python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def _run(left: Sequence[Cell], out: Path, jobs: int) -> Generator[tuple[Cell, dict[str, Any]]]:
+    """Each cell with its figures, as it ends; those whose state is done already come first, and need no process."""
+    for folder in ("cells", "recipes", "logs"):
+        with files.storage_errors(out / folder):
+            (out / folder).mkdir(exist_ok=True)
+    begun: dict[str, Cell] = {}
+    for cell in left:
+        if cell.recipe is not None and cells.is_finished(cell.recipe, out / store.state_of(cell)):
+            yield cell, _figures(cell, out)
+        else:
+            begun[cell.name] = cell
+    commands = [_process(cell.name, cell.recipe, out) for cell in begun.values() if cell.recipe is not None]
+    with closing(processes.run(commands, jobs)) as ended:
+        for name, error in ended:
+            yield begun[name], _figures(begun[name], out) if error is None else {"status": "failed", "error": error}
+
+
+def _process(name: str, recipe: Recipe, out: Path) -> processes.Process:
+    written = out / "recipes" / f"{name}.yaml"
+    files.replace_text(written, recipes.dump(recipe))
+    return processes.Process(name, cells.command(written, out / "cells" / name), out / "logs" / f"{name}.log")
+
+
+def _figures(cell: Cell, out: Path) -> dict[str, Any]:
+    try:
+        return cells.figures(out / store.state_of(cell))
+    except RecapError as error:  # the run ended well, and its state cannot be read
+        return {"status": "failed", "error": error.message}
+
+
+def _predict(out: Path, results: Results, record: Record) -> None:
+    """Add what the training step of a finished cell takes beside what it holds."""
+    if record["memory"] is None:
+        return
+    try:
+        record["memory"] |= cells.predicted(out / record["state"])
+    except Exception as error:  # noqa: BLE001  (the cell is done and counts, whatever a prediction of it meets)
+        _note(results, f"{record['state']}: its training step was not predicted: {_told(error)}")
+
+
+def _measure_products(out: Path, results: Results, track: Track) -> None:
+    """Time the products that were not timed yet, one after another, while nothing else of ours runs."""
+    left = [record for record in results["cells"] if record["status"] == "done" and record["product"] is None]
+    left = [record for record in left if (out / record["state"]).exists() and record["product_round"] is not None]
+    for record in track(sorted(left, key=lambda record: record["seed"]), "products", len(left)) if left else ():
+        try:
+            record["product"] = cells.measured_product(out / record["state"])
+        except Exception as error:  # noqa: BLE001  (the cell is done and counts, whatever a look at its product meets)
+            _note(results, f"{record['state']}: its product was not measured: {_told(error)}")
+        store.write(out, results)
+
+
+def _draw(out: Path, results: Results) -> None:
+    rows = groups(results["cells"])
+    try:
+        results["pictures"] = plots.draw(rows, out, metric=results["metric"], title=results["recipe"])
+    except Exception as error:  # noqa: BLE001  (matplotlib's own, of fonts and files; the results stand without pictures)
+        _note(results, f"no pictures were drawn: {_told(error)}")
+    store.write(out, results)
+
+
+def _note(results: Results, text: str) -> None:
+    results["notes"] = list(dict.fromkeys([*results["notes"], text]))
+
+
+def _told(error: Exception) -> str:
+    return error.message if isinstance(error, RecapError) else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def failures(records: Iterable[Mapping[str, Any]], plan: Plan) -> list[Mapping[str, Any]]:
+    """The records of a plan's cells that are not done."""
+    states = {store.state_of(cell) for cell in plan.cells}
+    return [record for record in records if record["state"] in states and record["status"] != "done"]

@@ -1,0 +1,224 @@
+"""Labels as the numbers 0 … n − 1, whatever a file calls them.
+
+A label is known by its key: 3, 3.0, "3" and "03" have the same, and so have "Yes", "yes" and " yes".
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from recap_cli.errors import DataError
+from recap_cli.untrusted.files import some
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Value = bool | int | str
+Find = Callable[[str], int | None]  # from a label as it is written to its place
+Spellings = Mapping[str, Counter[str]]  # how often each label, by key, is written in which way
+
+WHOLE = re.compile(r"([0-9]{1,18})(\.0*)?")  # "3", "03" and "3.0"
+LARGEST_WHOLE = 2**53  # beyond it, a float does not say which number is meant
+MANY = 100  # more labels than that have two examples each, or are no labels
+CHOOSE = "choose the column of the labels with --set data.label=NAME"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of the training data: their names in the order of their numbers, and what to tell of them.
+
+    `own` is True where the data set brings the names along: its whole numbers then are places among them. Where `words` is
+    False, a name is meant letter by letter, and otherwise upper case and surrounding blanks are no difference.
+    """
+
+    names: tuple[str, ...]
+    own: bool = False
+    words: bool = True
+    notes: tuple[str, ...] = ()
+
+
+def read_labels(column: "pa.ChunkedArray", own: Sequence[str] | None, place: str, *, words: bool = True) -> Labels:
+    """The labels of a training column: `own` if the data set comes with names, otherwise what the column holds.
+
+    Whole numbers are in their order, names in the alphabet's; a name that is written in several ways is as most rows have it.
+    `place` says where the column is, for messages.
+
+    Raises `DataError` for fewer than two labels, for one that is negative or empty, and for a type that cannot be a label.
+    """
+    counts = _counts(_plain(column, place))
+    if own and type(next(iter(counts))) is int:
+        found = Labels(tuple(own), own=True)
+    else:
+        spellings = _spellings(counts, words, place)
+        names = {key: min(ways, key=lambda way: (-ways[way], way)) for key, ways in spellings.items()}
+        by_number = _all_whole(names)
+        ordered = sorted(names, key=lambda key: (_number(key) if by_number else 0, names[key]))
+        notes = _notes(ordered, spellings, names, place)
+        found = Labels(tuple(names[key] for key in ordered), words=words, notes=tuple(notes))
+    if len(found.names) < 2:
+        raise DataError(f"{place} holds only one label, {next(iter(counts))!r}", hint=CHOOSE)
+    rows = sum(counts.values())
+    if not found.own and words and len(found.names) > max(MANY, rows / 2):
+        raise DataError(
+            f"{place} holds {len(found.names):,} different values in {rows:,} rows, as texts, measurements and numbers of rows "
+            "do; labels come again",
+            hint=CHOOSE,
+        )
+    return found
+
+
+def label_numbers(column: "pa.ChunkedArray", labels: Labels, own: Sequence[str] | None, place: str) -> "pa.ChunkedArray":
+    """Each label as its place in `labels`, int64; `own` are the names that come with this column, if any do.
+
+    A number with names of its own is a place among these. Without, it is a place or a value, as the training data have it.
+
+    Raises `DataError`, with the row, for a label that is not among those of the training data, or may be two of them.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    plain = _plain(column, place)
+    values = pc.unique(plain)
+    places = _places(values.to_pylist(), labels, own, place)
+    numbers = pc.take(pa.array(places, pa.int64()), pc.index_in(plain, value_set=values))
+    if (row := pc.index(numbers.is_null(), True).as_py()) >= 0:
+        odd = plain[row].as_py()
+        named = f" ({own[odd]!r})" if own and type(odd) is int and 0 <= odd < len(own) else ""
+        raise DataError(
+            f"{place} holds {odd!r}{named} in row {row + 1}, but the labels are {some(labels.names)}",
+            hint="use the same labels for training and validation (a label of -1 marks a test set without labels)",
+        )
+    return numbers
+
+
+def check_names(found: Sequence[str], wanted: Sequence[str], origin: str) -> None:
+    """Raise `DataError` unless the labels of the data are those that a model was made for, in the same order."""
+    if list(found) != list(wanted):
+        raise DataError(
+            f"the labels of {origin} are {some(found)}, but the model was made for {some(wanted)}",
+            hint="put the data back as they were, or make a new state for them with `recap init`",
+        )
+
+
+def finder(names: Sequence[str], key: Callable[[str], str]) -> Find:
+    """Labels by their names: letter by letter, or else by a key that is not empty, and that one name alone has."""
+    exact = {name: number for number, name in enumerate(names)}
+    keys = Counter(map(key, names))
+    alike = {key(name): number for name, number in exact.items() if key(name) and keys[key(name)] == 1}
+    return lambda text: exact.get(text, alike.get(key(text)))
+
+
+def key_of(text: str) -> str:
+    """What a label is known by. A single letter is no word: `a` and `A` are two, as where handwriting is read."""
+    text = text.strip()
+    if whole := WHOLE.fullmatch(text):
+        return whole[1].lstrip("0") or "0"
+    return text.casefold() if len(text) > 1 else text
+
+
+def _places(values: Collection[Value], labels: Labels, own: Sequence[str] | None, place: str) -> list[int | None]:
+    """The place of each value in `labels`, None where it has none. Raises `DataError` if two readings fit, and differ."""
+    find = finder(labels.names, key_of if labels.words else str)
+    by_value = [find(str(value)) for value in values]
+    if own is not None:
+        if not any(find(name) is not None for name in own) and _is_plain_count(labels.names, len(own)):
+            return by_value  # the training data number their labels, and do not name them
+        return _by_place(values, [find(name) for name in own], by_value)
+    if not labels.own:
+        return by_value
+    by_place = _by_place(values, range(len(labels.names)), by_value)
+    if not _all_whole(labels.names):
+        return by_place
+    fitting = [places for places in (by_value, by_place) if None not in places]
+    if len(fitting) < 2 or by_value == by_place:
+        return fitting[0] if fitting else by_value
+    first = next(value for value, one, other in zip(values, by_value, by_place, strict=True) if one != other)
+    raise DataError(
+        f"{place} holds {first}, which is the label {labels.names[int(first)]!r} by its place from 0, and the label "
+        f"{str(first)!r} by its name: the labels are {some(labels.names)}",
+        hint='write the labels as texts, which are names: "label": "1" in a .jsonl file',
+    )
+
+
+def _by_place(values: Collection[Value], places: Sequence[int | None], otherwise: Sequence[int | None]) -> list[int | None]:
+    """Whole numbers as places; texts as they would be `otherwise`."""
+    return [
+        other if type(value) is not int else places[value] if 0 <= value < len(places) else None
+        for value, other in zip(values, otherwise, strict=True)
+    ]
+
+
+def _is_plain_count(names: Sequence[str], count: int) -> bool:
+    return list(names) == [str(number) for number in range(count)]
+
+
+def _plain(column: "pa.ChunkedArray", place: str) -> "pa.ChunkedArray":
+    """The labels as whole numbers, texts or booleans; anything else is a `DataError`."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_string(kind):
+        return column
+    if pa.types.is_large_string(kind):
+        return column.cast(pa.string())
+    if pa.types.is_floating(kind):  # pandas writes 1 as 1.0 where a value is missing elsewhere
+        wide = column.cast(pa.float64())
+        whole = pc.and_(pc.less_equal(pc.abs(wide), LARGEST_WHOLE), pc.equal(wide, pc.floor(wide)))
+        if pc.all(whole).as_py():
+            return wide.cast(pa.int64())
+    if pa.types.is_decimal(kind) and pc.all(pc.equal(column, pc.floor(column))).as_py():  # a number of a database
+        return column.cast(pa.int64())
+    raise DataError(f"{place} holds values of type {kind}; labels are whole numbers, texts or booleans", hint=CHOOSE)
+
+
+def _counts(plain: "pa.ChunkedArray") -> dict[Value, int]:
+    import pyarrow.compute as pc
+
+    return {entry["values"]: entry["counts"] for entry in pc.value_counts(plain).to_pylist()}
+
+
+def _spellings(counts: Mapping[Value, int], words: bool, place: str) -> Spellings:
+    """How each label is written, by its key. Raises `DataError` for a label that is negative or empty."""
+    numbers = [value for value in counts if type(value) is int]
+    if numbers and min(numbers) < 0:
+        raise DataError(
+            f"{place} holds {some(sorted(numbers))}; labels that are whole numbers are 0 or more",
+            hint="a label of -1 marks a test set without labels; where it is a class, call it by a word",
+        )
+    found: dict[str, Counter[str]] = {}
+    for value, count in counts.items():
+        key = _key(value, words)
+        if not key:
+            raise DataError(f"{place} holds a label that is empty ({count} such rows)", hint="name it, or take its rows out")
+        way = str(value).strip() if words else str(value)
+        whole = WHOLE.fullmatch(way) if words else None
+        found.setdefault(key, Counter())[whole[1] if whole else way] += count
+    return found
+
+
+def _key(value: Value, words: bool) -> str:
+    return key_of(str(value)) if words else str(value)
+
+
+def _number(key: str) -> int:
+    return int(key.partition(".")[0])
+
+
+def _all_whole(names: Sequence[str] | Mapping[str, str]) -> bool:
+    return all(WHOLE.fullmatch(name) for name in names)
+
+
+def _notes(ordered: Sequence[str], spellings: Spellings, names: Mapping[str, str], place: str) -> Iterator[str]:
+    count = len(ordered)
+    if _all_whole(ordered) and ordered != [str(number) for number in range(count)]:
+        named = some([names[key] for key in ordered])
+        yield f"{place} holds {named}: the model numbers them 0 … {count - 1}, and keeps them as the names of its labels"
+    several = [", ".join(map(repr, sorted(spellings[key]))) for key in ordered if len(spellings[key]) > 1]
+    if several:
+        yield f"{place}: written differently, and one label each: {some(several, mark='; ')}"
+    alone = [key for key in ordered if len(key) == 1 and key.swapcase() in spellings and key != key.swapcase()]
+    if alone:
+        yield f"{place}: {some(alone)} are labels of their own, for single letters differ in case"

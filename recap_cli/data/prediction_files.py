@@ -1,0 +1,101 @@
+"""Predictions per example on disk: csv, jsonl or parquet, told by the suffix, written whole or not at all."""
+
+import csv
+import json
+import math
+import os
+import secrets
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import Any
+
+from recap_cli.errors import StorageError, UsageError
+from recap_cli.state import files
+
+Columns = Mapping[str, Sequence[Any]]
+
+
+def check(path: Path, *, force: bool) -> None:
+    """Refuse, before anything is computed, a place where predictions cannot be written.
+
+    Raises `UsageError` for another suffix, a folder, and what is there already unless `force`; `StorageError` where nothing
+    may be written.
+    """
+    if path.suffix.lower() not in WRITERS:
+        raise UsageError(
+            f"--predictions {path}: its kind is not known; it is told by the suffix, one of {', '.join(WRITERS)}",
+            hint=f"--predictions {shlex.quote(str(path.with_suffix('.csv')))}",
+        )
+    if path.is_dir():
+        raise UsageError(
+            f"--predictions {path}: is a folder", hint=f"--predictions {shlex.quote(str(path / 'predictions.csv'))}"
+        )
+    if os.path.lexists(path) and not force:
+        raise UsageError(f"--predictions {path}: is there already", hint="name another file, or write over it with --force")
+    place = _behind(path)
+    if place.exists() and not place.is_file():
+        raise UsageError(f"--predictions {path}: is no ordinary file", hint="name another file")
+    if not place.parent.is_dir():
+        raise StorageError(f"{path} cannot be written: there is no folder {place.parent}", hint="make it first")
+    if not os.access(place.parent, os.W_OK | os.X_OK):
+        raise StorageError(f"{path} cannot be written: permission denied", hint="name a file in a folder you may write to")
+
+
+def write(path: Path, columns: Columns) -> None:
+    """Write the columns, all of the same length; a value that is None is left empty. A link stays one, and its file is written.
+
+    Raises `StorageError`.
+    """
+    data = WRITERS[path.suffix.lower()](columns)
+    place = _behind(path)
+    temporary = place.with_name(f".recap-{secrets.token_hex(8)}.tmp")
+    try:
+        with files.storage_errors(path, len(data)):
+            with temporary.open("xb") as file:
+                file.write(data)
+            files.flush(temporary)
+            os.replace(temporary, place)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _behind(path: Path) -> Path:
+    """The file that a link leads to; any other path as it is."""
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return path
+
+
+def _csv(columns: Columns) -> bytes:
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return text.getvalue().encode()
+
+
+def _jsonl(columns: Columns) -> bytes:
+    rows = (dict(zip(columns, map(_in_json, row), strict=True)) for row in zip(*columns.values(), strict=True))
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
+
+
+def _in_json(value: Any) -> Any:
+    """The value, or null for a number that JSON does not have: a model that has diverged gives NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _parquet(columns: Columns) -> bytes:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    kinds = {"index": pa.int64(), "probability": pa.float64(), "loss": pa.float64()}
+    table = pa.table({name: pa.array(values, kinds.get(name, pa.string())) for name, values in columns.items()})
+    written = BytesIO()
+    parquet.write_table(table, written)
+    return written.getvalue()
+
+
+WRITERS: dict[str, Callable[[Columns], bytes]] = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}

@@ -1,0 +1,226 @@
+"""Where examples come from: local files, a folder of images, the digits that scikit-learn brings along, or the hub.
+
+Whatever the source and its column names, what comes out has the columns `text` (and `text_pair`) or `image`, then `label` and
+`row`, the number of the row in its source, from 1.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recap_cli.data.class_folders import holds_images, read_folder
+from recap_cli.data.columns import Found, Roles, class_names, pick, roles_for
+from recap_cli.data.hub import read_hub
+from recap_cli.data.labels import Labels, label_numbers, read_labels
+from recap_cli.data.sampling import generator_for
+from recap_cli.data.tables import read_file
+from recap_cli.errors import DataError
+from recap_cli.tasks.task import Kind
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+DIGITS_SHARE = 0.2  # of the digits are for validation, unless the recipe says another share
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Training and validation examples, not yet tensors; `label` is a number, whose name stands in `labels`.
+
+    `notes` are what a user should know of how they were read.
+    """
+
+    train: "Dataset"
+    validation: "Dataset"
+    labels: Labels
+    train_origin: str
+    validation_origin: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def label_names(self) -> list[str]:
+        return list(self.labels.names)
+
+
+def read_splits(
+    kind: Kind,
+    *,
+    seed: int,
+    name: str | None = None,
+    subset: str | None = None,
+    builtin: str | None = None,
+    train: str | Path | None = None,
+    validation: str | Path | None = None,
+    train_split: str = "train",
+    validation_split: str = "validation",
+    validation_share: float | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    image: str | None = None,
+    label: str = "label",
+    train_samples: int | None = None,
+    validation_samples: int | None = None,
+) -> Raw:
+    """Read the examples of a task of this kind; the arguments are the keys of a recipe's `data`, and `seed` is the recipe's.
+
+    A `train` file or folder goes before a `builtin`, and that before the `name` of a data set on the hub. `validation_share`
+    of the training examples is held out for validation, label by label, instead of reading another split; then `..._samples`
+    of either are kept, the first ones after a shuffle.
+
+    Raises `DataError` for whatever is missing, cannot be read, or does not fit: it names the file, the column and the row.
+    """
+    roles = roles_for(kind, text=text, text_pair=text_pair, image=image, label=label)
+    if train is not None:
+        first, second = _read_files(roles, Path(train), None if validation is None else Path(validation), validation_share)
+    elif builtin is not None:
+        first, second, validation_share = _read_builtin(builtin, roles), None, validation_share or DIGITS_SHARE
+    elif name is not None:
+        splits = [train_split] if validation_share is not None else [train_split, validation_split]
+        first, second = _read_hub(name, subset, splits)
+    else:
+        raise DataError("the recipe names no data", hint="name a file with --set data.train=FILE, or try the recipe quickstart")
+    labels, examples, notes = _labelled(first, second, roles)
+    if second is None:
+        share = validation_share or 0.0
+        kept, held_out = hold_out(torch.tensor(examples[0]["label"]), share, seed=seed, origin=first.origin)
+        examples = [examples[0].select(kept.tolist()), examples[0].select(held_out.tolist())]
+    return Raw(
+        train=_first(examples[0], train_samples, seed, "training"),
+        validation=_first(examples[1], validation_samples, seed, "validation"),
+        labels=labels,
+        train_origin=first.origin,
+        validation_origin=f"{first.origin} (held out)" if second is None else second.origin,
+        notes=(*notes, *labels.notes),
+    )
+
+
+def hold_out(labels: Tensor, share: float, *, seed: int, origin: str) -> tuple[Tensor, Tensor]:
+    """Indices of the examples that stay for training and of ⌊share · examples⌋ that are held out, each sorted.
+
+    Every label gives its share, to within one example. Raises `DataError` if either would be left without examples.
+    """
+    shuffled = torch.randperm(len(labels), generator=generator_for(seed, 0, "hold out"))
+    by_label = shuffled[labels[shuffled].argsort(stable=True)]
+    counted = (torch.arange(len(labels) + 1, dtype=torch.float64) * share + 1e-9).floor()  # 0.1 · 10 is one, rounding or not
+    out = counted[1:] > counted[:-1]
+    if out.all() or not out.any():
+        raise DataError(
+            f"{share} of the {len(labels)} rows of {origin}, held out for validation, leaves "
+            f"{'none for validation' if not out.any() else 'none for training'}",
+            hint="name a validation file with --set data.validation=FILE, or set data.validation_share between 0 and 1",
+        )
+    return by_label[~out].sort().values, by_label[out].sort().values
+
+
+def _read_files(roles: Roles, train: Path, validation: Path | None, share: float | None) -> tuple[Found, Found | None]:
+    if (validation is None) == (share is None):
+        raise DataError(
+            f"training data is {train}, but {'neither' if share is None else 'both'} data.validation "
+            f"{'nor' if share is None else 'and'} data.validation_share {'is' if share is None else 'are'} set",
+            hint="--set data.validation=FILE, or --set data.validation_share=0.1 to hold out a tenth of the training data",
+        )
+    first = _read_path(train, "data.train", roles)
+    return first, None if validation is None else _read_path(validation, "data.validation", roles)
+
+
+def _read_path(path: Path, key: str, roles: Roles) -> Found:
+    path = path.expanduser()
+    if path.is_dir():
+        if "image" not in roles:
+            raise _folder_for_texts(path, key)
+        table, notes = read_folder(path, key=key)
+        return Found(table, str(path), classes=True, notes=(*_unused(roles), *notes))
+    texts = [roles[role] for role in ("text", "text_pair") if role in roles]
+    return Found(read_file(path, key=key, text_columns=texts), str(path), folder=path.parent)
+
+
+def _unused(roles: Roles) -> list[str]:
+    """A note of columns that a recipe names, though a folder has none."""
+    named = [f"data.{role} ({name})" for role, name in roles.items() if name != role]
+    return [f"a folder of class folders has no columns: {' and '.join(named)} {_do(named)} not count"] if named else []
+
+
+def _do(things: list[str]) -> str:
+    return "does" if len(things) == 1 else "do"
+
+
+def _folder_for_texts(path: Path, key: str) -> DataError:
+    file = f"name a file of texts with --set {key}=FILE"
+    if holds_images(path):
+        return DataError(
+            f"task.kind is text-classification, but the folder {path} holds images",
+            hint=f"--set task.kind=image-classification, or {file}",
+        )
+    return DataError(f"{path} is a folder, but texts are read from a file", hint=file)
+
+
+def _read_hub(name: str, subset: str | None, splits: list[str]) -> tuple[Found, Found | None]:
+    place = name if subset is None else f"{name} ({subset})"
+    tables = read_hub(name, subset, splits)
+    found = [Found(table, f"split {split!r} of {place}") for table, split in zip(tables, splits, strict=True)]
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def _read_builtin(name: str, roles: Roles) -> Found:
+    """scikit-learn's `load_digits`: 1,797 handwritten digits, 8 × 8 pixels in 17 shades of grey."""
+    import PIL.Image
+    import pyarrow as pa
+    from sklearn.datasets import load_digits
+
+    if name != "digits":
+        raise DataError(f"there is no builtin data set {name!r}, only 'digits'", hint="--set data.builtin=digits")
+    pixels, labels = load_digits(return_X_y=True)
+    images = []
+    for shades in (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8"):
+        png = BytesIO()
+        PIL.Image.fromarray(shades).save(png, "png")
+        images.append(png.getvalue())
+    table = pa.table({roles.get("image", "image"): pa.array(images), roles["label"]: pa.array(labels)})
+    return Found(table, "scikit-learn's digits")
+
+
+def _labelled(first: Found, second: Found | None, roles: Roles) -> "tuple[Labels, list[Dataset], list[str]]":
+    """The labels, each source with its labels as numbers and its columns named for their roles, and what to tell of them."""
+    labels = _labels_of(first, roles)
+    examples, notes = [], []
+    for found in (first, second):
+        if found is None:
+            continue
+        columns, column = pick(found, roles), found.column("label", roles)
+        names, told = class_names(found, column)
+        numbers = label_numbers(columns["label"], labels, names, found.place(column))
+        examples.append(_dataset({**columns, "label": numbers}, labels.names))
+        notes += [*found.notes, *told]
+    return labels, examples, list(dict.fromkeys(notes))
+
+
+def _labels_of(found: Found, roles: Roles) -> Labels:
+    column = found.column("label", roles)
+    names, _ = class_names(found, column)
+    return read_labels(pick(found, roles)["label"], names, found.place(column), words=not found.classes)
+
+
+def _dataset(columns: "Mapping[str, pa.ChunkedArray]", names: Sequence[str]) -> "Dataset":
+    import datasets
+    import pyarrow as pa
+
+    kinds = {"text": datasets.Value("string"), "text_pair": datasets.Value("string"), "image": datasets.Image()}
+    features = datasets.Features(
+        {role: kinds.get(role, datasets.ClassLabel(names=list(names))) for role in columns} | {"row": datasets.Value("int64")}
+    )
+    rows = pa.array(range(1, len(columns["label"]) + 1), pa.int64())
+    return datasets.Dataset(pa.table([*columns.values(), rows], schema=features.arrow_schema))
+
+
+def _first(examples: "Dataset", count: int | None, seed: int, which: str) -> "Dataset":
+    """The first `count` examples after a shuffle, or all of them in their own order."""
+    if count is None or count >= len(examples):
+        return examples
+    shuffled = torch.randperm(len(examples), generator=generator_for(seed, 0, f"{which} samples"))
+    return examples.select(shuffled[:count].tolist())

@@ -1,0 +1,137 @@
+"""What a finetuning stage holds: counted on the tensors that are there, and measured by the allocator and the system."""
+
+import resource
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from recap_cli.machine import nvml
+from recap_cli.trainable.optim import Optimizer
+
+KINDS = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+REST = "activations_and_temporary_bytes"
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`: a view and its base count once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"}
+    return sum(storages.values())
+
+
+def held(model: nn.Module, optimizer: Optimizer, gradient_bytes: int) -> dict[str, int]:
+    """Bytes held on the device while finetuning: `weights` (residents, compact parameters and masters), `gradients` at their
+    peak, `optimizer`; and `offloaded`, masters and moments that are on the CPU instead.
+    """
+    weights = [*model.parameters(), *model.buffers()]
+    devices = {weight.device.type for weight in weights}
+    kept = [*_masters(optimizer), *(m for moments in optimizer.moments.values() for m in moments.values())]
+    away = [tensor for tensor in kept if tensor.device.type not in devices]
+    return {
+        "weights_bytes": storage_bytes([*weights, *(t for t in _masters(optimizer) if t.device.type in devices)]),
+        "gradients_bytes": gradient_bytes,
+        "optimizer_bytes": 0 if away else optimizer.state_bytes(),
+        "offloaded_bytes": storage_bytes(away),
+    }
+
+
+def held_now(device: torch.device, model: nn.Module | None, optimizer: Optimizer | None) -> dict[str, int]:
+    """Bytes that a model and its optimizer, be they half made, hold on a device at this moment, by kind."""
+    masters = _masters(optimizer) if optimizer is not None else []
+    weights = [*model.parameters(), *model.buffers()] if model is not None else []
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    moments = [moment for kept in optimizer.moments.values() for moment in kept.values()] if optimizer is not None else []
+    kinds = ([*weights, *masters], gradients, moments)
+    return {
+        kind: storage_bytes(t for t in tensors if t.device.type == device.type)
+        for kind, tensors in zip(KINDS, kinds, strict=True)
+    }
+
+
+def _masters(optimizer: Optimizer) -> list[Tensor]:
+    """The fp32 values that are tensors of their own; `Slot.master` would make copies of the others."""
+    return [slot.own for slot in optimizer.slots if slot.own is not None]
+
+
+def full_finetuning(params: int, moments: int) -> dict[str, int]:
+    """What finetuning every one of `params` weights holds in fp32 with `moments` states a weight: computed, not measured."""
+    return {
+        "weights_bytes": 4 * params,
+        "gradients_bytes": 4 * params,
+        "optimizer_bytes": 4 * params * moments,
+    }
+
+
+def reset(device: torch.device) -> None:
+    """Start the allocator's peaks anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def training_peak(device: torch.device, held: dict[str, int]) -> dict[str, int] | None:
+    """The most bytes that the allocator has given out at one moment since `reset`, on CUDA, taken apart by kind.
+
+    Weights, gradients and optimizer state are `held`; the rest is the difference. As gradients may be at their own peak at
+    another moment than the whole, the rest is the least that activations and temporary tensors had.
+    """
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    known = {kind: held[kind] for kind in KINDS}
+    return {"allocated_bytes": peak, **known, REST: max(0, peak - sum(known.values()))}
+
+
+def measured(device: torch.device, peak: dict[str, int] | None) -> dict[str, Any]:
+    """What the system, the allocator and the driver say at this moment, for memory.json: `process`, `training_peak` (as
+    `peak` has it), `accelerator`, and in `not_seen` a sentence for each figure that could not be had.
+    """
+    accelerator, not_seen = _accelerator(device)
+    return {
+        "process": process(device),
+        "training_peak": peak,
+        "accelerator": accelerator,
+        "device": str(device),
+        "not_seen": not_seen,
+    }
+
+
+def process(device: torch.device) -> dict[str, Any]:
+    """Resident set of this process, now and at its peak since it began; the allocator's bytes, on CUDA peaks since `reset`."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    now, peak = psutil.Process().memory_info().rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    seen: dict[str, Any] = {"rss_bytes": now, "peak_rss_bytes": max(now, peak)}  # Linux counts a little behind
+    if device.type == "cuda":
+        seen["cuda_max_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
+        seen["cuda_max_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    if device.type == "mps":
+        seen["mps_allocated_bytes"] = torch.mps.current_allocated_memory()
+        seen["mps_driver_bytes"] = torch.mps.driver_allocated_memory()
+    return seen
+
+
+def _accelerator(device: torch.device) -> tuple[dict[str, Any] | None, list[str]]:
+    """The device as a whole: its name, its bytes, and who holds them; and what of it could not be seen."""
+    if device.type == "cpu":
+        return None, [
+            "a peak of the allocator: on the CPU it keeps none; peak_rss_bytes is of the whole process since it began"
+        ]
+    if device.type == "mps":
+        return None, ["a peak of the allocator: on MPS it keeps none; its figures are of the end of the stage"]
+    if device.type != "cuda":
+        return None, [f"anything on {device.type}: only CUDA and MPS are measured"]
+    seen = nvml.processes(device)
+    facts = {
+        **name_and_total(device),
+        "nvml_process_bytes": seen.own_bytes,
+        "nvml_other_processes_bytes": seen.others_bytes,
+    }
+    return facts, list(seen.not_seen)
+
+
+def name_and_total(device: torch.device) -> dict[str, Any]:
+    """Name and total bytes of a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    return {"name": properties.name, "total_bytes": properties.total_memory}

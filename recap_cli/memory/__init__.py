@@ -1,0 +1,1 @@
+"""What finetuning holds: predicted, fitted to a budget, measured, drawn and explained."""

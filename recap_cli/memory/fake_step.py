@@ -1,0 +1,150 @@
+"""What one training step holds, without the machine that will take it: the real step of the real model on fake tensors.
+
+Weights, batch and optimizer state have shapes and no memory, and everything else is the code that trains: the partial layers,
+the loop in `training`, the optimizer. The same function runs on real tensors too, which is how the prediction is tested.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from recap_cli.errors import ModelError
+from recap_cli.memory.fake_cuda import Answers, cuda_kernels
+from recap_cli.memory.tracker import Tracker, Usage
+from recap_cli.trainable.optim import Optimizer
+from recap_cli.training.loop import Batch, train
+
+Kernels = Literal["cuda", "cpu"]
+WITHOUT = "training needs no prediction: recap run goes on without one, if the recipe has no finetune.memory_budget"
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that takes part in one optimizer step. `batch` is the whole batch, with `labels`; `loss` as in `training.train`."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    forward: Callable[[Batch], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    batch: Batch
+    micro_batch_size: int | None = None
+    fused_backward: bool = False
+    offload: bool = False  # True: masters and moments are on the CPU, and count for nothing
+
+
+class Fakes:
+    """Makes tensors that have shapes and no memory, and runs steps on them."""
+
+    def __init__(self) -> None:
+        """Raises `ModelError` if this torch has no fake tensors where they are known to be: they are no public part of it."""
+        try:
+            from torch._subclasses import fake_tensor
+        except ImportError as error:
+            raise ModelError(f"torch {torch.__version__} has no fake tensors as they are known here", hint=WITHOUT) from error
+        self.mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+        self._refusals = (fake_tensor.DynamicOutputShapeException, fake_tensor.UnsupportedFakeTensorException)
+
+    def like(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fake tensors on the CPU, of the shapes and types of these (which may be on the meta device)."""
+        with self.mode:
+            return {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
+
+    def usage(self, step: Step, kernels: Kernels = "cuda") -> Usage:
+        """What a step on fake tensors would hold."""
+        with self.pretending(kernels):
+            return usage(step)
+
+    def evaluation_bytes(self, step: Step, batch: Batch, kernels: Kernels = "cuda") -> int:
+        """The peak of scoring one batch with the model of a step, its optimizer's state held all the while."""
+        with self.pretending(kernels):
+            return evaluation_bytes(step, batch)
+
+    def peak_bytes(
+        self, work: Callable[[], None], *, host: Iterable[Tensor], inputs: Mapping[str, Tensor], kernels: Kernels = "cuda"
+    ) -> int:
+        """The most that any other work on fake tensors holds on its device; the tensors of the `host` are not there."""
+        tracker = Tracker()
+        tracker.ignore(host)
+        tracker.know(inputs, "other")
+        with self.pretending(kernels), tracker.watch([]):
+            work()
+        return tracker.usage().peak_bytes
+
+    @contextmanager
+    def pretending(self, kernels: Kernels) -> Iterator[None]:
+        """Inside, tensors that are made are fake, and attention and dropout are those of `kernels`.
+
+        Raises `ModelError` for a model whose shapes depend on the values of its tensors, which fake ones do not have.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self.mode)
+            stack.enter_context(Answers())  # type: ignore[no-untyped-call]
+            if kernels == "cuda":
+                stack.enter_context(cuda_kernels())
+            stack.enter_context(_silence())
+            try:
+                yield
+            except self._refusals as error:
+                what = "this model makes tensors of a shape that depends on values; its memory cannot be predicted"
+                raise ModelError(f"{what} ({type(error).__name__})", hint=WITHOUT) from error
+
+
+def usage(step: Step) -> Usage:
+    """What a step holds, counted while it runs on the tensors that it is given. It takes the step: weights move."""
+    tracker = _tracker(step, step.batch)
+    with tracker.watch([(slot.name, slot.leaf) for slot in step.optimizer.slots]):
+        take_step(step)
+    return tracker.usage()
+
+
+def take_step(step: Step) -> None:
+    """Take the step, at a learning rate that moves next to nothing."""
+    train(
+        step.forward,
+        step.loss,
+        step.optimizer,
+        [step.batch],
+        rate=lambda _: 1e-6,
+        micro_batch_size=step.micro_batch_size,
+        fused_backward=step.fused_backward,
+    )
+
+
+def evaluation_bytes(step: Step, batch: Batch) -> int:
+    """The peak of scoring one batch, counted while it runs."""
+    tracker = _tracker(step, batch)
+    step.model.eval()
+    with torch.no_grad(), tracker.watch([]):
+        step.loss(step.forward(batch), batch["labels"])
+    return tracker.usage().peak_bytes
+
+
+def _tracker(step: Step, batch: Batch) -> Tracker:
+    """A tracker that knows what is there before the step."""
+    optimizer = step.optimizer
+    slots, moments = optimizer.slots, optimizer.moments
+    tracker = Tracker(step.model, next(step.model.parameters()).device)
+    tracker.know([*step.model.named_parameters(), *step.model.named_buffers()], "weights")
+    masters = [(slot.name, slot.own) for slot in slots if slot.own is not None]
+    states = [(slot.name, moment) for slot in slots for moment in moments[slot.name].values()]
+    if step.offload:
+        tracker.ignore(tensor for _, tensor in (*masters, *states))
+        optimizer.rule = replace(optimizer.rule, apply=tracker.unseen(optimizer.rule.apply))
+    else:
+        tracker.know(masters, "weights")
+        tracker.know(states, "optimizer")
+    tracker.know(batch, "other")
+    return tracker
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Fake tensors warn of what is harmless here, such as a look at the address of their data."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,139 @@
+"""A model without weights, as a recipe or a state describes it: what a prediction of its memory begins from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from recap_cli.core.adapter import Adapter
+from recap_cli.core.axes import Choice
+from recap_cli.core.method import Turn
+from recap_cli.data import sources
+from recap_cli.errors import ConformanceError, DataError, ModelError
+from recap_cli.models import build, spec_from_config
+from recap_cli.models.build import ModelSpec
+from recap_cli.progress import Track, silent
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds import context as shared
+from recap_cli.rounds.context import Context, Layout
+from recap_cli.trainable import token_rows as vocabularies
+from recap_cli.trainable.token_rows import Vocabulary
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model without weights: its spec, adapter and layout, the tensors' shapes (on the meta device).
+
+    `vocabulary` says which rows of the token table the data use; None, where that is not known, stands for all of them.
+    `plan` and `mask` are those of a state's newest round, or None where they are not chosen yet; `turn` is that round's, and
+    `turns` are the state's.
+    """
+
+    spec: ModelSpec
+    adapter: Adapter
+    layout: Layout
+    tensors: dict[str, Tensor]
+    plan: Choice | None = None
+    mask: Choice | None = None
+    turn: Turn | None = None
+    turns: tuple[Turn, ...] = ()
+    vocabulary: Vocabulary | None = None
+
+
+def outline(recipe: Recipe, label_names: Sequence[str] = ()) -> Outline:
+    """The outline of a recipe's model; reads its configuration and nothing else. Raises `ModelError`, `PluginError`."""
+    spec = spec_from_config.outline(**shared.source_of(recipe), label_names=label_names)
+    adapter, skeleton = build.adapter_of(spec), build.skeleton(spec)
+    try:
+        layout = Layout.of(adapter, skeleton)
+    except LookupError as error:  # the adapter's, as in `conformance`: a model without layers, or of another layout
+        raise ConformanceError(
+            f"the adapter {spec.model_type!r} does not describe this model ({spec.library}): {error}",
+            hint="look at the number of layers in model.config, or in the config.json of the model's folder",
+        ) from error
+    return Outline(spec, adapter, layout, build.tensors_of(skeleton))
+
+
+def anew(model: Outline) -> Outline:
+    """The same for other ratios than a state's: nothing of it is planned or chosen."""
+    return replace(model, plan=None, mask=None, turn=None, turns=())
+
+
+def labels_of(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """The labels that local data name, and a note where the head is that of the configuration instead."""
+    raw, notes = _local_data(recipe)
+    return ([] if raw is None else list(raw.label_names)), notes
+
+
+def outline_with_data(recipe: Recipe, track: Track = silent) -> tuple[Outline, list[str]]:
+    """The outline of a recipe's model as far as local data and a local tokenizer say more of it, and notes where they do not.
+
+    Raises as `outline` does.
+    """
+    raw, notes = _local_data(recipe)
+    model = outline(recipe, [] if raw is None else list(raw.label_names))
+    if raw is None or model.spec.image is not None:
+        return model, notes
+    folder = recipe.model.name or (recipe.model.config or {}).get("tokenizer")
+    if not isinstance(folder, str) or not Path(folder).expanduser().is_dir():
+        return model, [*notes, "the tokenizer is not here"]
+    try:
+        return with_vocabulary(model, recipe, raw, track), notes
+    except (DataError, ModelError) as error:  # likewise
+        return model, [*notes, f"the texts cannot be read: {error.message}"]
+
+
+def with_vocabulary(model: Outline, recipe: Recipe, raw: sources.Raw, track: Track = silent) -> Outline:
+    """The same with the rows of the token table that the data look up; of images as it is.
+
+    Raises `ModelError` if there is no tokenizer, `DataError` if the texts cannot be read.
+    """
+    if model.spec.image is not None:
+        return model
+    source = recipe.model
+    tokenizer = build.tokenizer_of(source.name, source.config, source.revision, model.spec.config["vocab_size"])
+    train, validation = shared.splits_of(recipe, model.spec, tokenizer, track, raw)
+    return replace(model, vocabulary=vocabularies.of(build.skeleton(model.spec), train, validation))
+
+
+def _is_local(recipe: Recipe) -> bool:
+    data = recipe.data
+    return data.builtin is not None or (data.train is not None and Path(data.train).exists())
+
+
+def _local_data(recipe: Recipe) -> tuple[sources.Raw | None, list[str]]:
+    """The examples, if they are local, and a note if they are not, or cannot be read."""
+    if not _is_local(recipe):
+        return None, ["the data are not here, so the head is that of the model's configuration"]
+    try:
+        return shared.read_raw(recipe), []
+    except DataError as error:  # memory does not hang on it, and `init` will say so again
+        return None, [f"the data cannot be read, so the head is that of the model's configuration: {error.message}"]
+
+
+def outline_of(here: Context, track: Track = silent) -> Outline:
+    """The outline of a state's model, with the plan and the mask of its newest round as far as they are chosen."""
+    state, folder = here.state, here.state.manifest.small
+    files = state.manifest.files
+    plan = here.plan(folder) if folder and f"{folder}/{shared.PLAN}" in files else None
+    mask = None
+    if folder and plan is not None and f"{folder}/{shared.MASK}" in files:
+        mask = here.mask(folder, plan)
+    tensors = build.tensors_of(build.skeleton(here.spec))
+    turn = here.turns[state.manifest.round - 1] if plan is not None else None
+    return Outline(here.spec, here.adapter, here.layout, tensors, plan, mask, turn, here.turns, _vocabulary_of(here, track))
+
+
+def _vocabulary_of(here: Context, track: Track) -> Vocabulary | None:
+    """As the last finetuning had it, or as the data say, if they are read already or local."""
+    newest = here.state.manifest.round
+    for number in range(newest, max(0, newest - 2), -1):
+        if found := here.vocabulary(f"round-{number:03d}"):
+            return found
+    if here.spec.image is not None or not (shared.are_read(here.recipe, here.spec) or _is_local(here.recipe)):
+        return None
+    try:
+        return vocabularies.of(build.skeleton(here.spec), *here.splits(track))
+    except DataError:  # its files are gone, and `finetune` will say so
+        return None

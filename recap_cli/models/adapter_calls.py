@@ -1,0 +1,52 @@
+"""The functions of a stranger's adapter, run so that they can raise nothing of their own and write to no weight."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import nn
+
+from recap_cli.core.adapter import Adapter
+from recap_cli.core.axes import Axis
+from recap_cli.errors import ConformanceError, PluginError
+from recap_cli.untrusted.code import guarded
+
+HINT = "choose another model, or repair the adapter; see docs/plugins.md"
+
+
+def guarding(adapter: Adapter, name: str) -> Adapter:
+    """The adapter with its functions guarded, where it has any; one that is a table is returned as it is.
+
+    What `axes` raises of the kinds that a lookup raises is a `ConformanceError`: it does not know the model. All else is a
+    `PluginError`, and so is a weight that either has written to.
+    """
+    if adapter.axes is None and adapter.resize is None:
+        return adapter
+    plain_axes, plain_resize = adapter.axes, adapter.resize
+    who = f"the adapter {name!r}"
+
+    def axes(model: nn.Module) -> list[Axis]:
+        with guarded(f"{who} failed", HINT), _unwritten(model, who):
+            try:
+                return plain_axes(model)  # type: ignore[misc]
+            except (LookupError, AttributeError, TypeError, ValueError) as error:
+                raise ConformanceError(f"{who} does not describe this {type(model).__name__}: {error}", hint=HINT) from error
+
+    def resize(model: nn.Module, sizes: dict[str, int]) -> None:
+        with guarded(f"{who} failed", HINT), _unwritten(model, who):
+            plain_resize(model, dict(sizes))  # type: ignore[misc]
+
+    return replace(adapter, axes=plain_axes and axes, resize=plain_resize and resize)
+
+
+@contextmanager
+def _unwritten(model: nn.Module, who: str) -> Iterator[None]:
+    """Raise `PluginError` if a parameter is written to inside.
+
+    It does not see what is written through `.data`: that costs a pass over all weights, and a `resize` that does it gives
+    other logits than zeroing, which the conformance check refuses.
+    """
+    before = [(name, param, param._version) for name, param in model.named_parameters()]
+    yield
+    if written := [name for name, param, version in before if param._version != version]:
+        raise PluginError(f"{who} has written to {written[0]}", hint=HINT)

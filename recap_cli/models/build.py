@@ -1,0 +1,389 @@
+"""Models by their spec: made from the hub, a folder or a configuration; taken apart into tensors and put together again."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from recap_cli import registry
+from recap_cli.core import adapter as adapters
+from recap_cli.core.adapter import Adapter, matches
+from recap_cli.core.surgery import owner_of, state_sizes
+from recap_cli.core.ties import names_of
+from recap_cli.errors import ModelError
+from recap_cli.models import adapter_calls, timm_models, transformers_models, unexpected_weights
+from recap_cli.models.checkpoints import FOLDER_HINT, count_weights, locate, read_config, read_weights
+from recap_cli.models.config_checks import check_limits
+from recap_cli.models.head_labels import places_of, reorder_output
+from recap_cli.models.pos_embed import resample
+from recap_cli.models.specs import Library, ModelSpec, TaskKind
+from recap_cli.untrusted.files import named, some
+
+__all__ = [
+    "Created",
+    "ModelSpec",
+    "adapter_of",
+    "assemble",
+    "check_source",
+    "create",
+    "describe",
+    "embedding_names",
+    "enable_checkpointing",
+    "example_batch",
+    "forward",
+    "head_names",
+    "load_processor",
+    "positions",
+    "skeleton",
+    "tensors_of",
+    "tokenizer_of",
+]
+
+Batch = Mapping[str, Tensor]
+EXAMPLE_TOKENS = 12
+
+
+class Created(NamedTuple):
+    """A new model in eval mode, its spec, its tokenizer (None for images), its new head weights, and what to tell the user."""
+
+    model: nn.Module
+    spec: ModelSpec
+    processor: Any
+    new: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def create(
+    *,
+    library: Library,
+    name: str | None,
+    config: dict[str, Any] | None,
+    revision: str | None = None,
+    task_kind: TaskKind,
+    label_names: Sequence[str],
+    image_size: int | None = None,
+) -> Created:
+    """The full model for a task, in float32 on the CPU, from `name` (hub or folder) or, with random weights, from `config`.
+
+    Random weights, also those of a new head, come from torch's own generator: seed it before. Only weights that the adapter's
+    `head` names may be new; the head is new as well where the checkpoint's labels are others. For another `image_size` the
+    position embeddings are resampled once. Raises `ModelError` for anything that does not fit, naming it.
+    """
+    if len(label_names) < 2:
+        raise ModelError(f"a classification needs two labels at least; the data have {len(label_names)}", hint="see data.label")
+    check_source(library, name, config, task_kind)
+    make = _create_timm if library == "timm" else _create_hf
+    with named(name):
+        return make(name, config, revision, task_kind, list(label_names), image_size)
+
+
+def check_source(library: Library, name: str | None, config: dict[str, Any] | None, task_kind: TaskKind) -> None:
+    """Raise `ModelError` unless there is exactly one source of the model, and its library knows the task."""
+    if library == "timm" and task_kind != "image-classification":
+        raise ModelError(f"timm has no models for {task_kind}", hint="--set model.library=transformers")
+    if (name is None) == (config is None):
+        raise ModelError("give exactly one of model.name and model.config", hint=FOLDER_HINT)
+
+
+def adapter_of(spec: ModelSpec) -> Adapter:
+    """The adapter registered for the model type. Raises `ModelError` if there is none, `PluginError` if it is broken."""
+    known = registry.names("adapters")
+    if spec.model_type not in known:
+        message, hint = registry.unknown("adapters", spec.model_type, known)
+        raise ModelError(f"the model type {spec.model_type!r} is unknown: {message}", hint=hint)
+    return adapter_calls.guarding(cast(Adapter, registry.load("adapters", spec.model_type)), spec.model_type)
+
+
+def skeleton(spec: ModelSpec) -> nn.Module:
+    """The model on the meta device: names and original shapes, no memory."""
+    with torch.device("meta"):
+        return _build(spec)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name, detached, not copied; non-persistent buffers too, a shared tensor once."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named}
+
+
+def assemble(spec: ModelSpec, tensors: Mapping[str, Tensor], adapter: Adapter, sizes: dict[str, int]) -> nn.Module:
+    """A model in eval mode that holds these very tensors, whatever their (smaller) shape; `sizes`: units left of each axis.
+
+    Raises `ModelError` if a tensor of the model is missing, or one is given that it does not have.
+    """
+    model = skeleton(spec)
+    aliases = _aliases(model)
+    for names, is_parameter in aliases:
+        given = next((tensors[name] for name in names if name in tensors), None)
+        if given is not None:
+            _place(model, names, nn.Parameter(given, requires_grad=given.is_floating_point()) if is_parameter else given)
+    _check_complete(model, tensors)
+    state_sizes(model, [name for names, is_parameter in aliases if is_parameter for name in names])
+    adapters.resize(adapter, model, sizes)
+    return model.eval()
+
+
+def forward(spec: ModelSpec) -> Callable[[nn.Module, Batch], Tensor]:
+    """How a model of this spec turns a batch (by input name; labels are ignored) into logits, shape (batch, num_labels)."""
+    if spec.library == "timm":
+        return lambda model, batch: model(batch["pixel_values"], **spec.forward)
+
+    def logits(model: nn.Module, batch: Batch) -> Tensor:
+        wanted = transformers_models.inputs_of(cast(Hashable, type(model))) - {"labels"}
+        inputs = {name: tensor for name, tensor in batch.items() if name in wanted}
+        no_cache = {"use_cache": False} if "use_cache" in wanted else {}
+        return cast(Tensor, model(**{**inputs, **spec.forward, **no_cache}).logits)
+
+    return logits
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Recompute each block's activations in the backward pass instead of keeping them. Raises `ModelError` if it cannot."""
+    switches: Any = model
+    how = {"use_reentrant": False}
+    try:
+        if hasattr(model, "activation_checkpointing_enable"):
+            switches.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+        elif hasattr(model, "gradient_checkpointing_enable"):  # its name in earlier releases of transformers 5
+            switches.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        else:
+            switches.set_grad_checkpointing(True)
+        if hasattr(model, "disable_input_require_grads"):
+            # transformers makes the embeddings' output want a gradient, and the backward then runs through frozen layers too
+            switches.disable_input_require_grads()
+        if hasattr(getattr(model, "config", None), "use_cache"):
+            switches.config.use_cache = False  # it does not go with checkpoints, and transformers says so at every forward
+    except (AttributeError, ValueError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot recompute its activations", hint="--set finetune.checkpointing=false"
+        ) from error
+
+
+def head_names(adapter: Adapter, model: nn.Module) -> list[str]:
+    """The parameters that are new for a task (classifier, and a pooler before it): all names of each that has one such name."""
+    called = names_of(model).values()
+    return [name for names in called if any(matches(name, adapter.head) for name in names) for name in names]
+
+
+def embedding_names(adapter: Adapter, model: nn.Module) -> list[str]:
+    """The parameters of the embeddings, which do not move by default: all names of each that has no other name."""
+    called = names_of(model).values()
+    return [name for names in called if all(matches(name, adapter.embeddings) for name in names) for name in names]
+
+
+def example_batch(spec: ModelSpec, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs that the model accepts (`pixel_values`, or `input_ids` and `attention_mask`) of a fixed seed."""
+    generator = torch.Generator().manual_seed(seed)
+    if spec.image is not None:
+        side = spec.image["size"]
+        return {"pixel_values": torch.randn(batch, spec.image["channels"], side, side, generator=generator)}
+    ids = torch.randint(0, spec.config["vocab_size"], (batch, EXAMPLE_TOKENS), generator=generator)
+    pad = spec.config.get("pad_token_id") or 0
+    ids[ids == pad] = (pad + 1) % spec.config["vocab_size"]  # RoBERTa counts positions by what is not padding
+    mask = torch.ones_like(ids)
+    ids[-1, -2:], mask[-1, -2:] = pad, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def positions(spec: ModelSpec) -> int | None:
+    """How many tokens a text model has positions for; None where its configuration does not say."""
+    known = spec.config.get("max_position_embeddings")
+    if known is None or spec.image is not None:
+        return None
+    return int(known) - (spec.config.get("pad_token_id", 0) + 1 if spec.model_type == "roberta" else 0)
+
+
+def describe(spec: ModelSpec, processor: Any) -> dict[str, str | bytes]:
+    """The files, by name, that stand beside model.safetensors: spec.json, config.json, tokenizer or preprocessing.
+
+    The library itself opens such a folder if the shapes are the original ones and the metadata of model.safetensors says
+    `{"format": "pt"}`.
+    """
+    files: dict[str, str | bytes] = {"spec.json": spec.to_json()}
+    if spec.library == "timm":
+        return {**files, "config.json": timm_models.config_json(spec)}
+    files["config.json"] = transformers_models.configure(spec.config).to_json_string(use_diff=False)
+    if spec.image is not None:
+        files["preprocessor_config.json"] = transformers_models.preprocessor_json(spec.image)
+    return {**files, **({} if processor is None else transformers_models.files_of(processor))}
+
+
+def tokenizer_of(name: str | None, config: Mapping[str, Any] | None, revision: str | None, vocab_size: int) -> Any:
+    """The tokenizer that `create` gives with a text model, from a folder or the hub. Raises `ModelError` if there is none."""
+    return _tokenizer(None if name is None else locate(name, revision), config or {}, vocab_size)
+
+
+def load_processor(folder: Path, spec: ModelSpec) -> Any:
+    """The tokenizer that `describe` wrote into `folder`; None for images, whose preprocessing the spec holds."""
+    return None if spec.image is not None else transformers_models.read_tokenizer(folder, spec.config["vocab_size"])
+
+
+def _create_hf(
+    name: str | None,
+    values: dict[str, Any] | None,
+    revision: str | None,
+    task_kind: TaskKind,
+    labels: list[str],
+    image_size: int | None,
+) -> Created:
+    folder = None if name is None else locate(name, revision)
+    given = values or {} if folder is None else read_config(folder)
+    origin = "model.config" if folder is None else str(folder / "config.json")
+    spec = ModelSpec("transformers", transformers_models.model_type(given, origin), {}, len(labels), labels, task_kind)
+    adapter = adapter_of(spec)
+    config = transformers_models.configure(given, strict=folder is None)
+    transformers_models.check_task(config, task_kind)
+    processor = None if task_kind == "image-classification" else _tokenizer(folder, given, config.vocab_size)
+    own_labels = transformers_models.label_names(config)
+    transformers_models.set_labels(config, labels)
+    image, note = transformers_models.read_image_facts(folder, config) if task_kind == "image-classification" else (None, None)
+    if folder is None and image is not None and image_size is not None:
+        config.image_size = image["size"] = image_size
+    new: list[str] = []
+    if folder is None:
+        transformers_models.check_size(config, task_kind)
+        model = transformers_models.from_config(config, task_kind)
+        notes = ["random weights, from a configuration"]
+    else:
+        model, missing, mismatched, unexpected = transformers_models.from_folder(folder, task_kind, config)
+        new, notes = _new_head(model, adapter, missing, mismatched, own_labels, labels, str(folder))
+        notes += unexpected_weights.notes(model, unexpected, str(folder))
+    spec = replace(spec, config=transformers_models.to_dict(model), image=image)
+    transformers_models.keep_no_cache(model)
+    if image is not None and image_size not in (None, image["size"]):
+        model, spec = _resized(model, spec, adapter, image_size)
+        notes.append(f"position embeddings resampled from {image['size']} to {image_size} pixels")
+    return Created(model, spec, processor, tuple(new), (*notes, *([note] if note else [])))
+
+
+def _create_timm(
+    name: str | None,
+    values: dict[str, Any] | None,
+    revision: str | None,
+    task_kind: TaskKind,
+    labels: list[str],
+    image_size: int | None,
+) -> Created:
+    folder = None
+    if name is not None:
+        folder, architecture, args = timm_models.find(name, revision)
+    else:
+        args = dict(values or {})
+        architecture = timm_models.architecture_of(args, "model.config")
+        args.pop("architecture")
+    check_limits(architecture, args)
+    config = timm_models.config_of(architecture, args, labels, image_size)
+    held = None if folder is None else count_weights(folder)
+    model = timm_models.build(architecture, config["args"], held)
+    image = timm_models.read_image_facts(model, config["args"], folder)
+    spec = ModelSpec("timm", timm_models.model_type(model), config, len(labels), labels, task_kind, image)
+    adapter = adapter_of(spec)
+    if folder is None:
+        return Created(model, spec, None, (), ("random weights, from a configuration",))
+    tensors = timm_models.filtered(model, read_weights(folder))
+    missing, mismatched, unexpected = timm_models.load_into(model, tensors)
+    own_labels = timm_models.label_names(folder)
+    new, notes = _new_head(model, adapter, missing, mismatched, own_labels, labels, str(folder))
+    notes += unexpected_weights.notes(model, unexpected, str(folder))
+    return Created(model, spec, None, tuple(new), tuple(notes))
+
+
+def _tokenizer(folder: Path | None, given: Mapping[str, Any], vocab_size: int) -> Any:
+    if folder is not None:
+        return transformers_models.read_tokenizer(folder, vocab_size)
+    if "tokenizer" not in given:
+        raise ModelError(
+            "a text model from a configuration has no tokenizer",
+            hint="name a folder that has one: --set model.config.tokenizer=DIR",
+        )
+    return transformers_models.read_tokenizer(locate(str(given["tokenizer"])), vocab_size)
+
+
+def _new_head(
+    model: nn.Module,
+    adapter: Adapter,
+    missing: set[str],
+    mismatched: set[str],
+    own: list[str] | None,
+    labels: list[str],
+    origin: str,
+) -> tuple[list[str], list[str]]:
+    """Which head weights are new, and the notes; raises `ModelError` if any other weight is."""
+    backbone = sorted(name for name in missing | mismatched if not matches(name, adapter.head))
+    if backbone:
+        how = "of another shape" if backbone[0] in mismatched else "missing"
+        raise ModelError(
+            f"{origin} does not fit its config.json: {some(backbone)} is {how}",
+            hint="only the head may be new; see that weights and config.json belong together",
+        )
+    new = sorted(missing | mismatched)
+    if new:
+        return new, [f"new head: {', '.join(new)}"]
+    places = places_of(labels, own)
+    if places == list(range(len(labels))):
+        return new, ["the checkpoint's own head is kept"]
+    if places and reorder_output(model, adapter, places):
+        return new, [f"the checkpoint's own head is kept, its labels in the order of the data: {some(labels)}"]
+    new = _renew_output(model, adapter, len(labels))
+    return new, [f"the checkpoint's head is for other labels ({some(own or [])}): {some(new)} is new"]
+
+
+def _renew_output(model: nn.Module, adapter: Adapter, num_labels: int) -> list[str]:
+    """Give the layers of the head that put out labels new weights, as transformers and timm do; returns their names."""
+    params = {name: param for name, param in model.named_parameters() if matches(name, adapter.head)}
+    new = [name for name, param in params.items() if param.shape[0] == num_labels]
+    with torch.no_grad():
+        for name in new:
+            params[name].zero_() if params[name].dim() == 1 else params[name].normal_(std=0.02)
+    return sorted(new)
+
+
+def _resized(model: nn.Module, spec: ModelSpec, adapter: Adapter, size: int) -> tuple[nn.Module, ModelSpec]:
+    """The same model for square images of another size: an ordinary model of an ordinary configuration."""
+    patch = spec.config["patch_size"]
+    height, width = patch if isinstance(patch, list | tuple) else (patch, patch)
+    if size < max(height, width):
+        raise ModelError(f"images of {size} pixels hold no patch of {height} × {width}", hint="raise data.image_size")
+    tensors = tensors_of(model)
+    for name in tensors:
+        if name.endswith("embeddings.position_embeddings"):
+            tensors[name] = resample(tensors[name], (size // height, size // width))
+    new = replace(spec, config={**spec.config, "image_size": size}, image={**(spec.image or {}), "size": size})
+    return assemble(new, tensors, adapter, {}), new
+
+
+def _build(spec: ModelSpec) -> nn.Module:
+    if spec.library == "timm":
+        return cast(nn.Module, timm_models.build(spec.config["architecture"], spec.config["args"]))
+    return transformers_models.build(spec)
+
+
+def _aliases(model: nn.Module) -> list[tuple[list[str], bool]]:
+    """All names of each tensor (several where it is shared), and whether it is a parameter."""
+    found: dict[int, tuple[list[str], bool]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(tensor), ([], True))[0].append(name)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        found.setdefault(id(buffer), ([], False))[0].append(name)
+    return list(found.values())
+
+
+def _place(model: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
+    for name in names:
+        owner, attribute = owner_of(model, name)
+        setattr(owner, attribute, tensor)
+
+
+def _check_complete(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    own = {name: tensor for names in (model.named_parameters, model.named_buffers) for name, tensor in names()}
+    lacking = sorted(name for name, tensor in own.items() if tensor.is_meta)
+    foreign = sorted(set(tensors) - {name for names, _ in _aliases(model) for name in names})
+    if lacking or foreign:
+        what = f"lack {some(lacking)}" if lacking else f"hold {some(foreign)}, which the model does not have"
+        raise ModelError(
+            f"the tensors {what}",
+            hint="were they written with another version of transformers or timm? `recap status` names it",
+        )

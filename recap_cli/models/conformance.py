@@ -1,0 +1,220 @@
+"""Does an adapter's table describe this very model? Asked before a state is made, so that a wrong table costs seconds (I1).
+
+The check is of structure, so the model that is cut has random weights of a fixed seed: with real ones, a layer scale near
+zero or a bias that is zero would hide a wrong cut.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod, sqrt
+
+import torch
+from torch import Tensor, nn
+
+from recap_cli.core.adapter import Adapter, find_axes, is_transposed, names_found, resize
+from recap_cli.core.axes import Axis, Choice, check_axes, counts, refine, shapes_of
+from recap_cli.core.surgery import cut_model, indices, zero_groups
+from recap_cli.errors import ConformanceError, ModelError
+from recap_cli.models import build
+from recap_cli.models.specs import ModelSpec
+from recap_cli.trainable.build import tied_otherwise
+
+TOLERANCE = 1e-5  # of the largest logit
+SEED = 2024
+LISTED = 5  # names in an error message
+LAYERS = ("num_hidden_layers", "n_layers", "depth")  # whichever key the library has for how many there are
+HINT = "the library's layout and the adapter's table disagree: see docs/plugins.md, or install the versions it was made for"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the adapter found, the axes, the matrices in the blocks that no axis touches, and the largest difference of logits.
+
+    `max_difference` is between cutting and zeroing, relative to the largest logit; `control_difference` is the smaller of the
+    two controls that must differ.
+    """
+
+    found: list[str]
+    axes: list[Axis]
+    coverage: list[str]
+    max_difference: float
+    control_difference: float
+
+
+def check(model: nn.Module, adapter: Adapter, spec: ModelSpec) -> Report:
+    """The report of a model that its adapter describes; the model is left as it was, and one copy of it is made.
+
+    Raises `ModelError` if the model has no layers or does not run as it is; `ConformanceError` if a cut does not exist or fit,
+    an entry belongs to two groups, cutting differs from zeroing the same groups, or a control that must differ (the uncut
+    model, the wrong groups zeroed) does not.
+    """
+    _check_layers(spec)
+    axes = _axes(model, adapter, spec)
+    _check_names(model, adapter, axes, spec)
+    try:
+        cut, control = _differences(model, adapter, spec, axes, random_plan(axes))
+    except _Failure as failure:
+        raise ConformanceError(
+            f"{_who(spec)}: with groups cut out, it does not run ({failure}){_culprit(model, adapter, spec, axes)}", hint=HINT
+        ) from failure
+    if not cut <= TOLERANCE:  # NaN too
+        raise ConformanceError(
+            f"{_who(spec)}: cutting groups changes the logits by {cut:.1e} more than zeroing them"
+            f"{_culprit(model, adapter, spec, axes)}",
+            hint=HINT,
+        )
+    if not control > TOLERANCE:
+        raise ConformanceError(f"{_who(spec)}: {_indifferent(model, adapter, spec, axes)}", hint=HINT)
+    return Report(names_found(axes), axes, coverage(model, axes), cut, control)
+
+
+def coverage(model: nn.Module, axes: Sequence[Axis]) -> list[str]:
+    """The matrices inside the encoder's blocks that no axis touches: what pruning leaves as it is, to be reported."""
+    touched = {cut.param for axis in axes for cut in axis.cuts}
+    stacks = {match[0] for name in touched if (match := re.match(r"(?:.*?\.)?\d+\.", name))}
+    stacks = {re.sub(r"\d+\.$", "", stack) for stack in stacks}
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(name.startswith(stack) for stack in stacks)
+        and (isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or is_transposed(module))
+        and f"{name}.weight" not in touched
+    ]
+
+
+def random_plan(axes: Sequence[Axis], seed: int = SEED) -> Choice:
+    """About half of the units of every axis, from a fixed seed; of two or more, at least one stays and one goes."""
+    generator = torch.Generator().manual_seed(seed)
+    plan: Choice = {}
+    for axis in axes:
+        keep = torch.rand(axis.size, generator=generator) < 0.5
+        first, second = torch.randperm(axis.size, generator=generator)[:2].tolist() if axis.size > 1 else (0, 0)
+        keep[first], keep[second] = False, True
+        plan[axis.name] = keep
+    return plan
+
+
+class _Failure(Exception):
+    """The library's code does not run; the first line of what it said."""
+
+
+def _who(spec: ModelSpec) -> str:
+    return f"the adapter {spec.model_type!r} does not describe this model ({spec.library})"
+
+
+def _check_layers(spec: ModelSpec) -> None:
+    values = spec.config["args"] if spec.library == "timm" else spec.config
+    if key := next((key for key in LAYERS if values.get(key, 1) < 1), None):
+        hint = f"correct {key} in model.config, or in the config.json of the model's folder"
+        raise ModelError(f"this {spec.model_type} has no layers ({key} is {values[key]})", hint=hint)
+
+
+def _axes(model: nn.Module, adapter: Adapter, spec: ModelSpec) -> list[Axis]:
+    try:
+        axes = find_axes(adapter, model)
+        for axis in axes:
+            refine(axis)
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise ConformanceError(f"{_who(spec)}: {error}", hint=HINT) from error
+    problems = check_axes(axes, shapes_of(model.named_parameters()))
+    if problems:
+        more = f" (and {len(problems) - LISTED} more)" if len(problems) > LISTED else ""
+        raise ConformanceError(f"{_who(spec)}: {'; '.join(problems[:LISTED])}{more}", hint=HINT)
+    if tied := tied_otherwise(model, [cut.param for axis in axes for cut in axis.cuts]):
+        raise ConformanceError(
+            f"{_who(spec)}: {tied[0]} are one parameter, of which no part can be pruned or trained", hint=HINT
+        )
+    return axes
+
+
+def _check_names(model: nn.Module, adapter: Adapter, axes: Sequence[Axis], spec: ModelSpec) -> None:
+    """The head must be there, and neither it nor the embeddings may be pruned."""
+    head, embeddings = build.head_names(adapter, model), build.embedding_names(adapter, model)
+    if not head:
+        raise ConformanceError(f"{_who(spec)}: no parameter is named like its head ({', '.join(adapter.head)})", hint=HINT)
+    cut = {cut.param for axis in axes for cut in axis.cuts}
+    if both := sorted(cut & {*head, *embeddings}):
+        raise ConformanceError(f"{_who(spec)}: {both[0]} is pruned, and is head or embedding as well", hint=HINT)
+
+
+def _differences(
+    model: nn.Module, adapter: Adapter, spec: ModelSpec, axes: Sequence[Axis], plan: Choice
+) -> tuple[float, float]:
+    """How far cutting is from zeroing the same groups, and from the nearer of the two controls; both relative to the logits."""
+    logits = _logits_of(spec)
+    trial = _randomize(copy.deepcopy(model).eval())
+    uncut = _untouched(trial, spec)
+    zero_groups(trial, axes, {name: ~keep for name, keep in plan.items()})
+    wrong = logits(trial)
+    zero_groups(_randomize(trial), axes, plan)
+    zeroed = logits(trial)
+    where = indices(axes, plan, shapes_of(trial.named_parameters()))
+    cut_model(trial, where)
+    resize(adapter, trial, counts(plan))
+    cut = logits(trial)
+    scale = float(zeroed.abs().max())
+    return float((cut - zeroed).abs().max()) / scale, min(float((cut - other).abs().max()) for other in (uncut, wrong)) / scale
+
+
+def _logits_of(spec: ModelSpec) -> Callable[[nn.Module], Tensor]:
+    batch, forward = build.example_batch(spec), build.forward(spec)
+
+    @torch.no_grad()
+    def logits(model: nn.Module) -> Tensor:
+        try:
+            return forward(model, batch).double()
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # the library's code, on what we cut
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise _Failure(first_line) from error
+
+    return logits
+
+
+def _untouched(model: nn.Module, spec: ModelSpec) -> Tensor:
+    """The logits before anything is cut. Raises `ModelError` if there are none: that is not the adapter's fault."""
+    try:
+        return _logits_of(spec)(model)
+    except _Failure as failure:
+        size = (
+            f"images of {spec.image['size']} × {spec.image['size']} pixels"
+            if spec.image
+            else f"texts of {build.EXAMPLE_TOKENS} tokens"
+        )
+        hint = "--set data.image_size=224" if spec.image else "is max_position_embeddings in its config.json too small?"
+        raise ModelError(f"the model does not run at {size} ({failure})", hint=hint) from failure
+
+
+def _randomize(model: nn.Module) -> nn.Module:
+    """Give every parameter the same random values each time: matrices that keep the scale, norms near 1, small biases."""
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if param.dim() > 1:
+                param.normal_(std=1 / sqrt(prod(param.shape[1:])), generator=generator)
+            else:
+                param.normal_(mean=0.0 if name.endswith("bias") else 1.0, std=0.1, generator=generator)
+    return model
+
+
+def _culprit(model: nn.Module, adapter: Adapter, spec: ModelSpec, axes: Sequence[Axis]) -> str:
+    """The first axis that fails when it is cut alone, for the message; empty if none does."""
+    plan = random_plan(axes)
+    for axis in axes:
+        alone = {other.name: plan[other.name] if other is axis else torch.ones(other.size, dtype=torch.bool) for other in axes}
+        try:
+            cut, _ = _differences(model, adapter, spec, axes, alone)
+        except _Failure:
+            cut = float("inf")
+        if not cut <= TOLERANCE:  # NaN too
+            return f"; the first to fail alone is {axis.name} ({axis.size} {axis.kind}: {_cuts(axis)})"
+    return ""
+
+
+def _indifferent(model: nn.Module, adapter: Adapter, spec: ModelSpec, axes: Sequence[Axis]) -> str:
+    return f"zeroing other groups, or none, gives the same logits as cutting {len(axes)} axes: they have no part in the output"
+
+
+def _cuts(axis: Axis) -> str:
+    return ", ".join(dict.fromkeys(f"{cut.param} along dimension {cut.dim}" for cut in axis.cuts))

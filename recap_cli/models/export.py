@@ -1,0 +1,288 @@
+"""The product: the small model as a folder that `recap_cli.load`, and where possible its own library, opens.
+
+Three forms. *stock*: all layers are alike and the library's configuration can say so; its own `from_pretrained` opens the
+folder. *ragged*: layers differ, or the configuration cannot say what they are; only `recap_cli.load` opens it. *dense*: the
+original shapes, with zeros where groups were cut. BERT and others ignore configuration keys that others obey, so a form is
+never assumed: what was written is opened again, and its shapes and logits are compared, before it is called anything.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from recap_cli import registry
+from recap_cli.core.adapter import Adapter, find_axes
+from recap_cli.core.axes import Axis, Choice, counts, everything, shapes_of
+from recap_cli.core.surgery import indices, put
+from recap_cli.core.ties import first_names
+from recap_cli.errors import ModelError, StorageError
+from recap_cli.models import build, export_manifest, stock_config, timm_models, transformers_models
+from recap_cli.models.checkpoints import WEIGHTS, check_weights, count_weights, read_config
+from recap_cli.models.specs import ModelSpec
+from recap_cli.state import files
+from recap_cli.untrusted.files import named
+
+TOLERANCE = 1e-5  # of the largest logit
+
+
+def export(
+    spec: ModelSpec,
+    processor: Any,
+    adapter: Adapter,
+    tensors: Mapping[str, Tensor],
+    axes: Sequence[Axis],
+    plan: Choice,
+    out: Path | str,
+    *,
+    dense: bool = False,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the small model of `tensors` to the new folder `out`; returns what recap.json says, and `path`.
+
+    `axes` are those of the full model, and `plan` the groups of them that are left (nothing pruned if empty). `form` is
+    `stock`, `ragged` or `dense`, and `reason` says why it is not stock. Raises `StorageError` if `out` is there and not empty
+    or cannot be written, `ModelError` if what was written does not give the logits of the small model.
+    """
+    check_out(Path(out))
+    plan = plan or everything(axes)
+    small = build.assemble(spec, tensors, adapter, counts(plan))
+    logits = _logits(spec, small)
+    about: dict[str, Any] = {
+        "schema": export_manifest.SCHEMA,
+        "sizes": counts(plan),
+        "adapter": registry.used("adapters", spec.model_type),
+        "versions": {name: version(name) for name in ("recap-cli", "torch", "transformers", "timm", "safetensors")},
+        "facts": dict(facts or {}),
+    }
+    with _new_folder(Path(out)) as folder:
+        if dense:
+            full = _zero_filled(spec, tensors, axes, plan)
+            _write_stock(folder, spec, processor, adapter, full)
+            _prove(folder, spec, full, logits)
+            about |= {"form": "dense", "reason": None}
+        else:
+            about |= _write_small(folder, spec, processor, adapter, tensors, axes, plan, logits)
+        about["files"] = {path.name: asdict(files.seal(path)) for path in sorted(folder.iterdir())}
+        _write_json(folder / export_manifest.FACTS, about)
+    return {**about, "path": str(out)}
+
+
+def check_out(out: Path) -> None:
+    """Raise `StorageError` if `out` is a file, a folder with something in it, or where no folder can be made."""
+    try:
+        if out.is_file():
+            raise StorageError(f"{out} is a file, not a folder", hint="name a new folder, or remove the file")
+        if out.exists() and any(out.iterdir()):
+            raise StorageError(f"{out} is there already and not empty", hint="name a new folder, or remove this one")
+        above = next(folder for folder in out.absolute().parents if folder.exists())
+    except OSError as error:
+        raise _unwritable(out, error.strerror or str(error)) from error
+    if not above.is_dir():
+        raise _unwritable(out, f"{above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise _unwritable(out, f"nothing may be written to {above}")
+
+
+def load(folder: Path | str) -> nn.Module:
+    """The model of a folder that `export` wrote, in eval mode, with the ordinary forward of its library.
+
+    Nothing is read that recap.json does not seal. Raises `ModelError` if the folder is none of ours, is newer than this
+    version, or its files do not fit together.
+    """
+    folder = Path(folder)
+    about = export_manifest.read(folder)
+    spec = ModelSpec.from_json(_read_text(folder / "spec.json"), str(folder / "spec.json"))
+    with named(folder):
+        model = _open_ragged(folder, spec, about["sizes"]) if about["form"] == "ragged" else _open_stock(folder, spec)
+    for name, tensor in model.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise ModelError(f"{folder}: {name} holds values that are not finite", hint=export_manifest.HINT)
+    return model
+
+
+def _open_ragged(folder: Path, spec: ModelSpec, sizes: dict[str, int]) -> nn.Module:
+    """The full model's skeleton, cut to `sizes` and filled. Raises `ModelError` if these, or the shapes, are none of it."""
+    tensors, adapter, full = _read_tensors(folder), build.adapter_of(spec), build.skeleton(spec)
+    shapes = shapes_of(build.tensors_of(full))
+    try:
+        axes = find_axes(adapter, full)
+    except LookupError as error:
+        raise ModelError(f"{folder} is no {spec.model_type}: {error}", hint=export_manifest.HINT) from error
+    if {axis.name for axis in axes} != set(sizes) or not all(0 <= sizes[axis.name] <= axis.size for axis in axes):
+        raise ModelError(
+            f"the sizes in {folder / export_manifest.FACTS} are none of this {spec.model_type}", hint=export_manifest.HINT
+        )
+    where = indices(axes, {axis.name: torch.arange(axis.size) < sizes[axis.name] for axis in axes}, shapes)
+    for name, tensor in tensors.items():
+        cut = where.get(name, {})
+        wanted = tuple(len(cut[dim]) if dim in cut else size for dim, size in enumerate(shapes.get(name, ())))
+        if name in shapes and tuple(tensor.shape) != wanted:
+            raise ModelError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)}, and must have {wanted}", hint=export_manifest.HINT
+            )
+    return build.assemble(spec, tensors, adapter, sizes)
+
+
+def _write_small(
+    folder: Path,
+    spec: ModelSpec,
+    processor: Any,
+    adapter: Adapter,
+    tensors: Mapping[str, Tensor],
+    axes: Sequence[Axis],
+    plan: Choice,
+    logits: Tensor,
+) -> dict[str, Any]:
+    """Write the stock form if it proves to be one, else the ragged form; returns the form and why it is not stock."""
+    candidate, reason = stock_config.stock_spec(spec, axes, plan, shapes_of(tensors))
+    if candidate is not None:
+        try:
+            _write_stock(folder, candidate, processor, adapter, tensors)
+            _prove(folder, candidate, tensors, logits)
+            return {"form": "stock", "reason": None}
+        except ModelError as error:
+            reason = error.message
+            _empty(folder)
+    _describe(folder, spec, processor)
+    _save(tensors, folder)
+    reloaded = build.assemble(spec, _read_tensors(folder), adapter, counts(plan))
+    _compare(_logits(spec, reloaded), logits)
+    return {"form": "ragged", "reason": reason}
+
+
+def _write_stock(folder: Path, spec: ModelSpec, processor: Any, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """What the library itself writes (transformers under the names of its published checkpoints), and our description."""
+    _describe(folder, spec, processor)
+    model: Any = build.assemble(spec, tensors, adapter, {})
+    if spec.library == "timm":
+        tied = {name for name, first in first_names(model).items() if name != first}  # the file cannot say that they are one
+        _save({name: tensor.clone() if name in tied else tensor for name, tensor in model.state_dict().items()}, folder)
+    else:
+        transformers_models.save(model, spec, folder)
+
+
+def _describe(folder: Path, spec: ModelSpec, processor: Any) -> None:
+    for name, content in build.describe(spec, processor).items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def _save(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    files.save_tensors(folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
+
+
+def _prove(folder: Path, spec: ModelSpec, tensors: Mapping[str, Tensor], logits: Tensor) -> None:
+    """Open the folder with its own library. Raises `ModelError` if names, shapes or logits are not those that were written."""
+    model = _open_stock(folder, spec)
+    wanted, first = shapes_of(tensors), first_names(model)
+    for name, shape in shapes_of(model.state_dict()).items():
+        if (given := wanted.get(first.get(name, name))) != shape:
+            raise ModelError(f"{folder.name}: the library makes {name} of shape {shape}, not {given}")
+    _compare(_logits(spec, model), logits)
+
+
+def _compare(found: Tensor, wanted: Tensor) -> None:
+    difference = float((found - wanted).abs().max()) / max(float(wanted.abs().max()), torch.finfo(torch.float32).tiny)
+    if not difference <= TOLERANCE:  # NaN too
+        raise ModelError(f"loaded again, the model's logits differ by {difference:.1e}")
+
+
+def _open_stock(folder: Path, spec: ModelSpec) -> nn.Module:
+    """The folder opened by its own library, by nothing but its public call. Raises `ModelError` if a weight does not fit."""
+    if spec.library == "timm":
+        timm_models.check_config(folder, spec)
+        transformers_models.check_fit(spec.model_type, build.skeleton(spec), count_weights(folder))
+        return cast(nn.Module, timm_models.open_folder(folder))
+    config = transformers_models.configure(read_config(folder))
+    if config.model_type != spec.model_type:
+        raise ModelError(f"{folder}: model_type in config.json is not what spec.json says", hint=export_manifest.HINT)
+    transformers_models.check_task(config, spec.task_kind)
+    model, missing, mismatched, unexpected = transformers_models.from_folder(folder, spec.task_kind, config)
+    if wrong := sorted(missing | mismatched | unexpected):
+        raise ModelError(f"a plain {type(model).__name__} cannot hold {wrong[0]} as it is", hint=export_manifest.HINT)
+    return model
+
+
+@torch.no_grad()
+def _logits(spec: ModelSpec, model: nn.Module) -> Tensor:
+    return build.forward(spec)(model.cpu().eval(), build.example_batch(spec)).double()
+
+
+def _zero_filled(spec: ModelSpec, tensors: Mapping[str, Tensor], axes: Sequence[Axis], plan: Choice) -> dict[str, Tensor]:
+    """The tensors in their original shapes, zero wherever a group was cut (which is the same as cutting it, I1)."""
+    original = build.tensors_of(build.skeleton(spec))
+    where = indices(axes, plan, shapes_of(original))
+    full: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in where:
+            full[name] = torch.zeros(original[name].shape, dtype=tensor.dtype)
+            put(full[name], tensor, where[name])
+        else:
+            full[name] = tensor
+    return full
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when all is written, and is gone if anything fails."""
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    except OSError as error:
+        raise _unwritable(out, error.strerror or str(error)) from error
+    try:
+        yield scratch
+        scratch.chmod(0o777 & ~_umask())
+        for path in scratch.iterdir():
+            path.chmod(0o666 & ~_umask())  # safetensors 0.8 leaves files that only their owner can read
+        os.replace(scratch, out)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{out} cannot be written: {error}", hint="is the disk full?") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _unwritable(out: Path, why: str) -> StorageError:
+    return StorageError(f"{out} cannot be written: {why}", hint="name a folder you may write to")
+
+
+def _umask() -> int:
+    """The process's file mode mask (mkdtemp makes folders that only their owner may open)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", hint="recap export STATE OUT writes such a folder") from error
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    check_weights(folder)
+    try:
+        return dict(load_file(folder / WEIGHTS))
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder / WEIGHTS} is missing, truncated or damaged: {error}", hint=export_manifest.HINT) from error

@@ -1,0 +1,72 @@
+"""Can the library's own configuration say what is left of a pruned model? A guess, to be proved by opening what was written."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from recap_cli.core.axes import USUAL, Axis, Choice, Shape, counts, shapes_of
+from recap_cli.errors import ModelError
+from recap_cli.models import build
+from recap_cli.models.specs import ModelSpec
+
+HEADS = ("num_attention_heads", "n_heads")
+NEURONS = ("intermediate_size", "hidden_dim")
+
+
+def stock_spec(
+    spec: ModelSpec, axes: Sequence[Axis], plan: Choice, shapes: Mapping[str, Shape]
+) -> tuple[ModelSpec | None, str | None]:
+    """A spec whose skeleton has these `shapes`, or None and the reason why there is none."""
+    if all(bool(keep.all()) for keep in plan.values()):
+        return spec, None
+    sizes = counts(plan)
+    alike: dict[str, int] = {}
+    for axis in axes:
+        if alike.setdefault(axis.kind, sizes[axis.name]) != sizes[axis.name]:
+            return (
+                None,
+                f"layers differ in their {axis.kind} ({_range(axes, sizes, axis.kind)}): prune.uniform makes them alike",
+            )
+        if axis.kind not in USUAL and sizes[axis.name] != axis.size:
+            return None, f"no key of a stock configuration is known for the number of {axis.kind}"
+    candidate = replace(spec, config=_with_sizes(spec, axes, alike, shapes))
+    try:
+        made = shapes_of(build.tensors_of(build.skeleton(candidate)))
+    except ModelError as error:
+        return None, f"no stock configuration says this: {error.message}"
+    for name, shape in shapes.items():
+        if made.get(name) != shape:
+            return None, f"a stock {spec.model_type} makes {name} of shape {made.get(name)}, not {shape}"
+    return candidate, None
+
+
+def _range(axes: Sequence[Axis], sizes: Mapping[str, int], kind: str) -> str:
+    found = [sizes[axis.name] for axis in axes if axis.kind == kind]
+    return f"{min(found)} to {max(found)}"
+
+
+def _with_sizes(spec: ModelSpec, axes: Sequence[Axis], alike: Mapping[str, int], shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The configuration with the new counts, under whichever keys this architecture has for them."""
+    values = dict(spec.config["args"] if spec.library == "timm" else spec.config)
+    for axis in {axis.kind: axis for axis in axes}.values():  # one of each kind; all layers are alike
+        cut = axis.cuts[0]
+        if axis.size == alike[axis.kind]:
+            continue
+        if axis.kind == "heads":
+            keys = ["num_heads"] if spec.library == "timm" else [key for key in HEADS if key in values]
+            values |= dict.fromkeys(keys, alike["heads"])
+            values["attn_head_dim" if spec.library == "timm" else "head_dim"] = cut.width
+        else:
+            values |= _neuron_keys(values, alike["neurons"], *shapes[cut.param][:2])
+    return {**spec.config, "args": values} if spec.library == "timm" else values
+
+
+def _neuron_keys(values: Mapping[str, Any], neurons: int, rows: int, width: int) -> dict[str, Any]:
+    """The count itself where there is a key for it, else its ratio to the width of the model."""
+    named = {key: neurons for key in NEURONS if key in values}
+    if named:
+        return named
+    if values.get("use_swiglu_ffn"):
+        rows = rows * 3 // 2  # DINOv2 takes two thirds of it
+    ratio = rows / width if int(width * (rows / width)) == rows else (rows + 0.25) / width  # the library rounds down
+    return {"mlp_ratio": int(ratio) if ratio.is_integer() else ratio}

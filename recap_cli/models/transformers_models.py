@@ -1,0 +1,360 @@
+"""Models of the transformers library: from a folder, from a configuration, or as a skeleton to be filled."""
+
+import copy
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from recap_cli.errors import ModelError
+from recap_cli.models.checkpoints import FOLDER_HINT, QUANTIZED_HINT, count_weights, quiet
+from recap_cli.models.config_checks import HINT as CONFIG_HINT
+from recap_cli.models.config_checks import check_limits, check_padding
+from recap_cli.models.specs import INTERPOLATIONS, ModelSpec, TaskKind, image_facts
+from recap_cli.untrusted import files
+from recap_cli.untrusted.files import LIBRARY_ERRORS
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+SIZES = (  # keys of the configurations that count something, of which there must be some; layers are conformance's business
+    *("hidden_size", "dim", "num_attention_heads", "n_heads", "intermediate_size", "hidden_dim"),
+    *("vocab_size", "max_position_embeddings", "image_size", "patch_size", "num_channels"),
+)
+LAYERS = ("num_hidden_layers", "n_layers", "depth")  # whichever key the library has
+NEW_HEAD = 100_000_000  # weights that a new head may have beside those of a checkpoint; made in a second
+ACTIVATIONS = ("hidden_act", "activation")
+DTYPES = ("dtype", "torch_dtype")
+CHOICES = ("attn_implementation", "experts_implementation")  # of code; with underscores before, and _internal behind it, too
+NOT_IN_DEFAULTS = {"head_dim", "architectures", "tokenizer", "transformers_version", "_name_or_path", "torch_dtype"}
+
+
+def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
+    """The configuration object that `values` (with `model_type`) describe; its weights are float32.
+
+    How attention is computed is the library's choice: what a configuration says of it may name code that is to be downloaded.
+    `strict` refuses keys that the model type does not know, which transformers would keep without a word. Raises `ModelError`.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    rest = {key: value for key, value in values.items() if key not in ("model_type", "_name_or_path", "tokenizer")}
+    model_type = str(values.get("model_type"))
+    check_limits(model_type, rest)
+    _check_values(model_type, rest)
+    rest = {key: value for key, value in rest.items() if not key.strip("_").startswith(CHOICES)}
+    if strict and (kind := next((rest[key] for key in DTYPES if key in rest), "float32")) != "float32":
+        raise ModelError(f"the weights of a {model_type} are float32, not {kind}", hint="see finetune.resident for less memory")
+    rest |= {key: "float32" for key in DTYPES if key in rest}
+    try:
+        with quiet():
+            defaults = AutoConfig.for_model(model_type)
+            if strict:
+                _check_keys(model_type, rest, defaults)
+            _check_names(model_type, rest, defaults)
+            config = AutoConfig.for_model(model_type, **rest)
+            config.architectures = config.architectures or []  # transformers 5.23 iterates over it, None or not
+            names = {int(number): str(name) for number, name in config.id2label.items()}
+            config.id2label = dict(sorted(names.items()))  # JSON may have them as texts, 10 before 2
+    except (*LIBRARY_ERRORS, StrictDataclassError) as error:
+        first_line = " ".join(str(error).split())
+        raise ModelError(
+            f"this is no configuration of a {model_type}: {first_line}", hint="see model.config in the recipe"
+        ) from error
+    check_padding(config)
+    return config
+
+
+def build(spec: ModelSpec) -> nn.Module:
+    """A model of this spec on torch's current default device; `quiet`, and random unless that device is `meta`."""
+    with quiet():
+        return keep_no_cache(from_config(configure(spec.config), spec.task_kind))
+
+
+def keep_no_cache(model: nn.Module) -> nn.Module:
+    """The same model, which keeps no keys and values from one forward for the next: a block that runs twice would fill a cache
+    twice.
+    """
+    configs = (getattr(module, "config", None) for module in model.modules())
+    for config in configs:
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # type: ignore[union-attr]
+    return model
+
+
+def save(model: Any, spec: ModelSpec, folder: Path) -> None:
+    """Write a model as its library does, with the cache that its configuration asks for: the product may generate text."""
+    _restore_cache(model.config, spec.config)
+    with quiet():
+        model.save_pretrained(folder)
+
+
+def from_config(config: Any, task_kind: TaskKind) -> nn.Module:
+    """A model with random weights, from torch's own generator. Raises `ModelError` if the architecture has no such head."""
+    try:
+        model: nn.Module = _auto(task_kind).from_config(config)
+    except LIBRARY_ERRORS as error:
+        raise ModelError(
+            f"a {config.model_type} cannot be built for {task_kind}: {_first_line(error)}", hint=CONFIG_HINT
+        ) from error
+    return model.eval()
+
+
+def check_size(config: Any, task_kind: TaskKind, held: int | None = None) -> None:
+    """Raise `ModelError` as `check_fit` does for a model of this configuration; none is allocated."""
+    with quiet(), torch.device("meta"):
+        check_fit(config.model_type, from_config(copy.deepcopy(config), task_kind), held)
+
+
+def check_fit(kind: str, skeleton: nn.Module, held: int | None = None) -> None:
+    """Raise `ModelError` if a model on the meta device could not be, were it made.
+
+    Its float32 weights are more than this machine has memory, or far more than the `held` numbers of its checkpoint.
+    """
+    import psutil
+
+    wanted = sum(param.numel() for param in skeleton.parameters())
+    there_bytes = psutil.virtual_memory().total + psutil.swap_memory().total
+    if 4 * wanted > there_bytes:
+        raise ModelError(
+            f"a {kind} of this configuration has {4 * wanted / 1e9:,.1f} GB of weights, and this machine "
+            f"{there_bytes / 1e9:,.1f} GB of memory",
+            hint=CONFIG_HINT,
+        )
+    if held is not None and wanted > 2 * held + NEW_HEAD:
+        raise ModelError(
+            f"a {kind} of this configuration has {wanted:,} weights, and its files hold {held:,}", hint=CONFIG_HINT
+        )
+
+
+class Loaded(NamedTuple):
+    """A model in eval mode; the names that its folder lacked, had in another shape, and had besides."""
+
+    model: nn.Module
+    missing: set[str]
+    mismatched: set[str]
+    unexpected: set[str]
+
+
+def from_folder(folder: Path, task_kind: TaskKind, config: Any) -> Loaded:
+    """The model with the folder's weights in float32. Whatever the folder lacks is random.
+
+    Raises `ModelError` if weights are damaged, pickled or of another architecture, or too large for this machine.
+    """
+    held = count_weights(folder)
+    files.check_folder(folder, ("*.json",))  # transformers looks into some of them
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder} holds an adapter of PEFT (adapter_config.json), and transformers would load what that names",
+            hint="merge it into its model first: model.merge_and_unload().save_pretrained(NEW)",
+        )
+    check_size(config, task_kind, held)
+    try:
+        with quiet():
+            model, info = _auto(task_kind).from_pretrained(
+                folder,
+                config=config,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                dtype="float32",
+            )
+    except LIBRARY_ERRORS as error:
+        raise ModelError(f"{folder} cannot be loaded for {task_kind}: {_first_line(error)}", hint=FOLDER_HINT) from error
+    mismatched = {str(item[0]) for item in info["mismatched_keys"]}
+    return Loaded(model.eval(), set(info["missing_keys"]), mismatched, set(info["unexpected_keys"]))
+
+
+def model_type(values: Mapping[str, Any], origin: str) -> str:
+    """The model type that a configuration names. Raises `ModelError`, naming `origin`, if it names none."""
+    if not isinstance(values.get("model_type"), str):
+        raise ModelError(f"{origin} names no model_type", hint=FOLDER_HINT)
+    return str(values["model_type"])
+
+
+def check_task(config: Any, task_kind: TaskKind) -> None:
+    """Raises `ModelError` if the library has no model of this configuration for the task."""
+    import transformers
+
+    text = task_kind == "text-classification"
+    heads = (
+        transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if text else transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    )
+    if type(config) not in heads:
+        raise ModelError(
+            f"transformers has no {config.model_type} for {task_kind}", hint="do model.name and task.kind fit together?"
+        )
+
+
+def label_names(config: Any) -> list[str]:
+    """The name of each output of a configuration's head, empty where it has none."""
+    return [config.id2label.get(number, "") for number in range(len(config.id2label))]
+
+
+def set_labels(config: Any, names: Sequence[str]) -> None:
+    """Give a configuration these labels, in this order, and the loss of a single-label classification."""
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.problem_type = "single_label_classification"
+
+
+def to_dict(model: Any) -> dict[str, Any]:
+    """The whole configuration of a model as JSON values, without the path it came from."""
+    return {**config_values(model.config), "architectures": [type(model).__name__]}
+
+
+def config_values(config: Any) -> dict[str, Any]:
+    """A configuration as JSON values, without the path it came from."""
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    values.pop("_name_or_path", None)
+    return values
+
+
+def square_size(config: Any) -> int:
+    """The side, in pixels, of the images that a configuration asks for. Raises `ModelError` if they are not square."""
+    size = config.image_size
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    if len(sides) != 1 or not isinstance(next(iter(sides)), int):
+        raise ModelError(f"a model for images of size {size} is not square", hint="give one side: --set data.image_size=224")
+    return int(next(iter(sides)))
+
+
+def read_image_facts(folder: Path | None, config: Any) -> tuple[dict[str, Any], str | None]:
+    """The preprocessing that the folder's preprocessor_config.json asks for, and a note if there is none."""
+    size, channels = square_size(config), int(config.num_channels)
+    path = None if folder is None else folder / "preprocessor_config.json"
+    if path is None or not path.is_file():
+        note = None if path is None else f"{folder} has no preprocessor_config.json: mean and std are taken to be 0.5"
+        return image_facts(size, channels), note
+    given = files.read_object(path)
+    number = given.get("resample")
+    if isinstance(number, int) and not 0 <= number < len(INTERPOLATIONS):
+        raise ModelError(f"{path}: resample is {number}, and must be 0 to {len(INTERPOLATIONS) - 1}", hint=files.AGAIN)
+    interpolation = INTERPOLATIONS[number] if isinstance(number, int) else "bilinear"
+    try:
+        return image_facts(size, channels, given.get("image_mean"), given.get("image_std"), interpolation), None
+    except ModelError as error:
+        raise ModelError(f"{path}: {error.message}", hint=files.AGAIN) from error
+
+
+def preprocessor_json(image: dict[str, Any]) -> str:
+    """A preprocessor_config.json that says exactly what the model was finetuned with: resize to a square, no crop."""
+    values = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": image["size"], "width": image["size"]},
+        "resample": INTERPOLATIONS.index(image["interpolation"]),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": image["mean"],
+        "image_std": image["std"],
+    }
+    return json.dumps(values, indent=2) + "\n"
+
+
+def read_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer of a folder. Raises `ModelError` if there is none, or it knows more tokens than the model embeds."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would build an empty tokenizer, and every word would be unknown
+        raise ModelError(
+            f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})", hint="save the tokenizer beside it"
+        )
+    files.check_folder(folder, ("*.json", "*.txt", "*.model", "*.jinja"))
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except BaseException as error:
+        # tokenizers, written in Rust, raises the bare Exception, and panics with a class that is no Exception
+        if not isinstance(error, LIBRARY_ERRORS) and type(error).__name__ not in ("Exception", "PanicException"):
+            raise
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}", hint="save the tokenizer there again"
+        ) from error
+    if len(tokenizer) > vocab_size:
+        raise ModelError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens, the model embeds {vocab_size}")
+    return tokenizer
+
+
+def files_of(tokenizer: Any) -> dict[str, bytes]:
+    """The files that make up a tokenizer, by name."""
+    with TemporaryDirectory() as scratch, quiet():
+        tokenizer.save_pretrained(scratch)
+        return {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir()) if path.is_file()}
+
+
+@lru_cache(maxsize=32)
+def inputs_of(model_class: Any) -> frozenset[str]:
+    """The names of the inputs that the forward of a class takes."""
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def _restore_cache(config: Any, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if key == "use_cache":
+            config.use_cache = value
+        elif isinstance(value, dict) and hasattr(getattr(config, key, None), "to_dict"):  # a configuration inside another
+            _restore_cache(getattr(config, key), value)
+
+
+def _auto(task_kind: TaskKind) -> Any:
+    import transformers
+
+    if task_kind == "text-classification":
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForImageClassification
+
+
+def _check_values(model_type: str, values: Mapping[str, Any]) -> None:
+    """Refuse sizes of nothing and unknown activations by their keys, which the library's own errors do not name."""
+    from transformers.activations import ACT2FN
+
+    if values.get("quantization_config"):
+        raise ModelError(f"the weights of this {model_type} are quantized (quantization_config)", hint=QUANTIZED_HINT)
+    for key in DTYPES:
+        kind = values.get(key)
+        if kind not in (None, "auto") and not isinstance(getattr(torch, str(kind).removeprefix("torch."), None), torch.dtype):
+            raise ModelError(f"{key} of this {model_type} is {kind!r}, which is no type of torch's", hint=CONFIG_HINT)
+    for key in (*SIZES, *LAYERS, "num_labels"):
+        value = values.get(key)
+        least = 0 if key in LAYERS or key == "num_labels" else 1
+        for size in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(size, int) and size < least:
+                raise ModelError(f"{key} of this {model_type} is {size}, and must be {least} or more", hint=CONFIG_HINT)
+    for key in ACTIVATIONS:
+        value = values.get(key)
+        if isinstance(value, str) and value not in ACT2FN:
+            near = get_close_matches(value, sorted(ACT2FN), n=1)
+            hint = f"did you mean {near[0]}?" if near else CONFIG_HINT
+            raise ModelError(f"{key} of this {model_type} is {value!r}, which transformers does not know", hint=hint)
+
+
+def _check_keys(model_type: str, values: dict[str, Any], defaults: Any) -> None:
+    known = set(defaults.to_dict()) | set(type(defaults).attribute_map) | NOT_IN_DEFAULTS
+    for key in values:
+        if key not in known:
+            near = get_close_matches(key, sorted(known), n=1)
+            hint = f"did you mean {near[0]}?" if near else None
+            raise ModelError(f"a {model_type} has no configuration key {key!r} (model.config.{key})", hint=hint)
+
+
+def _check_names(model_type: str, values: Mapping[str, Any], defaults: Any) -> None:
+    """Refuse keys that would take the place of what the library's own class is made of, its methods and tables."""
+    known = {*defaults.to_dict(), *type(defaults).attribute_map}
+    for key in values.keys() - known:
+        own = getattr(type(defaults), key, None)
+        if callable(own) or isinstance(own, dict | set | tuple):
+            raise ModelError(f"{key} is no setting of a {model_type}", hint=CONFIG_HINT)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""This process among others: who may stop it, and with whom it ends."""

@@ -1,0 +1,162 @@
+"""What must hold between the keys of a recipe, each of which is well-formed by itself (`recipe_schema`)."""
+
+from collections.abc import Iterator
+from os.path import normpath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from recap_cli.untrusted.model_limits import beyond
+
+if TYPE_CHECKING:
+    from recap_cli.recipe.schema import Recipe
+
+CONFLICTS = "recipe_conflicts"  # the type of the pydantic error whose context carries `Conflict`s
+FLOAT32_MAX = 3.4e38  # rounded down
+FLOAT32_MIN = 1.2e-38  # rounded up; of numbers with all their digits
+# What the paper's plain algorithm has, of the settings that it does not know.
+FAITHFUL: dict[str, Any] = {
+    "head.warmup_epochs": 0,
+    "prune.settled": 0.0,
+    "prune.ema": 0.0,
+    "prune.ramp": 1.0,
+    "mask.random": 0.0,
+    "finetune.head_lr": None,
+    "finetune.course": "round",
+}
+# What it has where ours is another, and a recipe that asks for it may choose, as it may `prune.scope`.
+FAITHFUL_UNLESS_SAID: dict[str, Any] = {"mask.scope": "per-kind"}
+FAITHFUL_TO_IMAGES: dict[str, Any] = {"mask.ratio": 0.875}  # likewise; for texts the paper has our default
+ALTERNATIVES = (("model.name", "model.config"), ("data.name", "data.builtin", "data.train"))
+NEEDS = {  # key: the key without which it means nothing
+    "model.revision": "model.name",
+    "data.subset": "data.name",
+    "data.validation": "data.train",
+    "data.text_pair": "data.text",
+}
+# What a recipe with missing sections is checked with, so that conflicts elsewhere are reported in the same go.
+STAND_IN: dict[str, dict[str, Any]] = {"model": {}, "task": {"kind": "text-classification"}, "data": {}}
+
+
+class Conflict(NamedTuple):
+    """Keys that are well-formed and do not go together; the first is the one to change."""
+
+    keys: tuple[str, ...]
+    text: str
+
+
+def _value(recipe: "Recipe", key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(recipe, section), name)
+
+
+def _said(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def conflicts_in(recipe: "Recipe") -> Iterator[Conflict]:
+    """Yield what is wrong between keys, each of which is well-formed by itself."""
+    for keys in ALTERNATIVES:
+        given = [key for key in keys if _value(recipe, key) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            yield Conflict(tuple(given) or keys, f"expected exactly one of {', '.join(keys)}; found {found}")
+    for key, needed in NEEDS.items():
+        if _value(recipe, key) is not None and _value(recipe, needed) is None:
+            yield Conflict((key, needed), f"expected only beside {needed}; found without it")
+    for key, value in FAITHFUL.items():
+        if recipe.faithful and (found := _value(recipe, key)) != value:
+            yield Conflict(
+                (key, "faithful"), f"expected {_said(value)} with faithful: true, as the paper has it; found {_said(found)}"
+            )
+    yield from _input_conflicts(recipe)
+    yield from _training_conflicts(recipe)
+    if recipe.prune.ratio + recipe.prune.floor > 1 + 1e-9:  # the sum of two decimals may round up
+        yield Conflict(
+            ("prune.ratio", "prune.floor"),
+            f"expected at most {1 - recipe.prune.floor:g}, as prune.floor keeps {recipe.prune.floor:g} of each layer; "
+            f"found {recipe.prune.ratio:g}",
+        )
+
+
+def _input_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
+    kind, model, data = recipe.task.kind, recipe.model, recipe.data
+    column = {"text-classification": "text", "image-classification": "image"}[kind]
+    has_columns = data.builtin is None and (data.train is None or column == "text")  # of images, `train` may be a folder
+    if has_columns and getattr(data, column) is None:
+        yield Conflict((f"data.{column}", "task.kind"), f"expected the {column} column, for {kind}; found none")
+    yield from _columns_of_other_kinds(recipe)
+    if data.builtin == "digits" and kind != "image-classification":
+        text = f'expected "image-classification", as data.builtin is digits; found "{kind}"'
+        yield Conflict(("task.kind", "data.builtin"), text)
+    if recipe.mask.train_embeddings == "tokens" and kind == "image-classification":
+        keys = ("mask.train_embeddings", "task.kind")
+        yield Conflict(keys, "expected true or false, as images have no tokens; found tokens")
+    for name, place in (("train", data.train), ("validation", data.validation)):
+        if place is not None and normpath(place) in ("/", "//"):  # as an unset variable before a slash gives it
+            yield Conflict((f"data.{name}",), f"expected a file or a folder; found {place}, all of the file system")
+    if data.validation is not None and data.validation_share is not None:
+        keys = ("data.validation_share", "data.validation")
+        yield Conflict(keys, "expected only without data.validation; found both")
+    key = {"transformers": "model_type", "timm": "architecture"}[model.library]
+    if model.config is not None and not isinstance(model.config.get(key), str):
+        keys = ("model.config", "model.library")
+        yield Conflict(keys, f"expected a key `{key}` in it, for library {model.library}; found none")
+    yield from _config_conflicts(model.config or {})
+
+
+def _columns_of_other_kinds(recipe: "Recipe") -> Iterator[Conflict]:
+    """Yield what is said of texts for a task of images, and of images for one of texts."""
+    kind, data = recipe.task.kind, recipe.data
+    others = {"text-classification": ("image", "image_size"), "image-classification": ("text", "text_pair")}[kind]
+    for name in others:
+        if (found := getattr(data, name)) is not None:
+            yield Conflict((f"data.{name}", "task.kind"), f"expected null, for {kind}; found {found}")
+    if kind == "text-classification" and data.augment != "none":
+        yield Conflict(("data.augment", "task.kind"), f"expected none, for {kind}; found {data.augment}")
+
+
+def _config_conflicts(config: dict[str, Any]) -> Iterator[Conflict]:
+    """Yield what no model is built of, however its library would take it."""
+    for key, found, limit in beyond(config):
+        yield Conflict((f"model.config.{key}", "model.config"), f"expected at most {limit:,}; found {found:,}")
+    for key in ("dtype", "torch_dtype"):
+        if config.get(key) not in (None, "float32"):
+            text = "expected float32, which the full model is kept in (finetune.resident is the type on the device)"
+            yield Conflict((f"model.config.{key}", "model.config"), f"{text}; found {config[key]}")
+
+
+def _training_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
+    finetune = recipe.finetune
+    batch, micro = finetune.batch_size, finetune.micro_batch_size
+    if micro is not None and batch % micro:
+        keys = ("finetune.micro_batch_size", "finetune.batch_size")
+        yield Conflict(keys, f"expected a divisor of finetune.batch_size ({batch}); found {micro}")
+    if finetune.max_grad_norm is not None and finetune.fused_backward:
+        yield Conflict(
+            ("finetune.max_grad_norm", "finetune.fused_backward"),
+            "expected null with finetune.fused_backward, which never holds all gradients at once; "
+            f"found {finetune.max_grad_norm:g}",
+        )
+    if finetune.epochs is None and finetune.steps is None:
+        keys = ("finetune.epochs", "finetune.steps")
+        yield Conflict(keys, "expected a number here or in finetune.steps; found null in both")
+    yield from _overflows(recipe)
+
+
+def _overflows(recipe: "Recipe") -> Iterator[Conflict]:
+    """Yield the factors of an update that float32 cannot hold: `lr / (1 - beta_1)` is AdamW's first."""
+    finetune = recipe.finetune
+    update = FLOAT32_MAX * (1 - finetune.betas[0]) if finetune.optimizer == "adamw" else FLOAT32_MAX
+    limits = {
+        "head.lr": (recipe.head.lr, FLOAT32_MAX * (1 - 0.9)),
+        "finetune.lr": (finetune.lr, update),
+        "finetune.head_lr": (recipe.head_lr(new=True) if finetune.lr <= update else 0.0, update),
+        "finetune.weight_decay": (finetune.weight_decay, FLOAT32_MAX),
+        "finetune.eps": (finetune.eps, FLOAT32_MAX),
+    }
+    if finetune.eps < FLOAT32_MIN:
+        yield Conflict(
+            ("finetune.eps",), f"expected at least {FLOAT32_MIN:g}, below which it is 0 in float32; found {finetune.eps:g}"
+        )
+    for key, (found, limit) in limits.items():
+        if found > limit:
+            yield Conflict((key,), f"expected at most {limit:.2g}, beyond which float32 overflows; found {found:g}")

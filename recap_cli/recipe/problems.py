@@ -1,0 +1,214 @@
+"""What is wrong with a recipe, in words: where it stands, which key, what was expected and what was found.
+
+Turns pydantic's errors into lines with the help of the JSON Schema; it knows no key of the recipe by name.
+"""
+
+import copy
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from recap_cli.errors import RecipeError
+from recap_cli.recipe.conflicts import CONFLICTS
+from recap_cli.recipe.yaml import Document, KeyPath, Problem, as_typed, overlap, place
+
+_Schema = Mapping[str, Any]
+_LONGEST = 60  # characters of a found value that a message repeats
+MOST = 50  # problems that are listed; each costs a look for near names
+_WITHIN_JSON = {"dict", "list"}  # what pydantic puts between the keys of a nested JSON value
+
+
+def recipe_error(origin: str, found: Iterable[Problem]) -> RecipeError:
+    """Return the one error that lists the problems `found`, in the order of the file, up to `MOST` of them."""
+    every = sorted(set(found))
+    lines = [line._replace(key=_cut(line.key)) for line in every[:MOST]]
+    where, key = max(len(line.where) for line in lines), max(len(line.key) for line in lines)
+    listing = "".join(f"\n  {line.where:<{where}}  {line.key:<{key}}  {line.text}" for line in lines)
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    count = f"more than {count}" if len(every) > MOST else count
+    return RecipeError(
+        f"{count} in the recipe {origin}{listing}",
+        hint="`recap recipes show quickstart` prints a recipe that works; with --filled, every key there is.",
+    )
+
+
+def explain(error: ValidationError, document: Document, schema: _Schema) -> tuple[list[Problem], set[KeyPath]]:
+    """Return what is wrong with single keys, and the keys that are under suspicion for it: bad, missing, or meant.
+
+    Of more than `MOST` such keys the rest is left out; what is wrong between keys does not show then.
+    """
+    found: list[Problem] = []
+    suspects: set[KeyPath] = set()
+    items = [item for item in error.errors(include_url=False) if item["type"] != CONFLICTS]
+    for item in items[: MOST + 1]:
+        path = _key_path(item["loc"], document.values)
+        suspects.add(path)
+        if item["type"] == "invalid_key" or "[key]" in item["loc"]:
+            continue  # no text; reading the YAML has found it already
+        unknown = item["type"] == "extra_forbidden"
+        if unknown:
+            meant = _meant(path, schema)
+            suspects.update(tuple(key.split(".")) for key in meant)
+            text = _unknown(path, meant, schema)
+        else:
+            text = _mismatch(path, document.values, schema)
+        order, where = place(document, [path], at_key=unknown)
+        if typed := next((given.text for given in reversed(document.overrides) if given.path == path), None):
+            text = as_typed(text, ".".join(path), typed.partition("=")[2])
+        found.append(Problem(order, where, ".".join(path), text))
+    return found, suspects
+
+
+def conflicts(error: ValidationError, document: Document, suspects: set[KeyPath]) -> list[Problem]:
+    """Return what is wrong between keys, leaving out what the `suspects` have a part in."""
+    found = []
+    for item in error.errors(include_url=False):
+        for conflict in item["ctx"]["conflicts"] if item["type"] == CONFLICTS else ():
+            paths = [tuple(key.split(".")) for key in conflict.keys]
+            if not any(overlap(path, suspect) for path in paths for suspect in suspects):
+                order, where = place(document, paths, at_key=True)
+                found.append(Problem(order, where, conflict.keys[0], conflict.text))
+    return found
+
+
+def without(values: Mapping[str, Any], suspects: Iterable[KeyPath], stand_in: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of `values` without the `suspects`, with the sections of `stand_in` beneath what is left."""
+    kept: dict[str, Any] = copy.deepcopy(dict(values))
+    for path in suspects:
+        section, names = kept, list(path)
+        while len(names) > 1 and isinstance(section.get(names[0]), dict):
+            section = section[names.pop(0)]
+        for key in [key for key in section if str(key) == names[0]]:
+            del section[key]
+    return kept | {name: {**keys, **(kept.get(name) or {})} for name, keys in stand_in.items()}
+
+
+def near(word: str, words: Iterable[str]) -> list[str]:
+    """Return the few `words` that `word` may be a slip of, best first; upper case is no difference."""
+    lowered = {known.lower(): known for known in words}
+    return [lowered[found] for found in difflib.get_close_matches(word.lower(), lowered, cutoff=0.65)]
+
+
+def expected(node: _Schema) -> str:
+    """Return what a node of the JSON Schema admits, in words: "a whole number >= 1 or null"."""
+    if "anyOf" in node:
+        return " or ".join("true, false" if option.get("type") == "boolean" else expected(option) for option in node["anyOf"])
+    if "enum" in node:
+        return "one of " + ", ".join(node["enum"])
+    kind = "const" if "const" in node else "object" if "$ref" in node else node.get("type", "")
+    if kind in ("integer", "number"):
+        return _number(node)
+    if kind == "array":
+        return f"a list of {len(node['prefixItems'])}, each {expected(node['prefixItems'][0])}"
+    if kind == "string" and ("$comment" in node or "examples" in node):  # a comment is JSON Schema's word to people
+        return str(node.get("$comment") or "text such as " + ", ".join(node["examples"]))
+    words = {"string": "text", "boolean": "true or false", "null": "null", "object": "a section (keys with values)"}
+    return words.get(kind, f'"{node["const"]}"' if kind == "const" else "text, a number, true, false, null or a list of such")
+
+
+def _number(node: _Schema) -> str:
+    words = "a whole number" if node["type"] == "integer" else "a number"
+    low, high, above, below = (node.get(name) for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
+    if high is not None:
+        return f"{words} from {low} to {high}" if above is None else f"{words} in ({above:g}, {high:g}]"
+    if below is not None:
+        return f"{words} in " + (f"[{low:g}, {below:g})" if above is None else f"({above:g}, {below:g})")
+    return words + (f" > {above:g}" if above is not None else f" >= {low:g}")
+
+
+def _mismatch(path: KeyPath, values: Mapping[str, Any], schema: _Schema) -> str:
+    """Return "expected ...; found ..." for a value that is missing or wrong."""
+    node = _node(schema, path)
+    found, missing = _value(values, path)
+    words = expected(node)
+    text = f"expected {words}; found {'nothing' if missing else _shown(found)}"
+    if words.startswith("text") and not missing and not isinstance(found, str | dict | list | None):
+        return f"{text} (put it in quotes)"
+    return text + _did_you_mean(near(str(found), node.get("enum", ())))
+
+
+def _shown(value: object) -> str:
+    return _cut(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def _did_you_mean(words: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(words)}?" if words else ""
+
+
+def _meant(path: KeyPath, schema: _Schema) -> list[str]:
+    """Return the keys that an unknown one may stand for: near ones beside it, the same elsewhere, or near ones there."""
+    *section, name = path
+    every = list(_keys(schema, schema))
+    if name in every:
+        return [name]
+    beside = near(name, _properties(_node(schema, tuple(section)), schema))
+    meant = [".".join((*section, word)) for word in beside]
+    meant += [key for key in every if key.rpartition(".")[2] == name]
+    leaves = near(name, {key.rpartition(".")[2] for key in every})
+    return meant or [key for key in every if key.rpartition(".")[2] in leaves]
+
+
+def _unknown(path: KeyPath, meant: Sequence[str], schema: _Schema) -> str:
+    if list(path) == meant:  # a dotted key, as on the command line
+        section, _, name = path[0].rpartition(".")
+        return f"unknown key; write `{section}:` and, indented below it, `{name}:`"
+    known = ", ".join(_properties(_node(schema, path[:-1]), schema))
+    return "unknown key" + (_did_you_mean(meant) or f"; known here: {known}")
+
+
+def _keys(node: _Schema, schema: _Schema, prefix: str = "") -> Iterator[str]:
+    for name, inner in _properties(node, schema).items():
+        yield prefix + name
+        yield from _keys(inner, schema, f"{prefix}{name}.")
+
+
+def _properties(node: _Schema, schema: _Schema) -> Mapping[str, _Schema]:
+    name = node.get("$ref", "").rpartition("/")[2]
+    properties: Mapping[str, _Schema] = (schema["$defs"][name] if name else node).get("properties", {})
+    return properties
+
+
+def _node(schema: _Schema, path: KeyPath) -> _Schema:
+    """Return the schema of the key at `path`, or, for one inside free-form data, of any value there."""
+    node = schema
+    for part in path:
+        if part in (properties := _properties(node, schema)):
+            node = properties[part]
+        elif part.isdigit() and int(part) < len(node.get("prefixItems", ())):
+            node = node["prefixItems"][int(part)]
+        else:
+            return {}
+    return node
+
+
+def _value(values: Any, path: KeyPath) -> tuple[Any, bool]:
+    """Return the value at `path`, and whether there is none."""
+    for part in path:
+        if isinstance(values, dict) and part in values:
+            values = values[part]
+        elif isinstance(values, list) and part.isdigit() and int(part) < len(values):
+            values = values[int(part)]
+        else:
+            return None, True
+    return values, False
+
+
+def _key_path(location: Sequence[int | str], values: Mapping[str, Any]) -> KeyPath:
+    """Return the keys of a pydantic location, without the types that it puts between those of a JSON value.
+
+    What is missing from a list is said of the list.
+    """
+    path: KeyPath = ()
+    for part in location:
+        if isinstance(part, int) and isinstance(_value(values, path)[0], list) and _value(values, (*path, str(part)))[1]:
+            break
+        if part not in _WITHIN_JSON or not _value(values, (*path, str(part)))[1]:
+            path = (*path, str(part))
+    return path

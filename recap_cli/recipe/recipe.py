@@ -1,0 +1,192 @@
+"""Recipes in and out of YAML: by path or shipped name, with overrides, a digest and a JSON Schema.
+
+Reading reports *all* problems at once: `recap_cli.recipe.schema` finds what is wrong with a key, `recap_cli.recipe.conflicts`
+what is wrong between keys, and `recap_cli.recipe.problems` says so in words, with the place in the file or on the command line.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import ValidationError
+
+from recap_cli.errors import RecipeError
+from recap_cli.recipe.bounds import MOST_BYTES
+from recap_cli.recipe.conflicts import ALTERNATIVES, NEEDS, STAND_IN
+from recap_cli.recipe.problems import conflicts, explain, near, recipe_error, without
+from recap_cli.recipe.schema import Data, Evaluate, Finetune, Head, Importance, Mask, Model, Prune, Recipe, Task, bytes_of
+from recap_cli.recipe.yaml import Document, KeyPath, Problem, load
+
+__all__ = [
+    "Data",
+    "Evaluate",
+    "Finetune",
+    "Head",
+    "Importance",
+    "Mask",
+    "Model",
+    "Prune",
+    "Recipe",
+    "ShippedRecipe",
+    "Task",
+    "bytes_of",
+    "changed",
+    "differences",
+    "digest",
+    "dump",
+    "json_schema",
+    "parse",
+    "read",
+    "shipped",
+    "shipped_text",
+]
+
+OPEN_PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # as a shell writes `<(...)`: somebody writes there
+_HINT = "Give a YAML file, or a name from `recap recipes ls`."
+
+
+def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe that YAML `text` holds, with `overrides` (each `section.key=value`) on top.
+
+    `origin` is what messages call the file. An override of one of several alternatives takes the place of the others:
+    `data.train=FILE` on a recipe with a hub data set removes `data.name` and `data.subset`.
+
+    Raises:
+        RecipeError: the text is no YAML mapping, or keys are unknown, missing, doubled, wrong or at odds; all of them.
+    """
+    return _parsed(text, origin, tuple(overrides)).model_copy(deep=True)  # a copy: its `model.config` is a dictionary
+
+
+@lru_cache(maxsize=8)
+def _parsed(text: str, origin: str, overrides: tuple[str, ...]) -> Recipe:
+    """What `parse` returns; kept, for every stage of a run asks for the same recipe, and YAML in Python takes its time."""
+    document = load(text, origin, overrides, ALTERNATIVES, NEEDS)
+    found = list(document.problems)
+    recipe = None
+    if document.root is not None:
+        try:
+            recipe = Recipe.model_validate(document.values)
+        except ValidationError as error:  # says what is wrong, but not where
+            faults, suspects = explain(error, document, json_schema())
+            found += faults + _conflicts_beside(suspects, document)
+    if recipe is None or found:
+        raise recipe_error(origin, found)
+    return recipe
+
+
+def _conflicts_beside(suspects: set[KeyPath], document: Document) -> list[Problem]:
+    """Return the conflicts that the `suspects`, keys with a problem of their own, have no part in."""
+    try:
+        Recipe.model_validate(without(document.values, suspects, STAND_IN))
+    except ValidationError as error:  # a second look, at what the first could not reach
+        return conflicts(error, document, suspects)
+    return []
+
+
+def read(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in the file `source`, or the shipped one of that name, with `overrides` on top.
+
+    Raises:
+        RecipeError: there is no such recipe, it cannot be read, or it has problems.
+    """
+    if source in _shipped_files():
+        return parse(shipped_text(source), f"{source}.yaml", overrides)
+    try:
+        if Path(source).is_fifo() and not source.startswith(OPEN_PIPES):  # one with no writer would be waited for
+            raise RecipeError(f"cannot read the recipe {source}: it is a pipe, and no file", hint=_HINT)
+        with Path(source).open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise RecipeError(f"cannot read the recipe {source}: it is larger than {MOST_BYTES // 1024} KiB", hint=_HINT)
+        text = raw.decode("utf-8-sig")
+    except FileNotFoundError:  # an unknown name and a missing file are told apart by nobody
+        raise _unknown(source) from None
+    except OSError as error:  # the one door to the file system; the message names the file
+        raise RecipeError(f"cannot read the recipe {source}: {error.strerror}", hint=_HINT) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"cannot read the recipe {source}: it is not UTF-8 text", hint=_HINT) from error
+    return parse(text, source, overrides)
+
+
+def _unknown(source: str) -> RecipeError:
+    stem, names = Path(source).stem, list(_shipped_files())
+    meant = [stem] if stem in names else near(stem, names)
+    question = f"Did you mean {' or '.join(meant)}? " if meant else ""
+    return RecipeError(
+        f"no recipe {source}: there is no such file, and no shipped recipe of that name",
+        hint=f"{question}`recap recipes ls` lists the shipped recipes.",
+    )
+
+
+def dump(recipe: Recipe) -> str:
+    """Return YAML with every default filled in; `parse` makes an equal recipe of it."""
+    return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def digest(recipe: Recipe) -> str:
+    """Return the SHA-256 of every value, as 64 hex digits; comments and the order of keys do not count."""
+    values = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(values.encode()).hexdigest()
+
+
+def differences(a: Recipe, b: Recipe) -> list[str]:
+    """Return the dotted keys whose values differ, in the schema's order."""
+    first, second = (dict(_leaves(recipe.model_dump(mode="json"))) for recipe in (a, b))
+    return [key for key in first | second if first.get(key) != second.get(key)]
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def changed(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """A copy of a recipe with the values of some dotted keys, as in `{"finetune.checkpointing": True}`; checked as a whole.
+
+    Raises:
+        RecipeError: the values do not go together.
+    """
+    return parse(dump(recipe), recipe.name, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of a recipe, with a description of every key, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+class ShippedRecipe(NamedTuple):
+    """A recipe that comes with the package: the name to run it by, and its first comment line."""
+
+    name: str
+    title: str
+
+
+def shipped() -> list[ShippedRecipe]:
+    """Return the recipes that come with the package, by name."""
+    texts = {name: file.read_text(encoding="utf-8") for name, file in _shipped_files().items()}
+    return [ShippedRecipe(name, text.partition("\n")[0].strip("# ")) for name, text in texts.items()]
+
+
+def shipped_text(name: str) -> str:
+    """Return the YAML of the shipped recipe `name`, comments included.
+
+    Raises:
+        RecipeError: no shipped recipe has that name.
+    """
+    if name not in (files := _shipped_files()):
+        raise _unknown(name)
+    return files[name].read_text(encoding="utf-8")
+
+
+def _shipped_files() -> dict[str, Traversable]:
+    files = {file.name: file for file in resources.files("recap_cli.recipes").iterdir()}
+    return {name.removesuffix(".yaml"): files[name] for name in sorted(files) if name.endswith(".yaml")}

@@ -1,0 +1,1 @@
+"""One page of a state or of a comparison, for a browser."""

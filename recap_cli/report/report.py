@@ -1,0 +1,178 @@
+"""`report`: what a state, or the results of `recap compare`, have to say, on one page. Computes no gradients.
+
+A state keeps the plan and the mask of each round, so how much the plan changes and how much of the full model has been
+visited are computed here, afterwards, and exactly: each prunable parameter belongs to one fine group.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recap_cli.compare import schema
+from recap_cli.compare.schema import RESULTS
+from recap_cli.core.axes import Axis, Choice, Shape, chosen_params, compose, kinds_of, prunable_params, refine
+from recap_cli.errors import StateError, StorageError, UsageError
+from recap_cli.report import pages
+from recap_cli.rounds.context import WEIGHTS, Context, Layout
+from recap_cli.rounds.status import summary
+from recap_cli.state.manifest import COMMIT, UNDER_WAY, quoted
+from recap_cli.state.store import State
+
+PAGE = "report.html"
+
+
+def report(source: Path, out: Path | None = None) -> Path:
+    """Write the page of a state's folder, or of results (the file, or the folder it is in); returns where.
+
+    Raises:
+        StateError: there is neither, or a state that cannot be used.
+        DataError: results that make no sense, or of another schema.
+        UsageError: `out` is there already, and no page of ours.
+        StorageError: `out` cannot be written.
+    """
+    kind = _kind(source)
+    place = out if out is not None else (source if source.is_dir() else source.parent) / PAGE
+    _check_out(place)
+    text = pages.state_page(of_state(State.open(source))) if kind == "state" else pages.results_page(schema.read(source))
+    try:
+        place.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(place, error.strerror or str(error)) from error
+    return place
+
+
+def of_state(state: State) -> dict[str, Any]:
+    """All that the page of a state shows, as plain values. Raises `CorruptStateError` if a plan or a mask was altered."""
+    here, manifest = Context(state), state.manifest
+    found = summary(state)
+    changes = list(_changes(here, [row["round"] for row in found["rounds"]]))
+    rounds = [row | change for row, change in zip(found["rounds"], changes, strict=True)]
+    tuned = {entry["round"]: entry for entry in manifest.history if entry["stage"] == "finetune"}
+    product = (manifest.best or {}).get("folder")
+    return found | {
+        "rounds": rounds,
+        "method": here.recipe.method,
+        "metric": here.recipe.task.metric,
+        "task": here.recipe.task.kind,
+        "metrics": {number: here.metrics(f"round-{number:03d}") for number in tuned},
+        "memory": {number: here.memory(f"round-{number:03d}") for number in tuned},
+        "picture": _picture(here, rounds),
+        "full_bytes": _bytes(manifest.files, manifest.full),
+        "product_bytes": _bytes(manifest.files, product),
+        "recipe_text": state.recipe_text,
+        "digest": manifest.recipe_digest,
+        "versions": manifest.versions,
+        "plugins": manifest.plugins.get("used", []),
+        "as_of": manifest.history[-1]["finished"],
+    }
+
+
+def overlap(axes: Sequence[Axis], shapes: Mapping[str, Shape], before: Choice, now: Choice) -> float | None:
+    """The share of the prunable parameters kept `now` that were kept `before` too; None if nothing is kept."""
+    kept = chosen_params(axes, shapes, now)
+    both = {name: chosen & before[name] for name, chosen in now.items()}
+    return chosen_params(axes, shapes, both) / kept if kept else None
+
+
+def visited(axes: Sequence[Axis], plan: Choice, moving: Choice) -> Choice:
+    """The fine groups of the full model (of `refine(axis)`) that a round trains: `moving` chooses among those of the small one.
+
+    `plan` has a boolean per unit of the full model, `moving` one per hidden dimension that the plan leaves.
+    """
+    kept = {axis.name: plan[axis.name].repeat_interleave(axis.cuts[0].width) for axis in axes}
+    return compose(kept, moving)
+
+
+def _changes(here: Context, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """For each round: `overlap` with the round before, and `coverage`, the share of the full model's prunable parameters that
+    updates have visited up to its end.
+
+    None where it is not known: in the first round, before finetuning, and where a method trains what no mask says.
+    """
+    if not numbers:
+        return
+    layout: Layout = here.layout
+    fine = [refine(axis) for axis in layout.axes]
+    prunable = prunable_params(fine, layout.shapes)
+    seen: Choice | None = {axis.name: torch.zeros(axis.size, dtype=torch.bool) for axis in fine}
+    before: Choice | None = None
+    for number in numbers:
+        plan = here.plan(f"round-{number:03d}")
+        moves = _moves(here, number, plan)
+        seen = None if seen is None or moves is None else {name: seen[name] | moves[name] for name in seen}
+        share = chosen_params(fine, layout.shapes, seen) / prunable if seen is not None and prunable else None
+        same = None if before is None else overlap(layout.axes, layout.shapes, before, plan)
+        yield {"overlap": same, "coverage": share}
+        before = plan
+
+
+def _moves(here: Context, number: int, plan: Choice) -> Choice | None:
+    """The fine groups that a round has trained, or None where it has not yet, or where no mask says which."""
+    done = {entry["stage"] for entry in here.state.manifest.history if entry["round"] == number}
+    if "finetune" not in done or _turn(here.state, number).get("moves") == "training":
+        return None
+    return visited(here.layout.axes, plan, here.mask(f"round-{number:03d}", plan))
+
+
+def _turn(state: State, number: int) -> Mapping[str, Any]:
+    """What the method has planned for a round, where `init` has noted it."""
+    turns: Sequence[Mapping[str, Any]] = state.manifest.history[0].get("turns", ())
+    return turns[number - 1] if number <= len(turns) else {}
+
+
+def _picture(here: Context, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The plan of the best round, or of the newest if none is merged: for each kind and layer, which units are kept."""
+    if not rounds:
+        return None
+    number = next((row["round"] for row in rounds if row["best"]), rounds[-1]["round"])
+    plan = here.plan(f"round-{number:03d}")
+    axes = here.layout.axes
+    kept = {kind: [plan[axis.name].tolist() for axis in axes if axis.kind == kind] for kind in kinds_of(axes)}
+    return {"round": number, "kept": kept}
+
+
+def _bytes(files: Mapping[str, Any], folder: str | None) -> int | None:
+    """The size of the weights in a folder of the state."""
+    seal = files.get(f"{folder}/{WEIGHTS}")
+    return seal.bytes if seal else None
+
+
+def _kind(source: Path) -> str:
+    """Whether a path is a state or results. Raises `StateError` if it is neither."""
+    if source.is_dir() and ((source / COMMIT).exists() or (source / UNDER_WAY).exists()):
+        return "state"
+    if source.is_file() or (source / RESULTS).exists():
+        return "results"
+    what = f"has neither {COMMIT} nor {RESULTS}" if source.is_dir() else "there is no such file or folder"
+    raise StateError(
+        f"{source}: {what}",
+        hint="name the folder of a state (recap run RECIPE --state DIR makes one), or the results.json of `recap compare`",
+    )
+
+
+def _check_out(place: Path) -> None:
+    """Refuse a page's place that holds something else, or that is in no folder."""
+    if place.is_dir():
+        raise UsageError(f"{place}: is a folder", hint=f"name a file in it: --out {quoted(place / PAGE)}")
+    if not place.parent.is_dir():
+        raise StorageError(f"{place} cannot be written: there is no folder {place.parent}", hint="make it first")
+    if not place.exists():
+        if not os.access(place.parent, os.W_OK | os.X_OK):
+            raise _unwritable(place, f"nothing may be written to {place.parent}")
+        return
+    if not place.is_file():  # a pipe or a device, which would wait to be read
+        raise UsageError(f"{place}: is no plain file", hint="name another file with --out")
+    try:
+        with place.open("rb") as file:
+            ours = pages.MARK.encode() in file.read(pages.MARK_WITHIN_BYTES)
+    except OSError as error:
+        raise _unwritable(place, error.strerror or str(error)) from error
+    if not ours:
+        raise UsageError(f"{place}: is there already, and `recap report` has not made it", hint="name another file with --out")
+
+
+def _unwritable(place: Path, why: str) -> StorageError:
+    return StorageError(f"{place} cannot be written: {why}", hint="name a file in a folder you may write to: --out FILE")

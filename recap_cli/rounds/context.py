@@ -1,0 +1,402 @@
+"""What the stages of one state share: its recipe, the model's description and layout, and its data, read once per process."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from recap_cli import registry
+from recap_cli.core.adapter import Adapter, block_paths
+from recap_cli.core.axes import Axis, Choice, Shape, check_axes, refine, shrink
+from recap_cli.core.criterion import Criterion, Losses
+from recap_cli.core.method import Turn
+from recap_cli.core.streaming import streamed
+from recap_cli.core.surgery import Where, indices
+from recap_cli.data import sources
+from recap_cli.data.labels import check_names
+from recap_cli.data.sampling import batches, sample
+from recap_cli.data.splits import ImageInputs, Split, TextInputs, make_split
+from recap_cli.errors import PluginError, StageOrderError
+from recap_cli.models import build
+from recap_cli.models.build import ModelSpec
+from recap_cli.progress import Track
+from recap_cli.recipe import recipe as recipes
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds import record, stored
+from recap_cli.rounds.layout import Layout
+from recap_cli.rounds.plans import turns_of
+from recap_cli.rounds.record import (
+    BUFFERS,
+    IMPORTANCE,
+    LAYOUT,
+    MASK,
+    MEMORY,
+    METRICS,
+    MOMENTS,
+    MOVED,
+    PLAN,
+    ROWS,
+    SCORES,
+    SMALL,
+    SPEC,
+    WEIGHTS,
+)
+from recap_cli.rounds.status import finished
+from recap_cli.state.manifest import below, quoted
+from recap_cli.state.store import State
+from recap_cli.tasks import task as tasks
+from recap_cli.tasks.task import Task
+from recap_cli.trainable.token_rows import Vocabulary
+
+__all__ = [  # the names of the files among them, as every stage needs them
+    "BUFFERS",
+    "IMPORTANCE",
+    "LAYOUT",
+    "MASK",
+    "MEMORY",
+    "METRICS",
+    "MOMENTS",
+    "MOVED",
+    "PLAN",
+    "ROWS",
+    "SCORES",
+    "SMALL",
+    "SPEC",
+    "WEIGHTS",
+    "Layout",
+]
+
+
+class Context:
+    """A state with what its files mean. Everything is read when it is first asked for, and checked then.
+
+    Whatever reads a file raises `CorruptStateError` where it is not one that a stage writes: another name, shape or type.
+    """
+
+    def __init__(self, state: State) -> None:
+        record.check(state)
+        self.state = state
+        self.recipe: Recipe = recipes.parse(state.recipe_text, str(state.path / state.manifest.recipe))
+
+    @cached_property
+    def full(self) -> str:
+        """The folder of the full model as it is now."""
+        return str(self.state.manifest.full)
+
+    @cached_property
+    def turns(self) -> tuple[Turn, ...]:
+        """What each round does."""
+        return turns_of(self.state.manifest)
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        return stored.spec(self.state, f"{self.full}/{SPEC}")
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        return build.adapter_of(self.spec)
+
+    @cached_property
+    def _outline(self) -> stored.Tensors:
+        """The tensors that the full model has."""
+        with stored.meant(self.state.path / f"{self.full}/{SPEC}"):
+            return stored.outline(self.spec)
+
+    @cached_property
+    def layout(self) -> Layout:
+        rel = f"{self.full}/{LAYOUT}"
+        path, text = self.state.path / rel, self.state.load_text(rel)
+        with stored.meant(path):
+            layout = TypeAdapter(Layout).validate_json(text, strict=True)
+            problems = check_axes(layout.axes, layout.shapes)
+        shapes = self._outline.shapes
+        known = {**layout.shapes, **{name: shapes.get(name, ()) for name in (*layout.embeddings, *layout.head)}}
+        problems += [f"{name} is no such parameter of the model" for name, shape in known.items() if shapes.get(name) != shape]
+        if not layout.axes or problems:
+            raise stored.corrupt(path, problems[0] if problems else "it has no axes")
+        return layout
+
+    @cached_property
+    def task(self) -> Task:
+        return task_of(self.recipe, self.spec)
+
+    def head_lr(self, turn: Turn) -> float:
+        """The peak learning rate of the task head in a round."""
+        return self.recipe.head_lr(new=self.state.manifest.made["head_new"], alone=turn.moves == "head")
+
+    def processor(self) -> Any:
+        """The tokenizer of the full model, or None for images."""
+        files = below(self.state.manifest.files, self.full)
+        for rel in files.keys() - {f"{self.full}/{name}" for name in (WEIGHTS, MOMENTS)}:
+            self.state.verified(rel)
+        folder = self.state.path / self.full
+        return stored.processor(folder, lambda: build.load_processor(folder, self.spec))
+
+    def splits(self, track: Track) -> tuple[Split, Split]:
+        """The training and the validation examples, ready for the model."""
+        return splits_of(self.recipe, self.spec, self.processor(), track)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """The weights of the full model, on the CPU, without what no checkpoint of it holds."""
+        return self._full_parts()[0]
+
+    def full_tensors(self) -> dict[str, Tensor]:
+        """The weights and buffers of the full model, on the CPU."""
+        weights, buffers = self._full_parts()
+        return weights | buffers
+
+    def _full_parts(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        file = f"{self.full}/{BUFFERS}"
+        weights = self.state.load_tensors(f"{self.full}/{WEIGHTS}")
+        buffers = self.state.load_tensors(file) if file in self.state.manifest.files else {}
+        stored.check_model(self.state.path / self.full / WEIGHTS, weights | buffers, self._outline, self._outline.shapes)
+        return weights, buffers
+
+    def model(self, tensors: dict[str, Tensor], sizes: dict[str, int] | None = None) -> nn.Module:
+        """A model in evaluation mode made of `tensors` (no copies); a small one if `sizes` (axis → units) are given."""
+        return build.assemble(self.spec, tensors, self.adapter, sizes or {}).eval()
+
+    def plan(self, folder: str) -> Choice:
+        """Which groups of the full model the small model in `folder` kept."""
+        return stored.choice(self.state, f"{folder}/{PLAN}", self.layout.axes)
+
+    def mask(self, folder: str, plan: Choice) -> Choice:
+        """Which hidden dimensions of the small model that `plan` leaves may move in a round."""
+        axes = [refine(axis) for axis in shrink(self.layout.axes, plan)]
+        return stored.choice(self.state, f"{folder}/{MASK}", axes)
+
+    def small_shapes(self, plan: Choice) -> dict[str, Shape]:
+        """The shapes of the small model's tensors, by all of their names."""
+        shapes = self._outline.shapes
+        return stored.cut_shapes(shapes, indices(self.layout.axes, plan, self.layout.shapes))
+
+    def small(self, folder: str, plan: Choice, name: str = SMALL) -> dict[str, Tensor]:
+        """The tensors of the small model of a round, as it was cut; or those of the file `name`, a small model too."""
+        rel = f"{folder}/{name}"
+        tensors = self.state.load_tensors(rel)
+        stored.check_model(self.state.path / rel, tensors, self._outline, self.small_shapes(plan))
+        return tensors
+
+    def moved(self, folder: str, plan: Choice, where: Where) -> dict[str, Tensor]:
+        """The values of the entries that have moved, which are `where` in the small model."""
+        rel = f"{folder}/{MOVED}"
+        path, tensors = self.state.path / rel, self.state.load_tensors(rel)
+        stored.check_each(path, tensors, stored.cut_shapes(self.small_shapes(plan), where), torch.float32)
+        tuned = next(entry for entry in reversed(self.state.manifest.history) if entry["stage"] == "finetune")
+        count = sum(tensor.numel() for tensor in tensors.values())
+        if self.turns[tuned["round"] - 1].moves != "training" and count != tuned["trainable"]:
+            raise stored.corrupt(path, f"it holds {count:,} entries, and {tuned['trainable']:,} were trained")
+        return tensors
+
+    def tuned_moments(self, folder: str, plan: Choice, where: Where, kinds: Sequence[str]) -> dict[str, Tensor]:
+        """The moments, of the `kinds` there are, of the entries `where` in the small model, after a round."""
+        shapes = stored.cut_shapes(self.small_shapes(plan), where)
+        return stored.moments(self.state, f"{folder}/{MOMENTS}", shapes, kinds, self._along(self.vocabulary(folder)))
+
+    def full_moments(self, kinds: Sequence[str]) -> dict[str, Tensor]:
+        """The moments of the full model; none before the first merge, or where they are not carried."""
+        file, shapes = f"{self.full}/{MOMENTS}", self._outline.shapes
+        if not self.recipe.finetune.carry_moments or file not in self.state.manifest.files:
+            return {}
+        rounds = (self.vocabulary(f"round-{number:03d}") for number in range(self.state.manifest.round, 0, -1))
+        vocabulary = next((found for found in rounds if found), None)
+        return stored.moments(self.state, file, shapes, kinds, self._along(vocabulary))
+
+    def _along(self, vocabulary: Vocabulary | None) -> dict[str, int]:
+        return self.layout.along | (vocabulary.along() if vocabulary else {})
+
+    def importance(self, folder: str) -> dict[str, Tensor] | None:
+        """The averaged importance of the full model's groups that a round has written; None where it has written none."""
+        file = f"{folder}/{IMPORTANCE}"
+        return stored.scores(self.state, file, self.layout.axes) if file in self.state.manifest.files else None
+
+    def scores(self, folder: str) -> dict[str, Tensor]:
+        """The scores that the training of a round has learned for the groups of its small model."""
+        return stored.scores(self.state, f"{folder}/{SCORES}", shrink(self.layout.axes, self.plan(folder)))
+
+    def metrics(self, folder: str) -> dict[str, float]:
+        """Loss and metrics of a round's small model on the validation data."""
+        return stored.metrics(self.state, f"{folder}/{METRICS}", self.recipe.task.metric)
+
+    def memory(self, folder: str) -> dict[str, Any]:
+        """Bytes held and measured while finetuning in a round."""
+        return stored.memory(self.state, f"{folder}/{MEMORY}")
+
+    def vocabulary(self, folder: str) -> Vocabulary | None:
+        """Which rows of the token table the finetuning in `folder` held, and which could move; None where that is not known."""
+        file = f"{folder}/{ROWS}"
+        return stored.vocabulary(self.state, file, self._outline.shapes) if file in self.state.manifest.files else None
+
+    def rows(self, folder: str) -> Where:
+        """The rows of the token table that the finetuning in `folder` could move, where that is neither all nor none."""
+        vocabulary, turn = self.vocabulary(folder), self.turns[int(folder.rpartition("-")[2]) - 1]
+        return vocabulary.where(turn) if vocabulary else {}
+
+
+def load_criterion(name: str) -> Criterion:
+    """The criterion plugin of a name."""
+    return cast(Criterion, registry.load("criteria", name))
+
+
+def source_of(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of its model, as `models.create` and `outlines.outline` take it."""
+    return {
+        **recipe.model.model_dump(),
+        "task_kind": recipe.task.kind,
+        "image_size": recipe.data.image_size,
+    }
+
+
+def task_of(recipe: Recipe, spec: ModelSpec) -> Task:
+    """What the model is trained for."""
+    return Task(recipe.task.kind, recipe.task.metric, spec.num_labels)
+
+
+def forward_of(spec: ModelSpec, model: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
+    """A function from a batch to logits, (batch, labels)."""
+    call = build.forward(spec)
+    return lambda batch: call(model, batch)
+
+
+def read_raw(recipe: Recipe) -> sources.Raw:
+    """The examples of a recipe as its source holds them."""
+    data = recipe.data
+    return sources.read_splits(
+        recipe.task.kind,
+        seed=recipe.seed,
+        **data.model_dump(exclude={"max_length", "image_size", "augment", "workers"}),
+    )
+
+
+def inputs_of(recipe: Recipe, spec: ModelSpec, processor: Any) -> TextInputs | ImageInputs:
+    """How the examples of a recipe become the inputs of a model."""
+    image = spec.image
+    if image is None:
+        return TextInputs(processor, recipe.data.max_length, build.positions(spec))
+    return ImageInputs(
+        size=(image["size"], image["size"]),
+        channels=image["channels"],
+        mean=tuple(image["mean"]),
+        std=tuple(image["std"]),
+        interpolation=image["interpolation"],
+        augment=recipe.data.augment,
+    )
+
+
+_SPLITS: dict[str, tuple[Split, Split]] = {}  # of the last recipe: the stages of a run read their data once
+
+
+def _split_key(recipe: Recipe, spec: ModelSpec) -> str:
+    """What examples as tensors hang on: the data, and what the model takes and how it is preprocessed."""
+    sections = [section.model_dump(mode="json") for section in (recipe.data, recipe.model, recipe.task)]
+    return json.dumps([*sections, recipe.seed, spec.image, spec.label_names, build.positions(spec)], sort_keys=True)
+
+
+def are_read(recipe: Recipe, spec: ModelSpec) -> bool:
+    """Whether this process has the examples of a recipe already, so that `splits_of` reads nothing."""
+    return _split_key(recipe, spec) in _SPLITS
+
+
+def splits_of(
+    recipe: Recipe, spec: ModelSpec, processor: Any, track: Track, raw: sources.Raw | None = None
+) -> tuple[Split, Split]:
+    """The training and the validation examples of a recipe, as tensors for a model; kept for the next call with the same
+    data.
+
+    Raises `DataError` if their labels are not those of the model, in its order.
+    """
+    key = _split_key(recipe, spec)
+    if key not in _SPLITS:
+        raw = raw or read_raw(recipe)
+        check_names(raw.label_names, spec.label_names, raw.train_origin)
+        inputs = inputs_of(recipe, spec, processor)
+        made = (
+            make_split(raw.train, inputs, origin=raw.train_origin, workers=recipe.data.workers, track=track),
+            make_split(raw.validation, inputs, origin=raw.validation_origin, workers=recipe.data.workers, track=track),
+        )
+        _SPLITS.clear()
+        _SPLITS[key] = made
+    return _SPLITS[key]
+
+
+def on_device(model: nn.Module, axes: Sequence[Axis], device: torch.device, adapter: str) -> AbstractContextManager[None]:
+    """Inside, a model on the CPU runs on `device`, a block at a time; on the CPU it runs as it is, and is not touched.
+
+    Raises `PluginError`, naming the adapter, if its axes do not say what the blocks are.
+    """
+    return nullcontext() if device.type == "cpu" else streamed(model, blocks_of(model, axes, adapter), device)
+
+
+def blocks_of(model: nn.Module, axes: Sequence[Axis], adapter: str) -> list[str]:
+    """The paths of the model's blocks, of which one at a time is on a device. Raises `PluginError` if they cannot be found."""
+    try:
+        return block_paths(model, axes)
+    except LookupError as error:
+        raise PluginError(
+            f"the adapter {adapter!r} does not say which blocks can go to a device one at a time: {error}",
+            hint="let its function `axes` name them PATH.KIND, PATH being a block's; or --set importance.device=cpu",
+        ) from error
+
+
+def importance_batch_size(recipe: Recipe, device: torch.device) -> int:
+    """Examples at a time; on an accelerator so many that importance fits into the memory that finetuning takes there.
+
+    Importance is computed in fp32, and each of its blocks holds all of its activations: half as many examples where finetuning
+    has bf16 activations, and half again where it has checkpoints.
+    """
+    if device.type == "cpu":
+        return recipe.importance.batch_size
+    tune = recipe.finetune
+    size = (tune.micro_batch_size or tune.batch_size) // (1 + (tune.resident != "fp32")) // (1 + tune.checkpointing)
+    return min(recipe.importance.batch_size, max(1, size))
+
+
+def losses_over(
+    forward: Callable[[dict[str, Tensor]], Tensor],
+    split: Split,
+    indices: Tensor,
+    *,
+    batch_size: int,
+    device: torch.device,
+    track: Track,
+    label: str,
+) -> Losses:
+    """The losses over D_s, the examples at `indices`: per batch, or per example, each with its share of D_s."""
+
+    def losses(each: bool) -> Iterator[tuple[Tensor, float]]:
+        size = 1 if each else batch_size
+        steps = -(-len(indices) // size)
+        for batch in track(batches(split, indices, size, device=device), label, steps):
+            labels = batch["labels"]
+            yield tasks.loss(forward(batch), labels), len(labels) / len(indices)
+
+    return losses
+
+
+def draw(recipe: Recipe, split: Split, round: int, stage: str) -> Tensor:
+    """D_s: the examples on which a stage of a round estimates importance."""
+    size = recipe.importance.batches * recipe.importance.batch_size
+    return sample(len(split), size, seed=recipe.seed, round=round, stage=stage)
+
+
+def check_rounds(context: Context) -> None:
+    """Raise `StageOrderError` if the last round is merged: K are done, or the metric has not improved for `patience`."""
+    state, recipe = context.state, context.recipe
+    if state.next_stage() != "prune":
+        return
+    path = quoted(state.path)
+    if reason := finished(recipe, state.manifest):
+        raise StageOrderError(
+            f"{state.path}: {reason}",
+            hint=f"recap export {path} OUT writes the best small model; recap status {path} shows the rounds",
+        )
+
+
+def as_bytes(choice: Choice) -> dict[str, Tensor]:
+    """A choice as it is stored: booleans of one byte."""
+    return {name: chosen.to(torch.uint8) for name, chosen in choice.items()}

@@ -1,0 +1,228 @@
+"""What each finished stage has noted in `state.yaml`, and which files it has written: checked as a whole.
+
+`state.yaml` by itself (`manifest_schema`) knows stages and folders; here it is known what is in them. Reads no file.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from recap_cli.core.method import Embeddings, Moves, Plan
+from recap_cli.errors import CorruptStateError
+from recap_cli.state.manifest import COMMIT, START_OVER, Manifest
+from recap_cli.state.names import folder_of
+from recap_cli.state.store import State
+from recap_cli.tasks.task import Metric
+
+WEIGHTS, BUFFERS, SPEC, LAYOUT, MOMENTS = (
+    "model.safetensors",
+    "buffers.safetensors",
+    "spec.json",
+    "layout.json",
+    "moments.safetensors",
+)
+PLAN, IMPORTANCE, MASK, ROWS, SMALL, MOVED, SCORES = (
+    "plan.safetensors",
+    "importance.safetensors",
+    "mask.safetensors",
+    "rows.safetensors",
+    "small.safetensors",
+    "moved.safetensors",
+    "scores.safetensors",
+)
+METRICS, MEMORY = "metrics.json", "memory.json"
+
+FULL_FILES = (WEIGHTS, SPEC, LAYOUT)
+BEST_FILES = (WEIGHTS, PLAN)
+STAGE_FILES = {"prune": (PLAN,), "mask": (MASK,), "finetune": (METRICS, MEMORY)}  # in the folder of the round, from then on
+UNTIL_MERGED = {"prune": (SMALL,), "finetune": (MOVED, MOMENTS)}
+
+OPEN = ConfigDict(strict=True, extra="allow")
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(gt=0)]
+
+
+class TurnFacts(BaseModel):
+    """A planned round, as `Turn.to_json` has it."""
+
+    model_config = OPEN
+
+    prune_ratio: Annotated[float, Field(ge=0, lt=1)]
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)]
+    plan: Plan
+    moves: Moves
+    share: Annotated[float, Field(gt=0)]
+    course: Annotated[list[float], Field(min_length=2, max_length=2)]
+    embeddings: Embeddings
+    product: bool
+
+
+class Setting(BaseModel):
+    """A setting that was found for a memory budget."""
+
+    model_config = OPEN
+
+    key: str
+    before: Any
+    after: Any
+
+
+class Budget(BaseModel):
+    """What a memory budget made of the recipe."""
+
+    model_config = OPEN
+
+    memory_budget: Any
+    changes: list[Setting]
+
+
+class Figures(BaseModel):
+    """The loss and all metrics of an evaluation."""
+
+    model_config = OPEN
+
+    loss: float
+    accuracy: float
+    f1: float
+    matthews: float
+
+
+class InitFacts(BaseModel):
+    """What `init` notes; `warmed_up` where a head was warmed up."""
+
+    model_config = OPEN
+
+    turns: Annotated[list[TurnFacts], Field(min_length=1)]
+    adapter: str
+    notes: list[str]
+    not_pruned: list[str]
+    parameters: Size
+    prunable_parameters: Size
+    train_examples: Size
+    labels: Size
+    head_new: bool
+    label_places: bool = False
+    label_words: bool = True
+    threads: Size | None
+    metric: Metric
+    chance: Figures
+    warmed_up: Figures | None = None
+    budget: Budget | None = None
+
+
+Kinds = Annotated[dict[str, list[Count]], Field(min_length=1)]  # how many groups there are in each layer, by kind
+
+
+class PruneFacts(BaseModel):
+    """What `prune` notes."""
+
+    model_config = OPEN
+
+    params_full: Size
+    params_small: Size
+    prunable_full: Size
+    prunable_small: Count
+    kept_share_of_prunable: float
+    kept: Kinds
+    of: Kinds
+
+
+class MaskFacts(BaseModel):
+    """What `mask` notes."""
+
+    model_config = OPEN
+
+    moves: Moves
+    moving_share_of_prunable: float | None = None
+
+
+class Held(BaseModel):
+    """Bytes by kind."""
+
+    model_config = OPEN
+
+    weights_bytes: Count
+    gradients_bytes: Count
+    optimizer_bytes: Count
+
+
+class FinetuneFacts(Held):
+    """What `finetune` notes."""
+
+    metric: str
+    loss: float
+    steps: Count
+    trainable: Count
+    step_seconds: float
+    full_finetuning: Held
+
+
+class MergeFacts(BaseModel):
+    """What `merge` notes."""
+
+    model_config = OPEN
+
+    moved: Count
+    best_round: Size | None
+
+
+FACTS: Mapping[str, type[BaseModel]] = {
+    "init": InitFacts,
+    "prune": PruneFacts,
+    "mask": MaskFacts,
+    "finetune": FinetuneFacts,
+    "merge": MergeFacts,
+}
+NUMBER = TypeAdapter(float, config=ConfigDict(strict=True))
+
+
+def check(state: State) -> None:
+    """Passes where the record of a state is one that the stages have written.
+
+    Raises:
+        CorruptStateError: a stage's facts, or a file that it must have written, are missing or not what they should be.
+    """
+    if problem := next(_problems(state.manifest), None):
+        raise CorruptStateError(f"{state.path / COMMIT}: {problem}", hint=START_OVER)
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    for number, entry in enumerate(manifest.history):
+        if wrong := _wrong_facts(entry):
+            yield f"history[{number}].{wrong} is missing or not what it should be"
+    if manifest.round > len(manifest.history[0]["turns"]):
+        yield f"round {manifest.round} is more than were planned"
+    merged = manifest.round if manifest.stage in ("init", "merge") else manifest.round - 1
+    current = {"full": folder_of("full", merged), "small": folder_of("round", manifest.round) if manifest.round else None}
+    for key, place in current.items():
+        if (found := getattr(manifest, key)) != place:
+            yield f"{key} is {found!r}, and after {manifest.stage} of round {manifest.round} it is {place!r}"
+    for file in _needed(manifest):
+        if file not in manifest.files:
+            yield f"{file} is not in files"
+
+
+def _wrong_facts(entry: Mapping[str, Any]) -> str | None:
+    """The place of the first fact of a stage that is not what it should be, or None."""
+    try:
+        FACTS[entry["stage"]].model_validate(entry)
+        if entry["stage"] == "finetune":
+            NUMBER.validate_python(entry.get(entry["metric"]))
+    except ValidationError as error:
+        where = error.errors(include_url=False)[0]["loc"] or (entry.get("metric"),)
+        return ".".join(map(str, where))
+    return None
+
+
+def _needed(manifest: Manifest) -> Iterator[str]:
+    """The files that the finished stages must have left."""
+    yield from (f"{manifest.full}/{name}" for name in FULL_FILES)
+    if manifest.best is not None:
+        yield from (f"{manifest.best['folder']}/{name}" for name in BEST_FILES)
+    for entry in manifest.history:
+        number, stage = entry["round"], entry["stage"]
+        folder = folder_of("round", number)
+        yield from (f"{folder}/{name}" for name in STAGE_FILES.get(stage, ()))
+        if number == manifest.round and manifest.stage != "merge":
+            yield from (f"{folder}/{name}" for name in UNTIL_MERGED.get(stage, ()))

@@ -1,0 +1,38 @@
+"""Which groups scores choose by the scope and the limits of a recipe: for a plan, and for a training that learns scores."""
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from torch import Tensor
+
+from recap_cli.core.axes import Axis, Choice, Shape, unit_params
+from recap_cli.core.ranking import select
+from recap_cli.recipe.recipe import Recipe
+
+
+class Limits(TypedDict):
+    """The arguments of a selection that follow from the recipe alone."""
+
+    floor: float
+    uniform: bool
+    round_to: int
+
+
+def choose(
+    recipe: Recipe, axes: Sequence[Axis], shapes: Mapping[str, Shape], scores: Mapping[str, Tensor], keep_share: float
+) -> Choice:
+    """The groups of the highest scores that hold a share of the prunable parameters, by the recipe's scope and limits."""
+    return select(
+        axes,
+        scores,
+        {axis.name: unit_params(axis, shapes) for axis in axes},
+        original={axis.name: axis.size for axis in axes},
+        keep_share=keep_share,
+        scope=recipe.prune.scope,
+        **limits(recipe),
+    )
+
+
+def limits(recipe: Recipe) -> Limits:
+    """What a plan must respect, whatever its ratio."""
+    return {"floor": recipe.prune.floor, "uniform": recipe.prune.uniform, "round_to": recipe.prune.round_to}

@@ -1,0 +1,64 @@
+"""The settings of a state that may be changed after it was made: how it is computed, not what. Reads no tensor.
+
+A change is a commit of its own (`State.amend`), so that what ran out of memory goes on in the same state with less.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from recap_cli.errors import StateError
+from recap_cli.recipe import recipe as recipes
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.state.manifest import quoted
+from recap_cli.state.store import State
+
+Change = Mapping[str, Any]
+OnChange = Callable[[Change], None]
+# They change memory, time and rounding, and nothing that a result is said to be a result of.
+EXECUTION = (
+    "data.workers",
+    "importance.device",
+    "finetune.micro_batch_size",
+    "finetune.resident",
+    "finetune.checkpointing",
+    "finetune.fused_backward",
+    "finetune.offload",
+    "finetune.device",
+    "evaluate.batch_size",
+)
+
+
+def unheard(_: Change) -> None:
+    """Tell nobody of a change."""
+
+
+def recipe_of(state: State, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a state as it is now, with `overrides` (each `section.key=value`) on top.
+
+    Raises `RecipeError` if an override does not fit.
+    """
+    return recipes.parse(state.recipe_text, str(state.path / state.manifest.recipe), overrides)
+
+
+def adopt(state: State, recipe: Recipe, *, on_change: OnChange = unheard) -> None:
+    """Make `recipe` that of the state, where it differs in execution settings only; `on_change` hears of the difference.
+
+    Raises `StateError`, with nothing changed, if anything else differs.
+    """
+    now = recipe_of(state)
+    if not (keys := recipes.differences(now, recipe)):
+        return
+    if fixed := [key for key in keys if key not in EXECUTION]:
+        raise StateError(
+            f"{state.path} was made from another recipe: {', '.join(fixed)} differ; in a state only {', '.join(EXECUTION)} "
+            "may be changed",
+            hint=f"name another folder, or go on with the state's own recipe: recap run --state {quoted(state.path)}",
+        )
+    before, after = ({key: _value(of, key) for key in keys} for of in (now, recipe))
+    state.amend(recipes.dump(recipe), recipes.digest(recipe), before, after)
+    on_change(state.manifest.changes[-1])
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    section, name = key.split(".")
+    return recipe.model_dump(mode="json")[section][name]

@@ -1,0 +1,211 @@
+"""Which stage comes next, what a recipe would do, and what a state has done so far. Reads no tensor."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from recap_cli import registry
+from recap_cli.core.method import Turn
+from recap_cli.errors import DataError, ModelError
+from recap_cli.recipe import recipe as recipes
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds import record
+from recap_cli.rounds.plans import check_steps, turns_for, turns_of
+from recap_cli.rounds.verdict import start_of, warning
+from recap_cli.state.store import Manifest, State
+from recap_cli.tasks.task import goodness
+
+HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+
+
+def finished(recipe: Recipe, manifest: Manifest) -> str | None:
+    """Why no further round is to begin, or None."""
+    rounds, planned = manifest.round, len(turns_of(manifest))
+    if rounds >= planned:
+        return f"all {planned} rounds are done" if planned > 1 else "its one round is done"
+    if recipe.patience is not None and manifest.best is not None and _rounds_since_better(recipe, manifest) >= recipe.patience:
+        return f"{recipe.task.metric} has not improved for {recipe.patience} rounds; {rounds} of {planned} are done"
+    return None
+
+
+def _rounds_since_better(recipe: Recipe, manifest: Manifest) -> int:
+    """How many rounds ago the metric was better than ever before. A tie is not: the best round may be a later one."""
+    turns, metric = turns_of(manifest), recipe.task.metric
+    rounds = [entry for entry in manifest.history if entry["stage"] == "finetune" and turns[entry["round"] - 1].product]
+    best = max((goodness(metric, entry[metric]) for entry in rounds), default=None)
+    first = next((entry["round"] for entry in rounds if goodness(metric, entry[metric]) == best), 0)
+    return int(manifest.round - first)
+
+
+def next_stage(recipe: Recipe, state: State) -> str | None:
+    """The stage that comes next, or None if the last round is merged."""
+    stage = state.next_stage()
+    return None if stage == "prune" and finished(recipe, state.manifest) else stage
+
+
+def check(recipe: Recipe) -> None:
+    """Look, without reading any data, whether what the recipe names is there: criteria, the model's folder, local files, the
+    validation data. Plugins that are not ours are imported.
+
+    Raises `PluginError` for a method or a criterion that is not registered or cannot be imported, `RecipeError` for an option
+    that the method does not have, `ModelError` for a folder and `DataError` for a file that is missing.
+    """
+    for name in (recipe.prune.criterion, recipe.mask.criterion):
+        if registry.used("criteria", name)["distribution"] != registry.OURS:  # ours would only bring torch, which takes seconds
+            registry.load("criteria", name)
+    turns_for(recipe)
+    _check_folder(recipe.model.name)
+    data = recipe.data
+    for key, place in (("train", data.train), ("validation", data.validation)):
+        if place is not None and not Path(place).exists():
+            raise DataError(f"there is no file or folder {place}", hint=f"--set data.{key}=FILE")
+    if data.train is not None and data.validation is None and data.validation_share is None:
+        raise DataError(
+            "the recipe names no validation data", hint="--set data.validation=FILE or --set data.validation_share=0.1"
+        )
+
+
+def _check_folder(name: str | None) -> None:
+    """Refuse a model's name that can be nothing but a folder (as `models.checkpoints` has it), and is none."""
+    if name is None or Path(name).expanduser().is_dir():
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+        raise ModelError(f"there is no folder {name}", hint="--set model.name=DIR, with its config.json and safetensors files")
+
+
+def describe(recipe: Recipe) -> list[str]:
+    """What a run of the recipe would do, a line each, for `--dry-run`. Raises as `check` does."""
+    check(recipe)
+    data, tune = recipe.data, recipe.finetune
+    source = data.name or data.builtin or data.train
+    length = f"{tune.steps} steps" if tune.steps is not None else f"{tune.epochs:g} epochs"
+    epochs = recipe.head.warmup_epochs
+    warm = f"{epochs} epoch{'s' if epochs > 1 else ''} at {recipe.head.lr:g}" if epochs else "not at all"
+    turns = turns_for(recipe)
+    head = _head_text(recipe, alone=all(turn.moves == "head" for turn in turns))
+    if tune.steps is not None:
+        check_steps(turns, recipe.rounds * tune.steps, recipe)
+    fewer = f", fewer after {recipe.patience} without improvement" if recipe.patience else ""
+    return [
+        f"{recipe.name}: {recipe.task.kind}, best by {recipe.task.metric}, seed {recipe.seed}",
+        f"method: {recipe.method}{', the paper’s plain algorithm' if recipe.faithful and recipe.method == 'recap' else ''}",
+        f"model: {recipe.model.name or 'random weights from model.config'} ({recipe.model.library})",
+        f"data: {source}{f' ({data.subset})' if data.subset else ''}",
+        f"init: check the adapter on the model, warm up the head: {warm}",
+        f"finetuning in all: {recipe.rounds} x {length} of {tune.batch_size} with {tune.optimizer} at {tune.lr:g}{head} "
+        f"({tune.schedule}, over {'the run' if tune.course == 'run' else 'each round'}), {tune.resident} resident",
+        f"{len(turns)} rounds{fewer}, each prune, mask, finetune, merge:" if len(turns) > 1 else "1 round:",
+        *_described(recipe, turns),
+    ]
+
+
+def _head_text(recipe: Recipe, *, alone: bool) -> str:
+    """The rate of the head, where it has one of its own; whether a checkpoint has a head shows when it is loaded."""
+    rate = recipe.head_lr(new=True, alone=alone)
+    if rate == recipe.finetune.lr:
+        return ""
+    unsure = recipe.model.name is not None and rate != recipe.head_lr(new=False, alone=alone)
+    return f", the head{', if it is new,' if unsure else ''} at {rate:g}"
+
+
+def _described(recipe: Recipe, turns: Sequence[Turn]) -> Iterator[str]:
+    """A line for each run of rounds that are alike."""
+    number = 1
+    for text, alike in groupby(turns, key=lambda turn: _turn_text(recipe, turn)):
+        count = len(list(alike))
+        which = f"round {number}" if count == 1 else f"rounds {number} to {number + count - 1}, each"
+        yield f"  {which}: {text}"
+        number += count
+
+
+def _turn_text(recipe: Recipe, turn: Turn) -> str:
+    prune, mask = recipe.prune, recipe.mask
+    if turn.plan == "same":
+        pruned = "the same groups as in the round before"
+    elif turn.plan == "learned":
+        pruned = f"prune {turn.prune_ratio:.1%} of the prunable parameters by the scores learned"
+    elif turn.prune_ratio == 0:
+        pruned = "prune nothing"
+    else:
+        averaged = f", averaged over rounds ({prune.ema:g})" if prune.ema else ""
+        how = f"{prune.criterion}{averaged}, {prune.scope}, in {prune.steps} steps"
+        pruned = f"prune {turn.prune_ratio:.1%} of the prunable parameters by {how}"
+    moves = {"head": "the task head moves", "training": f"what {recipe.method} trains moves", "mask": "everything moves"}[
+        turn.moves
+    ]
+    if turn.moves == "mask" and turn.mask_ratio > 0:
+        drawn = f", {mask.random:.0%} of what moves at random" if mask.random else ""
+        moves = f"{turn.mask_ratio:.1%} of what is left frozen by {mask.criterion}, {mask.scope}{drawn}"
+    kept = "" if turn.product else "; not the product"
+    return f"{pruned}; {moves}; {turn.share:.1%} of the steps{kept}"
+
+
+def summary(state: State) -> dict[str, Any]:
+    """Where a state stands, as plain values: a row per round, the product, the next stage."""
+    record.check(state)
+    manifest = state.manifest
+    recipe = recipes.parse(state.recipe_text, str(state.path / manifest.recipe))
+    start, following = start_of(manifest, recipe.task.metric), next_stage(recipe, state)
+    ended = manifest.best if following is None else None
+    return {
+        "recipe": recipe.name,
+        "state": str(state.path),
+        "stage": manifest.stage,
+        "round": manifest.round,
+        "method": recipe.method,
+        "rounds_planned": len(turns_of(manifest)),
+        "next": following,
+        "finished": finished(recipe, manifest) if manifest.stage == "merge" else None,
+        "product": str(state.path / manifest.best["folder"]) if manifest.best else None,
+        "best": manifest.best,
+        **start,
+        "warning": warning(recipe.task.metric, ended["value"], **start) if ended else None,
+        "seconds": sum(entry["seconds"] for entry in manifest.history),
+        "init": manifest.made or None,
+        "changes": manifest.changes,
+        "rounds": list(_rows(state)),
+    }
+
+
+def _rows(state: State) -> Iterator[dict[str, Any]]:
+    by_round: dict[int, dict[str, dict[str, Any]]] = {}
+    for entry in state.manifest.history:
+        by_round.setdefault(entry["round"], {})[entry["stage"]] = entry
+    best = (state.manifest.best or {}).get("round")
+    for number, stages in by_round.items():
+        if "prune" in stages:
+            yield _row(number, stages, best=number == best)
+
+
+def _row(number: int, stages: Mapping[str, Mapping[str, Any]], *, best: bool) -> dict[str, Any]:
+    """One round; what belongs to stages that are not done yet is left out."""
+    pruned = stages["prune"]
+    row: dict[str, Any] = {
+        "round": number,
+        "best": best,
+        "full_parameters": pruned["params_full"],
+        "small_parameters": pruned["params_small"],
+        "full_prunable": pruned["prunable_full"],
+        "small_prunable": pruned["prunable_small"],
+        "kept_share": pruned["kept_share_of_prunable"],
+        "kept_share_of_all": pruned["params_small"] / pruned["params_full"],
+        "kept": pruned["kept"],
+        "of": pruned["of"],
+        **{kind: pruned["kept"].get(kind, []) for kind in ("heads", "neurons")},
+        **{f"full_{kind}": pruned["of"].get(kind, []) for kind in ("heads", "neurons")},
+        "seconds": {name: entry["seconds"] for name, entry in stages.items()},
+    }
+    if masked := stages.get("mask"):
+        row["moving_share"] = masked.get("moving_share_of_prunable")
+    if tuned := stages.get("finetune"):
+        row |= {
+            "metric": tuned["metric"],
+            "value": tuned[tuned["metric"]],
+            "trainable_entries": tuned["trainable"],
+            "trainable_share": tuned["trainable"] / pruned["params_small"],
+            "steps": tuned["steps"],
+            **{name: tuned[name] for name in HELD},
+            **{f"full_{name}": tuned["full_finetuning"][name] for name in HELD},
+        }
+    return row

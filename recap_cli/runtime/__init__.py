@@ -1,1 +1,0 @@
-"""The outside world: models, data, tasks, training, evaluation, memory."""

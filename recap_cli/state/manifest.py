@@ -1,0 +1,252 @@
+"""What `state.yaml` says: the stage that is done, what is current, and every file that counts, with its checksum.
+
+Its own checksum is its last line. A file that was cut, or of which one bit is another, is refused before it is read as YAML.
+"""
+
+import errno
+import hashlib
+import re
+import shlex
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recap_cli.errors import CorruptStateError, StateError
+from recap_cli.state import files as storage
+from recap_cli.state.files import Seal
+from recap_cli.state.names import (
+    COMMIT,
+    NEXT_STAGE,
+    OURS,
+    RECIPE,
+    RECIPES,
+    SCHEMA,
+    STAGES,
+    UNDER_WAY,
+    below,
+    is_ours,
+    recipe_name,
+)
+
+__all__ = [
+    "COMMIT",
+    "NEXT_STAGE",
+    "OURS",
+    "RECIPE",
+    "RECIPES",
+    "SCHEMA",
+    "STAGES",
+    "UNDER_WAY",
+    "Manifest",
+    "below",
+    "is_ours",
+    "manifest_text",
+    "quoted",
+    "read_manifest",
+    "recipe_name",
+    "round_of",
+]
+
+PREFACE = "# Written by recap, as a whole, when a stage is done. Look at it with `recap status`.\n"
+SEALED = "# sha256 of all lines above: "
+SEAL_LINE = re.compile(rb"# sha256 of all lines above: ([0-9a-f]{64})\n\Z")
+SEAL_BYTES = len(SEALED) + 65
+UNSEALED = re.compile(rb"^schema: ([12])$", re.MULTILINE)  # before there was a checksum; of such a file no damage can be told
+START_OVER = "restore the file from a copy, or start a new state: recap init RECIPE --state NEW"
+LOOK_AT_PERMISSIONS = "look at the permissions of the folder and what is in it; the state is as it was"
+ELSEWHERE = "name a state's folder, or make a new one: recap init RECIPE --state NEW"
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `state.yaml` says.
+
+    `full` and `small` are the folders that hold the current models, `best` whatever `merge` notes about the best small
+    model; `files` are all files that count; `history` has one entry per finished stage, oldest first.
+    `recipe` is the file of the recipe as it is now, `changes` what was changed in it since `init`, oldest first.
+    """
+
+    round: int
+    stage: str
+    recipe_digest: str
+    full: str | None = None
+    small: str | None = None
+    best: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    plugins: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, Seal] = field(default_factory=dict)
+    schema: int = SCHEMA
+    recipe: str = RECIPE
+    changes: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """What `init` noted when it made the state; empty if nothing did."""
+        return next((entry for entry in self.history if entry["stage"] == "init"), {})
+
+
+# In the order of the file: what a reader looks for first stands first, and what is long last.
+FIELDS = (
+    *("schema", "round", "stage", "full", "small", "best", "recipe_digest", "recipe"),
+    *("versions", "plugins", "changes", "history", "files"),
+)
+
+
+def round_of(manifest: Manifest, stage: str) -> int:
+    """The round that the next stage belongs to: `prune` begins a new one."""
+    return manifest.round + 1 if stage == "prune" else manifest.round
+
+
+def quoted(path: Path) -> str:
+    """The path as a shell needs it, for hints."""
+    return shlex.quote(str(path))
+
+
+def facts_of(manifest: Manifest) -> dict[str, Any]:
+    """A manifest as plain values, key by key as in state.yaml."""
+    facts = asdict(manifest)
+    return {name: facts[name] for name in FIELDS}
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The text of state.yaml, its checksum last."""
+    return sealed(PREFACE + str(yaml.dump(facts_of(manifest), Dumper=DUMPER, sort_keys=False, allow_unicode=True)))
+
+
+def sealed(body: str) -> str:
+    """A text with its checksum as a last line."""
+    return f"{body}{SEALED}{hashlib.sha256(body.encode()).hexdigest()}\n"
+
+
+def read_manifest(root: Path) -> Manifest:
+    """What state.yaml says now.
+
+    Raises:
+        StateError: there is none, it cannot be read, or it is of another schema.
+        CorruptStateError: it is not as it was written, or makes no sense.
+    """
+    place = root / COMMIT
+    try:
+        if odd := storage.oddity(place):
+            raise CorruptStateError(f"{place}: is {odd}, not a plain file", hint=START_OVER)
+        body = _body(place)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        free = isinstance(error, FileNotFoundError) and _may_become_one(root)
+        hint = f"recap init RECIPE --state {quoted(root)}" if free else ELSEWHERE
+        raise StateError(f"{root}: {_why_no_state(root)}", hint=hint) from None
+    except OSError as error:
+        denied = error.errno in (errno.EACCES, errno.EPERM)
+        hint = LOOK_AT_PERMISSIONS if denied else ELSEWHERE
+        raise StateError(f"{place}: cannot be read: {error.strerror}", hint=hint) from error
+    return _manifest(place, deepcopy(_parsed(place, body)))
+
+
+def _body(place: Path) -> bytes:
+    """What stands above the checksum, which is looked at first: a file of any size that has none is not read.
+
+    Raises:
+        OSError: the file cannot be read.
+        CorruptStateError: the checksum is not that of what stands above it.
+    """
+    with place.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - SEAL_BYTES))
+        seal = SEAL_LINE.search(file.read(SEAL_BYTES))
+        file.seek(0)
+        body = file.read(max(0, size - SEAL_BYTES) if seal else 1024)
+    if seal is None and (older := UNSEALED.search(body)):
+        raise _other_schema(place, int(older.group(1)), "")
+    if seal is None:
+        raise _altered(place, "its last line, a checksum of all others, is not there: it was cut off or edited")
+    if hashlib.sha256(body).hexdigest() != seal.group(1).decode():
+        raise _altered(place, "it is not as recap wrote it: its last line is a checksum of other lines")
+    return body
+
+
+def _altered(place: Path, what: str) -> CorruptStateError:
+    return CorruptStateError(f"{place}: {what}", hint=START_OVER)
+
+
+def _other_schema(place: Path, schema: object, by: str) -> StateError:
+    return StateError(
+        f"{place}: has schema {schema}{by} and this recap knows schema {SCHEMA} alone",
+        hint="use the version of recap that made the state, or start a new one: recap init RECIPE --state NEW",
+    )
+
+
+def _may_become_one(root: Path) -> bool:
+    """Whether `init` would take the folder: it is not there, it is empty, or an `init` was stopped in it."""
+    return not root.exists() or (root / UNDER_WAY).exists() or not any(root.iterdir())
+
+
+def _why_no_state(root: Path) -> str:
+    if not root.exists():
+        return "there is no such folder"
+    if not root.is_dir():
+        return "is a file, not a state folder"
+    if (root / UNDER_WAY).exists():
+        return "its `init` was stopped, or is still running"
+    return f"is not a state: it has no {COMMIT}"
+
+
+@lru_cache(maxsize=2)
+def _parsed(place: Path, body: bytes) -> Any:
+    """The values of a text, kept for the next look at the same one: a stage reads state.yaml three times. Not to be changed."""
+    try:
+        loader = LOADER(body.decode())
+        try:
+            node = loader.get_single_node()
+            if key := _doubled(node):
+                raise _altered(place, f"{key} stands in it twice")
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except UnicodeDecodeError as error:
+        raise CorruptStateError(f"{place}: is no text", hint=START_OVER) from error
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)  # PyYAML's constructors have other errors than its own, too
+        line = f", line {where.line + 1}" if where else ""
+        raise CorruptStateError(f"{place}{line}: is no YAML", hint=START_OVER) from error
+
+
+def _doubled(node: yaml.Node | None) -> str | None:
+    """A key that a mapping has twice, of which YAML would keep the last without a word."""
+    pending, seen = [node], set[int]()
+    while pending:
+        now = pending.pop()
+        if id(now) in seen:  # an alias
+            continue
+        seen.add(id(now))
+        if isinstance(now, yaml.MappingNode):
+            keys = [str(key.value) for key, _ in now.value if isinstance(key, yaml.ScalarNode)]
+            if len(keys) != len(set(keys)):
+                return next(key for key in keys if keys.count(key) > 1)
+            pending.extend(value for _, value in now.value)
+        elif isinstance(now, yaml.SequenceNode):
+            pending.extend(now.value)
+    return None
+
+
+def _manifest(place: Path, found: Any) -> Manifest:
+    from recap_cli.state.manifest_schema import problem_of
+
+    if not isinstance(found, dict) or not isinstance(found.get("schema"), int):
+        raise CorruptStateError(f"{place}: has no schema number", hint=START_OVER)
+    if found["schema"] != SCHEMA:
+        writer = found.get("versions", {}).get("recap") if isinstance(found.get("versions"), dict) else None
+        raise _other_schema(place, found["schema"], f", written by recap {writer}," if writer else "")
+    if problem := problem_of(found):
+        raise CorruptStateError(f"{place}: {problem}", hint=START_OVER)
+    return Manifest(**{**found, "files": _seals(found["files"])})
+
+
+def _seals(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Seal]:
+    return {rel: Seal(facts["bytes"], facts["sha256"]) for rel, facts in files.items()}

@@ -1,0 +1,232 @@
+"""What one stage writes into a state's folder, and the commit that makes it count."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recap_cli.errors import StateError
+from recap_cli.process import interrupt
+from recap_cli.state import files as storage
+from recap_cli.state.files import Seal
+from recap_cli.state.journal import note, open_journal, sweep
+from recap_cli.state.manifest import (
+    COMMIT,
+    RECIPE,
+    Manifest,
+    below,
+    facts_of,
+    is_ours,
+    manifest_text,
+    quoted,
+    read_manifest,
+    recipe_name,
+    round_of,
+)
+from recap_cli.state.manifest_schema import problem_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Draft:
+    """What one stage writes. Nothing of it counts before the commit, which the end of the `with` block is."""
+
+    def __init__(self, root: Path, before: Manifest, stage: str) -> None:
+        self.stage = stage
+        self.round = round_of(before, stage)
+        self.facts: dict[str, Any] = {}  # plain values; they become this stage's entry in the history
+        self.full = before.full
+        self.small = before.small
+        self.best = before.best
+        self.versions = dict(before.versions)
+        self.plugins = dict(before.plugins)
+        self._root = root
+        self._work = open_journal(root)
+        self._before = before
+        self._announced: set[str] = set()
+        self._dropped: set[str] = set()
+        self._amended: dict[str, Any] = {}  # what a change of the recipe commits, in place of a stage's facts
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="recap-state")
+        self._sealing: dict[str, tuple[storage.Fingerprint, Future[None], Future[Seal]]] = {}
+        self._started = time.monotonic()
+
+    def path(self, rel: str) -> Path:
+        """Where to write the new file `rel`; its folder is there, and the file will be part of the state.
+
+        Raises:
+            ValueError: `rel` is no file in a full-NNN, round-NNN or best-NNN folder, or is committed already.
+            StateError: a file that recap has not written is in the way.
+        """
+        if not is_ours(rel):
+            raise ValueError(f"{rel}: not a place in a full-NNN, round-NNN or best-NNN folder")
+        return self._announce(rel)
+
+    def save_tensors(self, rel: str, tensors: Mapping[str, "Tensor"]) -> None:
+        """Writes a safetensors file; flushing and hashing go on in the background. Tensors are not copied.
+
+        Raises:
+            StorageError: the disk is full or refuses.
+        """
+        storage.save_tensors(self.path(rel), tensors, by=self._work)
+        self._seal(rel)
+
+    def save_json(self, rel: str, value: Any) -> None:
+        """Writes a value as indented JSON.
+
+        Raises:
+            StorageError: the disk is full or refuses.
+        """
+        storage.write_text(self.path(rel), json.dumps(value, indent=2) + "\n")
+
+    def save_text(self, rel: str, text: str) -> None:
+        """Writes a text file in UTF-8.
+
+        Raises:
+            StorageError: the disk is full or refuses.
+        """
+        storage.write_text(self.path(rel), text)
+
+    def drop(self, rel: str) -> None:
+        """From the commit on, a committed file, or all of a folder, is no longer part of the state and is deleted.
+
+        Raises:
+            ValueError: nothing of that name is committed.
+        """
+        dropped = below(self._before.files, rel)
+        if not dropped or self._before.recipe in dropped:
+            raise ValueError(f"{rel}: no file of that name can be dropped")
+        self._dropped.update(dropped)
+
+    def set_full(self, name: str) -> None:
+        """Makes a file or folder of the state the current full model."""
+        self.full = name
+
+    def set_small(self, name: str | None) -> None:
+        """Makes a file or folder of the state the current small model; None where there is none."""
+        self.small = name
+
+    def set_best(self, best: dict[str, Any] | None) -> None:
+        """Notes what is known of the best small model; plain values, its place under the key `folder`."""
+        self.best = best
+
+    def amend(self, text: str, digest: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """Puts another recipe, under a name of its own, in the place of the one there is; no stage is done by that."""
+        name, old = recipe_name(len(self._before.changes) + 1), self._before
+        storage.write_text(self._announce(name), text)
+        self._dropped.add(old.recipe)
+        change = {"changed": _now(), "round": old.round, "stage": old.stage, "before": dict(before), "after": dict(after)}
+        self._amended = {"recipe": name, "recipe_digest": digest, "changes": [*old.changes, change]}
+
+    def save_recipe(self, text: str) -> None:
+        """Writes the recipe of a new state."""
+        storage.write_text(self._announce(RECIPE), text)
+
+    def _announce(self, rel: str) -> Path:
+        """Where to write a new file, once its name is in the journal and its folder is there."""
+        path = self._root / rel
+        if rel in self._before.files:
+            raise ValueError(f"{rel}: is committed; write it under a new name, and drop this one")
+        if rel in self._announced:
+            return path
+        odd = storage.odd_place(self._root, rel)
+        if odd or os.path.lexists(path):
+            raise self._in_the_way(odd[0] if odd else path)
+        note(self._root, [rel])
+        with storage.storage_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._announced.add(rel)
+        return path
+
+    def _seal(self, rel: str) -> None:
+        path = self._root / rel
+        seen = storage.fingerprint(path)
+        self._sealing[rel] = seen, self._threads.submit(storage.flush, path), self._threads.submit(storage.seal, path)
+
+    def _in_the_way(self, path: Path) -> StateError:
+        return StateError(
+            f"{path}: is in the way of what `{self.stage}` writes, and recap has not written it",
+            hint=f"move it out of the state, and run the same again: recap run --state {quoted(self._root)}",
+        )
+
+    def _sealed(self) -> dict[str, Seal]:
+        """The new files, flushed and hashed, several at a time."""
+        written = sorted(self._announced)
+        for rel in written:
+            if not (self._root / rel).is_file():
+                raise ValueError(f"{rel}: was announced but not written")
+            if rel not in self._sealing or self._sealing[rel][0] != storage.fingerprint(self._root / rel):
+                self._seal(rel)
+        seals = {}
+        for rel in written:
+            seen, flushing, sealing = self._sealing[rel]
+            with storage.storage_errors(self._root / rel, seen[2]):
+                flushing.result()
+                seals[rel] = sealing.result()
+        storage.flush_folders(self._root, written)
+        return seals
+
+    def _commit(self) -> None:
+        kept = {rel: seal for rel, seal in self._before.files.items() if rel not in self._dropped}
+        files = {**kept, **self._sealed()}
+        after = replace(self._before, files=files, **(self._amended or self._stage_done()))
+        if problem := problem_of(facts_of(after)):
+            raise ValueError(f"{COMMIT}: {problem}")
+        note(self._root, sorted(self._dropped))
+        storage.replace_text(self._root / COMMIT, manifest_text(after), self._work / COMMIT)
+
+    def _stage_done(self) -> dict[str, Any]:
+        return {
+            "round": self.round,
+            "stage": self.stage,
+            "full": self.full,
+            "small": self.small,
+            "best": self.best,
+            "versions": self.versions,
+            "plugins": self.plugins,
+            "history": [*self._before.history, self._entry()],
+        }
+
+    def _entry(self) -> dict[str, Any]:
+        entry = {
+            "round": self.round,
+            "stage": self.stage,
+            "seconds": round(time.monotonic() - self._started, 3),
+            "finished": _now(),
+        }
+        if clash := entry.keys() & self.facts.keys():
+            raise ValueError(f"facts may not be named {', '.join(sorted(clash))}")
+        return {**entry, **self.facts}
+
+    def _close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def drafting(root: Path, before: Manifest, stage: str) -> Iterator[Draft]:
+    """A draft that is committed at the end; afterwards, done or not, removes what the commit on disk does not name."""
+    interrupt.note_done(None)
+    draft = Draft(root, before, stage)
+    spared = set(before.files)  # where the commit went wrong so late that nobody can say if it will last
+    try:
+        with storage.refused_writes(root):
+            yield draft
+            draft._commit()
+        if not draft._amended:
+            interrupt.note_done(f"`{stage}` of round {draft.round} is done: `recap status {quoted(root)}` says what comes next")
+        spared = set()
+    finally:
+        draft._close()
+        with suppress(OSError, StateError):  # the next writer tries again; an error under way must not be hidden
+            committed = read_manifest(root).files if (root / COMMIT).exists() else {}
+            sweep(root, committed, spared)

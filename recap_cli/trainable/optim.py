@@ -1,0 +1,158 @@
+"""SGD and AdamW over compact tensors, with moments that outlive a round (paper, eq. (5)).
+
+`torch.optim` keeps one step count per tensor. Here the entries of one tensor may have moved in different rounds, so each
+group of entries keeps its own count `t` (the number of steps it has taken part in), and bias correction divides by `1 − β^t`
+entry by entry: one that moves for the first time in round 7 is one step old, not seven rounds. Where all counts are equal,
+which holds in the first round, and in all of them if everything moves in each, the arithmetic is that of `torch.optim.SGD` and
+`torch.optim.AdamW` (`foreach=False`), to the bit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import cos, pi
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from recap_cli.trainable.build import Slot
+
+Moments = dict[str, Tensor]
+Count = int | Tensor  # steps taken before the next one: one number, or one per row or column, shaped to broadcast
+Apply = Callable[[Tensor, Tensor, Moments, Count, float, float], None]
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule: its moments, each with the factor it ages by in a round it sits out (eq. (5)), and one step.
+
+    `apply(master, grad, moments, count, lr, weight_decay)` moves `master` in place; all are fp32 and of one shape. It may write
+    into `grad` too, and makes no more than one tensor of that shape.
+    """
+
+    name: str
+    aging: Mapping[str, float]
+    apply: Apply
+
+
+def sgd(*, momentum: float) -> Rule:
+    """SGD as in `torch.optim.SGD`: weight decay is added to the gradient; without momentum there are no moments."""
+
+    def apply(master: Tensor, grad: Tensor, moments: Moments, count: Count, lr: float, weight_decay: float) -> None:
+        if weight_decay:
+            grad = grad.add_(master, alpha=weight_decay)
+        if momentum:
+            grad = moments["momentum"].mul_(momentum).add_(grad)
+        master.add_(grad, alpha=-lr)
+
+    return Rule("sgd", {"momentum": momentum} if momentum else {}, apply)
+
+
+def adamw(*, betas: tuple[float, float], eps: float) -> Rule:
+    """AdamW (1711.05101) as in `torch.optim.AdamW`, with the bias correction of each entry's own count."""
+    beta1, beta2 = betas
+
+    def apply(master: Tensor, grad: Tensor, moments: Moments, count: Count, lr: float, weight_decay: float) -> None:
+        mean, square = moments["exp_avg"], moments["exp_avg_sq"]
+        if weight_decay:
+            master.mul_(1 - lr * weight_decay)
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        if isinstance(count, int):
+            correction = (1 - beta2 ** (count + 1)) ** 0.5
+            denominator = square.sqrt().div_(correction).add_(eps)
+            master.addcdiv_(mean, denominator, value=-lr / (1 - beta1 ** (count + 1)))
+        else:
+            t = (count + 1).double()  # on the CPU: a number per row or column, and MPS knows no float64
+            root = (1 - beta2**t).sqrt().to(master.dtype).to(master.device)
+            rate = (lr / (1 - beta1**t)).to(master.dtype).to(master.device)
+            denominator = square.sqrt().div_(root).add_(eps)
+            master.sub_(torch.div(mean, denominator, out=denominator).mul_(rate))
+
+    return Rule("adamw", {"exp_avg": beta1, "exp_avg_sq": beta2}, apply)
+
+
+class Optimizer:
+    """Moves the masters of `slots` by `rule` and writes them back into the residents.
+
+    `moments` are compact, by slot and moment name, fp32; what is missing starts at zero. `counts` are the steps that the
+    entries of a slot have taken so far, shape (1,), or one per chosen row or column, `along` the dimension named for the
+    slot. Weight decay spares vectors (biases and norms), as is usual. `scale` has factors of
+    the learning rate by slot, 1 for those that it does not name.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        rule: Rule,
+        *,
+        weight_decay: float = 0.0,
+        moments: Mapping[str, Moments] | None = None,
+        counts: Mapping[str, Tensor] | None = None,
+        along: Mapping[str, int] | None = None,
+        scale: Mapping[str, float] | None = None,
+    ) -> None:
+        self.slots, self.rule, self.weight_decay, self.lr = slots, rule, weight_decay, 0.0
+        self.moments = {s.name: _start(s, rule, (moments or {}).get(s.name, {})) for s in slots}
+        self._before = {s.name: _count(s, (counts or {}).get(s.name), (along or {}).get(s.name)) for s in slots}
+        self._steps = {s.name: 0 for s in slots}
+        self._scale = {s.name: (scale or {}).get(s.name, 1.0) for s in slots}
+
+    def step(self) -> None:
+        """Move every slot that has a gradient."""
+        for slot in self.slots:
+            self.step_slot(slot)
+
+    @torch.no_grad()
+    def step_slot(self, slot: Slot) -> None:
+        """Move one slot, if it has a gradient."""
+        if slot.leaf.grad is None:
+            return
+        decay = self.weight_decay if slot.leaf.ndim > 1 else 0.0
+        count = self._before[slot.name] + self._steps[slot.name]
+        master = slot.master
+        grad = slot.leaf.grad.to(master.device, master.dtype)
+        self.rule.apply(master, grad, self.moments[slot.name], count, self.lr * self._scale[slot.name], decay)
+        self._steps[slot.name] += 1
+        slot.write_back(master)
+
+    def zero_grad(self) -> None:
+        """Free every gradient."""
+        for slot in self.slots:
+            slot.leaf.grad = None
+
+    def counts(self) -> dict[str, Tensor]:
+        """How many steps the entries of each slot have taken, int32, shape (1,) or one per chosen row or column."""
+        total = {s.name: self._before[s.name] + self._steps[s.name] for s in self.slots}
+        return {name: torch.as_tensor(count, dtype=torch.int32).flatten().cpu() for name, count in total.items()}
+
+    def state_bytes(self) -> int:
+        """Bytes held for moments; the step counts, one per row or column at most, are on the CPU in any case."""
+        return sum(tensor.nbytes for moments in self.moments.values() for tensor in moments.values())
+
+
+def learning_rate(step: int, *, steps: int, peak: float, schedule: Schedule, warmup_ratio: float) -> float:
+    """The rate of step 0 ≤ `step` < `steps`: a linear rise over `warmup_ratio` of them, then towards zero by `schedule`."""
+    warmup = round(steps * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * {"linear": 1 - done, "cosine": (1 + cos(pi * done)) / 2, "constant": 1.0}[schedule]
+
+
+def _start(slot: Slot, rule: Rule, known: Moments) -> Moments:
+    if known:
+        return {name: known[name].to(slot.home, torch.float32, copy=True) for name in rule.aging}
+    like = partial(torch.zeros_like, slot.leaf, dtype=torch.float32, device=slot.home, memory_format=torch.contiguous_format)
+    return {name: like() for name in rule.aging}
+
+
+def _count(slot: Slot, known: Tensor | None, dim: int | None) -> Count:
+    """One number where all entries are of one age, else one per row or column, shaped to broadcast over the master."""
+    if known is None:
+        return 0
+    if bool((known == known[0]).all()):
+        return int(known[0])
+    return known.view([-1 if d == dim else 1 for d in range(slot.leaf.ndim)])

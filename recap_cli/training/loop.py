@@ -1,0 +1,153 @@
+"""The training loop: batches in, moved masters out. It knows nothing of rounds, recipes or states (paper, sec. 3.2)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from recap_cli.errors import TrainingError
+from recap_cli.machine.accounting import storage_bytes
+from recap_cli.trainable.build import Slot
+from recap_cli.trainable.optim import Optimizer
+
+Batch = dict[str, Tensor]
+Forward = Callable[[Batch], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+LOWER_THE_RATE = (
+    "lower the rate in a new state, and that of the head: "
+    "recap run RECIPE --state NEW --set finetune.lr=… --set finetune.head_lr=null"
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training run was: optimizer steps, mean loss over the last tenth of them, seconds, and gradient bytes at the
+    peak.
+    """
+
+    steps: int
+    loss: float
+    seconds: float
+    gradient_bytes: int
+
+
+def train(
+    forward: Forward,
+    loss: Loss,
+    optimizer: Optimizer,
+    batches: Iterable[Batch],
+    *,
+    rate: Callable[[int], float],
+    micro_batch_size: int | None = None,
+    max_grad_norm: float | None = None,
+    fused_backward: bool = False,
+    before_step: Callable[[int], None] = lambda _: None,
+) -> Training:
+    """Take one optimizer step per batch, at learning rate `rate(step)`, after a call of `before_step(step)`.
+
+    `batches` yields dictionaries of tensors on the device, with the key `labels`; a batch larger than `micro_batch_size` is
+    accumulated from several, each weighted by its share, so that the gradient is that of the whole batch. With `fused_backward`
+    each tensor moves as soon as its gradient is complete, and the gradient is freed before the next one is made.
+
+    Raises `TrainingError` if a loss is not finite.
+    """
+    losses: list[Tensor] = []
+    watch = _GradientWatch(optimizer.slots)
+    started = perf_counter()
+    with ExitStack() as stack:
+        complete = stack.enter_context(_fused(optimizer, watch)) if fused_backward else None
+        for step, batch in enumerate(batches):
+            optimizer.lr = rate(step)
+            before_step(step)
+            losses.append(_accumulate(forward, loss, batch, micro_batch_size, complete))
+            if complete is None:
+                watch.all_held()
+                _clip(optimizer.slots, max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            _check_finite(losses[-1], step)
+    tail = losses[-max(1, len(losses) // 10) :]
+    mean = float(torch.stack(tail).mean()) if tail else float("nan")
+    return Training(len(losses), mean, perf_counter() - started, watch.peak_bytes)
+
+
+def _accumulate(
+    forward: Forward, loss: Loss, batch: Batch, micro_batch_size: int | None, complete: "_Complete | None"
+) -> Tensor:
+    """Backward through the whole batch, in micro-batches; the loss of the batch, detached."""
+    count = len(batch["labels"])
+    total = torch.zeros((), device=batch["labels"].device)
+    size = micro_batch_size or count
+    for start in range(0, count, size):
+        if complete is not None:
+            complete.last = start + size >= count
+        part = batch if size >= count else {name: tensor[start : start + size] for name, tensor in batch.items()}
+        share = len(part["labels"]) / count
+        part_loss = loss(forward(part), part["labels"])
+        (part_loss if share == 1.0 else part_loss * share).backward()  # type: ignore[no-untyped-call]
+        total += part_loss.detach() * share
+    return total
+
+
+@dataclass
+class _Complete:
+    """Whether the backward that runs is the last of its batch, so that a gradient is complete once it is accumulated."""
+
+    last: bool = True
+
+
+@contextmanager
+def _fused(optimizer: Optimizer, watch: "_GradientWatch") -> Iterator[_Complete]:
+    complete = _Complete()
+
+    def step_of(slot: Slot) -> Callable[[Tensor], None]:
+        def step(_: Tensor) -> None:
+            if complete.last:
+                watch.one_more()
+                optimizer.step_slot(slot)
+                slot.leaf.grad = None
+
+        return step
+
+    with ExitStack() as stack:
+        for slot in optimizer.slots:
+            handle = slot.leaf.register_post_accumulate_grad_hook(step_of(slot))  # type: ignore[no-untyped-call]
+            stack.callback(handle.remove)
+        yield complete
+
+
+class _GradientWatch:
+    """The most bytes of gradients that were held at once, looked at in the first steps (they are all alike)."""
+
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        self.slots, self.peak_bytes, self.looks = list(slots), 0, 0
+
+    def all_held(self) -> None:
+        if self.looks < 2 * len(self.slots):
+            self.looks += len(self.slots)
+            self._look()
+
+    def one_more(self) -> None:
+        if self.looks < 2 * len(self.slots):
+            self.looks += 1
+            self._look()
+
+    def _look(self) -> None:
+        held = storage_bytes(slot.leaf.grad for slot in self.slots if slot.leaf.grad is not None)
+        self.peak_bytes = max(self.peak_bytes, held)
+
+
+def _clip(slots: Iterable[Slot], max_grad_norm: float | None) -> None:
+    if max_grad_norm is not None:
+        nn.utils.clip_grad_norm_([slot.leaf for slot in slots], max_grad_norm)
+
+
+def _check_finite(loss: Tensor, step: int) -> None:
+    if not torch.isfinite(loss):
+        raise TrainingError(
+            f"the loss is {float(loss)} at step {step + 1}; the round is not committed",
+            hint=LOWER_THE_RATE,
+        )

@@ -1,0 +1,181 @@
+"""Pictures of a comparison show what there is, for any methods and any grid, without a display."""
+
+import html
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from recap_cli.compare import plots as figures
+from recap_cli.compare.schema import Memory, Parameters, Product, Seconds
+from recap_cli.memory.plot_style import EVERY, METHODS, looks_of
+from recap_cli.memory.plots import picture
+from recap_cli.report import charts, pages
+
+ALL = ("metric-prune-ratio.png", "metric-mask-ratio.png", "metric-memory.png", "memory-time.png")
+
+
+def row(method: str, value: float = 0.9, r_p: float | None = None, r_f: float | None = None, **memory: Any) -> dict[str, Any]:
+    """A row as `compare.schema.groups` gives it."""
+    held = {"weights_bytes": 800_000, "gradients_bytes": 400_000, "optimizer_bytes": 800_000}
+    return {
+        "method": method,
+        "prune_ratio": r_p,
+        "mask_ratio": r_f,
+        "n": 2,
+        "of": 2,
+        "value": value,
+        "deviation": 0.01,
+        "steps": 90.0,
+        "seconds": {"init": 1.0, "prune": 2.0, "mask": 1.0, "finetune": 9.0, "merge": 0.1},
+        "memory": {**held, "activations_bytes": 600_000, "peak_bytes": 2_500_000, "device_peak_bytes": None, **memory},
+        "parameters": {"full": 200_000.0, "product": 130_000.0, "trainable": 60_000.0},
+        "product": {"bytes": 500_000.0, "latency_seconds": 0.01, "latency_batch": 32.0},
+    }
+
+
+def grid() -> list[dict[str, Any]]:
+    ratios = (0.166, 0.333, 0.5)
+    return [
+        row("full-ft", 0.95),
+        *(row("pre-ft", 0.9 - r / 5, r, peak_bytes=2_000_000) for r in ratios),
+        *(row("recap", 0.94 - r / 5, r, f, peak_bytes=1_500_000) for r in ratios for f in (0.5, 0.875)),
+    ]
+
+
+def draw(rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    return figures.draw(rows, folder, metric="accuracy", title="digits")
+
+
+def test_a_whole_grid_has_all_pictures_and_the_methods_in_their_colours(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # it would look for a display; importing it would fail
+    assert sorted(draw(grid(), tmp_path)) == sorted(ALL)
+    for name in ALL[:3]:
+        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1])
+        assert (pixels == int(METHODS["recap"].colour[1:], 16)).any(), name
+
+
+def test_what_has_no_figures_is_not_drawn(tmp_path: Path) -> None:
+    waiting = row("recap", r_p=0.3, r_f=0.5) | {"value": None, "n": 0}
+    assert draw([waiting], tmp_path) == []
+    assert draw([row("full-ft"), waiting], tmp_path) == ["metric-memory.png", "memory-time.png"]
+    unknown = row("recap", r_p=0.3, r_f=0.5, weights_bytes=None)
+    assert draw([unknown], tmp_path) == ["metric-prune-ratio.png"]
+
+
+def test_one_seed_and_one_ratio_are_drawn_as_well(tmp_path: Path) -> None:
+    alone = row("recap", r_p=0.3, r_f=0.5) | {"deviation": None, "n": 1}
+    assert draw([alone], tmp_path) == ["metric-prune-ratio.png", "metric-memory.png", "memory-time.png"]
+
+
+def test_methods_with_names_that_no_font_has_are_drawn(tmp_path: Path) -> None:
+    rows = [row("$x$ 方法", r_p=0.3, activations_bytes=None, peak_bytes=None), row("full-ft")]
+    assert len(draw(rows, tmp_path)) == 3
+    assert looks_of(row["method"] for row in rows)["$x$ 方法"] not in METHODS.values()
+
+
+@pytest.mark.parametrize("by", ["prune_ratio", "mask_ratio"])
+def test_a_line_is_a_method_at_one_value_of_its_other_ratio(by: str) -> None:
+    lines = {line.label: line.points for line in figures.lines(grid(), by, looks_of(row["method"] for row in grid()))}
+    assert [ratio for ratio, _, _ in lines["full-ft"]] == [None]
+    if by == "prune_ratio":
+        assert [ratio for ratio, _, _ in lines["pre-ft"]] == [0.166, 0.333, 0.5]
+        assert lines.keys() == {"full-ft", "pre-ft", "recap, r_f 0.5", "recap, r_f 0.875"}
+    else:
+        assert [ratio for ratio, _, _ in lines["recap, r_p 0.333"]] == [0.5, 0.875]
+        assert lines.keys() == {"full-ft", "recap, r_p 0.166", "recap, r_p 0.333", "recap, r_p 0.5"}
+
+
+def test_memory_is_compared_by_the_best_figure_that_all_have() -> None:
+    rows = [row("full-ft", device_peak_bytes=3_000_000), row("recap", r_p=0.3, device_peak_bytes=2_000_000)]
+    assert figures.memory_of(rows) == ([3.0, 2.0], "peak memory of a training step, measured")
+    rows[0]["memory"]["device_peak_bytes"] = None
+    assert figures.memory_of(rows) == ([2.5, 2.5], "peak memory of a training step, predicted")
+    rows[0]["memory"]["peak_bytes"] = None
+    assert figures.memory_of(rows) == ([2.0, 2.0], "weights, gradients and optimizer state, held")
+
+
+def test_the_bars_are_of_each_methods_best_ratios() -> None:
+    best = figures.best_rows(grid(), "accuracy")
+    assert [(one["method"], one["prune_ratio"]) for one in best] == [("full-ft", None), ("pre-ft", 0.166), ("recap", 0.166)]
+
+
+def test_the_bars_are_of_the_lowest_loss_where_the_metric_is_the_loss() -> None:
+    best = figures.best_rows(grid(), "loss")
+    assert [(one["method"], one["prune_ratio"]) for one in best][:2] == [("full-ft", None), ("pre-ft", 0.5)]
+
+
+def test_every_stage_and_every_method_has_a_colour_of_its_own_and_every_method_a_marker() -> None:
+    for values in (
+        [look.colour for look in EVERY],
+        [look.dark for look in EVERY],
+        [look.marker for look in EVERY],
+        [charts.SHAPES[look.marker] for look in EVERY],
+        list(figures.STAGE_COLOURS.values()),
+    ):
+        assert len(set(values)) == len(values)
+
+
+STRANGERS = ("of a stranger", "another's", "without a result", "a third's")
+
+
+def many() -> list[dict[str, Any]]:
+    """A row of every method of ours and of strangers, one of which has no result."""
+    rows = [row(method, 0.9, 0.3) for method in (*METHODS, *STRANGERS)]
+    return [one | ({"value": None, "n": 0} if one["method"] == "without a result" else {}) for one in rows]
+
+
+def drawn_in_a_file(rows: list[dict[str, Any]], path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, str]]:
+    """The colour and the marker of each method, taken from what matplotlib has drawn of metric and memory."""
+    seen: list[Any] = []
+
+    @contextmanager
+    def kept(path: Path, height: float) -> Iterator[Any]:
+        with picture(path, height) as figure:
+            yield figure
+            seen.append((path.name, figure))
+
+    monkeypatch.setattr(figures, "picture", kept)
+    draw(rows, path)
+    (figure,) = [figure for name, figure in seen if name == "metric-memory.png"]
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    points = {name: handle[0] for name, handle in zip(names, handles, strict=True) if name != "Pareto front"}
+    return {name: (line.get_color().lower(), line.get_marker()) for name, line in points.items()}
+
+
+def drawn_in_a_page(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """The same, taken from the text of the page: each method's shape, and the colour that its class has on white."""
+    parts: dict[str, Any] = {"memory": Memory, "parameters": Parameters, "product": Product, "seconds": Seconds}
+    cells = [
+        {"seed": 0, "state": "", "status": "done", "error": None, "last": None, "product_round": 1, "per_round": [], **one}
+        for one in rows
+    ]
+    groups = [
+        {**one, **{name: kind(**one[name]).model_dump() for name, kind in parts.items()}}
+        | {"last": None, "statuses": {"done": 1}, "errors": [], "warning": None, "held_bytes": 2_000_000, "seconds_whole": 1.0}
+        for one in rows
+    ]
+    found = {"recipe": "r", "metric": "accuracy", "task": "t", "created": "2026", "command": "", "place": "p", "grid": {}}
+    found |= {"machine": {}, "versions": {}, "total_steps": 1, "cells": cells, "groups": groups}
+    text = pages.results_page(found)
+    markers = {shape: marker for marker, shape in charts.SHAPES.items()}
+    seen = re.findall(r'class="series ([\w-]+)"><path class="mark" d="([^"]+)"/></svg>([^<]+?)(?:, r_p [\d.]+)?[ <]*<', text)
+    return {
+        html.unescape(method).strip(): (str(re.findall(rf"--{css}: (#\w+);", text)[0]).lower(), markers[shape])
+        for css, shape, method in seen
+    }
+
+
+def test_a_method_has_the_same_marker_and_colour_in_a_file_and_in_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_file, in_page = drawn_in_a_file(many(), tmp_path, monkeypatch), drawn_in_a_page(many())
+    assert in_file.keys() == {*METHODS, *STRANGERS} - {"without a result"}
+    assert in_page.keys() == {*METHODS, *STRANGERS}
+    assert in_file == {method: look for method, look in in_page.items() if method != "without a result"}

@@ -1,0 +1,465 @@
+"""Predictions against the same count over a real step on the CPU, and that count against the allocator's own."""
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
+
+from recap_cli.errors import ModelError
+from recap_cli.machine import accounting
+from recap_cli.memory import fake_step, meta_model, predict
+from recap_cli.memory.fake_cuda import Answers, cuda_kernels
+from recap_cli.memory.fake_step import Fakes, Step
+from recap_cli.memory.tracker import GRANULE_BYTES, KINDS, Tracker, Usage
+from recap_cli.models import build, spec_from_config
+from recap_cli.models.build import ModelSpec
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.training.loop import train
+from tests.pico import LABELS, PICO, pico
+from tests.tiny import is_text, model_section, tiny
+
+HF = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 384}
+LARGER: dict[str, dict[str, Any]] = {  # where 512 bytes are little
+    "bert": {"model_type": "bert", **HF, "vocab_size": 400, "max_position_embeddings": 64},
+    "vit": {"model_type": "vit", **HF, "image_size": 48, "patch_size": 8},
+}
+NEAR = 0.01
+METHODS = ("full", "head", "lora", "pre-ft", "post-ft", "movement", "recap")
+
+
+def recipe_of(name: str, larger: bool = False, **sections: Any) -> Recipe:
+    tokenizer = {"tokenizer": model_section(name)["config"]["tokenizer"]} if is_text(name) else {}
+    model = {"model": {"config": {**LARGER[name], **tokenizer}}} if larger else {}
+    length = {"data": {"max_length": 40}} if is_text(name) else {}
+    return tiny(name, **model, **length, **sections)
+
+
+def real(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of these shapes with memory: small random numbers, and zeros for what counts."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: 0.05 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else torch.zeros(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+
+
+def real_step(recipe: Recipe, method: str) -> Step:
+    return predict.prepare(meta_model.outline(recipe, LABELS), recipe, method, real)[0]
+
+
+class Case(NamedTuple):
+    method: str
+    name: str
+    finetune: Mapping[str, Any] = MappingProxyType({})
+    larger: bool = False
+
+    def __str__(self) -> str:
+        return " ".join([self.method, self.name, *(f"{key}={value}" for key, value in self.finetune.items())])
+
+
+CASES = [  # one of each thing that a step can have; the peaks of more are held against the allocator's own record, below
+    Case("recap", "bert", {"resident": "int8"}, larger=True),
+    Case("recap", "dinov2", {"resident": "bf16", "checkpointing": True, "micro_batch_size": 4}),
+    Case("full", "vit", {"fused_backward": True, "optimizer": "sgd"}, larger=True),
+    Case("movement", "timm-vit"),
+]
+
+
+def assert_near(predicted: Usage, counted: Usage) -> None:
+    peak = counted.peak_bytes
+    assert predicted.peak_bytes == pytest.approx(peak, rel=NEAR)
+    for kind in KINDS:
+        for ours, theirs in ((predicted.maxima, counted.maxima), (predicted.at_peak, counted.at_peak)):
+            assert ours[kind] == pytest.approx(theirs[kind], rel=NEAR, abs=NEAR * peak), kind
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_is_predicted_within_one_percent(case: Case) -> None:
+    recipe = recipe_of(case.name, case.larger, finetune=dict(case.finetune))
+    fakes = Fakes()
+    step, resident = predict.prepare(meta_model.outline(recipe, LABELS), recipe, case.method, fakes.like)
+    assert resident > 0
+    predicted = fakes.usage(step, "cpu")
+    counted = fake_step.usage(real_step(recipe, case.method))
+    assert_near(predicted, counted)
+    assert counted.maxima["gradients"] > 0
+
+
+@pytest.mark.parametrize("method", ["full", "recap", "lora"])
+@pytest.mark.parametrize("resident", ["fp32", "bf16", "int8"])
+def test_weights_and_optimizer_state_are_those_that_finetuning_reports(method: str, resident: str) -> None:
+    recipe = recipe_of("bert", larger=True, finetune={"resident": resident})
+    step = real_step(recipe, method)
+    known = accounting.held(step.model, step.optimizer, 0)
+    counted = fake_step.usage(step)
+    tensors = [*step.model.parameters(), *step.model.buffers(), *(slot.leaf for slot in step.optimizer.slots)]
+    rounding = GRANULE_BYTES * 2 * len(tensors)
+    assert 0 <= counted.maxima["weights"] - known["weights_bytes"] < rounding
+    assert 0 <= counted.maxima["optimizer"] - known["optimizer_bytes"] < rounding
+    assert counted.maxima["other"] >= sum(tensor.nbytes for tensor in step.batch.values())
+
+
+@pytest.mark.parametrize(("method", "name", "resident"), [("recap", "vit", "int8"), ("full", "bert", "fp32")])
+def test_scoring_is_predicted_within_one_percent(method: str, name: str, resident: str) -> None:
+    recipe = recipe_of(name, larger=True, finetune={"resident": resident}, evaluate={"batch_size": 32})
+    outline = meta_model.outline(recipe, LABELS)
+    predicted = predict.evaluation_bytes(outline, recipe, method, kernels="cpu")
+    batch = real(predict.batch_of(outline.spec, recipe, 32))
+    assert predicted == pytest.approx(fake_step.evaluation_bytes(real_step(recipe, method), batch), rel=NEAR)
+
+
+def test_a_prediction_moves_nothing_and_takes_no_memory_for_weights() -> None:
+    recipe = recipe_of("vit", larger=True)
+    outline = meta_model.outline(recipe, LABELS)
+    assert all(tensor.is_meta for tensor in outline.tensors.values())
+    first = predict.predict(outline, recipe, "recap")
+    again = predict.predict(outline, recipe, "recap")
+    assert first.to_json() == again.to_json()
+    assert first.total == sum(param.numel() for param in build.skeleton(outline.spec).parameters())
+    assert first.trainable < first.resident < first.total
+    assert all(tensor.is_meta for tensor in outline.tensors.values())
+
+
+def test_methods_stand_in_the_order_that_the_paper_gives_them() -> None:
+    recipe = recipe_of("vit", larger=True)
+    outline = meta_model.outline(recipe, LABELS)
+    peak = {method: predict.predict(outline, recipe, method).usage.peak_bytes for method in METHODS}
+    assert peak["head"] < peak["recap"] < peak["pre-ft"] < peak["full"]
+    assert peak["head"] < peak["lora"] < peak["full"]
+
+
+def allocations(run: Callable[[], object], file: Path) -> list[tuple[str, int]]:
+    """What the allocator of the CPU handed out (and took back: less than 0 bytes) while `run` ran, by address, in order."""
+    with torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    seen.export_chrome_trace(str(file))
+    events = [event for event in json.loads(file.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    return [(e["args"]["Addr"], e["args"]["Bytes"]) for e in sorted(events, key=lambda e: e["args"]["Ev Idx"])]
+
+
+def allocators_peaks(events: list[tuple[str, int]]) -> tuple[int, int]:
+    """The most that was handed out at one time, and the same with every piece rounded up as the tracker does."""
+    live: dict[str, int] = {}
+    exact = rounded = most_exact = most_rounded = 0
+    for address, count in events:
+        size = live.pop(address, 0) if count < 0 else live.setdefault(address, count)
+        sign = 1 if count > 0 else -1
+        exact += sign * size
+        rounded += sign * -(-size // GRANULE_BYTES) * GRANULE_BYTES
+        most_exact, most_rounded = max(most_exact, exact), max(most_rounded, rounded)
+    return most_exact, most_rounded
+
+
+def finetuning_step(step: Step, recipe: Recipe) -> None:
+    """One step as `finetune` takes it, by the recipe's own settings."""
+    tune = recipe.finetune
+    how = {
+        "micro_batch_size": tune.micro_batch_size,
+        "max_grad_norm": tune.max_grad_norm,
+        "fused_backward": tune.fused_backward,
+    }
+    train(step.forward, step.loss, step.optimizer, [step.batch], rate=lambda _: 1e-6, **how)
+
+
+def standing_bytes(step: Step) -> int:
+    """What is there before a step, each piece rounded up: weights, masters, moments and the batch, by their own sizes."""
+    slots, moments = step.optimizer.slots, step.optimizer.moments
+    tensors = [*step.model.parameters(), *step.model.buffers(), *step.batch.values()]
+    tensors += [slot.own for slot in slots if slot.own is not None]
+    tensors += [moment for slot in slots for moment in moments[slot.name].values()]
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(-(-size // GRANULE_BYTES) * GRANULE_BYTES for size in sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "finetune", "bound"),
+    [
+        ("full", "vit", {}, 1e-4),
+        ("full", "bert", {"max_grad_norm": 1.0}, 1e-4),
+        ("pre-ft", "vit", {"fused_backward": True}, 1e-4),
+        ("recap", "bert", {"fused_backward": True}, 1e-4),
+        ("recap", "vit", {"micro_batch_size": 4}, 1e-4),
+        ("recap", "vit", {"checkpointing": True}, 0.01),  # the rest is what attention on the CPU needs within
+        ("lora", "vit", {}, 1e-3),
+        ("head", "bert", {}, 1e-4),
+        ("recap", "vit", {"resident": "int8"}, 0.1),  # and operations on mixed types: on the CPU, they convert their inputs
+        ("recap", "bert", {"resident": "bf16"}, 0.01),
+    ],
+)
+def test_a_prediction_is_what_the_allocator_hands_out_in_a_real_step(
+    method: str, name: str, finetune: dict[str, Any], bound: float, tmp_path: Path
+) -> None:
+    recipe, fakes = recipe_of(name, larger=True, finetune=finetune), Fakes()
+    step, _ = predict.prepare(meta_model.outline(recipe, LABELS), recipe, method, fakes.like)
+    real_one = real_step(recipe, method)
+    predicted = fakes.usage(step, "cpu").peak_bytes - standing_bytes(real_one)
+    exact, rounded = allocators_peaks(allocations(lambda: finetuning_step(real_one, recipe), tmp_path / "trace.json"))
+    assert predicted == pytest.approx(rounded, rel=bound)
+    assert predicted == pytest.approx(exact, rel=bound + 0.01)
+
+
+def kept_activations(run: Callable[..., Tensor], *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+    """Bytes that are held for the backward of one function, its result included, with the kernels of CUDA."""
+    fakes, tracker, kept = Fakes(), Tracker(), []
+    with fakes.mode:
+        inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+        tracker.know({str(i): tensor for i, tensor in enumerate(inputs)}, "other")
+        with cuda_kernels(), tracker.watch([]):
+            kept.append(run(*inputs))
+            held = tracker._now["activations"]
+    return held
+
+
+BATCH, HEADS, TOKENS, HEAD_DIM = 2, 4, 200, 32
+ATTENTION = (BATCH, HEADS, TOKENS, HEAD_DIM)
+PROBABILITIES = BATCH * HEADS * TOKENS * TOKENS  # entries that plain attention would save
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", ["none", "bool", "number"])
+def test_attention_saves_a_number_per_row_and_no_probabilities(dropout: float, dtype: torch.dtype, mask: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shape = (BATCH, 1, TOKENS, TOKENS)
+        bias = {"bool": torch.ones(shape, dtype=torch.bool), "number": torch.zeros(shape, dtype=dtype)}.get(mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+
+    held = kept_activations(attend, ATTENTION, ATTENTION, ATTENTION, dtype=dtype)
+    entry = dtype.itemsize
+    out = BATCH * HEADS * TOKENS * HEAD_DIM * entry
+    padded = 0 if mask == "none" else BATCH * TOKENS * 208 * entry  # one mask for all heads, its rows in whole 16s
+    least = out + padded + BATCH * HEADS * TOKENS * 4  # the number per row
+    assert least <= held <= least + BATCH * HEADS * 24 * 4 + 6 * GRANULE_BYTES  # its rows in whole 32s; seeds
+    assert held < PROBABILITIES * entry
+
+
+@pytest.mark.parametrize("name", ["bert", "timm-vit"])
+def test_a_models_attention_saves_no_probabilities_on_cuda(name: str) -> None:
+    recipe = recipe_of(name)
+    outline = meta_model.outline(recipe, LABELS)
+    usages = {}
+    for kernels in ("cuda", "cpu"):
+        fakes = Fakes()
+        usages[kernels] = fakes.usage(predict.prepare(outline, recipe, "full", fakes.like)[0], kernels).maxima
+    assert usages["cuda"]["weights"] == usages["cpu"]["weights"]
+    assert usages["cuda"]["gradients"] == usages["cpu"]["gradients"]
+    more = usages["cuda"]["activations"] - usages["cpu"]["activations"]
+    layers, batch, heads, tokens, hidden = 2, 8, 4, 40, 32
+    if name == "bert":  # the one with dropout
+        probabilities = layers * batch * heads * tokens * tokens * 4
+        masks = (1 + 2 * layers) * batch * tokens * hidden * 3  # a byte an entry, not four
+        assert -more > probabilities + 0.9 * masks
+    else:
+        assert 0 <= more <= layers * batch * heads * 32 * 4  # a number per row, of whole 32s
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_saves_a_byte_an_entry(dtype: torch.dtype) -> None:
+    count = 64 * 512
+    assert kept_activations(lambda x: F.dropout(x, 0.1), (64, 512), dtype=dtype) == count * (dtype.itemsize + 1)
+    assert kept_activations(nn.Dropout(0.1), (64, 512), dtype=dtype) == count * (dtype.itemsize + 1)
+    assert kept_activations(lambda x: F.dropout(x, 0.1, training=False) * 1, (64, 512), dtype=dtype) == count * dtype.itemsize
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 10, 20), (2, 4, 10, 8), (2, 4, 10, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_has_the_shapes_of_the_plain_one_there_and_back(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    fakes = Fakes()
+    with fakes.mode:
+        query = torch.empty(shape, dtype=dtype, requires_grad=True)
+        key = torch.empty((2, 2, *shape[2:]), dtype=dtype, requires_grad=True)
+        with cuda_kernels():
+            out = F.scaled_dot_product_attention(query, key, key, enable_gqa=True, is_causal=True, dropout_p=0.1)
+            assert (out.shape, out.dtype) == (shape, dtype)
+            out.sum().backward()
+        assert query.grad is not None
+        assert key.grad is not None
+        assert (query.grad.shape, key.grad.shape) == (query.shape, key.shape)
+
+
+def test_the_librarys_own_functions_come_back_whatever_happens() -> None:
+    own = F.scaled_dot_product_attention, F.dropout
+    with cuda_kernels():
+        assert F.scaled_dot_product_attention is not own[0]
+        assert F.dropout is not own[1]
+    assert (F.scaled_dot_product_attention, F.dropout) == own
+
+    def fails(_: dict[str, Tensor]) -> Tensor:
+        raise RuntimeError("no forward")
+
+    recipe, fakes = recipe_of("vit"), Fakes()
+    step, _ = predict.prepare(meta_model.outline(recipe, LABELS), recipe, "head", fakes.like)
+    with pytest.raises(RuntimeError, match="no forward"):
+        fakes.usage(Step(step.model, step.optimizer, fails, step.loss, step.batch))
+    assert (F.scaled_dot_product_attention, F.dropout) == own
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert torch.zeros(3).tolist() == [0, 0, 0]  # real again
+
+
+def test_importance_holds_a_block_and_not_the_model() -> None:
+    held, weights = {}, {}
+    for layers in (2, 5):
+        config = {**LARGER["vit"], "num_hidden_layers": layers}
+        recipe = tiny("vit", model={"config": config}, importance={"batch_size": 4}, finetune={"batch_size": 4})
+        outline = meta_model.outline(recipe, LABELS)
+        held[layers] = predict.importance_bytes(outline, recipe)
+        weights[layers] = sum(tensor.nbytes for tensor in outline.tensors.values())
+    per_block = (weights[5] - weights[2]) / 3
+    inputs = 4 * 37 * 128 * 4  # of one block
+    assert per_block < held[2]  # its weights, and the gradients of some
+    assert inputs <= (held[5] - held[2]) / 3 <= 1.5 * inputs < per_block / 4
+
+
+@pytest.mark.parametrize("name", PICO)
+def test_lora_has_adapters_of_rank_eight_on_query_and_value(name: str) -> None:
+    recipe = recipe_of(name)
+    outline = meta_model.outline(recipe, LABELS)
+    step, resident = predict.prepare(outline, recipe, "lora", Fakes().like)
+    slots = {slot.name: slot.leaf for slot in step.optimizer.slots}
+    adapters = {slot for slot in slots if ".lora_" in slot}
+    assert set(slots) - adapters == set(outline.layout.head)
+    assert sum(slots[slot].numel() for slot in adapters) == 2 * 2 * 8 * (32 + 32)  # fused or apart, in each of two layers
+    assert resident == sum(param.numel() for param in build.skeleton(outline.spec).parameters())
+
+
+def test_a_fake_number_is_one_and_what_is_asked_for_is_true() -> None:
+    fakes = Fakes()
+    with fakes.mode, Answers():
+        assert bool(torch.zeros(3).isfinite().all())
+        assert (torch.zeros(3).sum().item(), torch.zeros(3, dtype=torch.int64).sum().item()) == (1.0, 1)
+
+
+def test_texts_are_predicted_with_the_mask_that_padding_makes() -> None:
+    masked = {}
+    for size in (1, 2):
+        recipe = recipe_of("bert", finetune={"batch_size": size})
+        batch = predict.batch_of(meta_model.outline(recipe, LABELS).spec, recipe, size)
+        assert batch["input_ids"].shape == (size, 40)
+        masked[size] = "attention_mask" in batch
+    assert masked == {1: False, 2: True}
+
+
+def outlined(pico_name: str, **arguments: Any) -> ModelSpec:
+    section = model_section(pico_name)
+    kind = "text-classification" if is_text(pico_name) else "image-classification"
+    given = {"name": None, "config": section["config"], "task_kind": kind, "label_names": LABELS, **arguments}
+    return spec_from_config.outline(library=section.get("library", "transformers"), **given)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in build.tensors_of(model).items()}
+
+
+def facts(spec: ModelSpec) -> tuple[Any, ...]:
+    return spec.library, spec.model_type, spec.num_labels, spec.label_names, spec.task_kind, spec.image
+
+
+@pytest.mark.parametrize("name", PICO)
+def test_an_outline_is_that_of_the_model_that_would_be_made(name: str) -> None:
+    spec = outlined(name)
+    model, made = pico(name)
+    assert shapes(build.skeleton(spec)) == shapes(model)
+    assert facts(spec)[:5] == facts(made)[:5]
+    section = model_section(name)
+    created = build.create(
+        library=section.get("library", "transformers"),
+        name=None,
+        config=section["config"],
+        task_kind=spec.task_kind,
+        label_names=LABELS,
+    )
+    assert shapes(build.skeleton(spec)) == shapes(created.model)
+    assert facts(spec) == facts(created.spec)
+    assert {k: v for k, v in spec.config.items() if k != "architectures"} == {
+        k: v for k, v in created.spec.config.items() if k != "architectures"
+    }
+
+
+@pytest.mark.parametrize("name", PICO)
+def test_a_folder_needs_no_weights_to_be_outlined(name: str, tmp_path: Path) -> None:
+    model, spec = pico(name)
+    for file in ("config.json", "preprocessor_config.json"):
+        if content := build.describe(spec, None).get(file):
+            (tmp_path / file).write_text(str(content))
+    outline = outlined(name, name=str(tmp_path), config=None)
+    assert shapes(build.skeleton(outline)) == shapes(model)
+    assert facts(outline) == facts(spec)
+    (tmp_path / "model.safetensors").write_bytes(random.Random(0).randbytes(100))  # would be an error, if it were read
+    assert outlined(name, name=str(tmp_path), config=None) == outline
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "timm-vit"])
+def test_another_image_size_and_other_labels_are_outlined_as_they_are_created(name: str) -> None:
+    given = {"image_size": 32, "label_names": ["a", "b", "c", "d"]}
+    section, spec = model_section(name), outlined(name, **given)
+    created = build.create(
+        library=section.get("library", "transformers"),
+        name=None,
+        config=section["config"],
+        task_kind="image-classification",
+        **given,
+    )
+    assert shapes(build.skeleton(spec)) == shapes(created.model)
+    assert facts(spec) == facts(created.spec)
+    assert spec.image is not None
+    assert (spec.image["size"], spec.num_labels) == (32, 4)
+
+
+def test_without_labels_the_head_is_that_of_the_configuration() -> None:
+    assert outlined("bert", label_names=()).num_labels == 2  # what transformers takes
+    six = {"model_type": "vit", "id2label": {str(i): f"class {i}" for i in range(6)}}
+    assert outlined("vit", config=six, label_names=()).label_names == [f"class {i}" for i in range(6)]
+    assert outlined("timm-vit", label_names=()).num_labels == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("vit", {"config": None}, "exactly one of model.name and model.config"),
+        ("vit", {"name": "x"}, "exactly one of model.name and model.config"),
+        ("vit", {"config": {}}, "names no model_type"),
+        ("vit", {"config": {"model_type": "vit", "hiden_size": 32}}, "no configuration key 'hiden_size'"),
+        ("vit", {"config": {"model_type": "vit", "hidden_size": "wide"}}, "no configuration of a vit"),
+        ("vit", {"config": {"model_type": "vit", "hidden_act": "gelo"}}, "hidden_act of this vit is 'gelo'"),
+        ("vit", {"config": {"model_type": "vit", "image_size": [16, 32]}}, "is not square"),
+        ("vit", {"task_kind": "text-classification"}, "no vit for text-classification"),
+        ("vit", {"name": "/nowhere/model", "config": None}, "there is no folder /nowhere/model"),
+        ("timm-vit", {"task_kind": "text-classification"}, "timm has no models for text-classification"),
+        ("timm-vit", {"config": {}}, "names no timm architecture"),
+        ("timm-vit", {"config": {"architecture": "vit_tny_patch16_224"}}, "no architecture 'vit_tny_patch16_224'"),
+        ("timm-vit", {"config": {"architecture": "vit_tiny_patch16_224", "depht": 1}}, "depht"),
+        ("timm-vit", {"config": {"architecture": "vit_tiny_patch16_224", "num_heads": 0}}, "timm cannot build"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_an_outline_too(name: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        outlined(name, **arguments)
+
+
+def test_a_model_type_without_an_adapter_is_named_with_the_recipe() -> None:
+    config = {"architecture": "resnet18"}
+    recipe = tiny("timm-vit", model={"library": "timm", "config": config})
+    with pytest.raises(ModelError, match="'timm-resnet' is unknown"):
+        meta_model.outline(recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})}))
+
+
+def test_what_an_offloaded_optimizer_makes_in_main_memory_is_not_on_the_device() -> None:
+    peaks = {}
+    for optimizer in ("sgd", "adamw"):  # AdamW makes a denominator of a slot's size, SGD nothing
+        settings = {"optimizer": optimizer, "offload": True, "fused_backward": True, "checkpointing": True, "weight_decay": 0.0}
+        recipe = recipe_of("bert", finetune=settings)
+        found = predict.predict(meta_model.outline(recipe, LABELS), recipe, "full")
+        peaks[optimizer] = (found.usage.maxima["optimizer"], found.usage.peak_bytes)
+    assert peaks["sgd"] == peaks["adamw"]
+    assert peaks["sgd"][0] == 0

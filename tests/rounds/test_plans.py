@@ -1,0 +1,200 @@
+"""What a method's turns are, who may say what, and that no round of RECAP's ramp holds more than the last."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from recap_cli import registry
+from recap_cli.core.method import Method, Settings, Turn
+from recap_cli.errors import PluginError, RecipeError
+from recap_cli.memory import meta_model, predict
+from recap_cli.memory.tracker import Kind
+from recap_cli.rounds import plans
+from recap_cli.rounds.plans import check_steps, course_of, method_of, method_of_name, steps_of, turns_for, turns_of
+from recap_cli.state.manifest import Manifest
+from tests.pico import LABELS
+from tests.tiny import tiny
+
+METHODS = registry.names("methods")
+PLAIN = Settings(rounds=4, prune_ratio=0.333, mask_ratio=0.5, settled=2, ramp=0.5)
+
+
+def turns_with(name: str, **settings: Any) -> list[Turn]:
+    method = method_of_name(name)
+    return list(method.turns(replace(PLAIN, options=method.options, **settings)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_plans_turns_that_make_sense_and_says_what_it_is(name: str) -> None:
+    recipe = tiny("vit", method=name, rounds=4)
+    found = turns_for(recipe)
+    method = method_of(recipe)
+    assert sum(turn.share for turn in found) == pytest.approx(1.0)
+    assert found[-1].product
+    assert found[-1].course[1] == pytest.approx(1.0)
+    assert method.title.endswith(".")
+    assert method.prunes == any(turn.prune_ratio > 0 for turn in found)
+    assert method.masks == any(turn.mask_ratio > 0 for turn in found)
+    if method.prunes:
+        assert {turn.prune_ratio for turn in found if turn.product} == {0.4}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_turns_are_kept_in_the_state_as_they_are(name: str) -> None:
+    recipe = tiny("vit", method=name)
+    planned = turns_for(recipe)
+    manifest = Manifest(0, "init", "", history=[{"stage": "init", "turns": [turn.to_json() for turn in planned]}])
+    assert turns_of(manifest) == planned
+
+
+@pytest.mark.parametrize("total", [1, 7, 10, 376])
+def test_steps_add_up_to_the_total_however_they_are_shared(total: int) -> None:
+    for shares in ([1.0], [0.5, 0.5], [0.7, 0.3], [1 / 3] * 3, [0.1] * 10):
+        each = steps_of([Turn(share=share) for share in shares], total)
+        assert sum(each) == total
+        assert all(abs(steps - share * total) <= 1 for steps, share in zip(each, shares, strict=True))
+
+
+def test_the_faithful_recipe_is_the_papers_algorithm() -> None:
+    recipe = tiny("vit", faithful=True, rounds=3)
+    assert (recipe.head.warmup_epochs, recipe.prune.settled, recipe.prune.ramp, recipe.finetune.course) == (
+        0,
+        0.0,
+        1.0,
+        "round",
+    )
+    assert turns_for(recipe) == (Turn(0.4, 0.6, share=1 / 3),) * 3
+    with pytest.raises(RecipeError, match=r"prune.settled  expected 0.0 with faithful: true"):
+        tiny("vit", faithful=True, prune={"settled": 0.5})
+
+
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.25, 0.5, 0.875, 0.95])
+@pytest.mark.parametrize("prune_ratio", [0.1, 0.333, 0.5, 0.666])
+@pytest.mark.parametrize("cost", [0.25, 1.0, 3.0, 8.0])
+def test_no_round_of_the_ramp_holds_more_than_the_last(prune_ratio: float, mask_ratio: float, cost: float) -> None:
+    found = turns_with("recap", rounds=10, settled=5, prune_ratio=prune_ratio, mask_ratio=mask_ratio, entry_cost=cost)
+
+    def held(turn: Turn) -> float:
+        return (1 - turn.prune_ratio) * (1 + cost * (1 - turn.mask_ratio))
+
+    assert max(map(held, found)) == pytest.approx(held(found[-1]))
+    ratios = [turn.prune_ratio for turn in found]
+    assert ratios == sorted(ratios)
+    assert ratios[0] < prune_ratio == ratios[4]
+    assert [turn.plan for turn in found] == ["importance"] * 5 + ["same"] * 5
+    assert [turn.product for turn in found] == [False] * 4 + [True] * 6
+
+
+def test_without_a_ramp_or_rounds_to_ramp_over_every_round_has_the_ratios_asked_for() -> None:
+    for settings in ({"ramp": 1.0}, {"rounds": 1, "settled": 0}, {"rounds": 2, "settled": 1}):
+        assert {(turn.prune_ratio, turn.mask_ratio) for turn in turns_with("recap", **settings)} == {(0.333, 0.5)}
+
+
+FUSED = {"fused_backward": True}
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    FUSED,
+    {"optimizer": "sgd"},
+    {"optimizer": "sgd", "momentum": 0.0, **FUSED},
+    {"resident": "bf16"},
+    {"resident": "bf16", "offload": True, **FUSED},
+    {"resident": "int8", **FUSED},
+    {"resident": "int8", "offload": True, **FUSED},
+    {"offload": True, **FUSED},
+]
+
+
+@pytest.mark.parametrize("mask_ratio", [0.25, 0.5])
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()) or "plain")
+def test_the_first_round_of_a_ramp_is_predicted_to_hold_no_more_than_the_last(settings: Any, mask_ratio: float) -> None:
+    config = {"model_type": "vit", "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 16, "image_size": 16}
+    model = {"config": {**config, "intermediate_size": 1024, "patch_size": 8, "num_channels": 3}}
+    lean = {"micro_batch_size": 1, **settings}
+    recipe = tiny("vit", rounds=4, model=model, mask={"ratio": mask_ratio}, finetune=lean)
+    planned, outline = turns_for(recipe), meta_model.outline(recipe, LABELS)
+    assert planned[0].mask_ratio > planned[-1].mask_ratio
+    first, last = (predict._predicted(outline, recipe, "recap", planned[at:], "cuda").usage.maxima for at in (0, 3))
+    held: list[Kind] = ["weights", "optimizer"] if recipe.finetune.fused_backward else ["weights", "gradients", "optimizer"]
+    assert sum(first[kind] for kind in held) <= 1.03 * sum(last[kind] for kind in held)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"method": "lora-ft", "options": {"rnak": 4}},
+            r"options\.rnak: the method lora-ft has no such option; did you mean rank\?",
+        ),
+        ({"method": "lora-ft", "options": {"rank": "four"}}, r"options\.rank: expected something like 8; found four"),
+        ({"method": "lora-ft", "options": {"rank": 0}}, r"options\.rank: expected a whole number of at least 1; found 0"),
+        ({"method": "lora-ft", "options": {"targets": ["keys"]}}, r"options\.targets: expected some of query"),
+        ({"method": "post-ft", "options": {"full_share": 1.5}}, r"options\.full_share: expected a number between 0 and 1"),
+        ({"method": "pre-ft", "options": {"embeddings": "no"}}, r"options\.embeddings: expected something like true; found no"),
+        ({"method": "movement", "options": {"scores_lr": -1.0}}, r"options\.scores_lr: expected a number above 0"),
+        ({"method": "full-ft", "options": {"rank": 8}}, r"options\.rank: the method full-ft has no such option"),
+    ],
+)
+def test_options_that_a_method_does_not_take_are_named_before_anything_runs(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said) as caught:
+        turns_for(tiny("vit", **given))
+    assert caught.value.hint
+
+
+def test_a_round_that_would_take_no_step_is_refused() -> None:
+    recipe = tiny("vit", method="post-ft")
+    with pytest.raises(RecipeError, match="1 optimizer step is too few for the 2 rounds of post-ft: round 1 would have none"):
+        check_steps(turns_for(recipe), 1, recipe)
+
+
+def test_turns_that_follow_each_other_run_one_course_to_the_step() -> None:
+    shares = [Turn(share=1 / 3, course=(n / 3, (n + 1) / 3)) for n in range(3)]
+    each = steps_of(shares, 10)
+    places = [course_of(turn, sum(each[:n]), each[n], 10) for n, turn in enumerate(shares)]
+    assert places == [(10, 0), (10, each[0]), (10, each[0] + each[1])]
+    assert course_of(Turn(share=0.5), 5, 5, 10) == (5, 0)  # a course of its own
+
+
+@pytest.mark.parametrize("embeddings", ["seen", None, 1])
+def test_a_turn_whose_embeddings_are_neither_said_nor_tokens_is_refused(
+    embeddings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "method_of", lambda _: Method("", lambda _: [Turn(embeddings=embeddings)]))
+    with pytest.raises(PluginError, match=r"turn 1 has embeddings=.*, which is none of True, False, 'tokens'"):
+        turns_for(tiny("vit"))
+
+
+def fail(_: Settings) -> Iterable[Turn]:
+    raise KeyError("x")
+
+
+def forever(_: Settings) -> Iterable[Turn]:
+    while True:
+        yield Turn()
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (fail, "failed: KeyError"),
+        (forever, "gives 10000 turns"),
+        (lambda _: [], "gives no turns"),
+        (lambda _: [Turn(share=0.5)], "add up to 0.5, not to 1"),
+        (lambda _: [Turn(plan="same")], "turn 1 has nothing to take a plan from"),
+        (lambda _: [Turn(product=False)], "none of its turns gives the product"),
+        (lambda _: [Turn(prune_ratio=1.0)], "turn 1 is out of range: prune_ratio 1"),
+        (lambda _: [Turn(moves="training")], "turn 1 moves what a training says, and the method has none"),
+        (lambda _: [Turn(moves="heads")], "turn 1 has moves='heads', which is none of mask, head, training"),
+        (lambda _: [Turn(plan="new")], "turn 1 has plan='new', which is none of importance, same, learned"),
+        (lambda _: [{"share": 1.0}], "turn 1 is of type dict, not Turn"),
+        (lambda _: [Turn(prune_ratio="a")], "turn 1 has something else than numbers"),
+        (lambda _: [Turn(course=(0.0, 0.5, 1.0))], "turn 1 has something else than numbers"),
+        (lambda _: [Turn(0.4, share=0.5), Turn(0.3, share=0.5, plan="same")], "turn 2 keeps the plan and says another"),
+        (lambda _: [Turn(share=0.5), Turn(share=0.5, plan="learned")], "turn 2 prunes by scores, and the turn before it"),
+    ],
+)
+def test_a_strangers_turns_that_make_no_sense_are_refused(made: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "method_of", lambda _: Method("A stranger's.", made))
+    with pytest.raises(PluginError, match=said):
+        turns_for(tiny("vit"))

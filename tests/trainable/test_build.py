@@ -1,0 +1,501 @@
+"""Partial linear layers: compact gradients equal to the dense ones, nothing dense allocated, no input saved without need."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from recap_cli.core.axes import Axis, Cut, refine, shapes_of
+from recap_cli.core.surgery import Where, indices, put, take
+from recap_cli.models import build
+from recap_cli.rounds.context import Layout
+from recap_cli.trainable.build import Slot, bring_forward, make_partial
+from recap_cli.trainable.frozen_weights import QuantizedEmbedding, quantize, rest_of
+from recap_cli.trainable.linear import PartialLinear
+from recap_cli.trainable.optim import Optimizer, Rule, adamw, sgd
+from tests.pico import pico
+
+ROWS = torch.tensor([1, 4, 5, 11])
+
+
+class Conv1D(nn.Module):
+    """GPT-2's transposed linear layer: weight (in, out)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+def model_and_where(form: str) -> tuple[nn.Module, Where]:
+    torch.manual_seed(0)
+    if form == "transposed rows":
+        return nn.Sequential(Conv1D(12, 8)), {"0.weight": {1: ROWS}, "0.bias": {0: ROWS}}
+    if form == "transposed columns":
+        return nn.Sequential(Conv1D(8, 12)), {"0.weight": {0: ROWS}}
+    if form == "rows":
+        return nn.Sequential(nn.Linear(8, 12)), {"0.weight": {0: ROWS}, "0.bias": {0: ROWS}}
+    if form == "side by side":
+        return nn.Sequential(nn.Linear(8, 12)), {"0.weight": {0: torch.arange(3, 7)}, "0.bias": {0: torch.arange(3, 7)}}
+    return nn.Sequential(nn.Linear(12, 8)), {"0.weight": {1: ROWS}}
+
+
+FORMS = ["rows", "columns", "side by side", "transposed rows", "transposed columns"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compact_gradients_are_the_dense_ones_at_those_entries(form: str) -> None:
+    model, where = model_and_where(form)
+    dense = copy.deepcopy(model)
+    x = torch.randn(2, 3, 12 if "columns" in form else 8)
+    x_dense = x.clone().requires_grad_()
+    x_partial = x.clone().requires_grad_()
+    slots = make_partial(model, where, frozen=lambda _: False)
+    assert isinstance(model[0], PartialLinear)  # type: ignore[index]
+    out, expected = model(x_partial), dense(x_dense)
+    torch.testing.assert_close(out, expected)
+    out.sin().sum().backward()
+    expected.sin().sum().backward()
+    torch.testing.assert_close(x_partial.grad, x_dense.grad)
+    wanted = {n: take(p.grad, where.get(n, {})) for n, p in dense.named_parameters() if p.grad is not None}
+    assert {s.name for s in slots} == set(wanted)
+    for slot in slots:
+        torch.testing.assert_close(slot.leaf.grad, wanted[slot.name])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_moves_the_chosen_entries_of_the_resident_weight_and_no_other(form: str) -> None:
+    model, where = model_and_where(form)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = Optimizer(
+        make_partial(model, where, frozen=lambda n: n == "0.bias" and n not in where), adamw(betas=(0.9, 0.999), eps=1e-8)
+    )
+    optimizer.lr = 0.1
+    model(torch.randn(2, 12 if "columns" in form else 8)).square().sum().backward()
+    optimizer.step()
+    after = model[0].weight  # type: ignore[index]
+    ((dim, index),) = where["0.weight"].items()
+    moved = torch.zeros(after.shape[dim], dtype=torch.bool).index_fill(0, index, True)
+    changed = (after != before["0.weight"]).any(1 - dim)
+    assert torch.equal(changed, moved)
+    assert torch.equal(take(after, where["0.weight"]), next(s.master for s in optimizer.slots if s.name == "0.weight"))
+
+
+def test_gradients_accumulate() -> None:
+    model, where = model_and_where("rows")
+    slots = make_partial(model, where, frozen=lambda _: False)
+    x, y = torch.randn(3, 8), torch.randn(3, 8)
+    model(x).sum().backward()
+    model(y).sum().backward()
+    twice = [s.leaf.grad.clone() for s in slots if s.leaf.grad is not None]
+    for s in slots:
+        s.leaf.grad = None
+    model(torch.cat([x, y])).sum().backward()
+    for together, apart in zip((s.leaf.grad for s in slots), twice, strict=True):
+        torch.testing.assert_close(together, apart)
+
+
+class Allocations(TorchDispatchMode):
+    """Sees every result of every operation, and notes the sizes that are not views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numels: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            known = {a.untyped_storage().data_ptr() for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
+            self.numels += [
+                t.numel() for t in tree_leaves(out) if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known
+            ]
+        return out
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_no_dense_gradient_or_weight_is_ever_allocated(contiguous: bool) -> None:
+    torch.manual_seed(0)
+    width, hidden, tokens = 64, 256, 2
+    index = torch.arange(32) if contiguous else torch.arange(0, 256, 8)
+    model = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+    where: Where = {"0.weight": {0: index}, "0.bias": {0: index}, "2.weight": {1: index}}
+    optimizer = Optimizer(make_partial(model, where, frozen=lambda _: False), adamw(betas=(0.9, 0.999), eps=1e-8))
+    optimizer.lr = 0.1
+    x = torch.randn(tokens, width, requires_grad=True)
+    with Allocations() as seen:
+        model(x).sum().backward()
+        optimizer.step()
+    compact = 32 * width
+    assert max(seen.numels) <= compact  # a dense gradient would be 256 · 64 = 8 · compact
+    assert optimizer.state_bytes() == 2 * 4 * sum(s.leaf.numel() for s in optimizer.slots)
+
+
+def saved_by(model: nn.Module, x: Tensor) -> list[torch.Size]:
+    sizes: list[torch.Size] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x).sum()
+    return sizes
+
+
+def test_columns_save_only_their_part_of_the_input() -> None:
+    model, where = model_and_where("columns")
+    make_partial(model, where, frozen=lambda _: False)
+    sizes = saved_by(model, torch.randn(5, 12, requires_grad=True))
+    assert torch.Size([5, 4]) in sizes
+    assert torch.Size([5, 12]) not in sizes
+
+
+def test_columns_side_by_side_do_not_keep_the_rest_of_the_input_alive() -> None:
+    model = nn.Sequential(nn.Linear(12, 8))
+    make_partial(model, {"0.weight": {1: torch.arange(2, 6)}}, frozen=lambda _: False)
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.randn(100, 12, requires_grad=True))
+    assert 100 * 4 * 4 in kept
+    assert 100 * 12 * 4 not in kept
+
+
+def test_a_layer_of_which_nothing_moves_saves_no_input() -> None:
+    model, _ = model_and_where("rows")
+    nothing = torch.tensor([], dtype=torch.int64)
+    slots = make_partial(model, {"0.weight": {0: nothing}, "0.bias": {0: nothing}}, frozen=lambda _: False)
+    assert slots == []
+    assert torch.Size([5, 8]) not in saved_by(model, torch.randn(5, 8, requires_grad=True))
+
+
+def feedforward() -> tuple[nn.Module, list[Axis], dict[str, Tensor], Where]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+    axes = [Axis("n", "neurons", 0, 12, (Cut("0.weight", 0), Cut("0.bias", 0), Cut("2.weight", 1)))]
+    mask = {"n": torch.zeros(12, dtype=torch.bool).index_fill(0, ROWS, True)}
+    return model, axes, mask, {"0.weight": {0: ROWS}, "0.bias": {0: ROWS}, "2.weight": {1: ROWS}}
+
+
+def test_bringing_neurons_forward_changes_no_function_and_makes_views() -> None:
+    model, axes, mask, where = feedforward()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    x = torch.randn(4, 8)
+    expected = model(x)
+    forward = bring_forward(model, axes, mask, where)
+    torch.testing.assert_close(model(x), expected)
+    slots = make_partial(model, forward, frozen=lambda _: False)
+    weights: list[Slot] = [s for s in slots if s.name in where]
+    for s in weights:
+        assert s.resident is None  # nothing to write back: what the forward reads is
+        layer, _, kind = s.name.partition(".")
+        assert s.master.untyped_storage().data_ptr() == getattr(model[int(layer)], kind).untyped_storage().data_ptr()
+        assert torch.equal(s.master, take(before[s.name], where[s.name]))
+
+
+def test_bf16_residents_are_moved_by_fp32_masters() -> None:
+    model, _, _, where = feedforward()
+    full = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = Optimizer(
+        make_partial(model, where, frozen=lambda _: False, dtype=torch.bfloat16), adamw(betas=(0.9, 0.999), eps=1e-8)
+    )
+    optimizer.lr = 1e-6  # below what bf16 can tell apart at these weights
+    for _ in range(3):
+        model(torch.randn(4, 8, dtype=torch.bfloat16)).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for slot in optimizer.slots:
+        start = take(full[slot.name], where.get(slot.name, {}))
+        assert slot.master.dtype == torch.float32
+        assert not torch.equal(slot.master, start)  # moved in fp32, by less than a bf16 step
+        torch.testing.assert_close(slot.master, start, rtol=0, atol=1e-5)
+        assert slot.resident is not None
+        assert torch.equal(take(slot.resident, slot.dims), slot.master.bfloat16())
+
+
+def test_what_is_no_linear_layer_cannot_move_in_part() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 1))
+    with pytest.raises(TypeError, match=r"0\.weight would move in part, but Conv2d"):
+        make_partial(model, {"0.weight": {0: ROWS}}, frozen=lambda _: False)
+
+
+def dequantized(weight: Tensor, dims: dict[int, Tensor], dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
+    """A copy of `weight` whose entries at `dims` are exact, and all others what their code says, before `dtype` rounds both."""
+    dense = weight.detach().clone()
+    rest = {dim: rest_of(index, weight.shape[dim]) for dim, index in dims.items()}
+    still = take(dense, rest)
+    codes, scale = quantize(still.t() if transposed else still)
+    near = codes.float() * scale
+    put(dense, near.t() if transposed else near, rest)
+    return dense.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("form", FORMS)
+def test_int8_residents_compute_what_the_dequantized_weight_does(form: str, dtype: torch.dtype) -> None:
+    model, where = model_and_where(form)
+    transposed = form.startswith("transposed")
+    full = {name: param.detach().clone() for name, param in model.named_parameters()}
+    weight = dequantized(full["0.weight"], where["0.weight"], dtype, transposed=transposed).requires_grad_()
+    bias = full["0.bias"].to(dtype).requires_grad_()
+    slots = make_partial(model, where, frozen=lambda _: False, dtype=dtype, int8=True)
+    assert model[0].weight.dtype == torch.int8  # type: ignore[index]
+    x = torch.randn(2, 3, 12 if "columns" in form else 8).to(dtype)
+    x_int8, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, expected = model(x_int8), F.linear(x_dense, weight.t() if transposed else weight, bias)
+    torch.testing.assert_close(out, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)  # scoring makes the same weight
+    out.float().sin().sum().backward()
+    expected.float().sin().sum().backward()
+    torch.testing.assert_close(x_int8.grad, x_dense.grad)
+    wanted = {"0.weight": weight.grad, "0.bias": bias.grad}
+    assert {slot.name for slot in slots} == set(wanted)
+    for slot in slots:
+        gradient = wanted[slot.name]
+        assert gradient is not None
+        assert slot.leaf.grad is not None
+        assert (slot.leaf.grad.dtype, slot.leaf.grad.shape) == (torch.float32, slot.leaf.shape)
+        torch.testing.assert_close(slot.leaf.grad.to(dtype), take(gradient, where.get(slot.name, {})))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_of_int8_residents_moves_the_masters_and_no_code(form: str) -> None:
+    model, where = model_and_where(form)
+    transposed = form.startswith("transposed")
+    full = {name: param.detach().clone() for name, param in model.named_parameters()}
+    optimizer = Optimizer(
+        make_partial(model, where, frozen=lambda _: False, dtype=torch.bfloat16, int8=True), sgd(momentum=0.9)
+    )
+    optimizer.lr = 0.1
+    codes = model[0].weight.clone()  # type: ignore[index]
+    x = torch.randn(2, 12 if "columns" in form else 8).bfloat16()
+    model(x).float().square().sum().backward()
+    optimizer.step()
+    moved = next(slot.master for slot in optimizer.slots if slot.name == "0.weight")
+    assert not torch.equal(moved, take(full["0.weight"], where["0.weight"]))
+    assert torch.equal(model[0].weight, codes)  # type: ignore[index]
+    after = full["0.weight"].clone()
+    put(after, moved, where["0.weight"])
+    weight = dequantized(after, where["0.weight"], torch.bfloat16, transposed=transposed)
+    bias = model[0].bias  # type: ignore[index]
+    torch.testing.assert_close(model(x), F.linear(x, weight.t() if transposed else weight, bias))
+
+
+def test_frozen_layers_and_embeddings_get_codes_and_what_moves_whole_does_not() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 12), Conv1D(12, 12), nn.LayerNorm(12), nn.Linear(12, 3))
+    full = {name: param.detach().clone() for name, param in model.named_parameters()}
+    still = {"0.weight", "1.weight", "1.bias", "2.weight"}
+    slots = make_partial(model, {}, frozen=lambda name: name in still, dtype=torch.bfloat16, int8=True)
+    embedding, linear, transposed, norm, head = model
+    assert isinstance(embedding, QuantizedEmbedding)
+    assert isinstance(linear, PartialLinear)
+    assert isinstance(transposed, PartialLinear)
+    assert (embedding.codes.dtype, linear.weight.dtype, transposed.weight.dtype) == (torch.int8,) * 3
+    assert transposed.weight.shape == (12, 12)
+    assert linear.bias is not None
+    assert (linear.part, linear.bias.dtype, norm.weight.dtype, head.weight.dtype) == (None, *(torch.bfloat16,) * 3)
+    assert {slot.name for slot in slots} == set(full) - still
+    assert all(torch.equal(slot.master, full[slot.name]) for slot in slots)
+    ids = torch.randint(0, 20, (2, 5), generator=torch.Generator().manual_seed(1))
+    whole = {
+        n: dequantized(full[n], {0: torch.tensor([], dtype=torch.int64)}, torch.bfloat16) for n in ("0.weight", "1.weight")
+    }
+    whole["2.weight"] = dequantized(full["2.weight"].t(), {0: torch.tensor([], dtype=torch.int64)}, torch.bfloat16)
+    short = {name: param.bfloat16() for name, param in full.items()} | whole
+    hidden = F.linear(F.embedding(ids, short["0.weight"]), short["1.weight"], short["1.bias"])
+    hidden = F.layer_norm(F.linear(hidden, short["2.weight"], short["2.bias"]), (12,), short["3.weight"], short["3.bias"])
+    torch.testing.assert_close(model(ids), F.linear(hidden, short["4.weight"], short["4.bias"]))
+
+
+def test_nothing_of_an_int8_layer_that_is_still_asks_for_a_gradient() -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
+    make_partial(model, {}, frozen=lambda name: name.startswith("0"), int8=True)
+    assert not model[0](torch.randn(3, 8)).requires_grad
+    assert saved_by(model[:1], torch.randn(3, 8)) == []
+
+
+@pytest.mark.parametrize("name", ["bert", "timm-vit", "distilbert", "dinov2-swiglu"])
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_masters_are_the_full_models_values_before_training(name: str, dtype: torch.dtype, int8: bool) -> None:
+    model, spec = pico(name)
+    layout = Layout.of(build.adapter_of(spec), model)
+    full = {n: p.detach().clone() for n, p in model.named_parameters()}
+    axes = [refine(axis) for axis in layout.axes]
+    generator = torch.Generator().manual_seed(1)
+    chosen = {axis.name: torch.rand(axis.size, generator=generator) < 0.3 for axis in axes}
+    where = indices(axes, chosen, shapes_of(full))
+    slots = make_partial(model, where, frozen=lambda n: n in layout.embeddings, dtype=dtype, int8=int8)
+    assert {slot.name for slot in slots} == set(full) - set(layout.embeddings)
+    for slot in slots:
+        assert slot.master.dtype == torch.float32
+        assert torch.equal(slot.master, take(full[slot.name], where.get(slot.name, {})))
+    assert any(isinstance(module, QuantizedEmbedding) for module in model.modules()) == (int8 and spec.image is None)
+
+
+def storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the storages of these tensors, each counted once however many views there are."""
+    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(found.values())
+
+
+def held(model: nn.Module, slots: list[Slot]) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers(), *(slot.own for slot in slots if slot.own is not None)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scattered_entries_in_fp32_are_held_once(form: str) -> None:
+    model, where = model_and_where(form)
+    dense_bytes = storage_bytes(list(model.parameters()))
+    slots = make_partial(model, where, frozen=lambda _: False)
+    index_bytes = storage_bytes([buffer for buffer in model.buffers() if buffer.dtype == torch.int64])
+    handles = [slot.leaf for slot in slots if slot.own is None]
+    assert len(handles) == (0 if form == "side by side" else len(where))
+    assert all(handle.untyped_storage().nbytes() == 4 for handle in handles)
+    assert index_bytes == (0 if form == "side by side" else ROWS.nbytes)
+    assert storage_bytes(held(model, slots)) == dense_bytes + index_bytes + 4 * len(handles)
+
+
+@pytest.mark.parametrize(("dtype", "int8", "bytes_of_frozen"), [(torch.bfloat16, False, 2), (torch.bfloat16, True, 1)])
+def test_short_residents_cost_their_own_size_and_the_masters(dtype: torch.dtype, int8: bool, bytes_of_frozen: int) -> None:
+    model = nn.Sequential(nn.Linear(64, 128, bias=False))
+    index = torch.arange(0, 128, 4)
+    slots = make_partial(model, {"0.weight": {0: index}}, frozen=lambda _: False, dtype=dtype, int8=int8)
+    resident = 96 * 64 + 4 * 96 + 8 * 96 if int8 else 2 * 128 * 64  # codes, scales and where they belong; or the whole in bf16
+    assert storage_bytes(held(model, slots)) == resident + 4 * 32 * 64 + 8 * 32
+    assert model[0].weight.element_size() == bytes_of_frozen
+
+
+@pytest.mark.parametrize("form", ["rows", "columns", "transposed rows", "transposed columns"])
+def test_gradients_of_handles_accumulate_and_are_clipped_as_dense_ones(form: str) -> None:
+    model, where = model_and_where(form)
+    dense = copy.deepcopy(model)
+    batches = [torch.randn(3, 12 if "columns" in form else 8) for _ in range(2)]
+    slots = make_partial(model, where, frozen=lambda _: False)
+    for x in batches:
+        model(x).square().sum().backward()
+        dense(x).square().sum().backward()
+    wanted = [take(param.grad, where.get(name, {})) for name, param in dense.named_parameters() if param.grad is not None]
+    norm = torch.stack([gradient.norm() for gradient in wanted]).norm()
+    clipped = nn.utils.clip_grad_norm_([slot.leaf for slot in slots], 0.5)
+    torch.testing.assert_close(clipped, norm)
+    for slot, gradient in zip(slots, wanted, strict=True):
+        torch.testing.assert_close(slot.leaf.grad, gradient * (0.5 / norm))
+
+
+RULES: dict[str, Rule] = {"sgd": sgd(momentum=0.9), "plain sgd": sgd(momentum=0.0), "adamw": adamw(betas=(0.9, 0.99), eps=1e-8)}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("form", ["rows", "columns", "transposed rows", "transposed columns"])
+def test_steps_with_handles_are_those_with_a_compact_copy_to_the_bit(form: str, rule: str) -> None:
+    model, where = model_and_where(form)
+    full = {name: param.detach().clone() for name, param in model.named_parameters()}
+    handles = make_partial(model, where, frozen=lambda _: False)
+    copies = []
+    for slot in handles:
+        leaf = nn.Parameter(take(full[slot.name], where.get(slot.name, {})).clone())
+        copies.append(Slot(slot.name, leaf, leaf.detach()))
+    optimizers = [Optimizer(slots, RULES[rule], weight_decay=0.1) for slots in (handles, copies)]
+    for optimizer in optimizers:
+        optimizer.lr = 0.05
+    for _ in range(4):
+        model(torch.randn(3, 12 if "columns" in form else 8)).square().sum().backward()
+        for ours, theirs in zip(handles, copies, strict=True):
+            assert ours.leaf.grad is not None
+            theirs.leaf.grad = ours.leaf.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for ours, theirs in zip(handles, copies, strict=True):
+        assert torch.equal(ours.master, theirs.master)
+        put(full[ours.name], theirs.master, where.get(ours.name, {}))
+    assert torch.equal(model[0].weight, full["0.weight"])  # type: ignore[index]
+    assert torch.equal(model[0].bias, full["0.bias"])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("form", FORMS)
+def test_offloaded_masters_take_the_same_steps_to_the_bit(form: str, dtype: str) -> None:
+    settings = {"dtype": torch.float32 if dtype == "fp32" else torch.bfloat16, "int8": dtype == "int8"}
+    x = torch.randn(3, 2, 12 if "columns" in form else 8, dtype=settings["dtype"])  # type: ignore[arg-type]
+    moved = {}
+    for offload in (False, True):
+        model, where = model_and_where(form)
+        slots = make_partial(model, where, frozen=lambda _: False, offload=offload, **settings)  # type: ignore[arg-type]
+        optimizer = Optimizer(slots, adamw(betas=(0.9, 0.999), eps=1e-8))
+        optimizer.lr = 0.01
+        for part in x:
+            model(part).float().square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved[offload] = {slot.name: slot.master for slot in slots} | {"out": model(x[0]).detach()}
+    for name, tensor in moved[False].items():
+        assert torch.equal(moved[True][name], tensor), name
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_offloaded_is_not_on_the_device(form: str, int8: bool) -> None:
+    model, where = model_and_where(form)
+    slots = make_partial(model, where, frozen=lambda _: False, device="meta", dtype=torch.bfloat16, int8=int8, offload=True)
+    optimizer = Optimizer(slots, adamw(betas=(0.9, 0.999), eps=1e-8))
+    for slot in slots:
+        assert slot.own is not None
+        assert (slot.home.type, slot.own.dtype) == ("cpu", torch.float32)
+        assert slot.leaf.device.type == "meta"
+        assert all(moment.device.type == "cpu" for moment in optimizer.moments[slot.name].values())
+    fp32 = [
+        name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.dtype == torch.float32 and t.numel() > 1
+    ]
+    holding = [name for name in fp32 if model.get_submodule("0").__getattr__(name[2:]).untyped_storage().nbytes() > 4]
+    assert holding == (["0.scale"] if int8 else [])  # the rest are handles
+
+
+@pytest.mark.parametrize(
+    ("form", "int8", "still", "said"),
+    [
+        ("rows", False, False, "float32, 4 rows move"),
+        ("columns", False, False, "float32, 4 columns move"),
+        ("transposed rows", True, False, "int8, 4 rows move"),
+        ("rows", True, True, "int8, nothing moves"),
+    ],
+)
+def test_a_layer_says_what_of_it_moves_and_its_indices_are_no_part_of_a_checkpoint(
+    form: str, int8: bool, still: bool, said: str
+) -> None:
+    model, where = model_and_where(form)
+    make_partial(model, {} if still else where, frozen=lambda _: still, int8=int8)
+    assert model[0].extra_repr() == said  # type: ignore[index]
+    assert not {"0.place", "0.rest"} & set(model.state_dict())
+
+
+def test_a_bias_does_not_move_in_part_beside_columns() -> None:
+    model, where = model_and_where("columns")
+    with pytest.raises(TypeError, match=r"0\.bias would move at other rows than 0\.weight"):
+        make_partial(model, {**where, "0.bias": {0: ROWS}}, frozen=lambda _: False)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_masters_have_memory_of_their_own_and_whole_numbers_keep_their_type(offload: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12))
+    model.register_parameter("steps", nn.Parameter(torch.arange(3), requires_grad=False))
+    before = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    dtype = torch.float32 if offload else torch.bfloat16
+    slots = make_partial(model, {}, frozen=lambda name: name == "steps", dtype=dtype, offload=offload)
+    masters = {slot.own.untyped_storage().data_ptr() for slot in slots if slot.own is not None}
+    assert len(masters) == 4
+    assert not masters & (before | {param.untyped_storage().data_ptr() for param in model.parameters()})
+    assert model.get_parameter("steps").dtype == torch.int64

@@ -1,0 +1,90 @@
+"""Loss and metrics of a split, against scikit-learn."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from recap_cli.data.splits import Split
+from recap_cli.errors import DataError
+from recap_cli.tasks.task import Task, loss
+from recap_cli.training.evaluation import evaluate, score
+
+
+def logits_split(count: int, num_labels: int) -> Split:
+    """Examples whose input is their logits."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(count, num_labels, generator=generator)
+    labels = torch.randint(num_labels, (count,), generator=generator)
+    return Split("made", labels, lambda indices, _: {"inputs": logits[indices]})
+
+
+def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return batch["inputs"]
+
+
+@pytest.mark.parametrize("num_labels", [2, 5])
+def test_metrics_agree_with_scikit_learn(num_labels: int) -> None:
+    split = logits_split(53, num_labels)
+    found = evaluate(forward, split, Task("text-classification", "f1", num_labels), batch_size=8)
+    logits = split.batch(torch.arange(53))["inputs"]
+    true, guessed = split.labels.numpy(), logits.argmax(1).numpy()
+    average = "binary" if num_labels == 2 else "macro"
+    assert list(found) == ["loss", "accuracy", "f1", "matthews"]
+    assert found["accuracy"] == pytest.approx(accuracy_score(true, guessed))
+    assert found["f1"] == pytest.approx(f1_score(true, guessed, average=average))
+    assert found["matthews"] == pytest.approx(matthews_corrcoef(true, guessed))
+    assert found["loss"] == pytest.approx(float(loss(logits, split.labels)), rel=1e-6)
+
+
+@pytest.mark.parametrize("num_labels", [2, 3])
+def test_a_constant_guess_has_no_correlation(num_labels: int) -> None:
+    labels = torch.tensor([0, 1, 1, 0])
+    assert score(torch.zeros(4, dtype=torch.int64), labels, num_labels)["matthews"] == 0.0
+
+
+def test_perfect_and_inverted_guesses() -> None:
+    labels = torch.tensor([0, 1, 1, 0])
+    assert score(labels, labels, 2) == {"accuracy": 1.0, "f1": 1.0, "matthews": 1.0}
+    assert score(1 - labels, labels, 2) == {"accuracy": 0.0, "f1": 0.0, "matthews": -1.0}
+
+
+def test_no_graph_is_recorded() -> None:
+    weight = torch.ones((), requires_grad=True)
+    seen = []
+
+    def weighted(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.append(batch["inputs"] * weight)
+        return seen[-1]
+
+    evaluate(weighted, logits_split(10, 2), Task("text-classification", "accuracy", 2), batch_size=5)
+    assert len(seen) == 2
+    assert not any(logits.requires_grad for logits in seen)
+
+
+def test_labels_beyond_the_head_are_refused_before_the_first_batch() -> None:
+    with pytest.raises(DataError, match="but the head has 2 outputs"):
+        evaluate(forward, logits_split(20, 4), Task("text-classification", "accuracy", 2), batch_size=5)
+
+
+def test_progress_hears_of_every_batch() -> None:
+    heard: list[Any] = []
+
+    def track(items: Iterable[Any], label: str, total: int | None = None) -> Iterator[Any]:
+        counted = list(items)
+        heard.append((label, total, len(counted)))
+        return iter(counted)
+
+    evaluate(
+        forward, logits_split(11, 2), Task("text-classification", "accuracy", 2), batch_size=5, track=track, label="validation"
+    )
+    assert heard == [("validation", 3, 3)]
+
+
+def test_matthews_of_one_answer_for_every_example_is_0_as_scikit_learn_has_it() -> None:
+    labels = torch.tensor([1] * 720 + [0] * 323)
+    for answer in (0, 1):
+        assert score(torch.full_like(labels, answer), labels, 2)["matthews"] == 0.0
+    assert score(labels, labels, 2)["matthews"] == pytest.approx(1.0)
