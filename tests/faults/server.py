@@ -36,7 +36,6 @@ FIRST = (
     "transformers",
     "datasets",
     "timm",
-    "torchmetrics.functional.classification",
     "yaml",
 )
 OURS = ("recap_cli", "tests", "__main__", "__editable__")
