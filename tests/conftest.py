@@ -1,7 +1,6 @@
 """What tests of several folders share."""
 
 import ctypes
-import gc
 import os
 import shutil
 import sys
@@ -46,11 +45,6 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="recap-tests-", dir=place)
         tempfile.tempdir = None
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-
-
-def pytest_collection_finish() -> None:
-    """What is imported and collected by now stays: no search for garbage need look through it again."""
-    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
