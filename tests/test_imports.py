@@ -69,7 +69,7 @@ LIGHT = {
     "__main__",
 }
 LIGHT |= {"__init__"}
-HEAVY = {"torch", "transformers", "timm", "datasets", "sklearn", "torchvision", "matplotlib", "peft", "jinja2"}
+HEAVY = {"torch", "transformers", "timm", "datasets", "sklearn", "torchvision", "torchmetrics", "matplotlib", "peft", "jinja2"}
 
 
 class Import(NamedTuple):

@@ -4,15 +4,12 @@ Whatever the source and its column names, what comes out has the columns `text` 
 `row`, the number of the row in its source, from 1.
 """
 
-import gzip
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -174,10 +171,11 @@ def _read_builtin(name: str, roles: Roles) -> Found:
     """scikit-learn's `load_digits`: 1,797 handwritten digits, 8 × 8 pixels in 17 shades of grey."""
     import PIL.Image
     import pyarrow as pa
+    from sklearn.datasets import load_digits
 
     if name != "digits":
         raise DataError(f"there is no builtin data set {name!r}, only 'digits'", hint="--set data.builtin=digits")
-    pixels, labels = _digits()
+    pixels, labels = load_digits(return_X_y=True)
     images = []
     for shades in (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8"):
         png = BytesIO()
@@ -185,20 +183,6 @@ def _read_builtin(name: str, roles: Roles) -> Found:
         images.append(png.getvalue())
     table = pa.table({roles.get("image", "image"): pa.array(images), roles["label"]: pa.array(labels)})
     return Found(table, "scikit-learn's digits")
-
-
-def _digits() -> "tuple[np.ndarray, np.ndarray]":
-    """The shades, (digits, 64), and the labels of `load_digits`, from its file: importing scikit-learn takes a second."""
-    package = importlib.util.find_spec("sklearn")
-    file = Path(package.origin or "").parent / "datasets" / "data" / "digits.csv.gz" if package else Path()
-    if not file.is_file():  # a release that keeps its data elsewhere
-        from sklearn.datasets import load_digits
-
-        found: tuple[np.ndarray, np.ndarray] = load_digits(return_X_y=True)
-        return found
-    with gzip.open(file, "rt", encoding="utf-8") as text:
-        rows = np.loadtxt(text, delimiter=",")
-    return rows[:, :-1], rows[:, -1].astype(int)
 
 
 def _labelled(first: Found, second: Found | None, roles: Roles) -> "tuple[Labels, list[Dataset], list[str]]":

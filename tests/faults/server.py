@@ -36,6 +36,7 @@ FIRST = (
     "transformers",
     "datasets",
     "timm",
+    "torchmetrics.functional.classification",
     "yaml",
 )
 OURS = ("recap_cli", "tests", "__main__", "__editable__")

@@ -22,7 +22,7 @@ KINDS: dict[str, ModuleType] = {
 }
 SHARES = {"recipes": 0.36, "states": 0.28, "data": 0.12, "folders": 0.08, "exports": 0.08, "plugins": 0.08}
 SAMPLE = 10
-LIBRARIES = ("torch", "transformers", "timm", "datasets", "torchvision", "sklearn.datasets", "PIL.Image")
+LIBRARIES = ("torch", "transformers", "timm", "datasets", "torchvision", "sklearn.datasets", "torchmetrics", "PIL.Image")
 
 
 def load_libraries() -> None:

@@ -1,10 +1,8 @@
 """Examples from files and folders of every kind, and what is said of those that cannot be used."""
 
 import csv
-import importlib.util
 import json
 import os
-from importlib.machinery import ModuleSpec
 from io import BytesIO
 from pathlib import Path
 
@@ -13,10 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
-from sklearn.datasets import load_digits
 
 from recap_cli.errors import DataError
-from recap_cli.runtime import sources
 from recap_cli.runtime.sources import Raw, hold_out, read_splits
 
 SHARED = Path(os.environ.get("RECAP_SHARED", Path(__file__).parents[3] / "shared")) / "data"
@@ -416,15 +412,6 @@ def test_digits_come_from_the_library_in_a_fixed_split() -> None:
     other = read_splits("image-classification", seed=1, builtin="digits")
     assert raw.validation["row"][:] == again.validation["row"][:] != other.validation["row"][:]
     assert not set(raw.validation["row"]) & set(raw.train["row"])
-
-
-@pytest.mark.parametrize("moved", [False, True])
-def test_digits_are_those_of_the_library_wherever_it_keeps_them(moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if moved:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda _: ModuleSpec("sklearn", None, origin="elsewhere/__init__.py"))
-    for found, library in zip(sources._digits(), load_digits(return_X_y=True), strict=True):
-        assert found.dtype == library.dtype
-        assert (found == library).all()
 
 
 def test_digits_are_no_texts() -> None:
