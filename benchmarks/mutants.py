@@ -1,4 +1,5 @@
-"""How many small faults in the heart the tests see: mutation testing of `core/`, the four stages and the training loop.
+"""How many small faults in the heart the tests see: mutation testing of `core/`, `trainable/`, the four
+stages and the training loop.
 
     python benchmarks/mutants.py                      # 400 mutants drawn by seed 0, on two processes
     python benchmarks/mutants.py --seed 1 --jobs 4
@@ -45,11 +46,12 @@ EQUIVALENT = Path(__file__).resolve().parent / "mutants_equivalent.yaml"
 STAGES = ("prune", "mask", "finetune", "merge")
 TESTS = (  # those that run the heart; others of the stages' folder are of comparisons, budgets and reports
     "tests/core",
+    "tests/trainable",
     *(
         f"tests/stages/test_{name}.py"
         for name in ("algorithm", "algorithm_settings", "best", "decoders", "invariants", "kinds")
     ),
-    *(f"tests/stages/test_{name}.py" for name in ("methods", "on_device", "random_mask", "stages", "ties", "vocabulary")),
+    *(f"tests/stages/test_{name}.py" for name in ("methods", "on_device", "random_mask", "stages", "ties")),
 )
 PYTEST = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "--no-header"]
 FOUND = ("failed", "error", "crashed")  # how a test ends that has seen a mutant
@@ -75,7 +77,8 @@ class Mutant:
 
 def files() -> list[str]:
     """The heart: what is mutated, relative to the repository."""
-    core = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recap_cli/core").glob("*.py"))
+    rooms = (ROOT / "recap_cli/core", ROOT / "recap_cli/trainable")
+    core = sorted(path.relative_to(ROOT).as_posix() for room in rooms for path in room.glob("*.py"))
     return [*core, *(f"recap_cli/stages/{stage}.py" for stage in STAGES), "recap_cli/training/loop.py"]
 
 

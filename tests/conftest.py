@@ -1,7 +1,6 @@
 """What tests of several folders share."""
 
 import ctypes
-import gc
 import os
 import shutil
 import sys
@@ -12,45 +11,40 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.tiny import data_folder
-
 ROOM_BYTES = 4 * 2**30
-LONG = (  # files of 15 s and more, the longest first: one that begins last would leave the other worker idle
+LONG = (  # files of 6 s and more, the longest first: one that begins last would leave the other worker idle
     "tests/faults/test_faults.py",
     "tests/fuzz/test_fuzz.py",
     "tests/stages/test_methods.py",
     "tests/stages/test_invariants.py",
-    "tests/test_kill.py",
     "tests/commands/test_profile_memory.py",
-    "tests/stages/test_algorithm.py",
+    "tests/stages/test_stages.py",
+    "tests/trainable/test_token_rows.py",
+    "tests/test_kill.py",
     "tests/stages/test_algorithm_settings.py",
-    "tests/memory/test_fake_step.py",
-    "tests/commands/test_compare.py",
+    "tests/stages/test_algorithm.py",
     "tests/test_docs.py",
     "tests/state/test_damage.py",
+    "tests/rounds/test_plans.py",
+    "tests/models/test_export.py",
+    "tests/state/test_store.py",
+    "tests/commands/test_compare.py",
+    "tests/stages/test_best.py",
+    "tests/memory/test_fake_step.py",
 )
 
 
-def pytest_configure() -> None:
-    """Folders of tests lie in the machine's memory where it has room: stages wait for the disk, and tests cannot pull its plug.
+def pytest_configure(config: pytest.Config) -> None:
+    """Folders of tests lie in the machine's memory where it has room: stages wait for the disk, and no test pulls its plug.
 
-    A `TMPDIR` that is set is left as it is.
+    A `TMPDIR` that is set is left as it is; workers, and the processes that tests start, have that of the first process.
     """
     place = "/dev/shm"
     if "TMPDIR" not in os.environ and os.path.isdir(place) and shutil.disk_usage(place).free > ROOM_BYTES:
-        os.environ["TMPDIR"] = place  # for the processes that tests start, too
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", place)  # of `tmp_path`, which stays where a test has failed
+        folder = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="recap-tests-", dir=place)
         tempfile.tempdir = None
-
-
-def pytest_collection_finish() -> None:
-    """What is imported and collected by now stays: no search for garbage need look through it again."""
-    gc.freeze()
-
-
-def pytest_sessionfinish() -> None:
-    """The folder that the tests of this process share goes with it."""
-    if data_folder.cache_info().currsize:
-        shutil.rmtree(data_folder(), ignore_errors=True)
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -24,26 +24,22 @@ from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
 from recap_cli.state.lock import locked
 from recap_cli.state.store import State
+from tests.forks import Fork
 from tests.limits import HANG_SECONDS
 from tests.tiny import tiny
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
 
 
-def begin(*arguments: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "recap_cli", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def begin(*arguments: str, said: Path) -> Fork:
+    return Fork(lambda: main(list(arguments)), said)
 
 
-def start(recipe: Path, state: Path) -> "subprocess.Popen[str]":
-    return begin("run", str(recipe), "--state", str(state))
-
-
-def wait_for_mask(running: "subprocess.Popen[str]", state: Path) -> None:
+def wait_for_mask(running: Fork, state: Path) -> None:
     """Return when the mask of the first round is committed, and the finetuning has just begun."""
     manifest, deadline = state / "state.yaml", time.monotonic() + HANG_SECONDS
     while not (manifest.exists() and "\nstage: mask\n" in manifest.read_text()):
-        assert running.poll() is None, running.communicate()[1]
+        assert running.poll() is None, running.said.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -52,10 +48,10 @@ def test_killed_in_the_middle_of_training_and_run_again_is_uninterrupted(tmp_pat
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(recipes.dump(tiny("vit", finetune={"epochs": 20})))
     assert main(["run", str(recipe), "--state", str(tmp_path / "whole")]) == 0
-    killed = start(recipe, tmp_path / "killed")
+    killed = begin("run", str(recipe), "--state", str(tmp_path / "killed"), said=tmp_path / "said")
     wait_for_mask(killed, tmp_path / "killed")
     os.kill(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    assert killed.wait() == -signal.SIGKILL
     assert State.open(tmp_path / "killed").manifest.stage in ("mask", "finetune")
     assert main(["run", str(recipe), "--state", str(tmp_path / "killed")]) == 0
     files = [sorted(p.relative_to(tmp_path / d) for p in (tmp_path / d).rglob("*.safetensors")) for d in ("whole", "killed")]
@@ -67,48 +63,39 @@ def test_the_runs_of_a_comparison_end_with_it_when_it_is_killed(tmp_path: Path) 
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"
     recipe.write_text(recipes.dump(tiny("vit", finetune={"epochs": 20})))
     arguments = ("compare", str(recipe), "--methods", "recap", "--ratios", "0.3", "--mask-ratios", "0.5", "--seeds", "0")
-    killed = begin(*arguments, "--out", str(out))
+    killed = begin(*arguments, "--out", str(out), said=tmp_path / "said")
     cell = out / "cells" / "recap-rp0.3-rf0.5-s0"
     wait_for_mask(killed, cell)
     (run,) = psutil.Process(killed.pid).children()
     os.kill(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    assert killed.wait() == -signal.SIGKILL
     run.wait(HANG_SECONDS)  # raises if it goes on
     assert State.open(cell).manifest.stage in ("mask", "finetune")  # and not as if it had run to its end
     assert main([*arguments, "--out", str(out)]) == 0
 
 
-TWICE = """
-import os, signal, sys
-from pathlib import Path
-from recap_cli.cli import main
-
-last, unlink = sys.argv[3], Path.unlink
-
-
-def stop_twice(path, *args, **kwargs):
-    if path.as_posix().endswith(last):
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-        finally:
-            os.kill(os.getpid(), signal.SIGINT)
-    return unlink(path, *args, **kwargs)
-
-
-Path.unlink = stop_twice
-sys.exit(main(["run", sys.argv[1], "--state", sys.argv[2]]))
-"""
-
-
 def test_ctrl_c_twice_in_the_cleanup_after_the_last_commit_leaves_nothing_for_ever(tmp_path: Path) -> None:
-    recipe, state = tmp_path / "tiny.yaml", tmp_path / "state"
+    recipe, state, unlink = tmp_path / "tiny.yaml", tmp_path / "state", Path.unlink
     recipe.write_text(recipes.dump(tiny("vit", rounds=1, prune={"steps": 1})))
-    child = [sys.executable, "-c", TWICE, str(recipe), str(state), "full-000/model.safetensors"]
-    done = subprocess.run(child, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 130, done.stderr
-    assert done.stderr.count("error: stopped; what the stages before have finished is kept") == 1
-    assert f"hint: go on with `recap run {recipe} --state {state}`" in done.stderr
-    assert "Traceback" not in done.stderr
+
+    def stop_twice(path: Path, *args: Any, **kwargs: Any) -> None:
+        if path.as_posix().endswith("full-000/model.safetensors"):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)
+        unlink(path, *args, **kwargs)
+
+    def stopped() -> int:
+        Path.unlink = stop_twice  # type: ignore[method-assign]
+        return main(["run", str(recipe), "--state", str(state)])
+
+    done = Fork(stopped, tmp_path / "said")
+    code, said = done.wait(), done.said.read_text()
+    assert code == 130, said
+    assert said.count("error: stopped; what the stages before have finished is kept") == 1
+    assert f"hint: go on with `recap run {recipe} --state {state}`" in said
+    assert "Traceback" not in said
     assert State.open(state).manifest.stage == "merge"
     assert (state / "full-000/model.safetensors").exists()  # the second came before it could go
     run(recipes.read(str(recipe)), state)

@@ -134,7 +134,13 @@ def _parse(text: str) -> tuple[yaml.Node | None, Any, list[tuple[yaml.Mark, str,
     check_size(text)
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     odd = list(_odd_keys(root, (), frozenset(), set()))
-    return root, yaml.safe_load(text), odd
+    return root, yaml.safe_load(text) if "<<" in text else _value_of(root), odd
+
+
+def _value_of(root: yaml.Node | None) -> Any:
+    """What YAML reads a node tree as; a merge (`<<`) would change the tree, by which places are told."""
+    loader: Any = yaml.SafeLoader("")
+    return None if root is None else loader.construct_document(root)
 
 
 def _is_itself(value: str) -> bool:

@@ -88,3 +88,10 @@ def test_matthews_of_one_answer_for_every_example_is_0_as_scikit_learn_has_it() 
     for answer in (0, 1):
         assert score(torch.full_like(labels, answer), labels, 2)["matthews"] == 0.0
     assert score(labels, labels, 2)["matthews"] == pytest.approx(1.0)
+
+
+def test_f1_is_the_mean_over_the_labels_that_are_true_or_predicted_of_any_example() -> None:
+    labels, predicted = torch.tensor([0, 0, 1, 3, 3]), torch.tensor([0, 1, 1, 3, 1])  # nothing has label 2 or 4
+    found = score(predicted, labels, 5)
+    assert found["f1"] == pytest.approx(f1_score(labels, predicted, average="macro", labels=[0, 1, 3]))
+    assert found["matthews"] == pytest.approx(matthews_corrcoef(labels, predicted))
