@@ -76,18 +76,18 @@ def recipe_from(values: dict[str, Any]) -> Recipe:
     return recipes.parse(yaml.safe_dump(values), values["name"])
 
 
-def score(here: Context, split: Split) -> dict[str, float]:
+def score(context: Context, split: Split) -> dict[str, float]:
     """The metrics of the small model of a state's last round."""
-    full, plan = here.full_tensors(), here.plan(str(here.state.manifest.small))
-    model = here.model(gather(full, indices(here.layout.axes, plan, shapes_of(full))), counts(plan))
-    return evaluate(shared.forward_of(here.spec, model), split, here.task, batch_size=64)
+    full, plan = context.full_tensors(), context.plan(str(context.state.manifest.small))
+    model = context.model(gather(full, indices(context.layout.axes, plan, shapes_of(full))), counts(plan))
+    return evaluate(shared.forward_of(context.spec, model), split, context.task, batch_size=64)
 
 
-def split_of(here: Context, task: str) -> Split:
+def split_of(context: Context, task: str) -> Split:
     """What is held out from a run, ready for its model."""
-    found, origin = examples(task, here.recipe.seed), SOURCES[task]
-    processor = build.load_processor(here.state.path / here.full, here.spec)
-    return make_split(found, shared.inputs_of(here.recipe, here.spec, processor), origin=origin)
+    found, origin = examples(task, context.recipe.seed), SOURCES[task]
+    processor = build.load_processor(context.state.path / context.full, context.spec)
+    return make_split(found, shared.inputs_of(context.recipe, context.spec, processor), origin=origin)
 
 
 def runs(work: Path, task: str, variant: str) -> Iterator[Context]:
@@ -95,21 +95,21 @@ def runs(work: Path, task: str, variant: str) -> Iterator[Context]:
     for path in sorted((work / f"{task}-{variant}" / "cells").glob("*")):
         if not (path / "state.yaml").exists():  # a run that was stopped as it began
             continue
-        here = Context(State.open(path))
-        if finished(here.recipe, here.state.manifest):
-            yield here
+        context = Context(State.open(path))
+        if finished(context.recipe, context.state.manifest):
+            yield context
 
 
-def keys_of(here: Context, variant: str) -> dict[str, Any]:
+def keys_of(context: Context, variant: str) -> dict[str, Any]:
     """What tells a run from the others, and the metric of its last round on the data that it was validated on."""
-    recipe, method = here.recipe, method_of(here.recipe)
+    recipe, method = context.recipe, method_of(context.recipe)
     return {
         "variant": variant,
         "method": recipe.method,
         "prune_ratio": recipe.prune.ratio if method.prunes else None,
         "mask_ratio": recipe.mask.ratio if method.masks else None,
         "seed": recipe.seed,
-        "validated": here.state.load_json(f"{here.state.manifest.small}/metrics.json")[recipe.task.metric],
+        "validated": context.state.load_json(f"{context.state.manifest.small}/metrics.json")[recipe.task.metric],
     }
 
 
@@ -125,13 +125,13 @@ def main() -> None:
     splits: dict[int, Split] = {}  # by seed
     metric = quality.TASKS[args.task]["task"]["metric"]
     for variant in args.variants.split(","):
-        known = [here for work in places for here in runs(work, args.task, variant)]
+        known = [context for work in places for context in runs(work, args.task, variant)]
         if not known:
             raise SystemExit(f"{args.task}: there are no runs of {variant} below {', '.join(map(str, places))}")
-        for here in known:
-            keys, seed = keys_of(here, variant), here.recipe.seed
-            splits[seed] = splits.get(seed) or split_of(here, args.task)
-            cells[quality.key_of(keys)] = {**keys, "examples": len(splits[seed]), **score(here, splits[seed])}
+        for context in known:
+            keys, seed = keys_of(context, variant), context.recipe.seed
+            splits[seed] = splits.get(seed) or split_of(context, args.task)
+            cells[quality.key_of(keys)] = {**keys, "examples": len(splits[seed]), **score(context, splits[seed])}
             print(*quality.key_of(keys), cells[quality.key_of(keys)][metric], keys["validated"], flush=True)
         figures = {
             "held_out": SOURCES[args.task],

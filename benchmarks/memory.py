@@ -17,27 +17,27 @@ from torch import Tensor, optim
 
 from recap_cli.memory import meta_model, predict
 from recap_cli.memory.fake_step import Fakes
-from recap_cli.memory.meta_model import Outline
+from recap_cli.memory.meta_model import MetaModel
 from recap_cli.memory.predict import Prediction
 from recap_cli.memory.tracker import Tracker
 from recap_cli.models import build
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds.small_model import RESIDENTS
+from recap_cli.rounds.small_model import WEIGHT_DTYPES
 from recap_cli.tasks import task
 
 LEAN = {"finetune.fused_backward": True, "finetune.checkpointing": True}
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {},
-    "best": {**LEAN, "finetune.resident": "bf16"},
-    "int8": {**LEAN, "finetune.resident": "int8"},
-    "best, offloaded": {**LEAN, "finetune.resident": "bf16", "finetune.offload": True},
-    "int8, offloaded": {**LEAN, "finetune.resident": "int8", "finetune.offload": True},
+    "best": {**LEAN, "finetune.weights": "bf16"},
+    "int8": {**LEAN, "finetune.weights": "int8"},
+    "best, offloaded": {**LEAN, "finetune.weights": "bf16", "finetune.offload": True},
+    "int8, offloaded": {**LEAN, "finetune.weights": "int8", "finetune.offload": True},
 }
 FORMS: dict[str, dict[str, Any]] = {
     "fp32": {},
-    "bf16": {"finetune.resident": "bf16"},
-    "bf16, checkpoints": {"finetune.resident": "bf16", "finetune.checkpointing": True},
+    "bf16": {"finetune.weights": "bf16"},
+    "bf16, checkpoints": {"finetune.weights": "bf16", "finetune.checkpointing": True},
 }
 OFFLOAD = {"finetune.offload": True}
 EIGHT_BIT_BYTES = 2 * (1 + 4 / 256)  # two moments of a byte, and an fp32 scale for each block of 256, as in bitsandbytes
@@ -58,9 +58,9 @@ class Case(NamedTuple):
         sets = [f"finetune.{key}={value}" for key, value in values.items()]
         return recipes.read(self.recipe, [f"model.config={self.config}", "evaluate.batch_size=1", *sets])
 
-    def outline(self) -> Outline:
+    def of_recipe(self) -> MetaModel:
         """The model without weights."""
-        return meta_model.outline(self.settings(), [f"label {i}" for i in range(self.labels)])
+        return meta_model.of_recipe(self.settings(), [f"label {i}" for i in range(self.labels)])
 
 
 def _vit(width: int, layers: int, patch: int = 16) -> dict[str, Any]:
@@ -102,7 +102,7 @@ CASES = {
 
 def figures(found: Prediction) -> dict[str, Any]:
     """What of a prediction goes into the results."""
-    keys = ("training_peak_bytes", "sum_of_maxima_bytes", "trainable_parameters", "resident_parameters", "total_parameters")
+    keys = ("training_peak_bytes", "sum_of_maxima_bytes", "trainable_parameters", "held_parameters", "total_parameters")
     values = found.to_json()
     return {**{key: values[key] for key in keys}, "maxima": found.usage.maxima, "at_peak": values["at_peak"]}
 
@@ -110,7 +110,7 @@ def figures(found: Prediction) -> dict[str, Any]:
 def paper_rows() -> Iterator[dict[str, Any]]:
     """The paper's table: every method in fp32, and RECAP with the settings that need less."""
     for name, case in CASES.items():
-        model, plain = case.outline(), case.settings()
+        model, plain = case.of_recipe(), case.settings()
         for method in ("full", "head", "lora", "pre-ft", "recap"):
             started = time.perf_counter()
             found = figures(predict.predict(model, plain, method))
@@ -131,7 +131,7 @@ def paper_rows() -> Iterator[dict[str, Any]]:
 def rivals() -> Iterator[dict[str, Any]]:
     """AdamW at batch 1, 8 and 32: RECAP, lean full finetuning, LoRA, and a lower bound of torchao's CPU offload."""
     for name in ("ViT-base", "BERT-base"):
-        model = CASES[name].outline()
+        model = CASES[name].of_recipe()
         for batch in (1, 8, 32):
             plain = CASES[name].settings(batch_size=batch, optimizer="adamw")
             for form, changes in FORMS.items():
@@ -142,9 +142,9 @@ def rivals() -> Iterator[dict[str, Any]]:
                 yield {"model": name, "batch": batch, "form": "int8, checkpoints", "method": method, **found}
 
 
-def _side_by_side(model: Outline, recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
+def _side_by_side(model: MetaModel, recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every rival with the same resident type and the same checkpoints."""
-    if recipe.finetune.resident == "fp32":
+    if recipe.finetune.weights == "fp32":
         yield "full finetuning", _predicted(model, recipe, "full")
     else:
         yield "full finetuning, no fp32 masters", _plain(model, recipe, offload=False)
@@ -157,20 +157,20 @@ def _side_by_side(model: Outline, recipe: Recipe) -> Iterator[tuple[str, dict[st
     yield "RECAP, fused, offloaded", _predicted(model, recipes.changed(recipe, {**fused, "finetune.offload": True}), "recap")
 
 
-def _predicted(model: Outline, recipe: Recipe, method: Any) -> dict[str, Any]:
+def _predicted(model: MetaModel, recipe: Recipe, method: Any) -> dict[str, Any]:
     found = predict.predict(model, recipe, method)
     peak, states = found.usage.peak_bytes, found.usage.maxima["optimizer"]
     eight = {"peak_with_8_bit_moments_bytes": round(peak - states + EIGHT_BIT_BYTES * found.trainable)}
     return {"peak_bytes": peak, **({} if recipe.finetune.offload else eight), "trainable_parameters": found.trainable}
 
 
-def _plain(model: Outline, recipe: Recipe, *, offload: bool) -> dict[str, Any]:
+def _plain(model: MetaModel, recipe: Recipe, *, offload: bool) -> dict[str, Any]:
     """Full finetuning with torch's own AdamW in the resident type throughout: weights, gradients and moments, no masters.
 
     With `offload` no moments are on the device and each gradient leaves it as soon as it is complete: a lower bound of
     torchao's `CPUOffloadOptimizer(offload_gradients=True)`, which needs CUDA to run.
     """
-    dtype, fakes = RESIDENTS[recipe.finetune.resident].dtype, Fakes()
+    dtype, fakes = WEIGHT_DTYPES[recipe.finetune.weights].dtype, Fakes()
     shapes = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.tensors.items()}
     built = build.assemble(model.spec, fakes.like(shapes), model.adapter, {}).train()
     if recipe.finetune.checkpointing:
@@ -213,17 +213,17 @@ def _plain(model: Outline, recipe: Recipe, *, offload: bool) -> dict[str, Any]:
 def ablation() -> Iterator[dict[str, Any]]:
     """Each saving on and off, by itself over plain fp32 and taken from the best settings, at batch 1 and 8 with SGD."""
     for name in ("ViT-base", "BERT-base"):
-        model = CASES[name].outline()
+        model = CASES[name].of_recipe()
         for batch in (1, 8):
             for saving, over, off, on, how in _savings(model, CASES[name].settings(batch_size=batch)):
                 facts = {"saving": saving, "over": over, "off_bytes": off, "on_bytes": on, "how": how}
                 yield {"model": name, "batch": batch, **facts}
 
 
-def _savings(model: Outline, plain: Recipe) -> Iterator[tuple[str, str, int, int, str]]:
+def _savings(model: MetaModel, plain: Recipe) -> Iterator[tuple[str, str, int, int, str]]:
     """The name of each saving, over what, the peak without and with it, and how the figures were got."""
 
-    def peak(recipe: Recipe, method: Any = "recap", of: Outline = model) -> int:
+    def peak(recipe: Recipe, method: Any = "recap", of: MetaModel = model) -> int:
         return predict.predict(of, recipe, method).usage.peak_bytes
 
     best = recipes.changed(plain, SETTINGS["best"])
@@ -232,7 +232,7 @@ def _savings(model: Outline, plain: Recipe) -> Iterator[tuple[str, str, int, int
     yield "partial updates (r_f)", "pruned, all moves", pruned, base, "predicted"
     for saving, key, on, off in (
         ("fused backward", "finetune.fused_backward", True, False),
-        ("bf16 residents", "finetune.resident", "bf16", "fp32"),
+        ("bf16 residents", "finetune.weights", "bf16", "fp32"),
         ("checkpoints", "finetune.checkpointing", True, False),
     ):
         yield saving, "fp32", base, peak(recipes.changed(plain, {key: on})), "predicted"
@@ -257,16 +257,16 @@ def _savings(model: Outline, plain: Recipe) -> Iterator[tuple[str, str, int, int
     yield "no second copy of scattered entries", "fp32", base + _scattered(model, plain), base, "computed"
 
 
-def _scattered(model: Outline, recipe: Recipe) -> int:
+def _scattered(model: MetaModel, recipe: Recipe) -> int:
     """Bytes of the entries that move and do not lie side by side: what a compact copy of them would hold."""
     step, _ = predict.prepare(model, recipe, "recap", Fakes().like)
-    return sum(4 * slot.leaf.numel() for slot in step.optimizer.slots if slot.own is None)
+    return sum(4 * trainable.grad_param.numel() for trainable in step.optimizer.trainables if trainable.own_master is None)
 
 
 def importance() -> Iterator[dict[str, Any]]:
     """The peak of the importance stages on an accelerator, the full model streamed, beside that of finetuning."""
     for name, case in CASES.items():
-        model = case.outline()
+        model = case.of_recipe()
         for batch in (1, 8, 32):
             for settings, changes in SETTINGS.items():
                 recipe = recipes.changed(case.settings(batch_size=batch, optimizer="adamw"), changes)

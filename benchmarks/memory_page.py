@@ -242,7 +242,7 @@ prediction's kinds.
 
 def pictures() -> None:
     """Bars of ViT-base by method, and peaks over the batch size."""
-    model = CASES["ViT-base"].outline()
+    model = CASES["ViT-base"].of_recipe()
     plain = CASES["ViT-base"].settings()
     rows = [p.to_json() for p in predict.grid(model, plain, predict.METHODS)]
     rows += [

@@ -92,18 +92,18 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         root = Path(folder)
         prepare(root / "prepared")
-        for turn in range(args.pairs):
-            for where in list(times)[:: 1 if turn % 2 else -1]:
+        for round_plan in range(args.pairs):
+            for index_map in list(times)[:: 1 if round_plan % 2 else -1]:
                 with TemporaryDirectory(dir=root) as work:
-                    merged, saved, written_bytes = one_pair(root / "prepared", Path(work), verified=where == "in a run")
-                times[where].append((merged, saved))
+                    merged, saved, written_bytes = one_pair(root / "prepared", Path(work), verified=index_map == "in a run")
+                times[index_map].append((merged, saved))
     rows: list[list[object]] = []
-    for where, pairs in times.items():
+    for index_map, pairs in times.items():
         wall, cpu = (([m[i] for m, _ in pairs], [s[i] for _, s in pairs]) for i in range(2))
         found = {"wall_ratio": ratio(*wall), "cpu_ratio": ratio(*cpu)}
         raw = {"merge_seconds": wall[0], "save_seconds": wall[1], "merge_cpu_seconds": cpu[0], "save_cpu_seconds": cpu[1]}
-        results.append({"where": where, **found, **raw})
-        rows.append([where, median(wall[0]), median(wall[1]), found["wall_ratio"], median(cpu[0]), median(cpu[1])])
+        results.append({"where": index_map, **found, **raw})
+        rows.append([index_map, median(wall[0]), median(wall[1]), found["wall_ratio"], median(cpu[0]), median(cpu[1])])
     print(f"{written_bytes / 1e6:.0f} MB are written")
     print(table(["merge", "merge s", "save s", "ratio", "merge CPU s", "save CPU s"], rows))
     figures = {"bar": BAR, "pairs": args.pairs, "written_bytes": written_bytes, "results": results}

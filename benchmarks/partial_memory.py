@@ -22,7 +22,7 @@ from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.surgery import indices
 from recap_cli.memory.fake_step import Fakes
 from recap_cli.memory.tracker import Tracker
-from recap_cli.trainable.build import Slot, bring_forward, make_partial
+from recap_cli.trainable.build import Trainable, bring_forward, make_partial
 from recap_cli.trainable.linear import PartialLinear
 from recap_cli.trainable.optim import Optimizer, sgd
 from recap_cli.training.loop import train
@@ -76,13 +76,13 @@ def ours(making: Making, *, neurons: bool) -> nn.Module:
     with making:
         model = toy(dense)
     if not neurons:
-        where = {name: {0: torch.arange(param.shape[0] // SHARE)} for name, param in model.named_parameters()}
+        index_map = {name: {0: torch.arange(param.shape[0] // SHARE)} for name, param in model.named_parameters()}
     else:
         axes = [Axis(f"{i}", "neurons", i, HIDDEN, (Cut(f"{i}.0.weight", 0), Cut(f"{i}.2.weight", 1))) for i in range(BLOCKS)]
         mask = {axis.name: torch.zeros(HIDDEN, dtype=torch.bool).index_fill(0, rows_of(HIDDEN), True) for axis in axes}
         shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-        where = bring_forward(model, axes, mask, indices(axes, mask, shapes))
-    make_partial(model, where, frozen=lambda _: False)
+        index_map = bring_forward(model, axes, mask, indices(axes, mask, shapes))
+    make_partial(model, index_map, frozen=lambda _: False)
     return model
 
 
@@ -91,8 +91,8 @@ def our_sgd(*, fused: bool) -> Callable[[nn.Module, Tensor], tuple[list[Tensor],
 
     def build(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
         layers = {path: m for path, m in model.named_modules() if isinstance(m, PartialLinear)}
-        slots = [Slot(path, m.part, m.part.detach()) for path, m in layers.items() if m.part is not None]
-        optimizer = Optimizer(slots, sgd(momentum=MOMENTUM))
+        trainables = [Trainable(path, m.part, m.part.detach()) for path, m in layers.items() if m.part is not None]
+        optimizer = Optimizer(trainables, sgd(momentum=MOMENTUM))
         batch = {"x": x, "labels": x}
 
         def step() -> None:

@@ -15,7 +15,7 @@ import torch
 from record import parser, ratio, table, write
 from torch import Tensor, nn, optim
 
-from recap_cli.core.surgery import Where
+from recap_cli.core.surgery import IndexMap
 from recap_cli.trainable.build import make_partial
 from recap_cli.trainable.optim import Optimizer, adamw
 
@@ -25,18 +25,18 @@ SHARES = (0.125, 0.5)
 Step = Callable[[Tensor, Tensor], None]
 
 
-def where_of(dim: int, size: int, share: float, scattered: bool) -> Where:
+def index_map_of(dim: int, size: int, share: float, scattered: bool) -> IndexMap:
     """The rows (dim 0, with their biases) or columns (dim 1) that move: side by side, or drawn at random."""
     count = int(size * share)
     index = torch.randperm(size)[:count].sort().values if scattered else torch.arange(count)
     return {"weight": {0: index}, "bias": {0: index}} if dim == 0 else {"weight": {1: index}}
 
 
-def our_step(shape: tuple[int, int], where: Where) -> Step:
-    """One step of a linear layer of which the entries at `where` move (all, if it is empty)."""
+def our_step(shape: tuple[int, int], index_map: IndexMap) -> Step:
+    """One step of a linear layer of which the entries at `index_map` move (all, if it is empty)."""
     model = nn.Sequential(nn.Linear(*shape))
     optimizer = Optimizer(
-        make_partial(model, {f"0.{name}": dims for name, dims in where.items()}, frozen=lambda _: False),
+        make_partial(model, {f"0.{name}": dims for name, dims in index_map.items()}, frozen=lambda _: False),
         adamw(betas=(0.9, 0.999), eps=1e-8),
         weight_decay=0.01,
     )
@@ -71,17 +71,17 @@ def seconds(step: Step, x: Tensor, grad: Tensor) -> float:
     return time.process_time() - started
 
 
-def compare(shape: tuple[int, int], where: Where, pairs: int) -> dict[str, Any]:
+def compare(shape: tuple[int, int], index_map: IndexMap, pairs: int) -> dict[str, Any]:
     """The paired times of one case; the first round warms up and is not counted."""
-    sides = {"partial": our_step(shape, where), "dense": our_step(shape, {}), "dense_torch_fused": torch_step(shape)}
+    sides = {"partial": our_step(shape, index_map), "dense": our_step(shape, {}), "dense_torch_fused": torch_step(shape)}
     x = torch.randn(*TOKENS, shape[0], requires_grad=True)
     grad = torch.randn(*TOKENS, shape[1])
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(pairs + 1):
-        order = list(sides) if turn % 2 else list(sides)[::-1]
+    for round_plan in range(pairs + 1):
+        order = list(sides) if round_plan % 2 else list(sides)[::-1]
         for name in order:
             taken = seconds(sides[name], x, grad)
-            if turn:
+            if round_plan:
                 times[name].append(taken)
     return {
         "ratio": ratio(times["partial"], times["dense"]),
@@ -101,7 +101,7 @@ def main() -> None:
         for dim, which in enumerate(("rows", "columns")):
             for scattered in (False, True):
                 for share in SHARES:
-                    found = compare(shape, where_of(dim, shape[1 - dim], share, scattered), args.pairs)
+                    found = compare(shape, index_map_of(dim, shape[1 - dim], share, scattered), args.pairs)
                     case = {"layer": layer, "inputs": shape[0], "outputs": shape[1], "moves": which, "share": share}
                     results.append({**case, "scattered": scattered, **found})
                     ms = [f"{1e3 * median(found['cpu_seconds'][side]):.1f}" for side in ("partial", "dense")]

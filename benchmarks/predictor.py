@@ -46,9 +46,11 @@ def mask2former() -> Step:
     made = fakes.like(tensors_of(model))
     for name, tensor in made.items():
         owner = model.get_submodule(name.rpartition(".")[0])
-        leaf = torch.nn.Parameter(tensor) if isinstance(getattr(owner, name.rpartition(".")[2]), torch.nn.Parameter) else tensor
-        setattr(owner, name.rpartition(".")[2], leaf)
-    slots = make_partial(model, {}, frozen=lambda _: False)
+        grad_param = (
+            torch.nn.Parameter(tensor) if isinstance(getattr(owner, name.rpartition(".")[2]), torch.nn.Parameter) else tensor
+        )
+        setattr(owner, name.rpartition(".")[2], grad_param)
+    trainables = make_partial(model, {}, frozen=lambda _: False)
 
     def forward(batch: dict[str, Tensor]) -> Tensor:
         out = model(pixel_values=batch["pixel_values"])
@@ -61,7 +63,11 @@ def mask2former() -> Step:
         }
     )
     return Step(
-        model.train(), Optimizer(slots, adamw(betas=(0.9, 0.999), eps=1e-8)), forward, lambda x, _: x.square().mean(), batch
+        model.train(),
+        Optimizer(trainables, adamw(betas=(0.9, 0.999), eps=1e-8)),
+        forward,
+        lambda x, _: x.square().mean(),
+        batch,
     )
 
 
@@ -75,7 +81,7 @@ def predicted(name: str, method: str) -> dict[str, Any]:
         parameters = sum(p.numel() for p in step.model.parameters())
         found = Fakes().usage(step)
     else:
-        model = CASES[name].outline()
+        model = CASES[name].of_recipe()
         result = predict.predict(model, CASES[name].settings(optimizer="adamw"), method)  # type: ignore[arg-type]
         parameters, found = result.total, result.usage
     return {
@@ -91,7 +97,7 @@ def predicted(name: str, method: str) -> dict[str, Any]:
 
 def real(name: str, method: str, settings: str) -> dict[str, Any]:
     """The prediction with CPU kernels beside the tracker's count over the same step on real tensors."""
-    model, recipe = CASES[name].outline(), recipes.changed(CASES[name].settings(), SETTINGS[settings])
+    model, recipe = CASES[name].of_recipe(), recipes.changed(CASES[name].settings(), SETTINGS[settings])
     expected = predict.predict(model, recipe, method, kernels="cpu").usage  # type: ignore[arg-type]
     step, _ = predict.prepare(model, recipe, method, measure.random_tensors)  # type: ignore[arg-type]
     counted = usage(step)

@@ -126,7 +126,7 @@ def surgery(pairs: int) -> dict[str, Any]:
     model, ((images, _),) = model_and_batches(1, 1)
     plan = {axis.name: torch.arange(axis.size) % 3 != 1 for axis in find_axes(VIT, model)}
     times: dict[str, list[float]] = {"ours": [], "theirs": [], "theirs_without_graph": []}
-    for turn in range(pairs + 1):
+    for round_plan in range(pairs + 1):
         cut, pruned = copy.deepcopy(model), copy.deepcopy(model)
         start = cpu_seconds()
         cut_model(cut, indices(find_axes(VIT, cut), plan, shapes_of(cut.named_parameters())))
@@ -141,7 +141,7 @@ def surgery(pairs: int) -> dict[str, Any]:
             gone = (~keep).repeat_interleave(width).nonzero().flatten().tolist()
             graph.get_pruning_group(down, tp.prune_linear_in_channels, gone).prune()
         end = cpu_seconds()
-        if turn:  # the first warms up
+        if round_plan:  # the first warms up
             for name, taken in zip(times, (ours_end - start, end - ours_end, end - built), strict=True):
                 times[name].append(taken)
     with torch.no_grad():
@@ -162,8 +162,8 @@ def in_a_process(*args: object) -> dict[str, Any]:
 def compare(steps: int, pairs: int) -> dict[str, Any]:
     """Runs of both sides, in turn."""
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
-    for turn in range(pairs):
-        for side in list(runs)[:: 1 if turn % 2 else -1]:
+    for round_plan in range(pairs):
+        for side in list(runs)[:: 1 if round_plan % 2 else -1]:
             runs[side].append(in_a_process(side, steps, "per-kind", 2, 4))
     sides = {key: [[run[key] for run in runs[side]] for side in runs] for key in ("cpu_seconds", "peak_bytes")}
     ratios = {f"{key}_ratio": ratio(*both) for key, both in sides.items()}

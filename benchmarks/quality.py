@@ -29,19 +29,19 @@ from recap_cli.rounds.plans import method_of_name
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("full-ft", "head-ft", "lora-ft", "pre-ft", "post-ft", "movement")
-PLAIN = {"prune.ramp": 1.0, "prune.settled": 0.0, "finetune.course": "round"}
+PLAIN = {"prune.ramp": 1.0, "prune.hold_plan": 0.0, "finetune.lr_schedule_span": "round"}
 # RECAP with settings of its own: what is on or off, one idea at a time.
 VARIANTS: dict[str, dict[str, Any]] = {
     "recap": {},
     "plain": PLAIN,
     "faithful": {"faithful": True},
-    "one-course": {**PLAIN, "finetune.course": "run"},
-    "round-course": {"finetune.course": "round"},
+    "one-course": {**PLAIN, "finetune.lr_schedule_span": "run"},
+    "round-course": {"finetune.lr_schedule_span": "round"},
     "settled": {"prune.ramp": 1.0},
-    "ramped": {"prune.settled": 0.0},
-    "late-settled": {"prune.settled": 0.25},
+    "ramped": {"prune.hold_plan": 0.0},
+    "late-settled": {"prune.hold_plan": 0.25},
     "averaged": {"prune.ema": 0.5},
-    "averaged-unsettled": {"prune.ema": 0.5, "prune.settled": 0.0},
+    "averaged-unsettled": {"prune.ema": 0.5, "prune.hold_plan": 0.0},
     "exploring": {"mask.random": 0.25},
     "half-random": {"mask.random": 0.5},
     "short-rounds": {"rounds": 8},
@@ -63,8 +63,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "per-layer-prune": {"prune.scope": "per-layer"},
     "global-prune": {"prune.scope": "global"},
     "higher-floor": {"prune.floor": 0.3},
-    "bf16": {"finetune.resident": "bf16", "finetune.checkpointing": True},
-    "int8": {"finetune.resident": "int8", "finetune.checkpointing": True},
+    "bf16": {"finetune.weights": "bf16", "finetune.checkpointing": True},
+    "int8": {"finetune.weights": "int8", "finetune.checkpointing": True},
 }
 RATIOS = (0.333, 0.5)
 SAVING: dict[str, dict[str, Any]] = {
@@ -198,13 +198,13 @@ def key_of(cell: Mapping[str, Any]) -> tuple[Any, ...]:
 def predicted(task: str) -> Iterator[dict[str, Any]]:
     """The peak of a training step of the methods that a table compares, with and without what costs no accuracy."""
     base = recipes.parse(yaml.safe_dump(recipe_of(task)), task)
-    outline, _ = meta_model.outline_with_data(base)
+    of_recipe, _ = meta_model.of_recipe_with_data(base)
     for micro in (base.finetune.batch_size, 1):
         for method in ("full-ft", "post-ft", "pre-ft", "recap"):
             for ratio in RATIOS if method_of_name(method).prunes and method != "post-ft" else RATIOS[:1]:
                 for settings, values in SAVING.items():
                     chosen = {**values, "prune.ratio": ratio, "finetune.micro_batch_size": micro}
-                    peak = predict.predict(outline, recipes.changed(base, chosen), method).usage.peak_bytes
+                    peak = predict.predict(of_recipe, recipes.changed(base, chosen), method).usage.peak_bytes
                     row = {"method": method, "prune_ratio": ratio, "settings": settings, "micro_batch_size": micro}
                     yield {**row, "peak_bytes": peak}
 

@@ -36,7 +36,7 @@ SAID = {
     "round-course": "RECAP, the rate restarts each round",
     "settled": "RECAP without the ramp",
     "ramped": "RECAP with nothing settled",
-    "late-settled": "RECAP, the ramp a round longer (`prune.settled: 0.25`)",
+    "late-settled": "RECAP, the ramp a round longer (`prune.hold_plan: 0.25`)",
     "averaged": "RECAP, importance averaged over rounds (`prune.ema: 0.5`)",
     "averaged-unsettled": "RECAP with nothing settled, importance averaged over rounds",
     "exploring": "RECAP, a quarter of what moves at random (`mask.random: 0.25`)",
@@ -392,7 +392,7 @@ and few steps, as a CPU can bear. The paper's own setting (20 epochs of 50,000 i
   and much of the difference in what is held. On CIFAR-100 it is much of the difference in accuracy too: `post-ft` that leaves
   them (*embeddings still*) is better. On texts this was tried on SST-2 at r_p = 50 % alone, and with `pre-ft` on CIFAR-100 at
   r_p = 50 % alone, with all groups in one ranking.
-- *Longer ramp* is `prune.settled: 0.25`: of four rounds the third is then the first at the last r_p, else it is the second.
+- *Longer ramp* is `prune.hold_plan: 0.25`: of four rounds the third is then the first at the last r_p, else it is the second.
 - Full, head and LoRA finetuning prune nothing, and stand in the tables of every r_p. Movement pruning was tried at r_p = 33 %
   alone.
 - What RECAP *holds* of a text is of runs that held every row of the token table, but for those whose tokens move. By now it
@@ -416,7 +416,7 @@ SHORT = """## In short
 The mean of the last round ± its standard error over so many seeds, at the best of the peak rates that the method was tried at
 (in parentheses), and RECAP's on MRPC at a rate of SST-2. The best may have, as far as that was run, the head at the rate of the
 rest, all groups in one ranking (`prune.scope: global`), `pre-ft` and `post-ft` the embeddings left as they are, and RECAP a
-longer ramp (`prune.settled: 0.25`).
+longer ramp (`prune.hold_plan: 0.25`).
 Rate and settings were chosen by these figures, which flatters every method by as much as it had to choose from. All take the
 same number of optimizer steps. The paper's r_f is 50 % for texts and 87.5 % for images; at r_f = 0 everything moves but the
 embeddings. Differences are over the seeds that both have. What is held is a share of full finetuning's.

@@ -24,8 +24,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "checkpoints": {"finetune.checkpointing": True},
     "micro-batches of 1": {"finetune.micro_batch_size": 1},
     "masters and moments offloaded": {"finetune.offload": True},
-    "bf16 residents": {"finetune.resident": "bf16"},
-    "int8 for frozen matrices": {"finetune.resident": "int8"},
+    "bf16 residents": {"finetune.weights": "bf16"},
+    "int8 for frozen matrices": {"finetune.weights": "int8"},
 }
 
 
@@ -43,17 +43,17 @@ def main() -> None:
     torch.set_num_threads(2)
     results, rows = [], []
     for name, batch in CASE_SIZES:
-        model, plain = CASES[name].outline(), CASES[name].settings(batch_size=batch, optimizer="adamw")
+        model, plain = CASES[name].of_recipe(), CASES[name].settings(batch_size=batch, optimizer="adamw")
         for saving, changes in SETTINGS.items():
             sides = {
                 side: predict.prepare(model, recipe, "recap", measure.random_tensors)[0]
                 for side, recipe in (("with", recipes.changed(plain, changes)), ("without", plain))
             }
             times: dict[str, list[float]] = {"with": [], "without": []}
-            for turn in range(args.pairs + 1):  # the first warms up
-                for side in list(sides)[:: 1 if turn % 2 else -1]:
+            for round_plan in range(args.pairs + 1):  # the first warms up
+                for side in list(sides)[:: 1 if round_plan % 2 else -1]:
                     taken = seconds(sides[side])
-                    if turn:
+                    if round_plan:
                         times[side].append(taken)
             slower = ratio(times["with"], times["without"])
             results.append({"model": name, "batch": batch, "saving": saving, "ratio": slower, "cpu_seconds": times})

@@ -17,7 +17,7 @@ from record import parser, ratio, table, write
 from torch import Tensor, nn
 
 from recap_cli.core.adapter import Adapter, find_axes, matches, resize
-from recap_cli.core.axes import Choice, chosen_params, counts, prunable_params, refine, shapes_of, shrink, unit_params
+from recap_cli.core.axes import UnitMask, chosen_params, counts, prunable_params, refine, shapes_of, shrink, unit_params
 from recap_cli.core.ranking import select
 from recap_cli.core.surgery import cut_model, indices
 from recap_cli.plugins.adapters.bert import BERT
@@ -75,7 +75,7 @@ def bert(batch: int) -> Case:
     return Case(model, BERT, {**tokens, "labels": torch.randint(2, (batch,))}, 0.5)
 
 
-def random_choice(axes: list[Any], shapes: dict[str, Any], keep: float, least: int) -> Choice:
+def random_choice(axes: list[Any], shapes: dict[str, Any], keep: float, least: int) -> UnitMask:
     """A share of the prunable parameters, chosen by random scores within each kind."""
     sizes = {axis.name: axis.size for axis in axes}
     units = {axis.name: unit_params(axis, shapes) for axis in axes}
@@ -98,13 +98,13 @@ def small_side(case: Case) -> tuple[Side, dict[str, float]]:
     small = shapes_of(model.named_parameters())
     fine = [refine(axis) for axis in shrink(axes, plan)]
     mask = random_choice(fine, small, 1 - case.frozen, least=0)
-    where = bring_forward(model, fine, mask, indices(fine, mask, small))
-    slots = make_partial(model, where, frozen=lambda name: matches(name, case.adapter.embeddings))
+    index_map = bring_forward(model, fine, mask, indices(fine, mask, small))
+    trainables = make_partial(model, index_map, frozen=lambda name: matches(name, case.adapter.embeddings))
     kept = chosen_params(axes, shapes, plan) / prunable_params(axes, shapes)
-    moves = chosen_params(fine, small, mask) / prunable_params(fine, small)
-    return Side(model.train(), Optimizer(slots, adamw(betas=(0.9, 0.999), eps=1e-8))), {
+    trains = chosen_params(fine, small, mask) / prunable_params(fine, small)
+    return Side(model.train(), Optimizer(trainables, adamw(betas=(0.9, 0.999), eps=1e-8))), {
         "kept_share": kept,
-        "moving_share": moves,
+        "moving_share": trains,
     }
 
 
@@ -120,11 +120,11 @@ def main() -> None:
         full = full_side(case)
         small, shares = small_side(case)
         times: dict[str, list[float]] = {"full": [], "small": []}
-        for turn in range(args.pairs + 1):  # the first warms up
-            pair = [("full", full), ("small", small)][:: 1 if turn % 2 else -1]
+        for round_plan in range(args.pairs + 1):  # the first warms up
+            pair = [("full", full), ("small", small)][:: 1 if round_plan % 2 else -1]
             for side, it in pair:
                 taken = it.step(case.batch)
-                if turn:
+                if round_plan:
                     times[side].append(taken)
         speedup = ratio(times["full"], times["small"])
         results.append(

@@ -147,8 +147,8 @@ def token_rows(found: Result) -> str:
             rows = "all" if "all rows" in way or way == "everything" else f"{mine[0]['held']:,}"
             moving = {"everything": "all", "the tokens of the training data": f"{mine[0]['moving']:,}"}.get(way, "0")
             line: list[object] = [task, rows, moving]
-            for resident in ("fp32", "bf16"):
-                row = pair[resident]
+            for weights in ("fp32", "bf16"):
+                row = pair[weights]
                 held = sum(row[f"{kind}_bytes"] for kind in ("weights", "gradients", "optimizer"))
                 line += [f"{held / 1e6:.1f}", f"{row['training_peak_bytes'] / 1e6:.1f}"]
             lines.append(line)

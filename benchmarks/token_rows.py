@@ -19,7 +19,7 @@ import yaml
 from record import parser, write
 
 from recap_cli.memory import measure, meta_model, predict
-from recap_cli.memory.meta_model import Outline
+from recap_cli.memory.meta_model import MetaModel
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.stages.run import run
@@ -68,22 +68,22 @@ def recipe(task: str) -> Recipe:
 def rows(task: str) -> Iterator[dict[str, Any]]:
     """A row a way, of fp32 and of bf16 residents."""
     base = recipe(task)
-    model, notes = meta_model.outline_with_data(base)
-    if model.vocabulary is None:
+    model, notes = meta_model.of_recipe_with_data(base)
+    if model.token_rows is None:
         raise SystemExit(f"{task}: {'; '.join(notes)}")
-    words = model.vocabulary
-    for resident in ("fp32", "bf16"):
-        for way, (moves, leaves_out) in WAYS.items():
-            settings = recipes.changed(base, {"mask.train_embeddings": moves, "finetune.resident": resident})
-            known = model if leaves_out else replace(model, vocabulary=None)
+    words = model.token_rows
+    for weights in ("fp32", "bf16"):
+        for way, (trains, leaves_out) in WAYS.items():
+            settings = recipes.changed(base, {"mask.train_embeddings": trains, "finetune.weights": weights})
+            known = model if leaves_out else replace(model, token_rows=None)
             made = predict.predict(known, settings, "recap").to_json()
             keys = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "training_peak_bytes")
-            row = {"task": task, "resident": resident, "moves": way, **{key: made[key] for key in keys}}
+            row = {"task": task, "resident": weights, "moves": way, **{key: made[key] for key in keys}}
             row |= {"all": words.size, "held": len(words.held), "moving": len(words.moving)}
             yield {**row, **(counted(known, settings) if task == next(iter(TASKS)) else {})}
 
 
-def counted(model: Outline, settings: Recipe) -> dict[str, int]:
+def counted(model: MetaModel, settings: Recipe) -> dict[str, int]:
     """The peak of a real step on the CPU, and what is predicted for the CPU's kernels."""
     (found,) = measure.measure(model, settings, ["recap"])
     return {"real_peak_bytes": found["counted_bytes"], "cpu_peak_bytes": found["predicted_bytes"]}
@@ -91,17 +91,17 @@ def counted(model: Outline, settings: Recipe) -> dict[str, int]:
 
 def runs() -> Iterator[dict[str, Any]]:
     """What weights, gradients and optimizer state of RECAP hold on the tasks of `quality.py`, the most of all rounds."""
-    for task, ratio, mask_ratio, moves in RUNS:
+    for task, ratio, mask_ratio, trains in RUNS:
         values = quality.recipe_of(task)
         given = recipes.parse(yaml.safe_dump(values), task)
         short = {"finetune.steps": 1, "head.warmup_epochs": 0, "importance.batches": 1}
-        settings = {"prune.ratio": ratio, "mask.ratio": mask_ratio, "mask.train_embeddings": moves, **short}
+        settings = {"prune.ratio": ratio, "mask.ratio": mask_ratio, "mask.train_embeddings": trains, **short}
         with TemporaryDirectory() as folder:
             state = run(recipes.changed(given, settings), Path(folder) / "state")
             entries = [entry for entry in state.manifest.history if entry["stage"] == "finetune"]
         held = max(sum(entry[f"{kind}_bytes"] for kind in ("weights", "gradients", "optimizer")) for entry in entries)
         whole = sum(entries[0]["full_finetuning"].values())
-        row = {"task": task, "prune_ratio": ratio, "mask_ratio": mask_ratio, "moves": moves, **entries[0]["token_rows"]}
+        row = {"task": task, "prune_ratio": ratio, "mask_ratio": mask_ratio, "moves": trains, **entries[0]["token_rows"]}
         yield {**row, "held_bytes": held, "full_finetuning_bytes": whole}
 
 

@@ -1,29 +1,29 @@
 """All that a plugin may import: the records that a plugin is made of, and the errors it may raise."""
 
 from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, is_transposed
-from recap_cli.core.axes import Axis, Choice, Cut, refine
+from recap_cli.core.axes import Axis, Cut, UnitMask, refine
 from recap_cli.core.criterion import Criterion, GroupScores
-from recap_cli.core.method import Attached, Frame, Method, Settings, Turn
+from recap_cli.core.method import Method, RoundPlan, Settings, TrainContext, TrainerHook
 from recap_cli.core.surgery import owner_of
 from recap_cli.core.ties import names_of
 from recap_cli.errors import ModelError, PluginError
 
 __all__ = [
     "Adapter",
-    "Attached",
     "Axis",
-    "Choice",
     "Criterion",
     "Cut",
-    "Frame",
     "GroupScores",
     "Heads",
     "Method",
     "ModelError",
     "Neurons",
     "PluginError",
+    "RoundPlan",
     "Settings",
-    "Turn",
+    "TrainContext",
+    "TrainerHook",
+    "UnitMask",
     "find_axes",
     "is_transposed",
     "names_of",

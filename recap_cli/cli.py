@@ -34,7 +34,7 @@ from recap_cli.commands import (
     status,
 )
 from recap_cli.errors import DeviceMemoryError, PluginError, RecapError, StorageError, lacks_device_memory
-from recap_cli.printable import legible
+from recap_cli.printable import printable
 from recap_cli.process import interrupt
 
 STOPPED = "stopped; what the stages before have finished is kept, and nothing else"
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _sleep_soon()
     registry.leave_out_broken()
     said: list[str] = []  # the word to someone who stops us, once it is out
-    with interrupt.heard(lambda: "" if said else f"error: {STOPPED}\nhint: {legible(_again(given))}\n") as is_interrupted:
+    with interrupt.heard(lambda: "" if said else f"error: {STOPPED}\nhint: {printable(_again(given))}\n") as is_interrupted:
         try:
             return _run(given)
         except KeyboardInterrupt:
@@ -182,7 +182,7 @@ def _out_of_memory(error: Exception) -> RecapError:
     return StorageError(
         told,
         hint="try --set finetune.micro_batch_size=8, finetune.checkpointing=true, finetune.fused_backward=true "
-        "or finetune.resident=bf16: recap run --state DIR --set … goes on in the same state, which is as it was",
+        "or finetune.weights=bf16: recap run --state DIR --set … goes on in the same state, which is as it was",
     )
 
 

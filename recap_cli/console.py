@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from recap_cli.printable import escaped_in_json, legible
+from recap_cli.printable import escaped_in_json, printable
 from recap_cli.progress import Item
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def result(text: str) -> None:
 
 def line(text: str) -> None:
     """Print a line of a result that is for people on stdout: `legible`, for it may quote anything."""
-    result(legible(text))
+    result(printable(text))
 
 
 def emit_json(value: object) -> None:
@@ -45,7 +45,7 @@ def emit_json(value: object) -> None:
 
 def say(text: str) -> None:
     """Print a line for people on stderr, above the bars where there are some; `legible`, for it may quote anything."""
-    _console(sys.stderr).print(legible(text), soft_wrap=True)
+    _console(sys.stderr).print(printable(text), soft_wrap=True)
 
 
 def error(message: str, hint: str | None = None) -> None:
@@ -53,9 +53,9 @@ def error(message: str, hint: str | None = None) -> None:
     from rich.text import Text
 
     console = _console(sys.stderr)
-    console.print(Text.assemble(("error: ", "bold red"), legible(message)), soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), printable(message)), soft_wrap=True)
     if hint:
-        console.print(Text.assemble(("hint: ", "bold cyan"), legible(hint)), soft_wrap=True)
+        console.print(Text.assemble(("hint: ", "bold cyan"), printable(hint)), soft_wrap=True)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, is_result: bool = False) -> None:
@@ -69,8 +69,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str |
     from rich.table import Table
     from rich.text import Text
 
-    cells = [[legible(str(cell)) for cell in row] for row in rows]
-    columns, title = [legible(name) for name in columns], title and legible(title)
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
+    columns, title = [printable(name) for name in columns], title and printable(title)
     shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         numbers = all(re.fullmatch(r"(-?\d.{,12})?", row[index]) for row in cells)
@@ -106,7 +106,7 @@ def records(rows: Sequence[Mapping[str, Any]], *, title: str | None = None, is_r
 
 def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
     """Pass the items through, as a `recap_cli.progress.Track`: a bar on a terminal, else plain lines."""
-    label = legible(label)
+    label = printable(label)
     count = total if total is not None else operator.length_hint(items, -1)
     known = count if count >= 0 else None
     return _bar(items, label, known) if _is_terminal(sys.stderr) else _lines(items, label, known)
@@ -161,7 +161,7 @@ UNITS: dict[str, Callable[[float], str]] = {
     "entries": millions,
     "prunable": millions,
     "trainable": millions,
-    "moved": millions,
+    "trained": millions,
     **dict.fromkeys(("metric", "loss", "accuracy", "f1", "matthews"), "{:.4f}".format),
 }
 

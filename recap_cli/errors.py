@@ -20,7 +20,7 @@ RecapError                 1
 └── ComparisonError       18   a comparison some of whose cells are not done
 """
 
-from recap_cli.printable import legible
+from recap_cli.printable import printable
 
 
 class RecapError(Exception):
@@ -33,7 +33,7 @@ class RecapError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        message, hint = legible(message), None if hint is None else legible(hint)
+        message, hint = printable(message), None if hint is None else printable(hint)
         super().__init__(message)
         self.message = message
         self.hint = hint

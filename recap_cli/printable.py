@@ -7,7 +7,7 @@ _ODD = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F)
 _ESCAPES = {code: ascii(chr(code))[1:-1] for code in _ODD if chr(code) not in "\t\n"}
 
 
-def legible(text: str) -> str:
+def printable(text: str) -> str:
     """The text with control characters escaped; of a line, and of the whole, the middle is left out where it is too long."""
     lines = text.translate(_ESCAPES).split("\n")
     return _shortened("\n".join(_shortened(line, LONGEST_LINE) for line in lines), LONGEST)

@@ -100,10 +100,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 def folder(tmp_path: Path) -> Path:
     """A state whose `init` is done."""
     recipe = parse(RECIPE, "pico.yaml")
-    with State.create(tmp_path / "state", dump(recipe), digest(recipe)) as draft:
-        draft.facts |= {"notes": ["a new head"], "not_pruned": ["pooler"]}
-        draft.save_text("full-000/model.txt", "zero")
-        draft.set_full("full-000")
+    with State.create(tmp_path / "state", dump(recipe), digest(recipe)) as transaction:
+        transaction.facts |= {"notes": ["a new head"], "not_pruned": ["pooler"]}
+        transaction.save_text("full-000/model.txt", "zero")
+        transaction.set_full("full-000")
     return tmp_path / "state"
 
 

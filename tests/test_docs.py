@@ -27,7 +27,7 @@ from recap_cli.errors import PipeError
 from recap_cli.models import build
 from recap_cli.recipe.recipe import dump, json_schema, parse, read, shipped
 from recap_cli.rounds.context import read_raw
-from recap_cli.rounds.plans import turns_for
+from recap_cli.rounds.plans import round_plans_for
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
 from recap_cli.tasks import task
@@ -242,14 +242,14 @@ def test_the_plugins_of_the_documentation_are_found_and_loaded(extra):
     assert registry.used("adapters", "megatron-bert")["distribution"] == "recap-extra"
 
 
-def test_the_method_of_the_documentation_plans_turns(extra, monkeypatch):
+def test_the_method_of_the_documentation_plans_round_plans(extra, monkeypatch):
     import recap_headstart
 
     monkeypatch.setattr("recap_cli.rounds.plans.method_of", lambda _: recap_headstart.HEADSTART)
-    first, *others = turns_for(tiny("vit", options={"head_share": 0.4}, rounds=3))
-    assert (first.moves, first.share, first.product) == ("head", 0.4, False)
-    assert [turn.share for turn in others] == pytest.approx([0.2] * 3)
-    assert [turn.course[1] for turn in others] == pytest.approx([0.6, 0.8, 1.0])
+    first, *others = round_plans_for(tiny("vit", options={"head_share": 0.4}, rounds=3))
+    assert (first.trains, first.share, first.product) == ("head", 0.4, False)
+    assert [round_plan.share for round_plan in others] == pytest.approx([0.2] * 3)
+    assert [round_plan.lr_window[1] for round_plan in others] == pytest.approx([0.6, 0.8, 1.0])
 
 
 def here(waiting: list[processes.Process], _jobs: int) -> Iterator[processes.Ended]:

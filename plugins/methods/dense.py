@@ -1,16 +1,16 @@
 """Finetuning of a model that is not pruned: all of it, or its task head alone."""
 
-from recap_cli.api import Method, Settings, Turn
+from recap_cli.api import Method, RoundPlan, Settings
 
 
-def whole(_: Settings) -> list[Turn]:
+def whole(_: Settings) -> list[RoundPlan]:
     """One round in which everything moves."""
-    return [Turn(embeddings=True)]
+    return [RoundPlan(embeddings=True)]
 
 
-def head(_: Settings) -> list[Turn]:
+def head(_: Settings) -> list[RoundPlan]:
     """One round in which the task head moves."""
-    return [Turn(moves="head")]
+    return [RoundPlan(trains="head")]
 
 
 FULL = Method("Full finetuning: every weight moves, nothing is pruned.", whole)

@@ -6,48 +6,48 @@ from typing import Any
 
 from torch import Tensor
 
-from recap_cli.api import Attached, Axis, Frame, Method, Settings, Turn, is_transposed, names_of
+from recap_cli.api import Axis, Method, RoundPlan, Settings, TrainContext, TrainerHook, is_transposed, names_of
 
 MARK = ".lora_"  # of the names that peft gives
 HEADS = ("query", "key", "value")
 PLACES = (*HEADS, "output", "up", "down")
 
 
-def turns(settings: Settings) -> list[Turn]:
+def round_plans(settings: Settings) -> list[RoundPlan]:
     """One round in which the adapters and the task head move."""
     for name in ("rank", "alpha"):
         _count(name, settings.options[name])
     _places(settings.options["targets"])
-    return [Turn(moves="training")]
+    return [RoundPlan(trains="training")]
 
 
-def attach(frame: Frame) -> Attached:
+def attach(context: TrainContext) -> TrainerHook:
     """Put adapters of `rank` beside the layers at `targets`; the weights get `alpha / rank · B A` at the end."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    rank, alpha = frame.options["rank"], frame.options["alpha"]
-    called, places = names_of(frame.model), frame.options["targets"]
+    rank, alpha = context.options["rank"], context.options["alpha"]
+    called, places = names_of(context.model), context.options["targets"]
     if set(places) & set(HEADS):  # before `targets` counts the matrices: of two that are one it would miss one
-        _refuse_ties(called, [path for axis in frame.axes if not _is_known(axis) for path in _layers(axis)[0]])
-    paths = targets(frame.axes, places)
+        _refuse_ties(called, [path for axis in context.axes if not _is_known(axis) for path in _layers(axis)[0]])
+    paths = targets(context.axes, places)
     _refuse_ties(called, paths)
-    transposed = {path: is_transposed(frame.model.get_submodule(path)) for path in paths}
+    transposed = {path: is_transposed(context.model.get_submodule(path)) for path in paths}
     config = LoraConfig(r=_count("rank", rank), lora_alpha=_count("alpha", alpha), target_modules=paths)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of GPT-2's transposed layers, which it then handles
-        inject_adapter_in_model(config, frame.model)
-    head, scale = set(frame.head), config.lora_alpha / config.r
+        inject_adapter_in_model(config, context.model)
+    head, scale = set(context.head), config.lora_alpha / config.r
 
     def result(values: Mapping[str, Tensor], small: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        moved = {name: value for name, value in values.items() if MARK not in name}
+        trained = {name: value for name, value in values.items() if MARK not in name}
         for path in paths:
             down, up = (values[f"{path}{MARK}{side}.default.weight"] for side in "AB")  # (rank, in), (out, rank)
             delta = scale * up @ down
             weight = f"{path}.weight"
-            moved[weight] = small[weight] + (delta.t() if transposed[path] else delta)
-        return moved, {}
+            trained[weight] = small[weight] + (delta.t() if transposed[path] else delta)
+        return trained, {}
 
-    return Attached(moves=lambda name: name in head or MARK in name, result=result, keeps_tokens=True)
+    return TrainerHook(trains=lambda name: name in head or MARK in name, result=result, keeps_tokens=True)
 
 
 def targets(axes: Sequence[Axis], places: Any) -> list[str]:
@@ -99,7 +99,7 @@ def _count(name: str, value: Any) -> int:
 
 LORA = Method(
     "LoRA: low-rank adapters on the attention of a frozen model, by peft.",
-    turns,
+    round_plans,
     training=attach,
     options={"rank": 8, "alpha": 16, "targets": ("query", "value")},
 )

@@ -12,40 +12,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recap_cli.api import Attached, Axis, Cut, Frame, Method, Settings, Turn, is_transposed, names_of, owner_of
+from recap_cli.api import Axis, Cut, Method, RoundPlan, Settings, TrainContext, TrainerHook, is_transposed, names_of, owner_of
 
 SCORES = "movement_scores"
 
 
-def turns(settings: Settings) -> list[Turn]:
+def round_plans(settings: Settings) -> list[RoundPlan]:
     """Two rounds: the scores are learned in the first, on gated groups; the second finetunes what is then left."""
     last = _share("cooldown_share", settings.options["cooldown_share"])
     _share("warmup_share", settings.options["warmup_share"]), _rate(settings.options["scores_lr"])
     return [
-        Turn(moves="training", share=1 - last, course=(0.0, 1 - last), embeddings=True, product=False),
-        Turn(settings.prune_ratio, plan="learned", share=last, course=(1 - last, 1.0), embeddings=True),
+        RoundPlan(trains="training", share=1 - last, lr_window=(0.0, 1 - last), embeddings=True, product=False),
+        RoundPlan(settings.prune_ratio, plan="learned", share=last, lr_window=(1 - last, 1.0), embeddings=True),
     ]
 
 
-def attach(frame: Frame) -> Attached:
+def attach(context: TrainContext) -> TrainerHook:
     """Put a score and a gate to every group, in front of the layer that it goes out through."""
-    warmup = _share("warmup_share", frame.options["warmup_share"])
-    rate = _rate(frame.options["scores_lr"])
-    gates = {axis.name: _Gates(frame.model, axis) for axis in frame.axes}
-    target = frame.turns[-1].prune_ratio
+    warmup = _share("warmup_share", context.options["warmup_share"])
+    rate = _rate(context.options["scores_lr"])
+    gates = {axis.name: _Gates(context.model, axis) for axis in context.axes}
+    target = context.round_plans[-1].prune_ratio
 
     def before_step(step: int, steps: int, value: Callable[[str], Tensor]) -> None:
         scores = {name: value(gate.name).cpu() for name, gate in gates.items()}
-        for name, kept in frame.choose(scores, keep_share(step + 1, steps, ratio=target, warmup=warmup)).items():
+        for name, kept in context.choose(scores, keep_share(step + 1, steps, ratio=target, warmup=warmup)).items():
             gates[name].keep(kept)
 
     def result(values: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        moved = {name: value for name, value in values.items() if not name.endswith(SCORES)}
-        return moved, {name: values[gate.name] for name, gate in gates.items()}
+        trained = {name: value for name, value in values.items() if not name.endswith(SCORES)}
+        return trained, {name: values[gate.name] for name, gate in gates.items()}
 
-    return Attached(
-        moves=lambda _: True,
-        rate=lambda name: rate / frame.lr if name.endswith(SCORES) else 1.0,
+    return TrainerHook(
+        trains=lambda _: True,
+        rate=lambda name: rate / context.lr if name.endswith(SCORES) else 1.0,
         before_step=before_step,
         result=result,
     )
@@ -126,7 +126,7 @@ def _rate(value: Any) -> float:
 
 MOVEMENT = Method(
     "Movement pruning: the groups to keep are learned while finetuning, along a cubic schedule.",
-    turns,
+    round_plans,
     prunes=True,
     training=attach,
     options={"warmup_share": 0.1, "cooldown_share": 0.3, "scores_lr": 0.01},

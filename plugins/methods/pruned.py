@@ -1,21 +1,21 @@
 """Pruning before finetuning, and after it: the small model moves as a whole, or with `embeddings: false` all but these."""
 
-from recap_cli.api import Method, Settings, Turn
+from recap_cli.api import Method, RoundPlan, Settings
 
 
-def pre(settings: Settings) -> list[Turn]:
+def pre(settings: Settings) -> list[RoundPlan]:
     """One round: prune by the importance for the task that the pretrained model has, then finetune."""
-    return [Turn(settings.prune_ratio, embeddings=bool(settings.options["embeddings"]))]
+    return [RoundPlan(settings.prune_ratio, embeddings=bool(settings.options["embeddings"]))]
 
 
-def post(settings: Settings) -> list[Turn]:
+def post(settings: Settings) -> list[RoundPlan]:
     """Two rounds: finetune the full model, prune it, finetune what is left; the learning rate decays once over both."""
     first, embeddings = settings.options["full_share"], bool(settings.options["embeddings"])
     if not isinstance(first, float) or not 0 < first < 1:
         raise ValueError(f"options.full_share: expected a number between 0 and 1; found {first!r}")
     return [
-        Turn(share=first, course=(0.0, first), embeddings=embeddings, product=False),
-        Turn(settings.prune_ratio, share=1 - first, course=(first, 1.0), embeddings=embeddings),
+        RoundPlan(share=first, lr_window=(0.0, first), embeddings=embeddings, product=False),
+        RoundPlan(settings.prune_ratio, share=1 - first, lr_window=(first, 1.0), embeddings=embeddings),
     ]
 
 

@@ -5,23 +5,23 @@ the model is pruned less than in the end, and as many fewer entries move as the 
 weights, gradients and optimizer state than the last.
 """
 
-from recap_cli.api import Method, Settings, Turn
+from recap_cli.api import Method, RoundPlan, Settings
 
 
-def turns(settings: Settings) -> list[Turn]:
+def round_plans(settings: Settings) -> list[RoundPlan]:
     """K rounds of equal length; the learning rate decays once over all, or (the paper) in each of them."""
     rounds = settings.rounds
-    explore = rounds - min(settings.settled, rounds - 1)
+    explore = rounds - min(settings.hold_plan, rounds - 1)
     made = []
     for number in range(rounds):
         prune_ratio, mask_ratio = _ratios(settings, min(1.0, number / (explore - 1)) if explore > 1 else 1.0)
         made.append(
-            Turn(
+            RoundPlan(
                 prune_ratio,
                 mask_ratio,
                 plan="same" if number >= explore else "importance",
                 share=1 / rounds,
-                course=(0.0, 1.0) if settings.restarts else (number / rounds, (number + 1) / rounds),
+                lr_window=(0.0, 1.0) if settings.restarts else (number / rounds, (number + 1) / rounds),
                 embeddings=settings.embeddings,
                 product=prune_ratio == settings.prune_ratio,
             )
@@ -37,17 +37,17 @@ def _ratios(settings: Settings, way: float) -> tuple[float, float]:
     this stays the same.
     """
     last = 1 - settings.mask_ratio
-    moves = last * (settings.ramp + (1 - settings.ramp) * way)
+    trains = last * (settings.ramp + (1 - settings.ramp) * way)
     cost = settings.entry_cost
-    kept = (1 - settings.prune_ratio) * (1 + cost * last) / (1 + cost * moves)
+    kept = (1 - settings.prune_ratio) * (1 + cost * last) / (1 + cost * trains)
     if way >= 1 or settings.ramp == 1 or settings.prune_ratio == 0:
         return settings.prune_ratio, settings.mask_ratio
     if cost == 0:  # fewer moving entries save nothing
-        return settings.prune_ratio, 1 - moves
+        return settings.prune_ratio, 1 - trains
     if kept <= 1:
-        return 1 - kept, 1 - moves
-    moves = ((1 - settings.prune_ratio) * (1 + cost * last) - 1) / cost  # nothing is pruned, and memory is left: more may move
-    return 0.0, 1 - min(last, moves)
+        return 1 - kept, 1 - trains
+    trains = ((1 - settings.prune_ratio) * (1 + cost * last) - 1) / cost  # nothing is pruned, and memory is left: more may move
+    return 0.0, 1 - min(last, trains)
 
 
-RECAP = Method("RECAP: prune, mask, finetune, merge, round by round.", turns, prunes=True, masks=True)
+RECAP = Method("RECAP: prune, mask, finetune, merge, round by round.", round_plans, prunes=True, masks=True)

@@ -65,7 +65,7 @@ def _settings_text(rows: Sequence[Row]) -> str:
     batch = "" if shared is None else f"at batch size {shared:,}{parts} "
     names = {"checkpointing": "checkpoints", "fused_backward": "fused backward", "offload": "offloaded optimizer"}
     flags = [name for key, name in names.items() if row[key]]
-    how = ", ".join([row["optimizer"], f"{row['resident']} weights", *flags])
+    how = ", ".join([row["optimizer"], f"{row['weights']} weights", *flags])
     return f"{batch}with {how}; scoring at batch size {row['evaluation_batch_size']:,}"
 
 
@@ -116,12 +116,12 @@ def _peaks(rows: Sequence[Row]) -> Table:
 def _parameters(rows: Sequence[Row]) -> Table:
     seen: dict[tuple[str, float], Row] = {(row["method"], row["prune_ratio"]): row for row in rows}
     ratios = any(len([1 for name, _ in seen if name == method]) > 1 for method, _ in seen)
-    keys = ("total_parameters", "resident_parameters", "trainable_parameters")
+    keys = ("total_parameters", "held_parameters", "trainable_parameters")
     lines = []
     for (method, ratio), row in seen.items():
         pruned = [f"{ratio:.1%}" if len([1 for name, _ in seen if name == method]) > 1 else ""] if ratios else []
         lines.append([method, *pruned, *(console.millions(row[key]) for key in keys)])
-    return ["method", *([SETTINGS["prune_ratio"]] if ratios else []), "total", "resident", "trainable"], lines
+    return ["method", *([SETTINGS["prune_ratio"]] if ratios else []), "total", "weights", "trainable"], lines
 
 
 def _modules(blocks: Mapping[str, Row]) -> Table:

@@ -11,7 +11,7 @@ from recap_cli.commands.arguments import JsonOption, SetOption, complete_recipe
 from recap_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from recap_cli.memory.meta_model import Outline
+    from recap_cli.memory.meta_model import MetaModel
     from recap_cli.recipe.recipe import Recipe
     from recap_cli.state.store import State
 
@@ -63,7 +63,7 @@ class _Subject(NamedTuple):
 
     recipe: "Recipe"
     state: "State | None"
-    model: "Outline"
+    model: "MetaModel"
     notes: list[str]
 
 
@@ -202,7 +202,7 @@ def _open(target: str, overrides: Sequence[str]) -> _Subject:
         raise UsageError(f"{target} is the record of a state", hint=f"name its folder: {quoted(Path(target).parent)}")
     if not Path(target).is_dir():
         recipe = recipes.read(target, overrides)
-        model, notes = meta_model.outline_with_data(recipe, console.track)
+        model, notes = meta_model.of_recipe_with_data(recipe, console.track)
         return _Subject(recipe, None, model, notes)
     from recap_cli.rounds.context import Context
     from recap_cli.rounds.settings import recipe_of
@@ -211,11 +211,11 @@ def _open(target: str, overrides: Sequence[str]) -> _Subject:
     state = State.open(target)
     recipe = recipe_of(state, overrides)
     other = recipes.differences(recipe_of(state), recipe)
-    model, notes = _as_overridden(meta_model.outline_of(Context(state), console.track), state, other)
+    model, notes = _as_overridden(meta_model.of_state(Context(state), console.track), state, other)
     return _Subject(recipe, state, model, notes)
 
 
-def _as_overridden(model: "Outline", state: "State", other: Sequence[str]) -> "tuple[Outline, list[str]]":
+def _as_overridden(model: "MetaModel", state: "State", other: Sequence[str]) -> "tuple[MetaModel, list[str]]":
     """The outline of a state without what its own plan or mask say nothing of, as these keys are `other` than its own."""
     from dataclasses import replace
 
@@ -231,9 +231,9 @@ def _as_overridden(model: "Outline", state: "State", other: Sequence[str]) -> "t
     pruned = [key for key in other if key.startswith("prune.")]
     masked = [key for key in other if key.startswith("mask.") and key != "mask.train_embeddings"]
     notes = []
-    if read := [key for key in other if key.startswith("data.") and key != "data.workers" and model.vocabulary is not None]:
+    if read := [key for key in other if key.startswith("data.") and key != "data.workers" and model.token_rows is not None]:
         notes.append(f"{', '.join(read)} is not the state's own, and its texts are not read here")
-        model = replace(model, vocabulary=None)
+        model = replace(model, token_rows=None)
     if model.plan is not None and pruned:
         notes.append(f"{', '.join(pruned)} is not the state's own, and so its plan and mask do not count here")
     elif model.mask is not None and masked:
@@ -241,8 +241,8 @@ def _as_overridden(model: "Outline", state: "State", other: Sequence[str]) -> "t
     if pruned:
         return anew(model), notes
     if masked:
-        return replace(model, mask=None, turns=()), notes
-    return (replace(model, turns=()) if "mask.train_embeddings" in other else model), notes
+        return replace(model, mask=None, round_plans=()), notes
+    return (replace(model, round_plans=()) if "mask.train_embeddings" in other else model), notes
 
 
 def _fit(subject: _Subject, target: str, overrides: Sequence[str], text: str) -> "tuple[dict[str, Any], Recipe]":
@@ -297,7 +297,7 @@ def _commands(subject: _Subject, target: str, overrides: Sequence[str], text: st
 
 
 def _assumptions(
-    model: "Outline",
+    model: "MetaModel",
     recipe: "Recipe",
     methods: Sequence[str],
     sizes: Sequence[int],
@@ -314,10 +314,10 @@ def _assumptions(
             yield "recap and pre-ft have the state's own plan here; the entries to move are an even share of every layer"
         else:
             yield "recap and pre-ft have the state's own plan, and recap its mask"
-    if model.vocabulary is None and model.spec.image is None:
+    if model.token_rows is None and model.spec.image is None:
         moving = ", and of RECAP to move" if recipe.mask.train_embeddings == "tokens" else ""
         yield f"which tokens the data use is not known, and all rows of the token table are taken to be held{moving}"
-    if (words := model.vocabulary) is not None:
+    if (words := model.token_rows) is not None:
         yield f"the data use {len(words.held):,} of {words.size:,} tokens; rows of others are held only where all move"
     if sizes and recipe.finetune.micro_batch_size is not None:
         yield f"--batch-sizes are taken whole, without finetune.micro_batch_size={recipe.finetune.micro_batch_size}"

@@ -88,8 +88,8 @@ def figures(path: Path) -> dict[str, Any]:
 
 def predicted(path: Path) -> dict[str, int]:
     """The activations and the peak of a training step, as `profile` predicts them for the round that holds most."""
-    here = Context(State.open(path))
-    usage = predict.predict(meta_model.outline_of(here), here.recipe, here.recipe.method).usage
+    context = Context(State.open(path))
+    usage = predict.predict(meta_model.of_state(context), context.recipe, context.recipe.method).usage
     return {"activations_bytes": usage.maxima["activations"], "peak_bytes": usage.peak_bytes}
 
 
@@ -100,12 +100,12 @@ def measured_product(path: Path) -> dict[str, Any]:
 
     Raises whatever reading the state, the data or the model raises.
     """
-    here = Context(State.open(path))
-    tensors, sizes, _ = best_tensors(here)
-    device = devices.pick(here.recipe.finetune.device)
+    context = Context(State.open(path))
+    tensors, sizes, _ = best_tensors(context)
+    device = devices.pick(context.recipe.finetune.device)
     count_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    model = here.model(tensors, sizes).to(device)
-    forward, batch = shared.forward_of(here.spec, model), _batch(here, device)
+    model = context.model(tensors, sizes).to(device)
+    forward, batch = shared.forward_of(context.spec, model), _batch(context, device)
     with torch.inference_mode(), _one_thread():
         seconds = [_timed(forward, batch, device) for _ in range(WARM_UPS + TIMINGS)][WARM_UPS:]
     on = f"{device}, 1 thread" if device.type == "cpu" else str(device)
@@ -137,11 +137,11 @@ def _wait(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def _batch(here: Context, device: torch.device) -> dict[str, Tensor]:
-    recipe = here.recipe
+def _batch(context: Context, device: torch.device) -> dict[str, Tensor]:
+    recipe = context.recipe
     key = json.dumps([recipe.data.model_dump(mode="json"), recipe.model.model_dump(mode="json"), str(device)], sort_keys=True)
     if key not in _batches:
-        _, validation = here.splits(silent)
+        _, validation = context.splits(silent)
         size = min(BATCH, len(validation))
         _batches[key] = next(batches(validation, torch.arange(size), size, device=device))
     return _batches[key]

@@ -16,7 +16,7 @@ from recap_cli.errors import PluginError, RecipeError, UsageError
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import status
-from recap_cli.rounds.plans import method_of_name, turns_for
+from recap_cli.rounds.plans import method_of_name, round_plans_for
 
 ORDER = ("full-ft", "head-ft", "lora-ft", "pre-ft", "post-ft", "movement", "recap")  # strangers come after these
 SEEDS = (0, 1, 2)
@@ -207,7 +207,7 @@ def _cell(
     settings = {"method": method, **ratios, "seed": seed, **({"options": start.options} if start.options else {}), **own}
     try:
         recipe = recipes.changed(start, {**ratios, "seed": seed})
-        turns_for(recipe)
+        round_plans_for(recipe)
     except (RecipeError, PluginError) as error:  # one cell that makes no sense does not keep the others from running
         return Cell(method, ratio, mask_ratio, seed, settings, None, _in_a_line(error.message))
     return Cell(method, ratio, mask_ratio, seed, settings, recipe)

@@ -2,7 +2,7 @@
 
 An *axis* is one prunable dimension that several tensors share, for instance the 12 heads of layer 3. Where it meets a
 parameter it leaves a *cut*. A *group* is one unit of an axis with all of its coupled weights. A plan (which groups stay)
-and a mask (which groups may move) are both a `Choice`: for each axis name, one boolean per unit.
+and a mask (which groups may move) are both a `UnitMask`: for each axis name, one boolean per unit.
 """
 
 from collections import defaultdict
@@ -16,7 +16,7 @@ from torch import Tensor
 
 USUAL = ("heads", "neurons")  # the kinds that the tables of an adapter give; its own functions may give any
 Shape = tuple[int, ...]
-Choice = dict[str, Tensor]  # axis name → bool tensor, shape (axis.size,)
+UnitMask = dict[str, Tensor]  # axis name → bool tensor, shape (axis.size,)
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,19 @@ def prunable_params(axes: Iterable[Axis], shapes: Mapping[str, Shape]) -> int:
     return sum(axis.size * unit_params(axis, shapes) for axis in axes)
 
 
-def chosen_params(axes: Iterable[Axis], shapes: Mapping[str, Shape], choice: Choice) -> int:
+def chosen_params(axes: Iterable[Axis], shapes: Mapping[str, Shape], unit_mask: UnitMask) -> int:
     """How many parameters belong to the chosen groups."""
-    return sum(int(choice[axis.name].sum()) * unit_params(axis, shapes) for axis in axes)
+    return sum(int(unit_mask[axis.name].sum()) * unit_params(axis, shapes) for axis in axes)
 
 
-def everything(axes: Iterable[Axis]) -> Choice:
+def everything(axes: Iterable[Axis]) -> UnitMask:
     """The choice of every group: nothing pruned, or nothing frozen."""
     return {axis.name: torch.ones(axis.size, dtype=torch.bool) for axis in axes}
 
 
-def counts(choice: Choice) -> dict[str, int]:
+def counts(unit_mask: UnitMask) -> dict[str, int]:
     """How many units of each axis are chosen."""
-    return {name: int(chosen.sum()) for name, chosen in choice.items()}
+    return {name: int(chosen.sum()) for name, chosen in unit_mask.items()}
 
 
 def refine(axis: Axis) -> Axis:
@@ -98,7 +98,7 @@ def refine(axis: Axis) -> Axis:
     return replace(axis, size=axis.size * width, cuts=tuple(replace(cut, width=1) for cut in axis.cuts))
 
 
-def shrink(axes: Sequence[Axis], plan: Choice) -> list[Axis]:
+def shrink(axes: Sequence[Axis], plan: UnitMask) -> list[Axis]:
     """The axes of the small model that `plan` leaves: fewer units, and offsets moved up by what was cut before them."""
     removed = {axis.name: axis.size - int(plan[axis.name].sum()) for axis in axes}
     cuts_of = _cuts_by_dim(axes)
@@ -110,9 +110,9 @@ def shrink(axes: Sequence[Axis], plan: Choice) -> list[Axis]:
     return [replace(axis, size=axis.size - removed[axis.name], cuts=tuple(moved(cut) for cut in axis.cuts)) for axis in axes]
 
 
-def compose(outer: Choice, inner: Choice) -> Choice:
+def compose(outer: UnitMask, inner: UnitMask) -> UnitMask:
     """One plan for two prune steps: `inner` chooses among the units that `outer` kept."""
-    composed: Choice = {}
+    composed: UnitMask = {}
     for name, kept in outer.items():
         both = kept.clone()
         both[kept] = inner[name]

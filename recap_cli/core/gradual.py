@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from recap_cli.core.axes import Axis, Choice, compose, counts, everything, shapes_of, shrink, unit_params
+from recap_cli.core.axes import Axis, UnitMask, compose, counts, everything, shapes_of, shrink, unit_params
 from recap_cli.core.importance import Scores
 from recap_cli.core.ranking import Scope, select
 from recap_cli.core.surgery import cut_model, indices
@@ -14,7 +14,7 @@ def prune(
     model: nn.Module,
     axes: Sequence[Axis],
     *,
-    score: Callable[[nn.Module, Sequence[Axis], Choice], Scores],
+    score: Callable[[nn.Module, Sequence[Axis], UnitMask], Scores],
     resize: Callable[[nn.Module, dict[str, int]], None],
     ratio: float,
     steps: int,
@@ -22,7 +22,7 @@ def prune(
     floor: float,
     uniform: bool,
     round_to: int,
-) -> Choice:
+) -> UnitMask:
     """Cut `model` in place to a share `1 − ratio` of its prunable parameters; return the plan, over the units of `axes`.
 
     Step i of N_p leaves a share `v_p^i` with `1 − v_p^{N_p} = r_p`, counted from the original sizes, so rounding never adds up.

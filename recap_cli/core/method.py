@@ -1,6 +1,6 @@
 """What a finetuning method is: a value, not a class to inherit from.
 
-A method is a list of *turns*, each a round of the same four stages: which plan it prunes to, what may move, for what share of
+A method is a list of *rounds*, each a round of the same four stages: which plan it prunes to, what may move, for what share of
 the run's steps. Most methods are nothing more. One that trains something else than the model's own entries (the adapters of
 LoRA, the scores of movement pruning) brings a `Training` too.
 """
@@ -9,25 +9,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:  # so that `recap status` reads turns without torch
+if TYPE_CHECKING:  # so that `recap status` reads rounds without torch
     from torch import Tensor, nn
 
-    from recap_cli.core.axes import Axis, Choice
+    from recap_cli.core.axes import Axis, UnitMask
 
 Plan = Literal["importance", "same", "learned"]
-Moves = Literal["mask", "head", "training"]
+Trains = Literal["mask", "head", "training"]
 Embeddings = bool | Literal["tokens"]
 Option = bool | int | float | str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
-class Turn:
+class RoundPlan:
     """What one round does.
 
     `plan` says which groups stay: by `importance` down to a share `1 − prune_ratio`, the `same` as in the round before, or
-    those of the highest scores that a training of the round before has `learned`. `moves` says what is trained: what the
+    those of the highest scores that a training of the round before has `learned`. `trains` says what is trained: what the
     `mask` lets move (a share `1 − mask_ratio`, and what lies outside every group), the `head` alone, or what the method's own
-    `training` names. `share` is the round's share of the optimizer steps of the run; `course` the window of the learning
+    `training` names. `share` is the round's share of the optimizer steps of the run; `lr_window` the window of the learning
     rate's way from its rise to its decay, (0, 1) being all of it. `embeddings` says whether they move too, where the
     mask decides: True for all of them, "tokens" for the rows of those tokens that occur in the training data. `product` says
     whether this round's small model may be what the run is for.
@@ -36,26 +36,28 @@ class Turn:
     prune_ratio: float = 0.0
     mask_ratio: float = 0.0
     plan: Plan = "importance"
-    moves: Moves = "mask"
+    trains: Trains = "mask"
     share: float = 1.0
-    course: tuple[float, float] = (0.0, 1.0)
+    lr_window: tuple[float, float] = (0.0, 1.0)
     embeddings: Embeddings = False
     product: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "course": list(self.course)}
+        return {**asdict(self), "lr_window": list(self.lr_window)}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> "Turn":
+    def from_json(cls, found: Mapping[str, Any]) -> "RoundPlan":
         known = {f.name for f in fields(cls)}
-        return cls(**{**{name: value for name, value in found.items() if name in known}, "course": tuple(found["course"])})
+        return cls(
+            **{**{name: value for name, value in found.items() if name in known}, "lr_window": tuple(found["lr_window"])}
+        )
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a recipe says to a method: K, r_p, r_f, whether embeddings may move, and the method's own options.
 
-    `restarts` says that the learning rate runs its course in every round anew, `settled` in how many of the last rounds the
+    `restarts` says that the learning rate runs its course in every round anew, `hold_plan` in how many of the last rounds the
     plan stays as it is, `ramp` with what share of r_f's moving entries the first round begins (1: all), and `entry_cost` what a
     moving entry holds on the device beside its weight (gradient, moments, master), in weights.
     """
@@ -65,7 +67,7 @@ class Settings:
     mask_ratio: float
     embeddings: Embeddings = False
     restarts: bool = False
-    settled: int = 0
+    hold_plan: int = 0
     ramp: float = 1.0
     entry_cost: float = 3.0
     options: Mapping[str, Option] = field(default_factory=dict)
@@ -75,18 +77,18 @@ Scores = dict[str, "Tensor"]  # axis name → one score per group, shape (axis.s
 
 
 @dataclass(frozen=True)
-class Attached:
+class TrainerHook:
     """What a training of its own has put into a small model.
 
-    `moves(name)` says which parameters are trained, the new ones included; `rate(name)` is a factor of their learning rate
+    `trains(name)` says which parameters are trained, the new ones included; `rate(name)` is a factor of their learning rate
     (of the head's, for those of the task head); `before_step(step, steps, value)` runs before each optimizer step,
     `value(name)` being what is trained, in fp32. `result(values, small)` takes the trained values (name → fp32 tensor on the
-    CPU) and the small model's tensors as they were, and gives what of them has moved, whole, and the scores that a later turn
+    CPU) and the small model's tensors as they were, and gives what of them has moved, whole, and the scores that a later round
     prunes by (none for most). `keeps_tokens` says that the model sees the tokens of the data and no others, so that the other
     rows of its token table need not be held.
     """
 
-    moves: Callable[[str], bool]
+    trains: Callable[[str], bool]
     result: "Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[dict[str, Tensor], Scores]]"
     rate: Callable[[str], float] = lambda _: 1.0
     before_step: "Callable[[int, int, Callable[[str], Tensor]], None]" = lambda _step, _steps, _value: None
@@ -94,8 +96,8 @@ class Attached:
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What a training of its own is given: the small model, its axes, the names of its task head, this turn and those after
+class TrainContext:
+    """What a training of its own is given: the small model, its axes, the names of its task head, this round and those after
     it, the peak learning rate, and the method's options.
 
     `choose(scores, keep_share)` says which groups a pruning to that share of the prunable parameters would keep.
@@ -104,25 +106,25 @@ class Frame:
     model: "nn.Module"
     axes: "Sequence[Axis]"
     head: Sequence[str]
-    turns: Sequence[Turn]
+    round_plans: Sequence[RoundPlan]
     lr: float
     options: Mapping[str, Option]
-    choose: "Callable[[Scores, float], Choice]"
+    choose: "Callable[[Scores, float], UnitMask]"
 
 
-Training = Callable[[Frame], Attached]  # puts something into the model, in place
+Training = Callable[[TrainContext], TrainerHook]  # puts something into the model, in place
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a pretrained model is finetuned: the turns of a run and, where it needs one, a training step of its own.
+    """How a pretrained model is finetuned: the rounds of a run and, where it needs one, a training step of its own.
 
     `prunes` and `masks` say whether the ratios r_p and r_f mean anything to it. `options` are the method's own settings with
     their defaults; a recipe gives others under `options`.
     """
 
     title: str
-    turns: Callable[[Settings], Iterable[Turn]]
+    round_plans: Callable[[Settings], Iterable[RoundPlan]]
     prunes: bool = False
     masks: bool = False
     training: Training | None = None

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from recap_cli.core.axes import Axis, Choice, kinds_of
+from recap_cli.core.axes import Axis, UnitMask, kinds_of
 from recap_cli.errors import SelectionError
 
 Scope = Literal["per-kind", "global", "per-layer"]
@@ -26,7 +26,7 @@ def select(
     least: int = 1,
     uniform: bool = False,
     round_to: int = 1,
-) -> Choice:
+) -> UnitMask:
     """The groups of highest importance that hold `keep_share` of the prunable parameters, to within half a group.
 
     `scores` has one importance per unit of each axis, shape (size,); `unit_params` the parameters one unit owns; `original` the
@@ -39,7 +39,7 @@ def select(
     Raises `SelectionError` if the floor forbids what the ratio asks, or if a score is not finite.
     """
     _check(axes, scores, original, uniform, round_to)
-    chosen: Choice = {}
+    chosen: UnitMask = {}
     for pool in ranked_together(axes, scope, uniform=uniform):
         share = keep_share * sum(original[a.name] * unit_params[a.name] for a in pool)
         per_param = scope == "global"
@@ -92,7 +92,7 @@ def _fill(
     floor: float,
     least: int,
     per_param: bool,
-) -> Choice:
+) -> UnitMask:
     """Drop the least important units of the pool, one after another, until what is left is nearest to the budget."""
     params = [unit_params[axis.name] for axis in pool]
     spare = [axis.size - _floor(axis, original, floor, least) for axis in pool]
@@ -125,8 +125,8 @@ def _floor(axis: Axis, original: Mapping[str, int], floor: float, least: int) ->
 
 
 def _rounded(
-    pool: Sequence[Axis], scores: Mapping[str, Tensor], chosen: Choice, round_to: int, low: Mapping[str, int]
-) -> Choice:
+    pool: Sequence[Axis], scores: Mapping[str, Tensor], chosen: UnitMask, round_to: int, low: Mapping[str, int]
+) -> UnitMask:
     """Keep a multiple in every axis, no less than `low`: round down, then hand out what is left by the largest remainder."""
     step = {axis.name: round_to // gcd(round_to, max(cut.width for cut in axis.cuts)) for axis in pool}
     wanted = {axis.name: int(chosen[axis.name].sum()) for axis in pool}

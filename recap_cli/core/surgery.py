@@ -8,34 +8,34 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from recap_cli.core.axes import Axis, Choice, Shape
+from recap_cli.core.axes import Axis, Shape, UnitMask
 from recap_cli.core.ties import names_of
 
-Where = dict[str, dict[int, Tensor]]  # parameter → dimension → sorted int64 indices; what is not named is whole
+IndexMap = dict[str, dict[int, Tensor]]  # parameter → dimension → sorted int64 indices; what is not named is whole
 
 
-def indices(axes: Iterable[Axis], choice: Choice, shapes: Mapping[str, Shape]) -> Where:
+def indices(axes: Iterable[Axis], unit_mask: UnitMask, shapes: Mapping[str, Shape]) -> IndexMap:
     """The entries that `choice` selects in each cut parameter, together with those that belong to no group.
 
     A dimension of which everything is selected is left out, so that an untouched tensor is never copied.
     """
     selected: dict[tuple[str, int], Tensor] = {}
     for axis in axes:
-        chosen = choice[axis.name]
+        chosen = unit_mask[axis.name]
         for cut in axis.cuts:
             key = (cut.param, cut.dim)
             along = selected.setdefault(key, torch.ones(shapes[cut.param][cut.dim], dtype=torch.bool))
             along[cut.offset : cut.offset + axis.size * cut.width] = chosen.repeat_interleave(cut.width)
-    where: Where = {}
+    index_map: IndexMap = {}
     for (param, dim), along in selected.items():
         if not along.all():
-            where.setdefault(param, {})[dim] = along.nonzero().flatten()
-    return where
+            index_map.setdefault(param, {})[dim] = along.nonzero().flatten()
+    return index_map
 
 
-def compose_where(outer: Where, inner: Where) -> Where:
+def compose_index_maps(outer: IndexMap, inner: IndexMap) -> IndexMap:
     """Where the entries that `inner` selects in the small tensors stand in the full ones that `outer` selects from."""
-    composed: Where = {param: dict(dims) for param, dims in outer.items()}
+    composed: IndexMap = {param: dict(dims) for param, dims in outer.items()}
     for param, dims in inner.items():
         for dim, chosen in dims.items():
             kept = outer.get(param, {}).get(dim)
@@ -62,34 +62,34 @@ def put(full: Tensor, small: Tensor, dims: Mapping[int, Tensor]) -> None:
         full[torch.meshgrid(*grid, indexing="ij")] = small.to(full)
 
 
-def gather(tensors: Mapping[str, Tensor], where: Where) -> dict[str, Tensor]:
-    """The small tensors: the entries of each full tensor that `where` names."""
-    return {name: take(tensor, where.get(name, {})) for name, tensor in tensors.items()}
+def gather(tensors: Mapping[str, Tensor], index_map: IndexMap) -> dict[str, Tensor]:
+    """The small tensors: the entries of each full tensor that `index_map` names."""
+    return {name: take(tensor, index_map.get(name, {})) for name, tensor in tensors.items()}
 
 
-def scatter(full: Mapping[str, Tensor], small: Mapping[str, Tensor], where: Where) -> None:
+def scatter(full: Mapping[str, Tensor], small: Mapping[str, Tensor], index_map: IndexMap) -> None:
     """Write the small tensors back into the full ones, in place (the inverse of `gather`)."""
     for name, tensor in small.items():
-        put(full[name], tensor, where.get(name, {}))
+        put(full[name], tensor, index_map.get(name, {}))
 
 
-def cut_model(model: nn.Module, where: Where) -> None:
-    """Physically cut `model` in place: each parameter keeps the entries that `where` names, linear layers learn their size.
+def cut_model(model: nn.Module, index_map: IndexMap) -> None:
+    """Physically cut `model` in place: each parameter keeps the entries that `index_map` names, linear layers learn their size.
 
-    A parameter of several names is cut once and stays one; `where` has its first.
+    A parameter of several names is cut once and stays one; `index_map` has its first.
     """
     called = names_of(model)
     with torch.no_grad():
-        for name, dims in where.items():
+        for name, dims in index_map.items():
             param = model.get_parameter(name)
             cut = nn.Parameter(take(param.detach(), dims), requires_grad=param.requires_grad)
             for each in called[name]:
                 owner, attribute = owner_of(model, each)
                 setattr(owner, attribute, cut)
-    state_sizes(model, [each for name in where for each in called[name]])
+    state_sizes(model, [each for name in index_map for each in called[name]])
 
 
-def zero_groups(model: nn.Module, axes: Sequence[Axis], plan: Choice) -> None:
+def zero_groups(model: nn.Module, axes: Sequence[Axis], plan: UnitMask) -> None:
     """Set every weight of the groups that `plan` drops to zero, in place: what cutting must be equal to (I1)."""
     params = dict(model.named_parameters())
     with torch.no_grad():

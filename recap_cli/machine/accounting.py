@@ -52,8 +52,8 @@ def held_now(device: torch.device, model: nn.Module | None, optimizer: Optimizer
 
 
 def _masters(optimizer: Optimizer) -> list[Tensor]:
-    """The fp32 values that are tensors of their own; `Slot.master` would make copies of the others."""
-    return [slot.own for slot in optimizer.slots if slot.own is not None]
+    """The fp32 values that are tensors of their own; `Trainable.master` would make copies of the others."""
+    return [trainable.own_master for trainable in optimizer.trainables if trainable.own_master is not None]
 
 
 def full_finetuning(params: int, moments: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ from math import ceil
 from typing import Any
 
 from recap_cli.errors import BudgetError
-from recap_cli.memory.meta_model import Outline, anew, outline, outline_of, with_vocabulary
+from recap_cli.memory.meta_model import MetaModel, anew, of_recipe, of_state, with_token_rows
 from recap_cli.memory.predict import Prediction, evaluation_bytes, importance_bytes, predict
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import recipe as recipes
@@ -80,10 +80,10 @@ LADDER = (
         lambda r: not r.finetune.fused_backward and r.finetune.max_grad_norm is None,
     ),
     _switch(
-        "finetune.resident",
+        "finetune.weights",
         "bf16",
         "nothing but the forward's precision: masters stay fp32",
-        lambda r: r.finetune.resident == "fp32",
+        lambda r: r.finetune.weights == "fp32",
     ),
     _switch("finetune.checkpointing", True, "time: each block runs twice", lambda r: not r.finetune.checkpointing),
     Rung("finetune.micro_batch_size", _micro_batches, float, "time: the same batch in smaller parts"),
@@ -99,11 +99,11 @@ LADDER = (
 SCORING = "evaluate.batch_size"
 MICRO = "finetune.micro_batch_size"
 IMPORTANCE = "importance.device"
-INT8 = {"finetune.resident": "int8"}  # quantized weights are for a user to choose
+INT8 = {"finetune.weights": "int8"}  # quantized weights are for a user to choose
 
 
 def fit(
-    model: Outline,
+    model: MetaModel,
     recipe: Recipe,
     budget_bytes: int,
     *,
@@ -122,14 +122,14 @@ def fit(
         list[Rung](),
     )  # spare: what did not help at its turn, as all was held elsewhere
     for rung in track([rung for rung in LADDER if may_change(rung.key)], "fit the budget"):
-        for turn in [rung, *spare]:
+        for round_plan in [rung, *spare]:
             if now.usage.peak_bytes <= allowed:
                 break
-            after = _climb(model, now, turn, allowed)
+            after = _climb(model, now, round_plan, allowed)
             if after.usage.peak_bytes < now.usage.peak_bytes:
-                changes.append(_change(turn.key, turn.cost, now, after))
-                now, spare = after, [other for other in spare if other is not turn]
-            elif turn is rung:
+                changes.append(_change(round_plan.key, round_plan.cost, now, after))
+                now, spare = after, [other for other in spare if other is not round_plan]
+            elif round_plan is rung:
                 spare.append(rung)
                 break  # nothing has changed for the others
     if now.usage.peak_bytes > allowed:
@@ -155,7 +155,7 @@ def solved(recipe: Recipe, track: Track = silent) -> tuple[Recipe, tuple[Change,
     if recipe.finetune.memory_budget is None:
         return recipe, ()
     raw = read_raw(recipe)
-    model = with_vocabulary(outline(recipe, raw.label_names), recipe, raw, track)
+    model = with_token_rows(of_recipe(recipe, raw.label_names), recipe, raw, track)
     found = fit(model, recipe, recipes.bytes_of(recipe.finetune.memory_budget), track=track)
     return found.recipe, found.changes
 
@@ -191,15 +191,15 @@ def as_solved(recipe: Recipe, state: State, said: Collection[str] = ()) -> Recip
     return recipes.changed(recipe, values)
 
 
-def savings(here: Context) -> list[tuple[str, int]]:
+def savings(context: Context) -> list[tuple[str, int]]:
     """What each setting by itself would save of the predicted peak of a state's next training step: (`key=value`, bytes)."""
-    model, recipe = outline_of(here), here.recipe
+    model, recipe = of_state(context), context.recipe
     even = {
-        "mask.ratio": replace(model, mask=None, turns=()),
+        "mask.ratio": replace(model, mask=None, round_plans=()),
         "prune.ratio": anew(model),
     }  # its own are for its own
 
-    def peak(of: Outline, settings: Recipe) -> int:
+    def peak(of: MetaModel, settings: Recipe) -> int:
         return predict(of, settings, settings.method).usage.peak_bytes
 
     now, found = peak(model, recipe), []
@@ -207,7 +207,7 @@ def savings(here: Context) -> list[tuple[str, int]]:
         before = peak(even[key], recipe) if key in even else now
         saved = before - peak(even.get(key, model), recipes.changed(recipe, {key: value}))
         found.append((f"{key}={value_text(value)}", saved))
-    return [(choice, saved) for choice, saved in found if saved > 0]
+    return [(unit_mask, saved) for unit_mask, saved in found if saved > 0]
 
 
 def single_changes(recipe: Recipe) -> Iterable[tuple[str, Any]]:
@@ -216,11 +216,11 @@ def single_changes(recipe: Recipe) -> Iterable[tuple[str, Any]]:
         values = rung.values(recipe)
         if values:
             yield rung.key, values[len(values) // 2] if rung.key.endswith("ratio") else values[0]
-    if recipe.finetune.resident != "int8":
+    if recipe.finetune.weights != "int8":
         yield from INT8.items()
 
 
-def _climb(model: Outline, now: Prediction, rung: Rung, allowed: int) -> Prediction:
+def _climb(model: MetaModel, now: Prediction, rung: Rung, allowed: int) -> Prediction:
     """The prediction for the first value of a rung that fits, or for its last."""
     values = rung.values(now.recipe)
     if not values:
@@ -248,7 +248,7 @@ def _climb(model: Outline, now: Prediction, rung: Rung, allowed: int) -> Predict
 
 
 def _larger_parts(
-    model: Outline, now: Prediction, changes: Sequence[Change], first: int | None, allowed: int
+    model: MetaModel, now: Prediction, changes: Sequence[Change], first: int | None, allowed: int
 ) -> tuple[Prediction, list[Change]]:
     """Micro-batches once more, where switches after them made room: no smaller than they must be now; and all changes."""
     at = next((at for at, change in enumerate(changes) if change.key == MICRO), len(changes))
@@ -276,7 +276,7 @@ def _estimate(sizes: Sequence[float], start: float, first: Prediction, last: Pre
     return next((at for at, size in enumerate(sizes) if rise * (size - sizes[-1]) <= room), len(sizes) - 1)
 
 
-def _scoring(model: Outline, now: Prediction, allowed: int, may_change: Callable[[str], bool]) -> Prediction:
+def _scoring(model: MetaModel, now: Prediction, allowed: int, may_change: Callable[[str], bool]) -> Prediction:
     """The same with a batch size for scoring that fits, if the recipe's does not: halved until it does."""
     recipe, size, peak = now.recipe, now.recipe.evaluate.batch_size, now.evaluation_bytes
     while peak > allowed and size > 1 and may_change(SCORING):
@@ -286,7 +286,7 @@ def _scoring(model: Outline, now: Prediction, allowed: int, may_change: Callable
     return replace(now, recipe=recipe, evaluation_bytes=peak)
 
 
-def _importance(model: Outline, recipe: Recipe, allowed: int, may_change: Callable[[str], bool]) -> Change | None:
+def _importance(model: MetaModel, recipe: Recipe, allowed: int, may_change: Callable[[str], bool]) -> Change | None:
     """Importance back to the CPU, if an accelerator is to compute it (`auto` may mean one) and has not the memory."""
     device = recipe.importance.device
     if device == "cpu" or not may_change(IMPORTANCE) or (peak := importance_bytes(model, recipe)) <= allowed:
@@ -305,7 +305,7 @@ def _change(key: str, cost: str, before: Prediction, after: Prediction, *, scori
     return Change(key, _current(before.recipe, key), _current(after.recipe, key), first, second, cost)
 
 
-def _nothing_fits(model: Outline, least: Prediction, budget_bytes: int, may_change: Callable[[str], bool]) -> BudgetError:
+def _nothing_fits(model: MetaModel, least: Prediction, budget_bytes: int, may_change: Callable[[str], bool]) -> BudgetError:
     def least_bytes(recipe: Recipe) -> int:
         training = least.usage if recipe is least.recipe else predict(model, recipe, recipe.method).usage
         size = 1 if may_change(SCORING) else recipe.evaluate.batch_size
@@ -316,10 +316,10 @@ def _nothing_fits(model: Outline, least: Prediction, budget_bytes: int, may_chan
     keys = [rung.key for rung in LADDER if may_change(rung.key)]
     settings = ", ".join(f"{key}={value_text(_current(least.recipe, key))}" for key in keys)
     hint = f"a budget of {_enough(needed)} fits"
-    if may_change("finetune.resident") and least.recipe.finetune.resident != "int8":
+    if may_change("finetune.weights") and least.recipe.finetune.weights != "int8":
         int8 = least_bytes(recipes.changed(least.recipe, INT8))
         if int8 <= needed - 1e5:
-            hint += f"; with --set finetune.resident=int8, which is not chosen here, one of {_enough(int8)}"
+            hint += f"; with --set finetune.weights=int8, which is not chosen here, one of {_enough(int8)}"
     if fixed := [rung.key for rung in LADDER if not may_change(rung.key)]:
         hint += f"; a new state may have another {' and '.join(fixed)}, too: ask with its recipe"
     return BudgetError(

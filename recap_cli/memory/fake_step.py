@@ -97,7 +97,7 @@ class Fakes:
 def usage(step: Step) -> Usage:
     """What a step holds, counted while it runs on the tensors that it is given. It takes the step: weights move."""
     tracker = _tracker(step, step.batch)
-    with tracker.watch([(slot.name, slot.leaf) for slot in step.optimizer.slots]):
+    with tracker.watch([(trainable.name, trainable.grad_param) for trainable in step.optimizer.trainables]):
         take_step(step)
     return tracker.usage()
 
@@ -127,11 +127,11 @@ def evaluation_bytes(step: Step, batch: Batch) -> int:
 def _tracker(step: Step, batch: Batch) -> Tracker:
     """A tracker that knows what is there before the step."""
     optimizer = step.optimizer
-    slots, moments = optimizer.slots, optimizer.moments
+    trainables, moments = optimizer.trainables, optimizer.moments
     tracker = Tracker(step.model, next(step.model.parameters()).device)
     tracker.know([*step.model.named_parameters(), *step.model.named_buffers()], "weights")
-    masters = [(slot.name, slot.own) for slot in slots if slot.own is not None]
-    states = [(slot.name, moment) for slot in slots for moment in moments[slot.name].values()]
+    masters = [(trainable.name, trainable.own_master) for trainable in trainables if trainable.own_master is not None]
+    states = [(trainable.name, moment) for trainable in trainables for moment in moments[trainable.name].values()]
     if step.offload:
         tracker.ignore(tensor for _, tensor in (*masters, *states))
         optimizer.rule = replace(optimizer.rule, apply=tracker.unseen(optimizer.rule.apply))

@@ -15,7 +15,7 @@ from torch import Tensor
 from recap_cli.errors import DeviceMemoryError, StorageError
 from recap_cli.machine import accounting, devices, snapshot
 from recap_cli.memory.fake_step import Step, take_step, usage
-from recap_cli.memory.meta_model import Outline
+from recap_cli.memory.meta_model import MetaModel
 from recap_cli.memory.predict import predict, prepare
 from recap_cli.memory.tracker import KINDS, Usage
 from recap_cli.progress import Track, silent
@@ -33,7 +33,7 @@ def check(recipe: Recipe, snapshot_to: Path | None = None) -> None:
 
 
 def measure(
-    model: Outline, recipe: Recipe, methods: Sequence[str], track: Track = silent, snapshot_to: Path | None = None
+    model: MetaModel, recipe: Recipe, methods: Sequence[str], track: Track = silent, snapshot_to: Path | None = None
 ) -> list[dict[str, Any]]:
     """Predicted beside measured bytes of each method's training step, by kind, on the recipe's `finetune.device`.
 
@@ -51,11 +51,11 @@ def measure(
     return rows
 
 
-def _measured(model: Outline, recipe: Recipe, method: str, device: torch.device) -> dict[str, Any]:
+def _measured(model: MetaModel, recipe: Recipe, method: str, device: torch.device) -> dict[str, Any]:
     predicted = predict(model, recipe, method, kernels="cuda" if device.type == "cuda" else "cpu")
     _check_room(predicted.usage, method, device)
     torch.manual_seed(recipe.seed)
-    step, _ = prepare(model, recipe, method, random_tensors, device=device, turns=predicted.turns)
+    step, _ = prepare(model, recipe, method, random_tensors, device=device, round_plans=predicted.round_plans)
     seen = _allocated(step, device) if device.type == "cuda" else {}
     counted = usage(step)
     measured = seen.get("max_allocated_bytes", counted.peak_bytes)

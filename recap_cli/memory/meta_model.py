@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from recap_cli.core.adapter import Adapter
-from recap_cli.core.axes import Choice
-from recap_cli.core.method import Turn
+from recap_cli.core.axes import UnitMask
+from recap_cli.core.method import RoundPlan
 from recap_cli.data import sources
 from recap_cli.errors import ConformanceError, DataError, ModelError
 from recap_cli.models import build, spec_from_config
@@ -17,33 +17,33 @@ from recap_cli.progress import Track, silent
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import context as shared
 from recap_cli.rounds.context import Context, Layout
-from recap_cli.trainable import token_rows as vocabularies
-from recap_cli.trainable.token_rows import Vocabulary
+from recap_cli.trainable import token_rows as token_rows_of_data
+from recap_cli.trainable.token_rows import TokenRows
 
 
 @dataclass(frozen=True)
-class Outline:
+class MetaModel:
     """A model without weights: its spec, adapter and layout, the tensors' shapes (on the meta device).
 
-    `vocabulary` says which rows of the token table the data use; None, where that is not known, stands for all of them.
+    `token_rows` says which rows of the token table the data use; None, where that is not known, stands for all of them.
     `plan` and `mask` are those of a state's newest round, or None where they are not chosen yet; `turn` is that round's, and
-    `turns` are the state's.
+    `round_plans` are the state's.
     """
 
     spec: ModelSpec
     adapter: Adapter
     layout: Layout
     tensors: dict[str, Tensor]
-    plan: Choice | None = None
-    mask: Choice | None = None
-    turn: Turn | None = None
-    turns: tuple[Turn, ...] = ()
-    vocabulary: Vocabulary | None = None
+    plan: UnitMask | None = None
+    mask: UnitMask | None = None
+    round_plan: RoundPlan | None = None
+    round_plans: tuple[RoundPlan, ...] = ()
+    token_rows: TokenRows | None = None
 
 
-def outline(recipe: Recipe, label_names: Sequence[str] = ()) -> Outline:
+def of_recipe(recipe: Recipe, label_names: Sequence[str] = ()) -> MetaModel:
     """The outline of a recipe's model; reads its configuration and nothing else. Raises `ModelError`, `PluginError`."""
-    spec = spec_from_config.outline(**shared.source_of(recipe), label_names=label_names)
+    spec = spec_from_config.of_recipe(**shared.source_of(recipe), label_names=label_names)
     adapter, skeleton = build.adapter_of(spec), build.skeleton(spec)
     try:
         layout = Layout.of(adapter, skeleton)
@@ -52,12 +52,12 @@ def outline(recipe: Recipe, label_names: Sequence[str] = ()) -> Outline:
             f"the adapter {spec.model_type!r} does not describe this model ({spec.library}): {error}",
             hint="look at the number of layers in model.config, or in the config.json of the model's folder",
         ) from error
-    return Outline(spec, adapter, layout, build.tensors_of(skeleton))
+    return MetaModel(spec, adapter, layout, build.tensors_of(skeleton))
 
 
-def anew(model: Outline) -> Outline:
+def anew(model: MetaModel) -> MetaModel:
     """The same for other ratios than a state's: nothing of it is planned or chosen."""
-    return replace(model, plan=None, mask=None, turn=None, turns=())
+    return replace(model, plan=None, mask=None, round_plan=None, round_plans=())
 
 
 def labels_of(recipe: Recipe) -> tuple[list[str], list[str]]:
@@ -66,25 +66,25 @@ def labels_of(recipe: Recipe) -> tuple[list[str], list[str]]:
     return ([] if raw is None else list(raw.label_names)), notes
 
 
-def outline_with_data(recipe: Recipe, track: Track = silent) -> tuple[Outline, list[str]]:
+def of_recipe_with_data(recipe: Recipe, track: Track = silent) -> tuple[MetaModel, list[str]]:
     """The outline of a recipe's model as far as local data and a local tokenizer say more of it, and notes where they do not.
 
     Raises as `outline` does.
     """
     raw, notes = _local_data(recipe)
-    model = outline(recipe, [] if raw is None else list(raw.label_names))
+    model = of_recipe(recipe, [] if raw is None else list(raw.label_names))
     if raw is None or model.spec.image is not None:
         return model, notes
     folder = recipe.model.name or (recipe.model.config or {}).get("tokenizer")
     if not isinstance(folder, str) or not Path(folder).expanduser().is_dir():
         return model, [*notes, "the tokenizer is not here"]
     try:
-        return with_vocabulary(model, recipe, raw, track), notes
+        return with_token_rows(model, recipe, raw, track), notes
     except (DataError, ModelError) as error:  # likewise
         return model, [*notes, f"the texts cannot be read: {error.message}"]
 
 
-def with_vocabulary(model: Outline, recipe: Recipe, raw: sources.Raw, track: Track = silent) -> Outline:
+def with_token_rows(model: MetaModel, recipe: Recipe, raw: sources.Raw, track: Track = silent) -> MetaModel:
     """The same with the rows of the token table that the data look up; of images as it is.
 
     Raises `ModelError` if there is no tokenizer, `DataError` if the texts cannot be read.
@@ -94,7 +94,7 @@ def with_vocabulary(model: Outline, recipe: Recipe, raw: sources.Raw, track: Tra
     source = recipe.model
     tokenizer = build.tokenizer_of(source.name, source.config, source.revision, model.spec.config["vocab_size"])
     train, validation = shared.splits_of(recipe, model.spec, tokenizer, track, raw)
-    return replace(model, vocabulary=vocabularies.of(build.skeleton(model.spec), train, validation))
+    return replace(model, token_rows=token_rows_of_data.of(build.skeleton(model.spec), train, validation))
 
 
 def _is_local(recipe: Recipe) -> bool:
@@ -112,28 +112,38 @@ def _local_data(recipe: Recipe) -> tuple[sources.Raw | None, list[str]]:
         return None, [f"the data cannot be read, so the head is that of the model's configuration: {error.message}"]
 
 
-def outline_of(here: Context, track: Track = silent) -> Outline:
+def of_state(context: Context, track: Track = silent) -> MetaModel:
     """The outline of a state's model, with the plan and the mask of its newest round as far as they are chosen."""
-    state, folder = here.state, here.state.manifest.small
+    state, folder = context.state, context.state.manifest.small
     files = state.manifest.files
-    plan = here.plan(folder) if folder and f"{folder}/{shared.PLAN}" in files else None
+    plan = context.plan(folder) if folder and f"{folder}/{shared.PLAN}" in files else None
     mask = None
     if folder and plan is not None and f"{folder}/{shared.MASK}" in files:
-        mask = here.mask(folder, plan)
-    tensors = build.tensors_of(build.skeleton(here.spec))
-    turn = here.turns[state.manifest.round - 1] if plan is not None else None
-    return Outline(here.spec, here.adapter, here.layout, tensors, plan, mask, turn, here.turns, _vocabulary_of(here, track))
+        mask = context.mask(folder, plan)
+    tensors = build.tensors_of(build.skeleton(context.spec))
+    round_plan = context.round_plans[state.manifest.round - 1] if plan is not None else None
+    return MetaModel(
+        context.spec,
+        context.adapter,
+        context.layout,
+        tensors,
+        plan,
+        mask,
+        round_plan,
+        context.round_plans,
+        _token_rows_of(context, track),
+    )
 
 
-def _vocabulary_of(here: Context, track: Track) -> Vocabulary | None:
+def _token_rows_of(context: Context, track: Track) -> TokenRows | None:
     """As the last finetuning had it, or as the data say, if they are read already or local."""
-    newest = here.state.manifest.round
+    newest = context.state.manifest.round
     for number in range(newest, max(0, newest - 2), -1):
-        if found := here.vocabulary(f"round-{number:03d}"):
+        if found := context.token_rows(f"round-{number:03d}"):
             return found
-    if here.spec.image is not None or not (shared.are_read(here.recipe, here.spec) or _is_local(here.recipe)):
+    if context.spec.image is not None or not (shared.are_read(context.recipe, context.spec) or _is_local(context.recipe)):
         return None
     try:
-        return vocabularies.of(build.skeleton(here.spec), *here.splits(track))
+        return token_rows_of_data.of(build.skeleton(context.spec), *context.splits(track))
     except DataError:  # its files are gone, and `finetune` will say so
         return None

@@ -32,7 +32,7 @@ MOVING, TRAINING, EVALUATING = "moving the model there", "training", "evaluating
 
 
 @dataclass
-class Ledger:
+class OOMReport:
     """What a finetuning has put on its device by now, and what it is doing. `seen` are the figures of the moment it failed."""
 
     device: torch.device
@@ -52,13 +52,13 @@ class Ledger:
         self.model = self.optimizer = None
 
 
-def explained(here: Context, round: int, ledger: Ledger) -> DeviceMemoryError:
+def explained(context: Context, round: int, report: OOMReport) -> DeviceMemoryError:
     """The error to raise, with all that the device held given back before the message is made."""
     gc.collect()  # modules with hooks are cycles
-    if ledger.device.type == "cuda":
+    if report.device.type == "cuda":
         with suppress(RuntimeError):  # a device in trouble: the message is worth more
             torch.cuda.empty_cache()
-    return DeviceMemoryError(_message(round, ledger), hint=_hint(here, round, ledger))
+    return DeviceMemoryError(_message(round, report), hint=_hint(context, round, report))
 
 
 def _device(device: torch.device) -> dict[str, Any]:
@@ -80,14 +80,14 @@ def _device(device: torch.device) -> dict[str, Any]:
     return seen
 
 
-def _message(round: int, ledger: Ledger) -> str:
-    seen = ledger.seen
+def _message(round: int, report: OOMReport) -> str:
+    seen = report.seen
     facts = [seen["name"]] if "name" in seen else []
     facts += [f"{_mb(seen['total_bytes'])} in all"] if "total_bytes" in seen else []
-    where = f"{ledger.device} ({', '.join(facts)})" if facts else str(ledger.device)
+    where = f"{report.device} ({', '.join(facts)})" if facts else str(report.device)
     asked = f", where {seen['asked']} more were asked for" if seen["asked"] else ""
     parts = [
-        f"{where}: out of memory in `finetune` of round {round}, while {ledger.doing}{asked}",
+        f"{where}: out of memory in `finetune` of round {round}, while {report.doing}{asked}",
         f"this run held {_held(seen)}",
         *_others(seen),
     ]
@@ -110,30 +110,30 @@ def _others(seen: dict[str, Any]) -> list[str]:
     return []
 
 
-def _hint(here: Context, round: int, ledger: Ledger) -> str:
-    saved = {} if ledger.doing == EVALUATING else dict(_savings(here))
-    known = {choice: f"{choice} (about {_mb(count)} less)" for choice, count in saved.items() if count > 0}
-    choices = known or {choice: choice for choice in _lighter(here.recipe, ledger.doing)}
-    here_and_now = [choice for choice in choices if choice.partition("=")[0] in EXECUTION]
-    elsewhere = [choice for choice in choices if choice not in here_and_now]
-    path = quoted(here.state.path)
+def _hint(context: Context, round: int, report: OOMReport) -> str:
+    saved = {} if report.doing == EVALUATING else dict(_savings(context))
+    known = {setting: f"{setting} (about {_mb(count)} less)" for setting, count in saved.items() if count > 0}
+    choices = known or {setting: setting for setting in _lighter(context.recipe, report.doing)}
+    here_and_now = [setting for setting in choices if setting.partition("=")[0] in EXECUTION]
+    elsewhere = [setting for setting in choices if setting not in here_and_now]
+    path = quoted(context.state.path)
     parts = ["the state is as it was"]
     if here_and_now:
-        listed = ", ".join(choices[choice] for choice in here_and_now)
+        listed = ", ".join(choices[setting] for setting in here_and_now)
         parts.append(f"go on in it with less, by {listed}: recap run --state {path} --set {here_and_now[0]}")
     if elsewhere:
-        parts.append(f"in a new state, {', '.join(choices[choice] for choice in elsewhere)}")
-    if ledger.seen.get("others_bytes"):
+        parts.append(f"in a new state, {', '.join(choices[setting] for setting in elsewhere)}")
+    if report.seen.get("others_bytes"):
         parts.append("or stop the other processes on the device and run the same command again")
     if not here_and_now and not elsewhere:
         parts.append(f"on the CPU there may be more: recap run --state {path} --set finetune.device=cpu")
     return "; ".join(parts)
 
 
-def _savings(here: Context) -> list[tuple[str, int]]:
+def _savings(context: Context) -> list[tuple[str, int]]:
     """Settings that would need less, each with the bytes it is predicted to save."""
     try:
-        return budget.savings(here)
+        return budget.savings(context)
     except Exception:  # noqa: BLE001  (a prediction that fails must not take the place of the error that it explains)
         return []
 

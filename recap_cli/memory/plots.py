@@ -59,7 +59,7 @@ SETTINGS: dict[str, Callable[[Any], str]] = {
     "batch_size": "batch size {}".format,
     "micro_batch_size": "micro-batch size {}".format,
     "optimizer": "{}".format,
-    "resident": "{}".format,
+    "weights": "{}".format,
     "checkpointing": lambda on: "checkpointing" if on else "no checkpointing",
     "fused_backward": lambda on: "fused backward" if on else "no fused backward",
     "prune_ratio": "prune ratio {:.1%}".format,

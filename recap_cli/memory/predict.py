@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recap_cli.core.axes import Axis, Choice, Shape, counts, everything, shapes_of, unit_params
+from recap_cli.core.axes import Axis, Shape, UnitMask, counts, everything, shapes_of, unit_params
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.importance import group_scores
-from recap_cli.core.method import Attached, Turn
+from recap_cli.core.method import RoundPlan, TrainerHook
 from recap_cli.core.ranking import select
 from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import indices, owner_of
 from recap_cli.core.ties import names_of
 from recap_cli.memory.fake_step import Fakes, Kernels, Step
-from recap_cli.memory.meta_model import Outline, anew
+from recap_cli.memory.meta_model import MetaModel, anew
 from recap_cli.memory.tracker import GRANULE_BYTES, KINDS, Kind, Usage
 from recap_cli.models import build
 from recap_cli.models.build import ModelSpec
@@ -30,11 +30,11 @@ from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import context as shared
 from recap_cli.rounds.context import Layout
-from recap_cli.rounds.custom_training import attach, make_own
-from recap_cli.rounds.plans import method_of_name, turns_for
-from recap_cli.rounds.small_model import RESIDENTS, fine_axes, in_dtype, make_trainable, rule_of
+from recap_cli.rounds.custom_training import attach, make_hook_trainable
+from recap_cli.rounds.plans import method_of_name, round_plans_for
+from recap_cli.rounds.small_model import WEIGHT_DTYPES, fine_axes, in_dtype, make_trainable, rule_of
 from recap_cli.tasks import task
-from recap_cli.trainable import token_rows as vocabularies
+from recap_cli.trainable import token_rows as token_rows_of_data
 from recap_cli.trainable.embedding import PartialEmbedding
 from recap_cli.trainable.optim import Optimizer
 from recap_cli.training.loop import Batch
@@ -48,19 +48,19 @@ SEED = 0  # of the groups that a prediction takes for chosen
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one method holds: `usage` of a training step in the first of `turns`, which of its own holds most there, the
+    """What one method holds: `usage` of a training step in the first of `round_plans`, which of its own holds most there, the
     peak of scoring over all of them, and the numbers of parameters.
 
-    `resident` are the parameters that lie on the device (without adapters of LoRA), `trainable` the entries that move.
+    `weights` are the parameters that lie on the device (without adapters of LoRA), `trainable` the entries that move.
     """
 
     method: str
     recipe: Recipe
-    turns: Sequence[Turn]
+    round_plans: Sequence[RoundPlan]
     usage: Usage
     evaluation_bytes: int
     total: int
-    resident: int
+    weights: int
     trainable: int
 
     @property
@@ -70,19 +70,19 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: bytes by kind at their own maxima and at the peak instant, and the settings they belong to."""
-        tune, turn = self.recipe.finetune, self.turns[0]
+        tune, round_plan = self.recipe.finetune, self.round_plans[0]
         return {
             "method": self.method,
             "batch_size": tune.batch_size,
             "micro_batch_size": tune.micro_batch_size or tune.batch_size,
-            "resident": tune.resident,
+            "weights": tune.weights,
             "checkpointing": tune.checkpointing,
             "fused_backward": tune.fused_backward,
             "offload": tune.offload,
             "optimizer": tune.optimizer,
             "evaluation_batch_size": self.recipe.evaluate.batch_size,
-            "prune_ratio": turn.prune_ratio,
-            "mask_ratio": turn.mask_ratio,
+            "prune_ratio": round_plan.prune_ratio,
+            "mask_ratio": round_plan.mask_ratio,
             **{f"{kind}_bytes": self.usage.maxima[kind] for kind in KINDS},
             "at_peak": {f"{kind}_bytes": self.usage.at_peak[kind] for kind in KINDS},
             "training_peak_bytes": self.usage.peak_bytes,
@@ -90,26 +90,28 @@ class Prediction:
             "evaluation_peak_bytes": self.evaluation_bytes,
             "peak_bytes": self.peak_bytes,
             "total_parameters": self.total,
-            "resident_parameters": self.resident,
+            "held_parameters": self.weights,
             "trainable_parameters": self.trainable,
         }
 
 
-def predict(model: Outline, recipe: Recipe, method: str, *, kernels: Kernels = "cuda") -> Prediction:
+def predict(model: MetaModel, recipe: Recipe, method: str, *, kernels: Kernels = "cuda") -> Prediction:
     """What finetuning by a method holds with the settings of a recipe; the other methods use them too, as far as they can.
 
     Of rounds that differ, the one that holds most counts. Raises `PluginError` if there is no such method.
     """
-    found = [_predicted(model, recipe, method, turns, kernels) for turns in distinct(planned(model, recipe, method))]
+    found = [
+        _predicted(model, recipe, method, round_plans, kernels) for round_plans in distinct(planned(model, recipe, method))
+    ]
     most = max(found, key=lambda one: one.usage.peak_bytes)
     return replace(most, evaluation_bytes=max(one.evaluation_bytes for one in found))
 
 
-def planned(model: Outline, recipe: Recipe, method: str) -> tuple[Turn, ...]:
-    """The turns that a method, by its name or short name, plans with the settings of a recipe; a state's own where it has
+def planned(model: MetaModel, recipe: Recipe, method: str) -> tuple[RoundPlan, ...]:
+    """The rounds that a method, by its name or short name, plans with the settings of a recipe; a state's own where it has
     begun.
     """
-    return model.turns if model.turns and by(recipe, method) is recipe else turns_for(by(recipe, method))
+    return model.round_plans if model.round_plans and by(recipe, method) is recipe else round_plans_for(by(recipe, method))
 
 
 def by(recipe: Recipe, method: str) -> Recipe:
@@ -118,13 +120,15 @@ def by(recipe: Recipe, method: str) -> Recipe:
     return recipe if name == recipe.method else recipe.model_copy(update={"method": name, "options": {}})
 
 
-def distinct(turns: Sequence[Turn]) -> list[Sequence[Turn]]:
-    """The turns that may hold most, each with those that follow it: the least pruned and the least masked of those alike."""
-    kinds = {(turn.moves, turn.embeddings) for turn in turns}
-    alike = [[n for n, turn in enumerate(turns) if (turn.moves, turn.embeddings) == kind] for kind in kinds]
-    least_pruned = {min(ns, key=lambda n: (turns[n].prune_ratio, turns[n].mask_ratio)) for ns in alike}
-    least_masked = {min(ns, key=lambda n: (turns[n].mask_ratio, turns[n].prune_ratio)) for ns in alike}
-    return [turns[number:] for number in sorted(least_pruned | least_masked)]
+def distinct(round_plans: Sequence[RoundPlan]) -> list[Sequence[RoundPlan]]:
+    """The rounds that may hold most, each with those that follow it: the least pruned and the least masked of those alike."""
+    kinds = {(round_plan.trains, round_plan.embeddings) for round_plan in round_plans}
+    alike = [
+        [n for n, round_plan in enumerate(round_plans) if (round_plan.trains, round_plan.embeddings) == kind] for kind in kinds
+    ]
+    least_pruned = {min(ns, key=lambda n: (round_plans[n].prune_ratio, round_plans[n].mask_ratio)) for ns in alike}
+    least_masked = {min(ns, key=lambda n: (round_plans[n].mask_ratio, round_plans[n].prune_ratio)) for ns in alike}
+    return [round_plans[number:] for number in sorted(least_pruned | least_masked)]
 
 
 def prunes(method: str) -> bool:
@@ -132,28 +136,30 @@ def prunes(method: str) -> bool:
     return method_of_name(SHORT.get(method, method)).prunes
 
 
-def _predicted(model: Outline, recipe: Recipe, method: str, turns: Sequence[Turn], kernels: Kernels) -> Prediction:
+def _predicted(model: MetaModel, recipe: Recipe, method: str, round_plans: Sequence[RoundPlan], kernels: Kernels) -> Prediction:
     fakes, tune = Fakes(), recipe.finetune
     size = min(tune.batch_size, MICRO_BATCHES * (tune.micro_batch_size or tune.batch_size))
-    step, resident = prepare(model, recipes.changed(recipe, {"finetune.batch_size": size}), method, fakes.like, turns=turns)
-    trainable = sum(slot.leaf.numel() for slot in step.optimizer.slots)
+    step, weights = prepare(
+        model, recipes.changed(recipe, {"finetune.batch_size": size}), method, fakes.like, round_plans=round_plans
+    )
+    trainable = sum(trainable.grad_param.numel() for trainable in step.optimizer.trainables)
     usage = _with_other(
         fakes.usage(step, kernels), _held_bytes(model, recipe, tune.batch_size) - _held_bytes(model, recipe, size)
     )
     evaluation = _scored(fakes, model, recipe, step, kernels)
     parameters = {name for name, _ in build.skeleton(model.spec).named_parameters()}
     total = sum(model.tensors[name].numel() for name in parameters)
-    return Prediction(method, recipe, turns, usage, evaluation, total, resident, trainable)
+    return Prediction(method, recipe, round_plans, usage, evaluation, total, weights, trainable)
 
 
-def evaluation_bytes(model: Outline, recipe: Recipe, method: str, *, kernels: Kernels = "cuda") -> int:
+def evaluation_bytes(model: MetaModel, recipe: Recipe, method: str, *, kernels: Kernels = "cuda") -> int:
     """The peak of scoring alone, as `predict` has it beside that of a training step."""
     fakes = Fakes()
-    steps = (prepare(model, recipe, method, fakes.like, turns=t)[0] for t in distinct(planned(model, recipe, method)))
+    steps = (prepare(model, recipe, method, fakes.like, round_plans=t)[0] for t in distinct(planned(model, recipe, method)))
     return max(_scored(fakes, model, recipe, step, kernels) for step in steps)
 
 
-def _held_bytes(model: Outline, recipe: Recipe, size: int) -> int:
+def _held_bytes(model: MetaModel, recipe: Recipe, size: int) -> int:
     """What a batch of `size` examples takes, in the allocator's granules."""
     counts_bytes = (tensor.numel() * tensor.element_size() for tensor in batch_of(model.spec, recipe, size).values())
     return sum(-(-count // GRANULE_BYTES) * GRANULE_BYTES for count in counts_bytes)
@@ -169,12 +175,12 @@ def _with_other(usage: Usage, more_bytes: int) -> Usage:
     return Usage(more(usage.at_peak), more(usage.maxima), by_module)
 
 
-def _scored(fakes: Fakes, model: Outline, recipe: Recipe, step: Step, kernels: Kernels) -> int:
+def _scored(fakes: Fakes, model: MetaModel, recipe: Recipe, step: Step, kernels: Kernels) -> int:
     return fakes.evaluation_bytes(step, fakes.like(batch_of(model.spec, recipe, recipe.evaluate.batch_size)), kernels)
 
 
 def grid(
-    model: Outline,
+    model: MetaModel,
     recipe: Recipe,
     methods: Sequence[str],
     batch_sizes: Sequence[int] = (),
@@ -196,7 +202,7 @@ def grid(
     return [predict(model, one, method) for method, one in track(recipes_of, "predict", len(cells))]
 
 
-def importance_bytes(model: Outline, recipe: Recipe, kernels: Kernels = "cuda") -> int:
+def importance_bytes(model: MetaModel, recipe: Recipe, kernels: Kernels = "cuda") -> int:
     """The peak of `importance.device` while the full model is scored, its blocks one at a time (`core.streaming`).
 
     The sample is one batch; gradients that add up over several do so on the CPU.
@@ -215,7 +221,7 @@ def importance_bytes(model: Outline, recipe: Recipe, kernels: Kernels = "cuda") 
     return fakes.peak_bytes(score, host=[*built.parameters(), *built.buffers()], inputs=batch, kernels=kernels)
 
 
-def by_block(model: Outline, usage: Usage) -> dict[str, dict[str, int]]:
+def by_block(model: MetaModel, usage: Usage) -> dict[str, dict[str, int]]:
     """What was held at the peak, by the model's blocks in their order, and by the module at the top for what is in none: what
     holds the blocks stands before them, the head after; last "outside", the batch, the loss and the optimizer's step.
     """
@@ -237,42 +243,42 @@ def by_block(model: Outline, usage: Usage) -> dict[str, dict[str, int]]:
 
 
 def prepare(
-    model: Outline,
+    model: MetaModel,
     recipe: Recipe,
     method: str,
     like: Like,
     device: torch.device | str = "cpu",
-    turns: Sequence[Turn] | None = None,
+    round_plans: Sequence[RoundPlan] | None = None,
 ) -> tuple[Step, int]:
-    """A training step of a method in the first of `turns` (all of its own for None), and the number of parameters that are
-    resident.
+    """A training step of a method in the first of `round_plans` (None: all of its own), and the number of parameters that are
+    held.
 
     `like` makes the tensors of the small model and of the batch, fake or real, of the shapes that it is shown.
     """
     recipe = by(recipe, method)
-    turns = turns or planned(model, recipe, recipe.method)
-    plan, chosen = choices(model, recipe, turns[0])
-    where = indices(model.layout.axes, plan, shapes_of(model.tensors))
-    small = like({name: _shape_of(tensor, where.get(name, {})) for name, tensor in model.tensors.items()})
+    round_plans = round_plans or planned(model, recipe, recipe.method)
+    plan, chosen = choices(model, recipe, round_plans[0])
+    index_map = indices(model.layout.axes, plan, shapes_of(model.tensors))
+    small = like({name: _shape_of(tensor, index_map.get(name, {})) for name, tensor in model.tensors.items()})
     built, tune = build.assemble(model.spec, small, model.adapter, counts(plan)), recipe.finetune
-    resident = sum(param.numel() for param in built.parameters())
-    vocabulary = model.vocabulary or (vocabularies.everything(built) if turns[0].embeddings == "tokens" else None)
-    own = _attached(built, model.layout, recipe, plan, turns, like) if turns[0].moves == "training" else None
+    weights = sum(param.numel() for param in built.parameters())
+    token_rows = model.token_rows or (token_rows_of_data.everything(built) if round_plans[0].embeddings == "tokens" else None)
+    hook = _hook(built, model.layout, recipe, plan, round_plans, like) if round_plans[0].trains == "training" else None
     if tune.checkpointing:
         build.enable_checkpointing(built)
-    if own is None:
-        slots = make_trainable(built, model.layout, recipe, turns[0], plan, chosen, device, vocabulary)
+    if hook is None:
+        trainables = make_trainable(built, model.layout, recipe, round_plans[0], plan, chosen, device, token_rows)
     else:
-        slots = make_own(built, own, recipe, device, vocabulary)
-    resident -= sum(module.absent for module in built.modules() if isinstance(module, PartialEmbedding))
-    optimizer = Optimizer(slots, rule_of(tune), weight_decay=tune.weight_decay)
+        trainables = make_hook_trainable(built, hook, recipe, device, token_rows)
+    weights -= sum(module.absent for module in built.modules() if isinstance(module, PartialEmbedding))
+    optimizer = Optimizer(trainables, rule_of(tune), weight_decay=tune.weight_decay)
     call = build.forward(model.spec)
-    forward = in_dtype(lambda inputs: call(built, inputs), RESIDENTS[tune.resident])
+    forward = in_dtype(lambda inputs: call(built, inputs), WEIGHT_DTYPES[tune.weights])
     batch = {name: tensor.to(device) for name, tensor in like(batch_of(model.spec, recipe, tune.batch_size)).items()}
-    if vocabulary is not None:
-        batch["input_ids"] += int(vocabulary.held[0])  # real ones are zeros, which may be no row that is held
+    if token_rows is not None:
+        batch["input_ids"] += int(token_rows.held[0])  # real ones are zeros, which may be no row that is held
     step = Step(built.train(), optimizer, forward, task.loss, batch, tune.micro_batch_size, tune.fused_backward, tune.offload)
-    return step, resident
+    return step, weights
 
 
 def batch_of(spec: ModelSpec, recipe: Recipe, size: int) -> Batch:
@@ -290,10 +296,12 @@ def batch_of(spec: ModelSpec, recipe: Recipe, size: int) -> Batch:
         return {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), **mask, "labels": labels}
 
 
-def _attached(built: nn.Module, layout: Layout, recipe: Recipe, plan: Choice, turns: Sequence[Turn], like: Like) -> Attached:
+def _hook(
+    built: nn.Module, layout: Layout, recipe: Recipe, plan: UnitMask, round_plans: Sequence[RoundPlan], like: Like
+) -> TrainerHook:
     """Attach a method's own training, and make what it puts into the model as `like` makes tensors."""
     known = {*dict(built.named_parameters()).values(), *dict(built.named_buffers()).values()}
-    own = attach(built, layout, recipe, plan, turns)
+    hook = attach(built, layout, recipe, plan, round_plans)
     params = {name: param for name, param in built.named_parameters() if param not in known}
     buffers = {name: buffer for name, buffer in built.named_buffers() if buffer not in known}
     called = names_of(built)
@@ -305,31 +313,36 @@ def _attached(built: nn.Module, layout: Layout, recipe: Recipe, plan: Choice, tu
                 owner.register_parameter(attribute, new)
             else:
                 owner.register_buffer(attribute, new, persistent=False)
-    return own
+    return hook
 
 
-def choices(model: Outline, recipe: Recipe, turn: Turn) -> tuple[Choice, Choice]:
+def choices(model: MetaModel, recipe: Recipe, round_plan: RoundPlan) -> tuple[UnitMask, UnitMask]:
     """The plan, and the mask of the small model's fine groups: a state's own, or ones that treat all layers alike."""
     axes = model.layout.axes
     plan = everything(axes)
-    own = model.turn is None or model.turn.prune_ratio == turn.prune_ratio
-    if turn.prune_ratio > 0:
+    hook = model.round_plan is None or model.round_plan.prune_ratio == round_plan.prune_ratio
+    if round_plan.prune_ratio > 0:
         prune = recipe.prune
-        plan = (model.plan if own else None) or _even(
-            axes, model.layout.shapes, 1 - turn.prune_ratio, floor=prune.floor, uniform=prune.uniform, round_to=prune.round_to
+        plan = (model.plan if hook else None) or _even(
+            axes,
+            model.layout.shapes,
+            1 - round_plan.prune_ratio,
+            floor=prune.floor,
+            uniform=prune.uniform,
+            round_to=prune.round_to,
         )
     fine = fine_axes(model.layout, plan)
-    if turn.moves != "mask" or turn.mask_ratio == 0:
+    if round_plan.trains != "mask" or round_plan.mask_ratio == 0:
         return plan, everything(fine)
-    if own and model.mask is not None and model.plan is not None:
+    if hook and model.mask is not None and model.plan is not None:
         return plan, model.mask
     shapes = {name: tuple(shape) for name, shape in model.layout.shapes.items()}
-    where = indices(axes, plan, shapes)
-    small = {name: _cut(shape, where.get(name, {})) for name, shape in shapes.items()}
-    return plan, _even(fine, small, 1 - turn.mask_ratio, least=0)
+    index_map = indices(axes, plan, shapes)
+    small = {name: _cut(shape, index_map.get(name, {})) for name, shape in shapes.items()}
+    return plan, _even(fine, small, 1 - round_plan.mask_ratio, least=0)
 
 
-def _even(axes: Sequence[Axis], shapes: Mapping[str, Shape], share: float, **limits: Any) -> Choice:
+def _even(axes: Sequence[Axis], shapes: Mapping[str, Shape], share: float, **limits: Any) -> UnitMask:
     """A share of the groups of every axis, scattered over it; all of them for a share of 1."""
     if share == 1.0:
         return everything(axes)

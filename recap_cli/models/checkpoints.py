@@ -24,7 +24,7 @@ CONFIGS = ("config.json", "preprocessor_config.json")
 TIMEOUT_SECONDS = 5.0
 LFS_POINTER = b"version https://git-lfs"  # what git leaves in place of a large file that it has not fetched
 FLOATS = ("F64", "F32", "F16", "BF16")
-QUANTIZED_HINT = "name the model before it was quantized; RECAP has its own: --set finetune.resident=int8"
+QUANTIZED_HINT = "name the model before it was quantized; RECAP has its own: --set finetune.weights=int8"
 FOLDER_HINT = "name a local folder with config.json and model.safetensors: --set model.name=DIR"
 CONFIG_HINT = "copy or download config.json again, or name another folder: --set model.name=DIR"
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli.core.adapter import Adapter, find_axes, is_transposed, names_found, resize
-from recap_cli.core.axes import Axis, Choice, check_axes, counts, refine, shapes_of
+from recap_cli.core.axes import Axis, UnitMask, check_axes, counts, refine, shapes_of
 from recap_cli.core.surgery import cut_model, indices, zero_groups
 from recap_cli.errors import ConformanceError, ModelError
 from recap_cli.models import build
@@ -84,10 +84,10 @@ def coverage(model: nn.Module, axes: Sequence[Axis]) -> list[str]:
     ]
 
 
-def random_plan(axes: Sequence[Axis], seed: int = SEED) -> Choice:
+def random_plan(axes: Sequence[Axis], seed: int = SEED) -> UnitMask:
     """About half of the units of every axis, from a fixed seed; of two or more, at least one stays and one goes."""
     generator = torch.Generator().manual_seed(seed)
-    plan: Choice = {}
+    plan: UnitMask = {}
     for axis in axes:
         keep = torch.rand(axis.size, generator=generator) < 0.5
         first, second = torch.randperm(axis.size, generator=generator)[:2].tolist() if axis.size > 1 else (0, 0)
@@ -140,7 +140,7 @@ def _check_names(model: nn.Module, adapter: Adapter, axes: Sequence[Axis], spec:
 
 
 def _differences(
-    model: nn.Module, adapter: Adapter, spec: ModelSpec, axes: Sequence[Axis], plan: Choice
+    model: nn.Module, adapter: Adapter, spec: ModelSpec, axes: Sequence[Axis], plan: UnitMask
 ) -> tuple[float, float]:
     """How far cutting is from zeroing the same groups, and from the nearer of the two controls; both relative to the logits."""
     logits = _logits_of(spec)
@@ -150,8 +150,8 @@ def _differences(
     wrong = logits(trial)
     zero_groups(_randomize(trial), axes, plan)
     zeroed = logits(trial)
-    where = indices(axes, plan, shapes_of(trial.named_parameters()))
-    cut_model(trial, where)
+    index_map = indices(axes, plan, shapes_of(trial.named_parameters()))
+    cut_model(trial, index_map)
     resize(adapter, trial, counts(plan))
     cut = logits(trial)
     scale = float(zeroed.abs().max())

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from recap_cli import registry
 from recap_cli.core.adapter import Adapter, find_axes
-from recap_cli.core.axes import Axis, Choice, counts, everything, shapes_of
+from recap_cli.core.axes import Axis, UnitMask, counts, everything, shapes_of
 from recap_cli.core.surgery import indices, put
 from recap_cli.core.ties import first_names
 from recap_cli.errors import ModelError, StorageError
@@ -43,7 +43,7 @@ def export(
     adapter: Adapter,
     tensors: Mapping[str, Tensor],
     axes: Sequence[Axis],
-    plan: Choice,
+    plan: UnitMask,
     out: Path | str,
     *,
     dense: bool = False,
@@ -74,7 +74,7 @@ def export(
             about |= {"form": "dense", "reason": None}
         else:
             about |= _write_small(folder, spec, processor, adapter, tensors, axes, plan, logits)
-        about["files"] = {path.name: asdict(files.seal(path)) for path in sorted(folder.iterdir())}
+        about["files"] = {path.name: asdict(files.checksum(path)) for path in sorted(folder.iterdir())}
         _write_json(folder / export_manifest.FACTS, about)
     return {**about, "path": str(out)}
 
@@ -124,9 +124,9 @@ def _open_ragged(folder: Path, spec: ModelSpec, sizes: dict[str, int]) -> nn.Mod
         raise ModelError(
             f"the sizes in {folder / export_manifest.FACTS} are none of this {spec.model_type}", hint=export_manifest.HINT
         )
-    where = indices(axes, {axis.name: torch.arange(axis.size) < sizes[axis.name] for axis in axes}, shapes)
+    index_map = indices(axes, {axis.name: torch.arange(axis.size) < sizes[axis.name] for axis in axes}, shapes)
     for name, tensor in tensors.items():
-        cut = where.get(name, {})
+        cut = index_map.get(name, {})
         wanted = tuple(len(cut[dim]) if dim in cut else size for dim, size in enumerate(shapes.get(name, ())))
         if name in shapes and tuple(tensor.shape) != wanted:
             raise ModelError(
@@ -142,7 +142,7 @@ def _write_small(
     adapter: Adapter,
     tensors: Mapping[str, Tensor],
     axes: Sequence[Axis],
-    plan: Choice,
+    plan: UnitMask,
     logits: Tensor,
 ) -> dict[str, Any]:
     """Write the stock form if it proves to be one, else the ragged form; returns the form and why it is not stock."""
@@ -219,15 +219,15 @@ def _logits(spec: ModelSpec, model: nn.Module) -> Tensor:
     return build.forward(spec)(model.cpu().eval(), build.example_batch(spec)).double()
 
 
-def _zero_filled(spec: ModelSpec, tensors: Mapping[str, Tensor], axes: Sequence[Axis], plan: Choice) -> dict[str, Tensor]:
+def _zero_filled(spec: ModelSpec, tensors: Mapping[str, Tensor], axes: Sequence[Axis], plan: UnitMask) -> dict[str, Tensor]:
     """The tensors in their original shapes, zero wherever a group was cut (which is the same as cutting it, I1)."""
     original = build.tensors_of(build.skeleton(spec))
-    where = indices(axes, plan, shapes_of(original))
+    index_map = indices(axes, plan, shapes_of(original))
     full: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name in where:
+        if name in index_map:
             full[name] = torch.zeros(original[name].shape, dtype=tensor.dtype)
-            put(full[name], tensor, where[name])
+            put(full[name], tensor, index_map[name])
         else:
             full[name] = tensor
     return full

@@ -42,38 +42,38 @@ def read(folder: Path) -> dict[str, Any]:
     sizes = about["sizes"]
     if not isinstance(sizes, dict) or not all(type(size) is int and size >= 0 for size in sizes.values()):
         raise ModelError(f"{place}: sizes are a number for each axis", hint=HINT)
-    _check_files(folder, _seals(place, about["files"]))
+    _check_files(folder, _checksums(place, about["files"]))
     return about
 
 
-def _seals(place: Path, files: Any) -> dict[str, storage.Seal]:
+def _checksums(place: Path, files: Any) -> dict[str, storage.Checksum]:
     """The seal of each file. Raises `ModelError` for what is none, or is of a file that is not in the same folder."""
     if not isinstance(files, dict):
         raise ModelError(f"{place}: files are a seal for each name", hint=HINT)
-    seals = {}
+    checksums = {}
     for name, facts in files.items():
         if not foreign.is_plain(name):
             raise ModelError(f"{place} names {name!r}, which is no file in the same folder", hint=HINT)
         if not isinstance(facts, dict) or {key: type(value) for key, value in facts.items()} != {"bytes": int, "sha256": str}:
             raise ModelError(f"{place}: the seal of {name} is not bytes and sha256", hint=HINT)
-        seals[name] = storage.Seal(**facts)
-    return seals
+        checksums[name] = storage.Checksum(**facts)
+    return checksums
 
 
-def _check_files(folder: Path, seals: Mapping[str, storage.Seal]) -> None:
+def _check_files(folder: Path, checksums: Mapping[str, storage.Checksum]) -> None:
     """Raise `ModelError` unless every file is the one that was written, and nothing else could be loaded."""
-    for name, seal in seals.items():
+    for name, checksum in checksums.items():
         path = folder / name
         foreign.check_ordinary(path, HINT)
         if path.exists() and not _is_inside(path):
             raise ModelError(f"{path} is a link to a file outside", hint=HINT)
-        if what := storage.difference(path, seal):
+        if what := storage.difference(path, checksum):
             raise ModelError(f"{path}: {what}", hint=HINT)
     there = {path.name for pattern in LOOKED_FOR for path in folder.glob(pattern)}
-    if foreign_files := sorted(there - set(seals)):
+    if foreign_files := sorted(there - set(checksums)):
         raise ModelError(f"{folder / foreign_files[0]} is none of the files that {FACTS} seals", hint=HINT)
-    lacking = [name for name in LOADED if name not in seals]
-    lacking += [] if WEIGHTS in seals or INDEX in seals else [WEIGHTS]
+    lacking = [name for name in LOADED if name not in checksums]
+    lacking += [] if WEIGHTS in checksums or INDEX in checksums else [WEIGHTS]
     if lacking:
         raise ModelError(f"{folder / FACTS} seals no {lacking[0]}", hint=HINT)
 

@@ -12,7 +12,7 @@ from recap_cli.models.specs import Library, ModelSpec, TaskKind
 from recap_cli.untrusted.files import named
 
 
-def outline(
+def of_recipe(
     *,
     library: Library,
     name: str | None,
@@ -27,12 +27,12 @@ def outline(
     Without `label_names` the head has the labels of the configuration. Raises `ModelError` for anything that does not fit.
     """
     check_source(library, name, config, task_kind)
-    make = _outline_timm if library == "timm" else _outline_hf
+    make = _from_timm if library == "timm" else _from_transformers
     with named(name):
         return make(name, config, revision, task_kind, list(label_names), image_size)
 
 
-def _outline_hf(
+def _from_transformers(
     name: str | None,
     values: dict[str, Any] | None,
     revision: str | None,
@@ -55,7 +55,7 @@ def _outline_hf(
     return ModelSpec("transformers", kind, transformers_models.config_values(config), len(names), names, task_kind, image)
 
 
-def _outline_timm(
+def _from_timm(
     name: str | None,
     values: dict[str, Any] | None,
     revision: str | None,

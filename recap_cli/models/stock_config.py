@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from recap_cli.core.axes import USUAL, Axis, Choice, Shape, counts, shapes_of
+from recap_cli.core.axes import USUAL, Axis, Shape, UnitMask, counts, shapes_of
 from recap_cli.errors import ModelError
 from recap_cli.models import build
 from recap_cli.models.specs import ModelSpec
@@ -14,7 +14,7 @@ NEURONS = ("intermediate_size", "hidden_dim")
 
 
 def stock_spec(
-    spec: ModelSpec, axes: Sequence[Axis], plan: Choice, shapes: Mapping[str, Shape]
+    spec: ModelSpec, axes: Sequence[Axis], plan: UnitMask, shapes: Mapping[str, Shape]
 ) -> tuple[ModelSpec | None, str | None]:
     """A spec whose skeleton has these `shapes`, or None and the reason why there is none."""
     if all(bool(keep.all()) for keep in plan.values()):

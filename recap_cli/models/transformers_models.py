@@ -49,7 +49,7 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
     _check_values(model_type, rest)
     rest = {key: value for key, value in rest.items() if not key.strip("_").startswith(CHOICES)}
     if strict and (kind := next((rest[key] for key in DTYPES if key in rest), "float32")) != "float32":
-        raise ModelError(f"the weights of a {model_type} are float32, not {kind}", hint="see finetune.resident for less memory")
+        raise ModelError(f"the weights of a {model_type} are float32, not {kind}", hint="see finetune.weights for less memory")
     rest |= {key: "float32" for key in DTYPES if key in rest}
     try:
         with quiet():

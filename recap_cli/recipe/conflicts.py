@@ -15,12 +15,12 @@ FLOAT32_MIN = 1.2e-38  # rounded up; of numbers with all their digits
 # What the paper's plain algorithm has, of the settings that it does not know.
 FAITHFUL: dict[str, Any] = {
     "head.warmup_epochs": 0,
-    "prune.settled": 0.0,
+    "prune.hold_plan": 0.0,
     "prune.ema": 0.0,
     "prune.ramp": 1.0,
     "mask.random": 0.0,
     "finetune.head_lr": None,
-    "finetune.course": "round",
+    "finetune.lr_schedule_span": "round",
 }
 # What it has where ours is another, and a recipe that asks for it may choose, as it may `prune.scope`.
 FAITHFUL_UNLESS_SAID: dict[str, Any] = {"mask.scope": "per-kind"}
@@ -120,7 +120,7 @@ def _config_conflicts(config: dict[str, Any]) -> Iterator[Conflict]:
         yield Conflict((f"model.config.{key}", "model.config"), f"expected at most {limit:,}; found {found:,}")
     for key in ("dtype", "torch_dtype"):
         if config.get(key) not in (None, "float32"):
-            text = "expected float32, which the full model is kept in (finetune.resident is the type on the device)"
+            text = "expected float32, which the full model is kept in (finetune.weights is the type on the device)"
             yield Conflict((f"model.config.{key}", "model.config"), f"{text}; found {config[key]}")
 
 

@@ -205,7 +205,7 @@ class Prune(BaseModel):
     criterion: Text = Field(default="taylor", description="Plugin that scores groups; the default is eq. (1). Paper: I_m.")
     scope: Scope = Field(default="per-kind", description="What is ranked together: heads and neurons apart, all, or a layer.")
     floor: Share = Field(default=0.15, description="Share of each layer's heads and neurons that stays in any case.")
-    settled: Share = Field(
+    hold_plan: Share = Field(
         default=0.5, description="Share of the rounds, the last ones, in which the plan stays as it is; 0 is the paper's."
     )
     ema: Share = Field(
@@ -272,7 +272,7 @@ class Finetune(BaseModel):
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="The learning rate over its course."
     )
-    course: Literal["run", "round"] = Field(
+    lr_schedule_span: Literal["run", "round"] = Field(
         default="run", description="The learning rate runs its schedule once over the run, or (the paper) anew each round."
     )
     warmup_ratio: Share = Field(default=0.0, description="Share of a course's steps in which the learning rate rises.")
@@ -281,7 +281,7 @@ class Finetune(BaseModel):
         default=None,
         description="What the device may give, as in 2GiB: `init` changes settings until the prediction fits, and says which.",
     )
-    resident: Literal["fp32", "bf16", "int8"] = Field(
+    weights: Literal["fp32", "bf16", "int8"] = Field(
         default="fp32",
         description="Type of the weights on the device (int8: of frozen matrices, the rest is bf16); "
         "what moves has fp32 masters.",

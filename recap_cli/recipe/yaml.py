@@ -32,7 +32,7 @@ class Problem(NamedTuple):
 class Override(NamedTuple):
     """One `--set key=value`, and its place among them."""
 
-    turn: int
+    round_plan: int
     text: str
     path: KeyPath
     value: Any
@@ -72,8 +72,8 @@ def load(
         document.problems.append(_in_file(origin, 0, 0, "(yaml)", reason))
         root, values = None, {}
     document = document._replace(root=root, values=values)
-    for turn, override in enumerate(overrides):
-        _apply(document, turn, override)
+    for round_plan, override in enumerate(overrides):
+        _apply(document, round_plan, override)
     _displace(document, alternatives, needs)
     return document
 
@@ -98,7 +98,7 @@ def place(document: Document, paths: Sequence[KeyPath], *, at_key: bool) -> tupl
     """
     for override in reversed(document.overrides):
         if any(overlap(override.path, path) for path in paths):
-            return (1, override.turn, 0), _said(override.text)
+            return (1, override.round_plan, 0), _said(override.text)
     found = [_find(document.root, path, at_key=at_key) for path in paths]
     mark, _ = max(found, key=lambda item: item[1])  # the first of those that reach deepest
     line, column = (mark.line, mark.column) if mark else (0, 0)
@@ -189,24 +189,24 @@ def _fault(error: Exception) -> tuple[int, int, str]:
     return 0, 0, str(error).partition("\n")[0]
 
 
-def _apply(document: Document, turn: int, text: str) -> None:
+def _apply(document: Document, round_plan: int, text: str) -> None:
     """Set in the document what the override `text` says, or add what is wrong with it to the problems."""
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if problem := _malformed(text, path, equals):
-        return _refuse(document, turn, text, _key_of(path), problem)
+        return _refuse(document, round_plan, text, _key_of(path), problem)
     try:
         root, parsed, odd = _parse(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # as above
-        return _refuse(document, turn, text, ".".join(path), f"expected a YAML value: {_fault(error)[2]}")
+        return _refuse(document, round_plan, text, ".".join(path), f"expected a YAML value: {_fault(error)[2]}")
     if problem := _lost(value, root, parsed):
-        return _refuse(document, turn, text, ".".join(path), as_typed(problem, key, value))
+        return _refuse(document, round_plan, text, ".".join(path), as_typed(problem, key, value))
     for _, inner, reason in odd:
         told = reason if inner else as_typed(reason, key, value)
-        _refuse(document, turn, text, ".".join(filter(None, (*path, inner))), told)
+        _refuse(document, round_plan, text, ".".join(filter(None, (*path, inner))), told)
     if problem := _put(document.values, path, parsed):
-        return _refuse(document, turn, text, ".".join(path), problem)
-    document.overrides.append(Override(turn, text, path, parsed))
+        return _refuse(document, round_plan, text, ".".join(path), problem)
+    document.overrides.append(Override(round_plan, text, path, parsed))
 
 
 def _malformed(text: str, path: KeyPath, equals: str) -> str | None:
@@ -277,7 +277,7 @@ def _displace(document: Document, alternatives: Iterable[Sequence[str]], needs: 
 def _refuse_nulls(document: Document, alternatives: Iterable[Sequence[str]], given: Sequence[KeyPath]) -> None:
     """Refuse an override that sets a source to null and names no other: what the file names would stand in for it."""
     groups = [[tuple(key.split(".")) for key in keys] for keys in alternatives]
-    for turn, text, path, value in document.overrides:
+    for round_plan, text, path, value in document.overrides:
         keys: list[KeyPath] = next((keys for keys in groups if path in keys), [])
         if value is not None or any(overlap(key, other) for key in keys for other in given):
             continue
@@ -285,7 +285,7 @@ def _refuse_nulls(document: Document, alternatives: Iterable[Sequence[str]], giv
             problem = (
                 f"expected a value; found null, so {standing[0]} of {document.origin} would be used: leave this out for that"
             )
-            _refuse(document, turn, text, ".".join(path), problem)
+            _refuse(document, round_plan, text, ".".join(path), problem)
 
 
 def _standing(values: Mapping[str, Any], path: KeyPath) -> bool:
@@ -300,8 +300,8 @@ def _in_file(origin: str, line: int, column: int, key: str, text: str) -> Proble
     return Problem((0, line, column), f"{origin}:{line + 1}:{column + 1}", key, text)
 
 
-def _refuse(document: Document, turn: int, override: str, key: str, text: str) -> None:
-    document.problems.append(Problem((1, turn, 0), _said(override), key, text))
+def _refuse(document: Document, round_plan: int, override: str, key: str, text: str) -> None:
+    document.problems.append(Problem((1, round_plan, 0), _said(override), key, text))
 
 
 def _said(override: str) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from recap_cli.compare import schema
 from recap_cli.compare.schema import RESULTS
-from recap_cli.core.axes import Axis, Choice, Shape, chosen_params, compose, kinds_of, prunable_params, refine
+from recap_cli.core.axes import Axis, Shape, UnitMask, chosen_params, compose, kinds_of, prunable_params, refine
 from recap_cli.errors import StateError, StorageError, UsageError
 from recap_cli.report import pages
 from recap_cli.rounds.context import WEIGHTS, Context, Layout
@@ -46,20 +46,20 @@ def report(source: Path, out: Path | None = None) -> Path:
 
 def of_state(state: State) -> dict[str, Any]:
     """All that the page of a state shows, as plain values. Raises `CorruptStateError` if a plan or a mask was altered."""
-    here, manifest = Context(state), state.manifest
+    context, manifest = Context(state), state.manifest
     found = summary(state)
-    changes = list(_changes(here, [row["round"] for row in found["rounds"]]))
+    changes = list(_changes(context, [row["round"] for row in found["rounds"]]))
     rounds = [row | change for row, change in zip(found["rounds"], changes, strict=True)]
     tuned = {entry["round"]: entry for entry in manifest.history if entry["stage"] == "finetune"}
     product = (manifest.best or {}).get("folder")
     return found | {
         "rounds": rounds,
-        "method": here.recipe.method,
-        "metric": here.recipe.task.metric,
-        "task": here.recipe.task.kind,
-        "metrics": {number: here.metrics(f"round-{number:03d}") for number in tuned},
-        "memory": {number: here.memory(f"round-{number:03d}") for number in tuned},
-        "picture": _picture(here, rounds),
+        "method": context.recipe.method,
+        "metric": context.recipe.task.metric,
+        "task": context.recipe.task.kind,
+        "metrics": {number: context.metrics(f"round-{number:03d}") for number in tuned},
+        "memory": {number: context.memory(f"round-{number:03d}") for number in tuned},
+        "picture": _picture(context, rounds),
         "full_bytes": _bytes(manifest.files, manifest.full),
         "product_bytes": _bytes(manifest.files, product),
         "recipe_text": state.recipe_text,
@@ -70,14 +70,14 @@ def of_state(state: State) -> dict[str, Any]:
     }
 
 
-def overlap(axes: Sequence[Axis], shapes: Mapping[str, Shape], before: Choice, now: Choice) -> float | None:
+def overlap(axes: Sequence[Axis], shapes: Mapping[str, Shape], before: UnitMask, now: UnitMask) -> float | None:
     """The share of the prunable parameters kept `now` that were kept `before` too; None if nothing is kept."""
     kept = chosen_params(axes, shapes, now)
     both = {name: chosen & before[name] for name, chosen in now.items()}
     return chosen_params(axes, shapes, both) / kept if kept else None
 
 
-def visited(axes: Sequence[Axis], plan: Choice, moving: Choice) -> Choice:
+def visited(axes: Sequence[Axis], plan: UnitMask, moving: UnitMask) -> UnitMask:
     """The fine groups of the full model (of `refine(axis)`) that a round trains: `moving` chooses among those of the small one.
 
     `plan` has a boolean per unit of the full model, `moving` one per hidden dimension that the plan leaves.
@@ -86,7 +86,7 @@ def visited(axes: Sequence[Axis], plan: Choice, moving: Choice) -> Choice:
     return compose(kept, moving)
 
 
-def _changes(here: Context, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _changes(context: Context, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
     """For each round: `overlap` with the round before, and `coverage`, the share of the full model's prunable parameters that
     updates have visited up to its end.
 
@@ -94,50 +94,50 @@ def _changes(here: Context, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
     """
     if not numbers:
         return
-    layout: Layout = here.layout
+    layout: Layout = context.layout
     fine = [refine(axis) for axis in layout.axes]
     prunable = prunable_params(fine, layout.shapes)
-    seen: Choice | None = {axis.name: torch.zeros(axis.size, dtype=torch.bool) for axis in fine}
-    before: Choice | None = None
+    seen: UnitMask | None = {axis.name: torch.zeros(axis.size, dtype=torch.bool) for axis in fine}
+    before: UnitMask | None = None
     for number in numbers:
-        plan = here.plan(f"round-{number:03d}")
-        moves = _moves(here, number, plan)
-        seen = None if seen is None or moves is None else {name: seen[name] | moves[name] for name in seen}
+        plan = context.plan(f"round-{number:03d}")
+        trains = _trains(context, number, plan)
+        seen = None if seen is None or trains is None else {name: seen[name] | trains[name] for name in seen}
         share = chosen_params(fine, layout.shapes, seen) / prunable if seen is not None and prunable else None
         same = None if before is None else overlap(layout.axes, layout.shapes, before, plan)
         yield {"overlap": same, "coverage": share}
         before = plan
 
 
-def _moves(here: Context, number: int, plan: Choice) -> Choice | None:
+def _trains(context: Context, number: int, plan: UnitMask) -> UnitMask | None:
     """The fine groups that a round has trained, or None where it has not yet, or where no mask says which."""
-    done = {entry["stage"] for entry in here.state.manifest.history if entry["round"] == number}
-    if "finetune" not in done or _turn(here.state, number).get("moves") == "training":
+    done = {entry["stage"] for entry in context.state.manifest.history if entry["round"] == number}
+    if "finetune" not in done or _round_plan(context.state, number).get("trains") == "training":
         return None
-    return visited(here.layout.axes, plan, here.mask(f"round-{number:03d}", plan))
+    return visited(context.layout.axes, plan, context.mask(f"round-{number:03d}", plan))
 
 
-def _turn(state: State, number: int) -> Mapping[str, Any]:
+def _round_plan(state: State, number: int) -> Mapping[str, Any]:
     """What the method has planned for a round, where `init` has noted it."""
-    turns: Sequence[Mapping[str, Any]] = state.manifest.history[0].get("turns", ())
-    return turns[number - 1] if number <= len(turns) else {}
+    round_plans: Sequence[Mapping[str, Any]] = state.manifest.history[0].get("round_plans", ())
+    return round_plans[number - 1] if number <= len(round_plans) else {}
 
 
-def _picture(here: Context, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _picture(context: Context, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The plan of the best round, or of the newest if none is merged: for each kind and layer, which units are kept."""
     if not rounds:
         return None
     number = next((row["round"] for row in rounds if row["best"]), rounds[-1]["round"])
-    plan = here.plan(f"round-{number:03d}")
-    axes = here.layout.axes
+    plan = context.plan(f"round-{number:03d}")
+    axes = context.layout.axes
     kept = {kind: [plan[axis.name].tolist() for axis in axes if axis.kind == kind] for kind in kinds_of(axes)}
     return {"round": number, "kept": kept}
 
 
 def _bytes(files: Mapping[str, Any], folder: str | None) -> int | None:
     """The size of the weights in a folder of the state."""
-    seal = files.get(f"{folder}/{WEIGHTS}")
-    return seal.bytes if seal else None
+    checksum = files.get(f"{folder}/{WEIGHTS}")
+    return checksum.bytes if checksum else None
 
 
 def _kind(source: Path) -> str:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from recap_cli import registry
 from recap_cli.core.adapter import Adapter, block_paths
-from recap_cli.core.axes import Axis, Choice, Shape, check_axes, refine, shrink
+from recap_cli.core.axes import Axis, Shape, UnitMask, check_axes, refine, shrink
 from recap_cli.core.criterion import Criterion, Losses
-from recap_cli.core.method import Turn
+from recap_cli.core.method import RoundPlan
 from recap_cli.core.streaming import streamed
-from recap_cli.core.surgery import Where, indices
+from recap_cli.core.surgery import IndexMap, indices
 from recap_cli.data import sources
 from recap_cli.data.labels import check_names
 from recap_cli.data.sampling import batches, sample
@@ -29,7 +29,7 @@ from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import record, stored
 from recap_cli.rounds.layout import Layout
-from recap_cli.rounds.plans import turns_of
+from recap_cli.rounds.plans import round_plans_of
 from recap_cli.rounds.record import (
     BUFFERS,
     IMPORTANCE,
@@ -38,12 +38,12 @@ from recap_cli.rounds.record import (
     MEMORY,
     METRICS,
     MOMENTS,
-    MOVED,
     PLAN,
     ROWS,
     SCORES,
     SMALL,
     SPEC,
+    TRAINED,
     WEIGHTS,
 )
 from recap_cli.rounds.status import finished
@@ -51,7 +51,7 @@ from recap_cli.state.manifest import below, quoted
 from recap_cli.state.store import State
 from recap_cli.tasks import task as tasks
 from recap_cli.tasks.task import Task
-from recap_cli.trainable.token_rows import Vocabulary
+from recap_cli.trainable.token_rows import TokenRows
 
 __all__ = [  # the names of the files among them, as every stage needs them
     "BUFFERS",
@@ -61,12 +61,12 @@ __all__ = [  # the names of the files among them, as every stage needs them
     "MEMORY",
     "METRICS",
     "MOMENTS",
-    "MOVED",
     "PLAN",
     "ROWS",
     "SCORES",
     "SMALL",
     "SPEC",
+    "TRAINED",
     "WEIGHTS",
     "Layout",
 ]
@@ -89,9 +89,9 @@ class Context:
         return str(self.state.manifest.full)
 
     @cached_property
-    def turns(self) -> tuple[Turn, ...]:
+    def round_plans(self) -> tuple[RoundPlan, ...]:
         """What each round does."""
-        return turns_of(self.state.manifest)
+        return round_plans_of(self.state.manifest)
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -102,10 +102,10 @@ class Context:
         return build.adapter_of(self.spec)
 
     @cached_property
-    def _outline(self) -> stored.Tensors:
+    def _shapes_by_name(self) -> stored.Tensors:
         """The tensors that the full model has."""
         with stored.meant(self.state.path / f"{self.full}/{SPEC}"):
-            return stored.outline(self.spec)
+            return stored.of_recipe(self.spec)
 
     @cached_property
     def layout(self) -> Layout:
@@ -114,7 +114,7 @@ class Context:
         with stored.meant(path):
             layout = TypeAdapter(Layout).validate_json(text, strict=True)
             problems = check_axes(layout.axes, layout.shapes)
-        shapes = self._outline.shapes
+        shapes = self._shapes_by_name.shapes
         known = {**layout.shapes, **{name: shapes.get(name, ()) for name in (*layout.embeddings, *layout.head)}}
         problems += [f"{name} is no such parameter of the model" for name, shape in known.items() if shapes.get(name) != shape]
         if not layout.axes or problems:
@@ -125,9 +125,9 @@ class Context:
     def task(self) -> Task:
         return task_of(self.recipe, self.spec)
 
-    def head_lr(self, turn: Turn) -> float:
+    def head_lr(self, round_plan: RoundPlan) -> float:
         """The peak learning rate of the task head in a round."""
-        return self.recipe.head_lr(new=self.state.manifest.made["head_new"], alone=turn.moves == "head")
+        return self.recipe.head_lr(new=self.state.manifest.made["head_new"], alone=round_plan.trains == "head")
 
     def processor(self) -> Any:
         """The tokenizer of the full model, or None for images."""
@@ -154,61 +154,63 @@ class Context:
         file = f"{self.full}/{BUFFERS}"
         weights = self.state.load_tensors(f"{self.full}/{WEIGHTS}")
         buffers = self.state.load_tensors(file) if file in self.state.manifest.files else {}
-        stored.check_model(self.state.path / self.full / WEIGHTS, weights | buffers, self._outline, self._outline.shapes)
+        stored.check_model(
+            self.state.path / self.full / WEIGHTS, weights | buffers, self._shapes_by_name, self._shapes_by_name.shapes
+        )
         return weights, buffers
 
     def model(self, tensors: dict[str, Tensor], sizes: dict[str, int] | None = None) -> nn.Module:
         """A model in evaluation mode made of `tensors` (no copies); a small one if `sizes` (axis → units) are given."""
         return build.assemble(self.spec, tensors, self.adapter, sizes or {}).eval()
 
-    def plan(self, folder: str) -> Choice:
+    def plan(self, folder: str) -> UnitMask:
         """Which groups of the full model the small model in `folder` kept."""
-        return stored.choice(self.state, f"{folder}/{PLAN}", self.layout.axes)
+        return stored.unit_mask(self.state, f"{folder}/{PLAN}", self.layout.axes)
 
-    def mask(self, folder: str, plan: Choice) -> Choice:
+    def mask(self, folder: str, plan: UnitMask) -> UnitMask:
         """Which hidden dimensions of the small model that `plan` leaves may move in a round."""
         axes = [refine(axis) for axis in shrink(self.layout.axes, plan)]
-        return stored.choice(self.state, f"{folder}/{MASK}", axes)
+        return stored.unit_mask(self.state, f"{folder}/{MASK}", axes)
 
-    def small_shapes(self, plan: Choice) -> dict[str, Shape]:
+    def small_shapes(self, plan: UnitMask) -> dict[str, Shape]:
         """The shapes of the small model's tensors, by all of their names."""
-        shapes = self._outline.shapes
+        shapes = self._shapes_by_name.shapes
         return stored.cut_shapes(shapes, indices(self.layout.axes, plan, self.layout.shapes))
 
-    def small(self, folder: str, plan: Choice, name: str = SMALL) -> dict[str, Tensor]:
+    def small(self, folder: str, plan: UnitMask, name: str = SMALL) -> dict[str, Tensor]:
         """The tensors of the small model of a round, as it was cut; or those of the file `name`, a small model too."""
         rel = f"{folder}/{name}"
         tensors = self.state.load_tensors(rel)
-        stored.check_model(self.state.path / rel, tensors, self._outline, self.small_shapes(plan))
+        stored.check_model(self.state.path / rel, tensors, self._shapes_by_name, self.small_shapes(plan))
         return tensors
 
-    def moved(self, folder: str, plan: Choice, where: Where) -> dict[str, Tensor]:
-        """The values of the entries that have moved, which are `where` in the small model."""
-        rel = f"{folder}/{MOVED}"
+    def trained(self, folder: str, plan: UnitMask, index_map: IndexMap) -> dict[str, Tensor]:
+        """The values of the entries that have moved, which are `index_map` in the small model."""
+        rel = f"{folder}/{TRAINED}"
         path, tensors = self.state.path / rel, self.state.load_tensors(rel)
-        stored.check_each(path, tensors, stored.cut_shapes(self.small_shapes(plan), where), torch.float32)
+        stored.check_each(path, tensors, stored.cut_shapes(self.small_shapes(plan), index_map), torch.float32)
         tuned = next(entry for entry in reversed(self.state.manifest.history) if entry["stage"] == "finetune")
         count = sum(tensor.numel() for tensor in tensors.values())
-        if self.turns[tuned["round"] - 1].moves != "training" and count != tuned["trainable"]:
+        if self.round_plans[tuned["round"] - 1].trains != "training" and count != tuned["trainable"]:
             raise stored.corrupt(path, f"it holds {count:,} entries, and {tuned['trainable']:,} were trained")
         return tensors
 
-    def tuned_moments(self, folder: str, plan: Choice, where: Where, kinds: Sequence[str]) -> dict[str, Tensor]:
-        """The moments, of the `kinds` there are, of the entries `where` in the small model, after a round."""
-        shapes = stored.cut_shapes(self.small_shapes(plan), where)
-        return stored.moments(self.state, f"{folder}/{MOMENTS}", shapes, kinds, self._along(self.vocabulary(folder)))
+    def tuned_moments(self, folder: str, plan: UnitMask, index_map: IndexMap, kinds: Sequence[str]) -> dict[str, Tensor]:
+        """The moments, of the `kinds` there are, of the entries `index_map` in the small model, after a round."""
+        shapes = stored.cut_shapes(self.small_shapes(plan), index_map)
+        return stored.moments(self.state, f"{folder}/{MOMENTS}", shapes, kinds, self._along(self.token_rows(folder)))
 
     def full_moments(self, kinds: Sequence[str]) -> dict[str, Tensor]:
         """The moments of the full model; none before the first merge, or where they are not carried."""
-        file, shapes = f"{self.full}/{MOMENTS}", self._outline.shapes
+        file, shapes = f"{self.full}/{MOMENTS}", self._shapes_by_name.shapes
         if not self.recipe.finetune.carry_moments or file not in self.state.manifest.files:
             return {}
-        rounds = (self.vocabulary(f"round-{number:03d}") for number in range(self.state.manifest.round, 0, -1))
-        vocabulary = next((found for found in rounds if found), None)
-        return stored.moments(self.state, file, shapes, kinds, self._along(vocabulary))
+        rounds = (self.token_rows(f"round-{number:03d}") for number in range(self.state.manifest.round, 0, -1))
+        token_rows = next((found for found in rounds if found), None)
+        return stored.moments(self.state, file, shapes, kinds, self._along(token_rows))
 
-    def _along(self, vocabulary: Vocabulary | None) -> dict[str, int]:
-        return self.layout.along | (vocabulary.along() if vocabulary else {})
+    def _along(self, token_rows: TokenRows | None) -> dict[str, int]:
+        return self.layout.along | (token_rows.along() if token_rows else {})
 
     def importance(self, folder: str) -> dict[str, Tensor] | None:
         """The averaged importance of the full model's groups that a round has written; None where it has written none."""
@@ -227,15 +229,15 @@ class Context:
         """Bytes held and measured while finetuning in a round."""
         return stored.memory(self.state, f"{folder}/{MEMORY}")
 
-    def vocabulary(self, folder: str) -> Vocabulary | None:
+    def token_rows(self, folder: str) -> TokenRows | None:
         """Which rows of the token table the finetuning in `folder` held, and which could move; None where that is not known."""
         file = f"{folder}/{ROWS}"
-        return stored.vocabulary(self.state, file, self._outline.shapes) if file in self.state.manifest.files else None
+        return stored.token_rows(self.state, file, self._shapes_by_name.shapes) if file in self.state.manifest.files else None
 
-    def rows(self, folder: str) -> Where:
+    def rows(self, folder: str) -> IndexMap:
         """The rows of the token table that the finetuning in `folder` could move, where that is neither all nor none."""
-        vocabulary, turn = self.vocabulary(folder), self.turns[int(folder.rpartition("-")[2]) - 1]
-        return vocabulary.where(turn) if vocabulary else {}
+        token_rows, round_plan = self.token_rows(folder), self.round_plans[int(folder.rpartition("-")[2]) - 1]
+        return token_rows.index_map(round_plan) if token_rows else {}
 
 
 def load_criterion(name: str) -> Criterion:
@@ -352,7 +354,7 @@ def importance_batch_size(recipe: Recipe, device: torch.device) -> int:
     if device.type == "cpu":
         return recipe.importance.batch_size
     tune = recipe.finetune
-    size = (tune.micro_batch_size or tune.batch_size) // (1 + (tune.resident != "fp32")) // (1 + tune.checkpointing)
+    size = (tune.micro_batch_size or tune.batch_size) // (1 + (tune.weights != "fp32")) // (1 + tune.checkpointing)
     return min(recipe.importance.batch_size, max(1, size))
 
 
@@ -397,6 +399,6 @@ def check_rounds(context: Context) -> None:
         )
 
 
-def as_bytes(choice: Choice) -> dict[str, Tensor]:
+def as_bytes(unit_mask: UnitMask) -> dict[str, Tensor]:
     """A choice as it is stored: booleans of one byte."""
-    return {name: chosen.to(torch.uint8) for name, chosen in choice.items()}
+    return {name: chosen.to(torch.uint8) for name, chosen in unit_mask.items()}

@@ -7,90 +7,94 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recap_cli.core.axes import Axis, Choice, shrink
-from recap_cli.core.method import Attached, Frame, Scores, Turn
+from recap_cli.core.axes import Axis, UnitMask, shrink
+from recap_cli.core.method import RoundPlan, Scores, TrainContext, TrainerHook
 from recap_cli.errors import PluginError
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.context import Layout
 from recap_cli.rounds.plans import method_of, options_of
 from recap_cli.rounds.selection import choose
-from recap_cli.rounds.small_model import RESIDENTS
-from recap_cli.trainable.build import Slot, make_partial
+from recap_cli.rounds.small_model import WEIGHT_DTYPES
+from recap_cli.trainable.build import Trainable, make_partial
 from recap_cli.trainable.optim import Optimizer
-from recap_cli.trainable.token_rows import Vocabulary
+from recap_cli.trainable.token_rows import TokenRows
 from recap_cli.untrusted.code import guarded
 
 HINT = "choose another method, or repair the plugin; see docs/plugins.md"
 
 
-def attach(model: nn.Module, layout: Layout, recipe: Recipe, plan: Choice, turns: Sequence[Turn]) -> Attached:
-    """Let the method of the recipe put its own training into a small model, in place, for the first of `turns`.
+def attach(model: nn.Module, layout: Layout, recipe: Recipe, plan: UnitMask, round_plans: Sequence[RoundPlan]) -> TrainerHook:
+    """Let the method of the recipe put its own training into a small model, in place, for the first of `round_plans`.
 
-    Raises `PluginError` if it fails, or gives something else than an `Attached`.
+    Raises `PluginError` if it fails, or gives something else than an `TrainerHook`.
     """
     method, axes = method_of(recipe), shrink(layout.axes, plan)
     shapes = {cut.param: tuple(model.get_parameter(cut.param).shape) for axis in axes for cut in axis.cuts}
     options = options_of(recipe, method)
-    frame = Frame(model, axes, layout.head, turns, recipe.finetune.lr, options, partial(choose, recipe, axes, shapes))
+    train_context = TrainContext(
+        model, axes, layout.head, round_plans, recipe.finetune.lr, options, partial(choose, recipe, axes, shapes)
+    )
     with guarded(f"the training of the method {recipe.method!r} failed", HINT):
-        made: Any = None if method.training is None else method.training(frame)
-    if not isinstance(made, Attached):
-        raise PluginError(f"the training of the method {recipe.method!r} gave {type(made).__name__}, not Attached", hint=HINT)
+        made: Any = None if method.training is None else method.training(train_context)
+    if not isinstance(made, TrainerHook):
+        raise PluginError(
+            f"the training of the method {recipe.method!r} gave {type(made).__name__}, not TrainerHook", hint=HINT
+        )
     return made
 
 
-def make_own(
+def make_hook_trainable(
     model: nn.Module,
-    attached: Attached,
+    hook: TrainerHook,
     recipe: Recipe,
     device: torch.device | str,
-    vocabulary: Vocabulary | None = None,
-) -> list[Slot]:
+    token_rows: TokenRows | None = None,
+) -> list[Trainable]:
     """Make what a method's own training names trainable, and nothing else, as `make_trainable` does with a mask."""
-    resident = RESIDENTS[recipe.finetune.resident]
-    with guarded("`moves` of a method's training failed", HINT):
-        names = {name for name, _ in model.named_parameters(remove_duplicate=False) if attached.moves(name)}
+    weights = WEIGHT_DTYPES[recipe.finetune.weights]
+    with guarded("`trains` of a method's training failed", HINT):
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False) if hook.trains(name)}
     return make_partial(
         model,
         {},
         frozen=lambda name: name not in names,
-        looked_up=vocabulary.looked_up() if vocabulary and attached.keeps_tokens else None,
+        used_rows=token_rows.used_rows() if token_rows and hook.keeps_tokens else None,
         device=device,
-        dtype=resident.dtype,
-        int8=resident.int8,
+        dtype=weights.dtype,
+        int8=weights.int8,
         offload=recipe.finetune.offload,
     )
 
 
-def rates_of(attached: Attached, slots: Sequence[Slot]) -> dict[str, float]:
+def rates_of(hook: TrainerHook, trainables: Sequence[Trainable]) -> dict[str, float]:
     """The factor of each slot's learning rate."""
     with guarded("`rate` of a method's training failed", HINT):
-        return {slot.name: float(attached.rate(slot.name)) for slot in slots}
+        return {trainable.name: float(hook.rate(trainable.name)) for trainable in trainables}
 
 
-def stepping(attached: Attached | None, optimizer: Optimizer, steps: int) -> Callable[[int], None]:
+def stepping(hook: TrainerHook | None, optimizer: Optimizer, steps: int) -> Callable[[int], None]:
     """What runs before each optimizer step: the training's own `before_step`, with the fp32 values of what is trained."""
-    if attached is None:
+    if hook is None:
         return lambda _: None
-    slots = {slot.name: slot for slot in optimizer.slots}
+    trainables = {trainable.name: trainable for trainable in optimizer.trainables}
 
     def before(step: int) -> None:
         with guarded("`before_step` of a method's training failed", HINT):
-            attached.before_step(step, steps, lambda name: slots[name].master)
+            hook.before_step(step, steps, lambda name: trainables[name].master)
 
     return before
 
 
 def result_of(
-    attached: Attached, values: Mapping[str, Tensor], before: Mapping[str, Tensor], axes: Sequence[Axis]
+    hook: TrainerHook, values: Mapping[str, Tensor], before: Mapping[str, Tensor], axes: Sequence[Axis]
 ) -> tuple[dict[str, Tensor], Scores]:
     """What of the small model has moved, whole, and the scores that were learned for its `axes`.
 
     Raises `PluginError` for tensors that the model does not have or that are of another shape.
     """
     with guarded("`result` of a method's training failed", HINT):
-        moved, scores = (dict(part) for part in attached.result(values, before))
-    for name, tensor in moved.items():
+        trained, scores = (dict(part) for part in hook.result(values, before))
+    for name, tensor in trained.items():
         if name not in before or not isinstance(tensor, Tensor) or tensor.shape != before[name].shape:
             raise PluginError(
                 f"`result` of a method's training: {name} is no tensor of the model, or not of its shape", hint=HINT
@@ -99,4 +103,4 @@ def result_of(
         found = scores.get(axis.name)
         if not isinstance(found, Tensor) or tuple(found.shape) != (axis.size,):
             raise PluginError(f"`result` of a method's training: no scores of shape ({axis.size},) for {axis.name}", hint=HINT)
-    return moved, scores
+    return trained, scores

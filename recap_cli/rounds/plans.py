@@ -1,4 +1,4 @@
-"""What each round of a state does: the turns that its method gave when the state was made, or those of a recipe."""
+"""What each round of a state does: the rounds that its method gave when the state was made, or those of a recipe."""
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -6,13 +6,13 @@ from math import ceil, isclose
 from typing import Any, cast, get_args
 
 from recap_cli import registry
-from recap_cli.core.method import Method, Moves, Option, Plan, Settings, Turn
+from recap_cli.core.method import Method, Option, Plan, RoundPlan, Settings, Trains
 from recap_cli.errors import PluginError, RecipeError
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.state.store import Manifest
 from recap_cli.untrusted.code import guarded
 
-MOST = 10_000  # turns; what gives more has no end
+MOST = 10_000  # rounds; what gives more has no end
 
 
 def method_of(recipe: Recipe) -> Method:
@@ -25,8 +25,8 @@ def method_of_name(name: str) -> Method:
     return cast(Method, registry.load("methods", name))
 
 
-def turns_for(recipe: Recipe) -> tuple[Turn, ...]:
-    """The turns that a recipe's method plans for it.
+def round_plans_for(recipe: Recipe) -> tuple[RoundPlan, ...]:
+    """The rounds that a recipe's method plans for it.
 
     Raises:
         PluginError: there is no such method, or what it gives makes no sense.
@@ -39,21 +39,21 @@ def turns_for(recipe: Recipe) -> tuple[Turn, ...]:
         prune_ratio=prune.ratio,
         mask_ratio=recipe.mask.ratio,
         embeddings=recipe.mask.train_embeddings,
-        restarts=tune.course == "round",
-        settled=int(recipe.rounds * prune.settled + 1e-9),
+        restarts=tune.lr_schedule_span == "round",
+        hold_plan=int(recipe.rounds * prune.hold_plan + 1e-9),
         ramp=prune.ramp,
         entry_cost=_entry_cost(recipe),
         options=options_of(recipe, method),
     )
-    hint = "its turns(settings) returns the rounds of a run; see docs/plugins.md"
+    hint = "its rounds(settings) returns the rounds of a run; see docs/plugins.md"
     with guarded(f"the method {recipe.method!r} failed", hint):
         try:
-            turns = tuple(turn for turn, _ in zip(method.turns(settings), range(MOST), strict=False))
+            round_plans = tuple(round_plan for round_plan, _ in zip(method.round_plans(settings), range(MOST), strict=False))
         except ValueError as error:  # a plugin's way to refuse a value of its options
             raise RecipeError(f"{recipe.name}: {error}", hint=_options_hint(recipe.method, method)) from error
-    if problem := _problem(turns, method):
-        raise PluginError(f"the method {recipe.method!r}: {problem}", hint="see Turn in docs/plugins.md")
-    return turns
+    if problem := _problem(round_plans, method):
+        raise PluginError(f"the method {recipe.method!r}: {problem}", hint="see RoundPlan in docs/plugins.md")
+    return round_plans
 
 
 def options_of(recipe: Recipe, method: Method) -> dict[str, Option]:
@@ -77,14 +77,16 @@ def options_of(recipe: Recipe, method: Method) -> dict[str, Option]:
     return {**method.options, **cast(dict[str, Option], recipe.options)}
 
 
-def turns_of(manifest: Manifest) -> tuple[Turn, ...]:
-    """The turns of a state, as they were planned when it was made."""
-    return tuple(Turn.from_json(turn) for turn in manifest.made["turns"])
+def round_plans_of(manifest: Manifest) -> tuple[RoundPlan, ...]:
+    """The rounds of a state, as they were planned when it was made."""
+    return tuple(RoundPlan.from_json(round_plan) for round_plan in manifest.made["round_plans"])
 
 
-def steps_of(turns: Sequence[Turn], total: int) -> list[int]:
-    """How many of `total` optimizer steps each turn takes; rounded so that they add up to the total."""
-    ends = [round(total * sum(turn.share for turn in turns[: number + 1])) for number in range(len(turns))]
+def steps_of(round_plans: Sequence[RoundPlan], total: int) -> list[int]:
+    """How many of `total` optimizer steps each round takes; rounded so that they add up to the total."""
+    ends = [
+        round(total * sum(round_plan.share for round_plan in round_plans[: number + 1])) for number in range(len(round_plans))
+    ]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
@@ -96,12 +98,12 @@ def _entry_cost(recipe: Recipe) -> float:
     moments = 2 if tune.optimizer == "adamw" else int(tune.momentum > 0)
     held_bytes = 0 if tune.fused_backward else 4
     held_bytes += 0 if tune.offload else 4 * moments
-    resident_bytes = {"fp32": 4, "bf16": 2, "int8": 1}[tune.resident]
-    if not tune.offload and tune.resident != "fp32":
+    weight_bytes = {"fp32": 4, "bf16": 2, "int8": 1}[tune.weights]
+    if not tune.offload and tune.weights != "fp32":
         held_bytes += 4
-    if tune.resident == "int8":
+    if tune.weights == "int8":
         held_bytes += (2 if tune.offload else 0) - 1  # with `offload` the moving entries are resident in bf16
-    return held_bytes / resident_bytes
+    return held_bytes / weight_bytes
 
 
 def steps_in_round(recipe: Recipe, examples: int) -> int:
@@ -112,73 +114,78 @@ def steps_in_round(recipe: Recipe, examples: int) -> int:
     return max(1, round((settings.epochs or 0) * ceil(examples / settings.batch_size)))
 
 
-def course_of(turn: Turn, before: int, steps: int, total: int) -> tuple[int, int]:
-    """The steps of the whole course of the learning rate that a turn's `steps` are a window of, and its first step there.
+def lr_window_of(round_plan: RoundPlan, before: int, steps: int, total: int) -> tuple[int, int]:
+    """The steps of the whole course of the learning rate that a round's `steps` are a window of, and its first step there.
 
-    Where the window is the turn's own place among the `total` steps of the run, `before` of which are done, it is that to the
+    Where the window is the round's own place among the `total` steps of the run, `before` of which are done, it is that to the
     step.
     """
-    start, end = turn.course
+    start, end = round_plan.lr_window
     if abs(start * total - before) < 1 and abs(end * total - before - steps) < 1:
         return total, before
     whole = round(steps / (end - start))
     return whole, round(start * whole)
 
 
-def check_steps(turns: Sequence[Turn], total: int, recipe: Recipe) -> None:
-    """Raise `RecipeError` if a turn would take no step of the `total`."""
-    if 0 in (each := steps_of(turns, total)):
+def check_steps(round_plans: Sequence[RoundPlan], total: int, recipe: Recipe) -> None:
+    """Raise `RecipeError` if a round would take no step of the `total`."""
+    if 0 in (each := steps_of(round_plans, total)):
         count = "1 optimizer step is" if total == 1 else f"{total} optimizer steps are"
         raise RecipeError(
-            f"{recipe.name}: {count} too few for the {len(turns)} rounds of {recipe.method}: round {each.index(0) + 1} would "
-            "have none",
+            f"{recipe.name}: {count} too few for the {len(round_plans)} rounds of {recipe.method}: round {each.index(0) + 1} "
+            "would have none",
             hint="raise rounds, finetune.epochs or finetune.steps",
         )
 
 
-def _problem(turns: Sequence[Turn], method: Method) -> str | None:
-    """What is wrong with the turns of a method, or None."""
-    if not 0 < len(turns) < MOST:
-        return f"gives {'no' if not turns else MOST} turns"
-    for number, turn in enumerate(turns, 1):
-        if wrong := _malformed(turn) or _wrong(turn, turns[number - 2] if number > 1 else None, method):
-            return f"turn {number} {wrong}"
-    if not isclose(sum(turn.share for turn in turns), 1.0, rel_tol=1e-6):
-        return f"the shares of its turns add up to {sum(turn.share for turn in turns):g}, not to 1"
-    return None if any(turn.product for turn in turns) else "none of its turns gives the product"
+def _problem(round_plans: Sequence[RoundPlan], method: Method) -> str | None:
+    """What is wrong with the rounds of a method, or None."""
+    if not 0 < len(round_plans) < MOST:
+        return f"gives {'no' if not round_plans else MOST} rounds"
+    for number, round_plan in enumerate(round_plans, 1):
+        if wrong := _malformed(round_plan) or _wrong(round_plan, round_plans[number - 2] if number > 1 else None, method):
+            return f"round {number} {wrong}"
+    if not isclose(sum(round_plan.share for round_plan in round_plans), 1.0, rel_tol=1e-6):
+        return f"the shares of its rounds add up to {sum(round_plan.share for round_plan in round_plans):g}, not to 1"
+    return None if any(round_plan.product for round_plan in round_plans) else "none of its rounds gives the product"
 
 
-def _malformed(turn: Any) -> str | None:
-    """What of a turn is not what it should be, taken by itself."""
-    if not isinstance(turn, Turn):
-        return f"is of type {type(turn).__name__}, not Turn"
-    numbers = (turn.prune_ratio, turn.mask_ratio, turn.share, *turn.course)
+def _malformed(round_plan: Any) -> str | None:
+    """What of a round is not what it should be, taken by itself."""
+    if not isinstance(round_plan, RoundPlan):
+        return f"is of type {type(round_plan).__name__}, not RoundPlan"
+    numbers = (round_plan.prune_ratio, round_plan.mask_ratio, round_plan.share, *round_plan.lr_window)
     if len(numbers) != 5 or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
-        return f"has something else than numbers as ratios, share or course: {numbers}"
-    start, end = turn.course
-    if not (0 <= turn.prune_ratio < 1 and 0 <= turn.mask_ratio < 1 and turn.share > 0 and 0 <= start < end <= 1 + 1e-9):
+        return f"has something else than numbers as ratios, share or lr_window: {numbers}"
+    start, end = round_plan.lr_window
+    if not (
+        0 <= round_plan.prune_ratio < 1
+        and 0 <= round_plan.mask_ratio < 1
+        and round_plan.share > 0
+        and 0 <= start < end <= 1 + 1e-9
+    ):
         return (
-            f"is out of range: prune_ratio {turn.prune_ratio:g}, mask_ratio {turn.mask_ratio:g}, share {turn.share:g}, "
-            f"course {start:g} to {end:g}"
+            f"is out of range: prune_ratio {round_plan.prune_ratio:g}, mask_ratio {round_plan.mask_ratio:g}, "
+            f"share {round_plan.share:g}, lr_window {start:g} to {end:g}"
         )
-    if not isinstance(turn.embeddings, bool) and turn.embeddings != "tokens":
-        return f"has embeddings={turn.embeddings!r}, which is none of True, False, 'tokens'"
-    for name, value, known in (("plan", turn.plan, get_args(Plan)), ("moves", turn.moves, get_args(Moves))):
+    if not isinstance(round_plan.embeddings, bool) and round_plan.embeddings != "tokens":
+        return f"has embeddings={round_plan.embeddings!r}, which is none of True, False, 'tokens'"
+    for name, value, known in (("plan", round_plan.plan, get_args(Plan)), ("trains", round_plan.trains, get_args(Trains))):
         if value not in known:
             return f"has {name}={value!r}, which is none of {', '.join(known)}"
     return None
 
 
-def _wrong(turn: Turn, before: Turn | None, method: Method) -> str | None:
-    """What of a turn does not go with the one `before` it, or with the method."""
-    if turn.moves == "training" and method.training is None:
+def _wrong(round_plan: RoundPlan, before: RoundPlan | None, method: Method) -> str | None:
+    """What of a round does not go with the one `before` it, or with the method."""
+    if round_plan.trains == "training" and method.training is None:
         return "moves what a training says, and the method has none"
-    if turn.plan != "importance" and before is None:
-        return f"has nothing to take a plan from (plan={turn.plan!r})"
-    if turn.plan == "same" and before is not None and turn.prune_ratio != before.prune_ratio:
-        return f"keeps the plan and says another prune_ratio: {turn.prune_ratio:g} after {before.prune_ratio:g}"
-    if turn.plan == "learned" and before is not None and before.moves != "training":
-        return "prunes by scores, and the turn before it has no training that learns any"
+    if round_plan.plan != "importance" and before is None:
+        return f"has nothing to take a plan from (plan={round_plan.plan!r})"
+    if round_plan.plan == "same" and before is not None and round_plan.prune_ratio != before.prune_ratio:
+        return f"keeps the plan and says another prune_ratio: {round_plan.prune_ratio:g} after {before.prune_ratio:g}"
+    if round_plan.plan == "learned" and before is not None and before.trains != "training":
+        return "prunes by scores, and the round before it has no training that learns any"
     return None
 
 

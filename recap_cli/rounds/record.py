@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from recap_cli.core.method import Embeddings, Moves, Plan
+from recap_cli.core.method import Embeddings, Plan, Trains
 from recap_cli.errors import CorruptStateError
 from recap_cli.state.manifest import COMMIT, START_OVER, Manifest
 from recap_cli.state.names import folder_of
@@ -22,13 +22,13 @@ WEIGHTS, BUFFERS, SPEC, LAYOUT, MOMENTS = (
     "layout.json",
     "moments.safetensors",
 )
-PLAN, IMPORTANCE, MASK, ROWS, SMALL, MOVED, SCORES = (
+PLAN, IMPORTANCE, MASK, ROWS, SMALL, TRAINED, SCORES = (
     "plan.safetensors",
     "importance.safetensors",
     "mask.safetensors",
     "rows.safetensors",
     "small.safetensors",
-    "moved.safetensors",
+    "trained.safetensors",
     "scores.safetensors",
 )
 METRICS, MEMORY = "metrics.json", "memory.json"
@@ -36,24 +36,24 @@ METRICS, MEMORY = "metrics.json", "memory.json"
 FULL_FILES = (WEIGHTS, SPEC, LAYOUT)
 BEST_FILES = (WEIGHTS, PLAN)
 STAGE_FILES = {"prune": (PLAN,), "mask": (MASK,), "finetune": (METRICS, MEMORY)}  # in the folder of the round, from then on
-UNTIL_MERGED = {"prune": (SMALL,), "finetune": (MOVED, MOMENTS)}
+UNTIL_MERGED = {"prune": (SMALL,), "finetune": (TRAINED, MOMENTS)}
 
 OPEN = ConfigDict(strict=True, extra="allow")
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(gt=0)]
 
 
-class TurnFacts(BaseModel):
-    """A planned round, as `Turn.to_json` has it."""
+class RoundPlanFacts(BaseModel):
+    """A planned round, as `RoundPlan.to_json` has it."""
 
     model_config = OPEN
 
     prune_ratio: Annotated[float, Field(ge=0, lt=1)]
     mask_ratio: Annotated[float, Field(ge=0, lt=1)]
     plan: Plan
-    moves: Moves
+    trains: Trains
     share: Annotated[float, Field(gt=0)]
-    course: Annotated[list[float], Field(min_length=2, max_length=2)]
+    lr_window: Annotated[list[float], Field(min_length=2, max_length=2)]
     embeddings: Embeddings
     product: bool
 
@@ -93,7 +93,7 @@ class InitFacts(BaseModel):
 
     model_config = OPEN
 
-    turns: Annotated[list[TurnFacts], Field(min_length=1)]
+    round_plans: Annotated[list[RoundPlanFacts], Field(min_length=1)]
     adapter: str
     notes: list[str]
     not_pruned: list[str]
@@ -133,8 +133,8 @@ class MaskFacts(BaseModel):
 
     model_config = OPEN
 
-    moves: Moves
-    moving_share_of_prunable: float | None = None
+    trains: Trains
+    trainable_share_of_prunable: float | None = None
 
 
 class Held(BaseModel):
@@ -163,7 +163,7 @@ class MergeFacts(BaseModel):
 
     model_config = OPEN
 
-    moved: Count
+    trained: Count
     best_round: Size | None
 
 
@@ -191,7 +191,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     for number, entry in enumerate(manifest.history):
         if wrong := _wrong_facts(entry):
             yield f"history[{number}].{wrong} is missing or not what it should be"
-    if manifest.round > len(manifest.history[0]["turns"]):
+    if manifest.round > len(manifest.history[0]["round_plans"]):
         yield f"round {manifest.round} is more than were planned"
     merged = manifest.round if manifest.stage in ("init", "merge") else manifest.round - 1
     current = {"full": folder_of("full", merged), "small": folder_of("round", manifest.round) if manifest.round else None}

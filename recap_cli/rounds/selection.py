@@ -5,7 +5,7 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from recap_cli.core.axes import Axis, Choice, Shape, unit_params
+from recap_cli.core.axes import Axis, Shape, UnitMask, unit_params
 from recap_cli.core.ranking import select
 from recap_cli.recipe.recipe import Recipe
 
@@ -20,7 +20,7 @@ class Limits(TypedDict):
 
 def choose(
     recipe: Recipe, axes: Sequence[Axis], shapes: Mapping[str, Shape], scores: Mapping[str, Tensor], keep_share: float
-) -> Choice:
+) -> UnitMask:
     """The groups of the highest scores that hold a share of the prunable parameters, by the recipe's scope and limits."""
     return select(
         axes,

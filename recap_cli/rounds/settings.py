@@ -19,7 +19,7 @@ EXECUTION = (
     "data.workers",
     "importance.device",
     "finetune.micro_batch_size",
-    "finetune.resident",
+    "finetune.weights",
     "finetune.checkpointing",
     "finetune.fused_backward",
     "finetune.offload",
@@ -28,7 +28,7 @@ EXECUTION = (
 )
 
 
-def unheard(_: Change) -> None:
+def ignore(_: Change) -> None:
     """Tell nobody of a change."""
 
 
@@ -40,7 +40,7 @@ def recipe_of(state: State, overrides: Sequence[str] = ()) -> Recipe:
     return recipes.parse(state.recipe_text, str(state.path / state.manifest.recipe), overrides)
 
 
-def adopt(state: State, recipe: Recipe, *, on_change: OnChange = unheard) -> None:
+def adopt(state: State, recipe: Recipe, *, on_change: OnChange = ignore) -> None:
     """Make `recipe` that of the state, where it differs in execution settings only; `on_change` hears of the difference.
 
     Raises `StateError`, with nothing changed, if anything else differs.

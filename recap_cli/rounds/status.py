@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from recap_cli import registry
-from recap_cli.core.method import Turn
+from recap_cli.core.method import RoundPlan
 from recap_cli.errors import DataError, ModelError
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import record
-from recap_cli.rounds.plans import check_steps, turns_for, turns_of
+from recap_cli.rounds.plans import check_steps, round_plans_for, round_plans_of
 from recap_cli.rounds.verdict import start_of, warning
 from recap_cli.state.store import Manifest, State
 from recap_cli.tasks.task import goodness
@@ -21,7 +21,7 @@ HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
 def finished(recipe: Recipe, manifest: Manifest) -> str | None:
     """Why no further round is to begin, or None."""
-    rounds, planned = manifest.round, len(turns_of(manifest))
+    rounds, planned = manifest.round, len(round_plans_of(manifest))
     if rounds >= planned:
         return f"all {planned} rounds are done" if planned > 1 else "its one round is done"
     if recipe.patience is not None and manifest.best is not None and _rounds_since_better(recipe, manifest) >= recipe.patience:
@@ -31,8 +31,8 @@ def finished(recipe: Recipe, manifest: Manifest) -> str | None:
 
 def _rounds_since_better(recipe: Recipe, manifest: Manifest) -> int:
     """How many rounds ago the metric was better than ever before. A tie is not: the best round may be a later one."""
-    turns, metric = turns_of(manifest), recipe.task.metric
-    rounds = [entry for entry in manifest.history if entry["stage"] == "finetune" and turns[entry["round"] - 1].product]
+    round_plans, metric = round_plans_of(manifest), recipe.task.metric
+    rounds = [entry for entry in manifest.history if entry["stage"] == "finetune" and round_plans[entry["round"] - 1].product]
     best = max((goodness(metric, entry[metric]) for entry in rounds), default=None)
     first = next((entry["round"] for entry in rounds if goodness(metric, entry[metric]) == best), 0)
     return int(manifest.round - first)
@@ -54,7 +54,7 @@ def check(recipe: Recipe) -> None:
     for name in (recipe.prune.criterion, recipe.mask.criterion):
         if registry.used("criteria", name)["distribution"] != registry.OURS:  # ours would only bring torch, which takes seconds
             registry.load("criteria", name)
-    turns_for(recipe)
+    round_plans_for(recipe)
     _check_folder(recipe.model.name)
     data = recipe.data
     for key, place in (("train", data.train), ("validation", data.validation)):
@@ -82,10 +82,10 @@ def describe(recipe: Recipe) -> list[str]:
     length = f"{tune.steps} steps" if tune.steps is not None else f"{tune.epochs:g} epochs"
     epochs = recipe.head.warmup_epochs
     warm = f"{epochs} epoch{'s' if epochs > 1 else ''} at {recipe.head.lr:g}" if epochs else "not at all"
-    turns = turns_for(recipe)
-    head = _head_text(recipe, alone=all(turn.moves == "head" for turn in turns))
+    round_plans = round_plans_for(recipe)
+    head = _head_text(recipe, alone=all(round_plan.trains == "head" for round_plan in round_plans))
     if tune.steps is not None:
-        check_steps(turns, recipe.rounds * tune.steps, recipe)
+        check_steps(round_plans, recipe.rounds * tune.steps, recipe)
     fewer = f", fewer after {recipe.patience} without improvement" if recipe.patience else ""
     return [
         f"{recipe.name}: {recipe.task.kind}, best by {recipe.task.metric}, seed {recipe.seed}",
@@ -94,9 +94,9 @@ def describe(recipe: Recipe) -> list[str]:
         f"data: {source}{f' ({data.subset})' if data.subset else ''}",
         f"init: check the adapter on the model, warm up the head: {warm}",
         f"finetuning in all: {recipe.rounds} x {length} of {tune.batch_size} with {tune.optimizer} at {tune.lr:g}{head} "
-        f"({tune.schedule}, over {'the run' if tune.course == 'run' else 'each round'}), {tune.resident} resident",
-        f"{len(turns)} rounds{fewer}, each prune, mask, finetune, merge:" if len(turns) > 1 else "1 round:",
-        *_described(recipe, turns),
+        f"({tune.schedule}, over {'the run' if tune.lr_schedule_span == 'run' else 'each round'}), {tune.weights} resident",
+        f"{len(round_plans)} rounds{fewer}, each prune, mask, finetune, merge:" if len(round_plans) > 1 else "1 round:",
+        *_described(recipe, round_plans),
     ]
 
 
@@ -109,36 +109,36 @@ def _head_text(recipe: Recipe, *, alone: bool) -> str:
     return f", the head{', if it is new,' if unsure else ''} at {rate:g}"
 
 
-def _described(recipe: Recipe, turns: Sequence[Turn]) -> Iterator[str]:
+def _described(recipe: Recipe, round_plans: Sequence[RoundPlan]) -> Iterator[str]:
     """A line for each run of rounds that are alike."""
     number = 1
-    for text, alike in groupby(turns, key=lambda turn: _turn_text(recipe, turn)):
+    for text, alike in groupby(round_plans, key=lambda round_plan: _round_plan_text(recipe, round_plan)):
         count = len(list(alike))
         which = f"round {number}" if count == 1 else f"rounds {number} to {number + count - 1}, each"
         yield f"  {which}: {text}"
         number += count
 
 
-def _turn_text(recipe: Recipe, turn: Turn) -> str:
+def _round_plan_text(recipe: Recipe, round_plan: RoundPlan) -> str:
     prune, mask = recipe.prune, recipe.mask
-    if turn.plan == "same":
+    if round_plan.plan == "same":
         pruned = "the same groups as in the round before"
-    elif turn.plan == "learned":
-        pruned = f"prune {turn.prune_ratio:.1%} of the prunable parameters by the scores learned"
-    elif turn.prune_ratio == 0:
+    elif round_plan.plan == "learned":
+        pruned = f"prune {round_plan.prune_ratio:.1%} of the prunable parameters by the scores learned"
+    elif round_plan.prune_ratio == 0:
         pruned = "prune nothing"
     else:
         averaged = f", averaged over rounds ({prune.ema:g})" if prune.ema else ""
         how = f"{prune.criterion}{averaged}, {prune.scope}, in {prune.steps} steps"
-        pruned = f"prune {turn.prune_ratio:.1%} of the prunable parameters by {how}"
-    moves = {"head": "the task head moves", "training": f"what {recipe.method} trains moves", "mask": "everything moves"}[
-        turn.moves
+        pruned = f"prune {round_plan.prune_ratio:.1%} of the prunable parameters by {how}"
+    trains = {"head": "the task head moves", "training": f"what {recipe.method} trains moves", "mask": "everything moves"}[
+        round_plan.trains
     ]
-    if turn.moves == "mask" and turn.mask_ratio > 0:
+    if round_plan.trains == "mask" and round_plan.mask_ratio > 0:
         drawn = f", {mask.random:.0%} of what moves at random" if mask.random else ""
-        moves = f"{turn.mask_ratio:.1%} of what is left frozen by {mask.criterion}, {mask.scope}{drawn}"
-    kept = "" if turn.product else "; not the product"
-    return f"{pruned}; {moves}; {turn.share:.1%} of the steps{kept}"
+        trains = f"{round_plan.mask_ratio:.1%} of what is left frozen by {mask.criterion}, {mask.scope}{drawn}"
+    kept = "" if round_plan.product else "; not the product"
+    return f"{pruned}; {trains}; {round_plan.share:.1%} of the steps{kept}"
 
 
 def summary(state: State) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def summary(state: State) -> dict[str, Any]:
         "stage": manifest.stage,
         "round": manifest.round,
         "method": recipe.method,
-        "rounds_planned": len(turns_of(manifest)),
+        "rounds_planned": len(round_plans_of(manifest)),
         "next": following,
         "finished": finished(recipe, manifest) if manifest.stage == "merge" else None,
         "product": str(state.path / manifest.best["folder"]) if manifest.best else None,
@@ -197,7 +197,7 @@ def _row(number: int, stages: Mapping[str, Mapping[str, Any]], *, best: bool) ->
         "seconds": {name: entry["seconds"] for name, entry in stages.items()},
     }
     if masked := stages.get("mask"):
-        row["moving_share"] = masked.get("moving_share_of_prunable")
+        row["moving_share"] = masked.get("trainable_share_of_prunable")
     if tuned := stages.get("finetune"):
         row |= {
             "metric": tuned["metric"],

@@ -11,8 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from recap_cli.core.axes import Axis, Choice, Shape
-from recap_cli.core.surgery import Where
+from recap_cli.core.axes import Axis, Shape, UnitMask
+from recap_cli.core.surgery import IndexMap
 from recap_cli.errors import CorruptStateError, ModelError, RecapError
 from recap_cli.models import build
 from recap_cli.models.build import ModelSpec
@@ -20,7 +20,7 @@ from recap_cli.rounds.record import OPEN, Count, Held, Size
 from recap_cli.state.manifest import START_OVER
 from recap_cli.state.store import State
 from recap_cli.trainable.moments import COUNT
-from recap_cli.trainable.token_rows import Vocabulary
+from recap_cli.trainable.token_rows import TokenRows
 
 STRICT = ConfigDict(strict=True)
 PROBE_TOKENS = 8
@@ -63,15 +63,15 @@ def corrupt(path: Path, what: str) -> CorruptStateError:
 
 @contextmanager
 def meant(path: Path) -> Iterator[None]:
-    """Turns whatever the content of a file makes other code raise into a `CorruptStateError`; our own errors pass."""
+    """Rounds whatever the content of a file makes other code raise into a `CorruptStateError`; our own errors pass."""
     try:
         yield
     except RecapError:
         raise
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise corrupt(path, f"{where or 'it'}: {first['msg']}") from error
+        index_map = ".".join(map(str, first["loc"]))
+        raise corrupt(path, f"{index_map or 'it'}: {first['msg']}") from error
     except Exception as error:  # libraries that build a model or a tokenizer of it may raise anything
         raise corrupt(path, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 
@@ -128,23 +128,23 @@ class Tensors:
         return cls({name: tuple(tensor.shape) for name, tensor in named}, floats, tuple(map(tuple, names.values())))
 
 
-_OUTLINES: dict[str, Tensors] = {}  # of the last model: every stage of a run asks, and building one takes its time
+_SHAPES: dict[str, Tensors] = {}  # of the last model: every stage of a run asks, and building one takes its time
 
 
-def outline(spec: ModelSpec) -> Tensors:
+def of_recipe(spec: ModelSpec) -> Tensors:
     """The tensors that a model of this description has; kept for the next call with the same one."""
     key = spec.to_json()
-    if key not in _OUTLINES:
+    if key not in _SHAPES:
         made = Tensors.of(build.skeleton(spec))
-        _OUTLINES.clear()
-        _OUTLINES[key] = made
-    return _OUTLINES[key]
+        _SHAPES.clear()
+        _SHAPES[key] = made
+    return _SHAPES[key]
 
 
-def cut_shapes(shapes: Mapping[str, Shape], where: Where) -> dict[str, Shape]:
-    """The shapes of what `where` leaves of tensors."""
+def cut_shapes(shapes: Mapping[str, Shape], index_map: IndexMap) -> dict[str, Shape]:
+    """The shapes of what `index_map` leaves of tensors."""
     cut = {name: list(shape) for name, shape in shapes.items()}
-    for name, dims in where.items():
+    for name, dims in index_map.items():
         for dim, chosen in dims.items():
             cut[name][dim] = len(chosen)
     return {name: tuple(shape) for name, shape in cut.items()}
@@ -180,7 +180,7 @@ def check_model(path: Path, found: Mapping[str, Tensor], model: Tensors, shapes:
         raise corrupt(path, f"{wrong} is of type {rest[wrong].dtype}")
 
 
-def choice(state: State, rel: str, axes: Sequence[Axis]) -> Choice:
+def unit_mask(state: State, rel: str, axes: Sequence[Axis]) -> UnitMask:
     """Which groups of `axes` a plan or a mask chooses. Raises as `State.verified`, and `CorruptStateError`."""
     path, found = state.path / rel, state.load_tensors(rel)
     check_all(path, found, {axis.name: (axis.size,) for axis in axes}, torch.uint8)
@@ -221,19 +221,19 @@ def moments(
     return found
 
 
-def vocabulary(state: State, rel: str, shapes: Mapping[str, Shape]) -> Vocabulary:
+def token_rows(state: State, rel: str, shapes: Mapping[str, Shape]) -> TokenRows:
     """Which rows of the token table were held, and which could move. Raises as `State.verified`, and `CorruptStateError`."""
     path, found = state.path / rel, state.load_tensors(rel)
     with meant(path):
-        rows = Vocabulary.from_tensors(found)
+        rows = TokenRows.from_tensors(found)
     whole = all(tensor.dtype in (torch.int32, torch.int64) and tensor.dim() == 1 for tensor in found.values())
     if (
-        found.keys() != {f"{rows.table}/held", f"{rows.table}/moving", "size"}
+        found.keys() != {f"{rows.table}/held", f"{rows.table}/trained", "size"}
         or not whole
         or shapes.get(rows.table, ())[:1] != (rows.size,)
     ):
         raise corrupt(path, f"it names no rows of {rows.table}")
-    for ids in (rows.held, rows.moving):
+    for ids in (rows.held, rows.trained):
         if len(ids) and (int(ids[0]) < 0 or int(ids[-1]) >= rows.size or not bool((ids[1:] > ids[:-1]).all())):
             raise corrupt(path, f"it names rows that {rows.table} does not have")
     return rows

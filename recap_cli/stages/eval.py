@@ -20,7 +20,7 @@ from recap_cli.machine import devices
 from recap_cli.progress import Track, silent
 from recap_cli.rounds import context as shared
 from recap_cli.rounds.context import Context
-from recap_cli.rounds.small_model import moving
+from recap_cli.rounds.small_model import trainable_entries
 from recap_cli.rounds.threads import on_fitting_threads
 from recap_cli.state.manifest import quoted
 from recap_cli.state.store import State
@@ -59,58 +59,58 @@ def evaluate(
     Raises `UsageError` if the state holds no such model yet, `UsageError` or `StorageError` if the predictions cannot be
     written, and `DataError` for data that do not fit, all before any model is loaded.
     """
-    here = Context(state)
+    context = Context(state)
     for name in which:
-        _check(here, name)
+        _check(context, name)
     if predictions is not None:
         prediction_files.check(predictions, force=force)
     if data is None and split is None:
-        scored = _validation(here, track, placed=predictions is not None)
+        scored = _validation(context, track, placed=predictions is not None)
     else:
-        scored = _others(here, data, split, say, track)
+        scored = _others(context, data, split, say, track)
         if not scored.labelled and predictions is None:
             raise DataError(
                 f"{scored.split.origin} has no labels to score with", hint="--predictions FILE writes what the models predict"
             )
     seen = {name: Examples() for name in which} if predictions is not None else {}
-    rows = list(_rows(here, which, scored, seen, track))
+    rows = list(_rows(context, which, scored, seen, track))
     if predictions is not None:
-        prediction_files.write(predictions, _columns(scored, seen, here.spec.label_names))
+        prediction_files.write(predictions, _columns(scored, seen, context.spec.label_names))
     if data is not None or split is not None:
         rows = [{**row, "data": scored.split.origin, "examples": len(scored.split)} for row in rows]
     return rows
 
 
-def _validation(here: Context, track: Track, *, placed: bool) -> Scored:
+def _validation(context: Context, track: Track, *, placed: bool) -> Scored:
     if not placed:
-        return Scored(here.splits(track)[1])
-    raw = shared.read_raw(here.recipe)
-    processor = here.processor()
-    _, split = shared.splits_of(here.recipe, here.spec, processor, track, raw)
-    files = None if here.recipe.data.train is None else other_data.files_of(raw.validation)
+        return Scored(context.splits(track)[1])
+    raw = shared.read_raw(context.recipe)
+    processor = context.processor()
+    _, split = shared.splits_of(context.recipe, context.spec, processor, track, raw)
+    files = None if context.recipe.data.train is None else other_data.files_of(raw.validation)
     return Scored(split, places=other_data.places_of(raw.validation), files=files)
 
 
-def _others(here: Context, data: Path | None, split: str | None, say: Callable[[str], None], track: Track) -> Scored:
+def _others(context: Context, data: Path | None, split: str | None, say: Callable[[str], None], track: Track) -> Scored:
     """Other data, with the columns, the preprocessing and the labels of the recipe's own."""
-    recipe, spec = here.recipe, here.spec
-    found = other_data.read_other(recipe.task.kind, data, split, _labels(here), recipe.data.model_dump())
+    recipe, spec = context.recipe, context.spec
+    found = other_data.read_other(recipe.task.kind, data, split, _labels(context), recipe.data.model_dump())
     for note in found.notes:
         say(f"note: {note}")
     if not found.labelled:
         say(f"note: {found.origin} has no labels: there are predictions of it, and no metrics")
-    inputs = shared.inputs_of(recipe, spec, here.processor())
+    inputs = shared.inputs_of(recipe, spec, context.processor())
     made = make_split(found.examples, inputs, origin=found.origin, workers=recipe.data.workers, track=track)
     for note in made.notes:
         say(f"note: {note}")
     return Scored(made, found.labelled, found.places, None if data is None else found.files)
 
 
-def _labels(here: Context) -> Labels:
+def _labels(context: Context) -> Labels:
     """The labels as `init` read them. Where a state does not say how, numbers are values, as in a file without names."""
-    made = here.state.manifest.made
+    made = context.state.manifest.made
     own, words = made.get("label_places", False), made.get("label_words", True)
-    return Labels(tuple(here.spec.label_names), own=own, words=words)
+    return Labels(tuple(context.spec.label_names), own=own, words=words)
 
 
 def _columns(scored: Scored, seen: dict[str, Examples], names: Sequence[str]) -> dict[str, list[Any]]:
@@ -130,19 +130,19 @@ def _columns(scored: Scored, seen: dict[str, Examples], names: Sequence[str]) ->
 
 
 def _rows(
-    here: Context, which: Sequence[str], scored: Scored, seen: dict[str, Examples], track: Track
+    context: Context, which: Sequence[str], scored: Scored, seen: dict[str, Examples], track: Track
 ) -> Iterator[dict[str, Any]]:
     for name in which:
-        device = devices.pick(here.recipe.importance.device if name == "full" else here.recipe.finetune.device)
-        tensors, sizes, round = _MODELS[name](here)
-        model = here.model(tensors, sizes)
-        with _on_device(here, name, model, device):
+        device = devices.pick(context.recipe.importance.device if name == "full" else context.recipe.finetune.device)
+        tensors, sizes, round = _MODELS[name](context)
+        model = context.model(tensors, sizes)
+        with _on_device(context, name, model, device):
             started = perf_counter()
             metrics = score(
-                shared.forward_of(here.spec, model),
+                shared.forward_of(context.spec, model),
                 scored.split,
-                here.task,
-                batch_size=here.recipe.evaluate.batch_size,
+                context.task,
+                batch_size=context.recipe.evaluate.batch_size,
                 device=device,
                 track=track,
                 label=f"{name} model",
@@ -153,52 +153,52 @@ def _rows(
         yield {**facts, **(metrics if scored.labelled else {}), "seconds": perf_counter() - started}
 
 
-def _on_device(here: Context, name: str, model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+def _on_device(context: Context, name: str, model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
     """The full model goes to the device a block at a time, a small one as a whole."""
     if name != "full":
         return nullcontext(model.to(device))
-    return shared.on_device(model, here.layout.axes, device, here.spec.model_type)
+    return shared.on_device(model, context.layout.axes, device, context.spec.model_type)
 
 
-def best_tensors(here: Context) -> tuple[dict[str, Tensor], dict[str, int], dict[str, Any]]:
+def best_tensors(context: Context) -> tuple[dict[str, Tensor], dict[str, int], dict[str, Any]]:
     """The tensors and sizes of the best small model, and what is noted of it. Raises `UsageError` if there is none yet."""
-    _check(here, "best")
-    best = here.state.manifest.best or {}
-    plan = here.plan(best["folder"])
-    return here.small(best["folder"], plan, shared.WEIGHTS), counts(plan), best
+    _check(context, "best")
+    best = context.state.manifest.best or {}
+    plan = context.plan(best["folder"])
+    return context.small(best["folder"], plan, shared.WEIGHTS), counts(plan), best
 
 
-def _best(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
-    tensors, sizes, best = best_tensors(here)
+def _best(context: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
+    tensors, sizes, best = best_tensors(context)
     return tensors, sizes, int(best["round"])
 
 
-def _full(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
-    return here.full_tensors(), {}, int(here.full.rpartition("-")[2])
+def _full(context: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
+    return context.full_tensors(), {}, int(context.full.rpartition("-")[2])
 
 
-def _small(here: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
+def _small(context: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
     """The small model of the newest round as far as that round is: cut, finetuned, or merged."""
-    state, folder = here.state, str(here.state.manifest.small)
-    plan, full = here.plan(folder), here.full_tensors()
-    tensors = gather(full, indices(here.layout.axes, plan, shapes_of(full)))
-    if f"{folder}/{shared.MOVED}" in state.manifest.files:
+    state, folder = context.state, str(context.state.manifest.small)
+    plan, full = context.plan(folder), context.full_tensors()
+    tensors = gather(full, indices(context.layout.axes, plan, shapes_of(full)))
+    if f"{folder}/{shared.TRAINED}" in state.manifest.files:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        where = moving(here.layout, plan, here.mask(folder, plan), tensors, here.rows(folder))
-        scatter(tensors, here.moved(folder, plan, where), where)
+        index_map = trainable_entries(context.layout, plan, context.mask(folder, plan), tensors, context.rows(folder))
+        scatter(tensors, context.trained(folder, plan, index_map), index_map)
     return tensors, counts(plan), state.manifest.round
 
 
-def _check(here: Context, name: str) -> None:
+def _check(context: Context, name: str) -> None:
     """Raise `UsageError` if the state has no model of this name yet."""
-    manifest, path = here.state.manifest, quoted(here.state.path)
+    manifest, path = context.state.manifest, quoted(context.state.path)
     if {"full": manifest.full, "small": manifest.small, "best": manifest.best}[name] is not None:
         return
-    first = next(number for number, turn in enumerate(here.turns, 1) if turn.product)
+    first = next(number for number, round_plan in enumerate(context.round_plans, 1) if round_plan.product)
     until = f": round {first} is the first that may give it" if name == "best" else ""
     raise UsageError(
-        f"{here.state.path}: no {name} model yet{until}",
-        hint=f"recap {here.state.next_stage()} {path}, or recap run --state {path}",
+        f"{context.state.path}: no {name} model yet{until}",
+        hint=f"recap {context.state.next_stage()} {path}, or recap run --state {path}",
     )
 
 

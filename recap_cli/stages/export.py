@@ -23,15 +23,15 @@ def export(state: State, out: Path, *, dense: bool = False, track: Track = silen
     product.check_out(out)
     with suppress(StateError):  # another process is writing, and tidies up itself; what is read here is checked by itself
         state.tidy()
-    here = Context(state)
-    tensors, _, best = best_tensors(here)
+    context = Context(state)
+    tensors, _, best = best_tensors(context)
     return product.export(
-        here.spec,
-        here.processor(),
-        here.adapter,
+        context.spec,
+        context.processor(),
+        context.adapter,
         tensors,
-        here.layout.axes,
-        here.plan(best["folder"]),
+        context.layout.axes,
+        context.plan(best["folder"]),
         out,
         dense=dense,
         facts={key: best[key] for key in ("round", "metric", "value")},

@@ -14,7 +14,7 @@ from torch import nn
 
 from recap_cli import registry
 from recap_cli.core.axes import prunable_params
-from recap_cli.core.method import Turn
+from recap_cli.core.method import RoundPlan
 from recap_cli.data.sampling import batches, order, seed_for
 from recap_cli.data.splits import Split
 from recap_cli.errors import ModelError
@@ -27,11 +27,11 @@ from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import context as shared
 from recap_cli.rounds.context import Layout
-from recap_cli.rounds.plans import check_steps, steps_in_round, turns_for
-from recap_cli.state.store import Draft, State
+from recap_cli.rounds.plans import check_steps, round_plans_for, steps_in_round
+from recap_cli.state.store import State, Transaction
 from recap_cli.tasks import task
-from recap_cli.trainable import token_rows as vocabularies
-from recap_cli.trainable.build import Slot
+from recap_cli.trainable import token_rows as token_rows_of_data
+from recap_cli.trainable.build import Trainable
 from recap_cli.trainable.optim import Optimizer, adamw, learning_rate
 from recap_cli.training.evaluation import chance, evaluate
 from recap_cli.training.loop import Batch, train
@@ -51,43 +51,43 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
     is written that would stay; `BudgetError` if nothing fits the memory budget; `StateError` if there is a state already.
     """
     recipe, changes = budget.solved(recipe, track)
-    turns = turns_for(recipe)  # after that: what a moving entry holds may have changed
-    with State.create(path, recipes.dump(recipe), recipes.digest(recipe)) as draft, ExitStack() as stack:
+    round_plans = round_plans_for(recipe)  # after that: what a moving entry holds may have changed
+    with State.create(path, recipes.dump(recipe), recipes.digest(recipe)) as transaction, ExitStack() as stack:
         if recipe.finetune.memory_budget is not None:
             amount = recipe.finetune.memory_budget
-            draft.facts["budget"] = {"memory_budget": amount, "changes": [asdict(change) for change in changes]}
-            draft.facts["notes"] = list(budget.told(amount, changes))
-        draft.plugins = {"used": [registry.used("methods", recipe.method)]}
+            transaction.facts["budget"] = {"memory_budget": amount, "changes": [asdict(change) for change in changes]}
+            transaction.facts["notes"] = list(budget.told(amount, changes))
+        transaction.plugins = {"used": [registry.used("methods", recipe.method)]}
         for name in (recipe.prune.criterion, recipe.mask.criterion):
-            draft.plugins["used"].append(registry.used("criteria", name))
+            transaction.plugins["used"].append(registry.used("criteria", name))
             shared.load_criterion(name)
         devices.pick(recipe.finetune.device), devices.pick(recipe.importance.device)
         raw = shared.read_raw(recipe)
         torch.manual_seed(seed_for(recipe.seed, 0, "weights"))
         created = build.create(**shared.source_of(recipe), label_names=raw.label_names)
         model, spec = created.model, created.spec
-        draft.plugins["used"].append(registry.used("adapters", spec.model_type))
+        transaction.plugins["used"].append(registry.used("adapters", spec.model_type))
         adapter = build.adapter_of(spec)
         _check_weights(model, recipe.model.name)
-        _check_tokens(turns, model)
+        _check_tokens(round_plans, model)
         with threads.limited(threads.fitting_alone(model)):
             report = conformance.check(model, adapter, spec)
         layout = Layout.of(adapter, model)
         if devices.pick(recipe.importance.device).type != "cpu":
             shared.blocks_of(model, layout.axes, spec.model_type)
         split, validation = shared.splits_of(recipe, spec, created.processor, track, raw)
-        check_steps(turns, recipe.rounds * steps_in_round(recipe, len(split)), recipe)
+        check_steps(round_plans, recipe.rounds * steps_in_round(recipe, len(split)), recipe)
         count = _threads(recipe, model, spec, split)
         stack.enter_context(threads.limited(count))
         new = recipe.model.name is None or bool(created.new)
         warm = _warm_up(recipe, model, spec, layout, split, validation, new=new, track=track)
-        _save(draft, model, spec, created.processor, layout)
-        draft.versions = {"recap": version("recap-cli"), "python": python_version(), **{n: version(n) for n in LIBRARIES}}
-        draft.facts |= {
+        _save(transaction, model, spec, created.processor, layout)
+        transaction.versions = {"recap": version("recap-cli"), "python": python_version(), **{n: version(n) for n in LIBRARIES}}
+        transaction.facts |= {
             "method": recipe.method,
-            "turns": [turn.to_json() for turn in turns],
+            "round_plans": [round_plan.to_json() for round_plan in round_plans],
             "adapter": spec.model_type,
-            "notes": [*draft.facts.get("notes", ()), *raw.notes, *created.notes, *split.notes, *validation.notes],
+            "notes": [*transaction.facts.get("notes", ()), *raw.notes, *created.notes, *split.notes, *validation.notes],
             "layouts": report.found,
             "not_pruned": report.coverage,
             "parameters": sum(param.numel() for param in model.parameters()),
@@ -144,7 +144,7 @@ def _warm_up(
         run = train(
             shared.forward_of(spec, model),
             task.loss,
-            Optimizer(_head_slots(model, layout.head), adamw(betas=(0.9, 0.999), eps=1e-8)),
+            Optimizer(_head_trainables(model, layout.head), adamw(betas=(0.9, 0.999), eps=1e-8)),
             track(epochs(), "warm up the head", steps),
             rate=lambda step: learning_rate(step, steps=steps, peak=settings.lr, schedule="linear", warmup_ratio=0.0),
             micro_batch_size=None if device.type == "cpu" else shared.importance_batch_size(recipe, device),
@@ -161,11 +161,11 @@ def _warm_up(
     return {"head_steps": run.steps, "head_loss": run.loss, "warmed_up": found}
 
 
-def _head_slots(model: nn.Module, head: Sequence[str]) -> list[Slot]:
+def _head_trainables(model: nn.Module, head: Sequence[str]) -> list[Trainable]:
     """Freeze all but the head; a slot for each of its parameters, which moves where it stands."""
     for name, param in model.named_parameters():
         param.requires_grad_(name in head)
-    return [Slot(name, param, param.detach()) for name, param in model.named_parameters() if name in head]
+    return [Trainable(name, param, param.detach()) for name, param in model.named_parameters() if name in head]
 
 
 def _check_weights(model: nn.Module, name: str | None) -> None:
@@ -177,23 +177,23 @@ def _check_weights(model: nn.Module, name: str | None) -> None:
             )
 
 
-def _check_tokens(turns: Sequence[Turn], model: nn.Module) -> None:
+def _check_tokens(round_plans: Sequence[RoundPlan], model: nn.Module) -> None:
     """Refuse rows of tokens that are to move by themselves where there is no table that has just these."""
-    if any(turn.embeddings == "tokens" for turn in turns) and vocabularies.everything(model) is None:
+    if any(round_plan.embeddings == "tokens" for round_plan in round_plans) and token_rows_of_data.everything(model) is None:
         raise ModelError(
             f"rows of tokens are to move, but {type(model).__name__} has no table of tokens that is looked up and nothing else",
             hint="--set mask.train_embeddings=true, or false",
         )
 
 
-def _save(draft: Draft, model: nn.Module, spec: ModelSpec, processor: Any, layout: Layout) -> None:
+def _save(transaction: Transaction, model: nn.Module, spec: ModelSpec, processor: Any, layout: Layout) -> None:
     """The full model in its library's layout: weights, what is no part of a checkpoint, description and layout."""
     stored = set(model.state_dict())
     tensors = build.tensors_of(model)
-    draft.save_tensors(f"{FULL}/{shared.WEIGHTS}", {name: t for name, t in tensors.items() if name in stored})
+    transaction.save_tensors(f"{FULL}/{shared.WEIGHTS}", {name: t for name, t in tensors.items() if name in stored})
     if buffers := {name: t for name, t in tensors.items() if name not in stored}:
-        draft.save_tensors(f"{FULL}/{shared.BUFFERS}", buffers)
-    draft.save_json(f"{FULL}/{shared.LAYOUT}", layout.to_json())
+        transaction.save_tensors(f"{FULL}/{shared.BUFFERS}", buffers)
+    transaction.save_json(f"{FULL}/{shared.LAYOUT}", layout.to_json())
     for name, content in build.describe(spec, processor).items():
-        draft.path(f"{FULL}/{name}").write_bytes(content if isinstance(content, bytes) else content.encode())
-    draft.set_full(FULL)
+        transaction.path(f"{FULL}/{name}").write_bytes(content if isinstance(content, bytes) else content.encode())
+    transaction.set_full(FULL)

@@ -8,8 +8,8 @@ import torch
 
 from recap_cli.core.axes import (
     Axis,
-    Choice,
     Shape,
+    UnitMask,
     chosen_params,
     counts,
     kept_per_layer,
@@ -36,41 +36,45 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
 
     Raises `StageOrderError` if another stage is next.
     """
-    here = Context(state)
-    with state.writing("mask") as draft:
-        shared.check_rounds(here)
-        recipe, folder, turn = here.recipe, f"round-{draft.round:03d}", here.turns[draft.round - 1]
-        plan = here.plan(folder)
-        tensors = here.small(folder, plan)
+    context = Context(state)
+    with state.writing("mask") as transaction:
+        shared.check_rounds(context)
+        recipe, folder, round_plan = (
+            context.recipe,
+            f"round-{transaction.round:03d}",
+            context.round_plans[transaction.round - 1],
+        )
+        plan = context.plan(folder)
+        tensors = context.small(folder, plan)
         shapes = shapes_of(tensors)
-        axes = fine_axes(here.layout, plan)
-        model = here.model(tensors, counts(plan))
-        torch.manual_seed(seed_for(recipe.seed, draft.round, "mask"))
-        if turn.moves != "mask" or turn.mask_ratio == 0.0:
-            chosen = {axis.name: torch.full((axis.size,), turn.moves != "head") for axis in axes}
+        axes = fine_axes(context.layout, plan)
+        model = context.model(tensors, counts(plan))
+        torch.manual_seed(seed_for(recipe.seed, transaction.round, "mask"))
+        if round_plan.trains != "mask" or round_plan.mask_ratio == 0.0:
+            chosen = {axis.name: torch.full((axis.size,), round_plan.trains != "head") for axis in axes}
         else:
-            train, _ = here.splits(track)
+            train, _ = context.splits(track)
             device = devices.pick(recipe.importance.device)
             losses = shared.losses_over(
-                shared.forward_of(here.spec, model),
+                shared.forward_of(context.spec, model),
                 train,
-                shared.draw(recipe, train, draft.round, "mask"),
+                shared.draw(recipe, train, transaction.round, "mask"),
                 batch_size=shared.importance_batch_size(recipe, device),
                 device=device,
                 track=track,
                 label="importance for the mask",
             )
             criterion = shared.load_criterion(recipe.mask.criterion)
-            with shared.on_device(model, axes, device, here.spec.model_type):
+            with shared.on_device(model, axes, device, context.spec.model_type):
                 scores = group_scores(model, axes, criterion, losses, named=recipe.mask.criterion)
-            chosen = _chosen(recipe, axes, shapes, scores, 1.0 - turn.mask_ratio, draft.round)
-        draft.save_tensors(f"{folder}/{shared.MASK}", shared.as_bytes(chosen))
-        draft.facts |= {"moves": turn.moves, "mask_ratio": turn.mask_ratio}
-        if turn.moves != "training":  # which says itself what it trains
-            moving, prunable = chosen_params(axes, shapes, chosen), prunable_params(axes, shapes)
-            draft.facts |= {
-                "moving_prunable": moving,
-                "moving_share_of_prunable": moving / prunable,
+            chosen = _chosen(recipe, axes, shapes, scores, 1.0 - round_plan.mask_ratio, transaction.round)
+        transaction.save_tensors(f"{folder}/{shared.MASK}", shared.as_bytes(chosen))
+        transaction.facts |= {"trains": round_plan.trains, "mask_ratio": round_plan.mask_ratio}
+        if round_plan.trains != "training":  # which says itself what it trains
+            trainable_entries, prunable = chosen_params(axes, shapes, chosen), prunable_params(axes, shapes)
+            transaction.facts |= {
+                "moving_prunable": trainable_entries,
+                "trainable_share_of_prunable": trainable_entries / prunable,
                 "moving_dimensions": kept_per_layer(axes, counts(chosen)),
             }
     return state.manifest.history[-1]
@@ -78,7 +82,7 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
 
 def _chosen(
     recipe: Recipe, axes: Sequence[Axis], shapes: Mapping[str, Shape], scores: Scores, share: float, round: int
-) -> Choice:
+) -> UnitMask:
     """The fine groups of the highest scores that hold a `share` of the prunable parameters, of which `mask.random` is drawn."""
     params = {axis.name: unit_params(axis, shapes) for axis in axes}
     original = {axis.name: axis.size for axis in axes}

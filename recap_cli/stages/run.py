@@ -9,7 +9,7 @@ from recap_cli.memory.budget import as_solved
 from recap_cli.progress import Track, silent
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import record
-from recap_cli.rounds.settings import OnChange, adopt, unheard
+from recap_cli.rounds.settings import OnChange, adopt, ignore
 from recap_cli.rounds.status import next_stage
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
@@ -29,7 +29,7 @@ def run(
     *,
     track: Track = silent,
     on_stage: Callable[[dict[str, Any]], None] = lambda _: None,
-    on_change: OnChange = unheard,
+    on_change: OnChange = ignore,
     said: Collection[str] | None = (),
 ) -> State:
     """Run every stage that is left of `recipe` in the state at `path`, which is made if it is not there.

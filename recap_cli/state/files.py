@@ -31,14 +31,14 @@ Fingerprint = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Seal:
+class Checksum:
     """What a committed file must be."""
 
     bytes: int
     sha256: str
 
 
-_sealed: dict[Fingerprint, Seal] = {}  # of this process, so that the stages of one run do not hash a file twice
+_checksummed: dict[Fingerprint, Checksum] = {}  # of this process, so that the stages of one run do not hash a file twice
 
 
 def fingerprint(path: Path) -> Fingerprint:
@@ -76,25 +76,25 @@ def odd_place(root: Path, rel: str) -> tuple[Path, str] | None:
     return None
 
 
-def seal(path: Path) -> Seal:
+def checksum(path: Path) -> Checksum:
     """The size and checksum of a file; read only if this process has not sealed it, unchanged, before."""
     before = fingerprint(path)
-    if before in _sealed:
-        return _sealed[before]
+    if before in _checksummed:
+        return _checksummed[before]
     with path.open("rb") as file:
-        found = Seal(before[2], hashlib.file_digest(file, "sha256").hexdigest())
+        found = Checksum(before[2], hashlib.file_digest(file, "sha256").hexdigest())
     if fingerprint(path) == before:
-        _sealed[before] = found
+        _checksummed[before] = found
     return found
 
 
-def difference(path: Path, expected: Seal) -> str | None:
+def difference(path: Path, expected: Checksum) -> str | None:
     """How the file differs from what was sealed, in words, or None where it does not. A wrong size is not hashed."""
     try:
         size = path.stat().st_size
         if size != expected.bytes:
             return f"it has {size:,} bytes, {expected.bytes:,} were committed"
-        found = seal(path)
+        found = checksum(path)
     except (FileNotFoundError, NotADirectoryError):
         return "it is missing"
     except PermissionError as error:

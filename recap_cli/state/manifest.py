@@ -18,7 +18,7 @@ import yaml
 
 from recap_cli.errors import CorruptStateError, StateError
 from recap_cli.state import files as storage
-from recap_cli.state.files import Seal
+from recap_cli.state.files import Checksum
 from recap_cli.state.names import (
     COMMIT,
     NEXT_STAGE,
@@ -53,10 +53,12 @@ __all__ = [
 ]
 
 PREFACE = "# Written by recap, as a whole, when a stage is done. Look at it with `recap status`.\n"
-SEALED = "# sha256 of all lines above: "
-SEAL_LINE = re.compile(rb"# sha256 of all lines above: ([0-9a-f]{64})\n\Z")
-SEAL_BYTES = len(SEALED) + 65
-UNSEALED = re.compile(rb"^schema: ([12])$", re.MULTILINE)  # before there was a checksum; of such a file no damage can be told
+CHECKSUMMED = "# sha256 of all lines above: "
+CHECKSUM_LINE = re.compile(rb"# sha256 of all lines above: ([0-9a-f]{64})\n\Z")
+CHECKSUM_BYTES = len(CHECKSUMMED) + 65
+WITHOUT_CHECKSUM = re.compile(
+    rb"^schema: ([12])$", re.MULTILINE
+)  # before there was a checksum; of such a file no damage can be told
 START_OVER = "restore the file from a copy, or start a new state: recap init RECIPE --state NEW"
 LOOK_AT_PERMISSIONS = "look at the permissions of the folder and what is in it; the state is as it was"
 ELSEWHERE = "name a state's folder, or make a new one: recap init RECIPE --state NEW"
@@ -82,7 +84,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     plugins: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
-    files: dict[str, Seal] = field(default_factory=dict)
+    files: dict[str, Checksum] = field(default_factory=dict)
     schema: int = SCHEMA
     recipe: str = RECIPE
     changes: list[dict[str, Any]] = field(default_factory=list)
@@ -118,12 +120,12 @@ def facts_of(manifest: Manifest) -> dict[str, Any]:
 
 def manifest_text(manifest: Manifest) -> str:
     """The text of state.yaml, its checksum last."""
-    return sealed(PREFACE + str(yaml.dump(facts_of(manifest), Dumper=DUMPER, sort_keys=False, allow_unicode=True)))
+    return checksummed(PREFACE + str(yaml.dump(facts_of(manifest), Dumper=DUMPER, sort_keys=False, allow_unicode=True)))
 
 
-def sealed(body: str) -> str:
+def checksummed(body: str) -> str:
     """A text with its checksum as a last line."""
-    return f"{body}{SEALED}{hashlib.sha256(body.encode()).hexdigest()}\n"
+    return f"{body}{CHECKSUMMED}{hashlib.sha256(body.encode()).hexdigest()}\n"
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -158,15 +160,15 @@ def _body(place: Path) -> bytes:
     """
     with place.open("rb") as file:
         size = file.seek(0, 2)
-        file.seek(max(0, size - SEAL_BYTES))
-        seal = SEAL_LINE.search(file.read(SEAL_BYTES))
+        file.seek(max(0, size - CHECKSUM_BYTES))
+        checksum = CHECKSUM_LINE.search(file.read(CHECKSUM_BYTES))
         file.seek(0)
-        body = file.read(max(0, size - SEAL_BYTES) if seal else 1024)
-    if seal is None and (older := UNSEALED.search(body)):
+        body = file.read(max(0, size - CHECKSUM_BYTES) if checksum else 1024)
+    if checksum is None and (older := WITHOUT_CHECKSUM.search(body)):
         raise _other_schema(place, int(older.group(1)), "")
-    if seal is None:
+    if checksum is None:
         raise _altered(place, "its last line, a checksum of all others, is not there: it was cut off or edited")
-    if hashlib.sha256(body).hexdigest() != seal.group(1).decode():
+    if hashlib.sha256(body).hexdigest() != checksum.group(1).decode():
         raise _altered(place, "it is not as recap wrote it: its last line is a checksum of other lines")
     return body
 
@@ -245,8 +247,8 @@ def _manifest(place: Path, found: Any) -> Manifest:
         raise _other_schema(place, found["schema"], f", written by recap {writer}," if writer else "")
     if problem := problem_of(found):
         raise CorruptStateError(f"{place}: {problem}", hint=START_OVER)
-    return Manifest(**{**found, "files": _seals(found["files"])})
+    return Manifest(**{**found, "files": _checksums(found["files"])})
 
 
-def _seals(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Seal]:
-    return {rel: Seal(facts["bytes"], facts["sha256"]) for rel, facts in files.items()}
+def _checksums(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Checksum]:
+    return {rel: Checksum(facts["bytes"], facts["sha256"]) for rel, facts in files.items()}

@@ -38,12 +38,12 @@ from recap_cli.state.manifest import (
     quoted,
     read_manifest,
 )
-from recap_cli.state.transaction import Draft, drafting
+from recap_cli.state.transaction import Transaction, in_transaction
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["SCHEMA", "STAGES", "Draft", "Manifest", "State"]
+__all__ = ["SCHEMA", "STAGES", "Manifest", "State", "Transaction"]
 
 
 class State:
@@ -56,7 +56,7 @@ class State:
 
     @staticmethod
     @contextmanager
-    def create(path: str | Path, recipe_text: str, digest: str) -> Iterator[Draft]:
+    def create(path: str | Path, recipe_text: str, digest: str) -> Iterator[Transaction]:
         """The draft of `init`, in a new or empty folder, or in one that a killed `init` left behind.
 
         Raises:
@@ -71,9 +71,9 @@ class State:
             try:
                 with files.storage_errors(root):
                     sweep(root, committed=())
-                with drafting(root, Manifest(0, "init", digest), "init") as draft:
-                    draft.save_recipe(recipe_text)
-                    yield draft
+                with in_transaction(root, Manifest(0, "init", digest), "init") as transaction:
+                    transaction.save_recipe(recipe_text)
+                    yield transaction
                 with suppress(OSError):  # committed; the next start flushes the same folder
                     files.flush(root.absolute().parent)
             finally:
@@ -112,7 +112,7 @@ class State:
         return NEXT_STAGE[self.manifest.stage]
 
     @contextmanager
-    def writing(self, stage: str) -> Iterator[Draft]:
+    def writing(self, stage: str) -> Iterator[Transaction]:
         """The draft of a stage: the end of the `with` block commits it; an error or Ctrl-C leaves the state as it was.
 
         Raises:
@@ -125,8 +125,8 @@ class State:
             self._catch_up()
             self.check_order(stage)
             self._make_room()
-            with drafting(self.path, self.manifest, stage) as draft:
-                yield draft
+            with in_transaction(self.path, self.manifest, stage) as transaction:
+                yield transaction
             self.manifest = read_manifest(self.path)
 
     def amend(self, recipe_text: str, digest: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
@@ -142,8 +142,8 @@ class State:
         with locked(self.path, "run"):
             self._catch_up()
             self._make_room()
-            with drafting(self.path, self.manifest, self.manifest.stage) as draft:
-                draft.amend(recipe_text, digest, before, after)
+            with in_transaction(self.path, self.manifest, self.manifest.stage) as transaction:
+                transaction.amend(recipe_text, digest, before, after)
             self.manifest = read_manifest(self.path)
             self.recipe_text = recipe_text
 
@@ -168,13 +168,13 @@ class State:
             StateError: the state has no such file, it may not be read, or another process has just moved it on.
             CorruptStateError: the file is missing, truncated or altered, or is none.
         """
-        seals = below(self.manifest.files, rel)
-        if not seals:
+        checksums = below(self.manifest.files, rel)
+        if not checksums:
             hint = f"recap status {quoted(self.path)}"
             raise StateError(f"{self.path}: {rel} is not part of this state", hint=hint)
-        for name in seals:
+        for name in checksums:
             refuse_odd_place(self.path, name)
-        differences = {name: what for name, what in zip(seals, self._compared(seals), strict=True) if what}
+        differences = {name: what for name, what in zip(checksums, self._compared(checksums), strict=True) if what}
         if differences:
             self._refuse_stale()
             told = "; ".join(f"{self.path / name}: {what}" for name, what in differences.items())
@@ -183,16 +183,16 @@ class State:
             raise CorruptStateError(told, hint=START_OVER)
         return self.path / rel
 
-    def _compared(self, seals: Mapping[str, files.Seal]) -> list[str | None]:
+    def _compared(self, checksums: Mapping[str, files.Checksum]) -> list[str | None]:
         """How each committed file differs from its seal; several are hashed at once."""
 
         def compare(name: str) -> str | None:
-            return files.difference(self.path / name, seals[name])
+            return files.difference(self.path / name, checksums[name])
 
-        if len(seals) == 1:  # most are asked for one by one, and were hashed before: a thread would cost more than it gains
-            return [compare(name) for name in seals]
+        if len(checksums) == 1:  # most are asked for one by one, and were hashed before: a thread would cost more than it gains
+            return [compare(name) for name in checksums]
         with ThreadPoolExecutor(max_workers=4) as threads:
-            return list(threads.map(compare, seals))
+            return list(threads.map(compare, checksums))
 
     def load_tensors(self, rel: str) -> dict[str, "Tensor"]:
         """The tensors of a committed safetensors file, on the CPU. Raises as `verified`."""

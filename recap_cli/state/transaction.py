@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from recap_cli.errors import StateError
 from recap_cli.process import interrupt
 from recap_cli.state import files as storage
-from recap_cli.state.files import Seal
+from recap_cli.state.files import Checksum
 from recap_cli.state.journal import note, open_journal, sweep
 from recap_cli.state.manifest import (
     COMMIT,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Draft:
+class Transaction:
     """What one stage writes. Nothing of it counts before the commit, which the end of the `with` block is."""
 
     def __init__(self, root: Path, before: Manifest, stage: str) -> None:
@@ -54,7 +54,7 @@ class Draft:
         self._dropped: set[str] = set()
         self._amended: dict[str, Any] = {}  # what a change of the recipe commits, in place of a stage's facts
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="recap-state")
-        self._sealing: dict[str, tuple[storage.Fingerprint, Future[None], Future[Seal]]] = {}
+        self._hashing: dict[str, tuple[storage.Fingerprint, Future[None], Future[Checksum]]] = {}
         self._started = time.monotonic()
 
     def path(self, rel: str) -> Path:
@@ -75,7 +75,7 @@ class Draft:
             StorageError: the disk is full or refuses.
         """
         storage.save_tensors(self.path(rel), tensors, by=self._work)
-        self._seal(rel)
+        self._checksum(rel)
 
     def save_json(self, rel: str, value: Any) -> None:
         """Writes a value as indented JSON.
@@ -144,10 +144,10 @@ class Draft:
         self._announced.add(rel)
         return path
 
-    def _seal(self, rel: str) -> None:
+    def _checksum(self, rel: str) -> None:
         path = self._root / rel
         seen = storage.fingerprint(path)
-        self._sealing[rel] = seen, self._threads.submit(storage.flush, path), self._threads.submit(storage.seal, path)
+        self._hashing[rel] = seen, self._threads.submit(storage.flush, path), self._threads.submit(storage.checksum, path)
 
     def _in_the_way(self, path: Path) -> StateError:
         return StateError(
@@ -155,26 +155,26 @@ class Draft:
             hint=f"move it out of the state, and run the same again: recap run --state {quoted(self._root)}",
         )
 
-    def _sealed(self) -> dict[str, Seal]:
+    def _checksummed(self) -> dict[str, Checksum]:
         """The new files, flushed and hashed, several at a time."""
         written = sorted(self._announced)
         for rel in written:
             if not (self._root / rel).is_file():
                 raise ValueError(f"{rel}: was announced but not written")
-            if rel not in self._sealing or self._sealing[rel][0] != storage.fingerprint(self._root / rel):
-                self._seal(rel)
-        seals = {}
+            if rel not in self._hashing or self._hashing[rel][0] != storage.fingerprint(self._root / rel):
+                self._checksum(rel)
+        checksums = {}
         for rel in written:
-            seen, flushing, sealing = self._sealing[rel]
+            seen, flushing, hashing = self._hashing[rel]
             with storage.storage_errors(self._root / rel, seen[2]):
                 flushing.result()
-                seals[rel] = sealing.result()
+                checksums[rel] = hashing.result()
         storage.flush_folders(self._root, written)
-        return seals
+        return checksums
 
     def _commit(self) -> None:
-        kept = {rel: seal for rel, seal in self._before.files.items() if rel not in self._dropped}
-        files = {**kept, **self._sealed()}
+        kept = {rel: checksum for rel, checksum in self._before.files.items() if rel not in self._dropped}
+        files = {**kept, **self._checksummed()}
         after = replace(self._before, files=files, **(self._amended or self._stage_done()))
         if problem := problem_of(facts_of(after)):
             raise ValueError(f"{COMMIT}: {problem}")
@@ -213,20 +213,22 @@ def _now() -> str:
 
 
 @contextmanager
-def drafting(root: Path, before: Manifest, stage: str) -> Iterator[Draft]:
+def in_transaction(root: Path, before: Manifest, stage: str) -> Iterator[Transaction]:
     """A draft that is committed at the end; afterwards, done or not, removes what the commit on disk does not name."""
     interrupt.note_done(None)
-    draft = Draft(root, before, stage)
+    transaction = Transaction(root, before, stage)
     spared = set(before.files)  # where the commit went wrong so late that nobody can say if it will last
     try:
         with storage.refused_writes(root):
-            yield draft
-            draft._commit()
-        if not draft._amended:
-            interrupt.note_done(f"`{stage}` of round {draft.round} is done: `recap status {quoted(root)}` says what comes next")
+            yield transaction
+            transaction._commit()
+        if not transaction._amended:
+            interrupt.note_done(
+                f"`{stage}` of round {transaction.round} is done: `recap status {quoted(root)}` says what comes next"
+            )
         spared = set()
     finally:
-        draft._close()
+        transaction._close()
         with suppress(OSError, StateError):  # the next writer tries again; an error under way must not be hidden
             committed = read_manifest(root).files if (root / COMMIT).exists() else {}
             sweep(root, committed, spared)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli.core.adapter import is_transposed
-from recap_cli.core.axes import Axis, Choice
-from recap_cli.core.surgery import Where, owner_of, put, take
+from recap_cli.core.axes import Axis, UnitMask
+from recap_cli.core.surgery import IndexMap, owner_of, put, take
 from recap_cli.core.ties import Once, first_names, names_of
 from recap_cli.trainable.embedding import PartialEmbedding, is_hooked, is_plain, places
 from recap_cli.trainable.frozen_weights import Place, QuantizedEmbedding, place_of, quantize, rest_of
@@ -25,46 +25,46 @@ from recap_cli.trainable.linear import PartialLinear
 
 
 @dataclass(frozen=True)
-class Slot:
+class Trainable:
     """One trainable tensor: what autograd fills, what the optimizer moves, and where the forward reads it.
 
-    `leaf` receives the gradient. `own` holds the fp32 values, shape as `leaf`, or is None where they are the entries at `dims`
-    of an fp32 `resident` and nowhere else. `resident` is what the forward reads, where a step must write into it. The values
+    `grad_param` receives the gradient. `own_master` holds the fp32 values, shape as `grad_param`, or is None where they are the entries at `dims`
+    of an fp32 `weights` and nowhere else. `weights` is what the forward reads, where a step must write into it. The values
     (and with them the moments) may be on another device than what the forward reads.
     """
 
     name: str
-    leaf: nn.Parameter
-    own: Tensor | None
-    resident: Tensor | None = None
+    grad_param: nn.Parameter
+    own_master: Tensor | None
+    forward_weight: Tensor | None = None
     dims: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def master(self) -> Tensor:
-        """The fp32 values, shape as `leaf`: the tensor itself, or a copy of the resident's entries."""
-        if self.own is not None:
-            return self.own
-        if self.resident is None:
+        """The fp32 values, shape as `grad_param`: the tensor itself, or a copy of the resident's entries."""
+        if self.own_master is not None:
+            return self.own_master
+        if self.forward_weight is None:
             raise ValueError(f"{self.name}: a slot has values of its own, or a resident that holds them")
-        return take(self.resident, self.dims)
+        return take(self.forward_weight, self.dims)
 
     @property
-    def home(self) -> torch.device:
+    def device(self) -> torch.device:
         """The device of the values, where the optimizer works."""
-        return self.leaf.device if self.own is None else self.own.device
+        return self.grad_param.device if self.own_master is None else self.own_master.device
 
     @torch.no_grad()
     def write_back(self, master: Tensor) -> None:
         """Put moved values to where the forward reads them, if that is elsewhere."""
-        if self.resident is not None:
-            put(self.resident, master.to(self.resident.dtype), self.dims)
+        if self.forward_weight is not None:
+            put(self.forward_weight, master.to(self.forward_weight.dtype), self.dims)
 
 
 Rows = tuple[Tensor, Place]  # which rows (or columns): on the CPU, and where the layer lives
 
 
 @dataclass(frozen=True)
-class _Home:
+class _Placement:
     """Where tensors live, and in which type the forward reads them.
 
     `int8` says that frozen matrices are quantized, `offload` that the fp32 masters of all that moves stay on the CPU. `once`
@@ -77,7 +77,7 @@ class _Home:
     offload: bool
     once: Once
 
-    def resident(self, tensor: Tensor) -> Tensor:
+    def forward_weight(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
     def codes(self, module: nn.Module, weight: Tensor) -> bool:
@@ -92,23 +92,23 @@ class _Home:
 
 def make_partial(
     model: nn.Module,
-    where: Where,
+    index_map: IndexMap,
     *,
     frozen: Callable[[str], bool],
-    looked_up: Mapping[str, Tensor] | None = None,
+    used_rows: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     int8: bool = False,
     offload: bool = False,
-) -> list[Slot]:
-    """Rebuild `model` in place so that just the entries at `where` (and every parameter that it does not name) may move.
+) -> list[Trainable]:
+    """Rebuild `model` in place so that just the entries at `index_map` (and every parameter that it does not name) may move.
 
-    `looked_up` names the rows of embeddings, sorted, that the model will ever look up; unless such a table moves whole, or has
+    `used_rows` names the rows of embeddings, sorted, that the model will ever look up; unless such a table moves whole, or has
     another name too, the others are not held.
 
     Returns one slot for each trainable tensor, named as in the model before: a parameter of several names by its first, and it
-    is frozen only if `frozen` says so of all of them. Those of which `where` selects nothing are frozen whole. Everything is
-    moved to `device`, and the parameters that the forward reads to `dtype`, a layer at a time; buffers keep their type, and the
+    is frozen only if `frozen` says so of all of them. Those of which `index_map` selects nothing are frozen whole. Everything
+    goes to `device`, and the parameters that the forward reads to `dtype`, a layer at a time; buffers keep their type, and the
     masters are fp32. With `int8` the frozen entries of linear layers and embeddings become codes, made dense in
     `dtype` where they are read. With `offload` the masters stay on the CPU, and the device holds what the forward reads and no
     more. The model must not be moved afterwards: compact parameters may be views of their residents.
@@ -116,17 +116,17 @@ def make_partial(
     Raises `TypeError` for a parameter that would move in part but is no linear layer's, and no plain embedding's by rows, or is
     not held by such layers alone; `ValueError` for a row that would move and is never looked up.
     """
-    home, slots = _Home(device, dtype, int8, offload, Once(model)), dict[str, Slot]()
-    looked_up, called, first = looked_up or {}, names_of(model), first_names(model)
+    placement, trainables = _Placement(device, dtype, int8, offload, Once(model)), dict[str, Trainable]()
+    used_rows, called, first = used_rows or {}, names_of(model), first_names(model)
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(path)
     for module, (path, *others) in paths.items():
         attributes = [attribute for attribute, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
         names = {attribute: first[f"{path}.{attribute}" if path else attribute] for attribute in attributes}
-        moves = {a for a, n in names.items() if not all(map(frozen, called[n])) and not _nothing(where.get(n))}
-        made, layer_slots = _made(module, names, where, moves, looked_up, home)
-        slots |= {slot.name: slot for slot in layer_slots}
+        trained = {a for a, n in names.items() if not all(map(frozen, called[n])) and not _nothing(index_map.get(n))}
+        made, layer_trainables = _made(module, names, index_map, trained, used_rows, placement)
+        trainables |= {trainable.name: trainable for trainable in layer_trainables}
         for place in (path, *others) if made is not None else ():
             owner, attribute = owner_of(model, place)
             setattr(owner, attribute, made)
@@ -134,38 +134,43 @@ def make_partial(
         if isinstance(module, PartialLinear | PartialEmbedding | QuantizedEmbedding):
             continue  # made where it lives, and its parameter may be a view of its weight
         for attribute, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            setattr(module, attribute, home.once.make(buffer, "a buffer", partial(buffer.to, device)))
-    return list(slots.values())
+            setattr(module, attribute, placement.once.make(buffer, "a buffer", partial(buffer.to, device)))
+    return list(trainables.values())
 
 
 def _made(
-    module: nn.Module, names: dict[str, str], where: Where, moves: set[str], looked_up: Mapping[str, Tensor], home: _Home
-) -> tuple[nn.Module | None, list[Slot]]:
+    module: nn.Module,
+    names: dict[str, str],
+    index_map: IndexMap,
+    trained: set[str],
+    used_rows: Mapping[str, Tensor],
+    placement: _Placement,
+) -> tuple[nn.Module | None, list[Trainable]]:
     """What takes the place of a module, if anything does (else it is changed in place), and the slots of its parameters."""
-    partly = {a for a in moves if where.get(names[a])}
-    slots: list[Slot] = []
+    partly = {a for a in trained if index_map.get(names[a])}
+    trainables: list[Trainable] = []
     made: nn.Module | None = None
     if _is_linear(module) and (
-        "weight" in partly or ("weight" not in moves and home.codes(module, module.get_parameter("weight")))
+        "weight" in partly or ("weight" not in trained and placement.codes(module, module.get_parameter("weight")))
     ):
-        made, slots = _partial_layer(module, names, where, moves, home)
+        made, trainables = _partial_layer(module, names, index_map, trained, placement)
     elif (
         is_plain(module)
-        and not home.once.holders(module.get_parameter("weight"))
-        and (set(where[names["weight"]]) == {0} if partly else names["weight"] in looked_up and not moves)
+        and not placement.once.holders(module.get_parameter("weight"))
+        and (set(index_map[names["weight"]]) == {0} if partly else names["weight"] in used_rows and not trained)
     ):
-        made, slots = _partial_embedding(module, names["weight"], where, looked_up, home, moves=bool(moves))
+        made, trainables = _partial_embedding(module, names["weight"], index_map, used_rows, placement, trained=bool(trained))
     elif partly:
         raise TypeError(f"{names[min(partly)]} would move in part, but {type(module).__name__} is no linear layer")
-    elif isinstance(module, nn.Embedding) and not moves and home.codes(module, module.weight):
+    elif isinstance(module, nn.Embedding) and not trained and placement.codes(module, module.weight):
         weight, none = module.weight, torch.empty(0, dtype=torch.int64)
-        quantized = partial(_quantized, names["weight"], weight.detach(), 0, none, False, home)
-        _, codes, scale = home.once.make(weight, "codes of rows", quantized)
-        made = QuantizedEmbedding(codes, scale, home.dtype)
+        quantized = partial(_quantized, names["weight"], weight.detach(), 0, none, False, placement)
+        _, codes, scale = placement.once.make(weight, "codes of rows", quantized)
+        made = QuantizedEmbedding(codes, scale, placement.dtype)
     else:
         for attribute, name in names.items():
-            slots += _dense(module, attribute, name, moves=attribute in moves, home=home)
-    return None if made is None else made.train(module.training), slots
+            trainables += _dense(module, attribute, name, trained=attribute in trained, placement=placement)
+    return None if made is None else made.train(module.training), trainables
 
 
 def tied_otherwise(model: nn.Module, params: Iterable[str]) -> list[str]:
@@ -182,13 +187,13 @@ def tied_otherwise(model: nn.Module, params: Iterable[str]) -> list[str]:
     return [" and ".join(called[name]) for name in dict.fromkeys(params) if wrong(name)]
 
 
-def bring_forward(model: nn.Module, axes: Iterable[Axis], mask: Choice, where: Where) -> Where:
+def bring_forward(model: nn.Module, axes: Iterable[Axis], mask: UnitMask, index_map: IndexMap) -> IndexMap:
     """Permute the neurons of each feedforward block, in place, so that those that move come first; return where they are now.
 
     The block computes the same function (its neurons have no order), and the chosen ones keep their order among themselves, so
-    a compact tensor means the same entries before and after. `where` is for the model as it was.
+    a compact tensor means the same entries before and after. `index_map` is for the model as it was.
     """
-    moved: Where = dict(where)
+    moved: IndexMap = dict(index_map)
     params = dict(model.named_parameters())
     for axis in axes:
         chosen = mask[axis.name]
@@ -203,134 +208,144 @@ def bring_forward(model: nn.Module, axes: Iterable[Axis], mask: Choice, where: W
                     whole[cut.offset : cut.offset + axis.size] = order + cut.offset
             with torch.no_grad():
                 param.copy_(param.index_select(dim, whole))
-            moved[name] = {dim: torch.isin(whole, where[name][dim]).nonzero().flatten()}
+            moved[name] = {dim: torch.isin(whole, index_map[name][dim]).nonzero().flatten()}
     return moved
 
 
 def _partial_layer(
-    layer: nn.Module, names: dict[str, str], where: Where, moves: set[str], home: _Home
-) -> tuple[PartialLinear, list[Slot]]:
+    layer: nn.Module, names: dict[str, str], index_map: IndexMap, trained: set[str], placement: _Placement
+) -> tuple[PartialLinear, list[Trainable]]:
     """The partial layer in place of `layer`, with the slots of its weight and bias; of the weight, nothing may move either."""
     name, param, transposed = names["weight"], layer.get_parameter("weight"), is_transposed(layer)
     weight = param.detach()
-    dim, index = next(iter(where[name].items())) if "weight" in moves else (0, torch.empty(0, dtype=torch.int64))
+    dim, index = next(iter(index_map[name].items())) if "weight" in trained else (0, torch.empty(0, dtype=torch.int64))
     out_dim = 1 - dim if transposed else dim
-    place = place_of(index, home.device)
-    bias, bias_part, slots = _bias(layer, names, where, moves, home, (index, place) if out_dim == 0 else None)
-    if home.int8:
+    place = place_of(index, placement.device)
+    bias, bias_part, trainables = _bias(layer, names, index_map, trained, placement, (index, place) if out_dim == 0 else None)
+    if placement.int8:
         form = f"codes of {'columns' if transposed else 'rows'}"
-        slot, codes, scale = home.once.make(param, form, lambda: _quantized(name, weight, dim, index, transposed, home))
-        rest = place_of(rest_of(index, weight.shape[dim]), home.device) if slot else None
-        resident = codes
+        trainable, codes, scale = placement.once.make(
+            param, form, lambda: _quantized(name, weight, dim, index, transposed, placement)
+        )
+        rest = place_of(rest_of(index, weight.shape[dim]), placement.device) if trainable else None
+        forward_weight = codes
     else:
-        slot, resident = home.once.make(param, "partly trained", lambda: _compact(name, weight, dim, (index, place), home))
+        trainable, forward_weight = placement.once.make(
+            param, "partly trained", lambda: _compact(name, weight, dim, (index, place), placement)
+        )
         scale, rest = None, None
     made = PartialLinear(
-        resident,
-        slot.leaf if slot else None,
+        forward_weight,
+        trainable.grad_param if trainable else None,
         bias,
         bias_part,
         dim=out_dim,
-        place=place if slot else None,
+        place=place if trainable else None,
         transposed=transposed,
         scale=scale,
         rest=rest,
     )
-    return made, [slot, *slots] if slot else slots
+    return made, [trainable, *trainables] if trainable else trainables
 
 
 def _partial_embedding(
-    module: nn.Module, name: str, where: Where, looked_up: Mapping[str, Tensor], home: _Home, *, moves: bool
-) -> tuple[PartialEmbedding, list[Slot]]:
+    module: nn.Module, name: str, index_map: IndexMap, used_rows: Mapping[str, Tensor], placement: _Placement, *, trained: bool
+) -> tuple[PartialEmbedding, list[Trainable]]:
     """The table of the rows that are looked up, those that move before the others, and the slot of these."""
     weight = module.get_parameter("weight").detach()
-    held = looked_up.get(name, torch.arange(len(weight)))
-    moving = where[name][0] if moves else held[:0]
-    still = held[~torch.isin(held, moving)]
-    if len(still) + len(moving) != len(held):
+    held = used_rows.get(name, torch.arange(len(weight)))
+    trained_rows = index_map[name][0] if trained else held[:0]
+    frozen_rows = held[~torch.isin(held, trained_rows)]
+    if len(frozen_rows) + len(trained_rows) != len(held):
         raise ValueError(f"{name}: a row would move that is never looked up")
-    place = places(len(weight), torch.cat([moving, still])).to(home.device)
-    if home.int8:
-        codes, scale = (t.to(home.device) for t in quantize(take(weight, {0: still})))
-        slots = [_mastered(name, take(weight, {0: moving}), home)] if moves else []
-        return PartialEmbedding(codes, slots[0].leaf if moves else None, place, dtype=home.dtype, scale=scale), slots
-    rows = take(weight, {0: torch.cat([moving, still])})
-    if not moves:
-        return PartialEmbedding(home.resident(rows), None, place, dtype=home.dtype), []
-    slot, resident = _compact(name, rows, 0, (torch.arange(len(moving)), slice(0, len(moving))), home)
-    return PartialEmbedding(resident, slot.leaf, place, dtype=home.dtype), [slot]
+    place = places(len(weight), torch.cat([trained_rows, frozen_rows])).to(placement.device)
+    if placement.int8:
+        codes, scale = (t.to(placement.device) for t in quantize(take(weight, {0: frozen_rows})))
+        trainables = [_mastered(name, take(weight, {0: trained_rows}), placement)] if trained else []
+        return PartialEmbedding(
+            codes, trainables[0].grad_param if trained else None, place, dtype=placement.dtype, scale=scale
+        ), trainables
+    rows = take(weight, {0: torch.cat([trained_rows, frozen_rows])})
+    if not trained:
+        return PartialEmbedding(placement.forward_weight(rows), None, place, dtype=placement.dtype), []
+    trainable, forward_weight = _compact(
+        name, rows, 0, (torch.arange(len(trained_rows)), slice(0, len(trained_rows))), placement
+    )
+    return PartialEmbedding(forward_weight, trainable.grad_param, place, dtype=placement.dtype), [trainable]
 
 
 def _bias(
-    layer: nn.Module, names: dict[str, str], where: Where, moves: set[str], home: _Home, rows: Rows | None
-) -> tuple[Tensor | None, nn.Parameter | None, list[Slot]]:
+    layer: nn.Module, names: dict[str, str], index_map: IndexMap, trained: set[str], placement: _Placement, rows: Rows | None
+) -> tuple[Tensor | None, nn.Parameter | None, list[Trainable]]:
     """The resident bias, the part of it that moves where that are just the `rows` of the weight, and the slot if it moves."""
     if getattr(layer, "bias", None) is None:
         return None, None, []
     name = names["bias"]
-    if "bias" in moves and where.get(name):
-        if rows is None or not torch.equal(where[name][0], rows[0]):
+    if "bias" in trained and index_map.get(name):
+        if rows is None or not torch.equal(index_map[name][0], rows[0]):
             raise TypeError(f"{name} would move at other rows than {names['weight']}")
         bias, at = layer.get_parameter("bias"), rows
-        slot, resident = home.once.make(bias, "partly trained", lambda: _compact(name, bias, 0, at, home))
-        return resident, slot.leaf, [slot]
-    slots = _dense(layer, "bias", name, moves="bias" in moves, home=home)
-    return layer.get_parameter("bias"), None, list(slots)
+        trainable, forward_weight = placement.once.make(bias, "partly trained", lambda: _compact(name, bias, 0, at, placement))
+        return forward_weight, trainable.grad_param, [trainable]
+    trainables = _dense(layer, "bias", name, trained="bias" in trained, placement=placement)
+    return layer.get_parameter("bias"), None, list(trainables)
 
 
-def _compact(name: str, tensor: Tensor, dim: int, rows: Rows, home: _Home) -> tuple[Slot, Tensor]:
+def _compact(name: str, tensor: Tensor, dim: int, rows: Rows, placement: _Placement) -> tuple[Trainable, Tensor]:
     """The slot of the entries at `rows` along `dim`, and the resident tensor that they are part of."""
     index, place = rows
-    resident = home.resident(tensor.detach())
+    forward_weight = placement.forward_weight(tensor.detach())
     dims = {} if isinstance(place, slice) else {dim: place}
-    entries = resident.narrow(dim, place.start, len(index)) if isinstance(place, slice) else resident
-    if home.dtype == torch.float32 and not home.offload:
+    entries = forward_weight.narrow(dim, place.start, len(index)) if isinstance(place, slice) else forward_weight
+    if placement.dtype == torch.float32 and not placement.offload:
         if isinstance(place, slice):
-            leaf = nn.Parameter(entries)
-            return Slot(name, leaf, leaf.detach()), resident
-        return Slot(name, _handle(resident, dim, len(index)), None, entries, dims), resident
-    own = home.master(tensor, {dim: index})
-    leaf = _handle(resident, dim, len(index)) if home.offload else nn.Parameter(own)
-    return Slot(name, leaf, own, entries, dims), resident
+            grad_param = nn.Parameter(entries)
+            return Trainable(name, grad_param, grad_param.detach()), forward_weight
+        return Trainable(name, _proxy(forward_weight, dim, len(index)), None, entries, dims), forward_weight
+    own_master = placement.master(tensor, {dim: index})
+    grad_param = _proxy(forward_weight, dim, len(index)) if placement.offload else nn.Parameter(own_master)
+    return Trainable(name, grad_param, own_master, entries, dims), forward_weight
 
 
-def _handle(resident: Tensor, dim: int, length: int) -> nn.Parameter:
+def _proxy(forward_weight: Tensor, dim: int, length: int) -> nn.Parameter:
     """A parameter that has a shape, for a gradient in fp32, and no memory."""
-    shape = [length if d == dim else size for d, size in enumerate(resident.shape)]
-    return nn.Parameter(resident.new_empty((), dtype=torch.float32).expand(shape))
+    shape = [length if d == dim else size for d, size in enumerate(forward_weight.shape)]
+    return nn.Parameter(forward_weight.new_empty((), dtype=torch.float32).expand(shape))
 
 
 def _quantized(
-    name: str, weight: Tensor, dim: int, index: Tensor, transposed: bool, home: _Home
-) -> tuple[Slot | None, Tensor, Tensor]:
+    name: str, weight: Tensor, dim: int, index: Tensor, transposed: bool, placement: _Placement
+) -> tuple[Trainable | None, Tensor, Tensor]:
     """The slot of what moves, if anything does, and the codes, (out, in), and scales of what does not."""
-    still = take(weight, {dim: rest_of(index, weight.shape[dim])})
-    codes, scale = (t.to(home.device) for t in quantize(still.t() if transposed else still))
+    frozen_rows = take(weight, {dim: rest_of(index, weight.shape[dim])})
+    codes, scale = (t.to(placement.device) for t in quantize(frozen_rows.t() if transposed else frozen_rows))
     if len(index) == 0:
         return None, codes, scale
-    return _mastered(name, take(weight, {dim: index}), home), codes, scale
+    return _mastered(name, take(weight, {dim: index}), placement), codes, scale
 
 
-def _mastered(name: str, values: Tensor, home: _Home, dtype: torch.dtype = torch.float32) -> Slot:
+def _mastered(name: str, values: Tensor, placement: _Placement, dtype: torch.dtype = torch.float32) -> Trainable:
     """The slot of a tensor that moves whole: of `dtype`, or with `offload` of the type that the forward reads."""
-    dtype = home.dtype if home.offload else dtype
-    leaf = nn.Parameter(values.to(home.device, dtype))
-    if dtype == torch.float32 and not home.offload:
-        return Slot(name, leaf, leaf.detach())
-    leaf.grad_dtype = torch.float32  # as compact gradients: micro-batches are not summed up in bf16
-    return Slot(name, leaf, home.master(values, {}), leaf.detach())
+    dtype = placement.dtype if placement.offload else dtype
+    grad_param = nn.Parameter(values.to(placement.device, dtype))
+    if dtype == torch.float32 and not placement.offload:
+        return Trainable(name, grad_param, grad_param.detach())
+    grad_param.grad_dtype = torch.float32  # as compact gradients: micro-batches are not summed up in bf16
+    return Trainable(name, grad_param, placement.master(values, {}), grad_param.detach())
 
 
-def _dense(module: nn.Module, attribute: str, name: str, *, moves: bool, home: _Home) -> Sequence[Slot]:
+def _dense(module: nn.Module, attribute: str, name: str, *, trained: bool, placement: _Placement) -> Sequence[Trainable]:
     """Move one whole parameter to where it lives; its slot if it may move."""
     param = getattr(module, attribute)
-    if not moves:
-        frozen = home.once.make(param, "frozen", lambda: nn.Parameter(home.resident(param.detach()), requires_grad=False))
+    if not trained:
+        frozen = placement.once.make(
+            param, "frozen", lambda: nn.Parameter(placement.forward_weight(param.detach()), requires_grad=False)
+        )
         setattr(module, attribute, frozen)
         return []
-    slot = home.once.make(param, "trained", lambda: _mastered(name, param.detach(), home, dtype=home.dtype))
-    setattr(module, attribute, slot.leaf)
-    return [slot]
+    trainable = placement.once.make(param, "trained", lambda: _mastered(name, param.detach(), placement, dtype=placement.dtype))
+    setattr(module, attribute, trainable.grad_param)
+    return [trainable]
 
 
 def _form(module: nn.Module, attribute: str) -> str:

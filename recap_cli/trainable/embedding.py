@@ -59,7 +59,7 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, at: Tensor, part: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(at)
-        ctx.moving = len(part)
+        ctx.trained = len(part)
         return _rows(at, weight, scale, part, dtype)
 
     @staticmethod
@@ -67,28 +67,28 @@ class _LookUp(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[None, Tensor, None, None, None]:
         (at,) = ctx.saved_tensors
         # Rows that do not move share one place behind the others, whose gradient is never summed up.
-        moving = ctx.moving
-        grad = torch.ops.aten.embedding_dense_backward(grad_out.float(), at.clamp(max=moving), moving + 1, moving, False)
-        return None, grad[:moving], None, None, None
+        trained = ctx.trained
+        grad = torch.ops.aten.embedding_dense_backward(grad_out.float(), at.clamp(max=trained), trained + 1, trained, False)
+        return None, grad[:trained], None, None, None
 
 
 def _rows(at: Tensor, weight: Tensor, scale: Tensor | None, part: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The rows of the table at `at`: of the resident itself, or of codes and masters."""
     if scale is None:
         return F.embedding(at, weight)
-    moving = 0 if part is None else len(part)
+    trained = 0 if part is None else len(part)
     if part is not None and len(weight) == 0:
         return part[at].to(dtype)
-    frozen = (at - moving).clamp_(min=0)
+    frozen = (at - trained).clamp_(min=0)
     out = weight[frozen].to(dtype).mul_(scale[frozen])
     if part is None:
         return out
-    return torch.where((at < moving).unsqueeze(-1), part[at.clamp(max=moving - 1)].to(dtype), out)
+    return torch.where((at < trained).unsqueeze(-1), part[at.clamp(max=trained - 1)].to(dtype), out)
 
 
-def places(vocabulary: int, held: Tensor) -> Tensor:
+def places(token_rows: int, held: Tensor) -> Tensor:
     """The row in which each of so many ids stands if those `held` are put one after another, int32; others behind the last."""
-    place = torch.full((vocabulary,), len(held), dtype=torch.int32)
+    place = torch.full((token_rows,), len(held), dtype=torch.int32)
     place[held] = torch.arange(len(held), dtype=torch.int32)
     return place
 

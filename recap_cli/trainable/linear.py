@@ -59,11 +59,11 @@ class PartialLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (…, in) → (…, out)
         weight = self.weight.t() if self.transposed and self.scale is None else self.weight
-        where = (self.dim, self.span or self.place, self.rest_span or self.rest, self.transposed)
+        index_map = (self.dim, self.span or self.place, self.rest_span or self.rest, self.transposed)
         if not torch.is_grad_enabled():
-            return F.linear(x, _whole(weight, self.scale, self.part, where, x.dtype), self.bias)
+            return F.linear(x, _whole(weight, self.scale, self.part, index_map, x.dtype), self.bias)
         # A bias of which only the chosen rows move is read from its resident buffer; its gradient goes to `bias_part`.
-        out: Tensor = _Partial.apply(x, self.part, self.bias_part, weight, self.scale, self.bias, where)
+        out: Tensor = _Partial.apply(x, self.part, self.bias_part, weight, self.scale, self.bias, index_map)
         return out
 
     def extra_repr(self) -> str:
@@ -90,27 +90,27 @@ class _Partial(torch.autograd.Function):
         weight: Tensor,
         scale: Tensor | None,
         bias: Tensor | None,
-        where: Places,
+        index_map: Places,
     ) -> Tensor:
-        dim, place, _, _ = where
+        dim, place, _, _ = index_map
         saved = (x if dim == 0 else _at(x, place, keep=False)) if ctx.needs_input_grad[1] else None
         kept = (weight, scale, part if scale is not None else None) if ctx.needs_input_grad[0] else (None, None, None)
         ctx.save_for_backward(saved, *kept)
-        ctx.where = where
-        return F.linear(x, _whole(weight, scale, part, where, x.dtype), bias)
+        ctx.index_map = index_map
+        return F.linear(x, _whole(weight, scale, part, index_map, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, part = ctx.saved_tensors
         needs_part, needs_rows, needs_bias = (ctx.needs_input_grad[i] for i in (1, 2, 5))
-        dim, place, _, transposed = ctx.where
+        dim, place, _, transposed = ctx.index_map
         flat = grad_out.reshape(-1, grad_out.shape[-1])  # (tokens, out)
         rows = _at(flat, place, keep=True) if dim == 0 and (needs_part or needs_rows) else flat
         grad_part = _product(rows, x.reshape(-1, x.shape[-1]), transposed) if needs_part else None
         grad_rows = rows.sum(0).float() if needs_rows else None
         grad_bias = flat.sum(0) if needs_bias else None
-        grad_x = None if weight is None else grad_out @ _whole(weight, scale, part, ctx.where, grad_out.dtype)
+        grad_x = None if weight is None else grad_out @ _whole(weight, scale, part, ctx.index_map, grad_out.dtype)
         return grad_x, grad_part, grad_rows, None, None, grad_bias, None
 
 
@@ -119,11 +119,11 @@ def _product(rows: Tensor, x: Tensor, transposed: bool) -> Tensor:
     return (x.t() @ rows if transposed else rows.t() @ x).float()
 
 
-def _whole(weight: Tensor, scale: Tensor | None, part: Tensor | None, where: Places, dtype: torch.dtype) -> Tensor:
+def _whole(weight: Tensor, scale: Tensor | None, part: Tensor | None, index_map: Places, dtype: torch.dtype) -> Tensor:
     """The whole weight, (out, in): the resident itself, or a new tensor made of int8 codes and masters."""
     if scale is None:
         return weight
-    dim, place, rest, transposed = where
+    dim, place, rest, transposed = index_map
     return dequantize(weight, scale, part.t() if transposed and part is not None else part, dim, place, rest, dtype=dtype)
 
 

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from recap_cli.core.axes import Shape
-from recap_cli.core.surgery import Where, put, take
+from recap_cli.core.surgery import IndexMap, put, take
 from recap_cli.trainable.optim import Moments
 
 COUNT = "count"
 
 
-def take_moments(stored: Mapping[str, Tensor], where: Where) -> tuple[dict[str, Moments], dict[str, Tensor]]:
-    """The moments, and the counts, of the entries at `where`, by parameter name; every parameter that is stored, if whole."""
+def take_moments(stored: Mapping[str, Tensor], index_map: IndexMap) -> tuple[dict[str, Moments], dict[str, Tensor]]:
+    """The moments and the counts of the entries at `index_map`, by parameter name; whole where it does not name one."""
     moments: dict[str, Moments] = {}
     counts: dict[str, Tensor] = {}
     for key, tensor in stored.items():
         name, _, moment = key.rpartition("/")
-        dims = where.get(name, {})
+        dims = index_map.get(name, {})
         if moment == COUNT:
             counts[name] = tensor if tensor.numel() == 1 else tensor[next(iter(dims.values()), slice(None))]
         else:
@@ -35,23 +35,23 @@ def put_moments(
     stored: Mapping[str, Tensor],
     tuned: Mapping[str, Moments],
     counts: Mapping[str, Tensor],
-    where: Where,
+    index_map: IndexMap,
     *,
     shapes: Mapping[str, Shape],
     along: Mapping[str, int],
-    aging: Mapping[str, float],
+    idle_decay: Mapping[str, float],
 ) -> dict[str, Tensor]:
     """The moments after a round, eq. (5): those of entries that moved are written back, all others age once.
 
-    `tuned` and `counts` are compact, at `where` in tensors of `shapes`; `along` names the dimension that a parameter is cut
+    `tuned` and `counts` are compact, at `index_map` in tensors of `shapes`; `along` names the dimension that a parameter is cut
     along, or of which some rows move; `aging` the factor of each moment. Counts do not age: they say how many steps an entry
     has taken part in.
     """
     # Multiplied out of place: stored moments are mapped files, and writing to them page by page took 2 to 5 times as long.
-    aged = {COUNT: 1, **aging}
+    aged = {COUNT: 1, **idle_decay}
     after = {key: tensor * aged[key.rpartition("/")[2]] for key, tensor in stored.items()}
     for name, moments in tuned.items():
-        dims = where.get(name, {})
+        dims = index_map.get(name, {})
         for moment, tensor in moments.items():
             full = after.setdefault(f"{name}/{moment}", torch.zeros(shapes[name]))
             put(full, tensor, dims)

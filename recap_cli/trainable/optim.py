@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from recap_cli.trainable.build import Slot
+from recap_cli.trainable.build import Trainable
 
 Moments = dict[str, Tensor]
 Count = int | Tensor  # steps taken before the next one: one number, or one per row or column, shaped to broadcast
@@ -25,7 +25,7 @@ Schedule = Literal["linear", "cosine", "constant"]
 
 
 @dataclass(frozen=True)
-class Rule:
+class UpdateRule:
     """An update rule: its moments, each with the factor it ages by in a round it sits out (eq. (5)), and one step.
 
     `apply(master, grad, moments, count, lr, weight_decay)` moves `master` in place; all are fp32 and of one shape. It may write
@@ -33,11 +33,11 @@ class Rule:
     """
 
     name: str
-    aging: Mapping[str, float]
+    idle_decay: Mapping[str, float]
     apply: Apply
 
 
-def sgd(*, momentum: float) -> Rule:
+def sgd(*, momentum: float) -> UpdateRule:
     """SGD as in `torch.optim.SGD`: weight decay is added to the gradient; without momentum there are no moments."""
 
     def apply(master: Tensor, grad: Tensor, moments: Moments, count: Count, lr: float, weight_decay: float) -> None:
@@ -47,10 +47,10 @@ def sgd(*, momentum: float) -> Rule:
             grad = moments["momentum"].mul_(momentum).add_(grad)
         master.add_(grad, alpha=-lr)
 
-    return Rule("sgd", {"momentum": momentum} if momentum else {}, apply)
+    return UpdateRule("sgd", {"momentum": momentum} if momentum else {}, apply)
 
 
-def adamw(*, betas: tuple[float, float], eps: float) -> Rule:
+def adamw(*, betas: tuple[float, float], eps: float) -> UpdateRule:
     """AdamW (1711.05101) as in `torch.optim.AdamW`, with the bias correction of each entry's own count."""
     beta1, beta2 = betas
 
@@ -71,7 +71,7 @@ def adamw(*, betas: tuple[float, float], eps: float) -> Rule:
             denominator = square.sqrt().div_(root).add_(eps)
             master.sub_(torch.div(mean, denominator, out=denominator).mul_(rate))
 
-    return Rule("adamw", {"exp_avg": beta1, "exp_avg_sq": beta2}, apply)
+    return UpdateRule("adamw", {"exp_avg": beta1, "exp_avg_sq": beta2}, apply)
 
 
 class Optimizer:
@@ -85,8 +85,8 @@ class Optimizer:
 
     def __init__(
         self,
-        slots: Sequence[Slot],
-        rule: Rule,
+        trainables: Sequence[Trainable],
+        rule: UpdateRule,
         *,
         weight_decay: float = 0.0,
         moments: Mapping[str, Moments] | None = None,
@@ -94,38 +94,38 @@ class Optimizer:
         along: Mapping[str, int] | None = None,
         scale: Mapping[str, float] | None = None,
     ) -> None:
-        self.slots, self.rule, self.weight_decay, self.lr = slots, rule, weight_decay, 0.0
-        self.moments = {s.name: _start(s, rule, (moments or {}).get(s.name, {})) for s in slots}
-        self._before = {s.name: _count(s, (counts or {}).get(s.name), (along or {}).get(s.name)) for s in slots}
-        self._steps = {s.name: 0 for s in slots}
-        self._scale = {s.name: (scale or {}).get(s.name, 1.0) for s in slots}
+        self.trainables, self.rule, self.weight_decay, self.lr = trainables, rule, weight_decay, 0.0
+        self.moments = {s.name: _start(s, rule, (moments or {}).get(s.name, {})) for s in trainables}
+        self._before = {s.name: _count(s, (counts or {}).get(s.name), (along or {}).get(s.name)) for s in trainables}
+        self._steps = {s.name: 0 for s in trainables}
+        self._scale = {s.name: (scale or {}).get(s.name, 1.0) for s in trainables}
 
     def step(self) -> None:
         """Move every slot that has a gradient."""
-        for slot in self.slots:
-            self.step_slot(slot)
+        for trainable in self.trainables:
+            self.step_one(trainable)
 
     @torch.no_grad()
-    def step_slot(self, slot: Slot) -> None:
+    def step_one(self, trainable: Trainable) -> None:
         """Move one slot, if it has a gradient."""
-        if slot.leaf.grad is None:
+        if trainable.grad_param.grad is None:
             return
-        decay = self.weight_decay if slot.leaf.ndim > 1 else 0.0
-        count = self._before[slot.name] + self._steps[slot.name]
-        master = slot.master
-        grad = slot.leaf.grad.to(master.device, master.dtype)
-        self.rule.apply(master, grad, self.moments[slot.name], count, self.lr * self._scale[slot.name], decay)
-        self._steps[slot.name] += 1
-        slot.write_back(master)
+        decay = self.weight_decay if trainable.grad_param.ndim > 1 else 0.0
+        count = self._before[trainable.name] + self._steps[trainable.name]
+        master = trainable.master
+        grad = trainable.grad_param.grad.to(master.device, master.dtype)
+        self.rule.apply(master, grad, self.moments[trainable.name], count, self.lr * self._scale[trainable.name], decay)
+        self._steps[trainable.name] += 1
+        trainable.write_back(master)
 
     def zero_grad(self) -> None:
         """Free every gradient."""
-        for slot in self.slots:
-            slot.leaf.grad = None
+        for trainable in self.trainables:
+            trainable.grad_param.grad = None
 
     def counts(self) -> dict[str, Tensor]:
         """How many steps the entries of each slot have taken, int32, shape (1,) or one per chosen row or column."""
-        total = {s.name: self._before[s.name] + self._steps[s.name] for s in self.slots}
+        total = {s.name: self._before[s.name] + self._steps[s.name] for s in self.trainables}
         return {name: torch.as_tensor(count, dtype=torch.int32).flatten().cpu() for name, count in total.items()}
 
     def state_bytes(self) -> int:
@@ -142,17 +142,23 @@ def learning_rate(step: int, *, steps: int, peak: float, schedule: Schedule, war
     return peak * {"linear": 1 - done, "cosine": (1 + cos(pi * done)) / 2, "constant": 1.0}[schedule]
 
 
-def _start(slot: Slot, rule: Rule, known: Moments) -> Moments:
+def _start(trainable: Trainable, rule: UpdateRule, known: Moments) -> Moments:
     if known:
-        return {name: known[name].to(slot.home, torch.float32, copy=True) for name in rule.aging}
-    like = partial(torch.zeros_like, slot.leaf, dtype=torch.float32, device=slot.home, memory_format=torch.contiguous_format)
-    return {name: like() for name in rule.aging}
+        return {name: known[name].to(trainable.device, torch.float32, copy=True) for name in rule.idle_decay}
+    like = partial(
+        torch.zeros_like,
+        trainable.grad_param,
+        dtype=torch.float32,
+        device=trainable.device,
+        memory_format=torch.contiguous_format,
+    )
+    return {name: like() for name in rule.idle_decay}
 
 
-def _count(slot: Slot, known: Tensor | None, dim: int | None) -> Count:
+def _count(trainable: Trainable, known: Tensor | None, dim: int | None) -> Count:
     """One number where all entries are of one age, else one per row or column, shaped to broadcast over the master."""
     if known is None:
         return 0
     if bool((known == known[0]).all()):
         return int(known[0])
-    return known.view([-1 if d == dim else 1 for d in range(slot.leaf.ndim)])
+    return known.view([-1 if d == dim else 1 for d in range(trainable.grad_param.ndim)])

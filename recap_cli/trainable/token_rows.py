@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from recap_cli.core.method import Turn
-from recap_cli.core.surgery import Where
+from recap_cli.core.method import RoundPlan
+from recap_cli.core.surgery import IndexMap
 from recap_cli.data.splits import Split
 from recap_cli.trainable.embedding import is_plain
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TokenRows:
     """The rows of one table: those that training or validation examples may look up, and those that may move.
 
     `table` is the parameter's name; `held` and `moving` are sorted ids, int64; `size` is how many rows there are.
@@ -22,9 +22,9 @@ class Vocabulary:
     table: str
     size: int
     held: Tensor
-    moving: Tensor
+    trained: Tensor
 
-    def looked_up(self) -> dict[str, Tensor]:
+    def used_rows(self) -> dict[str, Tensor]:
         """As `make_partial` takes it."""
         return {self.table: self.held}
 
@@ -32,23 +32,23 @@ class Vocabulary:
         """The dimension of the table that moves in part."""
         return {self.table: 0}
 
-    def where(self, turn: Turn) -> Where:
-        """The rows that a turn lets move, where that is neither all of them nor none."""
-        return {self.table: {0: self.moving}} if turn.moves == "mask" and turn.embeddings == "tokens" else {}
+    def index_map(self, round_plan: RoundPlan) -> IndexMap:
+        """The rows that a round lets move, where that is neither all of them nor none."""
+        return {self.table: {0: self.trained}} if round_plan.trains == "mask" and round_plan.embeddings == "tokens" else {}
 
     def to_tensors(self) -> dict[str, Tensor]:
         """As a state stores it."""
-        rows = {"held": self.held, "moving": self.moving}
+        rows = {"held": self.held, "trained": self.trained}
         return {f"{self.table}/{name}": ids.to(torch.int32) for name, ids in rows.items()} | {"size": torch.tensor([self.size])}
 
     @classmethod
-    def from_tensors(cls, found: Mapping[str, Tensor]) -> "Vocabulary":
+    def from_tensors(cls, found: Mapping[str, Tensor]) -> "TokenRows":
         ids = {key.rpartition("/")[2]: tensor.long() for key, tensor in found.items()}
         table = next(key.rpartition("/")[0] for key in found if "/" in key)
-        return cls(table, int(ids["size"]), ids["held"], ids["moving"])
+        return cls(table, int(ids["size"]), ids["held"], ids["trained"])
 
 
-def of(model: nn.Module, train: Split, validation: Split) -> Vocabulary | None:
+def of(model: nn.Module, train: Split, validation: Split) -> TokenRows | None:
     """The rows that these examples look up; None where there is no table of tokens that does that and nothing else.
 
     A row for padding has no gradient (`nn.Embedding`), and never moves.
@@ -58,17 +58,17 @@ def of(model: nn.Module, train: Split, validation: Split) -> Vocabulary | None:
         return None
     name, module = table
     held = torch.unique(torch.cat([train.tokens, validation.tokens, train.special]))
-    return Vocabulary(name, module.num_embeddings, held, _but(module.padding_idx, train.tokens))
+    return TokenRows(name, module.num_embeddings, held, _but(module.padding_idx, train.tokens))
 
 
-def everything(model: nn.Module) -> Vocabulary | None:
+def everything(model: nn.Module) -> TokenRows | None:
     """All rows, as if the data used every token; None where `of` has none."""
     table = _table(model)
     if table is None:
         return None
     name, module = table
     rows = torch.arange(module.num_embeddings)
-    return Vocabulary(name, len(rows), rows, _but(module.padding_idx, rows))
+    return TokenRows(name, len(rows), rows, _but(module.padding_idx, rows))
 
 
 def _but(padding: int | None, rows: Tensor) -> Tensor:

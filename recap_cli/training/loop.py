@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recap_cli.errors import TrainingError
 from recap_cli.machine.accounting import storage_bytes
-from recap_cli.trainable.build import Slot
+from recap_cli.trainable.build import Trainable
 from recap_cli.trainable.optim import Optimizer
 
 Batch = dict[str, Tensor]
@@ -55,7 +55,7 @@ def train(
     Raises `TrainingError` if a loss is not finite.
     """
     losses: list[Tensor] = []
-    watch = _GradientWatch(optimizer.slots)
+    watch = _GradientWatch(optimizer.trainables)
     started = perf_counter()
     with ExitStack() as stack:
         complete = stack.enter_context(_fused(optimizer, watch)) if fused_backward else None
@@ -65,7 +65,7 @@ def train(
             losses.append(_accumulate(forward, loss, batch, micro_batch_size, complete))
             if complete is None:
                 watch.all_held()
-                _clip(optimizer.slots, max_grad_norm)
+                _clip(optimizer.trainables, max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             _check_finite(losses[-1], step)
@@ -103,18 +103,18 @@ class _Complete:
 def _fused(optimizer: Optimizer, watch: "_GradientWatch") -> Iterator[_Complete]:
     complete = _Complete()
 
-    def step_of(slot: Slot) -> Callable[[Tensor], None]:
+    def step_of(trainable: Trainable) -> Callable[[Tensor], None]:
         def step(_: Tensor) -> None:
             if complete.last:
                 watch.one_more()
-                optimizer.step_slot(slot)
-                slot.leaf.grad = None
+                optimizer.step_one(trainable)
+                trainable.grad_param.grad = None
 
         return step
 
     with ExitStack() as stack:
-        for slot in optimizer.slots:
-            handle = slot.leaf.register_post_accumulate_grad_hook(step_of(slot))  # type: ignore[no-untyped-call]
+        for trainable in optimizer.trainables:
+            handle = trainable.grad_param.register_post_accumulate_grad_hook(step_of(trainable))  # type: ignore[no-untyped-call]
             stack.callback(handle.remove)
         yield complete
 
@@ -122,27 +122,29 @@ def _fused(optimizer: Optimizer, watch: "_GradientWatch") -> Iterator[_Complete]
 class _GradientWatch:
     """The most bytes of gradients that were held at once, looked at in the first steps (they are all alike)."""
 
-    def __init__(self, slots: Iterable[Slot]) -> None:
-        self.slots, self.peak_bytes, self.looks = list(slots), 0, 0
+    def __init__(self, trainables: Iterable[Trainable]) -> None:
+        self.trainables, self.peak_bytes, self.looks = list(trainables), 0, 0
 
     def all_held(self) -> None:
-        if self.looks < 2 * len(self.slots):
-            self.looks += len(self.slots)
+        if self.looks < 2 * len(self.trainables):
+            self.looks += len(self.trainables)
             self._look()
 
     def one_more(self) -> None:
-        if self.looks < 2 * len(self.slots):
+        if self.looks < 2 * len(self.trainables):
             self.looks += 1
             self._look()
 
     def _look(self) -> None:
-        held = storage_bytes(slot.leaf.grad for slot in self.slots if slot.leaf.grad is not None)
+        held = storage_bytes(
+            trainable.grad_param.grad for trainable in self.trainables if trainable.grad_param.grad is not None
+        )
         self.peak_bytes = max(self.peak_bytes, held)
 
 
-def _clip(slots: Iterable[Slot], max_grad_norm: float | None) -> None:
+def _clip(trainables: Iterable[Trainable], max_grad_norm: float | None) -> None:
     if max_grad_norm is not None:
-        nn.utils.clip_grad_norm_([slot.leaf for slot in slots], max_grad_norm)
+        nn.utils.clip_grad_norm_([trainable.grad_param for trainable in trainables], max_grad_norm)
 
 
 def _check_finite(loss: Tensor, step: int) -> None:

@@ -77,7 +77,7 @@ def test_tables_name_all_kinds_both_sums_and_the_parameters_and_fit_80_columns(a
     firsts = [line.strip().split("   ")[0] for line in lines]
     for name in (*KINDS, "sum of maxima", "peak instant", "scoring at peak", "full", "recap"):
         assert name in firsts
-    for said in ("in MB (10⁶ bytes): finetuning at batch size 8 with adamw, fp32 weights", "total", "resident", "trainable"):
+    for said in ("in MB (10⁶ bytes): finetuning at batch size 8 with adamw, fp32 weights", "total", "weights", "trainable"):
         assert said in out
     for said in ("recap: held at the peak", "vit.layers.1", "outside modules", "A real step beside its prediction", "+0.0%"):
         assert said in out
@@ -98,7 +98,7 @@ def text(ask: Any) -> Path:
 
 def parameters_of(out: str) -> tuple[int, int]:
     (row,) = json.loads(out)["predicted"]
-    return row["resident_parameters"], row["trainable_parameters"]
+    return row["held_parameters"], row["trainable_parameters"]
 
 
 @pytest.mark.parametrize("target", ["bert.yaml", "text"])
@@ -106,11 +106,11 @@ def test_the_tokens_of_local_texts_count_and_it_is_said(target: str, ask: Any, t
     _, _, err = ask(f"{target} --methods recap")
     assert "the data use 10 of 64 tokens; rows of others are held only where all move" in err  # five words, five special ones
     found = {}
-    for moves in ("false", "tokens", "true"):
-        code, out, _ = ask(f"{target} --methods recap --json --set mask.train_embeddings={moves}")
+    for trains in ("false", "tokens", "true"):
+        code, out, _ = ask(f"{target} --methods recap --json --set mask.train_embeddings={trains}")
         assert code == 0
-        found[moves] = parameters_of(out)
-    (still, least), (held, some), (whole, most) = (found[moves] for moves in ("false", "tokens", "true"))
+        found[trains] = parameters_of(out)
+    (still, least), (held, some), (whole, most) = (found[trains] for trains in ("false", "tokens", "true"))
     assert held == still == whole - 54 * 32
     assert some == least + 7 * 32  # five words, [CLS] and [SEP]
     assert most > least + 64 * 32
@@ -146,7 +146,7 @@ def test_the_json_stands_alone_and_says_what_the_tables_say(ask: Any) -> None:
         assert row["sum_of_maxima_bytes"] == sum(
             row[f"{kind}_bytes"] for kind in ("weights", "gradients", "optimizer", "activations")
         )
-        assert row["total_parameters"] >= row["resident_parameters"] >= row["trainable_parameters"] > 0
+        assert row["total_parameters"] >= row["held_parameters"] >= row["trainable_parameters"] > 0
     assert [row["method"] for row in found["measured"]] == ["full", "recap"]
     assert found["budget"]["memory_budget"] == f"{amount}B"
     assert found["budget"]["budget_bytes"] == amount
@@ -158,7 +158,7 @@ def test_the_json_stands_alone_and_says_what_the_tables_say(ask: Any) -> None:
 
 def profile_peak(method: str) -> int:
     recipe = tiny("vit", rounds=1)
-    return predict.predict(meta_model.outline(recipe, LABELS), recipe, method).peak_bytes
+    return predict.predict(meta_model.of_recipe(recipe, LABELS), recipe, method).peak_bytes
 
 
 def test_a_grid_has_a_table_a_method_and_one_of_peaks(ask: Any) -> None:
@@ -186,10 +186,10 @@ def test_a_state_counts_with_its_own_plan_and_mask_as_long_as_they_apply(ask: An
     assert own["notes"] == ["recap and pre-ft have the state's own plan, and recap its mask"]
     even = json.loads(ask("state --methods recap --json --set prune.ratio=0.1")[1])
     assert even["notes"][0] == "prune.ratio is not the state's own, and so its plan and mask do not count here"
-    assert even["predicted"][0]["resident_parameters"] > own["predicted"][0]["resident_parameters"]
+    assert even["predicted"][0]["held_parameters"] > own["predicted"][0]["held_parameters"]
     unmasked = json.loads(ask("state --methods recap --json --set mask.ratio=0.9")[1])
     assert unmasked["notes"][0] == "mask.ratio is not the state's own, and so its mask does not count here"
-    assert unmasked["predicted"][0]["resident_parameters"] == own["predicted"][0]["resident_parameters"]
+    assert unmasked["predicted"][0]["held_parameters"] == own["predicted"][0]["held_parameters"]
     assert unmasked["predicted"][0]["trainable_parameters"] < own["predicted"][0]["trainable_parameters"]
 
 
@@ -208,7 +208,7 @@ def test_a_state_that_is_being_written_is_looked_at_all_the_same(ask: Any, state
 
 
 def test_what_a_budget_changes_in_a_state_runs_there(ask: Any, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = meta_model.outline_of(Context(State.open(state)))
+    model = meta_model.of_state(Context(State.open(state)))
     recipe = recipe_of(State.open(state))
     amount = int(predict.predict(model, recipe, "recap").usage.peak_bytes * 0.9) + budget.WORKSPACE_BYTES
     code, out, _ = ask(f"state --methods recap --json --budget {amount}B --set evaluate.batch_size=8")
@@ -251,7 +251,7 @@ def test_the_advice_for_a_recipe_keeps_the_settings_that_were_given_and_runs(
     given = "--set 'finetune.fused_backward =false' --set finetune.batch_size=4 --set evaluate.batch_size=4"
     given += " --set finetune.memory_budget=1GB"
     recipe = recipes.read("vit.yaml", ["finetune.batch_size=4"])
-    peak = predict.predict(meta_model.outline(recipe, LABELS), recipe, "recap").usage.peak_bytes
+    peak = predict.predict(meta_model.of_recipe(recipe, LABELS), recipe, "recap").usage.peak_bytes
     amount = f"{int(peak * 0.95) + budget.WORKSPACE_BYTES}B"
     code, out, err = ask(f"vit.yaml --methods full {given} --budget {amount}")
     assert code == 0
@@ -270,7 +270,7 @@ def test_the_advice_for_a_recipe_keeps_the_settings_that_were_given_and_runs(
     capsys.readouterr()
     run = recipe_of(State.open("runs"))
     assert run.finetune.batch_size == 4
-    assert predict.predict(meta_model.outline(run, LABELS), run, "recap").peak_bytes + budget.WORKSPACE_BYTES <= int(
+    assert predict.predict(meta_model.of_recipe(run, LABELS), run, "recap").peak_bytes + budget.WORKSPACE_BYTES <= int(
         amount[:-1]
     )
 

@@ -475,7 +475,7 @@ def test_a_folder_that_is_something_else_is_left_alone(recipe: str, make: Callab
     assert sorted(Path().rglob("*")) == before
 
 
-def test_damaged_results_are_refused_and_may_be_moved_away(recipe: str) -> None:
+def test_damaged_results_are_refused_and_may_be_trained_away(recipe: str) -> None:
     made = begun(recipe)
     found = stored(Path("out"))
     del found["cells"][0]["state"]

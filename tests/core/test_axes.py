@@ -45,7 +45,7 @@ def test_cuts_of_different_widths_have_no_fine_groups() -> None:
         refine(axis)
 
 
-def test_shrinking_a_fused_matrix_moves_the_sections_up() -> None:
+def test_shrinking_a_fused_matrix_trains_the_sections_up() -> None:
     (small,) = shrink([HEADS], {"block.heads": torch.tensor([True, False, True])})
     assert small.size == 2
     assert [c.offset for c in small.cuts] == [0, 8, 16, 0]
@@ -58,9 +58,9 @@ def test_two_plans_compose_to_one_over_the_full_model() -> None:
 
 
 def test_everything_chooses_every_parameter() -> None:
-    choice = everything([HEADS])
-    assert counts(choice) == {"block.heads": 3}
-    assert chosen_params([HEADS], SHAPES, choice) == prunable_params([HEADS], SHAPES)
+    unit_mask = everything([HEADS])
+    assert counts(unit_mask) == {"block.heads": 3}
+    assert chosen_params([HEADS], SHAPES, unit_mask) == prunable_params([HEADS], SHAPES)
 
 
 @pytest.mark.parametrize(

@@ -195,8 +195,8 @@ def test_weights_go_to_another_device_and_their_gradients_come_back(name: str) -
     assert logits.device.type == THERE
     trained = {key: param for key, param in model.named_parameters() if param.grad is not None}
     for key, param in trained.items():
-        where = "cpu" if any(key.startswith(f"{block}.") for block in blocks) else THERE
-        assert param.device.type == param.grad.device.type == where  # type: ignore[union-attr]
+        index_map = "cpu" if any(key.startswith(f"{block}.") for block in blocks) else THERE
+        assert param.device.type == param.grad.device.type == index_map  # type: ignore[union-attr]
     assert {cut.param for axis in axes for cut in axis.cuts} <= trained.keys()
 
 
@@ -266,7 +266,7 @@ def test_what_is_trained_outside_the_blocks_comes_back_to_the_same_tensors() -> 
     assert [name for name in before if not torch.equal(after[name][3], before[name][3])] == ["head.weight"]
 
 
-def test_without_blocks_the_whole_model_moves_and_comes_back() -> None:
+def test_without_blocks_the_whole_model_trains_and_comes_back() -> None:
     model = toy()
     before, x = state_of(model), torch.ones(2, 4)
     wanted = model(x)

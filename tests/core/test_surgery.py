@@ -30,10 +30,10 @@ def test_put_is_the_inverse_of_take_and_leaves_every_other_entry(chosen: tuple[i
 
 def test_tensors_that_are_not_named_are_whole_and_values_take_the_type_of_the_full_ones() -> None:
     full = {"a": torch.zeros(4), "b": torch.zeros(2, 3)}
-    where = {"b": {1: torch.tensor([2])}}
-    small = gather(full, where)
+    index_map = {"b": {1: torch.tensor([2])}}
+    small = gather(full, index_map)
     assert {name: tuple(tensor.shape) for name, tensor in small.items()} == {"a": (4,), "b": (2, 1)}
-    scatter(full, {"a": torch.ones(4), "b": torch.ones(2, 1, dtype=torch.bfloat16)}, where)
+    scatter(full, {"a": torch.ones(4), "b": torch.ones(2, 1, dtype=torch.bfloat16)}, index_map)
     assert full["a"].tolist() == [1, 1, 1, 1]
     assert full["b"].tolist() == [[0, 0, 1], [0, 0, 1]]
     assert full["b"].dtype == torch.float32

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from recap_cli.core.adapter import Adapter, find_axes
 from recap_cli.core.axes import Axis, Cut, check_axes, shapes_of
 from recap_cli.core.streaming import streamed
-from recap_cli.core.surgery import Where, cut_model, indices, put, take
+from recap_cli.core.surgery import IndexMap, cut_model, indices, put, take
 from recap_cli.core.ties import Once, names_of
 from recap_cli.machine.accounting import storage_bytes
-from recap_cli.trainable.build import Slot, make_partial, tied_otherwise
+from recap_cli.trainable.build import Trainable, make_partial, tied_otherwise
 from recap_cli.trainable.frozen_weights import QuantizedEmbedding
 from recap_cli.trainable.linear import PartialLinear
 from recap_cli.trainable.optim import Optimizer, adamw, sgd
@@ -72,7 +72,7 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), labels)
 
 
-WHERES: dict[str, Where] = {
+INDEX_MAPS: dict[str, IndexMap] = {
     "whole": {},
     "rows": {UP[0]: {0: ROWS}, "blocks.0.up.bias": {0: ROWS}},
     "rows side by side": {UP[0]: {0: torch.arange(2, 5)}, "blocks.0.up.bias": {0: torch.arange(2, 5)}},
@@ -80,7 +80,9 @@ WHERES: dict[str, Where] = {
 }
 
 
-def stepped_by_torch(where: Where, make: Callable[[Any], torch.optim.Optimizer], dtype: torch.dtype) -> dict[str, Tensor]:
+def stepped_by_torch(
+    index_map: IndexMap, make: Callable[[Any], torch.optim.Optimizer], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """The tied model after five steps of torch's own optimizer on fp32 masters; entries that do not move have no gradient."""
     model = tied()
     masters = {name: param.detach().clone().requires_grad_() for name, param in model.named_parameters()}
@@ -89,7 +91,7 @@ def stepped_by_torch(where: Where, make: Callable[[Any], torch.optim.Optimizer],
     for batch in batches():
         loss(model(batch["ids"]), batch["labels"]).backward()
         for name, param in params.items():
-            grad, kept = param.grad.float(), where.get(name, {})  # type: ignore[union-attr]
+            grad, kept = param.grad.float(), index_map.get(name, {})  # type: ignore[union-attr]
             masters[name].grad = torch.zeros_like(grad)
             put(masters[name].grad, take(grad, kept), kept)
         optimizer.step()
@@ -97,51 +99,53 @@ def stepped_by_torch(where: Where, make: Callable[[Any], torch.optim.Optimizer],
             for name, param in params.items():
                 param.copy_(masters[name])
                 param.grad = None
-    return {name: take(master.detach(), where.get(name, {})) for name, master in masters.items()}
+    return {name: take(master.detach(), index_map.get(name, {})) for name, master in masters.items()}
 
 
-def stepped(where: Where, rule: Any, *, fused: bool = False, **forms: Any) -> list[Slot]:
+def stepped(index_map: IndexMap, rule: Any, *, fused: bool = False, **forms: Any) -> list[Trainable]:
     model = tied()
-    slots = make_partial(model, where, frozen=lambda _: False, **forms)
-    optimizer = Optimizer(slots, rule)
-    assert sum(len(moments) for moments in optimizer.moments.values()) == len(rule.aging) * len(slots)
+    trainables = make_partial(model, index_map, frozen=lambda _: False, **forms)
+    optimizer = Optimizer(trainables, rule)
+    assert sum(len(moments) for moments in optimizer.moments.values()) == len(rule.idle_decay) * len(trainables)
     call = lambda batch: model(batch["ids"])  # noqa: E731
     train(call, loss, optimizer, batches(), rate=lambda _: 0.05, fused_backward=fused)
-    return slots
+    return trainables
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("form", WHERES)
+@pytest.mark.parametrize("form", INDEX_MAPS)
 def test_i11_a_tied_parameter_steps_once_as_torchs_own_optimizer_steps_it(form: str, offload: bool, fused: bool) -> None:
-    where = WHERES[form]
-    wanted = stepped_by_torch(where, lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0, foreach=False), torch.float32)
-    slots = stepped(where, adamw(betas=(0.9, 0.999), eps=1e-8), fused=fused, offload=offload)
-    assert [slot.name for slot in slots] == list(wanted)
-    for slot in slots:
-        torch.testing.assert_close(slot.master, wanted[slot.name], rtol=1e-5, atol=1e-6)
+    index_map = INDEX_MAPS[form]
+    wanted = stepped_by_torch(index_map, lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0, foreach=False), torch.float32)
+    trainables = stepped(index_map, adamw(betas=(0.9, 0.999), eps=1e-8), fused=fused, offload=offload)
+    assert [trainable.name for trainable in trainables] == list(wanted)
+    for trainable in trainables:
+        torch.testing.assert_close(trainable.master, wanted[trainable.name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("form", WHERES)
-def test_i11_holds_with_residents_in_bf16_and_int8(form: str, int8: bool) -> None:
-    where = WHERES[form]
-    wanted = stepped_by_torch(where, lambda p: torch.optim.SGD(p, lr=0.05), torch.bfloat16)
-    slots = stepped(where, sgd(momentum=0.0), dtype=torch.bfloat16, int8=int8)
+@pytest.mark.parametrize("form", INDEX_MAPS)
+def test_i11_holds_with_weights_in_bf16_and_int8(form: str, int8: bool) -> None:
+    index_map = INDEX_MAPS[form]
+    wanted = stepped_by_torch(index_map, lambda p: torch.optim.SGD(p, lr=0.05), torch.bfloat16)
+    trainables = stepped(index_map, sgd(momentum=0.0), dtype=torch.bfloat16, int8=int8)
     start = dict(tied().named_parameters())
-    assert [slot.name for slot in slots] == list(wanted)
-    for slot in slots:
-        before = take(start[slot.name].detach(), where.get(slot.name, {}))
-        way, difference = (wanted[slot.name] - before).norm(), (slot.master - wanted[slot.name]).norm()
-        assert float(difference) < 0.05 * float(way), slot.name  # a use that is left out of the gradient is about half of it
+    assert [trainable.name for trainable in trainables] == list(wanted)
+    for trainable in trainables:
+        before = take(start[trainable.name].detach(), index_map.get(trainable.name, {}))
+        way, difference = (wanted[trainable.name] - before).norm(), (trainable.master - wanted[trainable.name]).norm()
+        assert float(difference) < 0.05 * float(way), (
+            trainable.name
+        )  # a use that is left out of the gradient is about half of it
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(("dtype", "int8"), DTYPES)
-@pytest.mark.parametrize("form", WHERES)
+@pytest.mark.parametrize("form", INDEX_MAPS)
 def test_it_is_held_once_on_every_device(form: str, dtype: torch.dtype, int8: bool, device: str) -> None:
     model = tied()
-    make_partial(model, WHERES[form], frozen=lambda _: False, device=device, dtype=dtype, int8=int8)
+    make_partial(model, INDEX_MAPS[form], frozen=lambda _: False, device=device, dtype=dtype, int8=int8)
     first, second = (block.up for block in model.blocks)
     assert model.table.weight is model.out.weight
     if form == "whole":
@@ -156,11 +160,11 @@ def test_it_is_held_once_on_every_device(form: str, dtype: torch.dtype, int8: bo
     assert model.blocks[0].scale is model.blocks[1].scale
 
 
-@pytest.mark.parametrize(("names", "moves"), [([], True), (TABLE[:1], True), (TABLE[1:], True), (TABLE, False)])
-def test_it_is_frozen_only_if_all_of_its_names_are(names: list[str], moves: bool) -> None:
-    slots = make_partial(tied(), {}, frozen=lambda name: name in names)
-    assert [slot.name for slot in slots].count("table.weight") == moves
-    assert "out.weight" not in [slot.name for slot in slots]
+@pytest.mark.parametrize(("names", "trains"), [([], True), (TABLE[:1], True), (TABLE[1:], True), (TABLE, False)])
+def test_it_is_frozen_only_if_all_of_its_names_are(names: list[str], trains: bool) -> None:
+    trainables = make_partial(tied(), {}, frozen=lambda name: name in names)
+    assert [trainable.name for trainable in trainables].count("table.weight") == trains
+    assert "out.weight" not in [trainable.name for trainable in trainables]
 
 
 def test_frozen_in_int8_it_has_one_set_of_codes() -> None:
@@ -211,7 +215,7 @@ def test_a_part_of_what_other_layers_read_otherwise_is_refused(other: str) -> No
 def test_rows_that_are_looked_up_are_not_all_that_is_held_of_a_tied_table() -> None:
     model, ids = tied(), torch.tensor([0, 3])
     wanted = model(ids)
-    make_partial(model, {}, frozen=lambda _: True, looked_up={"table.weight": ids})
+    make_partial(model, {}, frozen=lambda _: True, used_rows={"table.weight": ids})
     assert torch.equal(model(ids), wanted)
     assert model.table.weight is model.out.weight
 
@@ -224,8 +228,8 @@ def test_a_module_of_two_names_is_replaced_under_both() -> None:
     assert model[0] is model[2]
     model(x).sum().backward()
     dense(x).sum().backward()
-    torch.testing.assert_close(weight.leaf.grad, dense[0].weight.grad[[0, 2]])
-    torch.testing.assert_close(bias.leaf.grad, dense[0].bias.grad)
+    torch.testing.assert_close(weight.grad_param.grad, dense[0].weight.grad[[0, 2]])
+    torch.testing.assert_close(bias.grad_param.grad, dense[0].bias.grad)
 
 
 def neurons(*params: str) -> Axis:
@@ -277,10 +281,10 @@ def test_streamed_it_has_one_gradient_and_comes_back_as_one() -> None:
 @pytest.mark.parametrize(("dtype", "int8"), DTYPES)
 def test_buffers_keep_their_type(dtype: torch.dtype, int8: bool) -> None:
     model = tied()
-    model.register_buffer("turns", 1.0 / 10_000 ** (torch.arange(0, 64, 2) / 64))
-    turns = model.turns.clone()
+    model.register_buffer("round_plans", 1.0 / 10_000 ** (torch.arange(0, 64, 2) / 64))
+    round_plans = model.round_plans.clone()
     make_partial(model, {}, frozen=lambda _: True, dtype=dtype, int8=int8)
-    assert torch.equal(model.turns, turns)  # in bf16 RoPE would be 1.8 rad off at position 4,095
+    assert torch.equal(model.round_plans, round_plans)  # in bf16 RoPE would be 1.8 rad off at position 4,095
     assert model.blocks[0].scale.dtype == torch.float32
 
 

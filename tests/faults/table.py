@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 PLAIN = "tests/stages/test_algorithm.py::"
 SETTINGS = "tests/stages/test_algorithm_settings.py::"
 PLAN = f"{PLAIN}test_every_plan_keeps_the_groups_of_the_highest_eq_1_through_all_gradual_steps[vit]"
-TRAINED = f"{PLAIN}test_what_moves_is_trained_as_by_torch_on_dense_gradients_and_merged_and_all_else_ages[vit]"
+TRAINED = f"{PLAIN}test_what_trains_is_trained_as_by_torch_on_dense_gradients_and_merged_and_all_else_ages[vit]"
 ORDER = f"{PLAIN}test_the_order_of_examples_runs_through_all_rounds_epoch_after_epoch[vit]"
 CHOSEN = f"{SETTINGS}test_every_example_of_a_last_short_batch_counts_as_much_in_the_importance_as_any_other"
 ADAMW = f"{SETTINGS}test_a_single_round_trains_as_the_reference_does[adamw]"
@@ -43,8 +43,8 @@ FAULTS = (
     Fault(
         "the mask keeps the least important groups",
         "recap_cli/stages/mask.py",
-        "recipe, axes, shapes, scores, 1.0 - turn.mask_ratio",
-        "recipe, axes, shapes, {name: -of for name, of in scores.items()}, 1.0 - turn.mask_ratio",
+        "recipe, axes, shapes, scores, 1.0 - round_plan.mask_ratio",
+        "recipe, axes, shapes, {name: -of for name, of in scores.items()}, 1.0 - round_plan.mask_ratio",
         (CHOSEN,),
     ),
     Fault(
@@ -78,8 +78,8 @@ FAULTS = (
     Fault(
         "a round of the ramp may be the product",
         "recap_cli/stages/merge.py",
-        "if here.turns[draft.round - 1].product:",
-        "if here.turns:",
+        "if context.round_plans[transaction.round - 1].product:",
+        "if context.round_plans:",
         (RAMP,),
     ),
     Fault(
@@ -163,22 +163,22 @@ FAULTS = (
     Fault(
         "the mask's share is of the full model",
         "recap_cli/stages/mask.py",
-        "shapes, scores, 1.0 - turn.mask_ratio,",
-        "shapes, scores, (1.0 - turn.mask_ratio) / (1.0 - turn.prune_ratio),",
+        "shapes, scores, 1.0 - round_plan.mask_ratio,",
+        "shapes, scores, (1.0 - round_plan.mask_ratio) / (1.0 - round_plan.prune_ratio),",
         (CHOSEN,),
     ),
     Fault(
         "later rounds keep the first plan",
         "recap_cli/stages/prune.py",
-        "plan = _PLANS[turn.plan](",
-        'plan = _PLANS["same" if draft.round > 1 else turn.plan](',
+        "plan = _PLANS[round_plan.plan](",
+        'plan = _PLANS["same" if transaction.round > 1 else round_plan.plan](',
         (PLAN,),
     ),
     Fault(
         "dropout is on while importance is measured",
         "recap_cli/stages/prune.py",
-        "model = here.model(tensors)\n",
-        "model = here.model(tensors).train()\n",
+        "model = context.model(tensors)\n",
+        "model = context.model(tensors).train()\n",
         (DROPOUT,),
     ),
     Fault(
@@ -212,7 +212,7 @@ FAULTS = (
     Fault(
         "the head's learning rate is that of everything",
         "recap_cli/stages/finetune.py",
-        "for name in scale.keys() & set(here.layout.head)}",
+        "for name in scale.keys() & set(context.layout.head)}",
         "for name in scale}",
         (ADAMW,),
     ),
@@ -233,8 +233,8 @@ FAULTS = (
     Fault(
         "gradients are clipped after the step",
         "recap_cli/training/loop.py",
-        "_clip(optimizer.slots, max_grad_norm)\n                optimizer.step()\n",
-        "optimizer.step()\n                _clip(optimizer.slots, max_grad_norm)\n",
+        "_clip(optimizer.trainables, max_grad_norm)\n                optimizer.step()\n",
+        "optimizer.step()\n                _clip(optimizer.trainables, max_grad_norm)\n",
         (SGD,),
     ),
     Fault(
@@ -247,8 +247,8 @@ FAULTS = (
     Fault(
         "biases and norms decay too",
         "recap_cli/trainable/optim.py",
-        "self.weight_decay if slot.leaf.ndim > 1 else 0.0",
-        "self.weight_decay if slot.leaf.ndim > 0 else 0.0",
+        "self.weight_decay if trainable.grad_param.ndim > 1 else 0.0",
+        "self.weight_decay if trainable.grad_param.ndim > 0 else 0.0",
         ("tests/trainable/test_optim.py::test_vectors_do_not_decay",),
     ),
     Fault(
@@ -268,16 +268,16 @@ FAULTS = (
     Fault(
         "moments that sit out do not age",
         "recap_cli/trainable/moments.py",
-        "aged = {COUNT: 1, **aging}",
-        "aged = {COUNT: 1, **dict.fromkeys(aging, 1.0)}",
-        ("tests/trainable/test_moments.py::test_a_round_writes_back_what_moved_and_ages_the_rest",),
+        "aged = {COUNT: 1, **idle_decay}",
+        "aged = {COUNT: 1, **dict.fromkeys(idle_decay, 1.0)}",
+        ("tests/trainable/test_moments.py::test_a_round_writes_back_what_trained_and_ages_the_rest",),
     ),
     Fault(
         "moments that sit out age twice",
         "recap_cli/trainable/moments.py",
         'tensor * aged[key.rpartition("/")[2]]',
         'tensor * aged[key.rpartition("/")[2]] ** 2',
-        ("tests/trainable/test_moments.py::test_a_round_writes_back_what_moved_and_ages_the_rest",),
+        ("tests/trainable/test_moments.py::test_a_round_writes_back_what_trained_and_ages_the_rest",),
     ),
     Fault(
         "the mask's entries are written to the small model's places in the full one",
@@ -291,7 +291,7 @@ FAULTS = (
         "recap_cli/core/axes.py",
         "offset=cut.offset - before",
         "offset=cut.offset",
-        ("tests/core/test_axes.py::test_shrinking_a_fused_matrix_moves_the_sections_up",),
+        ("tests/core/test_axes.py::test_shrinking_a_fused_matrix_trains_the_sections_up",),
     ),
     Fault(
         "patience is one round longer",

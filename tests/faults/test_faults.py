@@ -59,7 +59,9 @@ def test_the_first_three_faults_together_fail(server: FaultServer, unchanged: Ou
 
 def test_a_test_that_crashes_has_found_no_fault(server: FaultServer, unchanged: Outcomes) -> None:
     test, file = "tests/trainable/test_optim.py::test_vectors_do_not_decay", "recap_cli/trainable/optim.py"
-    text = (ROOT / file).read_text(encoding="utf-8").replace("if slot.leaf.ndim > 1", "if slot.leaf.nothing")
+    text = (
+        (ROOT / file).read_text(encoding="utf-8").replace("if trainable.grad_param.ndim > 1", "if trainable.grad_param.nothing")
+    )
     assert server.run([test], {file: text}) == {test: "crashed: AttributeError"}
 
 

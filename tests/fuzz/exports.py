@@ -23,7 +23,7 @@ _facts = st.one_of(
 )
 _described = st.one_of(damage.on("spec.json", damage.tree), damage.on("config.json", damage.tree), damage.tree)
 _step = st.one_of(_facts, damage.bytewise, damage.filewise, damage.tree, damage.tensor)
-_reseal = st.just(("reseal",))
+_renew_checksum = st.just(("renew_checksums",))
 
 
 def cases() -> st.SearchStrategy[Case]:
@@ -32,8 +32,8 @@ def cases() -> st.SearchStrategy[Case]:
         st.tuples(_step),
         st.tuples(_facts),
         st.tuples(_step, _step),
-        st.tuples(st.one_of(_described, damage.tensor), _reseal),
-        st.tuples(_described, _described, _reseal),
+        st.tuples(st.one_of(_described, damage.tensor), _renew_checksum),
+        st.tuples(_described, _described, _renew_checksum),
     )
     return st.builds(Case, st.just("exports"), st.sampled_from(BASES), steps, st.just(("load",)))
 
@@ -79,28 +79,35 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
     for step in case.steps:
         if step[0] in damage.ACTIONS:
             damage.apply(folder, step, box.outside)
-    resealed = ("reseal",) in case.steps
-    if resealed:
-        _seal(folder)
+    with_new_checksums = ("renew_checksums",) in case.steps
+    if with_new_checksums:
+        _checksum(folder)
     forbidden = next((str(step[1]) for step in case.steps if step[0] == "must-refuse"), "")
 
     def check(model: Any) -> str:
         return (
-            "" if resealed or torch.allclose(_logits(model), wanted, atol=1e-5) else "another model came back than was exported"
+            ""
+            if with_new_checksums or torch.allclose(_logits(model), wanted, atol=1e-5)
+            else "another model came back than was exported"
         )
 
     yield Call(
-        load=folder, state=folder, reads_only=True, refuse=forbidden, check=check, names=() if resealed else (folder.name,)
+        load=folder,
+        state=folder,
+        reads_only=True,
+        refuse=forbidden,
+        check=check,
+        names=() if with_new_checksums else (folder.name,),
     )
 
 
-def _seal(folder: Any) -> None:
+def _checksum(folder: Any) -> None:
     found = damage.read_tree(folder / FACTS)
     files = found.get("files") if isinstance(found, dict) else None
-    for name, seal in files.items() if isinstance(files, dict) else ():
+    for name, checksum in files.items() if isinstance(files, dict) else ():
         path = folder / name
-        if isinstance(seal, dict) and path.is_file() and path.stat().st_size < 2**26:
-            seal |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        if isinstance(checksum, dict) and path.is_file() and path.stat().st_size < 2**26:
+            checksum |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
     if isinstance(found, dict):
         damage.write_tree(folder / FACTS, found)
 
@@ -114,8 +121,8 @@ def _fact(key: str, value: Any, *, refused: bool = False, base: str = "vit/ragge
     return _case(("at", FACTS, key, value), *rule, base=base)
 
 
-def _sealed(name: str, key: str, value: Any, base: str = "vit/ragged", rule: str = "") -> Case:
-    return _case(("at", name, key, value), ("reseal",), *([("must-refuse", rule)] if rule else []), base=base)
+def _checksummed(name: str, key: str, value: Any, base: str = "vit/ragged", rule: str = "") -> Case:
+    return _case(("at", name, key, value), ("renew_checksums",), *([("must-refuse", rule)] if rule else []), base=base)
 
 
 INDEX = '{"metadata": {}, "weight_map": {"classifier.weight": "../outside/o.safetensors"}}'
@@ -155,17 +162,17 @@ CORPUS = {
     "S13 a FIFO as recap.json": _case(("fifo", FACTS)),
     "S13 a FIFO among files": _case(("fifo", "config.json"), ("at", FACTS, "files/config.json/bytes", 0)),
     "S13 /dev/zero among files": _case(("zero", "config.json"), ("at", FACTS, "files/config.json/bytes", 0)),
-    "S13 spec config null": _sealed("spec.json", "config", None),
-    "S13 spec library timm": _sealed("spec.json", "library", "timm"),
-    "S13 spec library evil": _sealed("spec.json", "library", "evil", rule="a library is one of two"),
-    "S13 spec model_type 5": _sealed("spec.json", "model_type", 5),
-    "S13 spec num_labels 1e9": _sealed("spec.json", "num_labels", 10**9, rule="spec.json fits the weights"),
-    "S13 spec dtype evil": _sealed("spec.json", "config/dtype", "evil"),
-    "S13 config dtype evil": _sealed("config.json", "dtype", "evil", base="vit/dense"),
-    "S13 config id2label x": _sealed("config.json", "id2label", "x", base="vit/dense"),
-    "S13 config pad_token_id 1e6": _sealed("config.json", "pad_token_id", 10**6, base="bert/dense"),
-    "S13 config attn_implementation": _sealed("config.json", "attn_implementation", "evil/kernel", base="vit/dense"),
-    "S13 spec attn_implementation": _sealed("spec.json", "config/attn_implementation", "evil/kernel"),
-    "S13 a million layers (slow)": _sealed("spec.json", "config/num_hidden_layers", 1_000_000),
+    "S13 spec config null": _checksummed("spec.json", "config", None),
+    "S13 spec library timm": _checksummed("spec.json", "library", "timm"),
+    "S13 spec library evil": _checksummed("spec.json", "library", "evil", rule="a library is one of two"),
+    "S13 spec model_type 5": _checksummed("spec.json", "model_type", 5),
+    "S13 spec num_labels 1e9": _checksummed("spec.json", "num_labels", 10**9, rule="spec.json fits the weights"),
+    "S13 spec dtype evil": _checksummed("spec.json", "config/dtype", "evil"),
+    "S13 config dtype evil": _checksummed("config.json", "dtype", "evil", base="vit/dense"),
+    "S13 config id2label x": _checksummed("config.json", "id2label", "x", base="vit/dense"),
+    "S13 config pad_token_id 1e6": _checksummed("config.json", "pad_token_id", 10**6, base="bert/dense"),
+    "S13 config attn_implementation": _checksummed("config.json", "attn_implementation", "evil/kernel", base="vit/dense"),
+    "S13 spec attn_implementation": _checksummed("spec.json", "config/attn_implementation", "evil/kernel"),
+    "S13 a million layers (slow)": _checksummed("spec.json", "config/num_hidden_layers", 1_000_000),
     "held: another model's weights": _case(("flip", "model.safetensors", 0.8, 3)),
 }

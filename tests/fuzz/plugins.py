@@ -18,23 +18,23 @@ POINTS = f"[recap.criteria]\nfuzzed = {MODULE}:CRITERION\n\n[recap.methods]\nfuz
 SOURCE = """
 import os, sys, time
 import torch
-from recap_cli.api import Criterion, Method, Turn
+from recap_cli.api import Criterion, Method, RoundPlan
 
 def score(weight, grad):
     {score}
 
-def turns(settings):
-    {turns}
+def rounds(settings):
+    {round_plans}
 
 {module}
 CRITERION = Criterion(score=score, needs="none")
-METHOD = Method("Fuzzed.", turns, prunes=True, masks=True, options={{"n": 1}})
+METHOD = Method("Fuzzed.", rounds, prunes=True, masks=True, options={{"n": 1}})
 """
 SCORE = "return weight.abs()"
-TURNS = """
+ROUND_PLANS = """
     part = 1 / settings.rounds
     each = (settings.prune_ratio, settings.mask_ratio)
-    return [Turn(*each, share=part, course=(n * part, (n + 1) * part)) for n in range(settings.rounds)]
+    return [RoundPlan(*each, share=part, lr_window=(n * part, (n + 1) * part)) for n in range(settings.rounds)]
 """
 # What a criterion may return or do, and the rule of docs/plugins.md that forbids to use it, if any does.
 SCORES = {
@@ -79,22 +79,22 @@ MODULES = {
     "raise RecursionError('x' * 100000)": "a module that cannot be imported is refused",
     "raise ValueError('\\x1b[31m' + 'x\\n' * 9)": "a module that cannot be imported is refused",
 }
-TURN_LISTS = {
-    "return []": "turns that make no sense are refused",
-    "return None": "turns that make no sense are refused",
-    "return [1, 2]": "turns that make no sense are refused",
-    "return [Turn(2.0, 0.5)]": "turns that make no sense are refused",
-    "return [Turn(0.3, 0.5, share=0.4)]": "shares add up to 1",
-    "return [Turn(0.3, 0.5, course=(1.0, 0.0))]": "turns that make no sense are refused",
-    "return [Turn(0.3, 0.5, moves='nothing')]": "turns that make no sense are refused",
-    "return [Turn(0.3, 0.5, plan='learned')]": "turns that make no sense are refused",
-    "return [Turn(-0.3, 0.5)]": "turns that make no sense are refused",
-    "return [Turn(float('nan'), 0.5)]": "turns that make no sense are refused",
-    "raise KeyError('x')": "turns that make no sense are refused",
+ROUND_PLAN_LISTS = {
+    "return []": "rounds that make no sense are refused",
+    "return None": "rounds that make no sense are refused",
+    "return [1, 2]": "rounds that make no sense are refused",
+    "return [RoundPlan(2.0, 0.5)]": "rounds that make no sense are refused",
+    "return [RoundPlan(0.3, 0.5, share=0.4)]": "shares add up to 1",
+    "return [RoundPlan(0.3, 0.5, lr_window=(1.0, 0.0))]": "rounds that make no sense are refused",
+    "return [RoundPlan(0.3, 0.5, trains='nothing')]": "rounds that make no sense are refused",
+    "return [RoundPlan(0.3, 0.5, plan='learned')]": "rounds that make no sense are refused",
+    "return [RoundPlan(-0.3, 0.5)]": "rounds that make no sense are refused",
+    "return [RoundPlan(float('nan'), 0.5)]": "rounds that make no sense are refused",
+    "raise KeyError('x')": "rounds that make no sense are refused",
     "raise ValueError('options.n: no')": "a ValueError refuses an option",
-    "sys.exit(4)": "turns that make no sense are refused",
+    "sys.exit(4)": "rounds that make no sense are refused",
     "raise KeyboardInterrupt": "",
-    "while True: yield Turn(0.3, 0.5)": "turns that make no sense are refused",
+    "while True: yield RoundPlan(0.3, 0.5)": "rounds that make no sense are refused",
 }
 LINES = [
     "no equals here",
@@ -120,7 +120,7 @@ OUTS = ("plugins", "plugins-json", "dry-run", "recipes", "status")
 _source = st.one_of(
     *(
         st.tuples(st.just(what), st.sampled_from(sorted(table)))
-        for what, table in (("score", SCORES), ("module", MODULES), ("turns", TURN_LISTS))
+        for what, table in (("score", SCORES), ("module", MODULES), ("round_plans", ROUND_PLAN_LISTS))
     )
 )
 _foreign = st.one_of(
@@ -143,7 +143,7 @@ def cases() -> st.SearchStrategy[Case]:
         Case,
         st.just("plugins"),
         st.just("method"),
-        st.tuples(st.tuples(st.just("turns"), st.sampled_from(sorted(TURN_LISTS)))),
+        st.tuples(st.tuples(st.just("round_plans"), st.sampled_from(sorted(ROUND_PLAN_LISTS)))),
         st.sampled_from([("dry-fuzzed",), ("init-fuzzed",)]),
     )
     beside = st.builds(
@@ -189,12 +189,12 @@ def install(site: Path, name: str, points: str, source: str) -> Path:
 
 
 def _text(**parts: str) -> str:
-    return SOURCE.format(**{"score": SCORE, "turns": TURNS, "module": "", **parts})
+    return SOURCE.format(**{"score": SCORE, "round_plans": ROUND_PLANS, "module": "", **parts})
 
 
 def play(case: Case, world: World, box: Box) -> Iterator[Call]:
     """The calls of a case."""
-    parts = {str(step[0]): str(step[1]) for step in case.steps if step[0] in ("score", "module", "turns")}
+    parts = {str(step[0]): str(step[1]) for step in case.steps if step[0] in ("score", "module", "round_plans")}
     install(box.site, MODULE, POINTS, _text(**parts))
     for step in case.steps:
         _foreigners(box, step)
@@ -208,7 +208,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
     module = MODULES.get(parts.get("module", ""), "")
     refuse = {
         "prune": module or SCORES.get(parts.get("score", ""), ""),
-        "fuzzed": module or TURN_LISTS.get(parts.get("turns", ""), ""),
+        "fuzzed": module or ROUND_PLAN_LISTS.get(parts.get("round_plans", ""), ""),
     }
     sound = "a broken stranger stops no command of ours" if case.base == "foreign" else ""
     new = str(box.root / "new")
@@ -229,7 +229,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
             arguments[name],
             refuse=refuse["prune" if name == "prune" else "fuzzed"] if name in ("prune", "dry-fuzzed", "init-fuzzed") else "",
             succeed=sound,
-            names=("fuzzed", "turn", "options") if not interrupted and name != "doctor" else (),
+            names=("fuzzed", "round_plan", "options") if not interrupted and name != "doctor" else (),
             state=state,
             leftovers=lambda rel: rel.startswith("round-"),
             writes=(state, box.root / "new"),

@@ -57,9 +57,9 @@ class Child(NamedTuple):
 class Player:
     """Plays cases in forks of this process."""
 
-    def __init__(self, world: Any, root: Path, limit: float, resident_bytes: int = RESIDENT_BYTES) -> None:
-        self.world, self.root, self.limit, self.resident_bytes = world, root, limit, resident_bytes
-        self.turn = 0
+    def __init__(self, world: Any, root: Path, limit: float, weight_bytes: int = RESIDENT_BYTES) -> None:
+        self.world, self.root, self.limit, self.weight_bytes = world, root, limit, weight_bytes
+        self.round_plan = 0
 
     def play(self, cases: Iterable[Case], jobs: int) -> Iterator[Played]:
         """What each case comes to, as they end."""
@@ -72,8 +72,8 @@ class Player:
             yield from self._ended(running)
 
     def _start(self, case: Case) -> dict[int, Child]:
-        self.turn += 1
-        box = Box(self.root / f"case-{self.turn}").make()
+        self.round_plan += 1
+        box = Box(self.root / f"case-{self.round_plan}").make()
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
@@ -96,7 +96,7 @@ class Player:
                 ended, status, used = os.wait4(pid, 0)
             if ended:
                 del running[pid]
-                yield _played(child, status, used, hung, self.resident_bytes)
+                yield _played(child, status, used, hung, self.weight_bytes)
                 shutil.rmtree(child.box.root, ignore_errors=True)
                 return
         time.sleep(0.002)
@@ -136,7 +136,7 @@ def _in_child(case: Case, world: Any, box: Box, limit: float) -> None:
     (box.root / "found.json").write_text(json.dumps({"faults": [asdict(fault) for fault in faults], "told": told}))
 
 
-def _played(child: Child, status: int, used: Any, hung: bool, resident_bytes: int) -> Played:
+def _played(child: Child, status: int, used: Any, hung: bool, weight_bytes: int) -> Played:
     found = child.box.root / "found.json"
     told, facts = _read(child.box.root / "stderr")[-1500:], {}
     call = _read(child.box.root / "call").strip("'\"").partition(" ")[0]
@@ -151,8 +151,8 @@ def _played(child: Child, status: int, used: Any, hung: bool, resident_bytes: in
     else:
         facts = json.loads(found.read_text())
         faults = [Fault(**fault) for fault in facts["faults"]]
-    if used.ru_maxrss * 1024 > resident_bytes:
-        faults.append(Fault("memory", f"{call} held above {resident_bytes / 2**30:.1f} GiB"))
+    if used.ru_maxrss * 1024 > weight_bytes:
+        faults.append(Fault("memory", f"{call} held above {weight_bytes / 2**30:.1f} GiB"))
     return Played(child.case, faults, used.ru_utime + used.ru_stime, facts.get("told", []))
 
 

@@ -16,7 +16,7 @@ from tests.fuzz.world import AFTER, MODELS, World, facts_of, sha256, tensors_sin
 
 OURS = re.compile(r"(full|round|best)-\d{3,}/.*|recipe(-\d{3,})?\.yaml|state\.yaml\.tmp|\.recap-init")
 NOTES = "notes.txt"
-SEAL = "# sha256 of all lines above: "  # the last line of a state.yaml that is sealed
+CHECKSUM = "# sha256 of all lines above: "  # the last line of a state.yaml that is sealed
 LOOKS = ("status", "status-json", "eval", "export", "report", "dry-run")
 
 _manifest = st.one_of(
@@ -37,8 +37,8 @@ def cases() -> st.SearchStrategy[Case]:
     steps = st.one_of(
         st.tuples(_step),
         st.tuples(_step, _step),
-        st.tuples(st.one_of(damage.tree, damage.tensor), st.just(("reseal",))),
-        st.tuples(st.one_of(damage.on("state.yaml", damage.tree)), st.just(("reseal",))),
+        st.tuples(st.one_of(damage.tree, damage.tensor), st.just(("renew_checksums",))),
+        st.tuples(st.one_of(damage.on("state.yaml", damage.tree)), st.just(("renew_checksums",))),
         st.tuples(_linked),
     )
     calls = st.one_of(
@@ -63,12 +63,12 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
     (state / NOTES).write_text("mine")
     (box.root / "out").mkdir()
     facts = facts_of(sound)
-    touched = {damage.apply(state, step, box.outside) for step in case.steps if step[0] != "reseal"}
-    resealed = ("reseal",) in case.steps
-    if resealed:
-        reseal(state, sealed=SEAL.encode() in (sound / "state.yaml").read_bytes())
+    touched = {damage.apply(state, step, box.outside) for step in case.steps if step[0] != "renew_checksums"}
+    with_new_checksums = ("renew_checksums",) in case.steps
+    if with_new_checksums:
+        renew_checksums(state, checksummed=CHECKSUM.encode() in (sound / "state.yaml").read_bytes())
     start = told(state / "state.yaml")
-    forged = not resealed and "state.yaml" in touched and start != told(sound / "state.yaml")
+    forged = not with_new_checksums and "state.yaml" in touched and start != told(sound / "state.yaml")
     refuse = "a state.yaml that is not what was committed is refused" if forged else ""
     committed = {*facts["files"], "state.yaml", NOTES}
     for name in case.calls:
@@ -76,7 +76,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
         yield Call(
             arguments,
             refuse=refuse,
-            names=() if resealed else (state.name,),
+            names=() if with_new_checksums else (state.name,),
             state=state,
             leftovers=lambda rel, name=name: (
                 (OURS.fullmatch(rel) is not None and rel not in committed)
@@ -85,7 +85,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
             reads_only=name in LOOKS,
             writes=(state, box.root / "out", box.root / "elsewhere"),
             stays=frozenset({NOTES}),
-            same={} if resealed else _wanted(world, model, after, name),
+            same={} if with_new_checksums else _wanted(world, model, after, name),
         )
 
 
@@ -112,19 +112,19 @@ def told(file: Path) -> Any:
     return found if isinstance(found, dict) else f"no mapping: {file}"
 
 
-def reseal(state: Path, *, sealed: bool) -> None:
+def renew_checksums(state: Path, *, checksummed: bool) -> None:
     """Put the checksums in state.yaml right, as a hostile hand would, and its own where it has one."""
     found = told(state / "state.yaml")
     files = found.get("files") if isinstance(found, dict) else None
-    for name, seal in files.items() if isinstance(files, dict) else ():
+    for name, checksum in files.items() if isinstance(files, dict) else ():
         path = state / str(name)
-        if isinstance(seal, dict) and damage.is_small(path):
-            seal |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        if isinstance(checksum, dict) and damage.is_small(path):
+            checksum |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
     if isinstance(found, dict):
         damage.write_tree(state / "state.yaml", found)
-        if sealed:
+        if checksummed:
             text = (state / "state.yaml").read_bytes()
-            (state / "state.yaml").write_bytes(text + f"{SEAL}{hashlib.sha256(text).hexdigest()}\n".encode())
+            (state / "state.yaml").write_bytes(text + f"{CHECKSUM}{hashlib.sha256(text).hexdigest()}\n".encode())
 
 
 def _wanted(world: World, model: str, after: str, call: str) -> dict[str, str]:
@@ -171,59 +171,66 @@ CORPUS = {
     "S11 a folder on another disk": _case("bert/merge1", ("link", "full-001")),
     "S11 a folder on another disk, for the mask": _case("vit/prune1", ("link", "full-000")),
     "S15 history without a round": _case(
-        "bert/merge1", ("at", "state.yaml", "history", [{"stage": "init"}]), ("reseal",), calls=("status", "next")
+        "bert/merge1", ("at", "state.yaml", "history", [{"stage": "init"}]), ("renew_checksums",), calls=("status", "next")
     ),
-    "S15 seconds that are a text": _case("bert/merge1", ("at", "state.yaml", "history/1/seconds", "x"), ("reseal",)),
-    "S15 bytes that are a list": _case("bert/finetune1", ("at", "state.yaml", "history/3/weights_bytes", [1]), ("reseal",)),
+    "S15 seconds that are a text": _case("bert/merge1", ("at", "state.yaml", "history/1/seconds", "x"), ("renew_checksums",)),
+    "S15 bytes that are a list": _case(
+        "bert/finetune1", ("at", "state.yaml", "history/3/weights_bytes", [1]), ("renew_checksums",)
+    ),
     "S15 best round that is a text": _case(
-        "bert/merge1", ("at", "state.yaml", "best/round", ".."), ("reseal",), calls=("eval",)
+        "bert/merge1", ("at", "state.yaml", "best/round", ".."), ("renew_checksums",), calls=("eval",)
     ),
-    "S15 round 1000": _case("bert/mask1", ("at", "state.yaml", "round", 1000), ("reseal",), calls=("next",)),
+    "S15 round 1000": _case("bert/mask1", ("at", "state.yaml", "round", 1000), ("renew_checksums",), calls=("next",)),
     "S15 small above the folder": _case(
-        "bert/prune1", ("at", "state.yaml", "small", ".."), ("reseal",), calls=("status", "next")
+        "bert/prune1", ("at", "state.yaml", "small", ".."), ("renew_checksums",), calls=("status", "next")
     ),
-    "S15 a turn without its course": _case(
-        "bert/merge1", ("at", "state.yaml", "history/0/turns/0/course", "$delete"), ("reseal",), calls=("next",)
+    "S15 a round without its course": _case(
+        "bert/merge1",
+        ("at", "state.yaml", "history/0/round_plans/0/lr_window", "$delete"),
+        ("renew_checksums",),
+        calls=("next",),
     ),
     "S15 a plan without a name": _case(
-        "bert/prune1", ("tensor", "round-001/plan.safetensors", 0.0, "drop"), ("reseal",), calls=("next",)
+        "bert/prune1", ("tensor", "round-001/plan.safetensors", 0.0, "drop"), ("renew_checksums",), calls=("next",)
     ),
     "S15 a plan of another shape": _case(
-        "bert/prune1", ("tensor", "round-001/plan.safetensors", 0.0, "flat"), ("reseal",), calls=("next",)
+        "bert/prune1", ("tensor", "round-001/plan.safetensors", 0.0, "flat"), ("renew_checksums",), calls=("next",)
     ),
     "S15 a mask without a name": _case(
-        "bert/mask1", ("tensor", "round-001/mask.safetensors", 0.0, "drop"), ("reseal",), calls=("next",)
+        "bert/mask1", ("tensor", "round-001/mask.safetensors", 0.0, "drop"), ("renew_checksums",), calls=("next",)
     ),
     "S15 a mask of another shape": _case(
-        "bert/mask1", ("tensor", "round-001/mask.safetensors", 0.0, "longer"), ("reseal",), calls=("next",)
+        "bert/mask1", ("tensor", "round-001/mask.safetensors", 0.0, "longer"), ("renew_checksums",), calls=("next",)
     ),
     "S15 moved without a name": _case(
-        "bert/finetune1", ("tensor", "round-001/moved.safetensors", 0.5, "drop"), ("reseal",), calls=("next",)
+        "bert/finetune1", ("tensor", "round-001/trained.safetensors", 0.5, "drop"), ("renew_checksums",), calls=("next",)
     ),
     "S15 moved of another shape": _case(
-        "bert/finetune1", ("tensor", "round-001/moved.safetensors", 0.5, "longer"), ("reseal",), calls=("next",)
+        "bert/finetune1", ("tensor", "round-001/trained.safetensors", 0.5, "longer"), ("renew_checksums",), calls=("next",)
     ),
     "S15 small without a name": _case(
-        "bert/prune1", ("tensor", "round-001/small.safetensors", 0.3, "drop"), ("reseal",), calls=("next",)
+        "bert/prune1", ("tensor", "round-001/small.safetensors", 0.3, "drop"), ("renew_checksums",), calls=("next",)
     ),
-    "S15 layout.json a list": _case("vit/init", ("write", "full-000/layout.json", "[1]"), ("reseal",), calls=("next",)),
+    "S15 layout.json a list": _case(
+        "vit/init", ("write", "full-000/layout.json", "[1]"), ("renew_checksums",), calls=("next",)
+    ),
     "S15 layout.json of other types": _case(
-        "vit/init", ("tree", "full-000/layout.json", 0.3, "set", 5), ("reseal",), calls=("next",)
+        "vit/init", ("tree", "full-000/layout.json", 0.3, "set", 5), ("renew_checksums",), calls=("next",)
     ),
     "S15 metrics.json a list": _case(
-        "bert/finetune1", ("write", "round-001/metrics.json", "[1]"), ("reseal",), calls=("next",)
+        "bert/finetune1", ("write", "round-001/metrics.json", "[1]"), ("renew_checksums",), calls=("next",)
     ),
     "S15 spec.json of other types": _case(
-        "bert/init", ("at", "full-000/spec.json", "config", None), ("reseal",), calls=("next",)
+        "bert/init", ("at", "full-000/spec.json", "config", None), ("renew_checksums",), calls=("next",)
     ),
     "S15 tokenizer_config.json of other types": _case(
-        "bert/init", ("write", "full-000/tokenizer_config.json", "[1]"), ("reseal",), calls=("next",)
+        "bert/init", ("write", "full-000/tokenizer_config.json", "[1]"), ("renew_checksums",), calls=("next",)
     ),
     "a plugin without its kind": _case(
-        "bert/init", ("at", "state.yaml", "plugins/used/0/kind", "$delete"), ("reseal",), calls=("report",)
+        "bert/init", ("at", "state.yaml", "plugins/used/0/kind", "$delete"), ("renew_checksums",), calls=("report",)
     ),
     "plugins that are no list": _case(
-        "bert/init", ("at", "state.yaml", "plugins/used", {"kind": "x"}), ("reseal",), calls=("report",)
+        "bert/init", ("at", "state.yaml", "plugins/used", {"kind": "x"}), ("renew_checksums",), calls=("report",)
     ),
     "S16 state.yaml a FIFO": _case("vit/init", ("fifo", "state.yaml"), calls=("status",)),
     "S16 the product of a finished state altered": _case(

@@ -110,8 +110,8 @@ def tensors_since(before: Path | None, after: Path) -> dict[str, str]:
     """The safetensors files that a state has and an earlier one, if any, has not, with their sha256."""
     old = facts_of(before)["files"] if before else {}
     return {
-        name: seal["sha256"]
-        for name, seal in facts_of(after)["files"].items()
+        name: checksum["sha256"]
+        for name, checksum in facts_of(after)["files"].items()
         if name not in old and name.endswith(".safetensors")
     }
 

@@ -77,8 +77,8 @@ def test_on_mps_there_are_figures_and_no_peaks(monkeypatch: pytest.MonkeyPatch) 
 
 def model_and_optimizer() -> tuple[nn.Module, Optimizer]:
     model = nn.Linear(8, 4)
-    slots = make_partial(model, {}, frozen=lambda name: name == "bias")
-    return model, Optimizer(slots, sgd(momentum=0.9))
+    trainables = make_partial(model, {}, frozen=lambda name: name == "bias")
+    return model, Optimizer(trainables, sgd(momentum=0.9))
 
 
 def test_what_is_held_now_is_counted_by_kind_on_that_device_only() -> None:
@@ -158,7 +158,7 @@ def test_a_snapshot_that_could_not_be_written_is_refused_before(tmp_path: Path, 
 
 def test_a_gradient_counts_with_all_that_it_keeps_alive_and_once() -> None:
     whole = torch.zeros(9, 4)
-    slots = [SimpleNamespace(leaf=SimpleNamespace(grad=whole[at])) for at in (slice(0, 4), slice(4, 8))]
-    watch = loop._GradientWatch(cast(Any, slots))
+    trainables = [SimpleNamespace(grad_param=SimpleNamespace(grad=whole[at])) for at in (slice(0, 4), slice(4, 8))]
+    watch = loop._GradientWatch(cast(Any, trainables))
     watch.all_held()
     assert watch.peak_bytes == whole.nbytes

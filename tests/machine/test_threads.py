@@ -172,7 +172,9 @@ def test_a_run_does_not_depend_on_how_many_threads_there_are(tmp_path: Path) -> 
     for count in (4, 2):
         torch.set_num_threads(count)
         state = run(tiny("bert", rounds=1), tmp_path / str(count))
-        found.append({name: seal.sha256 for name, seal in state.manifest.files.items() if name.endswith(".safetensors")})
+        found.append(
+            {name: checksum.sha256 for name, checksum in state.manifest.files.items() if name.endswith(".safetensors")}
+        )
     assert found[0] == found[1]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from recap_cli.core.method import Turn
+from recap_cli.core.method import RoundPlan
 from recap_cli.errors import BudgetError, StateError
 from recap_cli.memory import budget, meta_model
 from recap_cli.memory import predict as profile
@@ -33,10 +33,10 @@ Peak = Callable[[Recipe], float]
 def straight(recipe: Recipe) -> float:
     """The peak, in MB, of a made-up model: weights, what moves with its state, and the activations of a micro-batch."""
     tune = recipe.finetune
-    kept, each = 1 - recipe.prune.ratio, {"fp32": 4, "bf16": 2, "int8": 1}[tune.resident]
-    moving = 100 * kept * (1 - recipe.mask.ratio)
-    state = 0 if tune.offload else 3 * moving
-    gradients = moving if not tune.fused_backward or tune.micro_batch_size not in (None, tune.batch_size) else 0.1 * moving
+    kept, each = 1 - recipe.prune.ratio, {"fp32": 4, "bf16": 2, "int8": 1}[tune.weights]
+    trained = 100 * kept * (1 - recipe.mask.ratio)
+    state = 0 if tune.offload else 3 * trained
+    gradients = trained if not tune.fused_backward or tune.micro_batch_size not in (None, tune.batch_size) else 0.1 * trained
     activations = 2 * (tune.micro_batch_size or tune.batch_size) * each * (0.3 if tune.checkpointing else 1) * kept
     return float(25 * each * kept + state + gradients + activations)
 
@@ -75,7 +75,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[Peak], list[Recipe]]:
             asked.append(recipe)
             usage = Usage({"weights": int(peak(recipe) * MB)}, {"weights": int(peak(recipe) * MB)})
             return Prediction(
-                "recap", recipe, (Turn(recipe.prune.ratio, recipe.mask.ratio),), usage, int(scoring(recipe) * MB), 0, 0, 0
+                "recap", recipe, (RoundPlan(recipe.prune.ratio, recipe.mask.ratio),), usage, int(scoring(recipe) * MB), 0, 0, 0
             )
 
         monkeypatch.setattr(recipes, "changed", quickly_changed)
@@ -138,7 +138,7 @@ def test_a_larger_budget_reaches_for_nothing_dearer(peak: Peak, made_up: Callabl
 
 
 @pytest.mark.parametrize("peak", [straight, bent])
-def test_a_graded_setting_moves_no_further_than_it_must(peak: Peak, made_up: Callable[..., list[Recipe]]) -> None:
+def test_a_graded_setting_trains_no_further_than_it_must(peak: Peak, made_up: Callable[..., list[Recipe]]) -> None:
     made_up(peak)
     seen = set()
     for megabytes in range(45, 500, 7):
@@ -231,8 +231,8 @@ def test_the_least_that_is_named_fits_and_less_does_not(peak: Peak, made_up: Cal
     with pytest.raises(BudgetError):
         fit(NO_MODEL, LARGE, recipes.bytes_of(least) - 2 * 10**5)
     int8 = hint.rsplit(maxsplit=1)[-1]
-    assert "--set finetune.resident=int8" in hint
-    fit(NO_MODEL, recipes.changed(LARGE, {"finetune.resident": "int8"}), recipes.bytes_of(int8))
+    assert "--set finetune.weights=int8" in hint
+    fit(NO_MODEL, recipes.changed(LARGE, {"finetune.weights": "int8"}), recipes.bytes_of(int8))
 
 
 def test_only_what_may_change_is_changed(made_up: Callable[..., list[Recipe]]) -> None:
@@ -249,7 +249,7 @@ def test_only_what_may_change_is_changed(made_up: Callable[..., list[Recipe]]) -
 
 def budget_between(recipe: Recipe, share: float) -> int:
     """A budget between nothing beside cuBLAS's workspace and what the recipe takes as it is."""
-    peak = profile.predict(meta_model.outline(recipe, LABELS), recipe, "recap").usage.peak_bytes
+    peak = profile.predict(meta_model.of_recipe(recipe, LABELS), recipe, "recap").usage.peak_bytes
     return int(share * peak) + WORKSPACE_BYTES
 
 
@@ -293,7 +293,7 @@ def test_a_large_budget_is_noted(tmp_path: Path) -> None:
 def test_the_head_of_a_budget_has_the_labels_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def fit(model: meta_model.Outline, recipe: Recipe, amount: int, track: Any) -> Fit:
+    def fit(model: meta_model.MetaModel, recipe: Recipe, amount: int, track: Any) -> Fit:
         seen.append(model)
         return Fit(recipe, (), NO_MODEL)
 
@@ -308,21 +308,21 @@ def test_savings_are_those_of_each_setting_alone(tmp_path: Path, monkeypatch: py
     state = init(tiny("vit", rounds=1), tmp_path / "state")
     for stage in (prune, mask):
         stage(state)
-    here = Context(state)
-    found = dict(savings(here))
-    model = meta_model.outline_of(here)
-    now = profile.predict(model, here.recipe, "recap").usage.peak_bytes
-    assert "finetune.resident=int8" in found
-    for choice in ("finetune.resident=int8", "finetune.micro_batch_size=4"):
-        recipe = recipe_of(state, [choice])
-        assert found.get(choice, 0) == max(0, now - profile.predict(model, recipe, "recap").usage.peak_bytes)
+    context = Context(state)
+    found = dict(savings(context))
+    model = meta_model.of_state(context)
+    now = profile.predict(model, context.recipe, "recap").usage.peak_bytes
+    assert "finetune.weights=int8" in found
+    for unit_mask in ("finetune.weights=int8", "finetune.micro_batch_size=4"):
+        recipe = recipe_of(state, [unit_mask])
+        assert found.get(unit_mask, 0) == max(0, now - profile.predict(model, recipe, "recap").usage.peak_bytes)
     assert all(count > 0 for count in found.values())
-    assert any(choice.startswith("mask.ratio=0.") for choice in found)
+    assert any(unit_mask.startswith("mask.ratio=0.") for unit_mask in found)
 
 
 def test_all_rungs_go_together() -> None:
     recipe = recipes.changed(tiny("vit"), {rung.key: rung.values(tiny("vit"))[-1] for rung in budget.LADDER})
-    model = meta_model.outline(recipe, LABELS)
+    model = meta_model.of_recipe(recipe, LABELS)
     for method in ("head", "recap"):
         assert profile.predict(model, recipe, method).peak_bytes > 0
 

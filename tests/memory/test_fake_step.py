@@ -55,7 +55,7 @@ def real(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def real_step(recipe: Recipe, method: str) -> Step:
-    return predict.prepare(meta_model.outline(recipe, LABELS), recipe, method, real)[0]
+    return predict.prepare(meta_model.of_recipe(recipe, LABELS), recipe, method, real)[0]
 
 
 class Case(NamedTuple):
@@ -69,8 +69,8 @@ class Case(NamedTuple):
 
 
 CASES = [  # one of each thing that a step can have; the peaks of more are held against the allocator's own record, below
-    Case("recap", "bert", {"resident": "int8"}, larger=True),
-    Case("recap", "dinov2", {"resident": "bf16", "checkpointing": True, "micro_batch_size": 4}),
+    Case("recap", "bert", {"weights": "int8"}, larger=True),
+    Case("recap", "dinov2", {"weights": "bf16", "checkpointing": True, "micro_batch_size": 4}),
     Case("full", "vit", {"fused_backward": True, "optimizer": "sgd"}, larger=True),
     Case("movement", "timm-vit"),
 ]
@@ -88,8 +88,8 @@ def assert_near(predicted: Usage, counted: Usage) -> None:
 def test_a_step_is_predicted_within_one_percent(case: Case) -> None:
     recipe = recipe_of(case.name, case.larger, finetune=dict(case.finetune))
     fakes = Fakes()
-    step, resident = predict.prepare(meta_model.outline(recipe, LABELS), recipe, case.method, fakes.like)
-    assert resident > 0
+    step, weights = predict.prepare(meta_model.of_recipe(recipe, LABELS), recipe, case.method, fakes.like)
+    assert weights > 0
     predicted = fakes.usage(step, "cpu")
     counted = fake_step.usage(real_step(recipe, case.method))
     assert_near(predicted, counted)
@@ -97,44 +97,48 @@ def test_a_step_is_predicted_within_one_percent(case: Case) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "recap", "lora"])
-@pytest.mark.parametrize("resident", ["fp32", "bf16", "int8"])
-def test_weights_and_optimizer_state_are_those_that_finetuning_reports(method: str, resident: str) -> None:
-    recipe = recipe_of("bert", larger=True, finetune={"resident": resident})
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_weights_and_optimizer_state_are_those_that_finetuning_reports(method: str, weights: str) -> None:
+    recipe = recipe_of("bert", larger=True, finetune={"weights": weights})
     step = real_step(recipe, method)
     known = accounting.held(step.model, step.optimizer, 0)
     counted = fake_step.usage(step)
-    tensors = [*step.model.parameters(), *step.model.buffers(), *(slot.leaf for slot in step.optimizer.slots)]
+    tensors = [
+        *step.model.parameters(),
+        *step.model.buffers(),
+        *(trainable.grad_param for trainable in step.optimizer.trainables),
+    ]
     rounding = GRANULE_BYTES * 2 * len(tensors)
     assert 0 <= counted.maxima["weights"] - known["weights_bytes"] < rounding
     assert 0 <= counted.maxima["optimizer"] - known["optimizer_bytes"] < rounding
     assert counted.maxima["other"] >= sum(tensor.nbytes for tensor in step.batch.values())
 
 
-@pytest.mark.parametrize(("method", "name", "resident"), [("recap", "vit", "int8"), ("full", "bert", "fp32")])
-def test_scoring_is_predicted_within_one_percent(method: str, name: str, resident: str) -> None:
-    recipe = recipe_of(name, larger=True, finetune={"resident": resident}, evaluate={"batch_size": 32})
-    outline = meta_model.outline(recipe, LABELS)
-    predicted = predict.evaluation_bytes(outline, recipe, method, kernels="cpu")
-    batch = real(predict.batch_of(outline.spec, recipe, 32))
+@pytest.mark.parametrize(("method", "name", "weights"), [("recap", "vit", "int8"), ("full", "bert", "fp32")])
+def test_scoring_is_predicted_within_one_percent(method: str, name: str, weights: str) -> None:
+    recipe = recipe_of(name, larger=True, finetune={"weights": weights}, evaluate={"batch_size": 32})
+    of_recipe = meta_model.of_recipe(recipe, LABELS)
+    predicted = predict.evaluation_bytes(of_recipe, recipe, method, kernels="cpu")
+    batch = real(predict.batch_of(of_recipe.spec, recipe, 32))
     assert predicted == pytest.approx(fake_step.evaluation_bytes(real_step(recipe, method), batch), rel=NEAR)
 
 
-def test_a_prediction_moves_nothing_and_takes_no_memory_for_weights() -> None:
+def test_a_prediction_trains_nothing_and_takes_no_memory_for_weights() -> None:
     recipe = recipe_of("vit", larger=True)
-    outline = meta_model.outline(recipe, LABELS)
-    assert all(tensor.is_meta for tensor in outline.tensors.values())
-    first = predict.predict(outline, recipe, "recap")
-    again = predict.predict(outline, recipe, "recap")
+    of_recipe = meta_model.of_recipe(recipe, LABELS)
+    assert all(tensor.is_meta for tensor in of_recipe.tensors.values())
+    first = predict.predict(of_recipe, recipe, "recap")
+    again = predict.predict(of_recipe, recipe, "recap")
     assert first.to_json() == again.to_json()
-    assert first.total == sum(param.numel() for param in build.skeleton(outline.spec).parameters())
-    assert first.trainable < first.resident < first.total
-    assert all(tensor.is_meta for tensor in outline.tensors.values())
+    assert first.total == sum(param.numel() for param in build.skeleton(of_recipe.spec).parameters())
+    assert first.trainable < first.weights < first.total
+    assert all(tensor.is_meta for tensor in of_recipe.tensors.values())
 
 
 def test_methods_stand_in_the_order_that_the_paper_gives_them() -> None:
     recipe = recipe_of("vit", larger=True)
-    outline = meta_model.outline(recipe, LABELS)
-    peak = {method: predict.predict(outline, recipe, method).usage.peak_bytes for method in METHODS}
+    of_recipe = meta_model.of_recipe(recipe, LABELS)
+    peak = {method: predict.predict(of_recipe, recipe, method).usage.peak_bytes for method in METHODS}
     assert peak["head"] < peak["recap"] < peak["pre-ft"] < peak["full"]
     assert peak["head"] < peak["lora"] < peak["full"]
 
@@ -174,10 +178,10 @@ def finetuning_step(step: Step, recipe: Recipe) -> None:
 
 def standing_bytes(step: Step) -> int:
     """What is there before a step, each piece rounded up: weights, masters, moments and the batch, by their own sizes."""
-    slots, moments = step.optimizer.slots, step.optimizer.moments
+    trainables, moments = step.optimizer.trainables, step.optimizer.moments
     tensors = [*step.model.parameters(), *step.model.buffers(), *step.batch.values()]
-    tensors += [slot.own for slot in slots if slot.own is not None]
-    tensors += [moment for slot in slots for moment in moments[slot.name].values()]
+    tensors += [trainable.own_master for trainable in trainables if trainable.own_master is not None]
+    tensors += [moment for trainable in trainables for moment in moments[trainable.name].values()]
     sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(-(-size // GRANULE_BYTES) * GRANULE_BYTES for size in sizes.values())
 
@@ -193,15 +197,15 @@ def standing_bytes(step: Step) -> int:
         ("recap", "vit", {"checkpointing": True}, 0.01),  # the rest is what attention on the CPU needs within
         ("lora", "vit", {}, 1e-3),
         ("head", "bert", {}, 1e-4),
-        ("recap", "vit", {"resident": "int8"}, 0.1),  # and operations on mixed types: on the CPU, they convert their inputs
-        ("recap", "bert", {"resident": "bf16"}, 0.01),
+        ("recap", "vit", {"weights": "int8"}, 0.1),  # and operations on mixed types: on the CPU, they convert their inputs
+        ("recap", "bert", {"weights": "bf16"}, 0.01),
     ],
 )
 def test_a_prediction_is_what_the_allocator_hands_out_in_a_real_step(
     method: str, name: str, finetune: dict[str, Any], bound: float, tmp_path: Path
 ) -> None:
     recipe, fakes = recipe_of(name, larger=True, finetune=finetune), Fakes()
-    step, _ = predict.prepare(meta_model.outline(recipe, LABELS), recipe, method, fakes.like)
+    step, _ = predict.prepare(meta_model.of_recipe(recipe, LABELS), recipe, method, fakes.like)
     real_one = real_step(recipe, method)
     predicted = fakes.usage(step, "cpu").peak_bytes - standing_bytes(real_one)
     exact, rounded = allocators_peaks(allocations(lambda: finetuning_step(real_one, recipe), tmp_path / "trace.json"))
@@ -247,11 +251,11 @@ def test_attention_saves_a_number_per_row_and_no_probabilities(dropout: float, d
 @pytest.mark.parametrize("name", ["bert", "timm-vit"])
 def test_a_models_attention_saves_no_probabilities_on_cuda(name: str) -> None:
     recipe = recipe_of(name)
-    outline = meta_model.outline(recipe, LABELS)
+    of_recipe = meta_model.of_recipe(recipe, LABELS)
     usages = {}
     for kernels in ("cuda", "cpu"):
         fakes = Fakes()
-        usages[kernels] = fakes.usage(predict.prepare(outline, recipe, "full", fakes.like)[0], kernels).maxima
+        usages[kernels] = fakes.usage(predict.prepare(of_recipe, recipe, "full", fakes.like)[0], kernels).maxima
     assert usages["cuda"]["weights"] == usages["cpu"]["weights"]
     assert usages["cuda"]["gradients"] == usages["cpu"]["gradients"]
     more = usages["cuda"]["activations"] - usages["cpu"]["activations"]
@@ -289,20 +293,20 @@ def test_attention_has_the_shapes_of_the_plain_one_there_and_back(shape: tuple[i
 
 
 def test_the_librarys_own_functions_come_back_whatever_happens() -> None:
-    own = F.scaled_dot_product_attention, F.dropout
+    own_master = F.scaled_dot_product_attention, F.dropout
     with cuda_kernels():
-        assert F.scaled_dot_product_attention is not own[0]
-        assert F.dropout is not own[1]
-    assert (F.scaled_dot_product_attention, F.dropout) == own
+        assert F.scaled_dot_product_attention is not own_master[0]
+        assert F.dropout is not own_master[1]
+    assert (F.scaled_dot_product_attention, F.dropout) == own_master
 
     def fails(_: dict[str, Tensor]) -> Tensor:
         raise RuntimeError("no forward")
 
     recipe, fakes = recipe_of("vit"), Fakes()
-    step, _ = predict.prepare(meta_model.outline(recipe, LABELS), recipe, "head", fakes.like)
+    step, _ = predict.prepare(meta_model.of_recipe(recipe, LABELS), recipe, "head", fakes.like)
     with pytest.raises(RuntimeError, match="no forward"):
         fakes.usage(Step(step.model, step.optimizer, fails, step.loss, step.batch))
-    assert (F.scaled_dot_product_attention, F.dropout) == own
+    assert (F.scaled_dot_product_attention, F.dropout) == own_master
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
     assert torch.zeros(3).tolist() == [0, 0, 0]  # real again
 
@@ -312,9 +316,9 @@ def test_importance_holds_a_block_and_not_the_model() -> None:
     for layers in (2, 5):
         config = {**LARGER["vit"], "num_hidden_layers": layers}
         recipe = tiny("vit", model={"config": config}, importance={"batch_size": 4}, finetune={"batch_size": 4})
-        outline = meta_model.outline(recipe, LABELS)
-        held[layers] = predict.importance_bytes(outline, recipe)
-        weights[layers] = sum(tensor.nbytes for tensor in outline.tensors.values())
+        of_recipe = meta_model.of_recipe(recipe, LABELS)
+        held[layers] = predict.importance_bytes(of_recipe, recipe)
+        weights[layers] = sum(tensor.nbytes for tensor in of_recipe.tensors.values())
     per_block = (weights[5] - weights[2]) / 3
     inputs = 4 * 37 * 128 * 4  # of one block
     assert per_block < held[2]  # its weights, and the gradients of some
@@ -324,13 +328,15 @@ def test_importance_holds_a_block_and_not_the_model() -> None:
 @pytest.mark.parametrize("name", PICO)
 def test_lora_has_adapters_of_rank_eight_on_query_and_value(name: str) -> None:
     recipe = recipe_of(name)
-    outline = meta_model.outline(recipe, LABELS)
-    step, resident = predict.prepare(outline, recipe, "lora", Fakes().like)
-    slots = {slot.name: slot.leaf for slot in step.optimizer.slots}
-    adapters = {slot for slot in slots if ".lora_" in slot}
-    assert set(slots) - adapters == set(outline.layout.head)
-    assert sum(slots[slot].numel() for slot in adapters) == 2 * 2 * 8 * (32 + 32)  # fused or apart, in each of two layers
-    assert resident == sum(param.numel() for param in build.skeleton(outline.spec).parameters())
+    of_recipe = meta_model.of_recipe(recipe, LABELS)
+    step, weights = predict.prepare(of_recipe, recipe, "lora", Fakes().like)
+    trainables = {trainable.name: trainable.grad_param for trainable in step.optimizer.trainables}
+    adapters = {trainable for trainable in trainables if ".lora_" in trainable}
+    assert set(trainables) - adapters == set(of_recipe.layout.head)
+    assert sum(trainables[trainable].numel() for trainable in adapters) == 2 * 2 * 8 * (
+        32 + 32
+    )  # fused or apart, in each of two layers
+    assert weights == sum(param.numel() for param in build.skeleton(of_recipe.spec).parameters())
 
 
 def test_a_fake_number_is_one_and_what_is_asked_for_is_true() -> None:
@@ -344,17 +350,17 @@ def test_texts_are_predicted_with_the_mask_that_padding_makes() -> None:
     masked = {}
     for size in (1, 2):
         recipe = recipe_of("bert", finetune={"batch_size": size})
-        batch = predict.batch_of(meta_model.outline(recipe, LABELS).spec, recipe, size)
+        batch = predict.batch_of(meta_model.of_recipe(recipe, LABELS).spec, recipe, size)
         assert batch["input_ids"].shape == (size, 40)
         masked[size] = "attention_mask" in batch
     assert masked == {1: False, 2: True}
 
 
-def outlined(pico_name: str, **arguments: Any) -> ModelSpec:
+def described(pico_name: str, **arguments: Any) -> ModelSpec:
     section = model_section(pico_name)
     kind = "text-classification" if is_text(pico_name) else "image-classification"
     given = {"name": None, "config": section["config"], "task_kind": kind, "label_names": LABELS, **arguments}
-    return spec_from_config.outline(library=section.get("library", "transformers"), **given)
+    return spec_from_config.of_recipe(library=section.get("library", "transformers"), **given)
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -366,8 +372,8 @@ def facts(spec: ModelSpec) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("name", PICO)
-def test_an_outline_is_that_of_the_model_that_would_be_made(name: str) -> None:
-    spec = outlined(name)
+def test_an_meta_model_is_that_of_the_model_that_would_be_made(name: str) -> None:
+    spec = described(name)
     model, made = pico(name)
     assert shapes(build.skeleton(spec)) == shapes(model)
     assert facts(spec)[:5] == facts(made)[:5]
@@ -392,17 +398,17 @@ def test_a_folder_needs_no_weights_to_be_outlined(name: str, tmp_path: Path) -> 
     for file in ("config.json", "preprocessor_config.json"):
         if content := build.describe(spec, None).get(file):
             (tmp_path / file).write_text(str(content))
-    outline = outlined(name, name=str(tmp_path), config=None)
-    assert shapes(build.skeleton(outline)) == shapes(model)
-    assert facts(outline) == facts(spec)
+    of_recipe = described(name, name=str(tmp_path), config=None)
+    assert shapes(build.skeleton(of_recipe)) == shapes(model)
+    assert facts(of_recipe) == facts(spec)
     (tmp_path / "model.safetensors").write_bytes(random.Random(0).randbytes(100))  # would be an error, if it were read
-    assert outlined(name, name=str(tmp_path), config=None) == outline
+    assert described(name, name=str(tmp_path), config=None) == of_recipe
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "timm-vit"])
 def test_another_image_size_and_other_labels_are_outlined_as_they_are_created(name: str) -> None:
     given = {"image_size": 32, "label_names": ["a", "b", "c", "d"]}
-    section, spec = model_section(name), outlined(name, **given)
+    section, spec = model_section(name), described(name, **given)
     created = build.create(
         library=section.get("library", "transformers"),
         name=None,
@@ -417,10 +423,10 @@ def test_another_image_size_and_other_labels_are_outlined_as_they_are_created(na
 
 
 def test_without_labels_the_head_is_that_of_the_configuration() -> None:
-    assert outlined("bert", label_names=()).num_labels == 2  # what transformers takes
+    assert described("bert", label_names=()).num_labels == 2  # what transformers takes
     six = {"model_type": "vit", "id2label": {str(i): f"class {i}" for i in range(6)}}
-    assert outlined("vit", config=six, label_names=()).label_names == [f"class {i}" for i in range(6)]
-    assert outlined("timm-vit", label_names=()).num_labels == 1000
+    assert described("vit", config=six, label_names=()).label_names == [f"class {i}" for i in range(6)]
+    assert described("timm-vit", label_names=()).num_labels == 1000
 
 
 @pytest.mark.parametrize(
@@ -442,16 +448,16 @@ def test_without_labels_the_head_is_that_of_the_configuration() -> None:
         ("timm-vit", {"config": {"architecture": "vit_tiny_patch16_224", "num_heads": 0}}, "timm cannot build"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_an_outline_too(name: str, arguments: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_is_refused_in_an_meta_model_too(name: str, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        outlined(name, **arguments)
+        described(name, **arguments)
 
 
 def test_a_model_type_without_an_adapter_is_named_with_the_recipe() -> None:
     config = {"architecture": "resnet18"}
     recipe = tiny("timm-vit", model={"library": "timm", "config": config})
     with pytest.raises(ModelError, match="'timm-resnet' is unknown"):
-        meta_model.outline(recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})}))
+        meta_model.of_recipe(recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})}))
 
 
 def test_what_an_offloaded_optimizer_makes_in_main_memory_is_not_on_the_device() -> None:
@@ -459,7 +465,7 @@ def test_what_an_offloaded_optimizer_makes_in_main_memory_is_not_on_the_device()
     for optimizer in ("sgd", "adamw"):  # AdamW makes a denominator of a slot's size, SGD nothing
         settings = {"optimizer": optimizer, "offload": True, "fused_backward": True, "checkpointing": True, "weight_decay": 0.0}
         recipe = recipe_of("bert", finetune=settings)
-        found = predict.predict(meta_model.outline(recipe, LABELS), recipe, "full")
+        found = predict.predict(meta_model.of_recipe(recipe, LABELS), recipe, "full")
         peaks[optimizer] = (found.usage.maxima["optimizer"], found.usage.peak_bytes)
     assert peaks["sgd"] == peaks["adamw"]
     assert peaks["sgd"][0] == 0

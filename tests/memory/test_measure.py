@@ -22,7 +22,7 @@ def none_made(*_: Any, **__: Any) -> Any:
 
 def test_on_the_cpu_every_method_holds_what_was_predicted() -> None:
     recipe = tiny("bert", finetune={"device": "cpu"})
-    rows = measure.measure(meta_model.outline(recipe, LABELS), recipe, METHODS)
+    rows = measure.measure(meta_model.of_recipe(recipe, LABELS), recipe, METHODS)
     assert [row["method"] for row in rows] == list(METHODS)
     for row in rows:
         assert abs(row["error_share"]) < 0.01
@@ -38,7 +38,7 @@ def test_on_the_cpu_every_method_holds_what_was_predicted() -> None:
 
 def test_a_step_that_the_machine_cannot_hold_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny("vit")
-    model = meta_model.outline(recipe, LABELS)
+    model = meta_model.of_recipe(recipe, LABELS)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
     monkeypatch.setattr(measure, "random_tensors", none_made)
     with pytest.raises(StorageError, match="a real step of full holds about 0 MB, and this machine has 0 MB free") as caught:

@@ -25,7 +25,7 @@ def row(method: str = "recap", peak: int = 300, **settings: Any) -> dict[str, An
         "method": method,
         "batch_size": 1,
         "micro_batch_size": settings.get("batch_size", 1),
-        "resident": "fp32",
+        "weights": "fp32",
         "checkpointing": False,
         "fused_backward": False,
         "optimizer": "sgd",
@@ -105,7 +105,7 @@ def test_settings_that_differ_stand_beside_the_method_and_not_in_the_title(tmp_p
     assert ">sgd, fp32, prune ratio 33.3%, mask ratio 87.5%</" in text
     labels = plots._labels([*rows(), row(batch_size=8)], without=())
     assert labels == ["full, batch size 1", "lora, batch size 1", "recap, batch size 1", "recap, batch size 8"]
-    several = plots._labels([row(), row(batch_size=32, resident="int8", checkpointing=True)], without=())
+    several = plots._labels([row(), row(batch_size=32, weights="int8", checkpointing=True)], without=())
     assert several[0].splitlines() == ["recap, batch size 1, fp32,", "no checkpointing"], "no setting is broken"
 
 

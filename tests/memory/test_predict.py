@@ -9,7 +9,7 @@ import torch
 
 import recap_cli.stages.finetune as finetuning
 from recap_cli.core.axes import counts
-from recap_cli.core.method import Turn
+from recap_cli.core.method import RoundPlan
 from recap_cli.data.sampling import batches
 from recap_cli.errors import ConformanceError, ModelError, RecipeError
 from recap_cli.memory import fake_step, meta_model, predict
@@ -21,7 +21,7 @@ from recap_cli.recipe import recipe as recipes
 from recap_cli.rounds import context as shared
 from recap_cli.rounds.context import Context
 from recap_cli.rounds.settings import recipe_of
-from recap_cli.rounds.small_model import RESIDENTS, in_dtype, moving
+from recap_cli.rounds.small_model import WEIGHT_DTYPES, in_dtype, trainable_entries
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.prune import prune
@@ -34,8 +34,8 @@ from tests.tiny import tiny
 NEAR = 0.01
 SETTINGS: list[dict[str, Any]] = [
     {},
-    {"checkpointing": True, "fused_backward": True, "resident": "bf16"},
-    {"micro_batch_size": 2, "offload": True, "resident": "int8"},
+    {"checkpointing": True, "fused_backward": True, "weights": "bf16"},
+    {"micro_batch_size": 2, "offload": True, "weights": "int8"},
 ]
 
 
@@ -50,30 +50,39 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> State:
 
 def step_of(state: State, settings: dict[str, Any]) -> Step:
     """The step that `finetune` would take in a state, with its weights and data."""
-    here = Context(state)
-    here.recipe = recipes.changed(here.recipe, {f"finetune.{key}": value for key, value in settings.items()})
-    tune, plan = here.recipe.finetune, here.plan("round-001")
+    context = Context(state)
+    context.recipe = recipes.changed(context.recipe, {f"finetune.{key}": value for key, value in settings.items()})
+    tune, plan = context.recipe.finetune, context.plan("round-001")
     small = state.load_tensors(f"round-001/{shared.SMALL}")
     chosen = {name: c.bool() for name, c in state.load_tensors(f"round-001/{shared.MASK}").items()}
-    model = here.model(small, counts(plan))
+    model = context.model(small, counts(plan))
     optimizer = finetuning._partial(
-        here, model, here.turns[0], plan, chosen, moving(here.layout, plan, chosen, small), None, torch.device("cpu")
+        context,
+        model,
+        context.round_plans[0],
+        plan,
+        chosen,
+        trainable_entries(context.layout, plan, chosen, small),
+        None,
+        torch.device("cpu"),
     )
-    call = build.forward(here.spec)
-    forward = in_dtype(lambda inputs: call(model, inputs), RESIDENTS[tune.resident])
-    batch = next(iter(batches(here.splits(lambda items, *_: iter(items))[0], torch.arange(8), 8, device=torch.device("cpu"))))
+    call = build.forward(context.spec)
+    forward = in_dtype(lambda inputs: call(model, inputs), WEIGHT_DTYPES[tune.weights])
+    batch = next(
+        iter(batches(context.splits(lambda items, *_: iter(items))[0], torch.arange(8), 8, device=torch.device("cpu")))
+    )
     return Step(model.train(), optimizer, forward, task.loss, batch, tune.micro_batch_size, tune.fused_backward, tune.offload)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ",".join(settings) or "plain")
 def test_a_prediction_for_a_state_is_the_step_that_finetune_takes_there(settings: dict[str, Any], masked: State) -> None:
     recipe = recipe_of(masked, [f"finetune.{key}={str(value).lower()}" for key, value in settings.items()])
-    model = meta_model.outline_of(Context(masked))
+    model = meta_model.of_state(Context(masked))
     assert model.plan is not None
     assert model.mask is not None
     predicted = predict.predict(model, recipe, "recap", kernels="cpu")
     step = step_of(masked, settings)
-    assert predicted.trainable == sum(slot.leaf.numel() for slot in step.optimizer.slots)
+    assert predicted.trainable == sum(trainable.grad_param.numel() for trainable in step.optimizer.trainables)
     real = fake_step.usage(step)
     assert predicted.usage.peak_bytes == pytest.approx(real.peak_bytes, rel=NEAR)
     kinds: tuple[Kind, ...] = ("weights", "gradients", "optimizer")
@@ -84,12 +93,12 @@ def test_a_prediction_for_a_state_is_the_step_that_finetune_takes_there(settings
 def test_a_state_without_a_plan_is_predicted_as_its_recipe(masked: State, tmp_path: Path) -> None:
     recipe = tiny("vit")
     state = init(recipe, tmp_path / "state")
-    first = meta_model.outline_of(Context(state))
+    first = meta_model.of_state(Context(state))
     assert (first.plan, first.mask) == (None, None)
-    even = predict.predict(meta_model.outline(recipe, LABELS), recipe, "recap")
+    even = predict.predict(meta_model.of_recipe(recipe, LABELS), recipe, "recap")
     assert predict.predict(first, recipe, "recap") == even
     prune(state)
-    second = meta_model.outline_of(Context(state))
+    second = meta_model.of_state(Context(state))
     assert second.plan is not None
     assert second.mask is None
 
@@ -99,7 +108,7 @@ def test_a_state_without_a_plan_is_predicted_as_its_recipe(masked: State, tmp_pa
 )
 def test_three_micro_batches_stand_for_all(name: str, settings: dict[str, Any]) -> None:
     recipe = tiny(name, finetune={"batch_size": 10, "micro_batch_size": 2, **settings})
-    model, fakes = meta_model.outline(recipe, LABELS), Fakes()
+    model, fakes = meta_model.of_recipe(recipe, LABELS), Fakes()
     predicted = predict.predict(model, recipe, "recap").usage
     whole = fakes.usage(predict.prepare(model, recipe, "recap", fakes.like)[0])
     assert (predicted.at_peak, predicted.maxima) == (whole.at_peak, whole.maxima)
@@ -110,7 +119,7 @@ def test_a_model_larger_than_the_machine_is_predicted_without_its_memory() -> No
     huge = {"hidden_size": 8192, "intermediate_size": 32768, "num_attention_heads": 64}
     recipe = tiny("vit", model={"config": {**(tiny("vit").model.config or {}), **huge}})
     before = psutil.Process().memory_info().rss
-    found = predict.predict(meta_model.outline(recipe, LABELS), recipe, "full")
+    found = predict.predict(meta_model.of_recipe(recipe, LABELS), recipe, "full")
     assert psutil.Process().memory_info().rss - before < 200e6
     assert found.total > 1.6e9
     assert found.usage.peak_bytes > 16 * found.total
@@ -118,8 +127,10 @@ def test_a_model_larger_than_the_machine_is_predicted_without_its_memory() -> No
 
 def test_grids_have_a_row_for_each_setting_that_means_something(monkeypatch: pytest.MonkeyPatch) -> None:
     usage, recipe = Usage({}, {}), tiny("vit", finetune={"micro_batch_size": 4})
-    monkeypatch.setattr(predict, "predict", lambda _, recipe, method: Prediction(method, recipe, (Turn(),), usage, 0, 0, 0, 0))
-    rows = predict.grid(meta_model.outline(recipe, LABELS), recipe, ["full", "recap"], [2, 6], [0.0, 0.4])
+    monkeypatch.setattr(
+        predict, "predict", lambda _, recipe, method: Prediction(method, recipe, (RoundPlan(),), usage, 0, 0, 0, 0)
+    )
+    rows = predict.grid(meta_model.of_recipe(recipe, LABELS), recipe, ["full", "recap"], [2, 6], [0.0, 0.4])
     settings = [(row.recipe.finetune.batch_size, row.recipe.prune.ratio if row.method == "recap" else 0.0) for row in rows]
     assert [(row.method, *setting) for row, setting in zip(rows, settings, strict=True)] == [
         ("full", 2, 0.0),
@@ -131,21 +142,21 @@ def test_grids_have_a_row_for_each_setting_that_means_something(monkeypatch: pyt
     ]
     assert {row.recipe.finetune.micro_batch_size for row in rows} == {None}
     with pytest.raises(RecipeError, match=r"prune\.floor"):
-        predict.grid(meta_model.outline(recipe, LABELS), recipe, ["recap"], [], [0.9])
+        predict.grid(meta_model.of_recipe(recipe, LABELS), recipe, ["recap"], [], [0.9])
 
 
 def test_a_grid_of_ratios_leaves_a_states_own_plan_out(masked: State) -> None:
-    recipe, model = recipe_of(masked), meta_model.outline_of(Context(masked))
+    recipe, model = recipe_of(masked), meta_model.of_state(Context(masked))
     (own,) = predict.grid(model, recipe, ["recap"])
     (even,) = predict.grid(model, recipe, ["recap"], [], [recipe.prune.ratio])
     assert own.trainable != even.trainable
-    assert even == predict.predict(meta_model.outline(recipe, LABELS), recipe, "recap")
+    assert even == predict.predict(meta_model.of_recipe(recipe, LABELS), recipe, "recap")
 
 
 @pytest.mark.parametrize("name", ["vit", "bert", "distilbert", "timm-vit"])
 def test_blocks_stand_in_their_order_and_make_up_the_peak(name: str) -> None:
     recipe = tiny(name)
-    model = meta_model.outline(recipe, LABELS)
+    model = meta_model.of_recipe(recipe, LABELS)
     found = predict.predict(model, recipe, "recap")
     blocks = predict.by_block(model, found.usage)
     names = list(blocks)
@@ -159,13 +170,13 @@ def test_blocks_stand_in_their_order_and_make_up_the_peak(name: str) -> None:
 def test_a_model_without_layers_is_refused() -> None:
     recipe = tiny("vit", model={"config": {**(tiny("vit").model.config or {}), "num_hidden_layers": 0}})
     with pytest.raises(ConformanceError, match="'vit' does not describe this model") as caught:
-        meta_model.outline(recipe, LABELS)
+        meta_model.of_recipe(recipe, LABELS)
     assert "number of layers" in str(caught.value.hint)
 
 
 def test_a_model_type_without_an_adapter_is_refused() -> None:
     with pytest.raises(ModelError, match="swin"):
-        meta_model.outline(tiny("vit", model={"config": {"model_type": "swin"}}), LABELS)
+        meta_model.of_recipe(tiny("vit", model={"config": {"model_type": "swin"}}), LABELS)
 
 
 def test_labels_come_from_data_that_are_here(tmp_path: Path) -> None:
@@ -182,7 +193,9 @@ def test_labels_come_from_data_that_are_here(tmp_path: Path) -> None:
 def test_a_state_in_its_last_round_is_predicted_by_the_round_that_held_most(tmp_path: Path) -> None:
     recipe = tiny("vit", rounds=4, importance={"batches": 1}, finetune={"steps": 1, "fused_backward": True})
     state = run(recipe, tmp_path / "state")
-    of_state = predict.predict(meta_model.outline_of(Context(state)), recipe, "recap")
-    of_recipe = predict.predict(meta_model.outline(recipe, LABELS), recipe, "recap")
-    assert of_state.turns[0] == of_recipe.turns[0] == Context(state).turns[0]  # pruned least, and so with most activations
+    of_state = predict.predict(meta_model.of_state(Context(state)), recipe, "recap")
+    of_recipe = predict.predict(meta_model.of_recipe(recipe, LABELS), recipe, "recap")
+    assert (
+        of_state.round_plans[0] == of_recipe.round_plans[0] == Context(state).round_plans[0]
+    )  # pruned least, and so with most activations
     assert of_state.peak_bytes == of_recipe.peak_bytes

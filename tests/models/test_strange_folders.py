@@ -215,33 +215,33 @@ def facts(**given: Any) -> Change:
     return values("recap.json", **given)
 
 
-def entry(name: str, seal: Any) -> Change:
+def entry(name: str, checksum: Any) -> Change:
     def change(folder: Path) -> None:
         about = json.loads((folder / "recap.json").read_text())
-        about["files"][name] = seal
+        about["files"][name] = checksum
         (folder / "recap.json").write_text(json.dumps(about))
 
     return change
 
 
-def sealed(*changes: Change) -> Change:
+def checksummed(*changes: Change) -> Change:
     """Changes an export, and seals it anew, as whoever wrote it could."""
 
     def change(folder: Path) -> None:
         for each in changes:
             each(folder)
-        seals = {
+        checksums = {
             path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
             for path in folder.iterdir()
             if path.name != "recap.json" and path.is_file()
         }
-        facts(files=seals)(folder)
+        facts(files=checksums)(folder)
 
     return change
 
 
 def spec(**given: Any) -> Change:
-    return sealed(values("spec.json", **given))
+    return checksummed(values("spec.json", **given))
 
 
 def linked(file: str, target: str) -> Change:
@@ -255,13 +255,16 @@ def outside(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": names}))
 
 
-SEAL = {"bytes": 0, "sha256": "0" * 64}
+CHECKSUM = {"bytes": 0, "sha256": "0" * 64}
 EXPORTS: list[tuple[str, Change, str]] = [
     *[("ragged", facts(files=files), "files are a seal for each name") for files in (None, [], 5)],
     ("ragged", facts(files={}), "is none of the files that recap.json seals"),
-    *[("ragged", entry("spec.json", seal), "the seal of spec.json is not bytes") for seal in (5, {**SEAL, "more": 1}, [])],
     *[
-        ("ragged", entry(name, SEAL), "is no file in the same folder")
+        ("ragged", entry("spec.json", checksum), "the seal of spec.json is not bytes")
+        for checksum in (5, {**CHECKSUM, "more": 1}, [])
+    ],
+    *[
+        ("ragged", entry(name, CHECKSUM), "is no file in the same folder")
         for name in ("../secret.txt", "/etc/hostname", "a\0b", "", "..")
     ],
     *[
@@ -280,14 +283,14 @@ EXPORTS: list[tuple[str, Change, str]] = [
     ("ragged", linked("recap.json", "/dev/zero"), r"recap\.json is no ordinary file"),
     ("ragged", lambda f: os.truncate(f / "recap.json", 10**12), "more than any such file"),
     ("ragged", fifo("spec.json"), r"spec\.json is no ordinary file"),
-    ("ragged", lambda f: (linked("spec.json", "/dev/zero")(f), entry("spec.json", SEAL)(f)), "is no ordinary file"),
+    ("ragged", lambda f: (linked("spec.json", "/dev/zero")(f), entry("spec.json", CHECKSUM)(f)), "is no ordinary file"),
     (
         "ragged",
         lambda f: ((f / WEIGHTS).rename(f.parent / "o"), (f / WEIGHTS).symlink_to("../o")),
         "is a link to a file outside",
     ),
     ("dense", lambda f: (outside(f), facts(files={})(f)), "is none of the files that recap.json seals"),
-    ("dense", sealed(outside), "is no safetensors file in the same folder"),
+    ("dense", checksummed(outside), "is no safetensors file in the same folder"),
     ("dense", text("adapter_config.json", "{}"), r"adapter_config\.json is none of the files"),
     ("timm", text("pytorch_model.bin", "x"), r"pytorch_model\.bin is none of the files"),
     *[
@@ -306,22 +309,30 @@ EXPORTS: list[tuple[str, Change, str]] = [
     ],
     ("stock", spec(image__mean=["x", 0, 0]), "image has mean"),
     ("stock", spec(image__size=10**9), "image has size"),
-    ("ragged", sealed(text("spec.json", DEEP)), r"spec\.json cannot be read"),
+    ("ragged", checksummed(text("spec.json", DEEP)), r"spec\.json cannot be read"),
     ("ragged", spec(config__num_hidden_layers=10**6), "num_hidden_layers of this bert is 1,000,000"),
     ("ragged", spec(config__hidden_size=4096), r"has shape \(32,\), and must have \(4096,\)"),
     ("ragged", spec(config__id2label="x"), "no configuration of a bert"),
     ("ragged", spec(config__quantization_config={"quant_method": "gptq"}), "are quantized"),
-    ("dense", sealed(config(hidden_size=10**9)), "hidden_size of this bert is 1,000,000,000"),
-    ("dense", sealed(config(intermediate_size=1_000_000)), "weights, and its files hold"),
-    ("dense", sealed(config(pad_token_id=10**6)), "pad_token_id of this bert is 1000000"),
-    ("dense", sealed(config(num_hidden_layers=1)), "cannot hold bert.encoder.layer.1"),
-    ("dense", sealed(text("config.json", DEEP)), r"config\.json is nested too deeply"),
-    ("dense", sealed(config(quantization_config={"quant_method": "bitsandbytes"})), "are quantized"),
-    ("timm", sealed(config(pretrained_cfg__file="/etc/hostname")), "pretrained_cfg in config.json is not what spec.json says"),
-    ("timm", sealed(config(model_args__depth=1)), "model_args in config.json is not what spec.json says"),
-    ("timm", sealed(text(WEIGHTS, "x" * 100)), "truncated or damaged"),
+    ("dense", checksummed(config(hidden_size=10**9)), "hidden_size of this bert is 1,000,000,000"),
+    ("dense", checksummed(config(intermediate_size=1_000_000)), "weights, and its files hold"),
+    ("dense", checksummed(config(pad_token_id=10**6)), "pad_token_id of this bert is 1000000"),
+    ("dense", checksummed(config(num_hidden_layers=1)), "cannot hold bert.encoder.layer.1"),
+    ("dense", checksummed(text("config.json", DEEP)), r"config\.json is nested too deeply"),
+    ("dense", checksummed(config(quantization_config={"quant_method": "bitsandbytes"})), "are quantized"),
+    (
+        "timm",
+        checksummed(config(pretrained_cfg__file="/etc/hostname")),
+        "pretrained_cfg in config.json is not what spec.json says",
+    ),
+    ("timm", checksummed(config(model_args__depth=1)), "model_args in config.json is not what spec.json says"),
+    ("timm", checksummed(text(WEIGHTS, "x" * 100)), "truncated or damaged"),
     *[
-        (form, sealed(weights(lambda t: [w.fill_(float("nan")) for w in t.values() if w.is_floating_point()])), "not finite")
+        (
+            form,
+            checksummed(weights(lambda t: [w.fill_(float("nan")) for w in t.values() if w.is_floating_point()])),
+            "not finite",
+        )
         for form in ("ragged", "dense", "timm", "stock")
     ],
 ]
@@ -340,7 +351,7 @@ def test_an_export_that_is_none_of_ours_is_refused(folders, tmp_path, form, chan
 def test_an_export_chooses_no_attention_code(folders, tmp_path, form):
     folder = shutil.copytree(folders / form, tmp_path / "out")
     given = {"attn_implementation": "evil/kernel", "_attn_implementation": "evil/kernel"}
-    sealed(config(**given), values("spec.json", **{f"config__{key}": value for key, value in given.items()}))(folder)
+    checksummed(config(**given), values("spec.json", **{f"config__{key}": value for key, value in given.items()}))(folder)
     loaded: Any = recap_cli.load(folder)
     assert loaded.config._attn_implementation in ("eager", "sdpa")
 

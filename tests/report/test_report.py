@@ -11,12 +11,12 @@ import yaml
 
 from recap_cli.cli import main
 from recap_cli.compare import schema
-from recap_cli.core.axes import Choice
-from recap_cli.core.surgery import compose_where, gather, indices, scatter
+from recap_cli.core.axes import UnitMask
+from recap_cli.core.surgery import compose_index_maps, gather, indices, scatter
 from recap_cli.errors import CorruptStateError, DataError, RecapError, StateError, StorageError, UsageError
 from recap_cli.report.report import of_state, report
 from recap_cli.rounds.context import MASK, Context
-from recap_cli.rounds.small_model import moving
+from recap_cli.rounds.small_model import trainable_entries
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
@@ -47,10 +47,10 @@ def said(place: Path) -> str:
     return " ".join(" ".join(read(place.read_text(encoding="utf-8")).text).split())
 
 
-def owned(here: Context, plan: Choice) -> dict[str, torch.Tensor]:
+def owned(context: Context, plan: UnitMask) -> dict[str, torch.Tensor]:
     """For each cut parameter, which entries belong to a group that `plan` has, entry by entry."""
-    found = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in here.layout.shapes.items()}
-    for axis in here.layout.axes:
+    found = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in context.layout.shapes.items()}
+    for axis in context.layout.axes:
         for cut in axis.cuts:
             for unit in plan[axis.name].nonzero().flatten().tolist():
                 start = cut.offset + unit * cut.width
@@ -58,14 +58,14 @@ def owned(here: Context, plan: Choice) -> dict[str, torch.Tensor]:
     return found
 
 
-def trained(here: Context, number: int) -> dict[str, torch.Tensor]:
+def trained(context: Context, number: int) -> dict[str, torch.Tensor]:
     """For each cut parameter, which entries the round has trained, by the functions that `merge` writes them back with."""
-    folder, layout = f"round-{number:03d}", here.layout
+    folder, layout = f"round-{number:03d}", context.layout
     full = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in layout.shapes.items()}
-    plan = here.plan(folder)
-    chosen = {name: c.bool() for name, c in here.state.load_tensors(f"{folder}/{MASK}").items()}
+    plan = context.plan(folder)
+    chosen = {name: c.bool() for name, c in context.state.load_tensors(f"{folder}/{MASK}").items()}
     kept = indices(layout.axes, plan, layout.shapes)
-    where = compose_where(kept, moving(layout, plan, chosen, gather(full, kept)))
+    where = compose_index_maps(kept, trainable_entries(layout, plan, chosen, gather(full, kept)))
     scatter(full, {name: torch.ones_like(t) for name, t in gather(full, where).items()}, where)
     return full
 
@@ -81,14 +81,14 @@ def both(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, to
 @pytest.mark.parametrize("name", ["vit", "bert", "timm-vit-packed-glu"])
 def test_overlap_and_coverage_are_those_counted_entry_by_entry(name: str, tmp_path: Path) -> None:
     state = run(tiny(name, rounds=3), tmp_path / "state")
-    here, rows = Context(state), of_state(state)["rounds"]
-    prunable = owned(here, {axis.name: torch.ones(axis.size, dtype=torch.bool) for axis in here.layout.axes})
+    context, rows = Context(state), of_state(state)["rounds"]
+    prunable = owned(context, {axis.name: torch.ones(axis.size, dtype=torch.bool) for axis in context.layout.axes})
     seen = {name: torch.zeros_like(t) for name, t in prunable.items()}
     before: dict[str, torch.Tensor] | None = None
     for row in rows:
-        kept = owned(here, here.plan(f"round-{row['round']:03d}"))
+        kept = owned(context, context.plan(f"round-{row['round']:03d}"))
         assert row["overlap"] == (None if before is None else entries(both(kept, before)) / entries(kept))
-        seen = {name: t | moved for (name, t), moved in zip(seen.items(), trained(here, row["round"]).values(), strict=True)}
+        seen = {name: t | moved for (name, t), moved in zip(seen.items(), trained(context, row["round"]).values(), strict=True)}
         assert row["coverage"] == entries(both(seen, prunable)) / entries(prunable)
         before = kept
 

@@ -22,7 +22,7 @@ def test_a_manifest_that_was_read_before_shares_nothing_with_the_next(tmp_path: 
     assert manifest_text(read_manifest(root)) == text == (root / "state.yaml").read_text()
 
 
-def test_the_outline_of_a_model_is_built_once_for_all_contexts_and_anew_for_another_model(
+def test_the_meta_model_of_a_model_is_built_once_for_all_contexts_and_anew_for_another_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = {name: init(tiny(name), tmp_path / name).path for name in ("vit", "deit")}
@@ -33,9 +33,9 @@ def test_the_outline_of_a_model_is_built_once_for_all_contexts_and_anew_for_anot
         built.append(spec.model_type)
         return plain(spec)
 
-    monkeypatch.setattr(stored, "_OUTLINES", {})
+    monkeypatch.setattr(stored, "_SHAPES", {})
     monkeypatch.setattr(build, "skeleton", skeleton)
     for name in ("vit", "vit", "deit", "deit"):
-        here = Context(State.open(states[name]))
-        assert here.layout.shapes.items() <= here._outline.shapes.items()
+        context = Context(State.open(states[name]))
+        assert context.layout.shapes.items() <= context._shapes_by_name.shapes.items()
     assert built == ["vit", "deit"]

@@ -67,12 +67,12 @@ def check_training(record: Record, rounds: int, steps: int) -> None:
     for round in range(1, rounds + 1):
         full = {n: t for n, t in record.full(round - 1).items() if n in memory.shapes}
         alive = record.plan(round)
-        moves = naive.moving(axes, full, alive, record.mask(round), frozen)
+        trains = naive.trainable_entries(axes, full, alive, record.mask(round), frozen)
         naive.load(model, full, axes, alive)
         looks = record.only(round, "finetune")
         rates = naive.rates(recipe, round, steps)
-        naive.finetune(model, full, moves, memory, training, [look.batch for look in looks], rates)
-        check_full_model(record, round, full, moves)
+        naive.finetune(model, full, trains, memory, training, [look.batch for look in looks], rates)
+        check_full_model(record, round, full, trains)
         if tune.carry_moments:
             check_moments(record, round, memory)
         else:
@@ -80,13 +80,13 @@ def check_training(record: Record, rounds: int, steps: int) -> None:
         check_metrics(record, round, model)
 
 
-def check_full_model(record: Record, round: int, full: dict[str, Tensor], moves: dict[str, Tensor]) -> None:
+def check_full_model(record: Record, round: int, full: dict[str, Tensor], trains: dict[str, Tensor]) -> None:
     before, after = record.full(round - 1), record.full(round)
     for param, expected in full.items():
         assert_near(after[param], expected, f"{param} after round {round}")
-        assert torch.equal(after[param][~moves[param]], before[param][~moves[param]]), param
+        assert torch.equal(after[param][~trains[param]], before[param][~trains[param]]), param
     changed = sum(int((after[n] != before[n]).sum()) for n in full)
-    assert changed > 0.5 * sum(int(m.sum()) for m in moves.values())
+    assert changed > 0.5 * sum(int(m.sum()) for m in trains.values())
 
 
 def check_moments(record: Record, round: int, memory: Memory) -> None:

@@ -159,19 +159,19 @@ def best_groups(
     return sorted(kept)
 
 
-def moving(
+def trainable_entries(
     axes: Axes, tensors: Mapping[str, Tensor], alive: Sequence[Group], chosen: Sequence[Group], frozen: Sequence[str]
 ) -> dict[str, Tensor]:
     """Which entries of the full tensors move: what lies outside every group, and the chosen dimensions of groups alive."""
-    moves = {name: torch.full(tensor.shape, name not in frozen) for name, tensor in tensors.items()}
+    trains = {name: torch.full(tensor.shape, name not in frozen) for name, tensor in tensors.items()}
     for group in everything(axes):
         for param, dim, start, width in axes.stretches(group):
-            moves[param].narrow(dim, start, width).fill_(False)
+            trains[param].narrow(dim, start, width).fill_(False)
     assert {name for group in chosen for name in group[:1]} <= {name for name, _ in alive}
     for group in chosen:
         for param, dim, start, width in axes.stretches(group, fine=True):
-            moves[param].narrow(dim, start, width).fill_(True)
-    return moves
+            trains[param].narrow(dim, start, width).fill_(True)
+    return trains
 
 
 @dataclass
@@ -179,15 +179,15 @@ class Training:
     """The settings of a training: `rule` makes torch's optimizer of parameter groups, `aging` says how its moments age."""
 
     rule: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-    aging: dict[str, float]
+    idle_decay: dict[str, float]
     weight_decay: float
     head: Sequence[str]
     clip: float | None = None
 
 
 def adamw(betas: tuple[float, float], eps: float, **rest: Any) -> Training:
-    aging = {"exp_avg": betas[0], "exp_avg_sq": betas[1]}
-    return Training(lambda groups: torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, foreach=False), aging, **rest)
+    idle_decay = {"exp_avg": betas[0], "exp_avg_sq": betas[1]}
+    return Training(lambda groups: torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, foreach=False), idle_decay, **rest)
 
 
 def sgd(momentum: float, **rest: Any) -> Training:
@@ -205,16 +205,16 @@ class Memory:
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
 
-    def start(self, name: str, aging: Mapping[str, float]) -> None:
+    def start(self, name: str, idle_decay: Mapping[str, float]) -> None:
         if name not in self.counts:
-            self.moments[name] = {moment: torch.zeros(self.shapes[name]) for moment in aging}
+            self.moments[name] = {moment: torch.zeros(self.shapes[name]) for moment in idle_decay}
             self.counts[name] = torch.zeros(self.shapes[name], dtype=torch.int64)
 
 
 def finetune(
     model: nn.Module,
     tensors: dict[str, Tensor],
-    moves: Mapping[str, Tensor],
+    trains: Mapping[str, Tensor],
     memory: Memory,
     training: Training,
     batches: Sequence[Batch],
@@ -225,12 +225,12 @@ def finetune(
     `rates` are the learning rates of each step, that of the body and that of the head. `tensors` are the full model's: they
     and `memory` are changed in place.
     """
-    params = {name: param for name, param in model.named_parameters() if bool(moves[name].any())}
+    params = {name: param for name, param in model.named_parameters() if bool(trains[name].any())}
     flat: list[tuple[str, Tensor, nn.Parameter]] = []
     for name, param in params.items():
-        memory.start(name, training.aging)
-        for age in memory.counts[name][moves[name]].unique().tolist():
-            at = moves[name] & (memory.counts[name] == age)
+        memory.start(name, training.idle_decay)
+        for age in memory.counts[name][trains[name]].unique().tolist():
+            at = trains[name] & (memory.counts[name] == age)
             flat.append((name, at, nn.Parameter(param.detach()[at].clone())))
     decay = {name: training.weight_decay if param.ndim > 1 else 0.0 for name, param in params.items()}
     optimizer = training.rule([{"params": [values], "weight_decay": decay[name]} for name, _, values in flat])
@@ -254,7 +254,7 @@ def finetune(
                 memory.counts[name][at] += name in grads
     for name, of in memory.moments.items():
         for moment, tensor in of.items():
-            tensor[~moves[name]] *= training.aging[moment]  # eq. (5)
+            tensor[~trains[name]] *= training.idle_decay[moment]  # eq. (5)
     for name, at, values in flat:
         tensors[name][at] = values.detach()  # eq. (6)
         for moment, tensor in memory.moments[name].items():
@@ -275,22 +275,22 @@ def evaluate(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
 def ratios(recipe: Any) -> list[tuple[float, float, bool]]:
     """r_p and r_f of each round of `recap`, and whether it prunes anew: memory is the same in every round (docs/methods.md)."""
     rounds, r_p, r_f = recipe.rounds, recipe.prune.ratio, recipe.mask.ratio
-    settled = min(int(rounds * recipe.prune.settled + 1e-9), rounds - 1)
-    anew, last, found = rounds - settled, 1 - r_f, []
+    hold_plan = min(int(rounds * recipe.prune.hold_plan + 1e-9), rounds - 1)
+    anew, last, found = rounds - hold_plan, 1 - r_f, []
     for number in range(rounds):
         way = 1.0 if anew == 1 else min(1.0, number / (anew - 1))
-        moves = last * (recipe.prune.ramp + (1 - recipe.prune.ramp) * way)
+        trains = last * (recipe.prune.ramp + (1 - recipe.prune.ramp) * way)
         entry_cost = {"adamw": 3, "sgd": 1 + (recipe.finetune.momentum > 0)}[recipe.finetune.optimizer]
-        kept = (1 - r_p) * (1 + entry_cost * last) / (1 + entry_cost * moves)
+        kept = (1 - r_p) * (1 + entry_cost * last) / (1 + entry_cost * trains)
         assert kept <= 1  # this reference knows no recipe that prunes nothing in its first rounds
-        found.append((1 - kept, 1 - moves, number < anew))
+        found.append((1 - kept, 1 - trains, number < anew))
     return found
 
 
 def rates(recipe: Any, number: int, steps: int) -> list[tuple[float, float]]:
     """The learning rates, of the body and of a new head, of the `steps` of round `number`; all rounds are equally long."""
     tune = recipe.finetune
-    whole, first = (recipe.rounds * steps, (number - 1) * steps) if tune.course == "run" else (steps, 0)
+    whole, first = (recipe.rounds * steps, (number - 1) * steps) if tune.lr_schedule_span == "run" else (steps, 0)
     rise = round(tune.warmup_ratio * whole)
     head = tune.lr
     if tune.head_lr == "auto" and tune.optimizer == "adamw":

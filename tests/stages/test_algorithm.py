@@ -27,7 +27,7 @@ def test_every_mask_lets_move_the_hidden_dimensions_of_the_highest_eq_4(name: st
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_what_moves_is_trained_as_by_torch_on_dense_gradients_and_merged_and_all_else_ages(name: str) -> None:
+def test_what_trains_is_trained_as_by_torch_on_dense_gradients_and_merged_and_all_else_ages(name: str) -> None:
     check_training(record_of(name), 3, STEPS)
 
 

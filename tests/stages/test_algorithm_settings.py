@@ -19,7 +19,7 @@ from tests.stages.expected import assert_near, check_training, naive_mask, naive
 from tests.stages.witness import Record, indices_of, record_of, still, watching, witnessed
 from tests.tiny import TRAIN, tiny
 
-ALIKE: dict[str, Any] = {"rounds": 1, "prune": {"settled": 0.0, "ramp": 1.0}}
+ALIKE: dict[str, Any] = {"rounds": 1, "prune": {"hold_plan": 0.0, "ramp": 1.0}}
 
 
 def samples_of(record: Record) -> dict[tuple[int, str, int], list[int]]:
@@ -98,7 +98,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "mask": {"train_embeddings": True},
         "finetune": {
             **{"optimizer": "sgd", "momentum": 0.8, "lr": 0.05, "head_lr": 0.1, "max_grad_norm": 0.5, "epochs": 1.0},
-            **{"batch_size": 6, "micro_batch_size": 3, "schedule": "cosine", "course": "round", "warmup_ratio": 0.3},
+            **{"batch_size": 6, "micro_batch_size": 3, "schedule": "cosine", "lr_schedule_span": "round", "warmup_ratio": 0.3},
         },
     },
     "adamw, constant, the head like the rest, new moments each round": {
@@ -163,7 +163,7 @@ def test_the_warm_up_trains_the_head_and_nothing_else_as_torch_would(name: str) 
         torch.testing.assert_close(after[n], p.detach(), rtol=1e-3, atol=2e-4)
 
 
-def course_of(record: Record, how: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def lr_window_of(record: Record, how: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The learning rates of a run, or of the stages one after another; `record` has what they looked at."""
     found: list[float] = []
     plain = Optimizer.step
@@ -182,28 +182,28 @@ def course_of(record: Record, how: str, path: Path, monkeypatch: pytest.MonkeyPa
     return found
 
 
-COURSES: dict[str, tuple[dict[str, Any], list[float]]] = {
+LR_SPANS: dict[str, tuple[dict[str, Any], list[float]]] = {
     "recap": ({}, [1 - step / 21 for step in range(21)]),
-    "recap, in each round": ({"rounds": 2, "finetune": {"course": "round"}}, [1 - step / 7 for step in range(7)] * 2),
+    "recap, in each round": ({"rounds": 2, "finetune": {"lr_schedule_span": "round"}}, [1 - step / 7 for step in range(7)] * 2),
     "post-ft": ({"method": "post-ft", "options": {"full_share": 0.3}}, [1 - step / 21 for step in range(21)]),
 }
 
 
-@pytest.mark.parametrize("course", COURSES)
+@pytest.mark.parametrize("lr_schedule_span", LR_SPANS)
 def test_a_run_and_its_stages_see_the_same_examples_at_the_same_rates(
-    course: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lr_schedule_span: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sections, expected = COURSES[course]
+    sections, expected = LR_SPANS[lr_schedule_span]
     finetune = {"epochs": 1.4, "lr": 0.01, "batch_size": 8, **sections.get("finetune", {})}
     recipe = tiny("vit", **{"rounds": 3, **sections, "head": {"warmup_epochs": 0}, "finetune": finetune})
     at_once, stepwise = Record(recipe), Record(recipe)
-    rates = course_of(at_once, "run", tmp_path / "run", monkeypatch)
+    rates = lr_window_of(at_once, "run", tmp_path / "run", monkeypatch)
     assert rates == pytest.approx([0.01 * share for share in expected])
-    assert course_of(stepwise, "stages", tmp_path / "stages", monkeypatch) == rates
+    assert lr_window_of(stepwise, "stages", tmp_path / "stages", monkeypatch) == rates
     assert [(look.label, look.indices) for look in at_once.looks] == [(look.label, look.indices) for look in stepwise.looks]
     ends = [State.open(tmp_path / how / "state") for how in ("run", "stages")]
     steps = [[e["steps"] for e in state.manifest.history if e["stage"] == "finetune"] for state in ends]
-    assert steps[0] == steps[1] == ([6, 15] if course == "post-ft" else [7] * recipe.rounds)
+    assert steps[0] == steps[1] == ([6, 15] if lr_schedule_span == "post-ft" else [7] * recipe.rounds)
 
 
 def forced(monkeypatch: pytest.MonkeyPatch, metric: str, sign: int, values: list[float]) -> None:
@@ -219,7 +219,7 @@ def forced(monkeypatch: pytest.MonkeyPatch, metric: str, sign: int, values: list
 
 def short(metric: str, rounds: int, **sections: Any) -> Recipe:
     finetune = {"steps": 1, "lr": 0.01, "batch_size": 8}
-    prune = {"ratio": 0.4, "steps": 1, "settled": 0.0, "ramp": 1.0, "criterion": "magnitude"}
+    prune = {"ratio": 0.4, "steps": 1, "hold_plan": 0.0, "ramp": 1.0, "criterion": "magnitude"}
     task = {"kind": "image-classification", "metric": metric}
     return tiny("vit", rounds=rounds, task=task, prune=prune, finetune=finetune, **sections)
 
@@ -242,7 +242,7 @@ def test_the_product_is_the_small_model_of_the_round_with_the_best_metric(
     files = record.files[3, "merge"]
     assert sorted(f for f in files if f.startswith("best-")) == [f"{folder}/{n}.safetensors" for n in ("model", "plan")]
     product, full, alive = files[f"{folder}/model.safetensors"], record.full(best), record.plan(best)
-    kept = naive.moving(record.axes, full, alive, [f for g in alive for f in record.axes.fine_of(g)], frozen=[])
+    kept = naive.trainable_entries(record.axes, full, alive, [f for g in alive for f in record.axes.fine_of(g)], frozen=[])
     for name, tensor in full.items():
         assert torch.equal(tensor[kept[name]], product[name].flatten()), name
 

@@ -59,20 +59,20 @@ def test_streamed_stages_choose_the_same_plan_and_mask(name: str, tmp_path: Path
 
 
 def test_a_llama_is_finetuned_in_bf16_with_its_frequencies_in_fp32(tmp_path: Path) -> None:
-    state = run(recipe("llama", rounds=1, finetune={"resident": "bf16"}), tmp_path / "state")
+    state = run(recipe("llama", rounds=1, finetune={"weights": "bf16"}), tmp_path / "state")
     entry = next(entry for entry in state.manifest.history if entry["stage"] == "finetune")
-    model = recipe("llama", finetune={"resident": "bf16"})
-    step, _ = predict.prepare(meta_model.outline(model, LABELS), model, "recap", real)
+    model = recipe("llama", finetune={"weights": "bf16"})
+    step, _ = predict.prepare(meta_model.of_recipe(model, LABELS), model, "recap", real)
     assert entry["loss"] < 10
     assert {buffer.dtype for name, buffer in step.model.named_buffers() if "inv_freq" in name} == {torch.float32}
 
 
-@pytest.mark.parametrize("resident", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("name", sorted(ADAPTERS))
-def test_predicted_weights_are_those_that_are_held_to_the_byte(name: str, resident: str) -> None:
-    wanted, fakes = recipe(name, finetune={"resident": resident}), Fakes()
-    outline = meta_model.outline(wanted, LABELS)
-    predicted = fakes.usage(predict.prepare(outline, wanted, "recap", fakes.like)[0], "cpu")
-    counted = fake_step.usage(predict.prepare(outline, wanted, "recap", real)[0])
+def test_predicted_weights_are_those_that_are_held_to_the_byte(name: str, weights: str) -> None:
+    wanted, fakes = recipe(name, finetune={"weights": weights}), Fakes()
+    of_recipe = meta_model.of_recipe(wanted, LABELS)
+    predicted = fakes.usage(predict.prepare(of_recipe, wanted, "recap", fakes.like)[0], "cpu")
+    counted = fake_step.usage(predict.prepare(of_recipe, wanted, "recap", real)[0])
     for kind in ("weights", "gradients", "optimizer"):
         assert predicted.maxima[kind] == counted.maxima[kind], kind  # type: ignore[index]

@@ -15,12 +15,12 @@ from torch import Tensor
 import recap_cli.stages.finetune as finetuning
 from recap_cli import registry
 from recap_cli.core.axes import chosen_params, counts, prunable_params, refine, shapes_of, shrink, unit_params
-from recap_cli.core.surgery import compose_where, gather, indices, scatter, take
+from recap_cli.core.surgery import compose_index_maps, gather, indices, scatter, take
 from recap_cli.data.sampling import batches, order, seed_for
 from recap_cli.models import build
 from recap_cli.rounds import context as shared
 from recap_cli.rounds.context import Context
-from recap_cli.rounds.small_model import frozen_whole, moving
+from recap_cli.rounds.small_model import frozen_whole, trainable_entries
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
@@ -67,8 +67,8 @@ def rounds(request: pytest.FixtureRequest) -> Rounds:
     return rounds_of(request.param)
 
 
-def chosen_in(here: Context, folder: str) -> dict[str, Tensor]:
-    return {name: c.bool() for name, c in here.state.load_tensors(f"{folder}/{shared.MASK}").items()}
+def chosen_in(context: Context, folder: str) -> dict[str, Tensor]:
+    return {name: c.bool() for name, c in context.state.load_tensors(f"{folder}/{shared.MASK}").items()}
 
 
 def stored_files(root: Path) -> dict[str, bytes]:
@@ -82,60 +82,62 @@ def test_every_registered_adapter_has_a_pico_model() -> None:
 
 
 def test_i2_compact_gradients_are_the_dense_gradients_at_those_entries(rounds: Rounds) -> None:
-    here = rounds.at(2, "mask")
-    folder = str(here.state.manifest.small)
-    plan, chosen = here.plan(folder), chosen_in(here, folder)
-    small = here.state.load_tensors(f"{folder}/{shared.SMALL}")
-    where = moving(here.layout, plan, chosen, small)
-    split, _ = here.splits(lambda items, label, total=None: iter(items))
+    context = rounds.at(2, "mask")
+    folder = str(context.state.manifest.small)
+    plan, chosen = context.plan(folder), chosen_in(context, folder)
+    small = context.state.load_tensors(f"{folder}/{shared.SMALL}")
+    index_map = trainable_entries(context.layout, plan, chosen, small)
+    split, _ = context.splits(lambda items, label, total=None: iter(items))
     (batch,) = batches(split, torch.arange(6), 6)
-    dense, partial = (here.model({n: t.clone() for n, t in small.items()}, counts(plan)) for _ in range(2))
-    forward = build.forward(here.spec)
+    dense, partial = (context.model({n: t.clone() for n, t in small.items()}, counts(plan)) for _ in range(2))
+    forward = build.forward(context.spec)
     task.loss(forward(dense, batch), batch["labels"]).backward()
-    fine = [refine(axis) for axis in shrink(here.layout.axes, plan)]
-    there = bring_forward(partial, fine, chosen, where)
-    slots = make_partial(partial, there, frozen=lambda n: frozen_whole(here.layout, here.turns[0], n))
+    fine = [refine(axis) for axis in shrink(context.layout.axes, plan)]
+    there = bring_forward(partial, fine, chosen, index_map)
+    trainables = make_partial(partial, there, frozen=lambda n: frozen_whole(context.layout, context.round_plans[0], n))
     task.loss(forward(partial, batch), batch["labels"]).backward()
     wanted = dict(dense.named_parameters())
-    for slot in slots:
-        if (grad := wanted[slot.name].grad) is not None:
-            torch.testing.assert_close(slot.leaf.grad, take(grad, where.get(slot.name, {})), rtol=2e-3, atol=1e-6)
-    assert {slot.name for slot in slots}.isdisjoint(here.layout.embeddings)
+    for trainable in trainables:
+        if (grad := wanted[trainable.name].grad) is not None:
+            torch.testing.assert_close(
+                trainable.grad_param.grad, take(grad, index_map.get(trainable.name, {})), rtol=2e-3, atol=1e-6
+            )
+    assert {trainable.name for trainable in trainables}.isdisjoint(context.layout.embeddings)
 
 
-def test_i3_a_merge_writes_what_moved_and_leaves_every_other_bit(rounds: Rounds) -> None:
+def test_i3_a_merge_writes_what_trained_and_leaves_every_other_bit(rounds: Rounds) -> None:
     before, after = rounds.at(2, "finetune"), rounds.at(2, "merge")
     folder = str(before.state.manifest.small)
     old, new = before.full_tensors(), after.full_tensors()
-    moved = before.state.load_tensors(f"{folder}/{shared.MOVED}")
+    trained = before.state.load_tensors(f"{folder}/{shared.TRAINED}")
     plan = before.plan(folder)
     kept = indices(before.layout.axes, plan, shapes_of(old))
     small = before.state.load_tensors(f"{folder}/{shared.SMALL}")
-    where = compose_where(kept, moving(before.layout, plan, chosen_in(before, folder), small))
-    assert moved
+    index_map = compose_index_maps(kept, trainable_entries(before.layout, plan, chosen_in(before, folder), small))
+    assert trained
     for name in old:
         inside = torch.zeros(old[name].shape, dtype=torch.bool)
-        if name in moved:
-            scatter({name: inside}, {name: torch.ones(moved[name].shape, dtype=torch.bool)}, where)
-            assert torch.equal(take(new[name], where.get(name, {})), moved[name])
+        if name in trained:
+            scatter({name: inside}, {name: torch.ones(trained[name].shape, dtype=torch.bool)}, index_map)
+            assert torch.equal(take(new[name], index_map.get(name, {})), trained[name])
         assert torch.equal(old[name][~inside], new[name][~inside])
-    changed = sum(int((old[n] != new[n]).sum()) for n in moved)
-    assert changed > 0.5 * sum(t.numel() for t in moved.values())
+    changed = sum(int((old[n] != new[n]).sum()) for n in trained)
+    assert changed > 0.5 * sum(t.numel() for t in trained.values())
 
 
 def test_i4_scatter_is_the_inverse_of_gather_and_two_plans_compose(rounds: Rounds) -> None:
-    here = rounds.at(1, "prune")
-    full = here.full_tensors()
-    plan = here.plan(str(here.state.manifest.small))
-    where = indices(here.layout.axes, plan, shapes_of(full))
-    small = gather(full, where)
+    context = rounds.at(1, "prune")
+    full = context.full_tensors()
+    plan = context.plan(str(context.state.manifest.small))
+    index_map = indices(context.layout.axes, plan, shapes_of(full))
+    small = gather(full, index_map)
     again = {name: tensor.clone() for name, tensor in full.items()}
-    scatter(again, small, where)
+    scatter(again, small, index_map)
     assert all(torch.equal(again[name], full[name]) for name in full)
-    axes = shrink(here.layout.axes, plan)
+    axes = shrink(context.layout.axes, plan)
     inner = {axis.name: torch.arange(axis.size) % 2 == 0 for axis in axes}
     inside = indices(axes, inner, shapes_of(small))
-    twice, at_once = gather(small, inside), gather(full, compose_where(where, inside))
+    twice, at_once = gather(small, inside), gather(full, compose_index_maps(index_map, inside))
     assert all(torch.equal(twice[name], at_once[name]) for name in full)
 
 
@@ -150,25 +152,25 @@ def test_i7_stage_by_stage_is_run(rounds: Rounds, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("round", [1, 2])
 def test_i8_optimizer_state_is_two_moments_a_trainable_entry_and_nothing_more(rounds: Rounds, round: int) -> None:
-    here = rounds.at(round, "finetune")
-    entry = here.state.manifest.history[-1]
-    folder = str(here.state.manifest.small)
-    moved = here.state.load_tensors(f"{folder}/{shared.MOVED}")
-    trainable = sum(t.numel() for t in moved.values())
+    context = rounds.at(round, "finetune")
+    entry = context.state.manifest.history[-1]
+    folder = str(context.state.manifest.small)
+    trained = context.state.load_tensors(f"{folder}/{shared.TRAINED}")
+    trainable = sum(t.numel() for t in trained.values())
     assert entry["trainable"] == trainable
     assert entry["optimizer_bytes"] == 2 * 4 * trainable
     assert entry["gradients_bytes"] == 4 * trainable
-    moments = here.state.load_tensors(f"{folder}/{shared.MOMENTS}")
+    moments = context.state.load_tensors(f"{folder}/{shared.MOMENTS}")
     assert sum(t.numel() for name, t in moments.items() if not name.endswith(COUNT)) == 2 * trainable
 
 
-def test_i9_what_is_pruned_and_what_moves_is_within_one_group_of_the_budget(rounds: Rounds) -> None:
-    here = rounds.at(2, "mask")
-    recipe, axes, shapes = here.recipe, here.layout.axes, shapes_of(here.full_tensors())
-    folder = str(here.state.manifest.small)
-    plan, chosen = here.plan(folder), chosen_in(here, folder)
+def test_i9_what_is_pruned_and_what_trains_is_within_one_group_of_the_budget(rounds: Rounds) -> None:
+    context = rounds.at(2, "mask")
+    recipe, axes, shapes = context.recipe, context.layout.axes, shapes_of(context.full_tensors())
+    folder = str(context.state.manifest.small)
+    plan, chosen = context.plan(folder), chosen_in(context, folder)
     small_axes = [refine(axis) for axis in shrink(axes, plan)]
-    small_shapes = shapes_of(here.state.load_tensors(f"{folder}/{shared.SMALL}"))
+    small_shapes = shapes_of(context.state.load_tensors(f"{folder}/{shared.SMALL}"))
     for kind in ("heads", "neurons"):
         pool = [axis for axis in axes if axis.kind == kind]
         budget = (1 - recipe.prune.ratio) * prunable_params(pool, shapes)
@@ -179,31 +181,31 @@ def test_i9_what_is_pruned_and_what_moves_is_within_one_group_of_the_budget(roun
 
 
 def test_the_small_model_is_the_full_one_at_its_plan_after_a_merge(rounds: Rounds) -> None:
-    here = rounds.at(1, "merge")
-    best = here.state.manifest.best
+    context = rounds.at(1, "merge")
+    best = context.state.manifest.best
     assert best is not None
     assert best["round"] == 1
-    plan = here.plan(best["folder"])
-    tensors = here.state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}")
-    full = here.full_tensors()
-    expected = gather(full, indices(here.layout.axes, plan, shapes_of(full)))
+    plan = context.plan(best["folder"])
+    tensors = context.state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}")
+    full = context.full_tensors()
+    expected = gather(full, indices(context.layout.axes, plan, shapes_of(full)))
     assert all(torch.equal(expected[name], tensors[name]) for name in expected)
 
 
 def test_weights_held_are_the_small_model_and_the_scattered_entries_of_attention(rounds: Rounds) -> None:
-    here = rounds.at(2, "finetune")
-    entry, folder = here.state.manifest.history[-1], str(here.state.manifest.small)
-    small = here.state.load_tensors(f"{folder}/{shared.SMALL}")
-    moved = here.state.load_tensors(f"{folder}/{shared.MOVED}")
-    one_matrix = {cut.param for axis in here.layout.axes for cut in axis.cuts if axis.kind == "heads"}
+    context = rounds.at(2, "finetune")
+    entry, folder = context.state.manifest.history[-1], str(context.state.manifest.small)
+    small = context.state.load_tensors(f"{folder}/{shared.SMALL}")
+    trained = context.state.load_tensors(f"{folder}/{shared.TRAINED}")
+    one_matrix = {cut.param for axis in context.layout.axes for cut in axis.cuts if axis.kind == "heads"}
     packed = [
-        axis for axis in here.layout.axes if axis.kind == "neurons" and len({c.param for c in axis.cuts}) < len(axis.cuts)
+        axis for axis in context.layout.axes if axis.kind == "neurons" and len({c.param for c in axis.cuts}) < len(axis.cuts)
     ]
     one_matrix |= {cut.param for axis in packed for cut in axis.cuts}  # gate and value: two stretches of one matrix
-    copies = sum(t.nbytes for name, t in moved.items() if name in one_matrix)
+    copies = sum(t.nbytes for name, t in trained.items() if name in one_matrix)
     places = entry["weights_bytes"] - sum(t.nbytes for t in small.values()) - copies
-    assert places <= 8 * sum(small[n].shape[0] + small[n].shape[-1] for n in one_matrix) + 8 * len(moved)  # int64 indices
-    neurons = sum(t.nbytes for name, t in moved.items() if name in here.layout.along and name not in one_matrix)
+    assert places <= 8 * sum(small[n].shape[0] + small[n].shape[-1] for n in one_matrix) + 8 * len(trained)  # int64 indices
+    neurons = sum(t.nbytes for name, t in trained.items() if name in context.layout.along and name not in one_matrix)
     assert packed or neurons > 0  # these are views of the residents, and cost nothing
 
 
@@ -213,17 +215,17 @@ def test_i5_both_ratios_zero_in_one_round_is_plain_finetuning_to_the_bit(name: s
         name, rounds=1, prune={"ratio": 0.0}, mask={"ratio": 0.0, "train_embeddings": True}, finetune={"weight_decay": 0.1}
     )
     state = init(recipe, tmp_path / "state")
-    here = Context(state)
-    model = here.model({n: t.clone() for n, t in here.full_tensors().items()})
+    context = Context(state)
+    model = context.model({n: t.clone() for n, t in context.full_tensors().items()})
     params = list(model.parameters())
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, foreach=False)
-    split, _ = here.splits(lambda items, label, total=None: iter(items))
+    split, _ = context.splits(lambda items, label, total=None: iter(items))
     steps = 5  # one epoch of 40 in batches of 8
-    forward = build.forward(here.spec)
+    forward = build.forward(context.spec)
     model.train()
     torch.manual_seed(seed_for(recipe.seed, 1, "finetune"))
     for step, batch in enumerate(batches(split, order(len(split), seed=recipe.seed, round=1, epoch=0), 8)):
@@ -237,23 +239,23 @@ def test_i5_both_ratios_zero_in_one_round_is_plain_finetuning_to_the_bit(name: s
     assert all(torch.equal(ours[n], p.detach()) for n, p in model.named_parameters())
 
 
-def test_two_rounds_in_which_everything_moves_are_one_torch_optimizer(tmp_path: Path) -> None:
+def test_two_rounds_in_which_everything_trains_are_one_torch_optimizer(tmp_path: Path) -> None:
     sections: dict[str, Any] = {"prune": {"ratio": 0.0}, "mask": {"ratio": 0.0, "train_embeddings": True}}
     state = init(tiny("vit", finetune={"weight_decay": 0.0}, **sections), tmp_path / "state")
-    here = Context(state)
-    model = here.model({n: t.clone() for n, t in here.full_tensors().items()})
+    context = Context(state)
+    model = context.model({n: t.clone() for n, t in context.full_tensors().items()})
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=False, weight_decay=0.0)
-    split, _ = here.splits(lambda items, label, total=None: iter(items))
-    forward = build.forward(here.spec)
+    split, _ = context.splits(lambda items, label, total=None: iter(items))
+    forward = build.forward(context.spec)
     model.train()
     for round in (1, 2):
-        torch.manual_seed(seed_for(here.recipe.seed, round, "finetune"))
-        for step, batch in enumerate(batches(split, order(len(split), seed=here.recipe.seed, round=1, epoch=round - 1), 8)):
-            optimizer.param_groups[0]["lr"] = here.recipe.finetune.lr * (1 - ((round - 1) * 5 + step) / 10)
+        torch.manual_seed(seed_for(context.recipe.seed, round, "finetune"))
+        for step, batch in enumerate(batches(split, order(len(split), seed=context.recipe.seed, round=1, epoch=round - 1), 8)):
+            optimizer.param_groups[0]["lr"] = context.recipe.finetune.lr * (1 - ((round - 1) * 5 + step) / 10)
             torch.nn.functional.cross_entropy(forward(model, batch).float(), batch["labels"]).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    ours = Context(run(here.recipe, tmp_path / "state")).full_tensors()
+    ours = Context(run(context.recipe, tmp_path / "state")).full_tensors()
     assert all(torch.equal(ours[n], p.detach()) for n, p in model.named_parameters())
 
 
@@ -265,28 +267,30 @@ def test_the_second_round_starts_from_the_moments_and_ages_of_the_first(
     class Stop(Exception):
         pass
 
-    def spy(slots: Any, rule: Any, **given: Any) -> None:
-        seen.update(given, slots=slots)
+    def spy(trainables: Any, rule: Any, **given: Any) -> None:
+        seen.update(given, trainables=trainables)
         raise Stop
 
-    here = rounds.at(2, "mask")
-    folder = str(here.state.manifest.small)
-    plan, chosen = here.plan(folder), chosen_in(here, folder)
-    small = here.state.load_tensors(f"{folder}/{shared.SMALL}")
-    where = compose_where(indices(here.layout.axes, plan, here.layout.shapes), moving(here.layout, plan, chosen, small))
-    stored = here.state.load_tensors(f"{here.full}/{shared.MOMENTS}")
+    context = rounds.at(2, "mask")
+    folder = str(context.state.manifest.small)
+    plan, chosen = context.plan(folder), chosen_in(context, folder)
+    small = context.state.load_tensors(f"{folder}/{shared.SMALL}")
+    index_map = compose_index_maps(
+        indices(context.layout.axes, plan, context.layout.shapes), trainable_entries(context.layout, plan, chosen, small)
+    )
+    stored = context.state.load_tensors(f"{context.full}/{shared.MOMENTS}")
     monkeypatch.setattr(finetuning, "Optimizer", spy)
     with pytest.raises(Stop):
-        finetune(here.state)
+        finetune(context.state)
     ages: set[int] = set()
-    for slot in seen["slots"]:
-        dims = where.get(slot.name, {})
-        if f"{slot.name}/exp_avg" in stored:
+    for trainable in seen["trainables"]:
+        dims = index_map.get(trainable.name, {})
+        if f"{trainable.name}/exp_avg" in stored:
             for moment in ("exp_avg", "exp_avg_sq"):
-                assert torch.equal(seen["moments"][slot.name][moment], take(stored[f"{slot.name}/{moment}"], dims))
-            ages |= set(seen["counts"][slot.name].tolist())
+                assert torch.equal(seen["moments"][trainable.name][moment], take(stored[f"{trainable.name}/{moment}"], dims))
+            ages |= set(seen["counts"][trainable.name].tolist())
         for dim in dims:
-            assert seen["along"][slot.name] == dim
+            assert seen["along"][trainable.name] == dim
     assert ages in ({0, 5}, {5})  # what moves now has moved for the five steps of round 1, or (in most models some) never
 
 
@@ -302,9 +306,9 @@ def test_i6_stopped_in_every_stage_and_resumed_is_uninterrupted(name: str, tmp_p
 
     def stop_once(items: Any, label: str, total: int | None = None) -> Any:
         for i, item in enumerate(items):
-            here = (State.open(path).manifest.round, label) if (path / "state.yaml").exists() else (0, label)
-            if i == 1 and here not in seen:
-                seen.add(here)
+            context = (State.open(path).manifest.round, label) if (path / "state.yaml").exists() else (0, label)
+            if i == 1 and context not in seen:
+                seen.add(context)
                 raise StopHere
             yield item
 
@@ -327,8 +331,8 @@ def test_runs_from_the_same_seed_are_equal_and_from_another_are_not(tmp_path: Pa
 
 
 def test_a_deep_copy_is_not_needed_to_read_a_state_twice(tmp_path: Path) -> None:
-    here = rounds_of("vit").at(1, "merge")
-    first = copy.deepcopy(here.full_tensors())
-    for tensor in here.full_tensors().values():
+    context = rounds_of("vit").at(1, "merge")
+    first = copy.deepcopy(context.full_tensors())
+    for tensor in context.full_tensors().values():
         tensor.zero_()
-    assert all(torch.equal(a, b) for a, b in zip(first.values(), here.full_tensors().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), context.full_tensors().values(), strict=True))

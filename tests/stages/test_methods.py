@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recap_cli import registry
-from recap_cli.api import Attached, Method, Turn
+from recap_cli.api import Method, RoundPlan, TrainerHook
 from recap_cli.core.axes import counts, everything
 from recap_cli.errors import PluginError
 from recap_cli.plugins.methods.lora import targets
@@ -41,14 +41,14 @@ def run_of(method: str, name: str = "vit") -> Path:
 
 def files_of(path: Path) -> dict[str, str]:
     """The checksums of a state's tensors."""
-    return {rel: seal.sha256 for rel, seal in State.open(path).manifest.files.items() if rel.endswith(".safetensors")}
+    return {rel: checksum.sha256 for rel, checksum in State.open(path).manifest.files.items() if rel.endswith(".safetensors")}
 
 
 def before_and_after(method: str, name: str = "vit") -> tuple[Context, dict[str, Tensor], dict[str, Tensor]]:
     """The finished run, the full model it began with, and the one it ended with."""
-    here = Context(State.open(run_of(method, name)))
-    start = here.model({n: t.clone() for n, t in before(name).items()})
-    return here, {n: p.detach() for n, p in start.named_parameters()}, here.full_tensors()
+    context = Context(State.open(run_of(method, name)))
+    start = context.model({n: t.clone() for n, t in before(name).items()})
+    return context, {n: p.detach() for n, p in start.named_parameters()}, context.full_tensors()
 
 
 @cache
@@ -60,16 +60,16 @@ def before(name: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_takes_the_steps_of_the_recipe_and_ends_in_a_product_that_scores_what_was_said(method: str) -> None:
     state = State.open(run_of(method))
-    here, found = Context(state), summary(State.open(run_of(method)))
+    context, found = Context(state), summary(State.open(run_of(method)))
     assert sum(row["steps"] for row in found["rounds"]) == 2 * 5  # rounds · steps a round, whatever the method
     assert found["next"] is None
     assert found["method"] == method
     best = state.manifest.best
     assert best is not None
-    assert here.turns[best["round"] - 1].product
-    model = here.model(state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}"), counts(here.plan(best["folder"])))
-    _, validation = here.splits(lambda items, label, total=None: iter(items))
-    scored = evaluate(shared.forward_of(here.spec, model), validation, here.task, batch_size=64)
+    assert context.round_plans[best["round"] - 1].product
+    model = context.model(state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}"), counts(context.plan(best["folder"])))
+    _, validation = context.splits(lambda items, label, total=None: iter(items))
+    scored = evaluate(shared.forward_of(context.spec, model), validation, context.task, batch_size=64)
     assert scored["accuracy"] == pytest.approx(best["value"])
 
 
@@ -83,7 +83,7 @@ def test_a_training_of_its_own_runs_on_every_kind_of_layer(method: str, name: st
     assert all(tensor.isfinite().all() for tensor in full.values())
 
 
-def test_full_finetuning_moves_every_weight() -> None:
+def test_full_finetuning_trains_every_weight() -> None:
     _, start, end = before_and_after("full-ft")
     assert {name for name, tensor in start.items() if torch.equal(tensor, end[name])} <= {
         name
@@ -92,11 +92,13 @@ def test_full_finetuning_moves_every_weight() -> None:
     }
 
 
-def test_head_finetuning_moves_the_head_alone_to_the_bit() -> None:
-    here, start, end = before_and_after("head-ft")
-    assert {name for name, tensor in start.items() if not torch.equal(tensor, end[name])} == set(here.layout.head)
-    history = here.state.manifest.history
-    assert next(e for e in history if e["stage"] == "finetune")["trainable"] == sum(start[n].numel() for n in here.layout.head)
+def test_head_finetuning_trains_the_head_alone_to_the_bit() -> None:
+    context, start, end = before_and_after("head-ft")
+    assert {name for name, tensor in start.items() if not torch.equal(tensor, end[name])} == set(context.layout.head)
+    history = context.state.manifest.history
+    assert next(e for e in history if e["stage"] == "finetune")["trainable"] == sum(
+        start[n].numel() for n in context.layout.head
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_head_finetuning_moves_the_head_alone_to_the_bit() -> None:
     [
         *((method, 1e-2, {}) for method in ("full-ft", "head-ft", "lora-ft", "recap")),
         *((method, "auto", {}) for method in ("full-ft", "lora-ft", "recap")),
-        ("recap", "auto", {"fused_backward": True, "offload": True, "resident": "bf16"}),
+        ("recap", "auto", {"fused_backward": True, "offload": True, "weights": "bf16"}),
     ],
 )
 def test_the_rate_of_the_head_is_that_of_every_method(
@@ -112,12 +114,12 @@ def test_the_rate_of_the_head_is_that_of_every_method(
 ) -> None:
     once = {"steps": 1, "schedule": "constant", "weight_decay": 0.0, "lr": 1e-3, "head_lr": head_lr, **others}
     state = init(tiny("vit", method=method, rounds=1, finetune=once, head={"lr": 1e-2}), tmp_path / "state")
-    here = Context(state)
-    start, head = here.full_tensors(), set(here.layout.head)
-    end = Context(run(here.recipe, state.path)).full_tensors()
-    moved = {name: float((end[name] - start[name]).abs().max()) for name in start}
-    rest = max(moved[name] for name in start if name not in head)
-    assert max(moved[name] for name in head) == pytest.approx(1e-2, rel=1e-2)  # AdamW's first step is as long as its rate
+    context = Context(state)
+    start, head = context.full_tensors(), set(context.layout.head)
+    end = Context(run(context.recipe, state.path)).full_tensors()
+    trained = {name: float((end[name] - start[name]).abs().max()) for name in start}
+    rest = max(trained[name] for name in start if name not in head)
+    assert max(trained[name] for name in head) == pytest.approx(1e-2, rel=1e-2)  # AdamW's first step is as long as its rate
     if method in ("full-ft", "recap"):
         assert rest == pytest.approx(1e-3, rel=1e-2)
     elif method == "head-ft":
@@ -128,11 +130,11 @@ def test_the_rate_of_the_head_is_that_of_every_method(
 
 
 @pytest.mark.parametrize("name", ["vit", "bert", "timm-vit", "timm-vit-packed-glu"])
-def test_lora_moves_its_targets_by_a_matrix_of_its_rank_and_the_head(name: str) -> None:
-    here, start, end = before_and_after("lora-ft", name)
-    moved = {n for n, tensor in start.items() if not torch.equal(tensor, end[n])}
-    wanted = {f"{path}.weight" for path in targets(here.layout.axes, ["query", "value"])}
-    assert moved == wanted | set(here.layout.head)
+def test_lora_trains_its_targets_by_a_matrix_of_its_rank_and_the_head(name: str) -> None:
+    context, start, end = before_and_after("lora-ft", name)
+    trained = {n for n, tensor in start.items() if not torch.equal(tensor, end[n])}
+    wanted = {f"{path}.weight" for path in targets(context.layout.axes, ["query", "value"])}
+    assert trained == wanted | set(context.layout.head)
     for weight in wanted:
         assert 1 <= torch.linalg.matrix_rank(end[weight] - start[weight], atol=1e-6) <= 8
 
@@ -150,25 +152,25 @@ def test_a_pruning_method_ends_at_the_ratio(method: str) -> None:
     last = summary(state)["rounds"][-1]
     assert last["kept_share"] == pytest.approx(0.6, abs=0.06)
     assert state.manifest.best is not None
-    assert Context(state).turns[state.manifest.best["round"] - 1].product
+    assert Context(state).round_plans[state.manifest.best["round"] - 1].product
 
 
 @pytest.mark.parametrize("method", ["pre-ft", "post-ft"])
 def test_embeddings_stay_as_they_are_where_a_pruning_method_is_told_so(method: str, tmp_path: Path) -> None:
-    here, start, moved = before_and_after(method)
+    context, start, trained = before_and_after(method)
     still = Context(run(tiny("vit", method=method, options={"embeddings": False}), tmp_path / "state")).full_tensors()
-    embeddings = set(here.layout.embeddings)
+    embeddings = set(context.layout.embeddings)
     assert embeddings
     for name, tensor in start.items():
         assert torch.equal(still[name], tensor) == (name in embeddings), name
-        assert not torch.equal(moved[name], tensor), name
+        assert not torch.equal(trained[name], tensor), name
 
 
 def test_movement_prunes_by_the_scores_that_it_learned() -> None:
     state = State.open(run_of("movement"))
-    here = Context(state)
-    scores, plan = state.load_tensors(f"round-001/{shared.SCORES}"), here.plan("round-002")
-    expected = choose(here.recipe, here.layout.axes, here.layout.shapes, scores, 0.6)
+    context = Context(state)
+    scores, plan = state.load_tensors(f"round-001/{shared.SCORES}"), context.plan("round-002")
+    expected = choose(context.recipe, context.layout.axes, context.layout.shapes, scores, 0.6)
     assert {name: kept.tolist() for name, kept in plan.items()} == {name: kept.tolist() for name, kept in expected.items()}
     assert any(score.unique().numel() > 1 for score in scores.values())
 
@@ -183,39 +185,41 @@ def test_the_cubic_schedule_begins_at_one_and_ends_at_the_ratio() -> None:
 
 
 def test_gates_that_are_closed_are_groups_that_are_cut() -> None:
-    from recap_cli.api import Frame
+    from recap_cli.api import TrainContext
     from recap_cli.core import adapter as adapters
     from recap_cli.core.surgery import cut_model, indices
     from recap_cli.plugins.methods.movement import MOVEMENT, attach
 
-    here = Context(State.open(run_of("full-ft")))
-    tensors = here.full_tensors()
-    axes, plan = here.layout.axes, everything(here.layout.axes)
+    context = Context(State.open(run_of("full-ft")))
+    tensors = context.full_tensors()
+    axes, plan = context.layout.axes, everything(context.layout.axes)
     for number, axis in enumerate(axes):
         plan[axis.name][number % axis.size] = False
-    gated, small = (here.model({n: t.clone() for n, t in tensors.items()}) for _ in range(2))
-    frame = Frame(gated, axes, (), (Turn(moves="training"), Turn(0.4)), 1e-3, MOVEMENT.options, lambda _s, _k: plan)
-    attach(frame).before_step(0, 1, lambda _: torch.zeros(1))
-    cut_model(small, indices(axes, plan, here.layout.shapes))
-    adapters.resize(here.adapter, small, counts(plan))
-    split, _ = here.splits(lambda items, label, total=None: iter(items))
+    gated, small = (context.model({n: t.clone() for n, t in tensors.items()}) for _ in range(2))
+    train_context = TrainContext(
+        gated, axes, (), (RoundPlan(trains="training"), RoundPlan(0.4)), 1e-3, MOVEMENT.options, lambda _s, _k: plan
+    )
+    attach(train_context).before_step(0, 1, lambda _: torch.zeros(1))
+    cut_model(small, indices(axes, plan, context.layout.shapes))
+    adapters.resize(context.adapter, small, counts(plan))
+    split, _ = context.splits(lambda items, label, total=None: iter(items))
     batch = split.batch(torch.arange(6))
     with torch.no_grad():
-        ours, cut = (shared.forward_of(here.spec, model)(batch) for model in (gated, small))
+        ours, cut = (shared.forward_of(context.spec, model)(batch) for model in (gated, small))
     assert torch.allclose(ours, cut, atol=1e-5)
 
 
 def test_the_gradient_of_a_score_is_the_sum_of_gradient_times_weight_over_its_group() -> None:
-    from recap_cli.api import Frame
+    from recap_cli.api import TrainContext
     from recap_cli.plugins.methods.movement import MOVEMENT, SCORES, attach
 
-    here = Context(State.open(run_of("full-ft")))
-    model = here.model({n: t.clone() for n, t in here.full_tensors().items()})
-    attach(Frame(model, here.layout.axes, (), (Turn(0.4),), 1e-3, MOVEMENT.options, lambda _s, _k: {}))
-    split, _ = here.splits(lambda items, label, total=None: iter(items))
-    shared.forward_of(here.spec, model)(split.batch(torch.arange(6))).square().sum().backward()
+    context = Context(State.open(run_of("full-ft")))
+    model = context.model({n: t.clone() for n, t in context.full_tensors().items()})
+    attach(TrainContext(model, context.layout.axes, (), (RoundPlan(0.4),), 1e-3, MOVEMENT.options, lambda _s, _k: {}))
+    split, _ = context.splits(lambda items, label, total=None: iter(items))
+    shared.forward_of(context.spec, model)(split.batch(torch.arange(6))).square().sum().backward()
     params = dict(model.named_parameters())
-    for axis in here.layout.axes:
+    for axis in context.layout.axes:
         cut = next(cut for cut in axis.cuts if cut.dim == 1)
         weight = params[cut.param]
         product = (weight * weight.grad).sum(0).view(axis.size, cut.width).sum(1)
@@ -232,9 +236,9 @@ def test_stopped_in_every_stage_and_resumed_is_uninterrupted(method: str, tmp_pa
 
     def stop_once(items: Any, label: str, total: int | None = None) -> Any:
         for number, item in enumerate(items):
-            where = (State.open(path).manifest.round if (path / "state.yaml").exists() else 0, label)
-            if number == 1 and where not in seen:
-                seen.add(where)
+            index_map = (State.open(path).manifest.round if (path / "state.yaml").exists() else 0, label)
+            if number == 1 and index_map not in seen:
+                seen.add(index_map)
                 raise Stop
             yield item
 
@@ -267,7 +271,7 @@ def test_the_product_of_every_method_is_exported_and_loads(method: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    "settings", [{"resident": "bf16", "fused_backward": True}, {"resident": "int8"}, {"offload": True}], ids=str
+    "settings", [{"weights": "bf16", "fused_backward": True}, {"weights": "int8"}, {"offload": True}], ids=str
 )
 @pytest.mark.parametrize("method", ["head-ft", "lora-ft", "movement", "post-ft"])
 def test_methods_run_with_the_settings_of_memory(method: str, settings: dict[str, Any], tmp_path: Path) -> None:
@@ -280,13 +284,13 @@ def test_methods_run_with_the_settings_of_memory(method: str, settings: dict[str
     assert held[0] < held[1] or settings == {"offload": True} or method in ("movement", "post-ft")  # which hold masters of all
 
 
-def strangers(training: Any, moves: str = "training") -> Method:
-    return Method("A stranger's.", lambda _: [Turn(moves=moves)], training=training)  # type: ignore[arg-type]
+def strangers(training: Any, trains: str = "training") -> Method:
+    return Method("A stranger's.", lambda _: [RoundPlan(trains=trains)], training=training)  # type: ignore[arg-type]
 
 
-def attached(**others: Any) -> Any:
-    given = {"moves": lambda name: "classifier" in name, "result": lambda values, _: (dict(values), {}), **others}
-    return lambda _: Attached(**given)
+def hook(**others: Any) -> Any:
+    given = {"trains": lambda name: "classifier" in name, "result": lambda values, _: (dict(values), {}), **others}
+    return lambda _: TrainerHook(**given)
 
 
 def broken(*_: Any) -> Any:
@@ -297,17 +301,17 @@ def broken(*_: Any) -> Any:
     ("training", "said"),
     [
         (broken, "failed: KeyError"),
-        (lambda _: None, "gave NoneType, not Attached"),
-        (attached(moves=broken), "`moves` of a method's training failed: KeyError"),
-        (attached(rate=broken), "`rate` of a method's training failed: KeyError"),
-        (attached(before_step=broken), "`before_step` of a method's training failed: KeyError"),
-        (attached(result=broken), "`result` of a method's training failed: KeyError"),
+        (lambda _: None, "gave NoneType, not TrainerHook"),
+        (hook(trains=broken), "`trains` of a method's training failed: KeyError"),
+        (hook(rate=broken), "`rate` of a method's training failed: KeyError"),
+        (hook(before_step=broken), "`before_step` of a method's training failed: KeyError"),
+        (hook(result=broken), "`result` of a method's training failed: KeyError"),
         (
-            attached(result=lambda v, _: ({n: t[:1] for n, t in v.items()}, {})),
+            hook(result=lambda v, _: ({n: t[:1] for n, t in v.items()}, {})),
             "is no tensor of the model, or not of its shape",
         ),
-        (attached(result=lambda v, _: ({"nothing": torch.zeros(1)}, {})), "nothing is no tensor of the model"),
-        (attached(result=lambda v, _: (v, {"axis": torch.zeros(1)})), "no scores of shape"),
+        (hook(result=lambda v, _: ({"nothing": torch.zeros(1)}, {})), "nothing is no tensor of the model"),
+        (hook(result=lambda v, _: (v, {"axis": torch.zeros(1)})), "no scores of shape"),
     ],
 )
 def test_a_strangers_training_that_goes_wrong_is_named_and_nothing_is_committed(
@@ -328,6 +332,6 @@ def test_result_is_given_the_small_model_as_it_was(tmp_path: Path, monkeypatch: 
         return dict(values), {}
 
     for place in ("plans", "custom_training"):
-        monkeypatch.setattr(f"recap_cli.rounds.{place}.method_of", lambda _: strangers(attached(result=result)))
+        monkeypatch.setattr(f"recap_cli.rounds.{place}.method_of", lambda _: strangers(hook(result=result)))
     run(tiny("vit", rounds=1), tmp_path / "state")
     assert all(bool(delta.any()) for delta in seen.values())

@@ -66,8 +66,8 @@ def test_an_adapter_whose_axes_say_no_block_is_named_before_anything_goes_to_a_d
         shared.on_device(model, whole, torch.device("cuda"), "mine")
     assert "importance.device=cpu" in str(caught.value.hint)
     assert {tensor.device.type for tensor in model.parameters()} == {"cpu"}
-    outline = meta_model.outline(tiny("vit"))
-    unsaid = replace(outline, layout=replace(outline.layout, axes=tuple(whole)))
+    of_recipe = meta_model.of_recipe(tiny("vit"))
+    unsaid = replace(of_recipe, layout=replace(of_recipe.layout, axes=tuple(whole)))
     with pytest.raises(PluginError, match=f"the adapter '{spec.model_type}'"):
         predict.importance_bytes(unsaid, tiny("vit"))
 

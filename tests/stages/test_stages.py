@@ -42,13 +42,13 @@ from tests.tiny import tiny
 finetune = finetuning.finetune
 
 
-def moved_by(tmp_path: Path, name: str = "vit", **sections: Any) -> dict[str, torch.Tensor]:
+def change_of(tmp_path: Path, name: str = "vit", **sections: Any) -> dict[str, torch.Tensor]:
     """The entries that one round moved, compact."""
     recipe = tiny(name, rounds=1, **sections)
     state = init(recipe, tmp_path)
     for stage in (prune, mask, finetune):
         stage(state)
-    return state.load_tensors(f"round-001/{shared.MOVED}")
+    return state.load_tensors(f"round-001/{shared.TRAINED}")
 
 
 def test_a_stage_out_of_order_names_the_right_command(tmp_path: Path) -> None:
@@ -111,8 +111,8 @@ def test_gradients_are_clipped_to_their_norm(tmp_path: Path) -> None:
     state = init(tiny("vit", rounds=1, finetune={**settings, "max_grad_norm": 1e-3}), tmp_path / "state")
     before = Context(state).full_tensors()
     after = Context(run(Context(state).recipe, tmp_path / "state")).full_tensors()
-    moved = torch.sqrt(sum((after[n].double() - before[n].double()).square().sum() for n in before))  # type: ignore[call-overload]
-    assert float(moved) == pytest.approx(1e-3, rel=1e-2)
+    trained = torch.sqrt(sum((after[n].double() - before[n].double()).square().sum() for n in before))  # type: ignore[call-overload]
+    assert float(trained) == pytest.approx(1e-3, rel=1e-2)
 
 
 @pytest.mark.parametrize("section", ["prune", "mask"])
@@ -131,30 +131,30 @@ def test_an_unknown_model_type_names_the_adapters_there_are(tmp_path: Path) -> N
     assert not (tmp_path / "state").exists()
 
 
-def test_fused_backward_moves_the_same_and_holds_fewer_gradients(tmp_path: Path) -> None:
-    plain = moved_by(tmp_path / "plain")
-    fused = moved_by(tmp_path / "fused", finetune={"fused_backward": True})
+def test_fused_backward_trains_the_same_and_holds_fewer_gradients(tmp_path: Path) -> None:
+    plain = change_of(tmp_path / "plain")
+    fused = change_of(tmp_path / "fused", finetune={"fused_backward": True})
     assert all(torch.equal(plain[name], fused[name]) for name in plain)
     held = [State.open(tmp_path / d).manifest.history[-1]["gradients_bytes"] for d in ("plain", "fused")]
     assert held[1] < held[0] / 2
 
 
-@pytest.mark.parametrize("resident", ["fp32", "bf16", "int8"])
-def test_offloading_moves_the_same(resident: str, tmp_path: Path) -> None:
-    plain = moved_by(tmp_path / "plain", finetune={"resident": resident})
-    offloaded = moved_by(tmp_path / "offloaded", finetune={"resident": resident, "offload": True, "fused_backward": True})
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_offloading_trains_the_same(weights: str, tmp_path: Path) -> None:
+    plain = change_of(tmp_path / "plain", finetune={"weights": weights})
+    offloaded = change_of(tmp_path / "offloaded", finetune={"weights": weights, "offload": True, "fused_backward": True})
     assert all(torch.equal(plain[name], offloaded[name]) for name in plain)
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "timm-vit"])
 def test_int8_rounds_go_through_and_the_full_model_keeps_what_did_not_move(name: str, tmp_path: Path) -> None:
-    recipe = tiny(name, finetune={"resident": "int8", "checkpointing": True, "fused_backward": True})
+    recipe = tiny(name, finetune={"weights": "int8", "checkpointing": True, "fused_backward": True})
     state = run(recipe, tmp_path / "state")
     assert state.manifest.history[-2]["evaluated_in"] == "int8"
     plain = init(tiny(name), tmp_path / "plain")
     before, after = (Context(s).full_tensors() for s in (plain, state))
-    moved = sum(not torch.equal(before[n], after[n]) for n in before)
-    assert 0 < moved < len(before)
+    trained = sum(not torch.equal(before[n], after[n]) for n in before)
+    assert 0 < trained < len(before)
     for n in before:
         same = (before[n] == after[n]).float().mean()
         assert same == 1 or after[n].dtype == torch.float32  # what moved did so in fp32; I3 holds the rest to the bit
@@ -162,8 +162,8 @@ def test_int8_rounds_go_through_and_the_full_model_keeps_what_did_not_move(name:
 
 def test_micro_batches_are_the_big_batch(tmp_path: Path) -> None:
     settings = {"batch_size": 16, "optimizer": "sgd", "lr": 0.05, "epochs": 2}
-    whole = moved_by(tmp_path / "whole", finetune=settings)
-    parts = moved_by(tmp_path / "parts", finetune={**settings, "micro_batch_size": 4})
+    whole = change_of(tmp_path / "whole", finetune=settings)
+    parts = change_of(tmp_path / "parts", finetune={**settings, "micro_batch_size": 4})
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5)
 
@@ -176,14 +176,14 @@ def test_checkpointing_runs_every_block_twice(name: str, tmp_path: Path, monkeyp
         calls[checkpointing] = 0
 
         def counted(model: Any, *args: Any, on: bool = checkpointing, **settings: Any) -> Any:
-            slots = partial(model, *args, **settings)
+            trainables = partial(model, *args, **settings)
             layers = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
             for layer in layers:
                 layer.register_forward_pre_hook(lambda *_: calls.__setitem__(on, calls[on] + torch.is_grad_enabled()))
-            return slots
+            return trainables
 
         monkeypatch.setattr(small_model, "make_partial", counted)
-        moved_by(tmp_path / str(checkpointing), name, finetune={"checkpointing": checkpointing, "steps": 1})
+        change_of(tmp_path / str(checkpointing), name, finetune={"checkpointing": checkpointing, "steps": 1})
     assert calls[True] >= calls[False] + 4  # two layers with two norms each
 
 
@@ -191,14 +191,14 @@ def test_checkpointing_runs_every_block_twice(name: str, tmp_path: Path, monkeyp
 def test_checkpointing_changes_nothing_but_memory(name: str, tmp_path: Path) -> None:
     dropless = {"config": {**tiny(name).model.config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}  # type: ignore[dict-item]
     sections = {} if name == "timm-vit" else {"model": dropless}
-    kept = moved_by(tmp_path / "kept", name, **sections)
-    recomputed = moved_by(tmp_path / "recomputed", name, finetune={"checkpointing": True}, **sections)
+    kept = change_of(tmp_path / "kept", name, **sections)
+    recomputed = change_of(tmp_path / "recomputed", name, finetune={"checkpointing": True}, **sections)
     for key in kept:
         torch.testing.assert_close(recomputed[key], kept[key], rtol=1e-4, atol=1e-6)
 
 
-def test_bf16_residents_hold_half_the_weights_and_merge_full_precision(tmp_path: Path) -> None:
-    recipe = tiny("vit", rounds=1, finetune={"resident": "bf16"})
+def test_bf16_weights_hold_half_the_weights_and_merge_full_precision(tmp_path: Path) -> None:
+    recipe = tiny("vit", rounds=1, finetune={"weights": "bf16"})
     state = run(recipe, tmp_path / "bf16")
     fp32 = run(tiny("vit", rounds=1), tmp_path / "fp32")
     held = [next(e for e in s.manifest.history if e["stage"] == "finetune") for s in (state, fp32)]
@@ -210,9 +210,9 @@ def test_bf16_residents_hold_half_the_weights_and_merge_full_precision(tmp_path:
     assert best is not None
     classifier = first["classifier.weight"]
     assert not torch.equal(classifier, classifier.bfloat16().float())  # what moved was never rounded
-    unmoved = [n for n in first if n in Context(state).layout.embeddings]
-    assert unmoved
-    assert all(torch.equal(first[name], second[name]) for name in unmoved)
+    unchanged = [n for n in first if n in Context(state).layout.embeddings]
+    assert unchanged
+    assert all(torch.equal(first[name], second[name]) for name in unchanged)
 
 
 def test_sgd_has_one_moment_and_without_carrying_none_is_kept(tmp_path: Path) -> None:
@@ -233,16 +233,16 @@ def test_uniform_and_rounded_sizes_reach_the_small_model(tmp_path: Path) -> None
 
 
 def test_embeddings_move_only_when_asked(tmp_path: Path) -> None:
-    still = moved_by(tmp_path / "still")
-    moving = moved_by(tmp_path / "moving", mask={"train_embeddings": True})
+    still = change_of(tmp_path / "still")
+    trainable_entries = change_of(tmp_path / "trained", mask={"train_embeddings": True})
     embeddings = set(Context(State.open(tmp_path / "still")).layout.embeddings)
     assert embeddings
     assert embeddings.isdisjoint(still)
-    assert embeddings <= set(moving)
+    assert embeddings <= set(trainable_entries)
 
 
 def test_importance_is_averaged_over_rounds_when_asked(tmp_path: Path) -> None:
-    settings = {"settled": 0.0, "ramp": 1.0, "steps": 2}
+    settings = {"hold_plan": 0.0, "ramp": 1.0, "steps": 2}
     plans = {}
     for ema in (0.0, 0.5, 1 - 1e-9):
         state = run(tiny("timm-vit", rounds=3, prune={**settings, "ema": ema}), tmp_path / str(ema))
@@ -251,24 +251,26 @@ def test_importance_is_averaged_over_rounds_when_asked(tmp_path: Path) -> None:
         assert kept == [ema > 0] * 3
     first = state.load_tensors(f"round-001/{shared.IMPORTANCE}")
     last = state.load_tensors(f"round-003/{shared.IMPORTANCE}")
-    here = Context(state)
+    context = Context(state)
     for kind in ("heads", "neurons"):  # of which each is ranked by itself: nothing of later rounds is in it, but a factor
-        of_kind = [torch.cat([of[axis.name] for axis in here.layout.axes if axis.kind == kind]) for of in (first, last)]
+        of_kind = [torch.cat([of[axis.name] for axis in context.layout.axes if axis.kind == kind]) for of in (first, last)]
         assert torch.allclose(of_kind[0] / of_kind[0].sum(), of_kind[1] / of_kind[1].sum(), rtol=1e-4)
-    naive = choose(here.recipe, here.layout.axes, here.layout.shapes, first, 0.6)  # by what the first round found, in one go
+    naive = choose(
+        context.recipe, context.layout.axes, context.layout.shapes, first, 0.6
+    )  # by what the first round found, in one go
     assert plans[1 - 1e-9][2] == {name: kept.to(torch.uint8).tolist() for name, kept in naive.items()}
     assert plans[0.0][0] == plans[0.5][0]  # there is nothing to average with
     assert plans[0.0] != plans[0.5]
 
 
 def test_averaged_importance_and_drawn_groups_are_the_same_after_a_stop(tmp_path: Path) -> None:
-    recipe = tiny("vit", rounds=3, prune={"settled": 0.0, "ema": 0.5}, mask={"random": 0.5})
+    recipe = tiny("vit", rounds=3, prune={"hold_plan": 0.0, "ema": 0.5}, mask={"random": 0.5})
     whole = run(recipe, tmp_path / "whole")
     state = init(recipe, tmp_path / "stopped")
     for stage in (prune, mask, finetune, merge) * 3:
         stage(State.open(state.path))  # as a process of its own would
     tensors = [
-        {name: seal for name, seal in of.manifest.files.items() if name.endswith(".safetensors")}
+        {name: checksum for name, checksum in of.manifest.files.items() if name.endswith(".safetensors")}
         for of in (whole, State.open(state.path))
     ]
     assert tensors[0] == tensors[1]
@@ -286,8 +288,8 @@ def test_a_share_of_the_mask_is_drawn_at_random_and_the_rest_is_the_best(scope: 
         state = init(recipe, tmp_path / place)
         prune(state), mask(state)
         masks[place] = {name: t.bool() for name, t in state.load_tensors(f"round-001/{shared.MASK}").items()}
-        moves = state.manifest.history[-1]["moving_share_of_prunable"]
-        assert moves == pytest.approx(1 - ratio, abs=0.05)
+        trains = state.manifest.history[-1]["trainable_share_of_prunable"]
+        assert trains == pytest.approx(1 - ratio, abs=0.05)
     assert all(bool(masks["half"][name][kept].all()) for name, kept in masks["best"].items())
     assert any(not torch.equal(masks["half"][name], kept) for name, kept in masks["all"].items())
 
@@ -295,11 +297,11 @@ def test_a_share_of_the_mask_is_drawn_at_random_and_the_rest_is_the_best(scope: 
 def test_the_head_has_a_rate_of_its_own_when_asked(tmp_path: Path) -> None:
     still = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 1e-30}
     state = init(tiny("vit", rounds=1, finetune={**still, "head_lr": 0.01}), tmp_path / "state")
-    here = Context(state)
-    before, head = here.full_tensors(), set(here.layout.head)
-    after = Context(run(here.recipe, tmp_path / "state")).full_tensors()
+    context = Context(state)
+    before, head = context.full_tensors(), set(context.layout.head)
+    after = Context(run(context.recipe, tmp_path / "state")).full_tensors()
     assert {name for name in before if not torch.allclose(before[name], after[name], rtol=0, atol=1e-20)} == head
-    plain, same = moved_by(tmp_path / "plain"), moved_by(tmp_path / "same", finetune={"head_lr": 0.01})
+    plain, same = change_of(tmp_path / "plain"), change_of(tmp_path / "same", finetune={"head_lr": 0.01})
     assert all(torch.equal(plain[name], same[name]) for name in plain)  # 0.01 is the rate of the rest
 
 
@@ -308,7 +310,7 @@ def head_rate_of(state: State) -> float | None:
     return next(e for e in reversed(state.manifest.history) if e["stage"] == "finetune").get("head_lr")
 
 
-def test_a_new_head_moves_at_the_rate_of_its_warm_up_where_that_is_higher(tmp_path: Path) -> None:
+def test_a_new_head_trains_at_the_rate_of_its_warm_up_where_that_is_higher(tmp_path: Path) -> None:
     low: dict[str, Any] = {"finetune": {"steps": 1, "lr": 0.005}, "head": {"lr": 0.02}}
     assert head_rate_of(run(tiny("vit", rounds=1, **low), tmp_path / "low")) == 0.02
     for place, other in (
@@ -326,18 +328,18 @@ def test_a_new_head_moves_at_the_rate_of_its_warm_up_where_that_is_higher(tmp_pa
     assert trained.manifest.history[0]["head_new"] is False
 
 
-def test_the_mask_moves_the_same_share_of_every_layer_unless_the_plain_algorithm_is_asked_for(tmp_path: Path) -> None:
+def test_the_mask_trains_the_same_share_of_every_layer_unless_the_plain_algorithm_is_asked_for(tmp_path: Path) -> None:
     spread = {}
     for place, faithful in (("default", False), ("faithful", True)):
         state = init(tiny("vit", rounds=1, faithful=faithful, mask={"ratio": 0.8}), tmp_path / place)
         prune(state), mask(state)
         chosen = state.load_tensors(f"round-001/{shared.MASK}")
-        spread[place] = max(abs(float(moves.float().mean()) - 0.2) * len(moves) for moves in chosen.values())
+        spread[place] = max(abs(float(trains.float().mean()) - 0.2) * len(trains) for trains in chosen.values())
     assert spread["default"] <= 0.5
     assert spread["faithful"] > 1  # in groups: as near as whole groups can be
 
 
-def test_the_head_is_warmed_up_and_nothing_else_moves(tmp_path: Path) -> None:
+def test_the_head_is_warmed_up_and_nothing_else_trains(tmp_path: Path) -> None:
     cold = Context(init(tiny("bert", head={"warmup_epochs": 0}), tmp_path / "cold"))
     warm = Context(init(tiny("bert", head={"warmup_epochs": 2}), tmp_path / "warm"))
     first, second = cold.full_tensors(), warm.full_tensors()
@@ -411,15 +413,15 @@ def test_an_export_gives_the_logits_of_the_best_model(dense: bool, tmp_path: Pat
 
     state = run(tiny("vit", rounds=1), tmp_path / "state")
     facts = export(state, tmp_path / "out", dense=dense)
-    here = Context(state)
+    context = Context(state)
     best = state.manifest.best
     assert best is not None
-    model = here.model(state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}"), counts(here.plan(best["folder"])))
-    batch = build.example_batch(here.spec)
+    model = context.model(state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}"), counts(context.plan(best["folder"])))
+    batch = build.example_batch(context.spec)
     loaded = recap_cli.load(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(
-            loaded(pixel_values=batch["pixel_values"]).logits, build.forward(here.spec)(model, batch), rtol=1e-4, atol=1e-5
+            loaded(pixel_values=batch["pixel_values"]).logits, build.forward(context.spec)(model, batch), rtol=1e-4, atol=1e-5
         )
     assert facts["form"] == ("dense" if dense else facts["form"])
 
@@ -431,7 +433,7 @@ def test_every_criterion_prunes_and_masks(criterion: str, tmp_path: Path) -> Non
     )
     state = init(recipe, tmp_path / "state")
     assert prune(state)["kept_share_of_prunable"] == pytest.approx(0.6, abs=0.06)
-    assert mask(state)["moving_share_of_prunable"] == pytest.approx(0.4, abs=0.05)
+    assert mask(state)["trainable_share_of_prunable"] == pytest.approx(0.4, abs=0.05)
     assert [plugin["name"] for plugin in state.manifest.plugins["used"]] == ["recap", criterion, criterion, "vit"]
 
 
@@ -598,9 +600,9 @@ def test_a_device_that_is_too_small_is_explained_and_the_state_goes_on_with_less
     before = (tmp_path / "state/state.yaml").read_bytes()
     held, asked = lacking(step), []
 
-    def savings(here: Context) -> list[tuple[str, int]]:
+    def savings(context: Context) -> list[tuple[str, int]]:
         asked.append([thing() for thing in held])
-        return [("finetune.checkpointing=true", 5_000_000), ("prune.ratio=0.5", 3_000_000), ("finetune.resident=bf16", 0)]
+        return [("finetune.checkpointing=true", 5_000_000), ("prune.ratio=0.5", 3_000_000), ("finetune.weights=bf16", 0)]
 
     monkeypatch.setattr(oom, "_savings", savings)
     with pytest.raises(DeviceMemoryError) as caught:
@@ -640,7 +642,7 @@ def test_without_a_prediction_the_settings_that_are_still_off_are_named(
         finetune(masked(tmp_path / "state", finetune={"checkpointing": True}))
     hint = str(caught.value.hint)
     assert (
-        "by finetune.fused_backward=true, finetune.resident=bf16, finetune.micro_batch_size=4, finetune.offload=true, " in hint
+        "by finetune.fused_backward=true, finetune.weights=bf16, finetune.micro_batch_size=4, finetune.offload=true, " in hint
     )
     assert "checkpointing" not in hint
 
@@ -654,17 +656,17 @@ def test_on_cuda_the_message_names_the_card_what_was_held_and_what_others_hold(m
     properties = SimpleNamespace(name="Made Up 3000", total_memory=100_000_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(nvml, "processes", lambda _: nvml.Processes(1, 9_000_000, ()))
-    ledger = oom.Ledger(torch.device("cuda"), "training")
-    ledger.measure(torch.OutOfMemoryError(LACK))
-    told = oom._message(3, ledger)
+    report = oom.OOMReport(torch.device("cuda"), "training")
+    report.measure(torch.OutOfMemoryError(LACK))
+    told = oom._message(3, report)
     assert told == (
         "cuda (Made Up 3000, 100.0 MB in all): out of memory in `finetune` of round 3, while training, where 2.00 GiB more "
         "were asked for; this run held 70.0 MB: weights 0.0 MB, gradients 0.0 MB, optimizer state 0.0 MB, activations and "
         "temporary 70.0 MB; other processes held 9.0 MB"
     )
     monkeypatch.setattr(nvml, "processes", lambda _: nvml.Processes())
-    ledger.measure(torch.OutOfMemoryError(LACK))
-    assert oom._message(3, ledger).endswith(
+    report.measure(torch.OutOfMemoryError(LACK))
+    assert oom._message(3, report).endswith(
         "; 10.0 MB were held outside this run's allocator: by other processes, and by CUDA itself"
     )
 
@@ -672,8 +674,8 @@ def test_on_cuda_the_message_names_the_card_what_was_held_and_what_others_hold(m
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch.cuda, "memory_allocated", refuse)
-    ledger.measure(RuntimeError("CUDA error: out of memory"))
-    assert oom._message(3, ledger) == (
+    report.measure(RuntimeError("CUDA error: out of memory"))
+    assert oom._message(3, report) == (
         "cuda: out of memory in `finetune` of round 3, while training; this run held weights 0.0 MB, gradients 0.0 MB, "
         "optimizer state 0.0 MB"
     )

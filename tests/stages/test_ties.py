@@ -50,21 +50,21 @@ def ties_of(model: nn.Module) -> dict[str, str]:
 def test_i11_full_finetuning_of_a_tied_model_is_that_of_torch_to_the_bit(tmp_path: Path) -> None:
     everything: dict[str, Any] = {"prune": {"ratio": 0.0}, "mask": {"ratio": 0.0, "train_embeddings": True}}
     state = init(recipe(rounds=2, finetune={"weight_decay": 0.0}, **everything), tmp_path / "state")
-    here = Context(state)
-    model = here.model({n: t.clone() for n, t in here.full_tensors().items()})
+    context = Context(state)
+    model = context.model({n: t.clone() for n, t in context.full_tensors().items()})
     assert ties_of(model) == TIES
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=False, weight_decay=0.0)
-    split, _ = here.splits(lambda items, label, total=None: iter(items))
-    forward = build.forward(here.spec)
+    split, _ = context.splits(lambda items, label, total=None: iter(items))
+    forward = build.forward(context.spec)
     model.train()
     for round in (1, 2):
-        torch.manual_seed(seed_for(here.recipe.seed, round, "finetune"))
-        for step, batch in enumerate(batches(split, order(len(split), seed=here.recipe.seed, round=1, epoch=round - 1), 8)):
-            optimizer.param_groups[0]["lr"] = here.recipe.finetune.lr * (1 - ((round - 1) * 5 + step) / 10)
+        torch.manual_seed(seed_for(context.recipe.seed, round, "finetune"))
+        for step, batch in enumerate(batches(split, order(len(split), seed=context.recipe.seed, round=1, epoch=round - 1), 8)):
+            optimizer.param_groups[0]["lr"] = context.recipe.finetune.lr * (1 - ((round - 1) * 5 + step) / 10)
             nn.functional.cross_entropy(forward(model, batch).float(), batch["labels"]).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    end = Context(run(here.recipe, tmp_path / "state"))
+    end = Context(run(context.recipe, tmp_path / "state"))
     ours = end.full_tensors()
     assert all(torch.equal(ours[n], p.detach()) for n, p in model.named_parameters())
     assert TIES.keys().isdisjoint(ours)
@@ -72,20 +72,20 @@ def test_i11_full_finetuning_of_a_tied_model_is_that_of_torch_to_the_bit(tmp_pat
     assert {key.rpartition("/")[0] for key in moments} == {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize("resident", ["fp32", "bf16", "int8"])
-def test_rounds_of_a_tied_model_keep_the_tie_from_the_mask_to_the_export(resident: str, tmp_path: Path) -> None:
-    state = init(recipe(rounds=1, finetune={"resident": resident, "lr": 0.01}), tmp_path / "state")
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_rounds_of_a_tied_model_keep_the_tie_from_the_mask_to_the_export(weights: str, tmp_path: Path) -> None:
+    state = init(recipe(rounds=1, finetune={"weights": weights, "lr": 0.01}), tmp_path / "state")
     before = Context(state).full_tensors()
     prune(state)
     mask(state)
     finetune(state)
-    here = Context(state)
-    assert {TYPES, HEAD} <= set(here.layout.head)
-    assert {TYPES, HEAD}.isdisjoint(here.layout.embeddings)  # frozen by one name, the head's by the other: it moves
-    moved = here.state.load_tensors(f"round-001/{shared.MOVED}")
-    assert TIES.keys().isdisjoint(moved)
-    assert {TYPES, *TIES.values()} <= moved.keys()
-    end = Context(run(here.recipe, tmp_path / "state"))
+    context = Context(state)
+    assert {TYPES, HEAD} <= set(context.layout.head)
+    assert {TYPES, HEAD}.isdisjoint(context.layout.embeddings)  # frozen by one name, the head's by the other: it moves
+    trained = context.state.load_tensors(f"round-001/{shared.TRAINED}")
+    assert TIES.keys().isdisjoint(trained)
+    assert {TYPES, *TIES.values()} <= trained.keys()
+    end = Context(run(context.recipe, tmp_path / "state"))
     after = end.full_tensors()
     assert not torch.equal(after[TYPES], before[TYPES])
     assert 0 < int((after[TIES[f"{ATTENTION}.key.weight"]] != before[TIES[f"{ATTENTION}.key.weight"]]).any(1).sum()) < 32
@@ -141,12 +141,12 @@ def test_its_bytes_are_counted_once(tmp_path: Path) -> None:
     assert len(names_of(model)) == len(list(model.named_parameters(remove_duplicate=False))) - len(TIES)
 
 
-@pytest.mark.parametrize("resident", ["fp32", "bf16", "int8"])
-def test_predicted_weights_are_those_that_are_held_to_the_byte(resident: str) -> None:
-    wanted, fakes = recipe(finetune={"resident": resident}), Fakes()
-    outline = meta_model.outline(wanted, LABELS)
-    predicted = fakes.usage(predict.prepare(outline, wanted, "recap", fakes.like)[0], "cpu")
-    counted = fake_step.usage(predict.prepare(outline, wanted, "recap", real)[0])
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_predicted_weights_are_those_that_are_held_to_the_byte(weights: str) -> None:
+    wanted, fakes = recipe(finetune={"weights": weights}), Fakes()
+    of_recipe = meta_model.of_recipe(wanted, LABELS)
+    predicted = fakes.usage(predict.prepare(of_recipe, wanted, "recap", fakes.like)[0], "cpu")
+    counted = fake_step.usage(predict.prepare(of_recipe, wanted, "recap", real)[0])
     for kind in ("weights", "gradients", "optimizer"):
         assert predicted.maxima[kind] == counted.maxima[kind], kind  # type: ignore[index]
 
@@ -162,7 +162,7 @@ def test_lora_goes_beside_what_is_not_tied(tmp_path: Path) -> None:
     chosen = recipe(method="lora-ft", rounds=1, options={"targets": ["output"]})
     start = Context(init(chosen, tmp_path / "first")).full_tensors()
     end = Context(run(chosen, tmp_path / "state")).full_tensors()
-    moved = {name for name, tensor in end.items() if not torch.equal(tensor, start[name])}
+    trained = {name for name, tensor in end.items() if not torch.equal(tensor, start[name])}
     layers = {f"bert.encoder.layer.{layer}.attention.output.dense.weight" for layer in (0, 1)}
-    assert layers <= moved
-    assert f"{ATTENTION}.query.weight" not in moved
+    assert layers <= trained
+    assert f"{ATTENTION}.query.weight" not in trained

@@ -86,7 +86,7 @@ class Record:
         found: list[Group] = []
         for name, chosen in of_small.items():
             fine = [g for unit in alive[name] for g in self.axes.fine_of((name, unit))]
-            found += [g for g, moves in zip(fine, chosen.tolist(), strict=True) if moves]
+            found += [g for g, trains in zip(fine, chosen.tolist(), strict=True) if trains]
         return sorted(found)
 
     def seen(self, round: int, stage: str, *, validation: bool = False) -> dict[str, list[Look]]:
@@ -114,8 +114,8 @@ class Record:
         }
 
 
-def groups_of(choice: dict[str, Tensor]) -> list[Group]:
-    return sorted((name, unit) for name, chosen in choice.items() for unit, kept in enumerate(chosen.tolist()) if kept)
+def groups_of(unit_mask: dict[str, Tensor]) -> list[Group]:
+    return sorted((name, unit) for name, chosen in unit_mask.items() for unit, kept in enumerate(chosen.tolist()) if kept)
 
 
 def indices_of(looks: list[Look]) -> list[int]:
@@ -154,7 +154,7 @@ def witnessed(recipe: Recipe, stop: tuple[int, str] | None = None, folder: Path 
         _put_down(record, path, at)
         if stop == (0, "init"):
             return record
-        for round in range(1, len(State.open(path).manifest.made["turns"]) + 1):
+        for round in range(1, len(State.open(path).manifest.made["round_plans"]) + 1):
             for name, stage in STAGES.items():
                 at[:] = [round, name]
                 stage(State.open(path), track=track)
@@ -182,7 +182,7 @@ def still(name: str, **sections: Any) -> Recipe:
     """A tiny recipe without dropout, whose plan is chosen anew in two rounds of three, and whose rounds end within an epoch."""
     base: dict[str, Any] = {
         "rounds": 3,
-        "prune": {"ratio": 0.4, "steps": 2, "settled": 0.4, "floor": 0.2},
+        "prune": {"ratio": 0.4, "steps": 2, "hold_plan": 0.4, "floor": 0.2},
         "mask": {"ratio": 0.6},
         "head": {"lr": 0.02},
         "finetune": {"epochs": 1.2, "batch_size": 7, "lr": 0.005, "eps": 1e-3, "weight_decay": 0.1, "warmup_ratio": 0.2},

@@ -28,8 +28,8 @@ from recap_cli.stages.mask import mask
 from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
-from recap_cli.state.files import seal
-from recap_cli.state.manifest import manifest_text, read_manifest, sealed
+from recap_cli.state.files import checksum
+from recap_cli.state.manifest import checksummed, manifest_text, read_manifest
 from recap_cli.state.store import State
 from tests.tiny import tiny
 
@@ -119,8 +119,8 @@ def forged(text: bytes) -> Iterator[bytes]:
     """Lines deleted and lines doubled, under a checksum that is right."""
     body = text.decode().splitlines(keepends=True)[:-1]
     for at in range(len(body)):
-        yield sealed("".join(body[:at] + body[at + 1 :])).encode()
-        yield sealed("".join([*body[: at + 1], *body[at:]])).encode()
+        yield checksummed("".join(body[:at] + body[at + 1 :])).encode()
+        yield checksummed("".join([*body[: at + 1], *body[at:]])).encode()
 
 
 @pytest.mark.parametrize("name", ["merge", "prune 2"])
@@ -135,7 +135,7 @@ def test_another_state_yaml_under_a_right_checksum_is_refused_or_works_and_not_o
         try:
             state = State.open(path)
             summary(state)
-            Context(state).turns  # noqa: B018  (what every stage asks for)
+            Context(state).round_plans  # noqa: B018  (what every stage asks for)
             with state.writing(name.removesuffix(" 2")):
                 raise Stop
         except Stop:
@@ -149,8 +149,8 @@ def test_another_state_yaml_under_a_right_checksum_is_refused_or_works_and_not_o
 @pytest.mark.parametrize(
     ("stage", "changes", "message"),
     [
-        (0, {"turns": []}, r"history\[0\]\.turns is"),
-        (0, {"turns": None}, r"history\[0\]\.turns is"),
+        (0, {"round_plans": []}, r"history\[0\]\.round_plans is"),
+        (0, {"round_plans": None}, r"history\[0\]\.round_plans is"),
         (0, {"notes": [1]}, r"history\[0\]\.notes\.0 is"),
         (0, {"head_new": "yes"}, r"history\[0\]\.head_new is"),
         (0, {"label_places": "no"}, r"history\[0\]\.label_places is"),
@@ -211,7 +211,7 @@ def forge(path: Path, rel: str, data: bytes) -> State:
     """The state with other contents of a file, and checksums that agree with them."""
     (path / rel).write_bytes(data)
     manifest = read_manifest(path)
-    text = manifest_text(replace(manifest, files={**manifest.files, rel: seal(path / rel)}))
+    text = manifest_text(replace(manifest, files={**manifest.files, rel: checksum(path / rel)}))
     (path / "state.yaml").write_text(text)
     return State.open(path)
 
@@ -241,7 +241,7 @@ READ = [
     ("mask", "round-001/plan.safetensors"),
     ("mask", "round-001/small.safetensors"),
     ("finetune", "round-001/mask.safetensors"),
-    ("merge", "round-001/moved.safetensors"),
+    ("merge", "round-001/trained.safetensors"),
     ("merge", "round-001/moments.safetensors"),
     ("merge", "round-001/rows.safetensors"),
 ]
@@ -305,9 +305,9 @@ def changed(value: Any, place: tuple[Any, ...], other: Any) -> Any:
 
 
 def read_full(state: State) -> None:
-    here = Context(state)
-    here.adapter, here.processor(), here.layout  # each is read when it is asked for
-    here.model(here.full_tensors())
+    context = Context(state)
+    context.adapter, context.processor(), context.layout  # each is read when it is asked for
+    context.model(context.full_tensors())
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from recap_cli.errors import CorruptStateError, StageOrderError, StateError, StateLockedError, StorageError
 from recap_cli.state import files
 from recap_cli.state import store as state_module
-from recap_cli.state.manifest import ELSEWHERE, FIELDS, SEALED, manifest_text, sealed
+from recap_cli.state.manifest import CHECKSUMMED, ELSEWHERE, FIELDS, checksummed, manifest_text
 from recap_cli.state.store import STAGES, State
 
 RECIPE = "name: test\n"
@@ -34,18 +34,18 @@ BEST = {"round": 1, "metric": "accuracy", "value": 0.9, "loss": 0.2, "folder": "
 
 
 def create(path: Path) -> State:
-    with State.create(path, RECIPE, "d1") as draft:
-        draft.save_text("full-000/model.txt", "zero")
-        draft.save_json("full-000/deep/config.json", {"hidden": 32})
-        draft.set_full("full-000")
-        draft.versions["recap"] = "0.1.0"
-        draft.facts["metric"] = 0.5
+    with State.create(path, RECIPE, "d1") as transaction:
+        transaction.save_text("full-000/model.txt", "zero")
+        transaction.save_json("full-000/deep/config.json", {"hidden": 32})
+        transaction.set_full("full-000")
+        transaction.versions["recap"] = "0.1.0"
+        transaction.facts["metric"] = 0.5
     return State.open(path)
 
 
 def advance(state: State, stage: str, text: str = "one") -> None:
-    with state.writing(stage) as draft:
-        draft.save_text(f"round-{draft.round:03d}/{stage}.txt", text)
+    with state.writing(stage) as transaction:
+        transaction.save_text(f"round-{transaction.round:03d}/{stage}.txt", text)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def rewrite(state: State, **changes: object) -> None:
     """Other facts under a checksum that is right: as another program would write them."""
     place = state.path / "state.yaml"
     facts = yaml.safe_load(place.read_text())
-    place.write_text(sealed(yaml.safe_dump({**facts, **changes})))
+    place.write_text(checksummed(yaml.safe_dump({**facts, **changes})))
 
 
 def script(tmp_path: Path, text: str) -> list[str]:
@@ -108,8 +108,8 @@ def test_history_has_one_entry_per_stage_with_its_facts(state: State) -> None:
 def test_a_round_goes_from_prune_to_merge_and_the_next_begins_with_prune(state: State) -> None:
     for stage, number in [("prune", 1), ("mask", 1), ("finetune", 1), ("merge", 1), ("prune", 2)]:
         assert state.next_stage() == stage
-        with state.writing(stage) as draft:
-            assert (draft.stage, draft.round) == (stage, number)
+        with state.writing(stage) as transaction:
+            assert (transaction.stage, transaction.round) == (stage, number)
         assert (state.manifest.stage, state.manifest.round) == (stage, number)
 
 
@@ -132,9 +132,9 @@ def test_tensors_come_back_bit_for_bit(state: State) -> None:
         "keep": torch.tensor([True, False]),
         "b": torch.ones(3).bfloat16(),
     }
-    with state.writing("prune") as draft:
-        draft.save_tensors("round-001/small.safetensors", tensors)
-        draft.set_small("round-001")
+    with state.writing("prune") as transaction:
+        transaction.save_tensors("round-001/small.safetensors", tensors)
+        transaction.set_small("round-001")
     loaded = state.load_tensors("round-001/small.safetensors")
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in tensors.items())
@@ -155,45 +155,45 @@ def test_saving_copies_no_contiguous_tensor(state: State, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(safetensors.torch, "save_file", spy)
     weight = torch.nn.Parameter(torch.randn(8, 8))
-    with state.writing("prune") as draft:
-        draft.save_tensors("round-001/w.safetensors", {"w": weight})
+    with state.writing("prune") as transaction:
+        transaction.save_tensors("round-001/w.safetensors", {"w": weight})
     assert seen == {"w": weight.data_ptr()}
 
 
 def test_saved_files_are_as_readable_as_any_other(state: State) -> None:
-    with state.writing("prune") as draft:
-        draft.save_text("round-001/a.txt", "a")
-        draft.save_tensors("round-001/w.safetensors", {"w": torch.ones(2)})
+    with state.writing("prune") as transaction:
+        transaction.save_text("round-001/a.txt", "a")
+        transaction.save_tensors("round-001/w.safetensors", {"w": torch.ones(2)})
     text, tensors = (stat.S_IMODE((state.path / "round-001" / name).stat().st_mode) for name in ("a.txt", "w.safetensors"))
     assert text == tensors
 
 
 def test_json_and_text_come_back(state: State) -> None:
-    with state.writing("prune") as draft:
-        draft.save_json("round-001/metrics.json", {"accuracy": 0.25, "über": [1, None]})
-        draft.save_text("round-001/note.txt", "žluť\r\n")
+    with state.writing("prune") as transaction:
+        transaction.save_json("round-001/metrics.json", {"accuracy": 0.25, "über": [1, None]})
+        transaction.save_text("round-001/note.txt", "žluť\r\n")
     assert state.load_json("round-001/metrics.json") == {"accuracy": 0.25, "über": [1, None]}
     assert state.load_text("round-001/note.txt") == "žluť\r\n"
 
 
 def test_a_file_written_again_after_it_was_hashed_is_hashed_again(state: State) -> None:
-    with state.writing("prune") as draft:
-        draft.save_tensors("round-001/w.safetensors", {"w": torch.zeros(4)})
+    with state.writing("prune") as transaction:
+        transaction.save_tensors("round-001/w.safetensors", {"w": torch.zeros(4)})
         time.sleep(0.02)
-        draft.save_tensors("round-001/w.safetensors", {"w": torch.ones(4)})
-        draft.save_tensors("round-001/v.safetensors", {"v": torch.ones(4)})
-        alter(draft.path("round-001/v.safetensors"), b"other")
+        transaction.save_tensors("round-001/w.safetensors", {"w": torch.ones(4)})
+        transaction.save_tensors("round-001/v.safetensors", {"v": torch.ones(4)})
+        alter(transaction.path("round-001/v.safetensors"), b"other")
     assert state.load_tensors("round-001/w.safetensors")["w"].sum() == 4
     assert state.load_text("round-001/v.safetensors") == "other"
 
 
 def test_dropped_files_stay_until_the_commit_and_are_gone_after_it(state: State) -> None:
-    with state.writing("prune") as draft:
-        draft.drop("full-000")
-        draft.save_text("full-001/model.txt", "one")
-        draft.set_full("full-001")
-        draft.save_text("best-001/model.txt", "best")
-        draft.set_best(BEST)
+    with state.writing("prune") as transaction:
+        transaction.drop("full-000")
+        transaction.save_text("full-001/model.txt", "one")
+        transaction.set_full("full-001")
+        transaction.save_text("best-001/model.txt", "best")
+        transaction.set_best(BEST)
         assert (state.path / "full-000/model.txt").read_text() == "zero"
     assert tree(state.path) == {"state.yaml", "recipe.yaml", "full-001/model.txt", "best-001/model.txt"}
     assert not (state.path / "full-000").exists()
@@ -203,29 +203,29 @@ def test_dropped_files_stay_until_the_commit_and_are_gone_after_it(state: State)
 @pytest.mark.parametrize(
     "misuse",
     [
-        lambda draft: draft.path("../outside.txt"),
-        lambda draft: draft.path("round-001/../../outside.txt"),
-        lambda draft: draft.path("/etc/passwd"),
-        lambda draft: draft.path("notes/a.txt"),
-        lambda draft: draft.path("full-001"),
-        lambda draft: draft.path("recipe.yaml"),
-        lambda draft: draft.path("full-000/model.txt"),
-        lambda draft: draft.path("round-001/never-written"),
-        lambda draft: draft.drop("full-007"),
-        lambda draft: draft.drop("recipe.yaml"),
-        lambda draft: draft.set_small("round-007"),
-        lambda draft: draft.drop("full-000"),
-        lambda draft: draft.facts.update(stage="other"),
-        lambda draft: draft.set_full("full-0"),
-        lambda draft: draft.set_full(None),
-        lambda draft: draft.set_best({**BEST, "folder": "full-000"}),
-        lambda draft: draft.set_best({"folder": "full-000"}),
-        lambda draft: draft.versions.update(recap=1),
+        lambda transaction: transaction.path("../outside.txt"),
+        lambda transaction: transaction.path("round-001/../../outside.txt"),
+        lambda transaction: transaction.path("/etc/passwd"),
+        lambda transaction: transaction.path("notes/a.txt"),
+        lambda transaction: transaction.path("full-001"),
+        lambda transaction: transaction.path("recipe.yaml"),
+        lambda transaction: transaction.path("full-000/model.txt"),
+        lambda transaction: transaction.path("round-001/never-written"),
+        lambda transaction: transaction.drop("full-007"),
+        lambda transaction: transaction.drop("recipe.yaml"),
+        lambda transaction: transaction.set_small("round-007"),
+        lambda transaction: transaction.drop("full-000"),
+        lambda transaction: transaction.facts.update(stage="other"),
+        lambda transaction: transaction.set_full("full-0"),
+        lambda transaction: transaction.set_full(None),
+        lambda transaction: transaction.set_best({**BEST, "folder": "full-000"}),
+        lambda transaction: transaction.set_best({"folder": "full-000"}),
+        lambda transaction: transaction.versions.update(recap=1),
     ],
 )
 def test_misuse_by_a_stage_is_an_error_and_commits_nothing(state: State, misuse: Callable[..., object]) -> None:
-    with pytest.raises(ValueError, match=r"\w+: .+|facts"), state.writing("prune") as draft:
-        misuse(draft)
+    with pytest.raises(ValueError, match=r"\w+: .+|facts"), state.writing("prune") as transaction:
+        misuse(transaction)
     assert State.open(state.path).manifest.stage == "init"
     assert tree(state.path) == committed(state.path)
 
@@ -256,8 +256,8 @@ def test_init_takes_an_empty_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [RuntimeError("adapter"), KeyboardInterrupt()])
 def test_a_failed_init_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
     def fail(root: Path) -> None:
-        with State.create(root, RECIPE, "d") as draft:
-            draft.save_text("full-000/model.txt", "zero")
+        with State.create(root, RECIPE, "d") as transaction:
+            transaction.save_text("full-000/model.txt", "zero")
             raise error
 
     (tmp_path / "empty").mkdir()
@@ -278,8 +278,8 @@ def test_a_failed_init_that_cannot_clean_up_leaves_a_folder_that_the_next_one_ta
         root.mkdir()
 
     def failing(patched: pytest.MonkeyPatch) -> None:
-        with State.create(root, RECIPE, "d") as draft:
-            draft.save_text("full-000/model.txt", "zero")
+        with State.create(root, RECIPE, "d") as transaction:
+            transaction.save_text("full-000/model.txt", "zero")
             refuse_to_remove(kept, error, patched)
             raise RuntimeError("adapter")
 
@@ -376,7 +376,7 @@ def test_a_newer_schema_is_refused_with_both_versions(state: State) -> None:
 
 @pytest.mark.parametrize("schema", [1, 2])
 def test_a_state_that_is_older_than_the_checksum_is_called_old_and_not_damaged(state: State, schema: int) -> None:
-    body = (state.path / "state.yaml").read_text().partition(SEALED)[0]
+    body = (state.path / "state.yaml").read_text().partition(CHECKSUMMED)[0]
     (state.path / "state.yaml").write_text(body.replace("schema: 3", f"schema: {schema}"))
     with pytest.raises(StateError, match=f"has schema {schema} and this recap knows schema 3 alone") as caught:
         State.open(state.path)
@@ -403,7 +403,7 @@ def test_a_state_that_is_older_than_the_checksum_is_called_old_and_not_damaged(s
     ],
 )
 def test_a_malformed_state_yaml_is_named(state: State, text: str, message: str) -> None:
-    (state.path / "state.yaml").write_text(sealed(text))
+    (state.path / "state.yaml").write_text(checksummed(text))
     with pytest.raises(CorruptStateError, match=message) as caught:
         State.open(state.path)
     assert caught.value.hint
@@ -486,8 +486,8 @@ def test_an_edited_recipe_is_refused(state: State) -> None:
 def test_a_truncated_altered_or_missing_tensor_file_is_named(
     state: State, damage: Callable[[Path], object], message: str
 ) -> None:
-    with state.writing("prune") as draft:
-        draft.save_tensors("round-001/w.safetensors", {"w": torch.zeros(2)})
+    with state.writing("prune") as transaction:
+        transaction.save_tensors("round-001/w.safetensors", {"w": torch.zeros(2)})
     path = state.path / "round-001/w.safetensors"
     message = message.replace("79", str(path.stat().st_size - 1)).replace("80", str(path.stat().st_size))
     assert state.load_tensors("round-001/w.safetensors")["w"].tolist() == [0, 0]
@@ -531,20 +531,20 @@ def test_reading_what_is_not_part_of_the_state_is_refused(state: State) -> None:
         state.load_text("full-000/extra.txt")
 
 
-def test_a_reader_whose_state_moved_on_is_told_so(state: State) -> None:
+def test_a_reader_whose_state_trained_on_is_told_so(state: State) -> None:
     reader = State.open(state.path)
-    with state.writing("prune") as draft:
-        draft.drop("full-000")
-        draft.save_text("full-001/model.txt", "one")
-        draft.set_full("full-001")
+    with state.writing("prune") as transaction:
+        transaction.drop("full-000")
+        transaction.save_text("full-001/model.txt", "one")
+        transaction.set_full("full-001")
     with pytest.raises(StateError, match="another process finished `prune` of round 1") as caught:
         reader.load_text("full-000/model.txt")
     assert not isinstance(caught.value, CorruptStateError)
 
 
 def test_a_file_is_hashed_once_per_process(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
-    with state.writing("prune") as draft:
-        draft.save_tensors("round-001/w.safetensors", {"w": torch.zeros(2)})
+    with state.writing("prune") as transaction:
+        transaction.save_tensors("round-001/w.safetensors", {"w": torch.zeros(2)})
     real, hashed = hashlib.file_digest, []
 
     def spy(file: BufferedReader, name: str) -> object:
@@ -554,7 +554,7 @@ def test_a_file_is_hashed_once_per_process(state: State, monkeypatch: pytest.Mon
     monkeypatch.setattr(hashlib, "file_digest", spy)
     State.open(state.path).load_tensors("round-001/w.safetensors")
     assert hashed == []  # the commit has done it
-    files._sealed.clear()
+    files._checksummed.clear()
     for _ in range(2):
         State.open(state.path).load_tensors("round-001/w.safetensors")
     assert sorted(Path(name).name for name in hashed) == ["recipe.yaml", "w.safetensors"]
@@ -604,7 +604,7 @@ def test_the_facts_stand_in_the_file_in_their_order_and_its_checksum_last(state:
     text = (state.path / "state.yaml").read_text()
     assert list(yaml.safe_load(text)) == list(FIELDS)
     assert manifest_text(state.manifest) == text
-    body, _, checksum = text.partition(SEALED)
+    body, _, checksum = text.partition(CHECKSUMMED)
     assert checksum == f"{hashlib.sha256(body.encode()).hexdigest()}\n"
 
 
@@ -690,10 +690,10 @@ def test_files_of_the_user_stay_wherever_they_lie(state: State, tmp_path: Path) 
     (state.path / "best-002").symlink_to(outside)
     advance(state, "prune")
     amend(state)
-    with state.writing("mask") as draft:
-        draft.drop("full-000")
-        draft.save_text("full-001/model.txt", "one")
-        draft.set_full("full-001")
+    with state.writing("mask") as transaction:
+        transaction.drop("full-000")
+        transaction.save_text("full-001/model.txt", "one")
+        transaction.set_full("full-001")
     assert tree(state.path) == committed(state.path) | set(FOREIGN)
     assert {rel: (state.path / rel).read_text() for rel in FOREIGN} == {rel: rel for rel in FOREIGN}
     assert (state.path / "full-000" / "link").is_symlink()
@@ -742,10 +742,10 @@ def stop_in_the_cleanup(state: State, stage: str, monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     def write(patched: pytest.MonkeyPatch) -> None:
-        with state.writing(stage) as draft:
-            draft.drop("full-000")
-            draft.save_text("full-001/model.txt", "one")
-            draft.set_full("full-001")
+        with state.writing(stage) as transaction:
+            transaction.drop("full-000")
+            transaction.save_text("full-001/model.txt", "one")
+            transaction.set_full("full-001")
             patched.setattr(Path, "unlink", interrupt)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -784,10 +784,10 @@ def test_what_is_removed_is_flushed_before_the_journal_that_names_it_goes(
 
         return call
 
-    with state.writing("prune") as draft:
-        draft.drop("full-000/model.txt")
-        draft.save_text("round-001/prune.txt", "one")
-        draft.set_full("full-000")
+    with state.writing("prune") as transaction:
+        transaction.drop("full-000/model.txt")
+        transaction.save_text("round-001/prune.txt", "one")
+        transaction.set_full("full-000")
         monkeypatch.setattr(files, "flush", told("flush", flush))
         monkeypatch.setattr(Path, "unlink", told("remove", unlink))
         monkeypatch.setattr(shutil, "rmtree", told("remove", rmtree))
@@ -896,10 +896,10 @@ def test_an_error_in_a_stage_leaves_the_state_as_it_was(state: State, error: Bas
     before, text = tree(state.path), (state.path / "state.yaml").read_bytes()
 
     def fail() -> None:
-        with state.writing("mask") as draft:
-            draft.save_tensors("round-001/mask.safetensors", {"m": torch.ones(1000)})
-            draft.save_text("full-001/new.txt", "x")
-            draft.drop("round-001/prune.txt")
+        with state.writing("mask") as transaction:
+            transaction.save_tensors("round-001/mask.safetensors", {"m": torch.ones(1000)})
+            transaction.save_text("full-001/new.txt", "x")
+            transaction.drop("round-001/prune.txt")
             raise error
 
     with pytest.raises(type(error)):
@@ -1085,9 +1085,9 @@ def test_a_second_writer_in_the_same_process_is_refused(state: State) -> None:
 
 
 def test_a_second_init_at_the_same_time_is_refused(tmp_path: Path) -> None:
-    with State.create(tmp_path / "s", RECIPE, "d") as draft:
-        draft.save_text("full-000/a.txt", "a")
-        draft.set_full("full-000")
+    with State.create(tmp_path / "s", RECIPE, "d") as transaction:
+        transaction.save_text("full-000/a.txt", "a")
+        transaction.set_full("full-000")
         with pytest.raises(StateLockedError):
             create(tmp_path / "s")
         with pytest.raises(StateLockedError, match=r"`recap init`.* is writing") as caught:
@@ -1120,8 +1120,8 @@ def test_a_full_disk_at_any_step_is_named_and_the_state_is_untouched(
 def test_tensors_for_which_there_is_no_room_are_not_begun(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, free=1000))
     told = r"w\.safetensors: .*No space left.* 69,536 bytes wanted, 1,000 bytes free"
-    with pytest.raises(StorageError, match=told), state.writing("prune") as draft:
-        draft.save_tensors("round-001/w.safetensors", {"w": torch.zeros(1000)})
+    with pytest.raises(StorageError, match=told), state.writing("prune") as transaction:
+        transaction.save_tensors("round-001/w.safetensors", {"w": torch.zeros(1000)})
     assert tree(state.path) == committed(state.path)
 
 

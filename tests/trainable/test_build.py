@@ -10,13 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recap_cli.core.axes import Axis, Cut, refine, shapes_of
-from recap_cli.core.surgery import Where, indices, put, take
+from recap_cli.core.surgery import IndexMap, indices, put, take
 from recap_cli.models import build
 from recap_cli.rounds.context import Layout
-from recap_cli.trainable.build import Slot, bring_forward, make_partial
+from recap_cli.trainable.build import Trainable, bring_forward, make_partial
 from recap_cli.trainable.frozen_weights import QuantizedEmbedding, quantize, rest_of
 from recap_cli.trainable.linear import PartialLinear
-from recap_cli.trainable.optim import Optimizer, Rule, adamw, sgd
+from recap_cli.trainable.optim import Optimizer, UpdateRule, adamw, sgd
 from tests.pico import pico
 
 ROWS = torch.tensor([1, 4, 5, 11])
@@ -34,7 +34,7 @@ class Conv1D(nn.Module):
         return x @ self.weight + self.bias
 
 
-def model_and_where(form: str) -> tuple[nn.Module, Where]:
+def model_and_index_map(form: str) -> tuple[nn.Module, IndexMap]:
     torch.manual_seed(0)
     if form == "transposed rows":
         return nn.Sequential(Conv1D(12, 8)), {"0.weight": {1: ROWS}, "0.bias": {0: ROWS}}
@@ -52,53 +52,54 @@ FORMS = ["rows", "columns", "side by side", "transposed rows", "transposed colum
 
 @pytest.mark.parametrize("form", FORMS)
 def test_compact_gradients_are_the_dense_ones_at_those_entries(form: str) -> None:
-    model, where = model_and_where(form)
+    model, index_map = model_and_index_map(form)
     dense = copy.deepcopy(model)
     x = torch.randn(2, 3, 12 if "columns" in form else 8)
     x_dense = x.clone().requires_grad_()
     x_partial = x.clone().requires_grad_()
-    slots = make_partial(model, where, frozen=lambda _: False)
+    trainables = make_partial(model, index_map, frozen=lambda _: False)
     assert isinstance(model[0], PartialLinear)  # type: ignore[index]
     out, expected = model(x_partial), dense(x_dense)
     torch.testing.assert_close(out, expected)
     out.sin().sum().backward()
     expected.sin().sum().backward()
     torch.testing.assert_close(x_partial.grad, x_dense.grad)
-    wanted = {n: take(p.grad, where.get(n, {})) for n, p in dense.named_parameters() if p.grad is not None}
-    assert {s.name for s in slots} == set(wanted)
-    for slot in slots:
-        torch.testing.assert_close(slot.leaf.grad, wanted[slot.name])
+    wanted = {n: take(p.grad, index_map.get(n, {})) for n, p in dense.named_parameters() if p.grad is not None}
+    assert {s.name for s in trainables} == set(wanted)
+    for trainable in trainables:
+        torch.testing.assert_close(trainable.grad_param.grad, wanted[trainable.name])
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_step_moves_the_chosen_entries_of_the_resident_weight_and_no_other(form: str) -> None:
-    model, where = model_and_where(form)
+def test_a_step_trains_the_chosen_entries_of_the_resident_weight_and_no_other(form: str) -> None:
+    model, index_map = model_and_index_map(form)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = Optimizer(
-        make_partial(model, where, frozen=lambda n: n == "0.bias" and n not in where), adamw(betas=(0.9, 0.999), eps=1e-8)
+        make_partial(model, index_map, frozen=lambda n: n == "0.bias" and n not in index_map),
+        adamw(betas=(0.9, 0.999), eps=1e-8),
     )
     optimizer.lr = 0.1
     model(torch.randn(2, 12 if "columns" in form else 8)).square().sum().backward()
     optimizer.step()
     after = model[0].weight  # type: ignore[index]
-    ((dim, index),) = where["0.weight"].items()
+    ((dim, index),) = index_map["0.weight"].items()
     moved = torch.zeros(after.shape[dim], dtype=torch.bool).index_fill(0, index, True)
     changed = (after != before["0.weight"]).any(1 - dim)
     assert torch.equal(changed, moved)
-    assert torch.equal(take(after, where["0.weight"]), next(s.master for s in optimizer.slots if s.name == "0.weight"))
+    assert torch.equal(take(after, index_map["0.weight"]), next(s.master for s in optimizer.trainables if s.name == "0.weight"))
 
 
 def test_gradients_accumulate() -> None:
-    model, where = model_and_where("rows")
-    slots = make_partial(model, where, frozen=lambda _: False)
+    model, index_map = model_and_index_map("rows")
+    trainables = make_partial(model, index_map, frozen=lambda _: False)
     x, y = torch.randn(3, 8), torch.randn(3, 8)
     model(x).sum().backward()
     model(y).sum().backward()
-    twice = [s.leaf.grad.clone() for s in slots if s.leaf.grad is not None]
-    for s in slots:
-        s.leaf.grad = None
+    twice = [s.grad_param.grad.clone() for s in trainables if s.grad_param.grad is not None]
+    for s in trainables:
+        s.grad_param.grad = None
     model(torch.cat([x, y])).sum().backward()
-    for together, apart in zip((s.leaf.grad for s in slots), twice, strict=True):
+    for together, apart in zip((s.grad_param.grad for s in trainables), twice, strict=True):
         torch.testing.assert_close(together, apart)
 
 
@@ -125,8 +126,8 @@ def test_no_dense_gradient_or_weight_is_ever_allocated(contiguous: bool) -> None
     width, hidden, tokens = 64, 256, 2
     index = torch.arange(32) if contiguous else torch.arange(0, 256, 8)
     model = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-    where: Where = {"0.weight": {0: index}, "0.bias": {0: index}, "2.weight": {1: index}}
-    optimizer = Optimizer(make_partial(model, where, frozen=lambda _: False), adamw(betas=(0.9, 0.999), eps=1e-8))
+    index_map: IndexMap = {"0.weight": {0: index}, "0.bias": {0: index}, "2.weight": {1: index}}
+    optimizer = Optimizer(make_partial(model, index_map, frozen=lambda _: False), adamw(betas=(0.9, 0.999), eps=1e-8))
     optimizer.lr = 0.1
     x = torch.randn(tokens, width, requires_grad=True)
     with Allocations() as seen:
@@ -134,7 +135,7 @@ def test_no_dense_gradient_or_weight_is_ever_allocated(contiguous: bool) -> None
         optimizer.step()
     compact = 32 * width
     assert max(seen.numels) <= compact  # a dense gradient would be 256 · 64 = 8 · compact
-    assert optimizer.state_bytes() == 2 * 4 * sum(s.leaf.numel() for s in optimizer.slots)
+    assert optimizer.state_bytes() == 2 * 4 * sum(s.grad_param.numel() for s in optimizer.trainables)
 
 
 def saved_by(model: nn.Module, x: Tensor) -> list[torch.Size]:
@@ -150,8 +151,8 @@ def saved_by(model: nn.Module, x: Tensor) -> list[torch.Size]:
 
 
 def test_columns_save_only_their_part_of_the_input() -> None:
-    model, where = model_and_where("columns")
-    make_partial(model, where, frozen=lambda _: False)
+    model, index_map = model_and_index_map("columns")
+    make_partial(model, index_map, frozen=lambda _: False)
     sizes = saved_by(model, torch.randn(5, 12, requires_grad=True))
     assert torch.Size([5, 4]) in sizes
     assert torch.Size([5, 12]) not in sizes
@@ -172,15 +173,15 @@ def test_columns_side_by_side_do_not_keep_the_rest_of_the_input_alive() -> None:
     assert 100 * 12 * 4 not in kept
 
 
-def test_a_layer_of_which_nothing_moves_saves_no_input() -> None:
-    model, _ = model_and_where("rows")
+def test_a_layer_of_which_nothing_trains_saves_no_input() -> None:
+    model, _ = model_and_index_map("rows")
     nothing = torch.tensor([], dtype=torch.int64)
-    slots = make_partial(model, {"0.weight": {0: nothing}, "0.bias": {0: nothing}}, frozen=lambda _: False)
-    assert slots == []
+    trainables = make_partial(model, {"0.weight": {0: nothing}, "0.bias": {0: nothing}}, frozen=lambda _: False)
+    assert trainables == []
     assert torch.Size([5, 8]) not in saved_by(model, torch.randn(5, 8, requires_grad=True))
 
 
-def feedforward() -> tuple[nn.Module, list[Axis], dict[str, Tensor], Where]:
+def feedforward() -> tuple[nn.Module, list[Axis], dict[str, Tensor], IndexMap]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
     axes = [Axis("n", "neurons", 0, 12, (Cut("0.weight", 0), Cut("0.bias", 0), Cut("2.weight", 1)))]
@@ -189,39 +190,39 @@ def feedforward() -> tuple[nn.Module, list[Axis], dict[str, Tensor], Where]:
 
 
 def test_bringing_neurons_forward_changes_no_function_and_makes_views() -> None:
-    model, axes, mask, where = feedforward()
+    model, axes, mask, index_map = feedforward()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     x = torch.randn(4, 8)
     expected = model(x)
-    forward = bring_forward(model, axes, mask, where)
+    forward = bring_forward(model, axes, mask, index_map)
     torch.testing.assert_close(model(x), expected)
-    slots = make_partial(model, forward, frozen=lambda _: False)
-    weights: list[Slot] = [s for s in slots if s.name in where]
+    trainables = make_partial(model, forward, frozen=lambda _: False)
+    weights: list[Trainable] = [s for s in trainables if s.name in index_map]
     for s in weights:
-        assert s.resident is None  # nothing to write back: what the forward reads is
+        assert s.forward_weight is None  # nothing to write back: what the forward reads is
         layer, _, kind = s.name.partition(".")
         assert s.master.untyped_storage().data_ptr() == getattr(model[int(layer)], kind).untyped_storage().data_ptr()
-        assert torch.equal(s.master, take(before[s.name], where[s.name]))
+        assert torch.equal(s.master, take(before[s.name], index_map[s.name]))
 
 
-def test_bf16_residents_are_moved_by_fp32_masters() -> None:
-    model, _, _, where = feedforward()
+def test_bf16_weights_are_trained_by_fp32_masters() -> None:
+    model, _, _, index_map = feedforward()
     full = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = Optimizer(
-        make_partial(model, where, frozen=lambda _: False, dtype=torch.bfloat16), adamw(betas=(0.9, 0.999), eps=1e-8)
+        make_partial(model, index_map, frozen=lambda _: False, dtype=torch.bfloat16), adamw(betas=(0.9, 0.999), eps=1e-8)
     )
     optimizer.lr = 1e-6  # below what bf16 can tell apart at these weights
     for _ in range(3):
         model(torch.randn(4, 8, dtype=torch.bfloat16)).float().square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    for slot in optimizer.slots:
-        start = take(full[slot.name], where.get(slot.name, {}))
-        assert slot.master.dtype == torch.float32
-        assert not torch.equal(slot.master, start)  # moved in fp32, by less than a bf16 step
-        torch.testing.assert_close(slot.master, start, rtol=0, atol=1e-5)
-        assert slot.resident is not None
-        assert torch.equal(take(slot.resident, slot.dims), slot.master.bfloat16())
+    for trainable in optimizer.trainables:
+        start = take(full[trainable.name], index_map.get(trainable.name, {}))
+        assert trainable.master.dtype == torch.float32
+        assert not torch.equal(trainable.master, start)  # moved in fp32, by less than a bf16 step
+        torch.testing.assert_close(trainable.master, start, rtol=0, atol=1e-5)
+        assert trainable.forward_weight is not None
+        assert torch.equal(take(trainable.forward_weight, trainable.dims), trainable.master.bfloat16())
 
 
 def test_what_is_no_linear_layer_cannot_move_in_part() -> None:
@@ -243,13 +244,13 @@ def dequantized(weight: Tensor, dims: dict[int, Tensor], dtype: torch.dtype, *, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("form", FORMS)
-def test_int8_residents_compute_what_the_dequantized_weight_does(form: str, dtype: torch.dtype) -> None:
-    model, where = model_and_where(form)
+def test_int8_weights_compute_what_the_dequantized_weight_does(form: str, dtype: torch.dtype) -> None:
+    model, index_map = model_and_index_map(form)
     transposed = form.startswith("transposed")
     full = {name: param.detach().clone() for name, param in model.named_parameters()}
-    weight = dequantized(full["0.weight"], where["0.weight"], dtype, transposed=transposed).requires_grad_()
+    weight = dequantized(full["0.weight"], index_map["0.weight"], dtype, transposed=transposed).requires_grad_()
     bias = full["0.bias"].to(dtype).requires_grad_()
-    slots = make_partial(model, where, frozen=lambda _: False, dtype=dtype, int8=True)
+    trainables = make_partial(model, index_map, frozen=lambda _: False, dtype=dtype, int8=True)
     assert model[0].weight.dtype == torch.int8  # type: ignore[index]
     x = torch.randn(2, 3, 12 if "columns" in form else 8).to(dtype)
     x_int8, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -261,44 +262,44 @@ def test_int8_residents_compute_what_the_dequantized_weight_does(form: str, dtyp
     expected.float().sin().sum().backward()
     torch.testing.assert_close(x_int8.grad, x_dense.grad)
     wanted = {"0.weight": weight.grad, "0.bias": bias.grad}
-    assert {slot.name for slot in slots} == set(wanted)
-    for slot in slots:
-        gradient = wanted[slot.name]
+    assert {trainable.name for trainable in trainables} == set(wanted)
+    for trainable in trainables:
+        gradient = wanted[trainable.name]
         assert gradient is not None
-        assert slot.leaf.grad is not None
-        assert (slot.leaf.grad.dtype, slot.leaf.grad.shape) == (torch.float32, slot.leaf.shape)
-        torch.testing.assert_close(slot.leaf.grad.to(dtype), take(gradient, where.get(slot.name, {})))
+        assert trainable.grad_param.grad is not None
+        assert (trainable.grad_param.grad.dtype, trainable.grad_param.grad.shape) == (torch.float32, trainable.grad_param.shape)
+        torch.testing.assert_close(trainable.grad_param.grad.to(dtype), take(gradient, index_map.get(trainable.name, {})))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_step_of_int8_residents_moves_the_masters_and_no_code(form: str) -> None:
-    model, where = model_and_where(form)
+def test_a_step_of_int8_weights_trains_the_masters_and_no_code(form: str) -> None:
+    model, index_map = model_and_index_map(form)
     transposed = form.startswith("transposed")
     full = {name: param.detach().clone() for name, param in model.named_parameters()}
     optimizer = Optimizer(
-        make_partial(model, where, frozen=lambda _: False, dtype=torch.bfloat16, int8=True), sgd(momentum=0.9)
+        make_partial(model, index_map, frozen=lambda _: False, dtype=torch.bfloat16, int8=True), sgd(momentum=0.9)
     )
     optimizer.lr = 0.1
     codes = model[0].weight.clone()  # type: ignore[index]
     x = torch.randn(2, 12 if "columns" in form else 8).bfloat16()
     model(x).float().square().sum().backward()
     optimizer.step()
-    moved = next(slot.master for slot in optimizer.slots if slot.name == "0.weight")
-    assert not torch.equal(moved, take(full["0.weight"], where["0.weight"]))
+    moved = next(trainable.master for trainable in optimizer.trainables if trainable.name == "0.weight")
+    assert not torch.equal(moved, take(full["0.weight"], index_map["0.weight"]))
     assert torch.equal(model[0].weight, codes)  # type: ignore[index]
     after = full["0.weight"].clone()
-    put(after, moved, where["0.weight"])
-    weight = dequantized(after, where["0.weight"], torch.bfloat16, transposed=transposed)
+    put(after, moved, index_map["0.weight"])
+    weight = dequantized(after, index_map["0.weight"], torch.bfloat16, transposed=transposed)
     bias = model[0].bias  # type: ignore[index]
     torch.testing.assert_close(model(x), F.linear(x, weight.t() if transposed else weight, bias))
 
 
-def test_frozen_layers_and_embeddings_get_codes_and_what_moves_whole_does_not() -> None:
+def test_frozen_layers_and_embeddings_get_codes_and_what_trains_whole_does_not() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 12), Conv1D(12, 12), nn.LayerNorm(12), nn.Linear(12, 3))
     full = {name: param.detach().clone() for name, param in model.named_parameters()}
     still = {"0.weight", "1.weight", "1.bias", "2.weight"}
-    slots = make_partial(model, {}, frozen=lambda name: name in still, dtype=torch.bfloat16, int8=True)
+    trainables = make_partial(model, {}, frozen=lambda name: name in still, dtype=torch.bfloat16, int8=True)
     embedding, linear, transposed, norm, head = model
     assert isinstance(embedding, QuantizedEmbedding)
     assert isinstance(linear, PartialLinear)
@@ -307,8 +308,8 @@ def test_frozen_layers_and_embeddings_get_codes_and_what_moves_whole_does_not() 
     assert transposed.weight.shape == (12, 12)
     assert linear.bias is not None
     assert (linear.part, linear.bias.dtype, norm.weight.dtype, head.weight.dtype) == (None, *(torch.bfloat16,) * 3)
-    assert {slot.name for slot in slots} == set(full) - still
-    assert all(torch.equal(slot.master, full[slot.name]) for slot in slots)
+    assert {trainable.name for trainable in trainables} == set(full) - still
+    assert all(torch.equal(trainable.master, full[trainable.name]) for trainable in trainables)
     ids = torch.randint(0, 20, (2, 5), generator=torch.Generator().manual_seed(1))
     whole = {
         n: dequantized(full[n], {0: torch.tensor([], dtype=torch.int64)}, torch.bfloat16) for n in ("0.weight", "1.weight")
@@ -336,12 +337,12 @@ def test_masters_are_the_full_models_values_before_training(name: str, dtype: to
     axes = [refine(axis) for axis in layout.axes]
     generator = torch.Generator().manual_seed(1)
     chosen = {axis.name: torch.rand(axis.size, generator=generator) < 0.3 for axis in axes}
-    where = indices(axes, chosen, shapes_of(full))
-    slots = make_partial(model, where, frozen=lambda n: n in layout.embeddings, dtype=dtype, int8=int8)
-    assert {slot.name for slot in slots} == set(full) - set(layout.embeddings)
-    for slot in slots:
-        assert slot.master.dtype == torch.float32
-        assert torch.equal(slot.master, take(full[slot.name], where.get(slot.name, {})))
+    index_map = indices(axes, chosen, shapes_of(full))
+    trainables = make_partial(model, index_map, frozen=lambda n: n in layout.embeddings, dtype=dtype, int8=int8)
+    assert {trainable.name for trainable in trainables} == set(full) - set(layout.embeddings)
+    for trainable in trainables:
+        assert trainable.master.dtype == torch.float32
+        assert torch.equal(trainable.master, take(full[trainable.name], index_map.get(trainable.name, {})))
     assert any(isinstance(module, QuantizedEmbedding) for module in model.modules()) == (int8 and spec.image is None)
 
 
@@ -351,77 +352,87 @@ def storage_bytes(tensors: list[Tensor]) -> int:
     return sum(found.values())
 
 
-def held(model: nn.Module, slots: list[Slot]) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers(), *(slot.own for slot in slots if slot.own is not None)]
+def held(model: nn.Module, trainables: list[Trainable]) -> list[Tensor]:
+    return [
+        *model.parameters(),
+        *model.buffers(),
+        *(trainable.own_master for trainable in trainables if trainable.own_master is not None),
+    ]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_scattered_entries_in_fp32_are_held_once(form: str) -> None:
-    model, where = model_and_where(form)
+    model, index_map = model_and_index_map(form)
     dense_bytes = storage_bytes(list(model.parameters()))
-    slots = make_partial(model, where, frozen=lambda _: False)
+    trainables = make_partial(model, index_map, frozen=lambda _: False)
     index_bytes = storage_bytes([buffer for buffer in model.buffers() if buffer.dtype == torch.int64])
-    handles = [slot.leaf for slot in slots if slot.own is None]
-    assert len(handles) == (0 if form == "side by side" else len(where))
+    handles = [trainable.grad_param for trainable in trainables if trainable.own_master is None]
+    assert len(handles) == (0 if form == "side by side" else len(index_map))
     assert all(handle.untyped_storage().nbytes() == 4 for handle in handles)
     assert index_bytes == (0 if form == "side by side" else ROWS.nbytes)
-    assert storage_bytes(held(model, slots)) == dense_bytes + index_bytes + 4 * len(handles)
+    assert storage_bytes(held(model, trainables)) == dense_bytes + index_bytes + 4 * len(handles)
 
 
 @pytest.mark.parametrize(("dtype", "int8", "bytes_of_frozen"), [(torch.bfloat16, False, 2), (torch.bfloat16, True, 1)])
-def test_short_residents_cost_their_own_size_and_the_masters(dtype: torch.dtype, int8: bool, bytes_of_frozen: int) -> None:
+def test_short_weights_cost_their_own_size_and_the_masters(dtype: torch.dtype, int8: bool, bytes_of_frozen: int) -> None:
     model = nn.Sequential(nn.Linear(64, 128, bias=False))
     index = torch.arange(0, 128, 4)
-    slots = make_partial(model, {"0.weight": {0: index}}, frozen=lambda _: False, dtype=dtype, int8=int8)
-    resident = 96 * 64 + 4 * 96 + 8 * 96 if int8 else 2 * 128 * 64  # codes, scales and where they belong; or the whole in bf16
-    assert storage_bytes(held(model, slots)) == resident + 4 * 32 * 64 + 8 * 32
+    trainables = make_partial(model, {"0.weight": {0: index}}, frozen=lambda _: False, dtype=dtype, int8=int8)
+    forward_weight = (
+        96 * 64 + 4 * 96 + 8 * 96 if int8 else 2 * 128 * 64
+    )  # codes, scales and where they belong; or the whole in bf16
+    assert storage_bytes(held(model, trainables)) == forward_weight + 4 * 32 * 64 + 8 * 32
     assert model[0].weight.element_size() == bytes_of_frozen
 
 
 @pytest.mark.parametrize("form", ["rows", "columns", "transposed rows", "transposed columns"])
 def test_gradients_of_handles_accumulate_and_are_clipped_as_dense_ones(form: str) -> None:
-    model, where = model_and_where(form)
+    model, index_map = model_and_index_map(form)
     dense = copy.deepcopy(model)
     batches = [torch.randn(3, 12 if "columns" in form else 8) for _ in range(2)]
-    slots = make_partial(model, where, frozen=lambda _: False)
+    trainables = make_partial(model, index_map, frozen=lambda _: False)
     for x in batches:
         model(x).square().sum().backward()
         dense(x).square().sum().backward()
-    wanted = [take(param.grad, where.get(name, {})) for name, param in dense.named_parameters() if param.grad is not None]
+    wanted = [take(param.grad, index_map.get(name, {})) for name, param in dense.named_parameters() if param.grad is not None]
     norm = torch.stack([gradient.norm() for gradient in wanted]).norm()
-    clipped = nn.utils.clip_grad_norm_([slot.leaf for slot in slots], 0.5)
+    clipped = nn.utils.clip_grad_norm_([trainable.grad_param for trainable in trainables], 0.5)
     torch.testing.assert_close(clipped, norm)
-    for slot, gradient in zip(slots, wanted, strict=True):
-        torch.testing.assert_close(slot.leaf.grad, gradient * (0.5 / norm))
+    for trainable, gradient in zip(trainables, wanted, strict=True):
+        torch.testing.assert_close(trainable.grad_param.grad, gradient * (0.5 / norm))
 
 
-RULES: dict[str, Rule] = {"sgd": sgd(momentum=0.9), "plain sgd": sgd(momentum=0.0), "adamw": adamw(betas=(0.9, 0.99), eps=1e-8)}
+RULES: dict[str, UpdateRule] = {
+    "sgd": sgd(momentum=0.9),
+    "plain sgd": sgd(momentum=0.0),
+    "adamw": adamw(betas=(0.9, 0.99), eps=1e-8),
+}
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("form", ["rows", "columns", "transposed rows", "transposed columns"])
 def test_steps_with_handles_are_those_with_a_compact_copy_to_the_bit(form: str, rule: str) -> None:
-    model, where = model_and_where(form)
+    model, index_map = model_and_index_map(form)
     full = {name: param.detach().clone() for name, param in model.named_parameters()}
-    handles = make_partial(model, where, frozen=lambda _: False)
+    handles = make_partial(model, index_map, frozen=lambda _: False)
     copies = []
-    for slot in handles:
-        leaf = nn.Parameter(take(full[slot.name], where.get(slot.name, {})).clone())
-        copies.append(Slot(slot.name, leaf, leaf.detach()))
-    optimizers = [Optimizer(slots, RULES[rule], weight_decay=0.1) for slots in (handles, copies)]
+    for trainable in handles:
+        grad_param = nn.Parameter(take(full[trainable.name], index_map.get(trainable.name, {})).clone())
+        copies.append(Trainable(trainable.name, grad_param, grad_param.detach()))
+    optimizers = [Optimizer(trainables, RULES[rule], weight_decay=0.1) for trainables in (handles, copies)]
     for optimizer in optimizers:
         optimizer.lr = 0.05
     for _ in range(4):
         model(torch.randn(3, 12 if "columns" in form else 8)).square().sum().backward()
         for ours, theirs in zip(handles, copies, strict=True):
-            assert ours.leaf.grad is not None
-            theirs.leaf.grad = ours.leaf.grad.clone()
+            assert ours.grad_param.grad is not None
+            theirs.grad_param.grad = ours.grad_param.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
     for ours, theirs in zip(handles, copies, strict=True):
         assert torch.equal(ours.master, theirs.master)
-        put(full[ours.name], theirs.master, where.get(ours.name, {}))
+        put(full[ours.name], theirs.master, index_map.get(ours.name, {}))
     assert torch.equal(model[0].weight, full["0.weight"])  # type: ignore[index]
     assert torch.equal(model[0].bias, full["0.bias"])  # type: ignore[index]
 
@@ -433,15 +444,15 @@ def test_offloaded_masters_take_the_same_steps_to_the_bit(form: str, dtype: str)
     x = torch.randn(3, 2, 12 if "columns" in form else 8, dtype=settings["dtype"])  # type: ignore[arg-type]
     moved = {}
     for offload in (False, True):
-        model, where = model_and_where(form)
-        slots = make_partial(model, where, frozen=lambda _: False, offload=offload, **settings)  # type: ignore[arg-type]
-        optimizer = Optimizer(slots, adamw(betas=(0.9, 0.999), eps=1e-8))
+        model, index_map = model_and_index_map(form)
+        trainables = make_partial(model, index_map, frozen=lambda _: False, offload=offload, **settings)  # type: ignore[arg-type]
+        optimizer = Optimizer(trainables, adamw(betas=(0.9, 0.999), eps=1e-8))
         optimizer.lr = 0.01
         for part in x:
             model(part).float().square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-        moved[offload] = {slot.name: slot.master for slot in slots} | {"out": model(x[0]).detach()}
+        moved[offload] = {trainable.name: trainable.master for trainable in trainables} | {"out": model(x[0]).detach()}
     for name, tensor in moved[False].items():
         assert torch.equal(moved[True][name], tensor), name
 
@@ -449,14 +460,16 @@ def test_offloaded_masters_take_the_same_steps_to_the_bit(form: str, dtype: str)
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_offloaded_is_not_on_the_device(form: str, int8: bool) -> None:
-    model, where = model_and_where(form)
-    slots = make_partial(model, where, frozen=lambda _: False, device="meta", dtype=torch.bfloat16, int8=int8, offload=True)
-    optimizer = Optimizer(slots, adamw(betas=(0.9, 0.999), eps=1e-8))
-    for slot in slots:
-        assert slot.own is not None
-        assert (slot.home.type, slot.own.dtype) == ("cpu", torch.float32)
-        assert slot.leaf.device.type == "meta"
-        assert all(moment.device.type == "cpu" for moment in optimizer.moments[slot.name].values())
+    model, index_map = model_and_index_map(form)
+    trainables = make_partial(
+        model, index_map, frozen=lambda _: False, device="meta", dtype=torch.bfloat16, int8=int8, offload=True
+    )
+    optimizer = Optimizer(trainables, adamw(betas=(0.9, 0.999), eps=1e-8))
+    for trainable in trainables:
+        assert trainable.own_master is not None
+        assert (trainable.device.type, trainable.own_master.dtype) == ("cpu", torch.float32)
+        assert trainable.grad_param.device.type == "meta"
+        assert all(moment.device.type == "cpu" for moment in optimizer.moments[trainable.name].values())
     fp32 = [
         name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.dtype == torch.float32 and t.numel() > 1
     ]
@@ -473,19 +486,19 @@ def test_what_is_offloaded_is_not_on_the_device(form: str, int8: bool) -> None:
         ("rows", True, True, "int8, nothing moves"),
     ],
 )
-def test_a_layer_says_what_of_it_moves_and_its_indices_are_no_part_of_a_checkpoint(
+def test_a_layer_says_what_of_it_trains_and_its_indices_are_no_part_of_a_checkpoint(
     form: str, int8: bool, still: bool, said: str
 ) -> None:
-    model, where = model_and_where(form)
-    make_partial(model, {} if still else where, frozen=lambda _: still, int8=int8)
+    model, index_map = model_and_index_map(form)
+    make_partial(model, {} if still else index_map, frozen=lambda _: still, int8=int8)
     assert model[0].extra_repr() == said  # type: ignore[index]
     assert not {"0.place", "0.rest"} & set(model.state_dict())
 
 
 def test_a_bias_does_not_move_in_part_beside_columns() -> None:
-    model, where = model_and_where("columns")
+    model, index_map = model_and_index_map("columns")
     with pytest.raises(TypeError, match=r"0\.bias would move at other rows than 0\.weight"):
-        make_partial(model, {**where, "0.bias": {0: ROWS}}, frozen=lambda _: False)
+        make_partial(model, {**index_map, "0.bias": {0: ROWS}}, frozen=lambda _: False)
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -494,8 +507,10 @@ def test_masters_have_memory_of_their_own_and_whole_numbers_keep_their_type(offl
     model.register_parameter("steps", nn.Parameter(torch.arange(3), requires_grad=False))
     before = {param.untyped_storage().data_ptr() for param in model.parameters()}
     dtype = torch.float32 if offload else torch.bfloat16
-    slots = make_partial(model, {}, frozen=lambda name: name == "steps", dtype=dtype, offload=offload)
-    masters = {slot.own.untyped_storage().data_ptr() for slot in slots if slot.own is not None}
+    trainables = make_partial(model, {}, frozen=lambda name: name == "steps", dtype=dtype, offload=offload)
+    masters = {
+        trainable.own_master.untyped_storage().data_ptr() for trainable in trainables if trainable.own_master is not None
+    }
     assert len(masters) == 4
     assert not masters & (before | {param.untyped_storage().data_ptr() for param in model.parameters()})
     assert model.get_parameter("steps").dtype == torch.int64

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recap_cli.trainable.build import Slot, make_partial
+from recap_cli.trainable.build import Trainable, make_partial
 from recap_cli.trainable.embedding import PartialEmbedding
 from recap_cli.trainable.frozen_weights import quantize
 from recap_cli.trainable.optim import Optimizer, adamw
 
-VOCABULARY, WIDTH = 40, 8
+TOKEN_ROWS, WIDTH = 40, 8
 HELD = torch.tensor([0, 3, 4, 9, 17, 18, 30, 39])
 MOVING = torch.tensor([3, 9, 18, 39])
 DTYPES = {
@@ -28,7 +28,7 @@ class Words(nn.Module):
 
     def __init__(self, padding_idx: int | None = None) -> None:
         super().__init__()
-        self.table = nn.Embedding(VOCABULARY, WIDTH, padding_idx=padding_idx)
+        self.table = nn.Embedding(TOKEN_ROWS, WIDTH, padding_idx=padding_idx)
         self.top = nn.Linear(WIDTH, 3)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -47,14 +47,14 @@ def texts(count: int = 4, ids: Tensor = HELD) -> Tensor:
     return ids[drawn]  # (texts, tokens)
 
 
-def partial(model: Words, moving: Tensor | None = MOVING, held: Tensor = HELD, **settings: Any) -> list[Slot]:
-    where = {} if moving is None else {"table.weight": {0: moving}}
+def partial(model: Words, trained: Tensor | None = MOVING, held: Tensor = HELD, **settings: Any) -> list[Trainable]:
+    where = {} if trained is None else {"table.weight": {0: trained}}
     return make_partial(
-        model, where, frozen=lambda n: moving is None and n == "table.weight", looked_up={"table.weight": held}, **settings
+        model, where, frozen=lambda n: trained is None and n == "table.weight", used_rows={"table.weight": held}, **settings
     )
 
 
-def as_held(weight: Tensor, moving: Tensor, dtype: str) -> Tensor:
+def as_held(weight: Tensor, trained: Tensor, dtype: str) -> Tensor:
     """The table that the forward reads: frozen rows as codes have them, moving ones in the type of the forward."""
     if dtype == "fp32":
         return weight
@@ -62,18 +62,18 @@ def as_held(weight: Tensor, moving: Tensor, dtype: str) -> Tensor:
     if dtype == "int8":
         codes, scale = quantize(weight)
         short = (codes.bfloat16() * scale).bfloat16()
-        short[moving] = weight[moving].bfloat16()
+        short[trained] = weight[trained].bfloat16()
     return short
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("moving", [None, MOVING, HELD], ids=["none", "some", "all"])
-def test_every_row_that_is_held_is_looked_up_as_in_the_whole_table(dtype: str, moving: Tensor | None) -> None:
+@pytest.mark.parametrize("trained", [None, MOVING, HELD], ids=["none", "some", "all"])
+def test_every_row_that_is_held_is_looked_up_as_in_the_whole_table(dtype: str, trained: Tensor | None) -> None:
     model = words()
-    whole = as_held(model.table.weight.detach().clone(), HELD[:0] if moving is None else moving, dtype)
-    partial(model, moving, **DTYPES[dtype])
-    moving_rows = 0 if moving is None else len(moving)
-    assert model.table.extra_repr() == f"{len(HELD)} of {VOCABULARY} rows, {moving_rows} move"
+    whole = as_held(model.table.weight.detach().clone(), HELD[:0] if trained is None else trained, dtype)
+    partial(model, trained, **DTYPES[dtype])
+    moving_rows = 0 if trained is None else len(trained)
+    assert model.table.extra_repr() == f"{len(HELD)} of {TOKEN_ROWS} rows, {moving_rows} move"
     assert isinstance(model.table, PartialEmbedding)
     ids = texts()
     torch.testing.assert_close(model.table(ids), F.embedding(ids, whole), rtol=0, atol=0)
@@ -82,23 +82,23 @@ def test_every_row_that_is_held_is_looked_up_as_in_the_whole_table(dtype: str, m
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("moving", [MOVING, HELD], ids=["some", "all"])
-def test_the_gradient_is_the_dense_one_at_the_rows_that_move(dtype: str, moving: Tensor) -> None:
+@pytest.mark.parametrize("trained", [MOVING, HELD], ids=["some", "all"])
+def test_the_gradient_is_the_dense_one_at_the_rows_that_move(dtype: str, trained: Tensor) -> None:
     model = words()
     dense = copy.deepcopy(model).to(torch.float32 if dtype == "fp32" else torch.bfloat16)
     with torch.no_grad():
-        dense.table.weight.copy_(as_held(model.table.weight.detach(), moving, dtype))
-    slots = partial(model, moving, **DTYPES[dtype])
+        dense.table.weight.copy_(as_held(model.table.weight.detach(), trained, dtype))
+    trainables = partial(model, trained, **DTYPES[dtype])
     for one in (model, dense):
         for ids in (texts(), texts(3).flip(1)):
             F.cross_entropy(one(ids), torch.arange(len(ids)) % 3).backward()
-    (slot,) = (slot for slot in slots if slot.name == "table.weight")
-    assert slot.leaf.grad is not None
-    assert slot.leaf.grad.dtype == torch.float32
+    (trainable,) = (trainable for trainable in trainables if trainable.name == "table.weight")
+    assert trainable.grad_param.grad is not None
+    assert trainable.grad_param.grad.dtype == torch.float32
     assert dense.table.weight.grad is not None
-    wanted = dense.table.weight.grad[moving].float()
+    wanted = dense.table.weight.grad[trained].float()
     close = {"rtol": 1e-5, "atol": 1e-8} if dtype == "fp32" else {"rtol": 2e-2, "atol": 1e-4}  # the dense sums in bf16
-    torch.testing.assert_close(slot.leaf.grad, wanted, **close)
+    torch.testing.assert_close(trainable.grad_param.grad, wanted, **close)
     assert wanted.abs().sum() > 0
 
 
@@ -107,17 +107,17 @@ def test_the_gradient_is_the_dense_one_at_the_rows_that_move(dtype: str, moving:
 def test_steps_move_these_rows_alone_and_the_forward_reads_them(dtype: str, offload: bool) -> None:
     model = words()
     before = model.table.weight.detach().clone()
-    slots = partial(model, offload=offload, **DTYPES[dtype])
-    (slot,) = (slot for slot in slots if slot.name == "table.weight")
-    assert torch.equal(slot.master, before[MOVING])
-    optimizer = Optimizer(slots, adamw(betas=(0.9, 0.999), eps=1e-8), weight_decay=0.1)
+    trainables = partial(model, offload=offload, **DTYPES[dtype])
+    (trainable,) = (trainable for trainable in trainables if trainable.name == "table.weight")
+    assert torch.equal(trainable.master, before[MOVING])
+    optimizer = Optimizer(trainables, adamw(betas=(0.9, 0.999), eps=1e-8), weight_decay=0.1)
     optimizer.lr = 0.05
     for _ in range(3):
         F.cross_entropy(model(texts()), torch.arange(4) % 3).backward()
         optimizer.step()
         optimizer.zero_grad()
     after = before.clone()
-    after[MOVING] = slot.master
+    after[MOVING] = trainable.master
     assert (after[MOVING] - before[MOVING]).abs().min() > 0
     torch.testing.assert_close(model.table(HELD), as_held(after, MOVING, dtype)[HELD], rtol=0, atol=0)
     assert {moment.shape for moment in optimizer.moments["table.weight"].values()} == {(len(MOVING), WIDTH)}
@@ -127,32 +127,36 @@ def test_steps_move_these_rows_alone_and_the_forward_reads_them(dtype: str, offl
 @pytest.mark.parametrize("offload", [False, True])
 def test_rows_that_are_not_looked_up_are_not_held(dtype: str, offload: bool) -> None:
     model = words()
-    slots = partial(model, offload=offload, **DTYPES[dtype])
+    trainables = partial(model, offload=offload, **DTYPES[dtype])
     table = model.table
     tensors = [*table.parameters(), *table.buffers()]
     if not offload:
-        tensors += [slot.own for slot in slots if slot.name == "table.weight" and slot.own is not None]
+        tensors += [
+            trainable.own_master
+            for trainable in trainables
+            if trainable.name == "table.weight" and trainable.own_master is not None
+        ]
     held_bytes = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-    rows, moving, ids = len(HELD), len(MOVING), 4 * VOCABULARY
+    rows, trained, ids = len(HELD), len(MOVING), 4 * TOKEN_ROWS
     wanted = {
         ("fp32", False): 4 * WIDTH * rows,
         ("fp32", True): 4 * WIDTH * rows + 4,  # and a handle
-        ("bf16", False): 2 * WIDTH * rows + 4 * WIDTH * moving,
+        ("bf16", False): 2 * WIDTH * rows + 4 * WIDTH * trained,
         ("bf16", True): 2 * WIDTH * rows + 4,
-        ("int8", False): (WIDTH + 4) * (rows - moving) + 4 * WIDTH * moving,
-        ("int8", True): (WIDTH + 4) * (rows - moving) + 2 * WIDTH * moving,
+        ("int8", False): (WIDTH + 4) * (rows - trained) + 4 * WIDTH * trained,
+        ("int8", True): (WIDTH + 4) * (rows - trained) + 2 * WIDTH * trained,
     }
     assert held_bytes == wanted[dtype, offload] + ids
     assert isinstance(table, PartialEmbedding)
-    assert table.absent == (VOCABULARY - rows) * WIDTH
-    assert repr(table) == f"PartialEmbedding({rows} of {VOCABULARY} rows, {moving} move)"
+    assert table.absent == (TOKEN_ROWS - rows) * WIDTH
+    assert repr(table) == f"PartialEmbedding({rows} of {TOKEN_ROWS} rows, {trained} move)"
 
 
 def test_nothing_of_a_table_that_is_still_asks_for_a_gradient() -> None:
     model = words()
-    slots = partial(model, None)
+    trainables = partial(model, None)
     assert not model.table(texts()).requires_grad
-    assert {slot.name for slot in slots} == {"top.weight", "top.bias"}
+    assert {trainable.name for trainable in trainables} == {"top.weight", "top.bias"}
 
 
 def test_the_forward_saves_no_more_than_where_the_rows_stand() -> None:
@@ -182,11 +186,14 @@ def test_what_cannot_be_held_in_part_is_refused() -> None:
         partial(scaled)
     partial(scaled, None)
     assert isinstance(scaled.table, nn.Embedding)
-    assert scaled.table.weight.shape == (VOCABULARY, WIDTH)
+    assert scaled.table.weight.shape == (TOKEN_ROWS, WIDTH)
 
 
-def test_a_table_that_moves_whole_is_held_whole() -> None:
+def test_a_table_that_trains_whole_is_held_whole() -> None:
     model = words()
-    slots = make_partial(model, {}, frozen=lambda _: False, looked_up={"table.weight": HELD})
+    trainables = make_partial(model, {}, frozen=lambda _: False, used_rows={"table.weight": HELD})
     assert isinstance(model.table, nn.Embedding)
-    assert {slot.name: tuple(slot.leaf.shape) for slot in slots}["table.weight"] == (VOCABULARY, WIDTH)
+    assert {trainable.name: tuple(trainable.grad_param.shape) for trainable in trainables}["table.weight"] == (
+        TOKEN_ROWS,
+        WIDTH,
+    )

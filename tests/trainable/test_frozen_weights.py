@@ -69,9 +69,9 @@ def test_the_smallest_numbers_are_kept_within_the_smallest_scale(value: float) -
 def naive(codes: Tensor, scale: Tensor, part: Tensor, dim: int, index: Tensor) -> Tensor:
     """The dense weight put together one row, or one column, at a time, in float64."""
     still = iter((codes.double() * scale).unbind(dim))
-    moves = iter(part.double().unbind(dim))
+    trains = iter(part.double().unbind(dim))
     chosen = set(index.tolist())
-    return torch.stack([next(moves) if i in chosen else next(still) for i in range(codes.shape[dim] + len(index))], dim)
+    return torch.stack([next(trains) if i in chosen else next(still) for i in range(codes.shape[dim] + len(index))], dim)
 
 
 def places(index: Tensor, length: int) -> tuple[Place, Place]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import recap_cli.stages.finetune as finetuning
 from recap_cli import registry
-from recap_cli.core.method import Attached, Frame, Method, Turn
+from recap_cli.core.method import Method, RoundPlan, TrainContext, TrainerHook
 from recap_cli.data import sources
 from recap_cli.data import splits as data
 from recap_cli.errors import ModelError
@@ -30,9 +30,9 @@ from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
-from recap_cli.trainable import token_rows as vocabularies
+from recap_cli.trainable import token_rows as token_rows_of_data
 from recap_cli.trainable.optim import Optimizer
-from recap_cli.trainable.token_rows import Vocabulary
+from recap_cli.trainable.token_rows import TokenRows
 from tests.pico import LABELS, PICO, WORDS
 from tests.tiny import is_text, tiny
 
@@ -63,7 +63,7 @@ def finetuned(root: Path, name: str, embeddings: bool | str, **sections: Any) ->
 
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold every row from now on, as where the table is not known."""
-    monkeypatch.setattr(vocabularies, "of", lambda *_: None)
+    monkeypatch.setattr(token_rows_of_data, "of", lambda *_: None)
 
 
 def tensors_of(state: State, file: str) -> dict[str, Tensor]:
@@ -72,39 +72,39 @@ def tensors_of(state: State, file: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_the_rows_are_those_of_the_tokens_in_the_data(name: str, tmp_path: Path) -> None:
-    here = Context(init(recipe(tmp_path, name), tmp_path / "state"))
-    splits = here.splits(lambda items, label, total=None: iter(items))
-    found = vocabularies.of(here.model(here.full_tensors()), *splits)
+    context = Context(init(recipe(tmp_path, name), tmp_path / "state"))
+    splits = context.splits(lambda items, label, total=None: iter(items))
+    found = token_rows_of_data.of(context.model(context.full_tensors()), *splits)
     assert found is not None
-    assert found.table in here.layout.embeddings
-    assert found.size == len(here.full_tensors()[found.table]) == 64
+    assert found.table in context.layout.embeddings
+    assert found.size == len(context.full_tensors()[found.table]) == 64
     assert found.held.tolist() == ids(*SPECIAL, "w0", "w1", "w2", "w7", "w9", "w30", "w31")
-    assert found.moving.tolist() == ids("[CLS]", "[SEP]", "w0", "w1", "w2", "w7", "w9")
-    again = Vocabulary.from_tensors(found.to_tensors())
-    assert (again.table, again.size, again.held.tolist(), again.moving.tolist()) == (
+    assert found.trained.tolist() == ids("[CLS]", "[SEP]", "w0", "w1", "w2", "w7", "w9")
+    again = TokenRows.from_tensors(found.to_tensors())
+    assert (again.table, again.size, again.held.tolist(), again.trained.tolist()) == (
         *(found.table, found.size),
-        *(found.held.tolist(), found.moving.tolist()),
+        *(found.held.tolist(), found.trained.tolist()),
     )
 
 
-@pytest.mark.parametrize(("name", "resident"), [*((name, "fp32") for name in TEXTS), ("bert", "bf16"), ("bert", "int8")])
+@pytest.mark.parametrize(("name", "weights"), [*((name, "fp32") for name in TEXTS), ("bert", "bf16"), ("bert", "int8")])
 def test_a_still_table_trains_and_scores_as_if_all_of_it_were_held(
-    name: str, resident: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "rows").mkdir(), (tmp_path / "whole").mkdir()
-    settings = {"finetune": {"resident": resident}}
+    settings = {"finetune": {"weights": weights}}
     rows = finetuned(tmp_path / "rows", name, False, **settings)
     whole(monkeypatch)
     all_of_it = finetuned(tmp_path / "whole", name, False, **settings)
-    ours, theirs = tensors_of(rows, shared.MOVED), tensors_of(all_of_it, shared.MOVED)
+    ours, theirs = tensors_of(rows, shared.TRAINED), tensors_of(all_of_it, shared.TRAINED)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert rows.load_json("round-001/metrics.json") == all_of_it.load_json("round-001/metrics.json")
     held, more = (entry_of(state, "finetune") for state in (rows, all_of_it))
-    assert held["token_rows"] == {"all": 64, "held": 12, "moving": 0}
+    assert held["token_rows"] == {"all": 64, "held": 12, "trained": 0}
     assert "token_rows" not in more
     width = Context(rows).full_tensors()[table_of(rows)].shape[1]
-    row_bytes = {"fp32": 4 * width, "bf16": 2 * width, "int8": width + 4}[resident]
+    row_bytes = {"fp32": 4 * width, "bf16": 2 * width, "int8": width + 4}[weights]
     assert more["weights_bytes"] - held["weights_bytes"] == (64 - 12) * row_bytes - 4 * 64  # what says where each row stands
 
 
@@ -113,34 +113,34 @@ def entry_of(state: State, stage: str) -> dict[str, Any]:
 
 
 def table_of(state: State) -> str:
-    found = Context(state).vocabulary("round-001")
+    found = Context(state).token_rows("round-001")
     assert found is not None
     return found.table
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_rows_of_tokens_move_as_they_do_in_a_table_that_moves_whole(
+def test_rows_of_tokens_move_as_they_do_in_a_table_that_trains_whole(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tokens").mkdir(), (tmp_path / "whole").mkdir()
     settings: dict[str, Any] = {"finetune": {"weight_decay": 0.0, "optimizer": "sgd", "lr": 0.5}}
     tokens = finetuned(tmp_path / "tokens", name, "tokens", **settings)
-    table, rows = table_of(tokens), Context(tokens).vocabulary("round-001")
+    table, rows = table_of(tokens), Context(tokens).token_rows("round-001")
     assert rows is not None
     monkeypatch.setattr(  # of all embeddings, the table alone
-        small_model, "frozen_whole", lambda layout, _turn, param, **_: param in layout.embeddings and param != table
+        small_model, "frozen_whole", lambda layout, _round_plan, param, **_: param in layout.embeddings and param != table
     )
     all_of_it = finetuned(tmp_path / "whole", name, True, **settings)
-    ours, theirs = tensors_of(tokens, shared.MOVED), tensors_of(all_of_it, shared.MOVED)
+    ours, theirs = tensors_of(tokens, shared.TRAINED), tensors_of(all_of_it, shared.TRAINED)
     assert ours.keys() == theirs.keys()
-    assert ours[table].shape[0] == len(rows.moving)
+    assert ours[table].shape[0] == len(rows.trained)
     for key in ours:
-        torch.testing.assert_close(ours[key], theirs[key][rows.moving] if key == table else theirs[key], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[key], theirs[key][rows.trained] if key == table else theirs[key], rtol=1e-4, atol=1e-5)
     before = Context(tokens).full_tensors()[table].clone()
-    assert (ours[table] - before[rows.moving]).abs().amax(1).min() > 0
+    assert (ours[table] - before[rows.trained]).abs().amax(1).min() > 0
     facts = entry_of(tokens, "finetune")
-    assert facts["token_rows"] == {"all": 64, "held": 12, "moving": 7}
-    assert entry_of(all_of_it, "finetune")["token_rows"] == {"all": 64, "held": 64, "moving": 64}
+    assert facts["token_rows"] == {"all": 64, "held": 12, "trained": 7}
+    assert entry_of(all_of_it, "finetune")["token_rows"] == {"all": 64, "held": 64, "trained": 64}
     assert facts["trainable"] == entry_of(all_of_it, "finetune")["trainable"] - (64 - 7) * before.shape[1]
     assert facts["optimizer_bytes"] == 4 * facts["trainable"]  # one moment
 
@@ -157,23 +157,23 @@ def test_the_small_model_scores_the_same_before_and_after_the_merge(embeddings: 
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_merge_writes_the_rows_that_moved_and_leaves_every_other_bit(name: str, tmp_path: Path) -> None:
+def test_a_merge_writes_the_rows_that_trained_and_leaves_every_other_bit(name: str, tmp_path: Path) -> None:
     state = finetuned(tmp_path, name, "tokens")
-    here, table = Context(state), table_of(state)
-    before, rows = here.full_tensors()[table].clone(), here.vocabulary("round-001")
+    context, table = Context(state), table_of(state)
+    before, rows = context.full_tensors()[table].clone(), context.token_rows("round-001")
     assert rows is not None
-    moved = tensors_of(state, shared.MOVED)[table]
+    trained = tensors_of(state, shared.TRAINED)[table]
     merge(state)
     after, expected = Context(state).full_tensors()[table], before.clone()
-    expected[rows.moving] = moved
+    expected[rows.trained] = trained
     assert torch.equal(after, expected)
     assert not torch.equal(after, before)
     product = state.load_tensors(f"{state.manifest.best['folder']}/{shared.WEIGHTS}")  # type: ignore[index]
     assert torch.equal(product[table], after)  # of every row, as the product's user has other words
     stored = state.load_tensors(f"{Context(state).full}/{shared.MOMENTS}")
-    still = torch.ones(64, dtype=torch.bool).index_fill_(0, rows.moving, False)
+    still = torch.ones(64, dtype=torch.bool).index_fill_(0, rows.trained, False)
     assert stored[f"{table}/exp_avg"][still].abs().max() == 0
-    assert stored[f"{table}/exp_avg"][rows.moving].abs().max() > 0
+    assert stored[f"{table}/exp_avg"][rows.trained].abs().max() > 0
     assert stored[f"{table}/count"].tolist() == [0 if alone else 2 for alone in still.tolist()]  # 16 texts in batches of 8
 
 
@@ -181,20 +181,20 @@ def test_a_later_round_has_the_moments_and_ages_of_its_rows(tmp_path: Path, monk
     seen: list[dict[str, Any]] = []
     made = finetuning.Optimizer
 
-    def spy(slots: Any, rule: Any, **given: Any) -> Any:
+    def spy(trainables: Any, rule: Any, **given: Any) -> Any:
         seen.append(given)
-        return made(slots, rule, **given)
+        return made(trainables, rule, **given)
 
     monkeypatch.setattr(finetuning, "Optimizer", spy)
     state = run(recipe(tmp_path, "bert", "tokens"), tmp_path / "state")
-    table, rows = table_of(state), Context(state).vocabulary("round-001")
+    table, rows = table_of(state), Context(state).token_rows("round-001")
     assert rows is not None
     assert table not in seen[0]["moments"]
-    assert seen[1]["moments"][table]["exp_avg"].shape[0] == len(rows.moving)
-    assert seen[1]["counts"][table].tolist() == [2] * len(rows.moving)
+    assert seen[1]["moments"][table]["exp_avg"].shape[0] == len(rows.trained)
+    assert seen[1]["counts"][table].tolist() == [2] * len(rows.trained)
     stored = state.load_tensors(f"{Context(state).full}/{shared.MOMENTS}")
     assert stored[f"{table}/count"].max() == 4
-    assert state.manifest.made["turns"][1]["embeddings"] == "tokens"
+    assert state.manifest.made["round_plans"][1]["embeddings"] == "tokens"
 
 
 def test_rows_of_other_data_have_ages_of_their_own(tmp_path: Path) -> None:
@@ -214,11 +214,11 @@ def test_rows_of_other_data_have_ages_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("second", [False, "tokens", True])
 @pytest.mark.parametrize("first", [False, "tokens", True])
-def test_rounds_may_differ_in_what_of_the_table_moves(
+def test_rounds_may_differ_in_what_of_the_table_trains(
     first: bool | str, second: bool | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns = [Turn(0.4, 0.6, share=0.5, embeddings=one) for one in (first, second)]  # type: ignore[arg-type]
-    monkeypatch.setattr(planning, "method_of", lambda _: Method("", lambda _: turns))
+    round_plans = [RoundPlan(0.4, 0.6, share=0.5, embeddings=one) for one in (first, second)]  # type: ignore[arg-type]
+    monkeypatch.setattr(planning, "method_of", lambda _: Method("", lambda _: round_plans))
     state = run(recipe(tmp_path, "bert"), tmp_path / "state")
     stored = state.load_tensors(f"{Context(state).full}/{shared.MOMENTS}")
     ages = stored.get(f"{table_of(state)}/count")
@@ -226,45 +226,47 @@ def test_rounds_may_differ_in_what_of_the_table_moves(
     assert taken == {"w0": 2 * (bool(first) + bool(second)), "w40": 2 * ((first is True) + (second is True))}
 
 
-def hooked(frame: Frame) -> Attached:
+def hooked(context: TrainContext) -> TrainerHook:
     """A training of a prompt that a hook adds to what the table gives, with tokens that the data may not have."""
-    table = frame.model.get_input_embeddings()  # type: ignore[operator]
-    frame.model.register_parameter("prompt", nn.Parameter(torch.zeros(table.weight.shape[1])))
-    table.register_forward_hook(lambda _module, _ids, out: out + frame.model.get_parameter("prompt"))
-    return Attached(moves=lambda name: name == "prompt", result=lambda values, small: ({}, {}))
+    table = context.model.get_input_embeddings()  # type: ignore[operator]
+    context.model.register_parameter("prompt", nn.Parameter(torch.zeros(table.weight.shape[1])))
+    table.register_forward_hook(lambda _module, _ids, out: out + context.model.get_parameter("prompt"))
+    return TrainerHook(trains=lambda name: name == "prompt", result=lambda values, small: ({}, {}))
 
 
-def rare(frame: Frame) -> Attached:
+def rare(context: TrainContext) -> TrainerHook:
     """A training of the head in which one token is exchanged for another that no text has."""
-    frame.model.register_forward_pre_hook(
+    context.model.register_forward_pre_hook(
         lambda _model, _args, given: ((), given | {"input_ids": given["input_ids"].clone().fill_(60)}), with_kwargs=True
     )
-    return Attached(moves=frame.head.__contains__, result=lambda values, small: (dict(values), {}))
+    return TrainerHook(trains=context.head.__contains__, result=lambda values, small: (dict(values), {}))
 
 
-@pytest.mark.parametrize("resident", ["fp32", "int8"])
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
 @pytest.mark.parametrize("training", [hooked, rare])
 def test_a_strangers_training_may_hook_the_table_and_look_up_any_token(
-    training: Any, resident: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    training: Any, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method = Method("", lambda _: [Turn(moves="training")], training=training)
+    method = Method("", lambda _: [RoundPlan(trains="training")], training=training)
     for module in (planning, custom_training):
         monkeypatch.setattr(module, "method_of", lambda _: method)
     made: list[Any] = []
     monkeypatch.setattr(
-        finetuning, "Optimizer", lambda slots, *args, **given: made.append(slots) or Optimizer(slots, *args, **given)
+        finetuning,
+        "Optimizer",
+        lambda trainables, *args, **given: made.append(trainables) or Optimizer(trainables, *args, **given),
     )
-    state = run(recipe(tmp_path, "bert", finetune={"resident": resident}), tmp_path / "state")
+    state = run(recipe(tmp_path, "bert", finetune={"weights": weights}), tmp_path / "state")
     assert entry_of(state, "finetune")["token_rows"]["held"] == 64
     if training is hooked:
-        (slot,) = made[0]
-        assert slot.master.abs().max() > 0  # it has had a gradient
+        (trainable,) = made[0]
+        assert trainable.master.abs().max() > 0  # it has had a gradient
 
 
 def test_tokens_of_a_model_without_such_a_table_are_refused_when_the_state_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vocabularies, "_table", lambda _: None)
+    monkeypatch.setattr(token_rows_of_data, "_table", lambda _: None)
     with pytest.raises(
         ModelError, match="BertForSequenceClassification has no table of tokens that is looked up and nothing else"
     ):
@@ -282,7 +284,7 @@ def test_texts_are_tokenized_once_whatever_is_asked(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(data, "text_split", count)
     state = run(recipe(tmp_path, "bert", rounds=1, finetune={"memory_budget": "1GiB"}), tmp_path / "state")
-    meta_model.outline_of(Context(state))
+    meta_model.of_state(Context(state))
     assert len(counted) == 2
 
 
@@ -293,8 +295,12 @@ def test_other_methods_hold_the_whole_table_only_if_they_move_it(method: str, tm
         "prune": {"ratio": 0.0 if method in ("full-ft", "head-ft", "lora-ft") else 0.4},
     }
     state = run(recipe(tmp_path, "bert", **sections), tmp_path / "state")
-    moves = method in ("full-ft", "pre-ft", "movement")
-    assert entry_of(state, "finetune")["token_rows"] == {"all": 64, "held": 64 if moves else 12, "moving": 64 if moves else 0}
+    trains = method in ("full-ft", "pre-ft", "movement")
+    assert entry_of(state, "finetune")["token_rows"] == {
+        "all": 64,
+        "held": 64 if trains else 12,
+        "trained": 64 if trains else 0,
+    }
 
 
 def test_there_is_no_such_table_where_the_model_uses_it_otherwise() -> None:
@@ -311,12 +317,12 @@ def test_there_is_no_such_table_where_the_model_uses_it_otherwise() -> None:
 
     def found(model: nn.Module) -> Any:
         split = finetuning.Split("", torch.zeros(1), lambda *_: {}, torch.tensor([0, 2]), torch.tensor([3]))
-        return vocabularies.of(model, split, split)
+        return token_rows_of_data.of(model, split, split)
 
     table, tied = nn.Embedding(4, 2), nn.Linear(2, 4, bias=False)
     tied.weight = table.weight
     assert found(Model(table)).held.tolist() == [0, 2, 3]
-    assert found(Model(table)).moving.tolist() == [0, 2]
+    assert found(Model(table)).trained.tolist() == [0, 2]
     assert found(Model(table, tied)) is None
     assert found(Model(table, table)) is None
     assert found(Model(Scaled(4, 2))) is None
@@ -325,36 +331,36 @@ def test_there_is_no_such_table_where_the_model_uses_it_otherwise() -> None:
 
 
 @pytest.mark.parametrize("embeddings", [False, "tokens", True])
-@pytest.mark.parametrize("resident", ["fp32", "bf16", "int8"])
-def test_a_prediction_holds_the_rows_that_finetuning_holds(resident: str, embeddings: bool | str, tmp_path: Path) -> None:
-    given = recipe(tmp_path, "bert", embeddings, rounds=1, finetune={"resident": resident})
-    model, notes = meta_model.outline_with_data(given)
-    assert (notes, model.vocabulary is None) == ([], False)
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_a_prediction_holds_the_rows_that_finetuning_holds(weights: str, embeddings: bool | str, tmp_path: Path) -> None:
+    given = recipe(tmp_path, "bert", embeddings, rounds=1, finetune={"weights": weights})
+    model, notes = meta_model.of_recipe_with_data(given)
+    assert (notes, model.token_rows is None) == ([], False)
     fakes = Fakes()
-    step, resident_parameters = predict.prepare(model, given, "recap", fakes.like)
+    step, held_parameters = predict.prepare(model, given, "recap", fakes.like)
     predicted = fakes.usage(step, "cpu")
     real, _ = predict.prepare(model, given, "recap", random_tensors)
     assert usage(real).maxima == predicted.maxima
     state = run(given, tmp_path / "state")
     known = accounting.held(real.model, real.optimizer, 0)
-    unknown, parameters = predict.prepare(replace(model, vocabulary=None), given, "recap", random_tensors)
+    unknown, parameters = predict.prepare(replace(model, token_rows=None), given, "recap", random_tensors)
     absent = 0 if embeddings is True else 64 - 12
-    assert resident_parameters == parameters - 32 * absent
-    moving = {False: 0, "tokens": 7, True: 64}[embeddings]
-    row_bytes = {"fp32": 4 * 32, "bf16": 2 * 32, "int8": 32 + 4}[resident]
+    assert held_parameters == parameters - 32 * absent
+    trained = {False: 0, "tokens": 7, True: 64}[embeddings]
+    row_bytes = {"fp32": 4 * 32, "bf16": 2 * 32, "int8": 32 + 4}[weights]
     less = {
         False: absent * row_bytes - 4 * 64,  # without the rows, and with what says where each stands
         "tokens": {  # of 63 rows, without that of padding, 7 move, and of 64 those 12 are held
             "fp32": 52 * row_bytes,
             "bf16": 52 * row_bytes + (63 - 7) * 4 * 32,
             "int8": (1 - 5) * row_bytes + (63 - 7) * 4 * 32,
-        }.get(resident, 0),
+        }.get(weights, 0),
         True: 0,
     }
     found = accounting.held(unknown.model, unknown.optimizer, 0)
     assert found["weights_bytes"] - known["weights_bytes"] == less[embeddings]
     assert found["optimizer_bytes"] - known["optimizer_bytes"] == (2 * 4 * 32 * (63 - 7) if embeddings == "tokens" else 0)
-    assert entry_of(state, "finetune")["token_rows"] == {"all": 64, "held": 64 - absent, "moving": moving}
+    assert entry_of(state, "finetune")["token_rows"] == {"all": 64, "held": 64 - absent, "trained": trained}
 
 
 def test_a_state_predicts_with_the_rows_of_its_data(tmp_path: Path) -> None:
@@ -362,12 +368,12 @@ def test_a_state_predicts_with_the_rows_of_its_data(tmp_path: Path) -> None:
     for stage in (None, prune, mask, finetuning.finetune, merge, prune):
         if stage is not None:
             stage(state)
-        found = meta_model.outline_of(Context(state)).vocabulary
+        found = meta_model.of_state(Context(state)).token_rows
         assert found is not None
         assert len(found.held) == 12
     (tmp_path / "train.csv").unlink()
     shared._SPLITS.clear()
-    kept = meta_model.outline_of(Context(state)).vocabulary  # of the round before
+    kept = meta_model.of_state(Context(state)).token_rows  # of the round before
     assert kept is not None
 
 
@@ -376,37 +382,37 @@ def test_a_prediction_for_a_state_asks_no_hub_for_its_texts(tmp_path: Path, monk
         raise AssertionError("the hub was asked")
 
     monkeypatch.setattr(sources, "read_hub", refuse)
-    here = Context(init(recipe(tmp_path, "bert"), tmp_path / "state"))
-    given = here.recipe.data.model_copy(update={"train": None, "validation": None, "name": "some/data"})
-    here.recipe = here.recipe.model_copy(update={"data": given})
-    assert meta_model.outline_of(here).vocabulary is None
+    context = Context(init(recipe(tmp_path, "bert"), tmp_path / "state"))
+    given = context.recipe.data.model_copy(update={"train": None, "validation": None, "name": "some/data"})
+    context.recipe = context.recipe.model_copy(update={"data": given})
+    assert meta_model.of_state(context).token_rows is None
 
 
 def test_what_is_not_here_is_taken_to_be_all_of_the_table(tmp_path: Path) -> None:
     given = recipe(tmp_path, "bert")
     (tmp_path / "train.csv").unlink()
-    model, notes = meta_model.outline_with_data(given)
-    assert model.vocabulary is None
+    model, notes = meta_model.of_recipe_with_data(given)
+    assert model.token_rows is None
     assert any("the data are not here" in note for note in notes)
     given = recipe(tmp_path, "bert", model={"config": {**given.model.config, "tokenizer": "some/hub-name"}})  # type: ignore[dict-item]
-    model, notes = meta_model.outline_with_data(given)
-    assert model.vocabulary is None
+    model, notes = meta_model.of_recipe_with_data(given)
+    assert model.token_rows is None
     assert notes == ["the tokenizer is not here"]
-    model, notes = meta_model.outline_with_data(tiny("vit"))
-    assert (model.vocabulary, notes) == (None, [])
+    model, notes = meta_model.of_recipe_with_data(tiny("vit"))
+    assert (model.token_rows, notes) == (None, [])
 
 
 def test_a_memory_budget_knows_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[meta_model.Outline] = []
+    found: list[meta_model.MetaModel] = []
 
-    def fit(model: meta_model.Outline, recipe: Recipe, amount: int, track: Any) -> budget.Fit:
+    def fit(model: meta_model.MetaModel, recipe: Recipe, amount: int, track: Any) -> budget.Fit:
         found.append(model)
         return budget.Fit(recipe, (), None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(budget, "fit", fit)
     budget.solved(recipe(tmp_path, "bert", finetune={"memory_budget": "1GiB"}))
-    assert found[0].vocabulary is not None
-    assert len(found[0].vocabulary.held) == 12
+    assert found[0].token_rows is not None
+    assert len(found[0].token_rows.held) == 12
 
 
 def test_the_registered_text_adapters_are_all_here() -> None:
