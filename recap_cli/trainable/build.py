@@ -28,9 +28,9 @@ from recap_cli.trainable.linear import PartialLinear
 class Trainable:
     """One trainable tensor: what autograd fills, what the optimizer moves, and where the forward reads it.
 
-    `grad_param` receives the gradient. `own_master` holds the fp32 values, shape as `grad_param`, or is None where they are the entries at `dims`
-    of an fp32 `weights` and nowhere else. `weights` is what the forward reads, where a step must write into it. The values
-    (and with them the moments) may be on another device than what the forward reads.
+    `grad_param` receives the gradient. `own_master` holds the fp32 values, shape as `grad_param`. It is None where they are the
+    entries at `dims` of an fp32 `forward_weight`, and nowhere else. `forward_weight` is what the forward reads, where a step
+    must write into it. The values, and with them the moments, may be on another device than what the forward reads.
     """
 
     name: str
