@@ -140,15 +140,15 @@ def text_split(dataset: "Dataset", inputs: TextInputs, *, origin: str, track: Tr
 
 def _check_tokenizer(inputs: TextInputs) -> None:
     tokenizer = inputs.tokenizer
-    name = type(tokenizer).__name__
+    name = tokenizer.name_or_path or type(tokenizer).__name__
     if tokenizer.pad_token is None:
         raise ModelError(
-            f"the tokenizer ({name}) has no padding token, so that texts of different lengths cannot make a batch",
+            f"the tokenizer of {name} has no padding token, so that texts of different lengths cannot make a batch",
             hint='give "pad_token" in the tokenizer_config.json beside the model',
         )
     if inputs.max_length > tokenizer.model_max_length:
         raise ModelError(
-            f"data.max_length is {inputs.max_length}, but the tokenizer ({name}) says that its model takes no more than "
+            f"data.max_length is {inputs.max_length}, but the tokenizer of {name} says that its model takes no more than "
             f"{tokenizer.model_max_length} tokens",
             hint=f"--set data.max_length={tokenizer.model_max_length}",
         )

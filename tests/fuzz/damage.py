@@ -210,13 +210,16 @@ def _keep_files(file: Path, _: Path, count: int) -> None:
 def _tensor(file: Path, _: Path, share: float | str, operation: str) -> None:
     """Alter one tensor of a safetensors file: counted, or named."""
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file, save_file
 
     if not is_small(file):
         return
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+    except SafetensorError:  # an earlier step has damaged the file: it has no tensors to alter
+        return
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     if not tensors:
         return

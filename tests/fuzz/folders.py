@@ -160,6 +160,7 @@ CORPUS = {
     "S6 half of a checkpoint": _case(("put", "config.json", "num_hidden_layers", 1), HALF, base="vit"),
     "S6 half of a checkpoint of bert": _case(("put", "config.json", "num_hidden_layers", 1), HALF),
     "S7 an index that leads out": _case(("index", "relative")),
+    "a tokenizer without its padding token": _case(("drop-line", "tokenizer_config.json", 0.5175)),
     "S7 an index with absolute names": _case(("index", "absolute"), base="vit"),
     "S13 a FIFO as a shard": _case(("fifo", "model-00001-of-*.safetensors"), base="bert-sharded"),
     "S15 an index that is a list": _case(("write", "model.safetensors.index.json", "[]"), base="bert-sharded"),
