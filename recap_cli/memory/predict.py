@@ -28,9 +28,9 @@ from recap_cli.models.build import ModelSpec
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Layout
 from recap_cli.rounds.custom_training import attach, make_hook_trainable
+from recap_cli.rounds.device_policy import blocks_of, importance_batch_size
+from recap_cli.rounds.layout import Layout
 from recap_cli.rounds.plans import method_of_name, round_plans_for
 from recap_cli.rounds.small_model import WEIGHT_DTYPES, fine_axes, in_dtype, make_trainable, rule_of
 from recap_cli.tasks import task
@@ -208,11 +208,11 @@ def importance_bytes(model: MetaModel, recipe: Recipe, kernels: Kernels = "cuda"
     The sample is one batch; gradients that add up over several do so on the CPU.
     """
     fakes = Fakes()
-    size = shared.importance_batch_size(recipe, torch.device("cuda"))
+    size = importance_batch_size(recipe, torch.device("cuda"))
     batch = fakes.like(batch_of(model.spec, recipe, size))
     built = build.assemble(model.spec, fakes.like(model.tensors), model.adapter, {})
     call, axes = build.forward(model.spec), model.layout.axes
-    blocks = shared.blocks_of(built, axes, model.spec.model_type)
+    blocks = blocks_of(built, axes, model.spec.model_type)
 
     def score() -> None:
         with streamed(built, blocks, "cpu"):

@@ -11,7 +11,7 @@ from recap_cli.core.axes import Axis, UnitMask, shrink
 from recap_cli.core.method import RoundPlan, Scores, TrainContext, TrainerHook
 from recap_cli.errors import PluginError
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds.context import Layout
+from recap_cli.rounds.layout import Layout
 from recap_cli.rounds.plans import method_of, options_of
 from recap_cli.rounds.selection import choose
 from recap_cli.rounds.small_model import WEIGHT_DTYPES

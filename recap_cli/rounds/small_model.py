@@ -10,7 +10,7 @@ from recap_cli.core.axes import Axis, UnitMask, refine, shapes_of, shrink
 from recap_cli.core.method import RoundPlan
 from recap_cli.core.surgery import IndexMap, indices
 from recap_cli.recipe.recipe import Finetune, Recipe
-from recap_cli.rounds.context import Layout
+from recap_cli.rounds.layout import Layout
 from recap_cli.trainable.build import Trainable, bring_forward, make_partial
 from recap_cli.trainable.optim import UpdateRule, adamw, sgd
 from recap_cli.trainable.token_rows import TokenRows

@@ -20,12 +20,14 @@ from recap_cli.memory.oom import OOMReport
 from recap_cli.models import build
 from recap_cli.progress import Track, silent
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Context
 from recap_cli.rounds.custom_training import attach, make_hook_trainable, rates_of, result_of, stepping
 from recap_cli.rounds.plans import lr_window_of, steps_in_round, steps_of
+from recap_cli.rounds.recipe_model import forward_of
+from recap_cli.rounds.record import MEMORY, METRICS, MOMENTS, ROWS, SCORES, TRAINED
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.settings import OnChange, adopt, ignore, recipe_of
 from recap_cli.rounds.small_model import WEIGHT_DTYPES, in_dtype, make_trainable, rule_of, trainable_entries
+from recap_cli.rounds.status import check_rounds
 from recap_cli.rounds.threads import on_fitting_threads
 from recap_cli.state.store import State, Transaction
 from recap_cli.tasks import task
@@ -80,7 +82,7 @@ def _finetune(context: Context, report: OOMReport, track: Track, snapshot_to: Pa
         state.writing("finetune") as transaction,
         snapshot.recording(snapshot_to, lambda text: transaction.facts.update(notes=[text])),  # ends before the commit
     ):
-        shared.check_rounds(context)
+        check_rounds(context.recipe, state)
         recipe, folder = context.recipe, f"round-{transaction.round:03d}"
         accounting.reset(device)
         round_plan, plan = context.round_plans[transaction.round - 1], context.plan(folder)
@@ -112,13 +114,13 @@ def _finetune(context: Context, report: OOMReport, track: Track, snapshot_to: Pa
         _check_finite(metrics["loss"], optimizer)
         _save(transaction, folder, optimizer, hook, context, plan)
         if token_rows is not None:
-            transaction.save_tensors(f"{folder}/{shared.ROWS}", token_rows.to_tensors())
+            transaction.save_tensors(f"{folder}/{ROWS}", token_rows.to_tensors())
             transaction.facts["token_rows"] = _token_rows(model, optimizer, token_rows)
         moments = len(optimizer.rule.idle_decay)
         held["full_finetuning"] = accounting.full_finetuning(_entry(state, "prune")["params_full"], moments)
         held |= accounting.measured(device, peak)
-        transaction.save_json(f"{folder}/{shared.MEMORY}", held)
-        transaction.save_json(f"{folder}/{shared.METRICS}", metrics)
+        transaction.save_json(f"{folder}/{MEMORY}", held)
+        transaction.save_json(f"{folder}/{METRICS}", metrics)
         transaction.facts |= {
             "metric": recipe.task.metric,
             **metrics,
@@ -218,7 +220,7 @@ def _epochs(recipe: Recipe, split: Split, before: int, steps: int, device: torch
 
 
 def _forward(context: Context, model: nn.Module) -> Forward:
-    return in_dtype(shared.forward_of(context.spec, model), WEIGHT_DTYPES[context.recipe.finetune.weights])
+    return in_dtype(forward_of(context.spec, model), WEIGHT_DTYPES[context.recipe.finetune.weights])
 
 
 def _check_finite(loss: float, optimizer: Optimizer) -> None:
@@ -246,12 +248,12 @@ def _save(
         trained, scores = result_of(hook, trained, before, shrink(context.layout.axes, plan))
         kept &= set(before)
         if scores:
-            transaction.save_tensors(f"{folder}/{shared.SCORES}", scores)
-    transaction.save_tensors(f"{folder}/{shared.TRAINED}", {name: tensor.contiguous() for name, tensor in trained.items()})
+            transaction.save_tensors(f"{folder}/{SCORES}", scores)
+    transaction.save_tensors(f"{folder}/{TRAINED}", {name: tensor.contiguous() for name, tensor in trained.items()})
     counts_after = optimizer.counts()
     stored = {f"{name}/{m}": optimizer.moments[name][m].cpu() for name in kept for m in optimizer.moments[name]}
     stored |= {f"{name}/{COUNT}": counts_after[name] for name in kept if optimizer.moments[name]}
-    transaction.save_tensors(f"{folder}/{shared.MOMENTS}", stored)
+    transaction.save_tensors(f"{folder}/{MOMENTS}", stored)
 
 
 def _token_rows(model: nn.Module, optimizer: Optimizer, token_rows: TokenRows) -> dict[str, int]:

@@ -25,9 +25,13 @@ from recap_cli.models.build import ModelSpec
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Layout
+from recap_cli.rounds.device_policy import blocks_of, importance_batch_size, on_device
+from recap_cli.rounds.examples import read_raw, splits_of
+from recap_cli.rounds.importance import load_criterion
+from recap_cli.rounds.layout import Layout
 from recap_cli.rounds.plans import check_steps, round_plans_for, steps_in_round
+from recap_cli.rounds.recipe_model import forward_of, source_of, task_of
+from recap_cli.rounds.record import BUFFERS, LAYOUT, WEIGHTS
 from recap_cli.state.store import State, Transaction
 from recap_cli.tasks import task
 from recap_cli.trainable import token_rows as token_rows_of_data
@@ -60,11 +64,11 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         transaction.plugins = {"used": [registry.used("methods", recipe.method)]}
         for name in (recipe.prune.criterion, recipe.mask.criterion):
             transaction.plugins["used"].append(registry.used("criteria", name))
-            shared.load_criterion(name)
+            load_criterion(name)
         devices.pick(recipe.finetune.device), devices.pick(recipe.importance.device)
-        raw = shared.read_raw(recipe)
+        raw = read_raw(recipe)
         torch.manual_seed(seed_for(recipe.seed, 0, "weights"))
-        created = build.create(**shared.source_of(recipe), label_names=raw.label_names)
+        created = build.create(**source_of(recipe), label_names=raw.label_names)
         model, spec = created.model, created.spec
         transaction.plugins["used"].append(registry.used("adapters", spec.model_type))
         adapter = build.adapter_of(spec)
@@ -74,8 +78,8 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
             report = conformance.check(model, adapter, spec)
         layout = Layout.of(adapter, model)
         if devices.pick(recipe.importance.device).type != "cpu":
-            shared.blocks_of(model, layout.axes, spec.model_type)
-        split, validation = shared.splits_of(recipe, spec, created.processor, track, raw)
+            blocks_of(model, layout.axes, spec.model_type)
+        split, validation = splits_of(recipe, spec, created.processor, track, raw)
         check_steps(round_plans, recipe.rounds * steps_in_round(recipe, len(split)), recipe)
         count = _threads(recipe, model, spec, split)
         stack.enter_context(threads.limited(count))
@@ -109,7 +113,7 @@ def _threads(recipe: Recipe, model: nn.Module, spec: ModelSpec, split: Split) ->
     """How many threads the stages compute with on the CPU; all there are where that is None."""
     size = recipe.finetune.micro_batch_size or recipe.finetune.batch_size
     batch = split.batch(torch.arange(min(PROBED, len(split))))
-    return threads.fitting(model.eval(), shared.forward_of(spec, model), batch, size)
+    return threads.fitting(model.eval(), forward_of(spec, model), batch, size)
 
 
 def _warm_up(
@@ -140,19 +144,19 @@ def _warm_up(
             chosen = order(len(split), seed=recipe.seed, round=0, epoch=epoch)
             yield from batches(split, chosen, settings.batch_size, device=device)
 
-    with shared.on_device(model.eval(), layout.axes, device, spec.model_type):
+    with on_device(model.eval(), layout.axes, device, spec.model_type):
         run = train(
-            shared.forward_of(spec, model),
+            forward_of(spec, model),
             task.loss,
             Optimizer(_head_trainables(model, layout.head), adamw(betas=(0.9, 0.999), eps=1e-8)),
             track(epochs(), "warm up the head", steps),
             rate=lambda step: learning_rate(step, steps=steps, peak=settings.lr, schedule="linear", warmup_ratio=0.0),
-            micro_batch_size=None if device.type == "cpu" else shared.importance_batch_size(recipe, device),
+            micro_batch_size=None if device.type == "cpu" else importance_batch_size(recipe, device),
         )
         found = evaluate(
-            shared.forward_of(spec, model),
+            forward_of(spec, model),
             validation,
-            shared.task_of(recipe, spec),
+            task_of(recipe, spec),
             batch_size=recipe.evaluate.batch_size,
             device=device,
             track=track,
@@ -190,10 +194,10 @@ def _save(transaction: Transaction, model: nn.Module, spec: ModelSpec, processor
     """The full model in its library's layout: weights, what is no part of a checkpoint, description and layout."""
     stored = set(model.state_dict())
     tensors = build.tensors_of(model)
-    transaction.save_tensors(f"{FULL}/{shared.WEIGHTS}", {name: t for name, t in tensors.items() if name in stored})
+    transaction.save_tensors(f"{FULL}/{WEIGHTS}", {name: t for name, t in tensors.items() if name in stored})
     if buffers := {name: t for name, t in tensors.items() if name not in stored}:
-        transaction.save_tensors(f"{FULL}/{shared.BUFFERS}", buffers)
-    transaction.save_json(f"{FULL}/{shared.LAYOUT}", layout.to_json())
+        transaction.save_tensors(f"{FULL}/{BUFFERS}", buffers)
+    transaction.save_json(f"{FULL}/{LAYOUT}", layout.to_json())
     for name, content in build.describe(spec, processor).items():
         transaction.path(f"{FULL}/{name}").write_bytes(content if isinstance(content, bytes) else content.encode())
     transaction.set_full(FULL)

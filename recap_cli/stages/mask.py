@@ -23,9 +23,14 @@ from recap_cli.data.sampling import generator_for, seed_for
 from recap_cli.machine import devices
 from recap_cli.progress import Track, silent
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.device_policy import importance_batch_size, on_device
+from recap_cli.rounds.importance import draw, load_criterion, losses_over
+from recap_cli.rounds.recipe_model import forward_of
+from recap_cli.rounds.record import MASK
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import fine_axes
+from recap_cli.rounds.status import check_rounds
+from recap_cli.rounds.stored import as_bytes
 from recap_cli.rounds.threads import on_fitting_threads
 from recap_cli.state.store import State
 
@@ -38,7 +43,7 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
     """
     context = Context(state)
     with state.writing("mask") as transaction:
-        shared.check_rounds(context)
+        check_rounds(context.recipe, state)
         recipe, folder, round_plan = (
             context.recipe,
             f"round-{transaction.round:03d}",
@@ -55,20 +60,20 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
         else:
             train, _ = context.splits(track)
             device = devices.pick(recipe.importance.device)
-            losses = shared.losses_over(
-                shared.forward_of(context.spec, model),
+            losses = losses_over(
+                forward_of(context.spec, model),
                 train,
-                shared.draw(recipe, train, transaction.round, "mask"),
-                batch_size=shared.importance_batch_size(recipe, device),
+                draw(recipe, train, transaction.round, "mask"),
+                batch_size=importance_batch_size(recipe, device),
                 device=device,
                 track=track,
                 label="importance for the mask",
             )
-            criterion = shared.load_criterion(recipe.mask.criterion)
-            with shared.on_device(model, axes, device, context.spec.model_type):
+            criterion = load_criterion(recipe.mask.criterion)
+            with on_device(model, axes, device, context.spec.model_type):
                 scores = group_scores(model, axes, criterion, losses, named=recipe.mask.criterion)
             chosen = _chosen(recipe, axes, shapes, scores, 1.0 - round_plan.mask_ratio, transaction.round)
-        transaction.save_tensors(f"{folder}/{shared.MASK}", shared.as_bytes(chosen))
+        transaction.save_tensors(f"{folder}/{MASK}", as_bytes(chosen))
         transaction.facts |= {"trains": round_plan.trains, "mask_ratio": round_plan.mask_ratio}
         if round_plan.trains != "training":  # which says itself what it trains
             trainable_entries, prunable = chosen_params(axes, shapes, chosen), prunable_params(axes, shapes)

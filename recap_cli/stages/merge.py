@@ -8,9 +8,11 @@ from torch import Tensor
 from recap_cli.core.axes import Shape, shapes_of
 from recap_cli.core.surgery import IndexMap, compose_index_maps, gather, indices, scatter
 from recap_cli.progress import Track, silent
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.record import MOMENTS, PLAN, SMALL, TRAINED, WEIGHTS
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import rule_of, trainable_entries
+from recap_cli.rounds.status import check_rounds
+from recap_cli.rounds.stored import as_bytes
 from recap_cli.rounds.threads import on_fitting_threads
 from recap_cli.state.store import State, Transaction
 from recap_cli.tasks.task import goodness
@@ -25,7 +27,7 @@ def merge(state: State, *, track: Track = silent) -> dict[str, Any]:
     """
     context = Context(state)
     with state.writing("merge") as transaction:
-        shared.check_rounds(context)
+        check_rounds(context.recipe, state)
         folder, full = f"round-{transaction.round:03d}", f"full-{transaction.round:03d}"
         plan = context.plan(folder)
         tensors = context.full_weights()
@@ -35,13 +37,11 @@ def merge(state: State, *, track: Track = silent) -> dict[str, Any]:
         free = trainable_entries(context.layout, plan, chosen, small, context.rows(folder))
         index_map, trained = compose_index_maps(kept, free), context.trained(folder, plan, free)
         scatter(tensors, trained, index_map)  # eq. (6)
-        transaction.save_tensors(f"{full}/{shared.WEIGHTS}", tensors)
+        transaction.save_tensors(f"{full}/{WEIGHTS}", tensors)
         if context.recipe.finetune.carry_moments:
             idle_decay = rule_of(context.recipe.finetune).idle_decay
             tuned = context.tuned_moments(folder, plan, free, tuple(idle_decay))
-            transaction.save_tensors(
-                f"{full}/{shared.MOMENTS}", _moments(context, folder, tuned, idle_decay, index_map, shapes)
-            )
+            transaction.save_tensors(f"{full}/{MOMENTS}", _moments(context, folder, tuned, idle_decay, index_map, shapes))
         _copy_the_rest(context, transaction, full)
         if context.round_plans[transaction.round - 1].product:
             _keep_best(
@@ -49,7 +49,7 @@ def merge(state: State, *, track: Track = silent) -> dict[str, Any]:
             )
         transaction.set_full(full)
         transaction.drop(context.full)
-        for name in (shared.SMALL, shared.TRAINED, shared.MOMENTS):
+        for name in (SMALL, TRAINED, MOMENTS):
             transaction.drop(f"{folder}/{name}")
         transaction.facts |= {
             "trained": sum(t.numel() for t in trained.values()),
@@ -85,7 +85,7 @@ def _copy_the_rest(context: Context, transaction: Transaction, full: str) -> Non
     """The configuration, tokenizer or processor, layout and buffers stand beside every full model."""
     for rel in context.state.manifest.files:
         name = rel.removeprefix(f"{context.full}/")
-        if name != rel and name not in (shared.WEIGHTS, shared.MOMENTS):
+        if name != rel and name not in (WEIGHTS, MOMENTS):
             transaction.path(f"{full}/{name}").write_bytes(context.state.verified(rel).read_bytes())
 
 
@@ -100,8 +100,8 @@ def _keep_best(context: Context, transaction: Transaction, tuned: dict[str, Tens
         if _rank(metrics, metric) < _rank(before, metric):
             return
     place = f"best-{transaction.round:03d}"
-    transaction.save_tensors(f"{place}/{shared.WEIGHTS}", tuned)
-    transaction.save_tensors(f"{place}/{shared.PLAN}", shared.as_bytes(context.plan(folder)))
+    transaction.save_tensors(f"{place}/{WEIGHTS}", tuned)
+    transaction.save_tensors(f"{place}/{PLAN}", as_bytes(context.plan(folder)))
     transaction.set_best(
         {"round": transaction.round, "metric": metric, "value": metrics[metric], "loss": metrics["loss"], "folder": place}
     )

@@ -16,9 +16,14 @@ from recap_cli.data.sampling import seed_for
 from recap_cli.machine import devices
 from recap_cli.models import build
 from recap_cli.progress import Track, silent
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.device_policy import importance_batch_size, on_device
+from recap_cli.rounds.importance import draw, load_criterion, losses_over
+from recap_cli.rounds.recipe_model import forward_of
+from recap_cli.rounds.record import IMPORTANCE, PLAN, SMALL
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.selection import choose, limits
+from recap_cli.rounds.status import check_rounds
+from recap_cli.rounds.stored import as_bytes
 from recap_cli.rounds.threads import on_fitting_threads
 from recap_cli.state.store import State, Transaction
 
@@ -31,7 +36,7 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
     """
     context = Context(state)
     with state.writing("prune") as transaction:
-        shared.check_rounds(context)
+        check_rounds(context.recipe, state)
         axes, round_plan = context.layout.axes, context.round_plans[transaction.round - 1]
         tensors = context.full_tensors()
         model = context.model(tensors)
@@ -39,8 +44,8 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
         plan = _PLANS[round_plan.plan](context, model, round_plan, transaction, track)
         folder = f"round-{transaction.round:03d}"
         small = build.tensors_of(model)
-        transaction.save_tensors(f"{folder}/{shared.PLAN}", shared.as_bytes(plan))
-        transaction.save_tensors(f"{folder}/{shared.SMALL}", small)
+        transaction.save_tensors(f"{folder}/{PLAN}", as_bytes(plan))
+        transaction.save_tensors(f"{folder}/{SMALL}", small)
         transaction.set_small(folder)
         names = {name for name, _ in model.named_parameters()}
         prunable, kept = prunable_params(axes, context.layout.shapes), chosen_params(axes, context.layout.shapes, plan)
@@ -106,28 +111,28 @@ def _scorer(
     left. The first step scores the full model too: its average is written for the rounds after this one.
     """
     recipe, weight, past = context.recipe, context.recipe.prune.ema, _past(context, transaction.round)
-    criterion = shared.load_criterion(recipe.prune.criterion)
+    criterion = load_criterion(recipe.prune.criterion)
     train, _ = context.splits(track)
     steps = iter(range(1, recipe.prune.steps + 1))
 
     def score(model: nn.Module, axes: Sequence[Axis], plan: UnitMask) -> Scores:
         step = next(steps)
-        losses = shared.losses_over(
-            shared.forward_of(context.spec, model),
+        losses = losses_over(
+            forward_of(context.spec, model),
             train,
-            shared.draw(recipe, train, transaction.round, f"prune {step}"),
-            batch_size=shared.importance_batch_size(recipe, device),
+            draw(recipe, train, transaction.round, f"prune {step}"),
+            batch_size=importance_batch_size(recipe, device),
             device=device,
             track=track,
             label=f"importance, step {step} of {recipe.prune.steps}",
         )
-        with shared.on_device(model, axes, device, context.spec.model_type):
+        with on_device(model, axes, device, context.spec.model_type):
             scores = group_scores(model, axes, criterion, losses, named=recipe.prune.criterion)
         if past is not None:
             pools = ranked_together(axes, recipe.prune.scope, uniform=recipe.prune.uniform)
             scores = averaged(pools, scores, {name: of[plan[name]] for name, of in past.items()}, weight)
         if weight > 0 and step == 1:
-            transaction.save_tensors(f"round-{transaction.round:03d}/{shared.IMPORTANCE}", scores)
+            transaction.save_tensors(f"round-{transaction.round:03d}/{IMPORTANCE}", scores)
         return scores
 
     return score

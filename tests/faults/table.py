@@ -156,8 +156,8 @@ FAULTS = (
     Fault(
         "pruning goes by the mask's criterion",
         "recap_cli/stages/prune.py",
-        "shared.load_criterion(recipe.prune.criterion)",
-        "shared.load_criterion(recipe.mask.criterion)",
+        "load_criterion(recipe.prune.criterion)",
+        "load_criterion(recipe.mask.criterion)",
         (CHOSEN,),
     ),
     Fault(

@@ -18,8 +18,8 @@ from recap_cli.memory.predict import Prediction
 from recap_cli.memory.tracker import KINDS, Kind, Usage
 from recap_cli.models import build
 from recap_cli.recipe import recipe as recipes
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.record import MASK, SMALL
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.settings import recipe_of
 from recap_cli.rounds.small_model import WEIGHT_DTYPES, in_dtype, trainable_entries
 from recap_cli.stages.init import init
@@ -53,8 +53,8 @@ def step_of(state: State, settings: dict[str, Any]) -> Step:
     context = Context(state)
     context.recipe = recipes.changed(context.recipe, {f"finetune.{key}": value for key, value in settings.items()})
     tune, plan = context.recipe.finetune, context.plan("round-001")
-    small = state.load_tensors(f"round-001/{shared.SMALL}")
-    chosen = {name: c.bool() for name, c in state.load_tensors(f"round-001/{shared.MASK}").items()}
+    small = state.load_tensors(f"round-001/{SMALL}")
+    chosen = {name: c.bool() for name, c in state.load_tensors(f"round-001/{MASK}").items()}
     model = context.model(small, counts(plan))
     optimizer = finetuning._partial(
         context,

@@ -10,7 +10,6 @@ from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.ranking import select
 from recap_cli.errors import PluginError
-from recap_cli.rounds import context
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import _chosen, mask
 from recap_cli.stages.prune import prune
@@ -53,7 +52,8 @@ def test_a_criterion_whose_scores_are_refused_is_named(
 
     recipe = tiny("vit", prune={"criterion": "magnitude", "ratio": 0.4 if stage == "prune" else 0.0})
     state = init(recipe, tmp_path / "state")
-    monkeypatch.setattr(context, "load_criterion", lambda _: Criterion("none", negative))
+    for stage in ("prune", "mask"):
+        monkeypatch.setattr(f"recap_cli.stages.{stage}.load_criterion", lambda _: Criterion("none", negative))
     if stage == "mask":
         prune(state)
     with pytest.raises(PluginError, match=f"the criterion '{name}' gave scores below zero"):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from recap_cli.core.axes import Axis, Cut, refine, shapes_of
 from recap_cli.core.surgery import IndexMap, indices, put, take
 from recap_cli.models import build
-from recap_cli.rounds.context import Layout
+from recap_cli.rounds.layout import Layout
 from recap_cli.trainable.build import Trainable, bring_forward, make_partial
 from recap_cli.trainable.frozen_weights import QuantizedEmbedding, quantize, rest_of
 from recap_cli.trainable.linear import PartialLinear

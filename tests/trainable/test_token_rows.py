@@ -19,10 +19,10 @@ from recap_cli.memory import budget, meta_model, predict
 from recap_cli.memory.fake_step import Fakes, usage
 from recap_cli.memory.measure import random_tensors
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import context as shared
-from recap_cli.rounds import custom_training, small_model
+from recap_cli.rounds import custom_training, examples, small_model
 from recap_cli.rounds import plans as planning
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.record import MOMENTS, TRAINED, WEIGHTS
+from recap_cli.rounds.run_context import Context
 from recap_cli.stages.eval import evaluate
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
@@ -96,7 +96,7 @@ def test_a_still_table_trains_and_scores_as_if_all_of_it_were_held(
     rows = finetuned(tmp_path / "rows", name, False, **settings)
     whole(monkeypatch)
     all_of_it = finetuned(tmp_path / "whole", name, False, **settings)
-    ours, theirs = tensors_of(rows, shared.TRAINED), tensors_of(all_of_it, shared.TRAINED)
+    ours, theirs = tensors_of(rows, TRAINED), tensors_of(all_of_it, TRAINED)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert rows.load_json("round-001/metrics.json") == all_of_it.load_json("round-001/metrics.json")
@@ -131,7 +131,7 @@ def test_rows_of_tokens_move_as_they_do_in_a_table_that_trains_whole(
         small_model, "frozen_whole", lambda layout, _round_plan, param, **_: param in layout.embeddings and param != table
     )
     all_of_it = finetuned(tmp_path / "whole", name, True, **settings)
-    ours, theirs = tensors_of(tokens, shared.TRAINED), tensors_of(all_of_it, shared.TRAINED)
+    ours, theirs = tensors_of(tokens, TRAINED), tensors_of(all_of_it, TRAINED)
     assert ours.keys() == theirs.keys()
     assert ours[table].shape[0] == len(rows.trained)
     for key in ours:
@@ -162,15 +162,15 @@ def test_a_merge_writes_the_rows_that_trained_and_leaves_every_other_bit(name: s
     context, table = Context(state), table_of(state)
     before, rows = context.full_tensors()[table].clone(), context.token_rows("round-001")
     assert rows is not None
-    trained = tensors_of(state, shared.TRAINED)[table]
+    trained = tensors_of(state, TRAINED)[table]
     merge(state)
     after, expected = Context(state).full_tensors()[table], before.clone()
     expected[rows.trained] = trained
     assert torch.equal(after, expected)
     assert not torch.equal(after, before)
-    product = state.load_tensors(f"{state.manifest.best['folder']}/{shared.WEIGHTS}")  # type: ignore[index]
+    product = state.load_tensors(f"{state.manifest.best['folder']}/{WEIGHTS}")  # type: ignore[index]
     assert torch.equal(product[table], after)  # of every row, as the product's user has other words
-    stored = state.load_tensors(f"{Context(state).full}/{shared.MOMENTS}")
+    stored = state.load_tensors(f"{Context(state).full}/{MOMENTS}")
     still = torch.ones(64, dtype=torch.bool).index_fill_(0, rows.trained, False)
     assert stored[f"{table}/exp_avg"][still].abs().max() == 0
     assert stored[f"{table}/exp_avg"][rows.trained].abs().max() > 0
@@ -192,7 +192,7 @@ def test_a_later_round_has_the_moments_and_ages_of_its_rows(tmp_path: Path, monk
     assert table not in seen[0]["moments"]
     assert seen[1]["moments"][table]["exp_avg"].shape[0] == len(rows.trained)
     assert seen[1]["counts"][table].tolist() == [2] * len(rows.trained)
-    stored = state.load_tensors(f"{Context(state).full}/{shared.MOMENTS}")
+    stored = state.load_tensors(f"{Context(state).full}/{MOMENTS}")
     assert stored[f"{table}/count"].max() == 4
     assert state.manifest.made["round_plans"][1]["embeddings"] == "tokens"
 
@@ -204,10 +204,10 @@ def test_rows_of_other_data_have_ages_of_their_own(tmp_path: Path) -> None:
     for stage in (prune, mask, finetuning.finetune, merge):
         stage(state)
     (tmp_path / "train.csv").write_text((tmp_path / "train.csv").read_text() + "w40 w41,cat\n" * 8)
-    shared._SPLITS.clear()
+    examples._SPLITS.clear()
     for stage in (prune, mask, finetuning.finetune, merge):
         stage(state)
-    stored = state.load_tensors(f"{Context(state).full}/{shared.MOMENTS}")
+    stored = state.load_tensors(f"{Context(state).full}/{MOMENTS}")
     ages = stored[f"{table_of(state)}/count"][ids("w0", "w30", "w40")].tolist()
     assert ages == [5, 0, 3]
 
@@ -220,7 +220,7 @@ def test_rounds_may_differ_in_what_of_the_table_trains(
     round_plans = [RoundPlan(0.4, 0.6, share=0.5, embeddings=one) for one in (first, second)]  # type: ignore[arg-type]
     monkeypatch.setattr(planning, "method_of", lambda _: Method("", lambda _: round_plans))
     state = run(recipe(tmp_path, "bert"), tmp_path / "state")
-    stored = state.load_tensors(f"{Context(state).full}/{shared.MOMENTS}")
+    stored = state.load_tensors(f"{Context(state).full}/{MOMENTS}")
     ages = stored.get(f"{table_of(state)}/count")
     taken = {word: 0 if ages is None else int(ages.expand(64)[WORDS.index(word)]) for word in ("w0", "w40")}
     assert taken == {"w0": 2 * (bool(first) + bool(second)), "w40": 2 * ((first is True) + (second is True))}
@@ -372,7 +372,7 @@ def test_a_state_predicts_with_the_rows_of_its_data(tmp_path: Path) -> None:
         assert found is not None
         assert len(found.held) == 12
     (tmp_path / "train.csv").unlink()
-    shared._SPLITS.clear()
+    examples._SPLITS.clear()
     kept = meta_model.of_state(Context(state)).token_rows  # of the round before
     assert kept is not None
 
