@@ -16,7 +16,7 @@ from recap_cli.core.axes import Axis, Shape, UnitMask, counts, everything, shape
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.importance import group_scores
 from recap_cli.core.method import RoundPlan, TrainerHook
-from recap_cli.core.ranking import select
+from recap_cli.core.ranking import Limits, select
 from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import indices, owner_of
 from recap_cli.core.ties import names_of
@@ -32,6 +32,7 @@ from recap_cli.rounds.custom_training import attach, make_hook_trainable
 from recap_cli.rounds.device_policy import blocks_of, importance_batch_size
 from recap_cli.rounds.layout import Layout
 from recap_cli.rounds.plans import method_of_name, round_plans_for
+from recap_cli.rounds.selection import limits_of
 from recap_cli.rounds.small_model import WEIGHT_DTYPES, fine_axes, in_dtype, make_trainable, rule_of
 from recap_cli.tasks import task
 from recap_cli.trainable import token_rows as token_rows_of_data
@@ -322,14 +323,11 @@ def choices(model: MetaModel, recipe: Recipe, round_plan: RoundPlan) -> tuple[Un
     plan = everything(axes)
     hook = model.round_plan is None or model.round_plan.prune_ratio == round_plan.prune_ratio
     if round_plan.prune_ratio > 0:
-        prune = recipe.prune
         plan = (model.plan if hook else None) or _even(
             axes,
             model.layout.shapes,
             1 - round_plan.prune_ratio,
-            floor=prune.floor,
-            uniform=prune.uniform,
-            round_to=prune.round_to,
+            replace(limits_of(recipe), scope="per-layer"),
         )
     fine = fine_axes(model.layout, plan)
     if round_plan.trains != "mask" or round_plan.mask_ratio == 0:
@@ -339,10 +337,10 @@ def choices(model: MetaModel, recipe: Recipe, round_plan: RoundPlan) -> tuple[Un
     shapes = {name: tuple(shape) for name, shape in model.layout.shapes.items()}
     index_map = indices(axes, plan, shapes)
     small = {name: _cut(shape, index_map.get(name, {})) for name, shape in shapes.items()}
-    return plan, _even(fine, small, 1 - round_plan.mask_ratio, least=0)
+    return plan, _even(fine, small, 1 - round_plan.mask_ratio, Limits(scope="per-layer", least=0))
 
 
-def _even(axes: Sequence[Axis], shapes: Mapping[str, Shape], share: float, **limits: Any) -> UnitMask:
+def _even(axes: Sequence[Axis], shapes: Mapping[str, Shape], share: float, limits: Limits) -> UnitMask:
     """A share of the groups of every axis, scattered over it; all of them for a share of 1."""
     if share == 1.0:
         return everything(axes)
@@ -353,8 +351,7 @@ def _even(axes: Sequence[Axis], shapes: Mapping[str, Shape], share: float, **lim
         {axis.name: unit_params(axis, shapes) for axis in axes},
         original={axis.name: axis.size for axis in axes},
         keep_share=share,
-        scope="per-layer",
-        **limits,
+        limits=limits,
     )
 
 

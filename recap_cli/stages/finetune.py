@@ -34,7 +34,7 @@ from recap_cli.tasks import task
 from recap_cli.trainable import token_rows as token_rows_of_data
 from recap_cli.trainable.embedding import PartialEmbedding
 from recap_cli.trainable.moments import COUNT, take_moments
-from recap_cli.trainable.optim import Optimizer, learning_rate
+from recap_cli.trainable.optim import CarriedState, Optimizer, learning_rate
 from recap_cli.trainable.token_rows import TokenRows
 from recap_cli.training.evaluation import evaluate
 from recap_cli.training.loop import LOWER_THE_RATE, Batch, Forward, Training, train
@@ -165,9 +165,7 @@ def _partial(
         trainables,
         rule_of(settings),
         weight_decay=settings.weight_decay,
-        moments=moments,
-        counts=steps,
-        along=context.layout.along | (token_rows.along() if token_rows else {}),
+        carried=CarriedState(moments, steps, context.layout.along | (token_rows.along() if token_rows else {})),
         scale=scale,
     )
 

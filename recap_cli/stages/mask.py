@@ -18,7 +18,7 @@ from recap_cli.core.axes import (
     unit_params,
 )
 from recap_cli.core.importance import Scores, group_scores
-from recap_cli.core.ranking import select
+from recap_cli.core.ranking import Limits, select
 from recap_cli.data.sampling import generator_for, seed_for
 from recap_cli.machine import devices
 from recap_cli.progress import Track, silent
@@ -92,7 +92,7 @@ def _chosen(
     params = {axis.name: unit_params(axis, shapes) for axis in axes}
     original = {axis.name: axis.size for axis in axes}
     scope, random = recipe.mask.scope, recipe.mask.random
-    choose = partial(select, axes, unit_params=params, original=original, scope=scope, least=0)
+    choose = partial(select, axes, unit_params=params, original=original, limits=Limits(scope=scope, least=0))
     best = choose(scores, keep_share=share * (1.0 - random))
     if random == 0.0:
         return best

@@ -16,7 +16,7 @@ from recap_cli.rounds.stored import as_bytes
 from recap_cli.rounds.threads import on_fitting_threads
 from recap_cli.state.store import State, Transaction
 from recap_cli.tasks.task import goodness
-from recap_cli.trainable.moments import COUNT, put_moments
+from recap_cli.trainable.moments import put_moments
 
 
 @on_fitting_threads
@@ -68,17 +68,9 @@ def _moments(
 ) -> dict[str, Tensor]:
     """Eq. (5): moments of entries that moved, `found` after the round, are written back, all others age once."""
     stored = context.full_moments(tuple(idle_decay))
-    tuned: dict[str, dict[str, Tensor]] = {}
-    counts: dict[str, Tensor] = {}
-    for key, tensor in found.items():
-        name, _, moment = key.rpartition("/")
-        if moment == COUNT:
-            counts[name] = tensor
-        else:
-            tuned.setdefault(name, {})[moment] = tensor
     token_rows = context.token_rows(folder)
     along = context.layout.along | (token_rows.along() if token_rows else {})
-    return put_moments(stored, tuned, counts, index_map, shapes=shapes, along=along, idle_decay=idle_decay)
+    return put_moments(stored, found, index_map, shapes=shapes, along=along, idle_decay=idle_decay)
 
 
 def _copy_the_rest(context: Context, transaction: Transaction, full: str) -> None:

@@ -21,7 +21,7 @@ from recap_cli.rounds.importance import draw, load_criterion, losses_over
 from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.record import IMPORTANCE, PLAN, SMALL
 from recap_cli.rounds.run_context import Context
-from recap_cli.rounds.selection import choose, limits
+from recap_cli.rounds.selection import choose, limits_of
 from recap_cli.rounds.status import check_rounds
 from recap_cli.rounds.stored import as_bytes
 from recap_cli.rounds.threads import on_fitting_threads
@@ -73,10 +73,8 @@ def _by_importance(
         context.layout.axes,
         score=_scorer(context, transaction, devices.pick(recipe.importance.device), track),
         resize=lambda cut, sizes: adapter.resize(context.adapter, cut, sizes),
-        ratio=round_plan.prune_ratio,
-        steps=recipe.prune.steps,
-        scope=recipe.prune.scope,
-        **limits(recipe),
+        keep_shares=gradual.shares_left(round_plan.prune_ratio, recipe.prune.steps),
+        limits=limits_of(recipe),
     )
 
 

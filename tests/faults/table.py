@@ -114,7 +114,7 @@ FAULTS = (
     Fault(
         "the ranking is by importance, not by importance per parameter",
         "recap_cli/core/ranking.py",
-        'per_param = scope == "global"',
+        'per_param = limits.scope == "global"',
         "per_param = False",
         ("tests/core/test_ranking.py::test_global_ranks_by_importance_per_parameter",),
     ),
@@ -128,22 +128,22 @@ FAULTS = (
     Fault(
         "the floor is ignored",
         "recap_cli/core/ranking.py",
-        "spare = [axis.size - _floor(axis, original, floor, least) for axis in pool]",
-        "spare = [axis.size - least for axis in pool]",
+        "spare = [axis.size - limits.lowest(axis, original) for axis in pool]",
+        "spare = [axis.size - limits.least for axis in pool]",
         ("tests/core/test_ranking.py::test_the_floor_holds_in_every_axis",),
     ),
     Fault(
         "each gradual step cuts a share of what is left as if it were the whole",
         "recap_cli/core/gradual.py",
-        "keep_share=(1.0 - ratio) ** (step / steps)",
-        "keep_share=(1.0 - ratio) ** (1 / steps)",
+        "(1.0 - ratio) ** (step / steps)",
+        "(1.0 - ratio) ** (1 / steps)",
         (CHOSEN,),
     ),
     Fault(
         "the scope of pruning is ignored",
-        "recap_cli/stages/prune.py",
-        "steps=recipe.prune.steps,\n        scope=recipe.prune.scope,",
-        'steps=recipe.prune.steps,\n        scope="per-kind",',
+        "recap_cli/rounds/selection.py",
+        "scope=recipe.prune.scope",
+        'scope="per-kind"',
         (GLOBAL,),
     ),
     Fault(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.criterion import Criterion
-from recap_cli.core.ranking import select
+from recap_cli.core.ranking import Limits, select
 from recap_cli.errors import PluginError
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import _chosen, mask
@@ -30,7 +30,7 @@ def drawn(scope: str, *, seed: int = 0, round: int = 1) -> dict[str, list[bool]]
 @pytest.mark.parametrize("scope", ["global", "per-kind", "per-layer"])
 def test_the_best_are_among_what_is_drawn(scope: str) -> None:
     original = {axis.name: axis.size for axis in AXES}
-    best = select(AXES, SCORES, PARAMS, original=original, keep_share=0.25, scope=scope, least=0)  # type: ignore[arg-type]
+    best = select(AXES, SCORES, PARAMS, limits=Limits(scope=scope, least=0), original=original, keep_share=0.25)  # type: ignore[arg-type]
     found = drawn(scope)
     for name, kept in best.items():
         assert not (kept & ~torch.tensor(found[name])).any()
@@ -52,8 +52,7 @@ def test_a_criterion_whose_scores_are_refused_is_named(
 
     recipe = tiny("vit", prune={"criterion": "magnitude", "ratio": 0.4 if stage == "prune" else 0.0})
     state = init(recipe, tmp_path / "state")
-    for stage in ("prune", "mask"):
-        monkeypatch.setattr(f"recap_cli.stages.{stage}.load_criterion", lambda _: Criterion("none", negative))
+    monkeypatch.setattr(f"recap_cli.stages.{stage}.load_criterion", lambda _: Criterion("none", negative))
     if stage == "mask":
         prune(state)
     with pytest.raises(PluginError, match=f"the criterion '{name}' gave scores below zero"):
