@@ -20,8 +20,7 @@ from recap_cli.rounds.layout import Layout
 from recap_cli.rounds.recipe_model import source_of
 from recap_cli.rounds.record import MASK, PLAN
 from recap_cli.rounds.run_context import Context
-from recap_cli.trainable import token_rows as token_rows_of_data
-from recap_cli.trainable.token_rows import TokenRows
+from recap_cli.trainable.token_rows import TokenRows, used_token_rows
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def with_token_rows(model: MetaModel, recipe: Recipe, raw: sources.Raw, track: T
     source = recipe.model
     tokenizer = build.tokenizer_of(source.name, source.config, source.revision, model.spec.config["vocab_size"])
     train, validation = splits_of(recipe, model.spec, tokenizer, track, raw)
-    return replace(model, token_rows=token_rows_of_data.of(build.skeleton(model.spec), train, validation))
+    return replace(model, token_rows=used_token_rows(build.skeleton(model.spec), train, validation))
 
 
 def _is_local(recipe: Recipe) -> bool:
@@ -147,6 +146,6 @@ def _token_rows_of(context: Context, track: Track) -> TokenRows | None:
     if context.spec.image is not None or not (are_read(context.recipe, context.spec) or _is_local(context.recipe)):
         return None
     try:
-        return token_rows_of_data.of(build.skeleton(context.spec), *context.splits(track))
+        return used_token_rows(build.skeleton(context.spec), *context.splits(track))
     except DataError:  # its files are gone, and `finetune` will say so
         return None

@@ -35,9 +35,9 @@ from recap_cli.rounds.plans import method_of_name, round_plans_for
 from recap_cli.rounds.selection import limits_of
 from recap_cli.rounds.small_model import WEIGHT_DTYPES, fine_axes, in_dtype, make_trainable, rule_of
 from recap_cli.tasks import task
-from recap_cli.trainable import token_rows as token_rows_of_data
 from recap_cli.trainable.embedding import PartialEmbedding
 from recap_cli.trainable.optim import Optimizer
+from recap_cli.trainable.token_rows import all_token_rows
 from recap_cli.training.loop import Batch
 
 SHORT = {"full": "full-ft", "head": "head-ft", "lora": "lora-ft"}  # what is written most is written short
@@ -263,7 +263,7 @@ def prepare(
     small = like({name: _shape_of(tensor, index_map.get(name, {})) for name, tensor in model.tensors.items()})
     built, tune = build.assemble(model.spec, small, model.adapter, counts(plan)), recipe.finetune
     weights = sum(param.numel() for param in built.parameters())
-    token_rows = model.token_rows or (token_rows_of_data.everything(built) if round_plans[0].embeddings == "tokens" else None)
+    token_rows = model.token_rows or (all_token_rows(built) if round_plans[0].embeddings == "tokens" else None)
     hook = _hook(built, model.layout, recipe, plan, round_plans, like) if round_plans[0].trains == "training" else None
     if tune.checkpointing:
         build.enable_checkpointing(built)

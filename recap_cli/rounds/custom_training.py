@@ -17,6 +17,7 @@ from recap_cli.rounds.selection import choose
 from recap_cli.rounds.small_model import WEIGHT_DTYPES
 from recap_cli.trainable.build import Trainable, make_partial
 from recap_cli.trainable.optim import Optimizer
+from recap_cli.trainable.placement import Placement
 from recap_cli.trainable.token_rows import TokenRows
 from recap_cli.untrusted.code import guarded
 
@@ -57,12 +58,9 @@ def make_hook_trainable(
     return make_partial(
         model,
         {},
+        placement=Placement(device=device, dtype=weights.dtype, int8=weights.int8, offload=recipe.finetune.offload),
         frozen=lambda name: name not in names,
         used_rows=token_rows.used_rows() if token_rows and hook.keeps_tokens else None,
-        device=device,
-        dtype=weights.dtype,
-        int8=weights.int8,
-        offload=recipe.finetune.offload,
     )
 
 

@@ -13,6 +13,7 @@ from recap_cli.recipe.recipe import Finetune, Recipe
 from recap_cli.rounds.layout import Layout
 from recap_cli.trainable.build import Trainable, bring_forward, make_partial
 from recap_cli.trainable.optim import UpdateRule, adamw, sgd
+from recap_cli.trainable.placement import Placement
 from recap_cli.trainable.token_rows import TokenRows
 from recap_cli.training.loop import Batch, Forward
 
@@ -83,12 +84,9 @@ def make_trainable(
     return make_partial(
         model,
         index_map | (token_rows.index_map(round_plan) if token_rows else {}),
+        placement=Placement(device=device, dtype=weights.dtype, int8=weights.int8, offload=recipe.finetune.offload),
         frozen=frozen,
         used_rows=token_rows.used_rows() if token_rows else None,
-        device=device,
-        dtype=weights.dtype,
-        int8=weights.int8,
-        offload=recipe.finetune.offload,
     )
 
 

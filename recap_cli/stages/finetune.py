@@ -31,11 +31,10 @@ from recap_cli.rounds.status import check_rounds
 from recap_cli.rounds.threads import on_fitting_threads
 from recap_cli.state.store import State, Transaction
 from recap_cli.tasks import task
-from recap_cli.trainable import token_rows as token_rows_of_data
 from recap_cli.trainable.embedding import PartialEmbedding
 from recap_cli.trainable.moments import COUNT, take_moments
 from recap_cli.trainable.optim import CarriedState, Optimizer, learning_rate
-from recap_cli.trainable.token_rows import TokenRows
+from recap_cli.trainable.token_rows import TokenRows, used_token_rows
 from recap_cli.training.evaluation import evaluate
 from recap_cli.training.loop import LOWER_THE_RATE, Batch, Forward, Training, train
 
@@ -90,7 +89,7 @@ def _finetune(context: Context, report: OOMReport, track: Track, snapshot_to: Pa
         small = context.small(folder, plan)
         model = report.model = context.model(small, counts(plan))
         chosen = context.mask(folder, plan)
-        token_rows = token_rows_of_data.of(model, train_split, validation)
+        token_rows = used_token_rows(model, train_split, validation)
         index_map = trainable_entries(
             context.layout, plan, chosen, small, token_rows.index_map(round_plan) if token_rows else None
         )

@@ -34,9 +34,9 @@ from recap_cli.rounds.recipe_model import forward_of, source_of, task_of
 from recap_cli.rounds.record import BUFFERS, LAYOUT, WEIGHTS
 from recap_cli.state.store import State, Transaction
 from recap_cli.tasks import task
-from recap_cli.trainable import token_rows as token_rows_of_data
 from recap_cli.trainable.build import Trainable
 from recap_cli.trainable.optim import Optimizer, adamw, learning_rate
+from recap_cli.trainable.token_rows import all_token_rows
 from recap_cli.training.evaluation import chance, evaluate
 from recap_cli.training.loop import Batch, train
 
@@ -183,7 +183,7 @@ def _check_weights(model: nn.Module, name: str | None) -> None:
 
 def _check_tokens(round_plans: Sequence[RoundPlan], model: nn.Module) -> None:
     """Refuse rows of tokens that are to move by themselves where there is no table that has just these."""
-    if any(round_plan.embeddings == "tokens" for round_plan in round_plans) and token_rows_of_data.everything(model) is None:
+    if any(round_plan.embeddings == "tokens" for round_plan in round_plans) and all_token_rows(model) is None:
         raise ModelError(
             f"rows of tokens are to move, but {type(model).__name__} has no table of tokens that is looked up and nothing else",
             hint="--set mask.train_embeddings=true, or false",

@@ -76,9 +76,7 @@ def put_moments(
             put(full, tensor, dims)
         length = shapes[name][along[name]] if name in along else 1
         before = after.get(f"{name}/{COUNT}", torch.zeros(1, dtype=torch.int32))
-        full = after[f"{name}/{COUNT}"] = before.expand(
-            length
-        ).clone()  # (length,); of one number, if the whole was trained until now
+        full = after[f"{name}/{COUNT}"] = before.expand(length).clone()  # (length,); of one number, if it was trained whole
         index = next(iter(dims.values()), torch.arange(length))
         full[index] = counts[name].expand(len(index)).to(torch.int32)  # (rows,) or (columns,)
     return after

@@ -1,10 +1,11 @@
 """SGD and AdamW over compact tensors, with moments that outlive a round (paper, eq. (5)).
 
-`torch.optim` keeps one step count per tensor. Here the entries of one tensor may have been trained in different rounds, so each
-group of entries keeps its own count `t` (the number of steps it has taken part in), and bias correction divides by `1 − β^t`
-entry by entry: one that is trained for the first time in round 7 is one step old, not seven rounds. Where all counts are equal,
-which holds in the first round, and in all of them if everything is trainable in each, the arithmetic is that of `torch.optim.SGD` and
-`torch.optim.AdamW` (`foreach=False`), to the bit.
+`torch.optim` keeps one step count per tensor. Here the entries of one tensor may have been trained in different rounds. So each
+group of entries keeps its own count `t`, the number of steps it has taken part in, and bias correction divides by `1 − β^t`
+entry by entry: one that is trained for the first time in round 7 is one step old, not seven rounds.
+
+Where all counts are equal the arithmetic is that of `torch.optim.SGD` and `torch.optim.AdamW` (`foreach=False`), to the bit.
+That holds in the first round, and in all of them if everything is trainable in each.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -125,7 +125,7 @@ def test_a_step_makes_at_most_one_tensor_of_a_trainables_size(name: str, ages: s
     optimizer = Optimizer(
         [trainable(torch.randn(64, 32))], RULES[name][0], carried=CarriedState(counts=known, along={"w": 0}), weight_decay=decay
     )
-    per_row = 8 * 512  # what counts become on the way to a rate per row; not of the slot's size, which is 16 times 512
+    per_row = 8 * 512  # what counts become on the way to a rate per row; not of the tensor's size, which is 16 times 512
     assert temporary_bytes(optimizer) <= (TRAINABLE_BYTES if name == "adamw" else 0) + per_row
 
 

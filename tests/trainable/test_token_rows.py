@@ -30,9 +30,9 @@ from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
-from recap_cli.trainable import token_rows as token_rows_of_data
+from recap_cli.trainable import token_rows
 from recap_cli.trainable.optim import Optimizer
-from recap_cli.trainable.token_rows import TokenRows
+from recap_cli.trainable.token_rows import TokenRows, used_token_rows
 from tests.pico import LABELS, PICO, WORDS
 from tests.tiny import is_text, tiny
 
@@ -63,7 +63,7 @@ def finetuned(root: Path, name: str, embeddings: bool | str, **sections: Any) ->
 
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold every row from now on, as where the table is not known."""
-    monkeypatch.setattr(token_rows_of_data, "of", lambda *_: None)
+    monkeypatch.setattr("recap_cli.stages.finetune.used_token_rows", lambda *_: None)
 
 
 def tensors_of(state: State, file: str) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ def tensors_of(state: State, file: str) -> dict[str, Tensor]:
 def test_the_rows_are_those_of_the_tokens_in_the_data(name: str, tmp_path: Path) -> None:
     context = Context(init(recipe(tmp_path, name), tmp_path / "state"))
     splits = context.splits(lambda items, label, total=None: iter(items))
-    found = token_rows_of_data.of(context.model(context.full_tensors()), *splits)
+    found = used_token_rows(context.model(context.full_tensors()), *splits)
     assert found is not None
     assert found.table in context.layout.embeddings
     assert found.size == len(context.full_tensors()[found.table]) == 64
@@ -266,7 +266,7 @@ def test_a_strangers_training_may_hook_the_table_and_look_up_any_token(
 def test_tokens_of_a_model_without_such_a_table_are_refused_when_the_state_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_rows_of_data, "_table", lambda _: None)
+    monkeypatch.setattr(token_rows, "_table", lambda _: None)
     with pytest.raises(
         ModelError, match="BertForSequenceClassification has no table of tokens that is looked up and nothing else"
     ):
@@ -317,7 +317,7 @@ def test_there_is_no_such_table_where_the_model_uses_it_otherwise() -> None:
 
     def found(model: nn.Module) -> Any:
         split = finetuning.Split("", torch.zeros(1), lambda *_: {}, torch.tensor([0, 2]), torch.tensor([3]))
-        return token_rows_of_data.of(model, split, split)
+        return used_token_rows(model, split, split)
 
     table, tied = nn.Embedding(4, 2), nn.Linear(2, 4, bias=False)
     tied.weight = table.weight
