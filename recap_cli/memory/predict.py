@@ -30,10 +30,9 @@ from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.custom_training import attach, make_hook_trainable
 from recap_cli.rounds.device_policy import blocks_of, importance_batch_size
-from recap_cli.rounds.layout import Layout
 from recap_cli.rounds.plans import method_of_name, round_plans_for
 from recap_cli.rounds.selection import limits_of
-from recap_cli.rounds.small_model import WEIGHT_DTYPES, fine_axes, in_dtype, make_trainable, rule_of
+from recap_cli.rounds.small_model import SmallModel, fine_axes, in_dtype, make_trainable, placement_of, rule_of
 from recap_cli.tasks import task
 from recap_cli.trainable.embedding import PartialEmbedding
 from recap_cli.trainable.optim import Optimizer
@@ -260,21 +259,20 @@ def prepare(
     round_plans = round_plans or planned(model, recipe, recipe.method)
     plan, chosen = choices(model, recipe, round_plans[0])
     index_map = indices(model.layout.axes, plan, shapes_of(model.tensors))
-    small = like({name: _shape_of(tensor, index_map.get(name, {})) for name, tensor in model.tensors.items()})
-    built, tune = build.assemble(model.spec, small, model.adapter, counts(plan)), recipe.finetune
+    tensors = like({name: _shape_of(tensor, index_map.get(name, {})) for name, tensor in model.tensors.items()})
+    built, tune = build.assemble(model.spec, tensors, model.adapter, counts(plan)), recipe.finetune
+    placement = placement_of(tune, device)
     weights = sum(param.numel() for param in built.parameters())
     token_rows = model.token_rows or (all_token_rows(built) if round_plans[0].embeddings == "tokens" else None)
-    hook = _hook(built, model.layout, recipe, plan, round_plans, like) if round_plans[0].trains == "training" else None
+    small = SmallModel(built, model.layout, round_plans[0], plan, chosen, token_rows)
+    hook = _hook(small, recipe, round_plans, like) if round_plans[0].trains == "training" else None
     if tune.checkpointing:
         build.enable_checkpointing(built)
-    if hook is None:
-        trainables = make_trainable(built, model.layout, recipe, round_plans[0], plan, chosen, device, token_rows)
-    else:
-        trainables = make_hook_trainable(built, hook, recipe, device, token_rows)
+    trainables = make_trainable(small, placement) if hook is None else make_hook_trainable(small, hook, placement)
     weights -= sum(module.absent for module in built.modules() if isinstance(module, PartialEmbedding))
     optimizer = Optimizer(trainables, rule_of(tune), weight_decay=tune.weight_decay)
     call = build.forward(model.spec)
-    forward = in_dtype(lambda inputs: call(built, inputs), WEIGHT_DTYPES[tune.weights])
+    forward = in_dtype(lambda inputs: call(built, inputs), placement.dtype)
     batch = {name: tensor.to(device) for name, tensor in like(batch_of(model.spec, recipe, tune.batch_size)).items()}
     if token_rows is not None:
         batch["input_ids"] += int(token_rows.held[0])  # real ones are zeros, which may be no row that is held
@@ -297,12 +295,11 @@ def batch_of(spec: ModelSpec, recipe: Recipe, size: int) -> Batch:
         return {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), **mask, "labels": labels}
 
 
-def _hook(
-    built: nn.Module, layout: Layout, recipe: Recipe, plan: UnitMask, round_plans: Sequence[RoundPlan], like: Like
-) -> TrainerHook:
+def _hook(small: SmallModel, recipe: Recipe, round_plans: Sequence[RoundPlan], like: Like) -> TrainerHook:
     """Attach a method's own training, and make what it puts into the model as `like` makes tensors."""
+    built = small.model
     known = {*dict(built.named_parameters()).values(), *dict(built.named_buffers()).values()}
-    hook = attach(built, layout, recipe, plan, round_plans)
+    hook = attach(small, recipe, round_plans)
     params = {name: param for name, param in built.named_parameters() if param not in known}
     buffers = {name: buffer for name, buffer in built.named_buffers() if buffer not in known}
     called = names_of(built)

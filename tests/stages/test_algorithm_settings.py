@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import recap_cli.stages.finetune as finetuning
 from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds import training_round
 from recap_cli.rounds.importance import draw
 from recap_cli.rounds.status import summary
 from recap_cli.stages.run import run
@@ -214,7 +214,7 @@ def forced(monkeypatch: pytest.MonkeyPatch, metric: str, sign: int, values: list
         calm = {"loss": 1.0, "accuracy": 0.5, "f1": 0.5, "matthews": 0.5}
         return calm | {metric: 1.0 + sign * next(left)}
 
-    monkeypatch.setattr(finetuning, "evaluate", evaluate)
+    monkeypatch.setattr(training_round, "evaluate", evaluate)
 
 
 def short(metric: str, rounds: int, **sections: Any) -> Recipe:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import recap_cli.stages.finetune as finetuning
 from recap_cli import registry
 from recap_cli.core.axes import chosen_params, counts, prunable_params, refine, shapes_of, shrink, unit_params
 from recap_cli.core.surgery import compose_index_maps, gather, indices, scatter, take
 from recap_cli.data.sampling import batches, order, seed_for
 from recap_cli.models import build
+from recap_cli.rounds import training_round
 from recap_cli.rounds.record import MASK, MOMENTS, SMALL, TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import frozen_whole, trainable_entries
@@ -279,7 +279,7 @@ def test_the_second_round_starts_from_the_moments_and_ages_of_the_first(
         indices(context.layout.axes, plan, context.layout.shapes), trainable_entries(context.layout, plan, chosen, small)
     )
     stored = context.state.load_tensors(f"{context.full}/{MOMENTS}")
-    monkeypatch.setattr(finetuning, "Optimizer", spy)
+    monkeypatch.setattr(training_round, "Optimizer", spy)
     with pytest.raises(Stop):
         finetune(context.state)
     ages: set[int] = set()
@@ -287,10 +287,12 @@ def test_the_second_round_starts_from_the_moments_and_ages_of_the_first(
         dims = index_map.get(trainable.name, {})
         if f"{trainable.name}/exp_avg" in stored:
             for moment in ("exp_avg", "exp_avg_sq"):
-                assert torch.equal(seen["moments"][trainable.name][moment], take(stored[f"{trainable.name}/{moment}"], dims))
-            ages |= set(seen["counts"][trainable.name].tolist())
+                assert torch.equal(
+                    seen["carried"].moments[trainable.name][moment], take(stored[f"{trainable.name}/{moment}"], dims)
+                )
+            ages |= set(seen["carried"].counts[trainable.name].tolist())
         for dim in dims:
-            assert seen["along"][trainable.name] == dim
+            assert seen["carried"].along[trainable.name] == dim
     assert ages in ({0, 5}, {5})  # what moves now has moved for the five steps of round 1, or (in most models some) never
 
 

@@ -23,7 +23,7 @@ from recap_cli.errors import (
 )
 from recap_cli.memory import oom
 from recap_cli.recipe import recipe as recipes
-from recap_cli.rounds import small_model
+from recap_cli.rounds import small_model, training_round
 from recap_cli.rounds.record import IMPORTANCE, MASK, MOMENTS, PLAN, TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.settings import EXECUTION
@@ -36,7 +36,6 @@ from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import choose, prune
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
-from recap_cli.trainable.optim import Optimizer
 from tests.tiny import tiny
 
 finetune = finetuning.finetune
@@ -574,16 +573,18 @@ def lacking(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
 
     def put(step: str) -> list[Any]:
         seen: list[Any] = []
-        real = getattr(finetuning, step)
+        module = training_round if step == "evaluate" else finetuning
+        real = getattr(module, step)
 
         def fail(*given: Any, **settings: Any) -> Any:
-            made = real(*given, **settings) if step == "_partial" else None  # all on the device, and then one more
+            made = real(*given, **settings) if step == "make_trainer" else None  # all on the device, and then one more
             activations = torch.zeros(1000)
-            held = [thing for thing in (*given, made) if isinstance(thing, (torch.nn.Module, Optimizer))]
+            trainer = next((thing for thing in (*given, made) if isinstance(thing, training_round.Trainer)), None)
+            held = [] if trainer is None else [trainer.small.model, trainer.optimizer]
             seen.extend(weakref.ref(thing) for thing in (*held, activations))
             raise torch.OutOfMemoryError(LACK)
 
-        monkeypatch.setattr(finetuning, step, fail)
+        monkeypatch.setattr(module, step, fail)
         return seen
 
     return put
@@ -591,7 +592,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
 
 @pytest.mark.parametrize(
     ("step", "doing"),
-    [("_partial", "moving the model there"), ("_train", "training"), ("evaluate", "evaluating")],
+    [("make_trainer", "moving the model there"), ("train_round", "training"), ("evaluate", "evaluating")],
 )
 def test_a_device_that_is_too_small_is_explained_and_the_state_goes_on_with_less(
     step: str, doing: str, lacking: Callable[[str], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -632,7 +633,7 @@ def test_a_device_that_is_too_small_is_explained_and_the_state_goes_on_with_less
 def test_without_a_prediction_the_settings_that_are_still_off_are_named(
     lacking: Callable[[str], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lacking("_train")
+    lacking("train_round")
 
     def broken(_: Context) -> None:
         raise RuntimeError("fake tensors, and what not")
@@ -687,6 +688,6 @@ def test_memory_of_the_machine_that_runs_out_is_left_to_the_command_line(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(finetuning, "_train", fail)
+    monkeypatch.setattr(finetuning, "train_round", fail)
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         finetune(masked(tmp_path / "state"))

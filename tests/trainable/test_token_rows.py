@@ -13,13 +13,14 @@ from recap_cli import registry
 from recap_cli.core.method import Method, RoundPlan, TrainContext, TrainerHook
 from recap_cli.data import sources
 from recap_cli.data import splits as data
+from recap_cli.data.splits import Split
 from recap_cli.errors import ModelError
 from recap_cli.machine import accounting
 from recap_cli.memory import budget, meta_model, predict
 from recap_cli.memory.fake_step import Fakes, usage
 from recap_cli.memory.measure import random_tensors
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import custom_training, examples, small_model
+from recap_cli.rounds import custom_training, examples, small_model, training_round
 from recap_cli.rounds import plans as planning
 from recap_cli.rounds.record import MOMENTS, TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
@@ -63,7 +64,7 @@ def finetuned(root: Path, name: str, embeddings: bool | str, **sections: Any) ->
 
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold every row from now on, as where the table is not known."""
-    monkeypatch.setattr("recap_cli.stages.finetune.used_token_rows", lambda *_: None)
+    monkeypatch.setattr("recap_cli.rounds.training_round.used_token_rows", lambda *_: None)
 
 
 def tensors_of(state: State, file: str) -> dict[str, Tensor]:
@@ -179,19 +180,19 @@ def test_a_merge_writes_the_rows_that_trained_and_leaves_every_other_bit(name: s
 
 def test_a_later_round_has_the_moments_and_ages_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
-    made = finetuning.Optimizer
+    made = training_round.Optimizer
 
     def spy(trainables: Any, rule: Any, **given: Any) -> Any:
         seen.append(given)
         return made(trainables, rule, **given)
 
-    monkeypatch.setattr(finetuning, "Optimizer", spy)
+    monkeypatch.setattr(training_round, "Optimizer", spy)
     state = run(recipe(tmp_path, "bert", "tokens"), tmp_path / "state")
     table, rows = table_of(state), Context(state).token_rows("round-001")
     assert rows is not None
-    assert table not in seen[0]["moments"]
-    assert seen[1]["moments"][table]["exp_avg"].shape[0] == len(rows.trained)
-    assert seen[1]["counts"][table].tolist() == [2] * len(rows.trained)
+    assert table not in seen[0]["carried"].moments
+    assert seen[1]["carried"].moments[table]["exp_avg"].shape[0] == len(rows.trained)
+    assert seen[1]["carried"].counts[table].tolist() == [2] * len(rows.trained)
     stored = state.load_tensors(f"{Context(state).full}/{MOMENTS}")
     assert stored[f"{table}/count"].max() == 4
     assert state.manifest.made["round_plans"][1]["embeddings"] == "tokens"
@@ -252,7 +253,7 @@ def test_a_strangers_training_may_hook_the_table_and_look_up_any_token(
         monkeypatch.setattr(module, "method_of", lambda _: method)
     made: list[Any] = []
     monkeypatch.setattr(
-        finetuning,
+        training_round,
         "Optimizer",
         lambda trainables, *args, **given: made.append(trainables) or Optimizer(trainables, *args, **given),
     )
@@ -316,7 +317,7 @@ def test_there_is_no_such_table_where_the_model_uses_it_otherwise() -> None:
         """As BART has it."""
 
     def found(model: nn.Module) -> Any:
-        split = finetuning.Split("", torch.zeros(1), lambda *_: {}, torch.tensor([0, 2]), torch.tensor([3]))
+        split = Split("", torch.zeros(1), lambda *_: {}, torch.tensor([0, 2]), torch.tensor([3]))
         return used_token_rows(model, split, split)
 
     table, tied = nn.Embedding(4, 2), nn.Linear(2, 4, bias=False)
