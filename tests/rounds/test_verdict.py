@@ -41,7 +41,7 @@ def says(value: float, metric: str = "accuracy") -> Callable[..., dict[str, floa
 
 def ended(path: Path, monkeypatch: pytest.MonkeyPatch, warm: float, last: float, metric: str = "accuracy") -> State:
     """A finished run of one round with these validation figures before and after it; chance is a third."""
-    monkeypatch.setattr(import_module("recap_cli.stages.init"), "evaluate", says(warm, metric))
+    monkeypatch.setattr(import_module("recap_cli.rounds.warm_up"), "evaluate", says(warm, metric))
     monkeypatch.setattr(training_round, "evaluate", says(last, metric))
     return run(tiny("vit", rounds=1, task={"metric": metric}), path)
 

@@ -10,8 +10,10 @@ from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.ranking import Limits, select
 from recap_cli.errors import PluginError
+from recap_cli.rounds import importance
+from recap_cli.rounds.masking import choose_fine_units
 from recap_cli.stages.init import init
-from recap_cli.stages.mask import _chosen, mask
+from recap_cli.stages.mask import mask
 from recap_cli.stages.prune import prune
 from tests.tiny import tiny
 
@@ -24,7 +26,7 @@ SCORES = {name: torch.rand(SIZES[name], generator=torch.Generator().manual_seed(
 
 def drawn(scope: str, *, seed: int = 0, round: int = 1) -> dict[str, list[bool]]:
     recipe = tiny("vit", seed=seed, mask={"random": 0.5, "scope": scope})
-    return {name: chosen.tolist() for name, chosen in _chosen(recipe, AXES, SHAPES, SCORES, 0.5, round).items()}
+    return {name: chosen.tolist() for name, chosen in choose_fine_units(recipe, AXES, SHAPES, SCORES, 0.5, round).items()}
 
 
 @pytest.mark.parametrize("scope", ["global", "per-kind", "per-layer"])
@@ -52,7 +54,7 @@ def test_a_criterion_whose_scores_are_refused_is_named(
 
     recipe = tiny("vit", prune={"criterion": "magnitude", "ratio": 0.4 if stage == "prune" else 0.0})
     state = init(recipe, tmp_path / "state")
-    monkeypatch.setattr(f"recap_cli.stages.{stage}.load_criterion", lambda _: Criterion("none", negative))
+    monkeypatch.setattr(importance, "load_criterion", lambda _: Criterion("none", negative))
     if stage == "mask":
         prune(state)
     with pytest.raises(PluginError, match=f"the criterion '{name}' gave scores below zero"):
