@@ -25,9 +25,10 @@ from recap_cli.data.splits import Split, make_split
 from recap_cli.models import build
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.examples import inputs_of, read_raw
 from recap_cli.rounds.plans import method_of
+from recap_cli.rounds.recipe_model import forward_of
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.status import finished
 from recap_cli.state.store import State
 from recap_cli.training.evaluation import evaluate
@@ -69,7 +70,7 @@ def runs_of(words: list[str]) -> set[tuple[str, ...]]:
 def raw_of(task: str, data: dict[str, Any], seed: int = 0) -> Any:
     """The examples of a task with other settings of its data, or of another seed."""
     values = quality.recipe_of(task)
-    return shared.read_raw(recipe_from({**values, "data": {**values["data"], **data}, "seed": seed}))
+    return read_raw(recipe_from({**values, "data": {**values["data"], **data}, "seed": seed}))
 
 
 def recipe_from(values: dict[str, Any]) -> Recipe:
@@ -80,14 +81,14 @@ def score(context: Context, split: Split) -> dict[str, float]:
     """The metrics of the small model of a state's last round."""
     full, plan = context.full_tensors(), context.plan(str(context.state.manifest.small))
     model = context.model(gather(full, indices(context.layout.axes, plan, shapes_of(full))), counts(plan))
-    return evaluate(shared.forward_of(context.spec, model), split, context.task, batch_size=64)
+    return evaluate(forward_of(context.spec, model), split, context.task, batch_size=64)
 
 
 def split_of(context: Context, task: str) -> Split:
     """What is held out from a run, ready for its model."""
     found, origin = examples(task, context.recipe.seed), SOURCES[task]
     processor = build.load_processor(context.state.path / context.full, context.spec)
-    return make_split(found, shared.inputs_of(context.recipe, context.spec, processor), origin=origin)
+    return make_split(found, inputs_of(context.recipe, context.spec, processor), origin=origin)
 
 
 def runs(work: Path, task: str, variant: str) -> Iterator[Context]:

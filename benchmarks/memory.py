@@ -23,7 +23,7 @@ from recap_cli.memory.tracker import Tracker
 from recap_cli.models import build
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds.small_model import WEIGHT_DTYPES
+from recap_cli.rounds.small_model import placement_of
 from recap_cli.tasks import task
 
 LEAN = {"finetune.fused_backward": True, "finetune.checkpointing": True}
@@ -170,7 +170,7 @@ def _plain(model: MetaModel, recipe: Recipe, *, offload: bool) -> dict[str, Any]
     With `offload` no moments are on the device and each gradient leaves it as soon as it is complete: a lower bound of
     torchao's `CPUOffloadOptimizer(offload_gradients=True)`, which needs CUDA to run.
     """
-    dtype, fakes = WEIGHT_DTYPES[recipe.finetune.weights].dtype, Fakes()
+    dtype, fakes = placement_of(recipe.finetune).dtype, Fakes()
     shapes = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.tensors.items()}
     built = build.assemble(model.spec, fakes.like(shapes), model.adapter, {}).train()
     if recipe.finetune.checkpointing:

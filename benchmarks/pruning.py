@@ -25,6 +25,7 @@ from recap_cli.core import gradual
 from recap_cli.core.adapter import find_axes, resize
 from recap_cli.core.axes import counts, shapes_of
 from recap_cli.core.importance import group_scores
+from recap_cli.core.ranking import Limits
 from recap_cli.core.surgery import cut_model, indices
 from recap_cli.plugins.adapters.vit import VIT
 from recap_cli.plugins.criteria.taylor import TAYLOR
@@ -62,12 +63,8 @@ def ours(model: Any, batches: Batches, *, steps: int, scope: Any) -> None:
         find_axes(VIT, model),
         score=lambda small, axes, _: group_scores(small, axes, TAYLOR, losses),
         resize=lambda small, sizes: resize(VIT, small, sizes),
-        ratio=RATIO,
-        steps=steps,
-        scope=scope,
-        floor=0.15,
-        uniform=False,
-        round_to=1,
+        keep_shares=gradual.shares_left(RATIO, steps),
+        limits=Limits(scope=scope, floor=0.15),
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from recap_cli.core.adapter import Adapter, find_axes, matches, resize
 from recap_cli.core.axes import UnitMask, chosen_params, counts, prunable_params, refine, shapes_of, shrink, unit_params
-from recap_cli.core.ranking import select
+from recap_cli.core.ranking import Limits, select
 from recap_cli.core.surgery import cut_model, indices
 from recap_cli.plugins.adapters.bert import BERT
 from recap_cli.plugins.adapters.vit import VIT
@@ -79,7 +79,9 @@ def random_choice(axes: list[Any], shapes: dict[str, Any], keep: float, least: i
     """A share of the prunable parameters, chosen by random scores within each kind."""
     sizes = {axis.name: axis.size for axis in axes}
     units = {axis.name: unit_params(axis, shapes) for axis in axes}
-    return select(axes, {n: torch.rand(s) for n, s in sizes.items()}, units, original=sizes, keep_share=keep, least=least)
+    return select(
+        axes, {n: torch.rand(s) for n, s in sizes.items()}, units, limits=Limits(least=least), original=sizes, keep_share=keep
+    )
 
 
 def full_side(case: Case) -> Side:

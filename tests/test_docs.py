@@ -26,7 +26,7 @@ from recap_cli.core.importance import group_scores
 from recap_cli.errors import PipeError
 from recap_cli.models import build
 from recap_cli.recipe.recipe import dump, json_schema, parse, read, shipped
-from recap_cli.rounds.context import read_raw
+from recap_cli.rounds.examples import read_raw
 from recap_cli.rounds.plans import round_plans_for
 from recap_cli.stages.run import run
 from recap_cli.state.store import State

@@ -23,7 +23,7 @@ TABLE = {
     "process": set(),
     "untrusted": {"errors"},
     "core": {"untrusted", "errors"},
-    "trainable": {"core", "data"},
+    "trainable": {"core"},
     "api": {"core", "errors"},
     "plugins": {"api"},
     "registry": {"core", "untrusted", "errors"},

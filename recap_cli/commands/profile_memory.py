@@ -204,7 +204,7 @@ def _open(target: str, overrides: Sequence[str]) -> _Subject:
         recipe = recipes.read(target, overrides)
         model, notes = meta_model.of_recipe_with_data(recipe, console.track)
         return _Subject(recipe, None, model, notes)
-    from recap_cli.rounds.context import Context
+    from recap_cli.rounds.run_context import Context
     from recap_cli.rounds.settings import recipe_of
     from recap_cli.state.store import State
 

@@ -22,10 +22,10 @@ from recap_cli.memory import meta_model, predict
 from recap_cli.progress import silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import context as shared
 from recap_cli.rounds import record, status, stored
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.record import MEMORY
+from recap_cli.rounds.run_context import Context
 from recap_cli.stages.eval import best_tensors
 from recap_cli.state.store import State
 from recap_cli.training.loop import Batch
@@ -105,7 +105,7 @@ def measured_product(path: Path) -> dict[str, Any]:
     device = devices.pick(context.recipe.finetune.device)
     count_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     model = context.model(tensors, sizes).to(device)
-    forward, batch = shared.forward_of(context.spec, model), _batch(context, device)
+    forward, batch = forward_of(context.spec, model), _batch(context, device)
     with torch.inference_mode(), _one_thread():
         seconds = [_timed(forward, batch, device) for _ in range(WARM_UPS + TIMINGS)][WARM_UPS:]
     on = f"{device}, 1 thread" if device.type == "cpu" else str(device)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil, gcd
 from typing import Literal
 
@@ -14,6 +15,30 @@ from recap_cli.errors import SelectionError
 Scope = Literal["per-kind", "global", "per-layer"]
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a selection must respect, however much it keeps.
+
+    Attributes:
+        scope: who competes with whom: each kind on its own, everything in one `global` ranking (by importance *per
+            parameter*), or each axis by itself (`per-layer`).
+        floor: the share of every axis that must stay.
+        least: the number of groups of every axis that must stay (0 for a mask: a layer that is frozen whole is fine).
+        uniform: True makes all axes of a kind keep the same number.
+        round_to: the kept rows of every tensor are a multiple of it.
+    """
+
+    scope: Scope = "per-kind"
+    floor: float = 0.0
+    least: int = 1
+    uniform: bool = False
+    round_to: int = 1
+
+    def lowest(self, axis: Axis, original: Mapping[str, int]) -> int:
+        """How many units of an axis stay in any case."""
+        return min(axis.size, max(self.least, ceil(self.floor * original[axis.name] - 1e-9)))
+
+
 def select(
     axes: Sequence[Axis],
     scores: Mapping[str, Tensor],
@@ -21,50 +46,50 @@ def select(
     *,
     original: Mapping[str, int],
     keep_share: float,
-    scope: Scope = "per-kind",
-    floor: float = 0.0,
-    least: int = 1,
-    uniform: bool = False,
-    round_to: int = 1,
+    limits: Limits = Limits(),
 ) -> UnitMask:
     """The groups of highest importance that hold `keep_share` of the prunable parameters, to within half a group.
 
-    `scores` has one importance per unit of each axis, shape (size,); `unit_params` the parameters one unit owns; `original` the
-    sizes before anything was cut, which `keep_share` and `floor` are shares of (so a gradual schedule ends at exactly the sizes
-    of its ratio). `scope` says who competes with whom: each kind on its own, everything in one `global` ranking (by importance
-    *per parameter*), or each axis by itself (`per-layer`). `floor` is the share of every axis that must stay, `least` a number
-    of groups (0 for a mask: a layer of which nothing moves is fine). `uniform` makes all axes of a kind keep the same number;
-    `round_to` makes the kept rows of every tensor a multiple.
+    Args:
+        axes: what is selected from.
+        scores: an importance per unit, by axis, shape (size,).
+        unit_params: the parameters that one unit owns, by axis.
+        original: the sizes before anything was cut, by axis: `keep_share` and the floor are shares of these, so a gradual
+            schedule ends at exactly the sizes of its ratio.
+        keep_share: the share of the prunable parameters that is kept.
+        limits: what must be respected besides.
 
-    Raises `SelectionError` if the floor forbids what the ratio asks, or if a score is not finite.
+    Returns:
+        For each axis name a bool tensor, shape (size,): True is kept.
+
+    Raises:
+        SelectionError: the floor forbids what the ratio asks, or a score is not finite.
     """
-    _check(axes, scores, original, uniform, round_to)
+    _check(axes, scores, original, limits)
     chosen: UnitMask = {}
-    for pool in ranked_together(axes, scope, uniform=uniform):
-        share = keep_share * sum(original[a.name] * unit_params[a.name] for a in pool)
-        per_param = scope == "global"
-        chosen |= _fill(pool, scores, unit_params, original, budget=share, floor=floor, least=least, per_param=per_param)
-    if round_to > 1:
-        for pool in ranked_together(axes, "per-kind", uniform=uniform):
-            chosen |= _rounded(pool, scores, chosen, round_to, {a.name: _floor(a, original, floor, least) for a in pool})
+    for pool in ranked_together(axes, limits.scope, uniform=limits.uniform):
+        budget = keep_share * sum(original[a.name] * unit_params[a.name] for a in pool)
+        chosen |= _fill(pool, scores, unit_params, original, budget, limits)
+    if limits.round_to > 1:
+        for pool in ranked_together(axes, "per-kind", uniform=limits.uniform):
+            lowest = {axis.name: limits.lowest(axis, original) for axis in pool}
+            chosen |= _rounded(pool, scores, chosen, limits.round_to, lowest)
     return chosen
 
 
-def _check(
-    axes: Sequence[Axis], scores: Mapping[str, Tensor], original: Mapping[str, int], uniform: bool, round_to: int
-) -> None:
+def _check(axes: Sequence[Axis], scores: Mapping[str, Tensor], original: Mapping[str, int], limits: Limits) -> None:
     for axis in axes:
         if not torch.isfinite(scores[axis.name]).all():
             raise SelectionError(
                 f"the importance of {axis.name} is not finite",
                 hint="check the data and the weights: a loss or a weight is infinite or not a number",
             )
-        if round_to > (rows := original[axis.name] * max(cut.width for cut in axis.cuts)):
+        if limits.round_to > (rows := original[axis.name] * max(cut.width for cut in axis.cuts)):
             raise SelectionError(
-                f"prune.round_to is {round_to}, but {axis.name} has only {rows} rows to keep a multiple of",
+                f"prune.round_to is {limits.round_to}, but {axis.name} has only {rows} rows to keep a multiple of",
                 hint="lower prune.round_to; 8 is what tensor cores want",
             )
-    if uniform:
+    if limits.uniform:
         for pool in ranked_together(axes, "per-kind"):
             if len(sizes := {axis.size for axis in pool}) > 1:
                 raise SelectionError(
@@ -87,16 +112,14 @@ def _fill(
     scores: Mapping[str, Tensor],
     unit_params: Mapping[str, int],
     original: Mapping[str, int],
-    *,
     budget: float,
-    floor: float,
-    least: int,
-    per_param: bool,
+    limits: Limits,
 ) -> UnitMask:
     """Drop the least important units of the pool, one after another, until what is left is nearest to the budget."""
     params = [unit_params[axis.name] for axis in pool]
-    spare = [axis.size - _floor(axis, original, floor, least) for axis in pool]
-    ranked = torch.cat([scores[a.name] / (p if per_param else 1) for a, p in zip(pool, params, strict=True)])
+    spare = [axis.size - limits.lowest(axis, original) for axis in pool]
+    per_param = limits.scope == "global"
+    ranked = torch.cat([scores[a.name] / (p if per_param else 1) for a, p in zip(pool, params, strict=True)])  # (units,)
     owner = [i for i, axis in enumerate(pool) for _ in range(axis.size)]
     unit = [u for axis in pool for u in range(axis.size)]
     goal = sum(axis.size * p for axis, p in zip(pool, params, strict=True)) - budget
@@ -113,15 +136,11 @@ def _fill(
         dropped += params[i]
     if goal - dropped > max(params):
         raise SelectionError(
-            f"cannot drop {goal:,.0f} parameters from {_named(pool)}: the floor of {floor:.0%} per axis allows {dropped:,}",
+            f"cannot drop {goal:,.0f} parameters from {_named(pool)}: "
+            f"the floor of {limits.floor:.0%} per axis allows {dropped:,}",
             hint="lower prune.ratio or prune.floor",
         )
     return {axis.name: kept for axis, kept in zip(pool, keep, strict=True)}
-
-
-def _floor(axis: Axis, original: Mapping[str, int], floor: float, least: int) -> int:
-    """How many units of an axis stay in any case."""
-    return min(axis.size, max(least, ceil(floor * original[axis.name] - 1e-9)))
 
 
 def _rounded(

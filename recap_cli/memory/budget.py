@@ -17,7 +17,8 @@ from recap_cli.memory.predict import Prediction, evaluation_bytes, importance_by
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds.context import Context, read_raw
+from recap_cli.rounds.examples import read_raw
+from recap_cli.rounds.run_context import Context
 from recap_cli.state.store import State
 
 # Stated, not measured here: what cuBLAS takes from the allocator on Hopper (8.1 MiB before it), on each of two threads, as the

@@ -15,10 +15,12 @@ from recap_cli.models import build, spec_from_config
 from recap_cli.models.build import ModelSpec
 from recap_cli.progress import Track, silent
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Context, Layout
-from recap_cli.trainable import token_rows as token_rows_of_data
-from recap_cli.trainable.token_rows import TokenRows
+from recap_cli.rounds.examples import are_read, read_raw, splits_of
+from recap_cli.rounds.layout import Layout
+from recap_cli.rounds.recipe_model import source_of
+from recap_cli.rounds.record import MASK, PLAN
+from recap_cli.rounds.run_context import Context
+from recap_cli.trainable.token_rows import TokenRows, used_token_rows
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class MetaModel:
 
 def of_recipe(recipe: Recipe, label_names: Sequence[str] = ()) -> MetaModel:
     """The outline of a recipe's model; reads its configuration and nothing else. Raises `ModelError`, `PluginError`."""
-    spec = spec_from_config.of_recipe(**shared.source_of(recipe), label_names=label_names)
+    spec = spec_from_config.of_recipe(**source_of(recipe), label_names=label_names)
     adapter, skeleton = build.adapter_of(spec), build.skeleton(spec)
     try:
         layout = Layout.of(adapter, skeleton)
@@ -93,8 +95,8 @@ def with_token_rows(model: MetaModel, recipe: Recipe, raw: sources.Raw, track: T
         return model
     source = recipe.model
     tokenizer = build.tokenizer_of(source.name, source.config, source.revision, model.spec.config["vocab_size"])
-    train, validation = shared.splits_of(recipe, model.spec, tokenizer, track, raw)
-    return replace(model, token_rows=token_rows_of_data.of(build.skeleton(model.spec), train, validation))
+    train, validation = splits_of(recipe, model.spec, tokenizer, track, raw)
+    return replace(model, token_rows=used_token_rows(build.skeleton(model.spec), train, validation))
 
 
 def _is_local(recipe: Recipe) -> bool:
@@ -107,7 +109,7 @@ def _local_data(recipe: Recipe) -> tuple[sources.Raw | None, list[str]]:
     if not _is_local(recipe):
         return None, ["the data are not here, so the head is that of the model's configuration"]
     try:
-        return shared.read_raw(recipe), []
+        return read_raw(recipe), []
     except DataError as error:  # memory does not hang on it, and `init` will say so again
         return None, [f"the data cannot be read, so the head is that of the model's configuration: {error.message}"]
 
@@ -116,9 +118,9 @@ def of_state(context: Context, track: Track = silent) -> MetaModel:
     """The outline of a state's model, with the plan and the mask of its newest round as far as they are chosen."""
     state, folder = context.state, context.state.manifest.small
     files = state.manifest.files
-    plan = context.plan(folder) if folder and f"{folder}/{shared.PLAN}" in files else None
+    plan = context.plan(folder) if folder and f"{folder}/{PLAN}" in files else None
     mask = None
-    if folder and plan is not None and f"{folder}/{shared.MASK}" in files:
+    if folder and plan is not None and f"{folder}/{MASK}" in files:
         mask = context.mask(folder, plan)
     tensors = build.tensors_of(build.skeleton(context.spec))
     round_plan = context.round_plans[state.manifest.round - 1] if plan is not None else None
@@ -141,9 +143,9 @@ def _token_rows_of(context: Context, track: Track) -> TokenRows | None:
     for number in range(newest, max(0, newest - 2), -1):
         if found := context.token_rows(f"round-{number:03d}"):
             return found
-    if context.spec.image is not None or not (shared.are_read(context.recipe, context.spec) or _is_local(context.recipe)):
+    if context.spec.image is not None or not (are_read(context.recipe, context.spec) or _is_local(context.recipe)):
         return None
     try:
-        return token_rows_of_data.of(build.skeleton(context.spec), *context.splits(track))
+        return used_token_rows(build.skeleton(context.spec), *context.splits(track))
     except DataError:  # its files are gone, and `finetune` will say so
         return None

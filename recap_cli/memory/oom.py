@@ -17,7 +17,7 @@ from recap_cli.errors import DeviceMemoryError
 from recap_cli.machine import accounting, nvml
 from recap_cli.memory import budget
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.settings import EXECUTION
 from recap_cli.state.manifest import quoted
 from recap_cli.trainable.optim import Optimizer

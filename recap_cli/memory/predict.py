@@ -16,7 +16,7 @@ from recap_cli.core.axes import Axis, Shape, UnitMask, counts, everything, shape
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.importance import group_scores
 from recap_cli.core.method import RoundPlan, TrainerHook
-from recap_cli.core.ranking import select
+from recap_cli.core.ranking import Limits, select
 from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import indices, owner_of
 from recap_cli.core.ties import names_of
@@ -28,15 +28,15 @@ from recap_cli.models.build import ModelSpec
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Layout
 from recap_cli.rounds.custom_training import attach, make_hook_trainable
+from recap_cli.rounds.device_policy import blocks_of, importance_batch_size
 from recap_cli.rounds.plans import method_of_name, round_plans_for
-from recap_cli.rounds.small_model import WEIGHT_DTYPES, fine_axes, in_dtype, make_trainable, rule_of
+from recap_cli.rounds.selection import limits_of
+from recap_cli.rounds.small_model import SmallModel, fine_axes, in_dtype, make_trainable, placement_of, rule_of
 from recap_cli.tasks import task
-from recap_cli.trainable import token_rows as token_rows_of_data
 from recap_cli.trainable.embedding import PartialEmbedding
 from recap_cli.trainable.optim import Optimizer
+from recap_cli.trainable.token_rows import all_token_rows
 from recap_cli.training.loop import Batch
 
 SHORT = {"full": "full-ft", "head": "head-ft", "lora": "lora-ft"}  # what is written most is written short
@@ -208,11 +208,11 @@ def importance_bytes(model: MetaModel, recipe: Recipe, kernels: Kernels = "cuda"
     The sample is one batch; gradients that add up over several do so on the CPU.
     """
     fakes = Fakes()
-    size = shared.importance_batch_size(recipe, torch.device("cuda"))
+    size = importance_batch_size(recipe, torch.device("cuda"))
     batch = fakes.like(batch_of(model.spec, recipe, size))
     built = build.assemble(model.spec, fakes.like(model.tensors), model.adapter, {})
     call, axes = build.forward(model.spec), model.layout.axes
-    blocks = shared.blocks_of(built, axes, model.spec.model_type)
+    blocks = blocks_of(built, axes, model.spec.model_type)
 
     def score() -> None:
         with streamed(built, blocks, "cpu"):
@@ -259,21 +259,20 @@ def prepare(
     round_plans = round_plans or planned(model, recipe, recipe.method)
     plan, chosen = choices(model, recipe, round_plans[0])
     index_map = indices(model.layout.axes, plan, shapes_of(model.tensors))
-    small = like({name: _shape_of(tensor, index_map.get(name, {})) for name, tensor in model.tensors.items()})
-    built, tune = build.assemble(model.spec, small, model.adapter, counts(plan)), recipe.finetune
+    tensors = like({name: _shape_of(tensor, index_map.get(name, {})) for name, tensor in model.tensors.items()})
+    built, tune = build.assemble(model.spec, tensors, model.adapter, counts(plan)), recipe.finetune
+    placement = placement_of(tune, device)
     weights = sum(param.numel() for param in built.parameters())
-    token_rows = model.token_rows or (token_rows_of_data.everything(built) if round_plans[0].embeddings == "tokens" else None)
-    hook = _hook(built, model.layout, recipe, plan, round_plans, like) if round_plans[0].trains == "training" else None
+    token_rows = model.token_rows or (all_token_rows(built) if round_plans[0].embeddings == "tokens" else None)
+    small = SmallModel(built, model.layout, round_plans[0], plan, chosen, token_rows)
+    hook = _hook(small, recipe, round_plans, like) if round_plans[0].trains == "training" else None
     if tune.checkpointing:
         build.enable_checkpointing(built)
-    if hook is None:
-        trainables = make_trainable(built, model.layout, recipe, round_plans[0], plan, chosen, device, token_rows)
-    else:
-        trainables = make_hook_trainable(built, hook, recipe, device, token_rows)
+    trainables = make_trainable(small, placement) if hook is None else make_hook_trainable(small, hook, placement)
     weights -= sum(module.absent for module in built.modules() if isinstance(module, PartialEmbedding))
     optimizer = Optimizer(trainables, rule_of(tune), weight_decay=tune.weight_decay)
     call = build.forward(model.spec)
-    forward = in_dtype(lambda inputs: call(built, inputs), WEIGHT_DTYPES[tune.weights])
+    forward = in_dtype(lambda inputs: call(built, inputs), placement.dtype)
     batch = {name: tensor.to(device) for name, tensor in like(batch_of(model.spec, recipe, tune.batch_size)).items()}
     if token_rows is not None:
         batch["input_ids"] += int(token_rows.held[0])  # real ones are zeros, which may be no row that is held
@@ -296,12 +295,11 @@ def batch_of(spec: ModelSpec, recipe: Recipe, size: int) -> Batch:
         return {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), **mask, "labels": labels}
 
 
-def _hook(
-    built: nn.Module, layout: Layout, recipe: Recipe, plan: UnitMask, round_plans: Sequence[RoundPlan], like: Like
-) -> TrainerHook:
+def _hook(small: SmallModel, recipe: Recipe, round_plans: Sequence[RoundPlan], like: Like) -> TrainerHook:
     """Attach a method's own training, and make what it puts into the model as `like` makes tensors."""
+    built = small.model
     known = {*dict(built.named_parameters()).values(), *dict(built.named_buffers()).values()}
-    hook = attach(built, layout, recipe, plan, round_plans)
+    hook = attach(small, recipe, round_plans)
     params = {name: param for name, param in built.named_parameters() if param not in known}
     buffers = {name: buffer for name, buffer in built.named_buffers() if buffer not in known}
     called = names_of(built)
@@ -322,14 +320,11 @@ def choices(model: MetaModel, recipe: Recipe, round_plan: RoundPlan) -> tuple[Un
     plan = everything(axes)
     hook = model.round_plan is None or model.round_plan.prune_ratio == round_plan.prune_ratio
     if round_plan.prune_ratio > 0:
-        prune = recipe.prune
         plan = (model.plan if hook else None) or _even(
             axes,
             model.layout.shapes,
             1 - round_plan.prune_ratio,
-            floor=prune.floor,
-            uniform=prune.uniform,
-            round_to=prune.round_to,
+            replace(limits_of(recipe), scope="per-layer"),
         )
     fine = fine_axes(model.layout, plan)
     if round_plan.trains != "mask" or round_plan.mask_ratio == 0:
@@ -339,10 +334,10 @@ def choices(model: MetaModel, recipe: Recipe, round_plan: RoundPlan) -> tuple[Un
     shapes = {name: tuple(shape) for name, shape in model.layout.shapes.items()}
     index_map = indices(axes, plan, shapes)
     small = {name: _cut(shape, index_map.get(name, {})) for name, shape in shapes.items()}
-    return plan, _even(fine, small, 1 - round_plan.mask_ratio, least=0)
+    return plan, _even(fine, small, 1 - round_plan.mask_ratio, Limits(scope="per-layer", least=0))
 
 
-def _even(axes: Sequence[Axis], shapes: Mapping[str, Shape], share: float, **limits: Any) -> UnitMask:
+def _even(axes: Sequence[Axis], shapes: Mapping[str, Shape], share: float, limits: Limits) -> UnitMask:
     """A share of the groups of every axis, scattered over it; all of them for a share of 1."""
     if share == 1.0:
         return everything(axes)
@@ -353,8 +348,7 @@ def _even(axes: Sequence[Axis], shapes: Mapping[str, Shape], share: float, **lim
         {axis.name: unit_params(axis, shapes) for axis in axes},
         original={axis.name: axis.size for axis in axes},
         keep_share=share,
-        scope="per-layer",
-        **limits,
+        limits=limits,
     )
 
 

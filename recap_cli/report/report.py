@@ -16,7 +16,9 @@ from recap_cli.compare.schema import RESULTS
 from recap_cli.core.axes import Axis, Shape, UnitMask, chosen_params, compose, kinds_of, prunable_params, refine
 from recap_cli.errors import StateError, StorageError, UsageError
 from recap_cli.report import pages
-from recap_cli.rounds.context import WEIGHTS, Context, Layout
+from recap_cli.rounds.layout import Layout
+from recap_cli.rounds.record import WEIGHTS
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.status import summary
 from recap_cli.state.manifest import COMMIT, UNDER_WAY, quoted
 from recap_cli.state.store import State

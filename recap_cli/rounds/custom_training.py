@@ -4,35 +4,33 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from recap_cli.core.axes import Axis, UnitMask, shrink
+from recap_cli.core.axes import Axis
 from recap_cli.core.method import RoundPlan, Scores, TrainContext, TrainerHook
 from recap_cli.errors import PluginError
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds.context import Layout
 from recap_cli.rounds.plans import method_of, options_of
 from recap_cli.rounds.selection import choose
-from recap_cli.rounds.small_model import WEIGHT_DTYPES
+from recap_cli.rounds.small_model import SmallModel
 from recap_cli.trainable.build import Trainable, make_partial
 from recap_cli.trainable.optim import Optimizer
-from recap_cli.trainable.token_rows import TokenRows
+from recap_cli.trainable.placement import Placement
 from recap_cli.untrusted.code import guarded
 
 HINT = "choose another method, or repair the plugin; see docs/plugins.md"
 
 
-def attach(model: nn.Module, layout: Layout, recipe: Recipe, plan: UnitMask, round_plans: Sequence[RoundPlan]) -> TrainerHook:
+def attach(small: SmallModel, recipe: Recipe, round_plans: Sequence[RoundPlan]) -> TrainerHook:
     """Let the method of the recipe put its own training into a small model, in place, for the first of `round_plans`.
 
-    Raises `PluginError` if it fails, or gives something else than an `TrainerHook`.
+    Raises `PluginError` if it fails, or gives something else than a `TrainerHook`.
     """
-    method, axes = method_of(recipe), shrink(layout.axes, plan)
+    method, axes, model = method_of(recipe), small.axes, small.model
     shapes = {cut.param: tuple(model.get_parameter(cut.param).shape) for axis in axes for cut in axis.cuts}
     options = options_of(recipe, method)
     train_context = TrainContext(
-        model, axes, layout.head, round_plans, recipe.finetune.lr, options, partial(choose, recipe, axes, shapes)
+        model, axes, small.layout.head, round_plans, recipe.finetune.lr, options, partial(choose, recipe, axes, shapes)
     )
     with guarded(f"the training of the method {recipe.method!r} failed", HINT):
         made: Any = None if method.training is None else method.training(train_context)
@@ -43,31 +41,21 @@ def attach(model: nn.Module, layout: Layout, recipe: Recipe, plan: UnitMask, rou
     return made
 
 
-def make_hook_trainable(
-    model: nn.Module,
-    hook: TrainerHook,
-    recipe: Recipe,
-    device: torch.device | str,
-    token_rows: TokenRows | None = None,
-) -> list[Trainable]:
+def make_hook_trainable(small: SmallModel, hook: TrainerHook, placement: Placement) -> list[Trainable]:
     """Make what a method's own training names trainable, and nothing else, as `make_trainable` does with a mask."""
-    weights = WEIGHT_DTYPES[recipe.finetune.weights]
     with guarded("`trains` of a method's training failed", HINT):
-        names = {name for name, _ in model.named_parameters(remove_duplicate=False) if hook.trains(name)}
+        names = {name for name, _ in small.model.named_parameters(remove_duplicate=False) if hook.trains(name)}
     return make_partial(
-        model,
+        small.model,
         {},
         frozen=lambda name: name not in names,
-        used_rows=token_rows.used_rows() if token_rows and hook.keeps_tokens else None,
-        device=device,
-        dtype=weights.dtype,
-        int8=weights.int8,
-        offload=recipe.finetune.offload,
+        used_rows=small.token_rows.used_rows() if small.token_rows and hook.keeps_tokens else None,
+        placement=placement,
     )
 
 
 def rates_of(hook: TrainerHook, trainables: Sequence[Trainable]) -> dict[str, float]:
-    """The factor of each slot's learning rate."""
+    """The factor of each trainable tensor's learning rate."""
     with guarded("`rate` of a method's training failed", HINT):
         return {trainable.name: float(hook.rate(trainable.name)) for trainable in trainables}
 
@@ -88,7 +76,7 @@ def stepping(hook: TrainerHook | None, optimizer: Optimizer, steps: int) -> Call
 def result_of(
     hook: TrainerHook, values: Mapping[str, Tensor], before: Mapping[str, Tensor], axes: Sequence[Axis]
 ) -> tuple[dict[str, Tensor], Scores]:
-    """What of the small model has moved, whole, and the scores that were learned for its `axes`.
+    """What of the small model was trained, as whole tensors, and the scores that were learned for its `axes`.
 
     Raises `PluginError` for tensors that the model does not have or that are of another shape.
     """

@@ -1,21 +1,12 @@
 """Which groups scores choose by the scope and the limits of a recipe: for a plan, and for a training that learns scores."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
 
 from torch import Tensor
 
 from recap_cli.core.axes import Axis, Shape, UnitMask, unit_params
-from recap_cli.core.ranking import select
+from recap_cli.core.ranking import Limits, select
 from recap_cli.recipe.recipe import Recipe
-
-
-class Limits(TypedDict):
-    """The arguments of a selection that follow from the recipe alone."""
-
-    floor: float
-    uniform: bool
-    round_to: int
 
 
 def choose(
@@ -28,11 +19,15 @@ def choose(
         {axis.name: unit_params(axis, shapes) for axis in axes},
         original={axis.name: axis.size for axis in axes},
         keep_share=keep_share,
-        scope=recipe.prune.scope,
-        **limits(recipe),
+        limits=limits_of(recipe),
     )
 
 
-def limits(recipe: Recipe) -> Limits:
+def limits_of(recipe: Recipe) -> Limits:
     """What a plan must respect, whatever its ratio."""
-    return {"floor": recipe.prune.floor, "uniform": recipe.prune.uniform, "round_to": recipe.prune.round_to}
+    return Limits(
+        scope=recipe.prune.scope,
+        floor=recipe.prune.floor,
+        uniform=recipe.prune.uniform,
+        round_to=recipe.prune.round_to,
+    )

@@ -1,7 +1,6 @@
-"""How the settings of a recipe make a small model partly trainable: what `finetune` does, and what its prediction runs."""
+"""The small model of a round, and how the settings of a recipe make it trainable: for `finetune`, and for its prediction."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,27 +8,66 @@ from torch import Tensor, nn
 from recap_cli.core.axes import Axis, UnitMask, refine, shapes_of, shrink
 from recap_cli.core.method import RoundPlan
 from recap_cli.core.surgery import IndexMap, indices
-from recap_cli.recipe.recipe import Finetune, Recipe
-from recap_cli.rounds.context import Layout
+from recap_cli.recipe.recipe import Finetune
+from recap_cli.rounds.layout import Layout
 from recap_cli.trainable.build import Trainable, bring_forward, make_partial
 from recap_cli.trainable.optim import UpdateRule, adamw, sgd
+from recap_cli.trainable.placement import Placement
 from recap_cli.trainable.token_rows import TokenRows
 from recap_cli.training.loop import Batch, Forward
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}  # that the forward computes in
+
 
 @dataclass(frozen=True)
-class WeightDtype:
-    """How weights lie on the device: the type that the forward computes in, and whether frozen matrices are int8 codes."""
+class SmallModel:
+    """The small model of a round, and what says which of it is trainable.
 
-    dtype: torch.dtype
-    int8: bool = False
+    Attributes:
+        model: cut to `plan`; `make_trainable` changes it in place.
+        layout: of the full model.
+        round_plan: what the round does.
+        plan: the groups of the full model that are left.
+        mask: the fine groups of the small model that are trainable.
+        token_rows: the rows of its token table that the data use; None where that is not known, and all rows are held.
+    """
+
+    model: nn.Module
+    layout: Layout
+    round_plan: RoundPlan
+    plan: UnitMask
+    mask: UnitMask
+    token_rows: TokenRows | None = None
+
+    @property
+    def axes(self) -> list[Axis]:
+        """The axes of the small model, whose units are what `plan` leaves."""
+        return shrink(self.layout.axes, self.plan)
+
+    @property
+    def along(self) -> dict[str, int]:
+        """The dimension that each parameter is cut, or chosen, along."""
+        return self.layout.along | (self.token_rows.along() if self.token_rows else {})
+
+    @property
+    def rows(self) -> IndexMap:
+        """The trainable rows of the token table, where these are neither all nor none."""
+        return self.token_rows.index_map(self.round_plan) if self.token_rows else {}
+
+    def trainable_entries(self) -> IndexMap:
+        """The trainable entries of the model, as it is before `make_trainable`."""
+        return trainable_entries(self.layout, self.plan, self.mask, dict(self.model.named_parameters()), self.rows)
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether a parameter is frozen whole."""
+        return frozen_whole(
+            self.layout, self.round_plan, name, table=self.token_rows.table if self.token_rows is not None else None
+        )
 
 
-WEIGHT_DTYPES = {
-    "fp32": WeightDtype(torch.float32),
-    "bf16": WeightDtype(torch.bfloat16),
-    "int8": WeightDtype(torch.bfloat16, int8=True),
-}
+def placement_of(settings: Finetune, device: torch.device | str = "cpu") -> Placement:
+    """Where a model lives while it is finetuned on a device, by the recipe."""
+    return Placement(device, DTYPES[settings.weights], int8=settings.weights == "int8", offload=settings.offload)
 
 
 def rule_of(settings: Finetune) -> UpdateRule:
@@ -47,57 +85,45 @@ def fine_axes(layout: Layout, plan: UnitMask) -> list[Axis]:
 def trainable_entries(
     layout: Layout, plan: UnitMask, chosen: UnitMask, small: dict[str, Tensor], rows: IndexMap | None = None
 ) -> IndexMap:
-    """The entries of the small model's tensors that the mask lets move, and the `rows` of its embeddings; parameters that are
-    not named move whole.
+    """The trainable entries of the small model's tensors: those of the mask, and the `rows` of its embeddings.
+
+    Parameters that are not named are trainable whole.
     """
     return indices(fine_axes(layout, plan), chosen, shapes_of(small)) | (rows or {})
 
 
 def frozen_whole(layout: Layout, round_plan: RoundPlan, name: str, table: str | None = None) -> bool:
-    """Whether a parameter does not move at all: it is an embedding, or where the head alone moves, not of the head.
+    """Whether a parameter is frozen whole: it is an embedding, or where the head alone is trainable, not of the head.
 
-    `table` is the token table of a text model, if rows of it can move by themselves.
+    `table` is the token table of a text model, if rows of it can be trainable by themselves.
     """
     if round_plan.trains == "head":
         return name not in layout.head
     return name in layout.embeddings and not (name == table if round_plan.embeddings == "tokens" else round_plan.embeddings)
 
 
-def make_trainable(
-    model: nn.Module,
-    layout: Layout,
-    recipe: Recipe,
-    round_plan: RoundPlan,
-    plan: UnitMask,
-    chosen: UnitMask,
-    device: torch.device | str,
-    token_rows: TokenRows | None = None,
-) -> list[Trainable]:
-    """Make a small model partly trainable, in place and on the device, in the types of the recipe; returns its slots.
+def make_trainable(small: SmallModel, placement: Placement) -> list[Trainable]:
+    """Make a small model trainable where its mask says so, in place; returns a record for each trainable tensor.
 
-    Of its token table no more is held than the `token_rows` says, where that is known.
+    Of its token table no more is held than its token rows say, where these are known.
     """
-    axes, weights = fine_axes(layout, plan), WEIGHT_DTYPES[recipe.finetune.weights]
-    index_map = bring_forward(model, axes, chosen, indices(axes, chosen, shapes_of(model.named_parameters())))
-    frozen = partial(frozen_whole, layout, round_plan, table=token_rows.table if token_rows else None)
+    axes, shapes = fine_axes(small.layout, small.plan), shapes_of(small.model.named_parameters())
+    index_map = bring_forward(small.model, axes, small.mask, indices(axes, small.mask, shapes))
     return make_partial(
-        model,
-        index_map | (token_rows.index_map(round_plan) if token_rows else {}),
-        frozen=frozen,
-        used_rows=token_rows.used_rows() if token_rows else None,
-        device=device,
-        dtype=weights.dtype,
-        int8=weights.int8,
-        offload=recipe.finetune.offload,
+        small.model,
+        index_map | small.rows,
+        frozen=small.is_frozen,
+        used_rows=small.token_rows.used_rows() if small.token_rows else None,
+        placement=placement,
     )
 
 
-def in_dtype(call: Forward, weights: WeightDtype) -> Forward:
-    """The forward pass with floating-point inputs in the type that the residents compute in."""
-    if weights.dtype == torch.float32:
+def in_dtype(call: Forward, dtype: torch.dtype) -> Forward:
+    """The forward pass with floating-point inputs in the type that the weights are read in."""
+    if dtype == torch.float32:
         return call
 
     def cast(batch: Batch) -> Tensor:
-        return call({name: t.to(weights.dtype) if t.is_floating_point() else t for name, t in batch.items()})
+        return call({name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()})
 
     return cast

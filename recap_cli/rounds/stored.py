@@ -189,6 +189,11 @@ def unit_mask(state: State, rel: str, axes: Sequence[Axis]) -> UnitMask:
     return {name: chosen.bool() for name, chosen in found.items()}
 
 
+def as_bytes(unit_mask: UnitMask) -> dict[str, Tensor]:
+    """A plan or a mask as it is stored: booleans of one byte."""
+    return {name: chosen.to(torch.uint8) for name, chosen in unit_mask.items()}
+
+
 def scores(state: State, rel: str, axes: Sequence[Axis]) -> dict[str, Tensor]:
     """A score for each group of `axes`. Raises as `State.verified`, and `CorruptStateError`."""
     found = state.load_tensors(rel)

@@ -18,8 +18,11 @@ from recap_cli.data.splits import Split, make_split
 from recap_cli.errors import DataError, UsageError
 from recap_cli.machine import devices
 from recap_cli.progress import Track, silent
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.device_policy import on_device
+from recap_cli.rounds.examples import inputs_of, read_raw, splits_of
+from recap_cli.rounds.recipe_model import forward_of
+from recap_cli.rounds.record import TRAINED, WEIGHTS
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import trainable_entries
 from recap_cli.rounds.threads import on_fitting_threads
 from recap_cli.state.manifest import quoted
@@ -84,9 +87,9 @@ def evaluate(
 def _validation(context: Context, track: Track, *, placed: bool) -> Scored:
     if not placed:
         return Scored(context.splits(track)[1])
-    raw = shared.read_raw(context.recipe)
+    raw = read_raw(context.recipe)
     processor = context.processor()
-    _, split = shared.splits_of(context.recipe, context.spec, processor, track, raw)
+    _, split = splits_of(context.recipe, context.spec, processor, track, raw)
     files = None if context.recipe.data.train is None else other_data.files_of(raw.validation)
     return Scored(split, places=other_data.places_of(raw.validation), files=files)
 
@@ -99,7 +102,7 @@ def _others(context: Context, data: Path | None, split: str | None, say: Callabl
         say(f"note: {note}")
     if not found.labelled:
         say(f"note: {found.origin} has no labels: there are predictions of it, and no metrics")
-    inputs = shared.inputs_of(recipe, spec, context.processor())
+    inputs = inputs_of(recipe, spec, context.processor())
     made = make_split(found.examples, inputs, origin=found.origin, workers=recipe.data.workers, track=track)
     for note in made.notes:
         say(f"note: {note}")
@@ -139,7 +142,7 @@ def _rows(
         with _on_device(context, name, model, device):
             started = perf_counter()
             metrics = score(
-                shared.forward_of(context.spec, model),
+                forward_of(context.spec, model),
                 scored.split,
                 context.task,
                 batch_size=context.recipe.evaluate.batch_size,
@@ -157,7 +160,7 @@ def _on_device(context: Context, name: str, model: nn.Module, device: torch.devi
     """The full model goes to the device a block at a time, a small one as a whole."""
     if name != "full":
         return nullcontext(model.to(device))
-    return shared.on_device(model, context.layout.axes, device, context.spec.model_type)
+    return on_device(model, context.layout.axes, device, context.spec.model_type)
 
 
 def best_tensors(context: Context) -> tuple[dict[str, Tensor], dict[str, int], dict[str, Any]]:
@@ -165,7 +168,7 @@ def best_tensors(context: Context) -> tuple[dict[str, Tensor], dict[str, int], d
     _check(context, "best")
     best = context.state.manifest.best or {}
     plan = context.plan(best["folder"])
-    return context.small(best["folder"], plan, shared.WEIGHTS), counts(plan), best
+    return context.small(best["folder"], plan, WEIGHTS), counts(plan), best
 
 
 def _best(context: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
@@ -182,7 +185,7 @@ def _small(context: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
     state, folder = context.state, str(context.state.manifest.small)
     plan, full = context.plan(folder), context.full_tensors()
     tensors = gather(full, indices(context.layout.axes, plan, shapes_of(full)))
-    if f"{folder}/{shared.TRAINED}" in state.manifest.files:
+    if f"{folder}/{TRAINED}" in state.manifest.files:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         index_map = trainable_entries(context.layout, plan, context.mask(folder, plan), tensors, context.rows(folder))
         scatter(tensors, context.trained(folder, plan, index_map), index_map)

@@ -1,8 +1,8 @@
-"""An embedding of which only those rows are held that are looked up, and of those only some may move.
+"""An embedding of which only those rows are held that are looked up, and of those only some are trainable.
 
 A text model's table of tokens has a row for each word of every language that it was pretrained on; a task uses a part of them.
-The others need not lie on the device, and those that may move have a compact gradient and moments of their own, as the rows of
-a `PartialLinear` have.
+The others need not lie on the device. The trainable ones have a compact gradient and compact moments, as the rows of a
+`PartialLinear` have.
 """
 
 from typing import Any
@@ -14,11 +14,9 @@ from torch.autograd.function import once_differentiable
 
 
 class PartialEmbedding(nn.Module):
-    """Looks ids, (…), up in those rows of a table, (vocabulary, width), that it holds: vectors (…, width) of `dtype`.
+    """Looks ids, (…), up in those rows of a table, (ids, width), that it holds: vectors (…, width) of `dtype`.
 
-    `place`, (vocabulary,), int32, says in which row of `weight` each id stands; those that may move come first, and an id that
-    is not held stands behind the last. `part`, (moving, width), are these first rows, in fp32 a view of `weight`. With a
-    `scale`, (frozen, 1), `weight` holds int8 codes of the frozen rows only. Build it with `make_partial`.
+    Build it with `make_partial`.
     """
 
     weight: Tensor
@@ -28,6 +26,16 @@ class PartialEmbedding(nn.Module):
     def __init__(
         self, weight: Tensor, part: nn.Parameter | None, place: Tensor, *, dtype: torch.dtype, scale: Tensor | None = None
     ) -> None:
+        """A table of these rows, which are not copied.
+
+        Args:
+            weight: the rows that are held, (held, width), the trainable ones first. With a `scale` they are int8 codes, and
+                of the frozen rows only.
+            part: the trainable rows, (trainable, width), in fp32 a view of `weight`.
+            place: in which row of `weight` each id stands, (ids,), int32; an id that is not held stands behind the last.
+            dtype: the type of the vectors.
+            scale: fp32, (frozen, 1), of int8 codes.
+        """
         super().__init__()
         self.dtype = dtype
         self.register_buffer("weight", weight)
@@ -36,10 +44,10 @@ class PartialEmbedding(nn.Module):
         self.part = part
 
     def forward(self, ids: Tensor) -> Tensor:  # (…) → (…, width)
-        at = self.place[ids].long()
+        at = self.place[ids].long()  # (…)
         if self.part is None or not torch.is_grad_enabled():
             return _rows(at, self.weight, self.scale, self.part, self.dtype)
-        out: Tensor = _LookUp.apply(at, self.part, self.weight, self.scale, self.dtype)
+        out: Tensor = _LookUp.apply(at, self.part, self.weight, self.scale, self.dtype)  # (…, width)
         return out
 
     @property
@@ -50,7 +58,7 @@ class PartialEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         held = len(self.place) - self.absent // self.weight.shape[1]
-        return f"{held} of {len(self.place)} rows, {0 if self.part is None else len(self.part)} move"
+        return f"{held} of {len(self.place)} rows, {0 if self.part is None else len(self.part)} trainable"
 
 
 class _LookUp(torch.autograd.Function):
@@ -66,29 +74,32 @@ class _LookUp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[None, Tensor, None, None, None]:
         (at,) = ctx.saved_tensors
-        # Rows that do not move share one place behind the others, whose gradient is never summed up.
-        trained = ctx.trained
-        grad = torch.ops.aten.embedding_dense_backward(grad_out.float(), at.clamp(max=trained), trained + 1, trained, False)
-        return None, grad[:trained], None, None, None
+        # Frozen rows share one place behind the others, whose gradient is never summed up.
+        trained, rows = ctx.trained, at.clamp(max=ctx.trained)  # (…)
+        grad = torch.ops.aten.embedding_dense_backward(  # (trainable + 1, width)
+            grad_out.float(), rows, trained + 1, trained, False
+        )
+        return None, grad[:trained], None, None, None  # (trainable, width)
 
 
 def _rows(at: Tensor, weight: Tensor, scale: Tensor | None, part: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The rows of the table at `at`: of the resident itself, or of codes and masters."""
+    """The rows of the table at `at`, (…): of the dense one itself, or of codes and masters."""
     if scale is None:
-        return F.embedding(at, weight)
+        return F.embedding(at, weight)  # (…, width)
     trained = 0 if part is None else len(part)
     if part is not None and len(weight) == 0:
-        return part[at].to(dtype)
-    frozen = (at - trained).clamp_(min=0)
-    out = weight[frozen].to(dtype).mul_(scale[frozen])
+        return part[at].to(dtype)  # (…, width)
+    frozen = (at - trained).clamp_(min=0)  # (…)
+    out = weight[frozen].to(dtype).mul_(scale[frozen])  # (…, width)
     if part is None:
         return out
-    return torch.where((at < trained).unsqueeze(-1), part[at.clamp(max=trained - 1)].to(dtype), out)
+    is_trainable = (at < trained).unsqueeze(-1)  # (…, 1)
+    return torch.where(is_trainable, part[at.clamp(max=trained - 1)].to(dtype), out)  # (…, width)
 
 
-def places(token_rows: int, held: Tensor) -> Tensor:
-    """The row in which each of so many ids stands if those `held` are put one after another, int32; others behind the last."""
-    place = torch.full((token_rows,), len(held), dtype=torch.int32)
+def places(count: int, held: Tensor) -> Tensor:
+    """The row in which each of `count` ids stands, int32, if those `held` stand one after another; others behind the last."""
+    place = torch.full((count,), len(held), dtype=torch.int32)  # (ids,)
     place[held] = torch.arange(len(held), dtype=torch.int32)
     return place
 

@@ -1,14 +1,15 @@
 """SGD and AdamW over compact tensors, with moments that outlive a round (paper, eq. (5)).
 
-`torch.optim` keeps one step count per tensor. Here the entries of one tensor may have moved in different rounds, so each
-group of entries keeps its own count `t` (the number of steps it has taken part in), and bias correction divides by `1 − β^t`
-entry by entry: one that moves for the first time in round 7 is one step old, not seven rounds. Where all counts are equal,
-which holds in the first round, and in all of them if everything moves in each, the arithmetic is that of `torch.optim.SGD` and
-`torch.optim.AdamW` (`foreach=False`), to the bit.
+`torch.optim` keeps one step count per tensor. Here the entries of one tensor may have been trained in different rounds. So each
+group of entries keeps its own count `t`, the number of steps it has taken part in, and bias correction divides by `1 − β^t`
+entry by entry: one that is trained for the first time in round 7 is one step old, not seven rounds.
+
+Where all counts are equal the arithmetic is that of `torch.optim.SGD` and `torch.optim.AdamW` (`foreach=False`), to the bit.
+That holds in the first round, and in all of them if everything is trainable in each.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import cos, pi
 from typing import Literal
@@ -26,10 +27,13 @@ Schedule = Literal["linear", "cosine", "constant"]
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """An update rule: its moments, each with the factor it ages by in a round it sits out (eq. (5)), and one step.
+    """An update rule: its moments, and one step.
 
-    `apply(master, grad, moments, count, lr, weight_decay)` moves `master` in place; all are fp32 and of one shape. It may write
-    into `grad` too, and makes no more than one tensor of that shape.
+    Attributes:
+        name: as a recipe names it.
+        idle_decay: its moments, each with the factor it decays by in a round that an entry sits out (eq. (5)).
+        apply: `apply(master, grad, moments, count, lr, weight_decay)` updates `master` in place; all are fp32 and of one shape.
+            It may write into `grad` too, and makes no more than one tensor of that shape.
     """
 
     name: str
@@ -65,7 +69,7 @@ def adamw(*, betas: tuple[float, float], eps: float) -> UpdateRule:
             denominator = square.sqrt().div_(correction).add_(eps)
             master.addcdiv_(mean, denominator, value=-lr / (1 - beta1 ** (count + 1)))
         else:
-            t = (count + 1).double()  # on the CPU: a number per row or column, and MPS knows no float64
+            t = (count + 1).double()  # (rows, 1) or (1, columns), on the CPU: MPS knows no float64
             root = (1 - beta2**t).sqrt().to(master.dtype).to(master.device)
             rate = (lr / (1 - beta1**t)).to(master.dtype).to(master.device)
             denominator = square.sqrt().div_(root).add_(eps)
@@ -74,13 +78,25 @@ def adamw(*, betas: tuple[float, float], eps: float) -> UpdateRule:
     return UpdateRule("adamw", {"exp_avg": beta1, "exp_avg_sq": beta2}, apply)
 
 
-class Optimizer:
-    """Moves the masters of `slots` by `rule` and writes them back into the residents.
+@dataclass(frozen=True)
+class CarriedState:
+    """What trainable entries bring from the rounds before (eq. (5)), by parameter name; what is missing starts at zero.
 
-    `moments` are compact, by slot and moment name, fp32; what is missing starts at zero. `counts` are the steps that the
-    entries of a slot have taken so far, shape (1,), or one per chosen row or column, `along` the dimension named for the
-    slot. Weight decay spares vectors (biases and norms), as is usual. `scale` has factors of
-    the learning rate by slot, 1 for those that it does not name.
+    Attributes:
+        moments: by moment name, fp32, compact: shape as the trainable tensor.
+        counts: the steps that the entries have taken so far, int32: shape (1,), or one per chosen row or column.
+        along: the dimension that the rows or columns are chosen along.
+    """
+
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    counts: Mapping[str, Tensor] = field(default_factory=dict)
+    along: Mapping[str, int] = field(default_factory=dict)
+
+
+class Optimizer:
+    """Updates the masters of trainable tensors by a rule, and writes them back to where the forward reads them.
+
+    Weight decay spares vectors (biases and norms), as is usual.
     """
 
     def __init__(
@@ -89,25 +105,32 @@ class Optimizer:
         rule: UpdateRule,
         *,
         weight_decay: float = 0.0,
-        moments: Mapping[str, Moments] | None = None,
-        counts: Mapping[str, Tensor] | None = None,
-        along: Mapping[str, int] | None = None,
+        carried: CarriedState = CarriedState(),
         scale: Mapping[str, float] | None = None,
     ) -> None:
+        """An optimizer at learning rate 0, until `lr` is set.
+
+        Args:
+            trainables: what is updated.
+            rule: how.
+            weight_decay: of matrices, in the unit of the rule.
+            carried: the moments and step counts that the entries begin with.
+            scale: factors of the learning rate by parameter name, 1 for those that it does not name.
+        """
         self.trainables, self.rule, self.weight_decay, self.lr = trainables, rule, weight_decay, 0.0
-        self.moments = {s.name: _start(s, rule, (moments or {}).get(s.name, {})) for s in trainables}
-        self._before = {s.name: _count(s, (counts or {}).get(s.name), (along or {}).get(s.name)) for s in trainables}
+        self.moments = {s.name: _start(s, rule, carried.moments.get(s.name, {})) for s in trainables}
+        self._before = {s.name: _count(s, carried.counts.get(s.name), carried.along.get(s.name)) for s in trainables}
         self._steps = {s.name: 0 for s in trainables}
         self._scale = {s.name: (scale or {}).get(s.name, 1.0) for s in trainables}
 
     def step(self) -> None:
-        """Move every slot that has a gradient."""
+        """Update every trainable tensor that has a gradient."""
         for trainable in self.trainables:
             self.step_one(trainable)
 
     @torch.no_grad()
     def step_one(self, trainable: Trainable) -> None:
-        """Move one slot, if it has a gradient."""
+        """Update one trainable tensor, if it has a gradient."""
         if trainable.grad_param.grad is None:
             return
         decay = self.weight_decay if trainable.grad_param.ndim > 1 else 0.0
@@ -124,7 +147,7 @@ class Optimizer:
             trainable.grad_param.grad = None
 
     def counts(self) -> dict[str, Tensor]:
-        """How many steps the entries of each slot have taken, int32, shape (1,) or one per chosen row or column."""
+        """How many steps the entries of each tensor have taken, int32, shape (1,) or one per chosen row or column."""
         total = {s.name: self._before[s.name] + self._steps[s.name] for s in self.trainables}
         return {name: torch.as_tensor(count, dtype=torch.int32).flatten().cpu() for name, count in total.items()}
 
@@ -161,4 +184,4 @@ def _count(trainable: Trainable, known: Tensor | None, dim: int | None) -> Count
         return 0
     if bool((known == known[0]).all()):
         return int(known[0])
-    return known.view([-1 if d == dim else 1 for d in range(trainable.grad_param.ndim)])
+    return known.view([-1 if d == dim else 1 for d in range(trainable.grad_param.ndim)])  # (rows, 1) or (1, columns)

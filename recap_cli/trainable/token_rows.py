@@ -1,22 +1,38 @@
-"""Which rows of a text model's token table its data look up: what `finetune` holds of the table, and what of it may move."""
+"""Which rows of a text model's token table its data look up: what `finetune` holds of it, and what of it is trainable."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from recap_cli.core.method import RoundPlan
 from recap_cli.core.surgery import IndexMap
-from recap_cli.data.splits import Split
 from recap_cli.trainable.embedding import is_plain
+
+
+class Texts(Protocol):
+    """Examples of which it is known what tokens occur in them; of images both are None."""
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """The ids that occur, sorted, int64."""
+
+    @property
+    def special(self) -> Tensor | None:
+        """The ids that the tokenizer may add, such as padding, sorted, int64."""
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The rows of one table: those that training or validation examples may look up, and those that may move.
+    """The rows of one table: those that training or validation examples may look up, and the trainable ones.
 
-    `table` is the parameter's name; `held` and `moving` are sorted ids, int64; `size` is how many rows there are.
+    Attributes:
+        table: the parameter's name.
+        size: how many rows there are.
+        held: the ids that may be looked up, sorted, int64.
+        trained: the trainable ids, sorted, int64.
     """
 
     table: str
@@ -29,11 +45,11 @@ class TokenRows:
         return {self.table: self.held}
 
     def along(self) -> dict[str, int]:
-        """The dimension of the table that moves in part."""
+        """The dimension along which the rows of the table are chosen."""
         return {self.table: 0}
 
     def index_map(self, round_plan: RoundPlan) -> IndexMap:
-        """The rows that a round lets move, where that is neither all of them nor none."""
+        """The trainable rows of a round, where these are neither all of them nor none."""
         return {self.table: {0: self.trained}} if round_plan.trains == "mask" and round_plan.embeddings == "tokens" else {}
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -48,30 +64,31 @@ class TokenRows:
         return cls(table, int(ids["size"]), ids["held"], ids["trained"])
 
 
-def of(model: nn.Module, train: Split, validation: Split) -> TokenRows | None:
+def used_token_rows(model: nn.Module, train: Texts, validation: Texts) -> TokenRows | None:
     """The rows that these examples look up; None where there is no table of tokens that does that and nothing else.
 
-    A row for padding has no gradient (`nn.Embedding`), and never moves.
+    A row for padding has no gradient (`nn.Embedding`), and is always frozen.
     """
     table = _table(model)
     if table is None or train.tokens is None or validation.tokens is None or train.special is None:
         return None
     name, module = table
-    held = torch.unique(torch.cat([train.tokens, validation.tokens, train.special]))
-    return TokenRows(name, module.num_embeddings, held, _but(module.padding_idx, train.tokens))
+    held = torch.unique(torch.cat([train.tokens, validation.tokens, train.special]))  # (held,)
+    return TokenRows(name, module.num_embeddings, held, _without(module.padding_idx, train.tokens))
 
 
-def everything(model: nn.Module) -> TokenRows | None:
-    """All rows, as if the data used every token; None where `of` has none."""
+def all_token_rows(model: nn.Module) -> TokenRows | None:
+    """All rows, as if the data used every token; None where `used_token_rows` has none."""
     table = _table(model)
     if table is None:
         return None
     name, module = table
     rows = torch.arange(module.num_embeddings)
-    return TokenRows(name, len(rows), rows, _but(module.padding_idx, rows))
+    return TokenRows(name, len(rows), rows, _without(module.padding_idx, rows))
 
 
-def _but(padding: int | None, rows: Tensor) -> Tensor:
+def _without(padding: int | None, rows: Tensor) -> Tensor:
+    """The rows, (rows,), without that of padding."""
     return rows if padding is None else rows[rows != padding]
 
 

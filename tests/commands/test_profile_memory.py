@@ -15,8 +15,8 @@ from recap_cli import errors
 from recap_cli.cli import main
 from recap_cli.memory import budget, meta_model, predict
 from recap_cli.recipe import recipe as recipes
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Context
+from recap_cli.rounds import examples
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.settings import recipe_of
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
@@ -118,7 +118,7 @@ def test_the_tokens_of_local_texts_count_and_it_is_said(target: str, ask: Any, t
 
 @pytest.mark.parametrize("target", ["bert.yaml", "text"])
 def test_texts_that_are_not_here_are_said_to_be_unknown(target: str, ask: Any, text: Path) -> None:
-    shared._SPLITS.clear()
+    examples._SPLITS.clear()
     Path("train.csv").unlink()
     _, _, err = ask(f"{target} --methods recap --set mask.train_embeddings=tokens")
     said = "which tokens the data use is not known, and all rows of the token table are taken to be held, and of RECAP to move"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recap_cli.core.axes import Axis, Cut
-from recap_cli.core.ranking import Scope, ranked_together, select
+from recap_cli.core.ranking import Limits, Scope, ranked_together, select
 from recap_cli.errors import SelectionError
 
 
@@ -36,7 +36,9 @@ def test_the_gradual_schedule_counts_from_the_original_sizes(heads: int, ratio: 
     size = heads
     for step in range(1, 5):
         a = axis("a", size, "heads", 64)
-        kept = select([a], rising(a), {"a": 100}, original={"a": heads}, keep_share=(1 - ratio) ** (step / 4), floor=0.15)
+        kept = select(
+            [a], rising(a), {"a": 100}, limits=Limits(floor=0.15), original={"a": heads}, keep_share=(1 - ratio) ** (step / 4)
+        )
         size = int(kept["a"].sum())
     assert size == left
 
@@ -48,7 +50,7 @@ def test_the_budget_is_met_within_one_group(scope: Scope, ratio: float) -> None:
     params = {"h0": 196, "n0": 15, "h1": 196, "n1": 15}
     generator = torch.Generator().manual_seed(1)
     scores = {a.name: torch.rand(a.size, generator=generator) for a in axes}
-    kept = select(axes, scores, params, original=sizes(axes), keep_share=1 - ratio, scope=scope, floor=0.15)
+    kept = select(axes, scores, params, limits=Limits(scope=scope, floor=0.15), original=sizes(axes), keep_share=1 - ratio)
     total = sum(a.size * params[a.name] for a in axes)
     left = sum(int(kept[a.name].sum()) * params[a.name] for a in axes)
     pools = {"per-kind": 2, "global": 1, "per-layer": 4}[scope]
@@ -65,28 +67,30 @@ def test_per_kind_ranks_heads_against_heads_only() -> None:
 def test_groups_of_a_third_kind_are_ranked_with_their_own() -> None:
     axes = [axis("e", 4, "experts"), axis("n", 4), axis("h", 4, "heads"), axis("f", 4, "experts")]
     assert [[a.name for a in pool] for pool in ranked_together(axes, "per-kind")] == [["h"], ["n"], ["e", "f"]]
-    kept = select(axes, rising(*axes), {a.name: 10 for a in axes}, original=sizes(axes), keep_share=0.5, floor=0.25)
+    kept = select(
+        axes, rising(*axes), {a.name: 10 for a in axes}, limits=Limits(floor=0.25), original=sizes(axes), keep_share=0.5
+    )
     assert {name: int(chosen.sum()) for name, chosen in kept.items()} == {"h": 2, "n": 2, "e": 1, "f": 3}
 
 
 def test_global_ranks_by_importance_per_parameter() -> None:
     axes = [axis("h", 2, "heads"), axis("n", 20)]
     scores = {"h": torch.tensor([50.0, 4.0]), "n": torch.full((20,), 1.0)}  # 0.5 and 0.04 a parameter against 0.1
-    kept = select(axes, scores, {"h": 100, "n": 10}, original=sizes(axes), keep_share=0.75, scope="global")
+    kept = select(axes, scores, {"h": 100, "n": 10}, limits=Limits(scope="global"), original=sizes(axes), keep_share=0.75)
     assert kept["h"].tolist() == [True, False]
     assert kept["n"].all()
 
 
 def test_the_floor_holds_in_every_axis() -> None:
     axes = [axis("a", 20), axis("b", 20)]
-    kept = select(axes, rising(*axes), {"a": 1, "b": 1}, original=sizes(axes), keep_share=0.5, floor=0.15)
+    kept = select(axes, rising(*axes), {"a": 1, "b": 1}, limits=Limits(floor=0.15), original=sizes(axes), keep_share=0.5)
     assert int(kept["a"].sum()) == 3  # without a floor all of a would go
     assert int(kept["a"].sum() + kept["b"].sum()) == 20
 
 
 def test_a_mask_may_leave_a_layer_without_any_group() -> None:
     axes = [axis("a", 10), axis("b", 10)]
-    kept = select(axes, rising(*axes), {"a": 1, "b": 1}, original=sizes(axes), keep_share=0.5, least=0)
+    kept = select(axes, rising(*axes), {"a": 1, "b": 1}, limits=Limits(least=0), original=sizes(axes), keep_share=0.5)
     assert not kept["a"].any()
     assert kept["b"].all()
 
@@ -94,12 +98,14 @@ def test_a_mask_may_leave_a_layer_without_any_group() -> None:
 def test_a_ratio_that_the_floor_forbids_is_refused() -> None:
     a = axis("a", 10)
     with pytest.raises(SelectionError, match="floor of 50%"):
-        select([a], rising(a), {"a": 1}, original={"a": 10}, keep_share=0.2, floor=0.5)
+        select([a], rising(a), {"a": 1}, limits=Limits(floor=0.5), original={"a": 10}, keep_share=0.2)
 
 
 def test_uniform_leaves_every_layer_alike() -> None:
     axes = [axis(f"h{i}", 12, "heads", 64) for i in range(4)]
-    kept = select(axes, rising(*axes), dict.fromkeys(sizes(axes), 5), original=sizes(axes), keep_share=0.667, uniform=True)
+    kept = select(
+        axes, rising(*axes), dict.fromkeys(sizes(axes), 5), limits=Limits(uniform=True), original=sizes(axes), keep_share=0.667
+    )
     assert {int(k.sum()) for k in kept.values()} == {8}
 
 
@@ -107,7 +113,7 @@ def test_round_to_makes_multiples_and_keeps_the_total() -> None:
     axes = [axis(f"n{i}", 96) for i in range(3)]
     generator = torch.Generator().manual_seed(0)
     scores = {a.name: torch.rand(96, generator=generator) for a in axes}
-    kept = select(axes, scores, dict.fromkeys(scores, 3), original=sizes(axes), keep_share=0.6, round_to=8)
+    kept = select(axes, scores, dict.fromkeys(scores, 3), limits=Limits(round_to=8), original=sizes(axes), keep_share=0.6)
     numbers = [int(k.sum()) for k in kept.values()]
     assert all(n % 8 == 0 for n in numbers)
     assert abs(sum(numbers) - 0.6 * 288) <= 8
@@ -115,19 +121,19 @@ def test_round_to_makes_multiples_and_keeps_the_total() -> None:
 
 def test_rounding_does_not_go_below_the_floor() -> None:
     a = axis("a", 20)
-    kept = select([a], rising(a), {"a": 1}, original={"a": 20}, keep_share=0.5, floor=0.5, round_to=8)
+    kept = select([a], rising(a), {"a": 1}, limits=Limits(floor=0.5, round_to=8), original={"a": 20}, keep_share=0.5)
     assert int(kept["a"].sum()) == 16  # the floor is 10, and 8 would be below it
 
 
 def test_a_multiple_larger_than_a_layer_is_refused() -> None:
     a = axis("a", 20)
     with pytest.raises(SelectionError, match="round_to is 32, but a has only 20 rows"):
-        select([a], rising(a), {"a": 1}, original={"a": 20}, keep_share=0.5, round_to=32)
+        select([a], rising(a), {"a": 1}, limits=Limits(round_to=32), original={"a": 20}, keep_share=0.5)
 
 
 def test_heads_of_64_rows_are_multiples_of_8_already() -> None:
     a = axis("h", 12, "heads", 64)
-    kept = select([a], rising(a), {"h": 1}, original={"h": 12}, keep_share=5 / 12, round_to=8)
+    kept = select([a], rising(a), {"h": 1}, limits=Limits(round_to=8), original={"h": 12}, keep_share=5 / 12)
     assert int(kept["h"].sum()) == 5
 
 
@@ -139,19 +145,19 @@ def test_an_importance_that_is_not_a_number_is_refused() -> None:
 
 def test_where_one_unit_is_a_multiple_one_may_be_left() -> None:
     a = Axis("a", "heads", 0, 4, (Cut("a.weight", 0, 8),))
-    kept = select([a], rising(a), {"a": 1}, original={"a": 4}, keep_share=0.25, round_to=8)
+    kept = select([a], rising(a), {"a": 1}, limits=Limits(round_to=8), original={"a": 4}, keep_share=0.25)
     assert kept["a"].tolist() == [False, False, False, True]
 
 
 def test_what_rounding_leaves_goes_to_the_largest_remainder() -> None:
     axes = [axis("a", 8), axis("b", 8)]
     scores = {"a": torch.tensor([9.0, 8, 7, 6, 5, 0, 0, 0]), "b": torch.tensor([9.0, 8, 7, 6, 5, 4, 3, 0])}
-    kept = select(axes, scores, dict.fromkeys(scores, 1), original=sizes(axes), keep_share=12 / 16, round_to=4)
+    kept = select(axes, scores, dict.fromkeys(scores, 1), limits=Limits(round_to=4), original=sizes(axes), keep_share=12 / 16)
     assert {name: int(keep.sum()) for name, keep in kept.items()} == {"a": 4, "b": 8}
 
 
 def test_less_than_half_a_multiple_is_not_handed_out() -> None:
     axes = [axis("a", 16), axis("b", 16)]
     scores = {name: torch.arange(16.0).flip(0) + (name == "b") / 2 for name in "ab"}
-    kept = select(axes, scores, dict.fromkeys(scores, 1), original=sizes(axes), keep_share=19 / 32, round_to=8)
+    kept = select(axes, scores, dict.fromkeys(scores, 1), limits=Limits(round_to=8), original=sizes(axes), keep_share=19 / 32)
     assert {name: int(keep.sum()) for name, keep in kept.items()} == {"a": 8, "b": 8}

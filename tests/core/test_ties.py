@@ -18,6 +18,7 @@ from recap_cli.trainable.build import Trainable, make_partial, tied_otherwise
 from recap_cli.trainable.frozen_weights import QuantizedEmbedding
 from recap_cli.trainable.linear import PartialLinear
 from recap_cli.trainable.optim import Optimizer, adamw, sgd
+from recap_cli.trainable.placement import Placement
 from recap_cli.training.loop import train
 from tests.trainable.test_build import Conv1D
 
@@ -104,7 +105,7 @@ def stepped_by_torch(
 
 def stepped(index_map: IndexMap, rule: Any, *, fused: bool = False, **forms: Any) -> list[Trainable]:
     model = tied()
-    trainables = make_partial(model, index_map, frozen=lambda _: False, **forms)
+    trainables = make_partial(model, index_map, frozen=lambda _: False, placement=Placement(**forms))
     optimizer = Optimizer(trainables, rule)
     assert sum(len(moments) for moments in optimizer.moments.values()) == len(rule.idle_decay) * len(trainables)
     call = lambda batch: model(batch["ids"])  # noqa: E731
@@ -145,7 +146,7 @@ def test_i11_holds_with_weights_in_bf16_and_int8(form: str, int8: bool) -> None:
 @pytest.mark.parametrize("form", INDEX_MAPS)
 def test_it_is_held_once_on_every_device(form: str, dtype: torch.dtype, int8: bool, device: str) -> None:
     model = tied()
-    make_partial(model, INDEX_MAPS[form], frozen=lambda _: False, device=device, dtype=dtype, int8=int8)
+    make_partial(model, INDEX_MAPS[form], placement=Placement(device=device, dtype=dtype, int8=int8), frozen=lambda _: False)
     first, second = (block.up for block in model.blocks)
     assert model.table.weight is model.out.weight
     if form == "whole":
@@ -170,7 +171,7 @@ def test_it_is_frozen_only_if_all_of_its_names_are(names: list[str], trains: boo
 def test_frozen_in_int8_it_has_one_set_of_codes() -> None:
     model, ids = tied(), torch.arange(WORDS)
     wanted = model(ids).detach()
-    make_partial(model, {}, frozen=lambda _: True, dtype=torch.bfloat16, int8=True)
+    make_partial(model, {}, placement=Placement(dtype=torch.bfloat16, int8=True), frozen=lambda _: True)
     assert isinstance(model.table, QuantizedEmbedding)
     assert isinstance(model.out, PartialLinear)
     assert model.table.codes is model.out.weight
@@ -195,7 +196,7 @@ def test_what_not_all_of_its_layers_can_read_as_codes_is_held_dense_in_all(order
     layer = nn.Linear(4, 4)
     other = Other(layer.weight)
     model = nn.Sequential(*([layer, other] if order == "first" else [other, layer]))
-    make_partial(model, {}, frozen=lambda _: True, dtype=torch.bfloat16, int8=True)
+    make_partial(model, {}, placement=Placement(dtype=torch.bfloat16, int8=True), frozen=lambda _: True)
     assert model[0].weight is model[1].weight
     assert model[0].weight.dtype == torch.bfloat16
 
@@ -209,7 +210,12 @@ def test_a_part_of_what_other_layers_read_otherwise_is_refused(other: str) -> No
     model = nn.Sequential(layer, held[other])
     assert tied_otherwise(model, ["0.weight", "0.bias"]) == ["0.weight and 1.weight"]
     with pytest.raises(TypeError, match="would"):
-        make_partial(model, {"0.weight": {0: torch.tensor([1])}}, frozen=lambda _: False, dtype=torch.bfloat16, int8=True)
+        make_partial(
+            model,
+            {"0.weight": {0: torch.tensor([1])}},
+            placement=Placement(dtype=torch.bfloat16, int8=True),
+            frozen=lambda _: False,
+        )
 
 
 def test_rows_that_are_looked_up_are_not_all_that_is_held_of_a_tied_table() -> None:
@@ -283,7 +289,7 @@ def test_buffers_keep_their_type(dtype: torch.dtype, int8: bool) -> None:
     model = tied()
     model.register_buffer("round_plans", 1.0 / 10_000 ** (torch.arange(0, 64, 2) / 64))
     round_plans = model.round_plans.clone()
-    make_partial(model, {}, frozen=lambda _: True, dtype=dtype, int8=int8)
+    make_partial(model, {}, placement=Placement(dtype=dtype, int8=int8), frozen=lambda _: True)
     assert torch.equal(model.round_plans, round_plans)  # in bf16 RoPE would be 1.8 rad off at position 4,095
     assert model.blocks[0].scale.dtype == torch.float32
 

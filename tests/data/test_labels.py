@@ -13,7 +13,7 @@ from pyarrow import parquet
 import recap_cli
 from recap_cli.data.sources import Raw, read_splits
 from recap_cli.errors import DataError
-from recap_cli.rounds import context
+from recap_cli.rounds import examples
 from recap_cli.stages.export import export
 from recap_cli.stages.init import init
 from recap_cli.stages.prune import prune
@@ -193,7 +193,7 @@ def test_other_labels_under_a_state_are_refused(tmp_path: Path, monkeypatch: pyt
     file.write_text(text)
     init(tiny("bert", data={"train": str(file), "validation": None, "validation_share": 0.2}), tmp_path / "state")
     file.write_text(text.replace(",cat\n", ",zebra\n"))
-    monkeypatch.setattr(context, "_SPLITS", {})  # as in another process
+    monkeypatch.setattr(examples, "_SPLITS", {})  # as in another process
     with pytest.raises(DataError) as caught:
         prune(State.open(tmp_path / "state"))
     assert caught.value.message == f"the labels of {file} are dog, newt, zebra, but the model was made for cat, dog, newt"

@@ -16,7 +16,7 @@ from recap_cli.memory.predict import Prediction
 from recap_cli.memory.tracker import Usage
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.settings import EXECUTION, recipe_of
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask

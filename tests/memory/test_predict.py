@@ -7,7 +7,6 @@ import psutil
 import pytest
 import torch
 
-import recap_cli.stages.finetune as finetuning
 from recap_cli.core.axes import counts
 from recap_cli.core.method import RoundPlan
 from recap_cli.data.sampling import batches
@@ -18,10 +17,10 @@ from recap_cli.memory.predict import Prediction
 from recap_cli.memory.tracker import KINDS, Kind, Usage
 from recap_cli.models import build
 from recap_cli.recipe import recipe as recipes
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.settings import recipe_of
-from recap_cli.rounds.small_model import WEIGHT_DTYPES, in_dtype, trainable_entries
+from recap_cli.rounds.small_model import SmallModel, in_dtype, placement_of
+from recap_cli.rounds.training_round import make_trainer
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.prune import prune
@@ -53,21 +52,11 @@ def step_of(state: State, settings: dict[str, Any]) -> Step:
     context = Context(state)
     context.recipe = recipes.changed(context.recipe, {f"finetune.{key}": value for key, value in settings.items()})
     tune, plan = context.recipe.finetune, context.plan("round-001")
-    small = state.load_tensors(f"round-001/{shared.SMALL}")
-    chosen = {name: c.bool() for name, c in state.load_tensors(f"round-001/{shared.MASK}").items()}
-    model = context.model(small, counts(plan))
-    optimizer = finetuning._partial(
-        context,
-        model,
-        context.round_plans[0],
-        plan,
-        chosen,
-        trainable_entries(context.layout, plan, chosen, small),
-        None,
-        torch.device("cpu"),
-    )
+    model = context.model(context.small("round-001", plan), counts(plan))
+    small = SmallModel(model, context.layout, context.round_plans[0], plan, context.mask("round-001", plan))
+    optimizer = make_trainer(context, 1, small, torch.device("cpu")).optimizer
     call = build.forward(context.spec)
-    forward = in_dtype(lambda inputs: call(model, inputs), WEIGHT_DTYPES[tune.weights])
+    forward = in_dtype(lambda inputs: call(model, inputs), placement_of(tune).dtype)
     batch = next(
         iter(batches(context.splits(lambda items, *_: iter(items))[0], torch.arange(8), 8, device=torch.device("cpu")))
     )

@@ -15,7 +15,8 @@ from recap_cli.core.axes import UnitMask
 from recap_cli.core.surgery import compose_index_maps, gather, indices, scatter
 from recap_cli.errors import CorruptStateError, DataError, RecapError, StateError, StorageError, UsageError
 from recap_cli.report.report import of_state, report
-from recap_cli.rounds.context import MASK, Context
+from recap_cli.rounds.record import MASK
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import trainable_entries
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init

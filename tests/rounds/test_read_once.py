@@ -6,7 +6,7 @@ import pytest
 
 from recap_cli.models import build
 from recap_cli.rounds import stored
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.run_context import Context
 from recap_cli.stages.init import init
 from recap_cli.state.manifest import manifest_text, read_manifest
 from recap_cli.state.store import State

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-import recap_cli.stages.finetune as finetuning
 from recap_cli.commands.comparison_tables import print_results
 from recap_cli.commands.tables import print_summary, say_stage
 from recap_cli.compare import cell, schema
 from recap_cli.data.splits import Split
 from recap_cli.report.report import report
+from recap_cli.rounds import training_round
 from recap_cli.rounds.status import summary
 from recap_cli.rounds.verdict import warning
 from recap_cli.stages import eval as evaluation
@@ -41,8 +41,8 @@ def says(value: float, metric: str = "accuracy") -> Callable[..., dict[str, floa
 
 def ended(path: Path, monkeypatch: pytest.MonkeyPatch, warm: float, last: float, metric: str = "accuracy") -> State:
     """A finished run of one round with these validation figures before and after it; chance is a third."""
-    monkeypatch.setattr(import_module("recap_cli.stages.init"), "evaluate", says(warm, metric))
-    monkeypatch.setattr(finetuning, "evaluate", says(last, metric))
+    monkeypatch.setattr(import_module("recap_cli.rounds.warm_up"), "evaluate", says(warm, metric))
+    monkeypatch.setattr(training_round, "evaluate", says(last, metric))
     return run(tiny("vit", rounds=1, task={"metric": metric}), path)
 
 
@@ -105,7 +105,7 @@ def test_a_run_whose_product_gives_one_answer_is_said_to_be_no_better_than_chanc
     def judge(_: Any, split: Split, task: Task, **how: Any) -> dict[str, float]:
         return evaluate(always(torch.bincount(split.labels, minlength=3) / len(split)), split, task, **how)
 
-    monkeypatch.setattr(finetuning, "evaluate", judge)
+    monkeypatch.setattr(training_round, "evaluate", judge)
     recipe = tiny("vit", rounds=1, task={"metric": metric}, head={"warmup_epochs": 0}, finetune={"steps": 1})
     assert "is no better than chance" in str(summary(run(recipe, tmp_path / "state"))["warning"])
 
@@ -178,7 +178,7 @@ def test_run_status_and_the_report_say_when_a_run_came_to_nothing(
 
 
 def test_a_run_that_is_not_over_is_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetuning, "evaluate", says(0.0))
+    monkeypatch.setattr(training_round, "evaluate", says(0.0))
 
     class Stopped(Exception):
         pass

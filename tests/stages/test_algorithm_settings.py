@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-import recap_cli.stages.finetune as finetuning
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import context as shared
+from recap_cli.rounds import training_round
+from recap_cli.rounds.importance import draw
 from recap_cli.rounds.status import summary
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
@@ -55,7 +55,7 @@ def test_every_example_is_as_likely_in_d_s_as_any_other() -> None:
     split: Any = range(TRAIN)
     counts = torch.zeros(TRAIN)
     for round in range(500):
-        counts[shared.draw(recipe, split, round, "mask")] += 1
+        counts[draw(recipe, split, round, "mask")] += 1
     expected, spread = 500 * 16 / TRAIN, (500 * 0.4 * 0.6) ** 0.5
     assert float((counts - expected).abs().max()) < 4.5 * spread  # of 40 examples
 
@@ -214,7 +214,7 @@ def forced(monkeypatch: pytest.MonkeyPatch, metric: str, sign: int, values: list
         calm = {"loss": 1.0, "accuracy": 0.5, "f1": 0.5, "matthews": 0.5}
         return calm | {metric: 1.0 + sign * next(left)}
 
-    monkeypatch.setattr(finetuning, "evaluate", evaluate)
+    monkeypatch.setattr(training_round, "evaluate", evaluate)
 
 
 def short(metric: str, rounds: int, **sections: Any) -> Recipe:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-import recap_cli.stages.finetune as finetuning
 from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds import training_round
 from recap_cli.rounds.status import finished, summary
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
@@ -23,7 +23,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, figures: Sequence[tuple[float, flo
         value, loss = next(left)
         return {"loss": loss, "accuracy": 0.5, "f1": 0.5, "matthews": 0.5} | {metric: value}
 
-    monkeypatch.setattr(finetuning, "evaluate", evaluate)
+    monkeypatch.setattr(training_round, "evaluate", evaluate)
 
 
 def quick(rounds: int, **sections: Any) -> Recipe:

@@ -12,7 +12,7 @@ from recap_cli.core.streaming import streamed
 from recap_cli.memory import fake_step, meta_model, predict
 from recap_cli.memory.fake_step import Fakes
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import context as shared
+from recap_cli.rounds.device_policy import blocks_of
 from recap_cli.stages.init import init
 from recap_cli.stages.run import run
 from tests.decoders import ADAPTERS, SIZES
@@ -47,10 +47,11 @@ def test_streamed_stages_choose_the_same_plan_and_mask(name: str, tmp_path: Path
     entered: list[list[str]] = []
 
     def on_cpu(model: Any, axes: Any, device: Any, adapter: str) -> Any:
-        entered.append(shared.blocks_of(model, axes, adapter))
+        entered.append(blocks_of(model, axes, adapter))
         return streamed(model, entered[-1], device)
 
-    monkeypatch.setattr(shared, "on_device", on_cpu)
+    for module in ("rounds.warm_up", "rounds.importance", "stages.eval"):
+        monkeypatch.setattr(f"recap_cli.{module}.on_device", on_cpu)
     found = decided(init(recipe(name), tmp_path / "streamed"))
     assert [len(blocks) for blocks in entered] == [2] * 5  # warm-up, two gradual steps, mask, eval
     assert found.pop("loss") == plain.pop("loss")

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from recap_cli.cli import main
 from recap_cli.data import prediction_files
 from recap_cli.errors import CorruptStateError, DataError, RecapError, StorageError, UsageError
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.run_context import Context
 from recap_cli.stages.eval import evaluate
 from recap_cli.stages.init import init
 from recap_cli.stages.run import run

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import recap_cli.stages.finetune as finetuning
 from recap_cli import registry
 from recap_cli.core.axes import chosen_params, counts, prunable_params, refine, shapes_of, shrink, unit_params
 from recap_cli.core.surgery import compose_index_maps, gather, indices, scatter, take
 from recap_cli.data.sampling import batches, order, seed_for
 from recap_cli.models import build
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Context
+from recap_cli.rounds import training_round
+from recap_cli.rounds.record import MASK, MOMENTS, SMALL, TRAINED, WEIGHTS
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import frozen_whole, trainable_entries
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
@@ -68,7 +68,7 @@ def rounds(request: pytest.FixtureRequest) -> Rounds:
 
 
 def chosen_in(context: Context, folder: str) -> dict[str, Tensor]:
-    return {name: c.bool() for name, c in context.state.load_tensors(f"{folder}/{shared.MASK}").items()}
+    return {name: c.bool() for name, c in context.state.load_tensors(f"{folder}/{MASK}").items()}
 
 
 def stored_files(root: Path) -> dict[str, bytes]:
@@ -85,7 +85,7 @@ def test_i2_compact_gradients_are_the_dense_gradients_at_those_entries(rounds: R
     context = rounds.at(2, "mask")
     folder = str(context.state.manifest.small)
     plan, chosen = context.plan(folder), chosen_in(context, folder)
-    small = context.state.load_tensors(f"{folder}/{shared.SMALL}")
+    small = context.state.load_tensors(f"{folder}/{SMALL}")
     index_map = trainable_entries(context.layout, plan, chosen, small)
     split, _ = context.splits(lambda items, label, total=None: iter(items))
     (batch,) = batches(split, torch.arange(6), 6)
@@ -109,10 +109,10 @@ def test_i3_a_merge_writes_what_trained_and_leaves_every_other_bit(rounds: Round
     before, after = rounds.at(2, "finetune"), rounds.at(2, "merge")
     folder = str(before.state.manifest.small)
     old, new = before.full_tensors(), after.full_tensors()
-    trained = before.state.load_tensors(f"{folder}/{shared.TRAINED}")
+    trained = before.state.load_tensors(f"{folder}/{TRAINED}")
     plan = before.plan(folder)
     kept = indices(before.layout.axes, plan, shapes_of(old))
-    small = before.state.load_tensors(f"{folder}/{shared.SMALL}")
+    small = before.state.load_tensors(f"{folder}/{SMALL}")
     index_map = compose_index_maps(kept, trainable_entries(before.layout, plan, chosen_in(before, folder), small))
     assert trained
     for name in old:
@@ -155,12 +155,12 @@ def test_i8_optimizer_state_is_two_moments_a_trainable_entry_and_nothing_more(ro
     context = rounds.at(round, "finetune")
     entry = context.state.manifest.history[-1]
     folder = str(context.state.manifest.small)
-    trained = context.state.load_tensors(f"{folder}/{shared.TRAINED}")
+    trained = context.state.load_tensors(f"{folder}/{TRAINED}")
     trainable = sum(t.numel() for t in trained.values())
     assert entry["trainable"] == trainable
     assert entry["optimizer_bytes"] == 2 * 4 * trainable
     assert entry["gradients_bytes"] == 4 * trainable
-    moments = context.state.load_tensors(f"{folder}/{shared.MOMENTS}")
+    moments = context.state.load_tensors(f"{folder}/{MOMENTS}")
     assert sum(t.numel() for name, t in moments.items() if not name.endswith(COUNT)) == 2 * trainable
 
 
@@ -170,7 +170,7 @@ def test_i9_what_is_pruned_and_what_trains_is_within_one_group_of_the_budget(rou
     folder = str(context.state.manifest.small)
     plan, chosen = context.plan(folder), chosen_in(context, folder)
     small_axes = [refine(axis) for axis in shrink(axes, plan)]
-    small_shapes = shapes_of(context.state.load_tensors(f"{folder}/{shared.SMALL}"))
+    small_shapes = shapes_of(context.state.load_tensors(f"{folder}/{SMALL}"))
     for kind in ("heads", "neurons"):
         pool = [axis for axis in axes if axis.kind == kind]
         budget = (1 - recipe.prune.ratio) * prunable_params(pool, shapes)
@@ -186,7 +186,7 @@ def test_the_small_model_is_the_full_one_at_its_plan_after_a_merge(rounds: Round
     assert best is not None
     assert best["round"] == 1
     plan = context.plan(best["folder"])
-    tensors = context.state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}")
+    tensors = context.state.load_tensors(f"{best['folder']}/{WEIGHTS}")
     full = context.full_tensors()
     expected = gather(full, indices(context.layout.axes, plan, shapes_of(full)))
     assert all(torch.equal(expected[name], tensors[name]) for name in expected)
@@ -195,8 +195,8 @@ def test_the_small_model_is_the_full_one_at_its_plan_after_a_merge(rounds: Round
 def test_weights_held_are_the_small_model_and_the_scattered_entries_of_attention(rounds: Rounds) -> None:
     context = rounds.at(2, "finetune")
     entry, folder = context.state.manifest.history[-1], str(context.state.manifest.small)
-    small = context.state.load_tensors(f"{folder}/{shared.SMALL}")
-    trained = context.state.load_tensors(f"{folder}/{shared.TRAINED}")
+    small = context.state.load_tensors(f"{folder}/{SMALL}")
+    trained = context.state.load_tensors(f"{folder}/{TRAINED}")
     one_matrix = {cut.param for axis in context.layout.axes for cut in axis.cuts if axis.kind == "heads"}
     packed = [
         axis for axis in context.layout.axes if axis.kind == "neurons" and len({c.param for c in axis.cuts}) < len(axis.cuts)
@@ -274,12 +274,12 @@ def test_the_second_round_starts_from_the_moments_and_ages_of_the_first(
     context = rounds.at(2, "mask")
     folder = str(context.state.manifest.small)
     plan, chosen = context.plan(folder), chosen_in(context, folder)
-    small = context.state.load_tensors(f"{folder}/{shared.SMALL}")
+    small = context.state.load_tensors(f"{folder}/{SMALL}")
     index_map = compose_index_maps(
         indices(context.layout.axes, plan, context.layout.shapes), trainable_entries(context.layout, plan, chosen, small)
     )
-    stored = context.state.load_tensors(f"{context.full}/{shared.MOMENTS}")
-    monkeypatch.setattr(finetuning, "Optimizer", spy)
+    stored = context.state.load_tensors(f"{context.full}/{MOMENTS}")
+    monkeypatch.setattr(training_round, "Optimizer", spy)
     with pytest.raises(Stop):
         finetune(context.state)
     ages: set[int] = set()
@@ -287,10 +287,12 @@ def test_the_second_round_starts_from_the_moments_and_ages_of_the_first(
         dims = index_map.get(trainable.name, {})
         if f"{trainable.name}/exp_avg" in stored:
             for moment in ("exp_avg", "exp_avg_sq"):
-                assert torch.equal(seen["moments"][trainable.name][moment], take(stored[f"{trainable.name}/{moment}"], dims))
-            ages |= set(seen["counts"][trainable.name].tolist())
+                assert torch.equal(
+                    seen["carried"].moments[trainable.name][moment], take(stored[f"{trainable.name}/{moment}"], dims)
+                )
+            ages |= set(seen["carried"].counts[trainable.name].tolist())
         for dim in dims:
-            assert seen["along"][trainable.name] == dim
+            assert seen["carried"].along[trainable.name] == dim
     assert ages in ({0, 5}, {5})  # what moves now has moved for the five steps of round 1, or (in most models some) never
 
 

@@ -14,7 +14,7 @@ from recap_cli.core.axes import Axis, chosen_params, prunable_params
 from recap_cli.models import build
 from recap_cli.plugins.adapters.bert import BERT
 from recap_cli.report.report import report
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.status import summary
 from recap_cli.stages.export import export
 from recap_cli.stages.run import run

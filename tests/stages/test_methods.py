@@ -17,8 +17,9 @@ from recap_cli.core.axes import counts, everything
 from recap_cli.errors import PluginError
 from recap_cli.plugins.methods.lora import targets
 from recap_cli.plugins.methods.movement import keep_share
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.recipe_model import forward_of
+from recap_cli.rounds.record import SCORES, WEIGHTS
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.selection import choose
 from recap_cli.rounds.status import summary
 from recap_cli.stages.export import export
@@ -67,9 +68,9 @@ def test_a_run_takes_the_steps_of_the_recipe_and_ends_in_a_product_that_scores_w
     best = state.manifest.best
     assert best is not None
     assert context.round_plans[best["round"] - 1].product
-    model = context.model(state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}"), counts(context.plan(best["folder"])))
+    model = context.model(state.load_tensors(f"{best['folder']}/{WEIGHTS}"), counts(context.plan(best["folder"])))
     _, validation = context.splits(lambda items, label, total=None: iter(items))
-    scored = evaluate(shared.forward_of(context.spec, model), validation, context.task, batch_size=64)
+    scored = evaluate(forward_of(context.spec, model), validation, context.task, batch_size=64)
     assert scored["accuracy"] == pytest.approx(best["value"])
 
 
@@ -169,7 +170,7 @@ def test_embeddings_stay_as_they_are_where_a_pruning_method_is_told_so(method: s
 def test_movement_prunes_by_the_scores_that_it_learned() -> None:
     state = State.open(run_of("movement"))
     context = Context(state)
-    scores, plan = state.load_tensors(f"round-001/{shared.SCORES}"), context.plan("round-002")
+    scores, plan = state.load_tensors(f"round-001/{SCORES}"), context.plan("round-002")
     expected = choose(context.recipe, context.layout.axes, context.layout.shapes, scores, 0.6)
     assert {name: kept.tolist() for name, kept in plan.items()} == {name: kept.tolist() for name, kept in expected.items()}
     assert any(score.unique().numel() > 1 for score in scores.values())
@@ -205,7 +206,7 @@ def test_gates_that_are_closed_are_groups_that_are_cut() -> None:
     split, _ = context.splits(lambda items, label, total=None: iter(items))
     batch = split.batch(torch.arange(6))
     with torch.no_grad():
-        ours, cut = (shared.forward_of(context.spec, model)(batch) for model in (gated, small))
+        ours, cut = (forward_of(context.spec, model)(batch) for model in (gated, small))
     assert torch.allclose(ours, cut, atol=1e-5)
 
 
@@ -217,7 +218,7 @@ def test_the_gradient_of_a_score_is_the_sum_of_gradient_times_weight_over_its_gr
     model = context.model({n: t.clone() for n, t in context.full_tensors().items()})
     attach(TrainContext(model, context.layout.axes, (), (RoundPlan(0.4),), 1e-3, MOVEMENT.options, lambda _s, _k: {}))
     split, _ = context.splits(lambda items, label, total=None: iter(items))
-    shared.forward_of(context.spec, model)(split.batch(torch.arange(6))).square().sum().backward()
+    forward_of(context.spec, model)(split.batch(torch.arange(6))).square().sum().backward()
     params = dict(model.named_parameters())
     for axis in context.layout.axes:
         cut = next(cut for cut in axis.cuts if cut.dim == 1)

@@ -15,8 +15,9 @@ from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.streaming import streamed
 from recap_cli.errors import PluginError
 from recap_cli.memory import meta_model, predict
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.device_policy import importance_batch_size, on_device
+from recap_cli.rounds.record import MASK, PLAN, SMALL
+from recap_cli.rounds.run_context import Context
 from recap_cli.stages.eval import evaluate
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
@@ -31,7 +32,7 @@ def decided(state: State) -> dict[str, Any]:
     prune(state)
     mask(state)
     (row,) = evaluate(state, which=["full"])
-    files = {name: state.load_tensors(f"round-001/{name}") for name in (shared.PLAN, shared.MASK, shared.SMALL)}
+    files = {name: state.load_tensors(f"round-001/{name}") for name in (PLAN, MASK, SMALL)}
     return {**files, "full": Context(state).full_tensors(), "loss": row["loss"]}
 
 
@@ -44,7 +45,8 @@ def test_streamed_stages_choose_the_same_plan_and_mask(name: str, tmp_path: Path
         entered.append(block_paths(model, axes))
         return streamed(model, entered[-1], device)
 
-    monkeypatch.setattr(shared, "on_device", on_cpu)
+    for module in ("rounds.warm_up", "rounds.importance", "stages.eval"):
+        monkeypatch.setattr(f"recap_cli.{module}.on_device", on_cpu)
     found = decided(init(tiny(name), tmp_path / "streamed"))
     assert [len(blocks) for blocks in entered] == [2] * 5  # warm-up, two gradual steps, mask, eval
     assert found.pop("loss") == plain.pop("loss")
@@ -55,7 +57,7 @@ def test_streamed_stages_choose_the_same_plan_and_mask(name: str, tmp_path: Path
 
 def test_on_the_cpu_the_model_is_not_touched() -> None:
     model, _ = pico("vit")
-    with shared.on_device(model, [], torch.device("cpu"), "vit"):
+    with on_device(model, [], torch.device("cpu"), "vit"):
         assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -63,7 +65,7 @@ def test_an_adapter_whose_axes_say_no_block_is_named_before_anything_goes_to_a_d
     model, spec = pico("vit")
     whole = [Axis("width", "widths", 0, 32, (Cut("vit.embeddings.cls_token", 2), Cut("classifier.weight", 1)))]
     with pytest.raises(PluginError, match=r"the adapter 'mine' does not say which blocks .* the axis 'width'") as caught:
-        shared.on_device(model, whole, torch.device("cuda"), "mine")
+        on_device(model, whole, torch.device("cuda"), "mine")
     assert "importance.device=cpu" in str(caught.value.hint)
     assert {tensor.device.type for tensor in model.parameters()} == {"cpu"}
     of_recipe = meta_model.of_recipe(tiny("vit"))
@@ -84,4 +86,4 @@ def test_an_adapter_whose_axes_say_no_block_is_named_before_anything_goes_to_a_d
 def test_on_an_accelerator_importance_takes_no_more_examples_than_finetuning(
     device: str, finetune: dict[str, int], expected: int
 ) -> None:
-    assert shared.importance_batch_size(tiny("vit", finetune=finetune), torch.device(device)) == expected
+    assert importance_batch_size(tiny("vit", finetune=finetune), torch.device(device)) == expected

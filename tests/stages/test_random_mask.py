@@ -8,11 +8,12 @@ from torch import Tensor
 
 from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.criterion import Criterion
-from recap_cli.core.ranking import select
+from recap_cli.core.ranking import Limits, select
 from recap_cli.errors import PluginError
-from recap_cli.rounds import context
+from recap_cli.rounds import importance
+from recap_cli.rounds.masking import choose_fine_units
 from recap_cli.stages.init import init
-from recap_cli.stages.mask import _chosen, mask
+from recap_cli.stages.mask import mask
 from recap_cli.stages.prune import prune
 from tests.tiny import tiny
 
@@ -25,13 +26,13 @@ SCORES = {name: torch.rand(SIZES[name], generator=torch.Generator().manual_seed(
 
 def drawn(scope: str, *, seed: int = 0, round: int = 1) -> dict[str, list[bool]]:
     recipe = tiny("vit", seed=seed, mask={"random": 0.5, "scope": scope})
-    return {name: chosen.tolist() for name, chosen in _chosen(recipe, AXES, SHAPES, SCORES, 0.5, round).items()}
+    return {name: chosen.tolist() for name, chosen in choose_fine_units(recipe, AXES, SHAPES, SCORES, 0.5, round).items()}
 
 
 @pytest.mark.parametrize("scope", ["global", "per-kind", "per-layer"])
 def test_the_best_are_among_what_is_drawn(scope: str) -> None:
     original = {axis.name: axis.size for axis in AXES}
-    best = select(AXES, SCORES, PARAMS, original=original, keep_share=0.25, scope=scope, least=0)  # type: ignore[arg-type]
+    best = select(AXES, SCORES, PARAMS, limits=Limits(scope=scope, least=0), original=original, keep_share=0.25)  # type: ignore[arg-type]
     found = drawn(scope)
     for name, kept in best.items():
         assert not (kept & ~torch.tensor(found[name])).any()
@@ -53,7 +54,7 @@ def test_a_criterion_whose_scores_are_refused_is_named(
 
     recipe = tiny("vit", prune={"criterion": "magnitude", "ratio": 0.4 if stage == "prune" else 0.0})
     state = init(recipe, tmp_path / "state")
-    monkeypatch.setattr(context, "load_criterion", lambda _: Criterion("none", negative))
+    monkeypatch.setattr(importance, "load_criterion", lambda _: Criterion("none", negative))
     if stage == "mask":
         prune(state)
     with pytest.raises(PluginError, match=f"the criterion '{name}' gave scores below zero"):

@@ -23,9 +23,9 @@ from recap_cli.errors import (
 )
 from recap_cli.memory import oom
 from recap_cli.recipe import recipe as recipes
-from recap_cli.rounds import context as shared
-from recap_cli.rounds import small_model
-from recap_cli.rounds.context import Context
+from recap_cli.rounds import small_model, training_round
+from recap_cli.rounds.record import IMPORTANCE, MASK, MOMENTS, PLAN, TRAINED, WEIGHTS
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.settings import EXECUTION
 from recap_cli.rounds.status import describe, next_stage, summary
 from recap_cli.stages import eval as evaluation
@@ -36,7 +36,6 @@ from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import choose, prune
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
-from recap_cli.trainable.optim import Optimizer
 from tests.tiny import tiny
 
 finetune = finetuning.finetune
@@ -48,7 +47,7 @@ def change_of(tmp_path: Path, name: str = "vit", **sections: Any) -> dict[str, t
     state = init(recipe, tmp_path)
     for stage in (prune, mask, finetune):
         stage(state)
-    return state.load_tensors(f"round-001/{shared.TRAINED}")
+    return state.load_tensors(f"round-001/{TRAINED}")
 
 
 def test_a_stage_out_of_order_names_the_right_command(tmp_path: Path) -> None:
@@ -219,9 +218,9 @@ def test_sgd_has_one_moment_and_without_carrying_none_is_kept(tmp_path: Path) ->
     state = run(tiny("vit", finetune={"optimizer": "sgd"}), tmp_path / "sgd")
     entry = next(e for e in state.manifest.history if e["stage"] == "finetune")
     assert entry["optimizer_bytes"] == 4 * entry["trainable"]
-    assert any(name.endswith(shared.MOMENTS) for name in state.manifest.files)
+    assert any(name.endswith(MOMENTS) for name in state.manifest.files)
     forgetful = run(tiny("vit", finetune={"carry_moments": False}), tmp_path / "none")
-    assert not any(name.endswith(shared.MOMENTS) for name in forgetful.manifest.files)
+    assert not any(name.endswith(MOMENTS) for name in forgetful.manifest.files)
 
 
 def test_uniform_and_rounded_sizes_reach_the_small_model(tmp_path: Path) -> None:
@@ -247,10 +246,10 @@ def test_importance_is_averaged_over_rounds_when_asked(tmp_path: Path) -> None:
     for ema in (0.0, 0.5, 1 - 1e-9):
         state = run(tiny("timm-vit", rounds=3, prune={**settings, "ema": ema}), tmp_path / str(ema))
         plans[ema] = [shared_plan(state, number) for number in (1, 2, 3)]
-        kept = [f"round-{number:03d}/{shared.IMPORTANCE}" in state.manifest.files for number in (1, 2, 3)]
+        kept = [f"round-{number:03d}/{IMPORTANCE}" in state.manifest.files for number in (1, 2, 3)]
         assert kept == [ema > 0] * 3
-    first = state.load_tensors(f"round-001/{shared.IMPORTANCE}")
-    last = state.load_tensors(f"round-003/{shared.IMPORTANCE}")
+    first = state.load_tensors(f"round-001/{IMPORTANCE}")
+    last = state.load_tensors(f"round-003/{IMPORTANCE}")
     context = Context(state)
     for kind in ("heads", "neurons"):  # of which each is ranked by itself: nothing of later rounds is in it, but a factor
         of_kind = [torch.cat([of[axis.name] for axis in context.layout.axes if axis.kind == kind]) for of in (first, last)]
@@ -277,7 +276,7 @@ def test_averaged_importance_and_drawn_groups_are_the_same_after_a_stop(tmp_path
 
 
 def shared_plan(state: State, number: int) -> dict[str, list[int]]:
-    return {name: t.tolist() for name, t in state.load_tensors(f"round-{number:03d}/{shared.PLAN}").items()}
+    return {name: t.tolist() for name, t in state.load_tensors(f"round-{number:03d}/{PLAN}").items()}
 
 
 @pytest.mark.parametrize("scope", ["per-kind", "global", "per-layer"])
@@ -287,7 +286,7 @@ def test_a_share_of_the_mask_is_drawn_at_random_and_the_rest_is_the_best(scope: 
         recipe = tiny("vit", rounds=1, seed=seed, mask={"ratio": ratio, "random": random, "scope": scope})
         state = init(recipe, tmp_path / place)
         prune(state), mask(state)
-        masks[place] = {name: t.bool() for name, t in state.load_tensors(f"round-001/{shared.MASK}").items()}
+        masks[place] = {name: t.bool() for name, t in state.load_tensors(f"round-001/{MASK}").items()}
         trains = state.manifest.history[-1]["trainable_share_of_prunable"]
         assert trains == pytest.approx(1 - ratio, abs=0.05)
     assert all(bool(masks["half"][name][kept].all()) for name, kept in masks["best"].items())
@@ -333,7 +332,7 @@ def test_the_mask_trains_the_same_share_of_every_layer_unless_the_plain_algorith
     for place, faithful in (("default", False), ("faithful", True)):
         state = init(tiny("vit", rounds=1, faithful=faithful, mask={"ratio": 0.8}), tmp_path / place)
         prune(state), mask(state)
-        chosen = state.load_tensors(f"round-001/{shared.MASK}")
+        chosen = state.load_tensors(f"round-001/{MASK}")
         spread[place] = max(abs(float(trains.float().mean()) - 0.2) * len(trains) for trains in chosen.values())
     assert spread["default"] <= 0.5
     assert spread["faithful"] > 1  # in groups: as near as whole groups can be
@@ -355,7 +354,7 @@ def test_a_head_that_came_with_the_checkpoint_is_left_as_it_is(tmp_path: Path) -
     wanted = Context(State.open(tmp_path / "first"))
     best = wanted.state.manifest.best
     assert best is not None
-    own = wanted.state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}")
+    own = wanted.state.load_tensors(f"{best['folder']}/{WEIGHTS}")
     assert "head_steps" not in state.manifest.history[0]
     assert all(torch.equal(loaded[name], own[name]) for name in wanted.layout.head)
 
@@ -416,7 +415,7 @@ def test_an_export_gives_the_logits_of_the_best_model(dense: bool, tmp_path: Pat
     context = Context(state)
     best = state.manifest.best
     assert best is not None
-    model = context.model(state.load_tensors(f"{best['folder']}/{shared.WEIGHTS}"), counts(context.plan(best["folder"])))
+    model = context.model(state.load_tensors(f"{best['folder']}/{WEIGHTS}"), counts(context.plan(best["folder"])))
     batch = build.example_batch(context.spec)
     loaded = recap_cli.load(tmp_path / "out")
     with torch.no_grad():
@@ -574,16 +573,18 @@ def lacking(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
 
     def put(step: str) -> list[Any]:
         seen: list[Any] = []
-        real = getattr(finetuning, step)
+        module = training_round if step == "evaluate" else finetuning
+        real = getattr(module, step)
 
         def fail(*given: Any, **settings: Any) -> Any:
-            made = real(*given, **settings) if step == "_partial" else None  # all on the device, and then one more
+            made = real(*given, **settings) if step == "make_trainer" else None  # all on the device, and then one more
             activations = torch.zeros(1000)
-            held = [thing for thing in (*given, made) if isinstance(thing, (torch.nn.Module, Optimizer))]
+            trainer = next((thing for thing in (*given, made) if isinstance(thing, training_round.Trainer)), None)
+            held = [] if trainer is None else [trainer.small.model, trainer.optimizer]
             seen.extend(weakref.ref(thing) for thing in (*held, activations))
             raise torch.OutOfMemoryError(LACK)
 
-        monkeypatch.setattr(finetuning, step, fail)
+        monkeypatch.setattr(module, step, fail)
         return seen
 
     return put
@@ -591,7 +592,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
 
 @pytest.mark.parametrize(
     ("step", "doing"),
-    [("_partial", "moving the model there"), ("_train", "training"), ("evaluate", "evaluating")],
+    [("make_trainer", "moving the model there"), ("train_round", "training"), ("evaluate", "evaluating")],
 )
 def test_a_device_that_is_too_small_is_explained_and_the_state_goes_on_with_less(
     step: str, doing: str, lacking: Callable[[str], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -632,7 +633,7 @@ def test_a_device_that_is_too_small_is_explained_and_the_state_goes_on_with_less
 def test_without_a_prediction_the_settings_that_are_still_off_are_named(
     lacking: Callable[[str], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lacking("_train")
+    lacking("train_round")
 
     def broken(_: Context) -> None:
         raise RuntimeError("fake tensors, and what not")
@@ -687,6 +688,6 @@ def test_memory_of_the_machine_that_runs_out_is_left_to_the_command_line(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(finetuning, "_train", fail)
+    monkeypatch.setattr(finetuning, "train_round", fail)
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         finetune(masked(tmp_path / "state"))

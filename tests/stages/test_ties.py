@@ -16,8 +16,8 @@ from recap_cli.memory import fake_step, meta_model, predict
 from recap_cli.memory.fake_step import Fakes
 from recap_cli.models import build
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import context as shared
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.record import MOMENTS, TRAINED, WEIGHTS
+from recap_cli.rounds.run_context import Context
 from recap_cli.stages.export import export
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
@@ -68,7 +68,7 @@ def test_i11_full_finetuning_of_a_tied_model_is_that_of_torch_to_the_bit(tmp_pat
     ours = end.full_tensors()
     assert all(torch.equal(ours[n], p.detach()) for n, p in model.named_parameters())
     assert TIES.keys().isdisjoint(ours)
-    moments = end.state.load_tensors(f"{end.full}/{shared.MOMENTS}")
+    moments = end.state.load_tensors(f"{end.full}/{MOMENTS}")
     assert {key.rpartition("/")[0] for key in moments} == {name for name, _ in model.named_parameters()}
 
 
@@ -82,7 +82,7 @@ def test_rounds_of_a_tied_model_keep_the_tie_from_the_mask_to_the_export(weights
     context = Context(state)
     assert {TYPES, HEAD} <= set(context.layout.head)
     assert {TYPES, HEAD}.isdisjoint(context.layout.embeddings)  # frozen by one name, the head's by the other: it moves
-    trained = context.state.load_tensors(f"round-001/{shared.TRAINED}")
+    trained = context.state.load_tensors(f"round-001/{TRAINED}")
     assert TIES.keys().isdisjoint(trained)
     assert {TYPES, *TIES.values()} <= trained.keys()
     end = Context(run(context.recipe, tmp_path / "state"))
@@ -94,7 +94,7 @@ def test_rounds_of_a_tied_model_keep_the_tie_from_the_mask_to_the_export(weights
         loaded = recap_cli.load(facts["path"])
         assert ties_of(loaded) == TIES
         assert (facts["form"] == "dense") == dense
-    best = end.state.load_tensors(f"best-001/{shared.WEIGHTS}")
+    best = end.state.load_tensors(f"best-001/{WEIGHTS}")
     small = recap_cli.load(tmp_path / "out-False")
     assert all(torch.equal(best[name], param) for name, param in small.named_parameters())
 

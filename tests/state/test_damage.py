@@ -19,7 +19,7 @@ from torch import Tensor
 from recap_cli.cli import main
 from recap_cli.errors import CorruptStateError, ModelError
 from recap_cli.report.report import of_state
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.status import summary
 from recap_cli.stages.eval import evaluate
 from recap_cli.stages.finetune import finetune

@@ -12,11 +12,12 @@ from torch.utils._pytree import tree_leaves
 from recap_cli.core.axes import Axis, Cut, refine, shapes_of
 from recap_cli.core.surgery import IndexMap, indices, put, take
 from recap_cli.models import build
-from recap_cli.rounds.context import Layout
+from recap_cli.rounds.layout import Layout
 from recap_cli.trainable.build import Trainable, bring_forward, make_partial
 from recap_cli.trainable.frozen_weights import QuantizedEmbedding, quantize, rest_of
 from recap_cli.trainable.linear import PartialLinear
 from recap_cli.trainable.optim import Optimizer, UpdateRule, adamw, sgd
+from recap_cli.trainable.placement import Placement
 from tests.pico import pico
 
 ROWS = torch.tensor([1, 4, 5, 11])
@@ -209,7 +210,8 @@ def test_bf16_weights_are_trained_by_fp32_masters() -> None:
     model, _, _, index_map = feedforward()
     full = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = Optimizer(
-        make_partial(model, index_map, frozen=lambda _: False, dtype=torch.bfloat16), adamw(betas=(0.9, 0.999), eps=1e-8)
+        make_partial(model, index_map, placement=Placement(dtype=torch.bfloat16), frozen=lambda _: False),
+        adamw(betas=(0.9, 0.999), eps=1e-8),
     )
     optimizer.lr = 1e-6  # below what bf16 can tell apart at these weights
     for _ in range(3):
@@ -227,7 +229,7 @@ def test_bf16_weights_are_trained_by_fp32_masters() -> None:
 
 def test_what_is_no_linear_layer_cannot_move_in_part() -> None:
     model = nn.Sequential(nn.Conv2d(3, 12, 1))
-    with pytest.raises(TypeError, match=r"0\.weight would move in part, but Conv2d"):
+    with pytest.raises(TypeError, match=r"0\.weight would be trainable in part, but Conv2d"):
         make_partial(model, {"0.weight": {0: ROWS}}, frozen=lambda _: False)
 
 
@@ -250,7 +252,7 @@ def test_int8_weights_compute_what_the_dequantized_weight_does(form: str, dtype:
     full = {name: param.detach().clone() for name, param in model.named_parameters()}
     weight = dequantized(full["0.weight"], index_map["0.weight"], dtype, transposed=transposed).requires_grad_()
     bias = full["0.bias"].to(dtype).requires_grad_()
-    trainables = make_partial(model, index_map, frozen=lambda _: False, dtype=dtype, int8=True)
+    trainables = make_partial(model, index_map, placement=Placement(dtype=dtype, int8=True), frozen=lambda _: False)
     assert model[0].weight.dtype == torch.int8  # type: ignore[index]
     x = torch.randn(2, 3, 12 if "columns" in form else 8).to(dtype)
     x_int8, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -277,7 +279,8 @@ def test_a_step_of_int8_weights_trains_the_masters_and_no_code(form: str) -> Non
     transposed = form.startswith("transposed")
     full = {name: param.detach().clone() for name, param in model.named_parameters()}
     optimizer = Optimizer(
-        make_partial(model, index_map, frozen=lambda _: False, dtype=torch.bfloat16, int8=True), sgd(momentum=0.9)
+        make_partial(model, index_map, placement=Placement(dtype=torch.bfloat16, int8=True), frozen=lambda _: False),
+        sgd(momentum=0.9),
     )
     optimizer.lr = 0.1
     codes = model[0].weight.clone()  # type: ignore[index]
@@ -299,7 +302,9 @@ def test_frozen_layers_and_embeddings_get_codes_and_what_trains_whole_does_not()
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 12), Conv1D(12, 12), nn.LayerNorm(12), nn.Linear(12, 3))
     full = {name: param.detach().clone() for name, param in model.named_parameters()}
     still = {"0.weight", "1.weight", "1.bias", "2.weight"}
-    trainables = make_partial(model, {}, frozen=lambda name: name in still, dtype=torch.bfloat16, int8=True)
+    trainables = make_partial(
+        model, {}, placement=Placement(dtype=torch.bfloat16, int8=True), frozen=lambda name: name in still
+    )
     embedding, linear, transposed, norm, head = model
     assert isinstance(embedding, QuantizedEmbedding)
     assert isinstance(linear, PartialLinear)
@@ -323,7 +328,7 @@ def test_frozen_layers_and_embeddings_get_codes_and_what_trains_whole_does_not()
 
 def test_nothing_of_an_int8_layer_that_is_still_asks_for_a_gradient() -> None:
     model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
-    make_partial(model, {}, frozen=lambda name: name.startswith("0"), int8=True)
+    make_partial(model, {}, placement=Placement(int8=True), frozen=lambda name: name.startswith("0"))
     assert not model[0](torch.randn(3, 8)).requires_grad
     assert saved_by(model[:1], torch.randn(3, 8)) == []
 
@@ -338,7 +343,9 @@ def test_masters_are_the_full_models_values_before_training(name: str, dtype: to
     generator = torch.Generator().manual_seed(1)
     chosen = {axis.name: torch.rand(axis.size, generator=generator) < 0.3 for axis in axes}
     index_map = indices(axes, chosen, shapes_of(full))
-    trainables = make_partial(model, index_map, frozen=lambda n: n in layout.embeddings, dtype=dtype, int8=int8)
+    trainables = make_partial(
+        model, index_map, placement=Placement(dtype=dtype, int8=int8), frozen=lambda n: n in layout.embeddings
+    )
     assert {trainable.name for trainable in trainables} == set(full) - set(layout.embeddings)
     for trainable in trainables:
         assert trainable.master.dtype == torch.float32
@@ -377,7 +384,9 @@ def test_scattered_entries_in_fp32_are_held_once(form: str) -> None:
 def test_short_weights_cost_their_own_size_and_the_masters(dtype: torch.dtype, int8: bool, bytes_of_frozen: int) -> None:
     model = nn.Sequential(nn.Linear(64, 128, bias=False))
     index = torch.arange(0, 128, 4)
-    trainables = make_partial(model, {"0.weight": {0: index}}, frozen=lambda _: False, dtype=dtype, int8=int8)
+    trainables = make_partial(
+        model, {"0.weight": {0: index}}, placement=Placement(dtype=dtype, int8=int8), frozen=lambda _: False
+    )
     forward_weight = (
         96 * 64 + 4 * 96 + 8 * 96 if int8 else 2 * 128 * 64
     )  # codes, scales and where they belong; or the whole in bf16
@@ -445,7 +454,7 @@ def test_offloaded_masters_take_the_same_steps_to_the_bit(form: str, dtype: str)
     moved = {}
     for offload in (False, True):
         model, index_map = model_and_index_map(form)
-        trainables = make_partial(model, index_map, frozen=lambda _: False, offload=offload, **settings)  # type: ignore[arg-type]
+        trainables = make_partial(model, index_map, placement=Placement(offload=offload, **settings), frozen=lambda _: False)  # type: ignore[arg-type]
         optimizer = Optimizer(trainables, adamw(betas=(0.9, 0.999), eps=1e-8))
         optimizer.lr = 0.01
         for part in x:
@@ -462,7 +471,10 @@ def test_offloaded_masters_take_the_same_steps_to_the_bit(form: str, dtype: str)
 def test_what_is_offloaded_is_not_on_the_device(form: str, int8: bool) -> None:
     model, index_map = model_and_index_map(form)
     trainables = make_partial(
-        model, index_map, frozen=lambda _: False, device="meta", dtype=torch.bfloat16, int8=int8, offload=True
+        model,
+        index_map,
+        placement=Placement(device="meta", dtype=torch.bfloat16, int8=int8, offload=True),
+        frozen=lambda _: False,
     )
     optimizer = Optimizer(trainables, adamw(betas=(0.9, 0.999), eps=1e-8))
     for trainable in trainables:
@@ -480,24 +492,24 @@ def test_what_is_offloaded_is_not_on_the_device(form: str, int8: bool) -> None:
 @pytest.mark.parametrize(
     ("form", "int8", "still", "said"),
     [
-        ("rows", False, False, "float32, 4 rows move"),
-        ("columns", False, False, "float32, 4 columns move"),
-        ("transposed rows", True, False, "int8, 4 rows move"),
-        ("rows", True, True, "int8, nothing moves"),
+        ("rows", False, False, "float32, 4 rows trainable"),
+        ("columns", False, False, "float32, 4 columns trainable"),
+        ("transposed rows", True, False, "int8, 4 rows trainable"),
+        ("rows", True, True, "int8, frozen"),
     ],
 )
 def test_a_layer_says_what_of_it_trains_and_its_indices_are_no_part_of_a_checkpoint(
     form: str, int8: bool, still: bool, said: str
 ) -> None:
     model, index_map = model_and_index_map(form)
-    make_partial(model, {} if still else index_map, frozen=lambda _: still, int8=int8)
+    make_partial(model, {} if still else index_map, placement=Placement(int8=int8), frozen=lambda _: still)
     assert model[0].extra_repr() == said  # type: ignore[index]
     assert not {"0.place", "0.rest"} & set(model.state_dict())
 
 
 def test_a_bias_does_not_move_in_part_beside_columns() -> None:
     model, index_map = model_and_index_map("columns")
-    with pytest.raises(TypeError, match=r"0\.bias would move at other rows than 0\.weight"):
+    with pytest.raises(TypeError, match=r"0\.bias would be trainable at other rows than 0\.weight"):
         make_partial(model, {**index_map, "0.bias": {0: ROWS}}, frozen=lambda _: False)
 
 
@@ -507,7 +519,7 @@ def test_masters_have_memory_of_their_own_and_whole_numbers_keep_their_type(offl
     model.register_parameter("steps", nn.Parameter(torch.arange(3), requires_grad=False))
     before = {param.untyped_storage().data_ptr() for param in model.parameters()}
     dtype = torch.float32 if offload else torch.bfloat16
-    trainables = make_partial(model, {}, frozen=lambda name: name == "steps", dtype=dtype, offload=offload)
+    trainables = make_partial(model, {}, placement=Placement(dtype=dtype, offload=offload), frozen=lambda name: name == "steps")
     masters = {
         trainable.own_master.untyped_storage().data_ptr() for trainable in trainables if trainable.own_master is not None
     }

@@ -12,6 +12,7 @@ from recap_cli.trainable.build import Trainable, make_partial
 from recap_cli.trainable.embedding import PartialEmbedding
 from recap_cli.trainable.frozen_weights import quantize
 from recap_cli.trainable.optim import Optimizer, adamw
+from recap_cli.trainable.placement import Placement
 
 TOKEN_ROWS, WIDTH = 40, 8
 HELD = torch.tensor([0, 3, 4, 9, 17, 18, 30, 39])
@@ -50,7 +51,11 @@ def texts(count: int = 4, ids: Tensor = HELD) -> Tensor:
 def partial(model: Words, trained: Tensor | None = MOVING, held: Tensor = HELD, **settings: Any) -> list[Trainable]:
     where = {} if trained is None else {"table.weight": {0: trained}}
     return make_partial(
-        model, where, frozen=lambda n: trained is None and n == "table.weight", used_rows={"table.weight": held}, **settings
+        model,
+        where,
+        frozen=lambda n: trained is None and n == "table.weight",
+        used_rows={"table.weight": held},
+        placement=Placement(**settings),
     )
 
 
@@ -73,7 +78,7 @@ def test_every_row_that_is_held_is_looked_up_as_in_the_whole_table(dtype: str, t
     whole = as_held(model.table.weight.detach().clone(), HELD[:0] if trained is None else trained, dtype)
     partial(model, trained, **DTYPES[dtype])
     moving_rows = 0 if trained is None else len(trained)
-    assert model.table.extra_repr() == f"{len(HELD)} of {TOKEN_ROWS} rows, {moving_rows} move"
+    assert model.table.extra_repr() == f"{len(HELD)} of {TOKEN_ROWS} rows, {moving_rows} trainable"
     assert isinstance(model.table, PartialEmbedding)
     ids = texts()
     torch.testing.assert_close(model.table(ids), F.embedding(ids, whole), rtol=0, atol=0)
@@ -149,7 +154,7 @@ def test_rows_that_are_not_looked_up_are_not_held(dtype: str, offload: bool) -> 
     assert held_bytes == wanted[dtype, offload] + ids
     assert isinstance(table, PartialEmbedding)
     assert table.absent == (TOKEN_ROWS - rows) * WIDTH
-    assert repr(table) == f"PartialEmbedding({rows} of {TOKEN_ROWS} rows, {trained} move)"
+    assert repr(table) == f"PartialEmbedding({rows} of {TOKEN_ROWS} rows, {trained} trainable)"
 
 
 def test_nothing_of_a_table_that_is_still_asks_for_a_gradient() -> None:
@@ -176,13 +181,13 @@ def test_an_id_that_is_not_held_is_no_other_row() -> None:
 
 
 def test_what_cannot_be_held_in_part_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"table.weight: a row would move that is never looked up"):
+    with pytest.raises(ValueError, match=r"table.weight: a row would be trainable that is never looked up"):
         partial(words(), torch.tensor([1, 3]))
-    with pytest.raises(TypeError, match=r"table.weight would move in part, but Embedding is no linear layer"):
+    with pytest.raises(TypeError, match=r"table.weight would be trainable in part, but Embedding is no linear layer"):
         make_partial(words(), {"table.weight": {1: torch.tensor([0])}}, frozen=lambda _: False)
     scaled = words()
     scaled.table.max_norm = 1.0  # changes the rows that it looks up
-    with pytest.raises(TypeError, match=r"would move in part"):
+    with pytest.raises(TypeError, match=r"would be trainable in part"):
         partial(scaled)
     partial(scaled, None)
     assert isinstance(scaled.table, nn.Embedding)

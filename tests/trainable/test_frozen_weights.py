@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recap_cli.trainable.frozen_weights import LARGEST, Place, QuantizedEmbedding, dequantize, place_of, quantize, rest_of
+from recap_cli.trainable.frozen_weights import (
+    LARGEST,
+    Partition,
+    Place,
+    QuantizedEmbedding,
+    dequantize,
+    place_of,
+    quantize,
+    rest_of,
+)
 
 HALF = 0.5 + 1e-5  # of a scale; code and scale are themselves rounded, to a relative 6e-8 of up to 127 scales
 SCATTERED, SIDE_BY_SIDE = torch.tensor([0, 3, 4, 9]), torch.tensor([3, 4, 5, 6])
@@ -32,7 +41,7 @@ def test_a_row_of_zeros_stays_zero() -> None:
     codes, scale = quantize(weight)
     assert not codes[3].any()
     assert scale[3] > 0
-    assert not dequantize(codes, scale, None, 0, None, None, dtype=torch.float32)[3].any()
+    assert not dequantize(codes, scale, dtype=torch.float32)[3].any()
 
 
 def test_a_huge_entry_costs_its_own_row_and_no_other() -> None:
@@ -84,8 +93,7 @@ def places(index: Tensor, length: int) -> tuple[Place, Place]:
 def test_a_dense_weight_is_the_naive_assembly(index: Tensor, dim: int, dtype: torch.dtype) -> None:
     codes, scale = quantize(matrix(6, 8) if dim == 0 else matrix(8, 6))
     part = matrix(4, 8, seed=1) if dim == 0 else matrix(8, 4, seed=1)
-    place, rest = places(index, 10)
-    dense = dequantize(codes, scale, part, dim, place, rest, dtype=dtype)
+    dense = dequantize(codes, scale, part, Partition(dim, *places(index, 10)), dtype=dtype)
     expected = naive(codes, scale, part, dim, index)
     assert dense.shape == ((10, 8) if dim == 0 else (8, 10))
     assert dense.dtype == dtype
@@ -97,15 +105,15 @@ def test_a_dense_weight_is_the_naive_assembly(index: Tensor, dim: int, dtype: to
 def test_a_slice_and_the_same_indices_give_the_same_bits(index: Tensor) -> None:
     codes, scale = quantize(matrix(6, 8))
     part = matrix(4, 8, seed=1)
-    as_slices = dequantize(codes, scale, part, 0, *places(index, 10), dtype=torch.bfloat16)
-    scattered = dequantize(codes, scale, part, 0, index, rest_of(index, 10), dtype=torch.bfloat16)
+    as_slices = dequantize(codes, scale, part, Partition(0, *places(index, 10)), dtype=torch.bfloat16)
+    scattered = dequantize(codes, scale, part, Partition(0, index, rest_of(index, 10)), dtype=torch.bfloat16)
     torch.testing.assert_close(as_slices.float(), scattered.float(), rtol=8e-3, atol=0)
 
 
 def test_codes_without_a_part_are_the_whole_weight() -> None:
     weight = matrix(20, 30)
     codes, scale = quantize(weight)
-    dense = dequantize(codes, scale, None, 0, None, None, dtype=torch.float32)
+    dense = dequantize(codes, scale, dtype=torch.float32)
     assert torch.equal(dense, codes.float() * scale)
 
 
@@ -123,7 +131,7 @@ def test_places_are_slices_where_indices_stand_side_by_side() -> None:
 def test_an_embedding_of_codes_is_that_of_the_dequantized_weight(dtype: torch.dtype) -> None:
     codes, scale = quantize(matrix(40, 16))
     ids = torch.tensor([[0, 39, 7], [7, 7, 1]])
-    dense = dequantize(codes, scale, None, 0, None, None, dtype=dtype)
+    dense = dequantize(codes, scale, dtype=dtype)
     out = QuantizedEmbedding(codes, scale, dtype)(ids)
     assert out.dtype == dtype
     assert torch.equal(out, F.embedding(ids, dense))

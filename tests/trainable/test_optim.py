@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recap_cli.memory.tracker import Tracker
 from recap_cli.trainable.build import Trainable, make_partial
-from recap_cli.trainable.optim import Optimizer, UpdateRule, adamw, learning_rate, sgd
+from recap_cli.trainable.optim import CarriedState, Optimizer, UpdateRule, adamw, learning_rate, sgd
 
 Torch = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -58,7 +58,9 @@ def test_entries_of_different_ages_each_match_an_optimizer_of_their_own_age() ->
     moments = {m: torch.cat([state[m], torch.zeros(2, 3)]) for m in ("exp_avg", "exp_avg_sq")}
     ours = trainable(torch.cat([old.detach(), new.detach()]))
     counts = torch.tensor([7, 7, 0, 0], dtype=torch.int32)
-    optimizer = Optimizer([ours], rule, weight_decay=0.1, moments={"w": moments}, counts={"w": counts}, along={"w": 0})
+    optimizer = Optimizer(
+        [ours], rule, carried=CarriedState(moments={"w": moments}, counts={"w": counts}, along={"w": 0}), weight_decay=0.1
+    )
     optimizer.lr = 0.05
     for grad in gradients(start.shape, 10):
         ours.grad_param.grad, old.grad, new.grad = grad.clone(), grad[:2].clone(), grad[2:].clone()
@@ -120,8 +122,10 @@ def temporary_bytes(optimizer: Optimizer) -> int:
 def test_a_step_makes_at_most_one_tensor_of_a_trainables_size(name: str, ages: str, decay: float) -> None:
     counts = COUNTS[ages]
     known = {} if counts is None else {"w": counts}
-    optimizer = Optimizer([trainable(torch.randn(64, 32))], RULES[name][0], weight_decay=decay, counts=known, along={"w": 0})
-    per_row = 8 * 512  # what counts become on the way to a rate per row; not of the slot's size, which is 16 times 512
+    optimizer = Optimizer(
+        [trainable(torch.randn(64, 32))], RULES[name][0], carried=CarriedState(counts=known, along={"w": 0}), weight_decay=decay
+    )
+    per_row = 8 * 512  # what counts become on the way to a rate per row; not of the tensor's size, which is 16 times 512
     assert temporary_bytes(optimizer) <= (TRAINABLE_BYTES if name == "adamw" else 0) + per_row
 
 
@@ -148,7 +152,9 @@ def test_moments_that_are_given_are_copied_and_kept_in_float32() -> None:
     moments = dict(zip(names, given.values(), strict=True))
     trainable = Trainable("w", param, param.detach())
     optimizer = Optimizer(
-        [trainable], adamw(betas=(0.9, 0.999), eps=1e-8), moments={"w": moments}, counts={"w": torch.tensor([3.0])}
+        [trainable],
+        adamw(betas=(0.9, 0.999), eps=1e-8),
+        carried=CarriedState(moments={"w": moments}, counts={"w": torch.tensor([3.0])}),
     )
     optimizer.lr = 0.1
     param.grad = torch.ones(3)

@@ -13,16 +13,17 @@ from recap_cli import registry
 from recap_cli.core.method import Method, RoundPlan, TrainContext, TrainerHook
 from recap_cli.data import sources
 from recap_cli.data import splits as data
+from recap_cli.data.splits import Split
 from recap_cli.errors import ModelError
 from recap_cli.machine import accounting
 from recap_cli.memory import budget, meta_model, predict
 from recap_cli.memory.fake_step import Fakes, usage
 from recap_cli.memory.measure import random_tensors
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import context as shared
-from recap_cli.rounds import custom_training, small_model
+from recap_cli.rounds import custom_training, examples, small_model, training_round
 from recap_cli.rounds import plans as planning
-from recap_cli.rounds.context import Context
+from recap_cli.rounds.record import MOMENTS, TRAINED, WEIGHTS
+from recap_cli.rounds.run_context import Context
 from recap_cli.stages.eval import evaluate
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
@@ -30,9 +31,9 @@ from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
-from recap_cli.trainable import token_rows as token_rows_of_data
+from recap_cli.trainable import token_rows
 from recap_cli.trainable.optim import Optimizer
-from recap_cli.trainable.token_rows import TokenRows
+from recap_cli.trainable.token_rows import TokenRows, used_token_rows
 from tests.pico import LABELS, PICO, WORDS
 from tests.tiny import is_text, tiny
 
@@ -63,7 +64,7 @@ def finetuned(root: Path, name: str, embeddings: bool | str, **sections: Any) ->
 
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold every row from now on, as where the table is not known."""
-    monkeypatch.setattr(token_rows_of_data, "of", lambda *_: None)
+    monkeypatch.setattr("recap_cli.rounds.training_round.used_token_rows", lambda *_: None)
 
 
 def tensors_of(state: State, file: str) -> dict[str, Tensor]:
@@ -74,7 +75,7 @@ def tensors_of(state: State, file: str) -> dict[str, Tensor]:
 def test_the_rows_are_those_of_the_tokens_in_the_data(name: str, tmp_path: Path) -> None:
     context = Context(init(recipe(tmp_path, name), tmp_path / "state"))
     splits = context.splits(lambda items, label, total=None: iter(items))
-    found = token_rows_of_data.of(context.model(context.full_tensors()), *splits)
+    found = used_token_rows(context.model(context.full_tensors()), *splits)
     assert found is not None
     assert found.table in context.layout.embeddings
     assert found.size == len(context.full_tensors()[found.table]) == 64
@@ -96,7 +97,7 @@ def test_a_still_table_trains_and_scores_as_if_all_of_it_were_held(
     rows = finetuned(tmp_path / "rows", name, False, **settings)
     whole(monkeypatch)
     all_of_it = finetuned(tmp_path / "whole", name, False, **settings)
-    ours, theirs = tensors_of(rows, shared.TRAINED), tensors_of(all_of_it, shared.TRAINED)
+    ours, theirs = tensors_of(rows, TRAINED), tensors_of(all_of_it, TRAINED)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert rows.load_json("round-001/metrics.json") == all_of_it.load_json("round-001/metrics.json")
@@ -131,7 +132,7 @@ def test_rows_of_tokens_move_as_they_do_in_a_table_that_trains_whole(
         small_model, "frozen_whole", lambda layout, _round_plan, param, **_: param in layout.embeddings and param != table
     )
     all_of_it = finetuned(tmp_path / "whole", name, True, **settings)
-    ours, theirs = tensors_of(tokens, shared.TRAINED), tensors_of(all_of_it, shared.TRAINED)
+    ours, theirs = tensors_of(tokens, TRAINED), tensors_of(all_of_it, TRAINED)
     assert ours.keys() == theirs.keys()
     assert ours[table].shape[0] == len(rows.trained)
     for key in ours:
@@ -162,15 +163,15 @@ def test_a_merge_writes_the_rows_that_trained_and_leaves_every_other_bit(name: s
     context, table = Context(state), table_of(state)
     before, rows = context.full_tensors()[table].clone(), context.token_rows("round-001")
     assert rows is not None
-    trained = tensors_of(state, shared.TRAINED)[table]
+    trained = tensors_of(state, TRAINED)[table]
     merge(state)
     after, expected = Context(state).full_tensors()[table], before.clone()
     expected[rows.trained] = trained
     assert torch.equal(after, expected)
     assert not torch.equal(after, before)
-    product = state.load_tensors(f"{state.manifest.best['folder']}/{shared.WEIGHTS}")  # type: ignore[index]
+    product = state.load_tensors(f"{state.manifest.best['folder']}/{WEIGHTS}")  # type: ignore[index]
     assert torch.equal(product[table], after)  # of every row, as the product's user has other words
-    stored = state.load_tensors(f"{Context(state).full}/{shared.MOMENTS}")
+    stored = state.load_tensors(f"{Context(state).full}/{MOMENTS}")
     still = torch.ones(64, dtype=torch.bool).index_fill_(0, rows.trained, False)
     assert stored[f"{table}/exp_avg"][still].abs().max() == 0
     assert stored[f"{table}/exp_avg"][rows.trained].abs().max() > 0
@@ -179,20 +180,20 @@ def test_a_merge_writes_the_rows_that_trained_and_leaves_every_other_bit(name: s
 
 def test_a_later_round_has_the_moments_and_ages_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
-    made = finetuning.Optimizer
+    made = training_round.Optimizer
 
     def spy(trainables: Any, rule: Any, **given: Any) -> Any:
         seen.append(given)
         return made(trainables, rule, **given)
 
-    monkeypatch.setattr(finetuning, "Optimizer", spy)
+    monkeypatch.setattr(training_round, "Optimizer", spy)
     state = run(recipe(tmp_path, "bert", "tokens"), tmp_path / "state")
     table, rows = table_of(state), Context(state).token_rows("round-001")
     assert rows is not None
-    assert table not in seen[0]["moments"]
-    assert seen[1]["moments"][table]["exp_avg"].shape[0] == len(rows.trained)
-    assert seen[1]["counts"][table].tolist() == [2] * len(rows.trained)
-    stored = state.load_tensors(f"{Context(state).full}/{shared.MOMENTS}")
+    assert table not in seen[0]["carried"].moments
+    assert seen[1]["carried"].moments[table]["exp_avg"].shape[0] == len(rows.trained)
+    assert seen[1]["carried"].counts[table].tolist() == [2] * len(rows.trained)
+    stored = state.load_tensors(f"{Context(state).full}/{MOMENTS}")
     assert stored[f"{table}/count"].max() == 4
     assert state.manifest.made["round_plans"][1]["embeddings"] == "tokens"
 
@@ -204,10 +205,10 @@ def test_rows_of_other_data_have_ages_of_their_own(tmp_path: Path) -> None:
     for stage in (prune, mask, finetuning.finetune, merge):
         stage(state)
     (tmp_path / "train.csv").write_text((tmp_path / "train.csv").read_text() + "w40 w41,cat\n" * 8)
-    shared._SPLITS.clear()
+    examples._SPLITS.clear()
     for stage in (prune, mask, finetuning.finetune, merge):
         stage(state)
-    stored = state.load_tensors(f"{Context(state).full}/{shared.MOMENTS}")
+    stored = state.load_tensors(f"{Context(state).full}/{MOMENTS}")
     ages = stored[f"{table_of(state)}/count"][ids("w0", "w30", "w40")].tolist()
     assert ages == [5, 0, 3]
 
@@ -220,7 +221,7 @@ def test_rounds_may_differ_in_what_of_the_table_trains(
     round_plans = [RoundPlan(0.4, 0.6, share=0.5, embeddings=one) for one in (first, second)]  # type: ignore[arg-type]
     monkeypatch.setattr(planning, "method_of", lambda _: Method("", lambda _: round_plans))
     state = run(recipe(tmp_path, "bert"), tmp_path / "state")
-    stored = state.load_tensors(f"{Context(state).full}/{shared.MOMENTS}")
+    stored = state.load_tensors(f"{Context(state).full}/{MOMENTS}")
     ages = stored.get(f"{table_of(state)}/count")
     taken = {word: 0 if ages is None else int(ages.expand(64)[WORDS.index(word)]) for word in ("w0", "w40")}
     assert taken == {"w0": 2 * (bool(first) + bool(second)), "w40": 2 * ((first is True) + (second is True))}
@@ -252,7 +253,7 @@ def test_a_strangers_training_may_hook_the_table_and_look_up_any_token(
         monkeypatch.setattr(module, "method_of", lambda _: method)
     made: list[Any] = []
     monkeypatch.setattr(
-        finetuning,
+        training_round,
         "Optimizer",
         lambda trainables, *args, **given: made.append(trainables) or Optimizer(trainables, *args, **given),
     )
@@ -266,7 +267,7 @@ def test_a_strangers_training_may_hook_the_table_and_look_up_any_token(
 def test_tokens_of_a_model_without_such_a_table_are_refused_when_the_state_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_rows_of_data, "_table", lambda _: None)
+    monkeypatch.setattr(token_rows, "_table", lambda _: None)
     with pytest.raises(
         ModelError, match="BertForSequenceClassification has no table of tokens that is looked up and nothing else"
     ):
@@ -316,8 +317,8 @@ def test_there_is_no_such_table_where_the_model_uses_it_otherwise() -> None:
         """As BART has it."""
 
     def found(model: nn.Module) -> Any:
-        split = finetuning.Split("", torch.zeros(1), lambda *_: {}, torch.tensor([0, 2]), torch.tensor([3]))
-        return token_rows_of_data.of(model, split, split)
+        split = Split("", torch.zeros(1), lambda *_: {}, torch.tensor([0, 2]), torch.tensor([3]))
+        return used_token_rows(model, split, split)
 
     table, tied = nn.Embedding(4, 2), nn.Linear(2, 4, bias=False)
     tied.weight = table.weight
@@ -372,7 +373,7 @@ def test_a_state_predicts_with_the_rows_of_its_data(tmp_path: Path) -> None:
         assert found is not None
         assert len(found.held) == 12
     (tmp_path / "train.csv").unlink()
-    shared._SPLITS.clear()
+    examples._SPLITS.clear()
     kept = meta_model.of_state(Context(state)).token_rows  # of the round before
     assert kept is not None
 

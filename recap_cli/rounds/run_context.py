@@ -1,35 +1,28 @@
-"""What the stages of one state share: its recipe, the model's description and layout, and its data, read once per process."""
+"""A state with what its files mean: its recipe, the model's description and layout, and the tensors of its rounds."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from recap_cli import registry
-from recap_cli.core.adapter import Adapter, block_paths
-from recap_cli.core.axes import Axis, Shape, UnitMask, check_axes, refine, shrink
-from recap_cli.core.criterion import Criterion, Losses
+from recap_cli.core.adapter import Adapter
+from recap_cli.core.axes import Shape, UnitMask, check_axes, refine, shrink
 from recap_cli.core.method import RoundPlan
-from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import IndexMap, indices
-from recap_cli.data import sources
-from recap_cli.data.labels import check_names
-from recap_cli.data.sampling import batches, sample
-from recap_cli.data.splits import ImageInputs, Split, TextInputs, make_split
-from recap_cli.errors import PluginError, StageOrderError
+from recap_cli.data.splits import Split
 from recap_cli.models import build
 from recap_cli.models.build import ModelSpec
 from recap_cli.progress import Track
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import record, stored
+from recap_cli.rounds.examples import splits_of
 from recap_cli.rounds.layout import Layout
 from recap_cli.rounds.plans import round_plans_of
+from recap_cli.rounds.recipe_model import task_of
 from recap_cli.rounds.record import (
     BUFFERS,
     IMPORTANCE,
@@ -46,30 +39,10 @@ from recap_cli.rounds.record import (
     TRAINED,
     WEIGHTS,
 )
-from recap_cli.rounds.status import finished
-from recap_cli.state.manifest import below, quoted
+from recap_cli.state.manifest import below
 from recap_cli.state.store import State
-from recap_cli.tasks import task as tasks
 from recap_cli.tasks.task import Task
 from recap_cli.trainable.token_rows import TokenRows
-
-__all__ = [  # the names of the files among them, as every stage needs them
-    "BUFFERS",
-    "IMPORTANCE",
-    "LAYOUT",
-    "MASK",
-    "MEMORY",
-    "METRICS",
-    "MOMENTS",
-    "PLAN",
-    "ROWS",
-    "SCORES",
-    "SMALL",
-    "SPEC",
-    "TRAINED",
-    "WEIGHTS",
-    "Layout",
-]
 
 
 class Context:
@@ -238,167 +211,3 @@ class Context:
         """The rows of the token table that the finetuning in `folder` could move, where that is neither all nor none."""
         token_rows, round_plan = self.token_rows(folder), self.round_plans[int(folder.rpartition("-")[2]) - 1]
         return token_rows.index_map(round_plan) if token_rows else {}
-
-
-def load_criterion(name: str) -> Criterion:
-    """The criterion plugin of a name."""
-    return cast(Criterion, registry.load("criteria", name))
-
-
-def source_of(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says of its model, as `models.create` and `outlines.outline` take it."""
-    return {
-        **recipe.model.model_dump(),
-        "task_kind": recipe.task.kind,
-        "image_size": recipe.data.image_size,
-    }
-
-
-def task_of(recipe: Recipe, spec: ModelSpec) -> Task:
-    """What the model is trained for."""
-    return Task(recipe.task.kind, recipe.task.metric, spec.num_labels)
-
-
-def forward_of(spec: ModelSpec, model: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
-    """A function from a batch to logits, (batch, labels)."""
-    call = build.forward(spec)
-    return lambda batch: call(model, batch)
-
-
-def read_raw(recipe: Recipe) -> sources.Raw:
-    """The examples of a recipe as its source holds them."""
-    data = recipe.data
-    return sources.read_splits(
-        recipe.task.kind,
-        seed=recipe.seed,
-        **data.model_dump(exclude={"max_length", "image_size", "augment", "workers"}),
-    )
-
-
-def inputs_of(recipe: Recipe, spec: ModelSpec, processor: Any) -> TextInputs | ImageInputs:
-    """How the examples of a recipe become the inputs of a model."""
-    image = spec.image
-    if image is None:
-        return TextInputs(processor, recipe.data.max_length, build.positions(spec))
-    return ImageInputs(
-        size=(image["size"], image["size"]),
-        channels=image["channels"],
-        mean=tuple(image["mean"]),
-        std=tuple(image["std"]),
-        interpolation=image["interpolation"],
-        augment=recipe.data.augment,
-    )
-
-
-_SPLITS: dict[str, tuple[Split, Split]] = {}  # of the last recipe: the stages of a run read their data once
-
-
-def _split_key(recipe: Recipe, spec: ModelSpec) -> str:
-    """What examples as tensors hang on: the data, and what the model takes and how it is preprocessed."""
-    sections = [section.model_dump(mode="json") for section in (recipe.data, recipe.model, recipe.task)]
-    return json.dumps([*sections, recipe.seed, spec.image, spec.label_names, build.positions(spec)], sort_keys=True)
-
-
-def are_read(recipe: Recipe, spec: ModelSpec) -> bool:
-    """Whether this process has the examples of a recipe already, so that `splits_of` reads nothing."""
-    return _split_key(recipe, spec) in _SPLITS
-
-
-def splits_of(
-    recipe: Recipe, spec: ModelSpec, processor: Any, track: Track, raw: sources.Raw | None = None
-) -> tuple[Split, Split]:
-    """The training and the validation examples of a recipe, as tensors for a model; kept for the next call with the same
-    data.
-
-    Raises `DataError` if their labels are not those of the model, in its order.
-    """
-    key = _split_key(recipe, spec)
-    if key not in _SPLITS:
-        raw = raw or read_raw(recipe)
-        check_names(raw.label_names, spec.label_names, raw.train_origin)
-        inputs = inputs_of(recipe, spec, processor)
-        made = (
-            make_split(raw.train, inputs, origin=raw.train_origin, workers=recipe.data.workers, track=track),
-            make_split(raw.validation, inputs, origin=raw.validation_origin, workers=recipe.data.workers, track=track),
-        )
-        _SPLITS.clear()
-        _SPLITS[key] = made
-    return _SPLITS[key]
-
-
-def on_device(model: nn.Module, axes: Sequence[Axis], device: torch.device, adapter: str) -> AbstractContextManager[None]:
-    """Inside, a model on the CPU runs on `device`, a block at a time; on the CPU it runs as it is, and is not touched.
-
-    Raises `PluginError`, naming the adapter, if its axes do not say what the blocks are.
-    """
-    return nullcontext() if device.type == "cpu" else streamed(model, blocks_of(model, axes, adapter), device)
-
-
-def blocks_of(model: nn.Module, axes: Sequence[Axis], adapter: str) -> list[str]:
-    """The paths of the model's blocks, of which one at a time is on a device. Raises `PluginError` if they cannot be found."""
-    try:
-        return block_paths(model, axes)
-    except LookupError as error:
-        raise PluginError(
-            f"the adapter {adapter!r} does not say which blocks can go to a device one at a time: {error}",
-            hint="let its function `axes` name them PATH.KIND, PATH being a block's; or --set importance.device=cpu",
-        ) from error
-
-
-def importance_batch_size(recipe: Recipe, device: torch.device) -> int:
-    """Examples at a time; on an accelerator so many that importance fits into the memory that finetuning takes there.
-
-    Importance is computed in fp32, and each of its blocks holds all of its activations: half as many examples where finetuning
-    has bf16 activations, and half again where it has checkpoints.
-    """
-    if device.type == "cpu":
-        return recipe.importance.batch_size
-    tune = recipe.finetune
-    size = (tune.micro_batch_size or tune.batch_size) // (1 + (tune.weights != "fp32")) // (1 + tune.checkpointing)
-    return min(recipe.importance.batch_size, max(1, size))
-
-
-def losses_over(
-    forward: Callable[[dict[str, Tensor]], Tensor],
-    split: Split,
-    indices: Tensor,
-    *,
-    batch_size: int,
-    device: torch.device,
-    track: Track,
-    label: str,
-) -> Losses:
-    """The losses over D_s, the examples at `indices`: per batch, or per example, each with its share of D_s."""
-
-    def losses(each: bool) -> Iterator[tuple[Tensor, float]]:
-        size = 1 if each else batch_size
-        steps = -(-len(indices) // size)
-        for batch in track(batches(split, indices, size, device=device), label, steps):
-            labels = batch["labels"]
-            yield tasks.loss(forward(batch), labels), len(labels) / len(indices)
-
-    return losses
-
-
-def draw(recipe: Recipe, split: Split, round: int, stage: str) -> Tensor:
-    """D_s: the examples on which a stage of a round estimates importance."""
-    size = recipe.importance.batches * recipe.importance.batch_size
-    return sample(len(split), size, seed=recipe.seed, round=round, stage=stage)
-
-
-def check_rounds(context: Context) -> None:
-    """Raise `StageOrderError` if the last round is merged: K are done, or the metric has not improved for `patience`."""
-    state, recipe = context.state, context.recipe
-    if state.next_stage() != "prune":
-        return
-    path = quoted(state.path)
-    if reason := finished(recipe, state.manifest):
-        raise StageOrderError(
-            f"{state.path}: {reason}",
-            hint=f"recap export {path} OUT writes the best small model; recap status {path} shows the rounds",
-        )
-
-
-def as_bytes(unit_mask: UnitMask) -> dict[str, Tensor]:
-    """A choice as it is stored: booleans of one byte."""
-    return {name: chosen.to(torch.uint8) for name, chosen in unit_mask.items()}

@@ -1,0 +1,72 @@
+"""The examples of a recipe, as tensors for its model: read once per process, whatever number of stages ask for them."""
+
+import json
+from typing import Any
+
+from recap_cli.data import sources
+from recap_cli.data.labels import check_names
+from recap_cli.data.splits import ImageInputs, Split, TextInputs, make_split
+from recap_cli.models import build
+from recap_cli.models.build import ModelSpec
+from recap_cli.progress import Track
+from recap_cli.recipe.recipe import Recipe
+
+_SPLITS: dict[str, tuple[Split, Split]] = {}  # of the last recipe: the stages of a run read their data once
+
+
+def read_raw(recipe: Recipe) -> sources.Raw:
+    """The examples of a recipe as its source holds them."""
+    data = recipe.data
+    return sources.read_splits(
+        recipe.task.kind,
+        seed=recipe.seed,
+        **data.model_dump(exclude={"max_length", "image_size", "augment", "workers"}),
+    )
+
+
+def inputs_of(recipe: Recipe, spec: ModelSpec, processor: Any) -> TextInputs | ImageInputs:
+    """How the examples of a recipe become the inputs of a model."""
+    image = spec.image
+    if image is None:
+        return TextInputs(processor, recipe.data.max_length, build.positions(spec))
+    return ImageInputs(
+        size=(image["size"], image["size"]),
+        channels=image["channels"],
+        mean=tuple(image["mean"]),
+        std=tuple(image["std"]),
+        interpolation=image["interpolation"],
+        augment=recipe.data.augment,
+    )
+
+
+def are_read(recipe: Recipe, spec: ModelSpec) -> bool:
+    """Whether this process has the examples of a recipe already, so that `splits_of` reads nothing."""
+    return _split_key(recipe, spec) in _SPLITS
+
+
+def splits_of(
+    recipe: Recipe, spec: ModelSpec, processor: Any, track: Track, raw: sources.Raw | None = None
+) -> tuple[Split, Split]:
+    """The training and the validation examples of a recipe, as tensors for a model; kept for the next call with the same
+    data.
+
+    Raises `DataError` if their labels are not those of the model, in its order.
+    """
+    key = _split_key(recipe, spec)
+    if key not in _SPLITS:
+        raw = raw or read_raw(recipe)
+        check_names(raw.label_names, spec.label_names, raw.train_origin)
+        inputs = inputs_of(recipe, spec, processor)
+        made = (
+            make_split(raw.train, inputs, origin=raw.train_origin, workers=recipe.data.workers, track=track),
+            make_split(raw.validation, inputs, origin=raw.validation_origin, workers=recipe.data.workers, track=track),
+        )
+        _SPLITS.clear()
+        _SPLITS[key] = made
+    return _SPLITS[key]
+
+
+def _split_key(recipe: Recipe, spec: ModelSpec) -> str:
+    """What examples as tensors hang on: the data, and what the model takes and how it is preprocessed."""
+    sections = [section.model_dump(mode="json") for section in (recipe.data, recipe.model, recipe.task)]
+    return json.dumps([*sections, recipe.seed, spec.image, spec.label_names, build.positions(spec)], sort_keys=True)

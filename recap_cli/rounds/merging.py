@@ -1,0 +1,94 @@
+"""What a round gives back to the full model (paper, sec. 3.3), and whether its small model is the best so far."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from recap_cli.core.axes import Shape, shapes_of
+from recap_cli.core.surgery import IndexMap, compose_index_maps, gather, indices, scatter
+from recap_cli.rounds.record import MOMENTS, PLAN, WEIGHTS
+from recap_cli.rounds.run_context import Context
+from recap_cli.rounds.small_model import rule_of, trainable_entries
+from recap_cli.rounds.stored import as_bytes
+from recap_cli.state.store import Transaction
+from recap_cli.tasks.task import goodness
+from recap_cli.trainable.moments import put_moments
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The models after a round.
+
+    Attributes:
+        weights: of the full model, with the trained values in their places.
+        moments: of the full model; None where they are not carried.
+        small: the tensors of the small model, with the trained values.
+        trained: how many entries were trained.
+    """
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor] | None
+    small: dict[str, Tensor]
+    trained: int
+
+
+def merge_round(context: Context, folder: str) -> Merged:
+    """The trained values and moments of a round in full-model coordinates, eq. (5) and (6)."""
+    plan, weights = context.plan(folder), context.full_weights()
+    shapes, small = shapes_of(weights), context.small(folder, plan)
+    kept = indices(context.layout.axes, plan, shapes)
+    in_small = trainable_entries(context.layout, plan, context.mask(folder, plan), small, context.rows(folder))
+    in_full, trained = compose_index_maps(kept, in_small), context.trained(folder, plan, in_small)
+    scatter(weights, trained, in_full)  # eq. (6)
+    moments = None
+    if context.recipe.finetune.carry_moments:
+        kinds = tuple(rule_of(context.recipe.finetune).idle_decay)
+        moments = _moments(context, folder, context.tuned_moments(folder, plan, in_small, kinds), in_full, shapes)
+    product = gather(weights, kept) | {name: tensor for name, tensor in small.items() if name not in weights}
+    return Merged(weights, moments, product, sum(tensor.numel() for tensor in trained.values()))
+
+
+def _moments(
+    context: Context, folder: str, tuned: Mapping[str, Tensor], in_full: IndexMap, shapes: Mapping[str, Shape]
+) -> dict[str, Tensor]:
+    """Eq. (5): the moments of trained entries, `tuned` in the round, are written back; all others decay once."""
+    idle_decay, token_rows = rule_of(context.recipe.finetune).idle_decay, context.token_rows(folder)
+    along = context.layout.along | (token_rows.along() if token_rows else {})
+    stored = context.full_moments(tuple(idle_decay))
+    return put_moments(stored, tuned, in_full, shapes=shapes, along=along, idle_decay=idle_decay)
+
+
+def copy_the_rest(context: Context, transaction: Transaction, full: str) -> None:
+    """The configuration, tokenizer or processor, layout and buffers stand beside every full model."""
+    for rel in context.state.manifest.files:
+        name = rel.removeprefix(f"{context.full}/")
+        if name != rel and name not in (WEIGHTS, MOMENTS):
+            transaction.path(f"{full}/{name}").write_bytes(context.state.verified(rel).read_bytes())
+
+
+def keep_best(context: Context, transaction: Transaction, tuned: dict[str, Tensor], folder: str) -> None:
+    """Make the small model of this round the product if no round before has a better metric, or the same and a lower loss.
+
+    Of rounds that are alike in both the later one counts: it has been trained for longer, on more of the full model.
+    """
+    if not context.round_plans[transaction.round - 1].product:
+        return
+    metrics, metric, best = context.metrics(folder), context.recipe.task.metric, transaction.best
+    if best is not None:
+        before = context.metrics(f"round-{best['round']:03d}")
+        if _rank(metrics, metric) < _rank(before, metric):
+            return
+    place = f"best-{transaction.round:03d}"
+    transaction.save_tensors(f"{place}/{WEIGHTS}", tuned)
+    transaction.save_tensors(f"{place}/{PLAN}", as_bytes(context.plan(folder)))
+    transaction.set_best(
+        {"round": transaction.round, "metric": metric, "value": metrics[metric], "loss": metrics["loss"], "folder": place}
+    )
+    if best is not None:
+        transaction.drop(best["folder"])
+
+
+def _rank(metrics: dict[str, float], metric: str) -> tuple[float, float]:
+    """What rounds are compared by, more being better: the metric, then the loss."""
+    return goodness(metric, metrics[metric]), goodness("loss", metrics["loss"])

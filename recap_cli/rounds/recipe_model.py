@@ -1,0 +1,31 @@
+"""The model and the task that a recipe names: what makes them, what they are scored by, and how they are called."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from recap_cli.models import build
+from recap_cli.models.build import ModelSpec
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.tasks.task import Task
+
+
+def source_of(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of its model, as `models.create` and `outlines.outline` take it."""
+    return {
+        **recipe.model.model_dump(),
+        "task_kind": recipe.task.kind,
+        "image_size": recipe.data.image_size,
+    }
+
+
+def task_of(recipe: Recipe, spec: ModelSpec) -> Task:
+    """What the model is trained for."""
+    return Task(recipe.task.kind, recipe.task.metric, spec.num_labels)
+
+
+def forward_of(spec: ModelSpec, model: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
+    """A function from a batch to logits, (batch, labels)."""
+    call = build.forward(spec)
+    return lambda batch: call(model, batch)

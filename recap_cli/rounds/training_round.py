@@ -1,0 +1,154 @@
+"""One round of finetuning: a small model made trainable, trained where its mask allows, and scored (paper, sec. 3.2)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil, isfinite
+
+import torch
+from torch import nn
+
+from recap_cli.core.axes import counts
+from recap_cli.core.method import TrainerHook
+from recap_cli.core.surgery import IndexMap, compose_index_maps, indices
+from recap_cli.data.sampling import batches, order, seed_for
+from recap_cli.data.splits import Split
+from recap_cli.errors import TrainingError
+from recap_cli.machine import accounting
+from recap_cli.models import build
+from recap_cli.progress import Track
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds.custom_training import attach, make_hook_trainable, rates_of, stepping
+from recap_cli.rounds.plans import lr_window_of, steps_in_round, steps_of
+from recap_cli.rounds.recipe_model import forward_of
+from recap_cli.rounds.run_context import Context
+from recap_cli.rounds.small_model import SmallModel, in_dtype, make_trainable, placement_of, rule_of
+from recap_cli.tasks import task
+from recap_cli.trainable.moments import take_moments
+from recap_cli.trainable.optim import CarriedState, Optimizer, learning_rate
+from recap_cli.trainable.token_rows import used_token_rows
+from recap_cli.training.evaluation import evaluate
+from recap_cli.training.loop import LOWER_THE_RATE, Batch, Forward, Training, train
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The small model of round `number` on its device, with what trains it.
+
+    `hook` is that of a method that trains in its own way; None where the mask says what is trainable.
+    """
+
+    number: int
+    small: SmallModel
+    optimizer: Optimizer
+    hook: TrainerHook | None
+    device: torch.device
+
+
+def read_small_model(context: Context, number: int, examples: tuple[Split, Split]) -> SmallModel:
+    """The small model of a round as it was cut, with its mask, and the token rows that the `examples` use."""
+    folder = f"round-{number:03d}"
+    plan = context.plan(folder)
+    model = context.model(context.small(folder, plan), counts(plan))
+    token_rows = used_token_rows(model, *examples)
+    return SmallModel(model, context.layout, context.round_plans[number - 1], plan, context.mask(folder, plan), token_rows)
+
+
+def make_trainer(context: Context, number: int, small: SmallModel, device: torch.device) -> Trainer:
+    """Make a small model trainable, in place and on the device, with the moments that its entries had."""
+    accounting.reset(device)
+    recipe, settings = context.recipe, context.recipe.finetune
+    index_map = small.trainable_entries()  # of the model as it is: what follows changes it
+    hook = None
+    if small.round_plan.trains == "training":
+        torch.manual_seed(seed_for(recipe.seed, number, "training"))
+        hook = attach(small, recipe, context.round_plans[number - 1 :])
+    carried = _carried_state(context, small, index_map)
+    if settings.checkpointing:
+        build.enable_checkpointing(small.model)
+    if hook is None:
+        trainables = make_trainable(small, placement_of(settings, device))
+        scale = {trainable.name: 1.0 for trainable in trainables}
+    else:
+        trainables = make_hook_trainable(small, hook, placement_of(settings, device))
+        scale = rates_of(hook, trainables)
+    if (rate := context.head_lr(small.round_plan)) != settings.lr:
+        scale |= {name: scale[name] * rate / settings.lr for name in scale.keys() & set(context.layout.head)}
+    optimizer = Optimizer(trainables, rule_of(settings), weight_decay=settings.weight_decay, carried=carried, scale=scale)
+    return Trainer(number, small, optimizer, hook, device)
+
+
+def _carried_state(context: Context, small: SmallModel, index_map: IndexMap) -> CarriedState:
+    """The moments and step counts that the entries at `index_map` of a small model have in the full one."""
+    in_full = compose_index_maps(indices(context.layout.axes, small.plan, context.layout.shapes), index_map)
+    moments, steps = take_moments(context.full_moments(tuple(rule_of(context.recipe.finetune).idle_decay)), in_full)
+    return CarriedState(moments, steps, small.along)
+
+
+def train_round(context: Context, trainer: Trainer, split: Split, track: Track) -> Training:
+    """Take the steps of a round on the training examples, from where the round before has ended."""
+    recipe, settings, number, device = context.recipe, context.recipe.finetune, trainer.number, trainer.device
+    torch.manual_seed(seed_for(recipe.seed, number, "finetune"))
+    each = steps_of(context.round_plans, recipe.rounds * steps_in_round(recipe, len(split)))
+    before, steps = sum(each[: number - 1]), each[number - 1]
+    whole, first = lr_window_of(trainer.small.round_plan, before, steps, sum(each))
+
+    def rate(step: int) -> float:
+        warmup = settings.warmup_ratio
+        return learning_rate(first + step, steps=whole, peak=settings.lr, schedule=settings.schedule, warmup_ratio=warmup)
+
+    return train(
+        _forward(context, trainer.small.model.train()),
+        task.loss,
+        trainer.optimizer,
+        track(_epochs(recipe, split, before, steps, device), f"finetune, round {number}", steps),
+        rate=rate,
+        micro_batch_size=settings.micro_batch_size,
+        max_grad_norm=settings.max_grad_norm,
+        fused_backward=settings.fused_backward,
+        before_step=stepping(trainer.hook, trainer.optimizer, steps),
+    )
+
+
+def _epochs(recipe: Recipe, split: Split, before: int, steps: int, device: torch.device) -> Iterator[Batch]:
+    """Exactly `steps` batches, from where the `before` of earlier rounds have ended, epoch after epoch: the run sees its
+    examples in an order that follows from the seed alone, however it is cut into rounds.
+    """
+    size = recipe.finetune.batch_size
+    per_epoch = ceil(len(split) / size)
+    while steps > 0:
+        epoch, done = divmod(before, per_epoch)
+        chosen = order(len(split), seed=recipe.seed, round=1, epoch=epoch)[done * size :][: steps * size]
+        augment_seed = seed_for(recipe.seed, 1, f"augmentation of epoch {epoch}, from batch {done}")
+        for batch in batches(split, chosen, size, augment_seed=augment_seed, device=device):
+            yield batch
+            steps, before = steps - 1, before + 1
+
+
+def held_in_training(trainer: Trainer, run: Training) -> tuple[dict[str, int], dict[str, int] | None]:
+    """Bytes held on the device by kind, and the allocator's peak; asked before the evaluation, which may have a higher one."""
+    held = accounting.held(trainer.small.model, trainer.optimizer, run.gradient_bytes)
+    return held, accounting.training_peak(trainer.device, held)
+
+
+def score_round(context: Context, trainer: Trainer, validation: Split, track: Track) -> dict[str, float]:
+    """The loss and metrics of the trained model on the validation examples.
+
+    Raises:
+        TrainingError: the loss, or a trained value, is not finite.
+    """
+    forward, size, device = _forward(context, trainer.small.model.eval()), context.recipe.evaluate.batch_size, trainer.device
+    metrics = evaluate(forward, validation, context.task, batch_size=size, device=device, track=track, label="validation")
+    _check_finite(metrics["loss"], trainer.optimizer)
+    return metrics
+
+
+def _forward(context: Context, model: nn.Module) -> Forward:
+    return in_dtype(forward_of(context.spec, model), placement_of(context.recipe.finetune).dtype)
+
+
+def _check_finite(loss: float, optimizer: Optimizer) -> None:
+    """Refuse what a last step has ruined, which no later loss would show."""
+    bad = next((trainable.name for trainable in optimizer.trainables if not bool(trainable.master.isfinite().all())), None)
+    if bad is not None or not isfinite(loss):
+        what = f"{bad} is not finite" if bad is not None else f"the validation loss is {loss}"
+        raise TrainingError(f"{what} after finetuning; the round is not committed", hint=LOWER_THE_RATE)

@@ -1,0 +1,71 @@
+"""A new task head, trained on frozen features before the first round (paper, Step 1)."""
+
+from collections.abc import Iterator, Sequence
+from math import ceil
+from typing import Any
+
+from torch import nn
+
+from recap_cli.data.sampling import batches, order
+from recap_cli.data.splits import Split
+from recap_cli.machine import devices
+from recap_cli.progress import Track
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds.device_policy import importance_batch_size, on_device
+from recap_cli.rounds.full_model import FullModel
+from recap_cli.rounds.recipe_model import forward_of, task_of
+from recap_cli.tasks import task
+from recap_cli.trainable.build import Trainable
+from recap_cli.trainable.optim import Optimizer, adamw, learning_rate
+from recap_cli.training.evaluation import evaluate
+from recap_cli.training.loop import Batch, train
+
+
+def warm_up(recipe: Recipe, full: FullModel, examples: tuple[Split, Split], track: Track) -> dict[str, Any]:
+    """Train the head on frozen features if it is new, or any weight of it: no backward runs through the model.
+
+    The whole head is trained then, BERT's pooler with its classifier; a head that came with the checkpoint is left as it is.
+    What a trained one is worth is measured: the validation data are a fraction of what it was trained on. Without a warm-up
+    a look at all of them by the full model would be the longest part of `init`, and is left out.
+
+    Returns:
+        The facts of it; none where there is nothing to do.
+    """
+    settings, model, spec = recipe.head, full.model, full.spec
+    split, validation = examples
+    steps = settings.warmup_epochs * ceil(len(split) / settings.batch_size)
+    if steps == 0 or not full.has_new_head:
+        return {}
+    device = devices.pick(recipe.importance.device)
+
+    def epochs() -> Iterator[Batch]:
+        for epoch in range(settings.warmup_epochs):
+            chosen = order(len(split), seed=recipe.seed, round=0, epoch=epoch)
+            yield from batches(split, chosen, settings.batch_size, device=device)
+
+    with on_device(model.eval(), full.layout.axes, device, spec.model_type):
+        run = train(
+            forward_of(spec, model),
+            task.loss,
+            Optimizer(_head_trainables(model, full.layout.head), adamw(betas=(0.9, 0.999), eps=1e-8)),
+            track(epochs(), "warm up the head", steps),
+            rate=lambda step: learning_rate(step, steps=steps, peak=settings.lr, schedule="linear", warmup_ratio=0.0),
+            micro_batch_size=None if device.type == "cpu" else importance_batch_size(recipe, device),
+        )
+        found = evaluate(
+            forward_of(spec, model),
+            validation,
+            task_of(recipe, spec),
+            batch_size=recipe.evaluate.batch_size,
+            device=device,
+            track=track,
+            label="validation of the warmed-up head",
+        )
+    return {"head_steps": run.steps, "head_loss": run.loss, "warmed_up": found}
+
+
+def _head_trainables(model: nn.Module, head: Sequence[str]) -> list[Trainable]:
+    """Freeze all but the head; a record for each of its parameters, which is updated where it stands."""
+    for name, param in model.named_parameters():
+        param.requires_grad_(name in head)
+    return [Trainable(name, param, param.detach()) for name, param in model.named_parameters() if name in head]
