@@ -23,7 +23,7 @@ from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import context as shared
 from recap_cli.rounds.context import Context
 from recap_cli.rounds.custom_training import attach, make_hook_trainable, rates_of, result_of, stepping
-from recap_cli.rounds.plans import lr_window_of, steps_in_round, steps_of
+from recap_cli.rounds.plans import lr_window_of, require_extra, steps_in_round, steps_of
 from recap_cli.rounds.settings import OnChange, adopt, ignore, recipe_of
 from recap_cli.rounds.small_model import WEIGHT_DTYPES, in_dtype, make_trainable, rule_of, trainable_entries
 from recap_cli.rounds.threads import on_fitting_threads
@@ -52,12 +52,16 @@ def finetune(
     `overrides` change execution settings of the state first (`settings.adopt`). `snapshot_to` gets torch's record of CUDA's
     allocator, whether the training succeeds or not.
 
-    Raises `StageOrderError` if another stage is next, `UsageError` or `StorageError` if there can be no snapshot (nothing is
-    changed then), `TrainingError` if a loss is not finite and `DeviceMemoryError` if the device is too small (nothing is
-    committed then).
+    Raises:
+        StageOrderError: another stage is next.
+        MissingExtraError: the method needs an extra that is not installed. Nothing is changed then.
+        UsageError, StorageError: there can be no snapshot. Nothing is changed then.
+        TrainingError: a loss is not finite. Nothing is committed then.
+        DeviceMemoryError: the device is too small. Nothing is committed then.
     """
     state.check_order("finetune")
     recipe = recipe_of(state, overrides)
+    require_extra(recipe.method)
     report = OOMReport(devices.pick(recipe.finetune.device))
     if snapshot_to is not None:
         snapshot.check(snapshot_to, report.device)

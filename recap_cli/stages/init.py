@@ -27,7 +27,7 @@ from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import context as shared
 from recap_cli.rounds.context import Layout
-from recap_cli.rounds.plans import check_steps, round_plans_for, steps_in_round
+from recap_cli.rounds.plans import check_steps, require_extra, round_plans_for, steps_in_round
 from recap_cli.state.store import State, Transaction
 from recap_cli.tasks import task
 from recap_cli.trainable import token_rows as token_rows_of_data
@@ -47,9 +47,14 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
 
     With a `finetune.memory_budget` the settings that fit are found first, and the state is made with them.
 
-    Raises `DataError`, `ModelError`, `ConformanceError`, `RecipeError` or `PluginError` for what does not fit, before anything
-    is written that would stay; `BudgetError` if nothing fits the memory budget; `StateError` if there is a state already.
+    Raises:
+        MissingExtraError: the method needs an extra that is not installed; before all else.
+        DataError, ModelError, ConformanceError, RecipeError, PluginError: something does not fit; before anything is written
+            that would stay.
+        BudgetError: nothing fits the memory budget.
+        StateError: there is a state already.
     """
+    require_extra(recipe.method)
     recipe, changes = budget.solved(recipe, track)
     round_plans = round_plans_for(recipe)  # after that: what a moving entry holds may have changed
     with State.create(path, recipes.dump(recipe), recipes.digest(recipe)) as transaction, ExitStack() as stack:
