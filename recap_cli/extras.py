@@ -1,7 +1,11 @@
-"""What a plain `pip install recap-cli` leaves out, by extra. A command that needs one says so before it computes anything."""
+"""What a plain `pip install recap-cli` leaves out, by extra. A command that needs one says so before it computes anything.
+
+And whether torch and torchvision, which pip may take from two indexes, go together.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from types import MappingProxyType
 
@@ -23,6 +27,7 @@ EXTRAS: Mapping[str, Extra] = MappingProxyType(
         "report": Extra("pages for a browser: recap report", ("jinja2", "matplotlib")),
     }
 )
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def require(extra: str, *modules: str) -> None:
@@ -51,6 +56,24 @@ def is_installed(extra: str) -> bool:
 def pip_command(extra: str) -> str:
     """The command line that installs an extra, quoted for the shells that read brackets."""
     return f"pip install 'recap-cli[{extra}]'"
+
+
+def torchvision_problem() -> tuple[str, str] | None:
+    """Why torchvision cannot be imported, and the command that mends it; None where it can. The import takes seconds.
+
+    transformers and timm import torchvision for every model. One built for CUDA does not go with a torch built for CPUs.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:  # each of them is what a mismatch has been seen to raise
+        first = str(error).partition("\n")[0]
+        torch = version("torch")
+        index = f" --index-url {CPU_INDEX}" if torch.endswith("+cpu") else ""
+        return (
+            f"torchvision cannot be imported beside torch {torch}: {type(error).__name__}: {first}",
+            f"install both from one index: pip install --force-reinstall torch torchvision{index}",
+        )
+    return None
 
 
 def _it(modules: list[str]) -> str:

@@ -15,7 +15,7 @@ import pytest
 from recap_cli import extras
 from recap_cli.cli import main
 from recap_cli.core.method import Method, RoundPlan
-from recap_cli.errors import MissingExtraError, PluginError
+from recap_cli.errors import MissingExtraError, ModelError, PluginError
 from recap_cli.recipe import recipe as recipes
 from recap_cli.rounds import plans
 from tests.limits import HANG_SECONDS
@@ -196,6 +196,26 @@ def test_doctor_and_plugins_say_which_extras_are_installed(capsys: Any, hide: Ca
     assert "extra plots installed" in said
     main(["plugins"])
     assert "the extra lora is not installed" in capsys.readouterr().err
+
+
+def test_a_torchvision_that_does_not_go_with_torch_is_named_with_the_command_that_mends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist\\nmore')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(extras, "version", lambda _: "2.13.0+cpu")
+    Path("tiny.yaml").write_text(recipes.dump(tiny("vit", rounds=1)), encoding="utf-8")
+    wrong = "torchvision cannot be imported beside torch 2.13.0+cpu: RuntimeError: operator torchvision::nms does not exist"
+    mend = "install both from one index: pip install --force-reinstall torch torchvision --index-url https://"
+    for line in ("init tiny.yaml --state s", "profile-memory tiny.yaml"):
+        assert main(line.split()) == ModelError.exit_code
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"error: no model can be built: {wrong} hint: {mend}" in said
+    assert main(["doctor", "--json"]) == 1
+    assert any(problem.startswith(f"{wrong}; {mend}") for problem in json.loads(capsys.readouterr().out)["problems"])
 
 
 LINES = (

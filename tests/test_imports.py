@@ -32,7 +32,7 @@ TABLE = {
     "state": {"process", "errors"},  # a commit is told there: after it, Ctrl-C has another word
     "tasks": {"errors"},
     "data": {"tasks", "recipe", "state", "untrusted", "errors", "progress"},
-    "models": {"trainable", "core", "data", "state", "registry", "untrusted", "errors"},
+    "models": {"trainable", "core", "data", "state", "registry", "untrusted", "extras", "errors"},
     "machine": {"trainable", "errors"},
     "training": {"machine", "trainable", "data", "tasks", "errors", "progress"},
     "console": {"errors", "printable", "progress"},

@@ -81,8 +81,8 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> tuple[list[dict[str, Any]], dict[str, str | None], list[str]]:
-    """Return the devices that torch can use, what the NVIDIA driver says, and what is wrong with torch. The import takes
-    seconds.
+    """Return the devices that torch can use, what the NVIDIA driver says, and what is wrong with torch or torchvision. The
+    imports take seconds.
     """
     try:
         import torch
@@ -98,7 +98,8 @@ def _devices() -> tuple[list[dict[str, Any]], dict[str, str | None], list[str]]:
         devices.append({**facts, **stage.holders(index)})
     if torch.backends.mps.is_available():
         devices.append({"device": "mps", "name": "Apple GPU"})
-    return devices, {**stage.driver(), **stage.computing()}, []
+    wrong = extras.torchvision_problem()
+    return devices, {**stage.driver(), **stage.computing()}, [] if wrong is None else ["; ".join(wrong)]
 
 
 def _memory() -> dict[str, int]:
