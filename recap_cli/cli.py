@@ -94,7 +94,7 @@ def recap(version: VersionOption = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code.
 
-    0 done, 2 a wrong command line, 3 to 18 an error of `recap_cli.errors` or `recap_cli.commands`, 130 stopped by Ctrl-C,
+    0 done, 2 a wrong command line, 3 to 19 an error of `recap_cli.errors` or `recap_cli.commands`, 130 stopped by Ctrl-C,
     1 anything else. With RECAP_TRACEBACK=1 each error comes with its traceback.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)

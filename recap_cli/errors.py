@@ -17,7 +17,8 @@ RecapError                 1
 ├── SelectionError        14   a ratio that the groups there are cannot meet
 ├── DeviceMemoryError     16   the accelerator's memory ran out
 ├── BudgetError           17   a memory budget that no settings fit in
-└── ComparisonError       18   a comparison some of whose cells are not done
+├── ComparisonError       18   a comparison some of whose cells are not done
+└── MissingExtraError     19   a package of an extra that is not installed
 """
 
 from recap_cli.printable import printable
@@ -158,3 +159,9 @@ class ComparisonError(RecapError):
     """A comparison some of whose cells are not done: they failed, or their settings are impossible."""
 
     exit_code = 18
+
+
+class MissingExtraError(RecapError):
+    """A package of an extra that is not installed; the hint is the command that installs it."""
+
+    exit_code = 19

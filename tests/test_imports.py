@@ -20,6 +20,7 @@ TABLE = {
     "printable": set(),
     "progress": set(),
     "errors": {"printable"},
+    "extras": {"errors"},
     "process": set(),
     "untrusted": {"errors"},
     "core": {"untrusted", "errors"},
@@ -31,7 +32,7 @@ TABLE = {
     "state": {"process", "errors"},  # a commit is told there: after it, Ctrl-C has another word
     "tasks": {"errors"},
     "data": {"tasks", "recipe", "state", "untrusted", "errors", "progress"},
-    "models": {"trainable", "core", "data", "state", "registry", "untrusted", "errors"},
+    "models": {"trainable", "core", "data", "state", "registry", "untrusted", "extras", "errors"},
     "machine": {"trainable", "errors"},
     "training": {"machine", "trainable", "data", "tasks", "errors", "progress"},
     "console": {"errors", "printable", "progress"},
@@ -46,6 +47,7 @@ TABLE = {
         "recipe",
         "registry",
         "console",
+        "extras",
         "errors",
     },
     "cli": {"commands", "console", "registry", "process", "errors", "printable"},
@@ -53,7 +55,7 @@ TABLE = {
     "__init__": {"models", "errors"},
 }
 BELOW = {"core", "trainable", "models", "data", "tasks", "training", "machine", "recipe", "state", "registry", "untrusted"}
-BELOW |= {"errors", "progress"}
+BELOW |= {"errors", "extras", "progress"}
 TABLE |= {
     "rounds": BELOW,
     "memory": BELOW | {"rounds"},
@@ -69,6 +71,7 @@ LIGHT = {
     "commands",
     "console",
     "errors",
+    "extras",
     "printable",
     "process",
     "progress",

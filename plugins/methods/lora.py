@@ -102,4 +102,5 @@ LORA = Method(
     round_plans,
     training=attach,
     options={"rank": 8, "alpha": 16, "targets": ("query", "value")},
+    extra="lora",
 )

@@ -1,15 +1,15 @@
 """`recap compare`: a grid of methods, ratios and seeds, each cell a run in a process of its own."""
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from recap_cli import console
+from recap_cli import console, extras
 from recap_cli.commands.arguments import DryRunOption, JsonOption, RecipeArgument
-from recap_cli.errors import ComparisonError, UsageError
+from recap_cli.errors import ComparisonError, MissingExtraError, UsageError
 
 if TYPE_CHECKING:
     from recap_cli.compare.grid import Plan
@@ -81,7 +81,7 @@ def compare(
     plan = grid.plan(recipe, overrides or (), **given)
     path = out if out is not None else Path("runs") / f"compare-{plan.base.name}"
     records = stage.describe(plan, path)
-    for note in plan.notes:
+    for note in (*plan.notes, *_no_pictures()):
         console.say(f"note: {note}")
     if dry_run:
         if as_json:
@@ -98,6 +98,14 @@ def compare(
     else:
         tables.print_results(results, path)
     _check_done(results, plan, path, command)
+
+
+def _no_pictures() -> Iterator[str]:
+    """What to tell before anything runs if no pictures will be drawn; the results need none."""
+    try:
+        extras.require("plots")
+    except MissingExtraError as error:
+        yield f"no pictures will be drawn: {error.message}; {error.hint}, and the same command, run again, draws them"
 
 
 def _check_done(results: Mapping[str, Any], plan: "Plan", path: Path, command: str) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 
 import typer
 
-from recap_cli import console, registry
+from recap_cli import console, extras, registry
 from recap_cli.commands.arguments import JsonOption
 
 PACKAGES = ("recap-cli", "torch", "torchvision", "transformers", "timm", "datasets", "safetensors", "typer", "pydantic")
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Show versions, devices, memory and folders, and what is wrong with them. Exits with 1 if something is.
+    """Show versions, extras, devices, memory and folders, and what is wrong with them. Exits with 1 if something is.
 
     Example: [bold]recap doctor[/bold]
     """
@@ -33,6 +33,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
+        "extras": {name: extras.is_installed(name) for name in extras.EXTRAS},
         "devices": devices,
         **driver,
         "memory": _memory(),
@@ -49,6 +50,8 @@ def doctor(as_json: JsonOption = False) -> None:
 def _print(found: dict[str, Any]) -> None:
     rows = [["python", found["python"]], ["platform", found["platform"]]]
     rows += [[name, version or "missing"] for name, version in found["versions"].items()]
+    for name, installed in found["extras"].items():
+        rows.append([f"extra {name}", "installed" if installed else f"not installed: {extras.pip_command(name)}"])
     for device in found["devices"]:
         free = f", {console.megabytes(device['free_bytes'])} free" if "free_bytes" in device else ""
         rows.append([device["device"], f"{device['name']}{free}{_holders(device)}"])
@@ -78,8 +81,8 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> tuple[list[dict[str, Any]], dict[str, str | None], list[str]]:
-    """Return the devices that torch can use, what the NVIDIA driver says, and what is wrong with torch. The import takes
-    seconds.
+    """Return the devices that torch can use, what the NVIDIA driver says, and what is wrong with torch or torchvision. The
+    imports take seconds.
     """
     try:
         import torch
@@ -95,7 +98,8 @@ def _devices() -> tuple[list[dict[str, Any]], dict[str, str | None], list[str]]:
         devices.append({**facts, **stage.holders(index)})
     if torch.backends.mps.is_available():
         devices.append({"device": "mps", "name": "Apple GPU"})
-    return devices, {**stage.driver(), **stage.computing()}, []
+    wrong = extras.torchvision_problem()
+    return devices, {**stage.driver(), **stage.computing()}, [] if wrong is None else ["; ".join(wrong)]
 
 
 def _memory() -> dict[str, int]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
 
-from recap_cli import console
+from recap_cli import console, extras
 from recap_cli.commands.arguments import JsonOption, SetOption, complete_recipe
 from recap_cli.errors import UsageError
 
@@ -93,9 +93,11 @@ def profile_memory(
     from recap_cli.memory import plot_files, predict
 
     asked = [] if methods is None else _methods(methods)
+    _require_extras(asked)
     if budget is not None:
         _bytes_of(budget)
     if plot is not None:
+        extras.require("plots")
         plot_files.check(plot)
     recipe, state, model, notes = _open(target, overrides or ())
     asked = asked or (["full"] if recipe.method == "full-ft" else ["full", recipe.method])
@@ -140,6 +142,15 @@ def _methods(text: str) -> list[str]:
         short = ", ".join(f"{a} for {b}" for a, b in SHORT.items())
         raise UsageError(f"--methods {text or repr(text)}: {what}", hint=f"choose among {', '.join(known)} ({short})")
     return list(dict.fromkeys(given))
+
+
+def _require_extras(methods: Sequence[str]) -> None:
+    """Raise `MissingExtraError` if one of these methods, by its name or short name, needs an extra that is not installed."""
+    from recap_cli.memory.predict import SHORT
+    from recap_cli.rounds.plans import require_extra
+
+    for method in methods:
+        require_extra(SHORT.get(method, method))
 
 
 def _numbers(option: str, text: str | None, kind: Callable[[str], Number]) -> list[Number]:
@@ -202,6 +213,7 @@ def _open(target: str, overrides: Sequence[str]) -> _Subject:
         raise UsageError(f"{target} is the record of a state", hint=f"name its folder: {quoted(Path(target).parent)}")
     if not Path(target).is_dir():
         recipe = recipes.read(target, overrides)
+        _require_extras([recipe.method])
         model, notes = meta_model.of_recipe_with_data(recipe, console.track)
         return _Subject(recipe, None, model, notes)
     from recap_cli.rounds.run_context import Context
@@ -210,6 +222,7 @@ def _open(target: str, overrides: Sequence[str]) -> _Subject:
 
     state = State.open(target)
     recipe = recipe_of(state, overrides)
+    _require_extras([recipe.method])
     other = recipes.differences(recipe_of(state), recipe)
     model, notes = _as_overridden(meta_model.of_state(Context(state), console.track), state, other)
     return _Subject(recipe, state, model, notes)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from recap_cli import console
+from recap_cli import console, extras
 
 SOURCE_HELP = "A state's folder, or the results.json of [bold]recap compare[/bold] (or its folder)."
 SOURCE = typer.Argument(metavar="STATE|RESULTS", help=SOURCE_HELP, show_default=False)
@@ -20,6 +20,7 @@ def report(source: Annotated[Path, SOURCE], out: Annotated[Path | None, OUT] = N
 
     Example: [bold]recap report runs/cola[/bold]
     """
+    extras.require("report")
     from recap_cli.report import report as stage
 
     console.result(str(stage.report(source, out)))

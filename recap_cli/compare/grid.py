@@ -12,11 +12,11 @@ from urllib.parse import quote
 
 from recap_cli import registry
 from recap_cli.core.method import Method
-from recap_cli.errors import PluginError, RecipeError, UsageError
+from recap_cli.errors import MissingExtraError, PluginError, RecipeError, UsageError
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import status
-from recap_cli.rounds.plans import method_of_name, round_plans_for
+from recap_cli.rounds.plans import method_of_name, require_extra, round_plans_for
 
 ORDER = ("full-ft", "head-ft", "lora-ft", "pre-ft", "post-ft", "movement", "recap")  # strangers come after these
 SEEDS = (0, 1, 2)
@@ -61,7 +61,8 @@ class Cell:
 class Plan:
     """A comparison before it runs: the recipe that all cells begin from, the grid, and the cells in the order they run in.
 
-    `notes` say what of the command has no effect on these cells, as where it is that of a larger grid.
+    `notes` say which methods are left out, and what of the command has no effect on these cells, as where it is that of a
+    larger grid.
     """
 
     base: Recipe
@@ -80,6 +81,7 @@ def plan(
     seeds: Sequence[int] = (),
 ) -> Plan:
     """The cells of a comparison by the recipe `source`; what is left empty is all methods, the recipe's ratios, seeds 0, 1, 2.
+    Of all methods, those whose extra is not installed are left out, and a note says so.
 
     An override is `key=value` for every cell, or `method:key=value` for those of one method.
 
@@ -89,10 +91,12 @@ def plan(
     Raises:
         UsageError: an override sets what the grid varies, or names what is no method.
         PluginError: a method is unknown or cannot be loaded, or a recipe names an unknown criterion.
+        MissingExtraError: a method that was named, or the recipe's own, needs an extra that is not installed.
         RecipeError: the recipe has problems, or an override has; a cell whose ratios do not fit is no error, but impossible.
         ModelError, DataError: a folder or a file that the recipe names is missing.
     """
-    loaded = {name: method_of_name(name) for name in methods or known_methods()}
+    left_out = {} if methods else _left_out(known_methods())
+    loaded = {name: method_of_name(name) for name in methods or known_methods() if name not in left_out}
     for_all, by_method = _split(overrides, loaded)
     notes = [
         f"--set {name}:{text}: {name} is not compared here"
@@ -103,6 +107,8 @@ def plan(
     given = {"prune.ratio": ratios, "mask.ratio": mask_ratios}
     _refuse_axes(for_all, ["method", "seed", *(key for key, values in given.items() if values)])
     base = recipes.read(source, for_all)
+    if base.method in left_out:
+        require_extra(base.method)
     _refuse_options(for_all, base.method, loaded)
     prunes, masks = (any(getattr(method, does) for method in loaded.values()) for does in ("prunes", "masks"))
     if ratios and not prunes:
@@ -119,7 +125,18 @@ def plan(
     cells = tuple(_cells(grid, loaded, starts, by_method))
     for recipe in {cell.method: cell.recipe for cell in cells if cell.recipe is not None}.values():
         status.check(recipe)
-    return Plan(base, grid, cells, tuple(f"{note}, so it has no effect" for note in notes))
+    return Plan(base, grid, cells, (*left_out.values(), *(f"{note}, so it has no effect" for note in notes)))
+
+
+def _left_out(methods: Sequence[str]) -> dict[str, str]:
+    """The methods whose extra is not installed, each with a note that says so."""
+    found = {}
+    for name in methods:
+        try:
+            require_extra(name)
+        except MissingExtraError as error:  # nobody has named it
+            found[name] = f"{name} is left out: {error.message}; {error.hint}"
+    return found
 
 
 def known_methods() -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import processor, python_version, system
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 import psutil
 import torch
 
+from recap_cli import extras
 from recap_cli.compare import cell as cells
 from recap_cli.compare import plots, processes, store
 from recap_cli.compare.grid import Cell, Plan
 from recap_cli.compare.schema import groups
 from recap_cli.compare.store import Record, Results
-from recap_cli.errors import RecapError
+from recap_cli.errors import MissingExtraError, RecapError
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
@@ -107,7 +108,13 @@ def _processor() -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {"recap": version("recap-cli"), "python": python_version(), **{name: version(name) for name in LIBRARIES}}
+    found = {"recap": version("recap-cli"), "python": python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # peft, of an extra: no cell has used it
+            continue
+    return found
 
 
 def _run(left: Sequence[Cell], out: Path, jobs: int) -> Generator[tuple[Cell, dict[str, Any]]]:
@@ -165,6 +172,7 @@ def _measure_products(out: Path, results: Results, track: Track) -> None:
 def _draw(out: Path, results: Results) -> None:
     rows = groups(results["cells"])
     try:
+        extras.require("plots")
         results["pictures"] = plots.draw(rows, out, metric=results["metric"], title=results["recipe"])
     except Exception as error:  # noqa: BLE001  (matplotlib's own, of fonts and files; the results stand without pictures)
         _note(results, f"no pictures were drawn: {_told(error)}")
@@ -176,6 +184,8 @@ def _note(results: Results, text: str) -> None:
 
 
 def _told(error: Exception) -> str:
+    if isinstance(error, MissingExtraError):
+        return f"{error.message}; {error.hint}"
     return error.message if isinstance(error, RecapError) else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 

@@ -120,7 +120,7 @@ class Method:
     """How a pretrained model is finetuned: the rounds of a run and, where it needs one, a training step of its own.
 
     `prunes` and `masks` say whether the ratios r_p and r_f mean anything to it. `options` are the method's own settings with
-    their defaults; a recipe gives others under `options`.
+    their defaults; a recipe gives others under `options`. `extra` names the extra of recap-cli that its training needs.
     """
 
     title: str
@@ -129,3 +129,4 @@ class Method:
     masks: bool = False
     training: Training | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
+    extra: str | None = None

@@ -1,15 +1,18 @@
-"""Where examples come from: local files, a folder of images, the digits that scikit-learn brings along, or the hub.
+"""Where examples come from: local files, a folder of images, the digits that come with recap, or the hub.
 
 Whatever the source and its column names, what comes out has the columns `text` (and `text_pair`) or `image`, then `label` and
 `row`, the number of the row in its source, from 1.
 """
 
+import gzip
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
+DIGITS = files("recap_cli.data") / "digits" / "digits.csv.gz"
 DIGITS_SHARE = 0.2  # of the digits are for validation, unless the recipe says another share
 
 
@@ -168,21 +172,22 @@ def _read_hub(name: str, subset: str | None, splits: list[str]) -> tuple[Found, 
 
 
 def _read_builtin(name: str, roles: Roles) -> Found:
-    """scikit-learn's `load_digits`: 1,797 handwritten digits, 8 × 8 pixels in 17 shades of grey."""
+    """The digits of `digits/README.md`: 1,797 handwritten digits, 8 × 8 pixels in 17 shades of grey."""
     import PIL.Image
     import pyarrow as pa
-    from sklearn.datasets import load_digits
 
     if name != "digits":
         raise DataError(f"there is no builtin data set {name!r}, only 'digits'", hint="--set data.builtin=digits")
-    pixels, labels = load_digits(return_X_y=True)
+    with DIGITS.open("rb") as packed, gzip.open(packed, "rt", encoding="ascii") as lines:
+        rows = np.loadtxt(lines, delimiter=",", dtype=np.int64)  # (1797, 65)
+    pixels, labels = rows[:, :64], rows[:, 64]  # (1797, 64), (1797,)
     images = []
-    for shades in (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8"):
+    for shades in (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8"):  # (8, 8)
         png = BytesIO()
         PIL.Image.fromarray(shades).save(png, "png")
         images.append(png.getvalue())
     table = pa.table({roles.get("image", "image"): pa.array(images), roles["label"]: pa.array(labels)})
-    return Found(table, "scikit-learn's digits")
+    return Found(table, "the digits of recap")
 
 
 def _labelled(first: Found, second: Found | None, roles: Roles) -> "tuple[Labels, list[Dataset], list[str]]":

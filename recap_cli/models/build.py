@@ -14,6 +14,7 @@ from recap_cli.core.adapter import Adapter, matches
 from recap_cli.core.surgery import owner_of, state_sizes
 from recap_cli.core.ties import names_of
 from recap_cli.errors import ModelError
+from recap_cli.extras import torchvision_problem
 from recap_cli.models import adapter_calls, timm_models, transformers_models, unexpected_weights
 from recap_cli.models.checkpoints import FOLDER_HINT, count_weights, locate, read_config, read_weights
 from recap_cli.models.config_checks import check_limits
@@ -81,11 +82,14 @@ def create(
 
 
 def check_source(library: Library, name: str | None, config: dict[str, Any] | None, task_kind: TaskKind) -> None:
-    """Raise `ModelError` unless there is exactly one source of the model, and its library knows the task."""
+    """Raise `ModelError` unless there is exactly one source of the model, its library knows the task, and can be imported."""
     if library == "timm" and task_kind != "image-classification":
         raise ModelError(f"timm has no models for {task_kind}", hint="--set model.library=transformers")
     if (name is None) == (config is None):
         raise ModelError("give exactly one of model.name and model.config", hint=FOLDER_HINT)
+    if problem := torchvision_problem():
+        message, hint = problem
+        raise ModelError(f"no model can be built: {message}", hint=hint)
 
 
 def adapter_of(spec: ModelSpec) -> Adapter:

@@ -147,7 +147,9 @@ class Data(BaseModel):
 
     name: Text | None = Field(default=None, description="Hub id of a data set.")
     subset: Text | None = Field(default=None, description="Configuration of `name`, such as `cola` of `nyu-mll/glue`.")
-    builtin: Literal["digits"] | None = Field(default=None, description="scikit-learn's 1,797 handwritten digits, 8 x 8.")
+    builtin: Literal["digits"] | None = Field(
+        default=None, description="1,797 handwritten digits, 8 x 8; they come with recap."
+    )
     train: Text | None = Field(
         default=None, description="A csv, jsonl or parquet file, or an image folder; relative to the working directory."
     )

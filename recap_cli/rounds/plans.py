@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from math import ceil, isclose
 from typing import Any, cast, get_args
 
-from recap_cli import registry
+from recap_cli import extras, registry
 from recap_cli.core.method import Method, Option, Plan, RoundPlan, Settings, Trains
 from recap_cli.errors import PluginError, RecipeError
 from recap_cli.recipe.recipe import Recipe
@@ -23,6 +23,24 @@ def method_of(recipe: Recipe) -> Method:
 def method_of_name(name: str) -> Method:
     """The method that is registered under a name. Raises `PluginError` as `registry.load` does."""
     return cast(Method, registry.load("methods", name))
+
+
+def require_extra(name: str) -> None:
+    """Do nothing if what the training of the method of this name needs is installed. A command asks before it computes.
+
+    Raises:
+        MissingExtraError: the extra that brings it is not installed.
+        PluginError: there is no such method, or it names an extra that recap-cli does not have.
+    """
+    extra = method_of_name(name).extra
+    if extra is None:
+        return
+    if extra not in extras.EXTRAS:
+        raise PluginError(
+            f"the method {name!r} needs the extra {extra!r}, which recap-cli does not have",
+            hint=f"its extras are {', '.join(extras.EXTRAS)}; what a plugin needs else, its own package depends on",
+        )
+    extras.require(extra)
 
 
 def round_plans_for(recipe: Recipe) -> tuple[RoundPlan, ...]:

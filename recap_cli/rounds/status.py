@@ -11,7 +11,7 @@ from recap_cli.errors import DataError, ModelError, StageOrderError
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import record
-from recap_cli.rounds.plans import check_steps, round_plans_for, round_plans_of
+from recap_cli.rounds.plans import check_steps, require_extra, round_plans_for, round_plans_of
 from recap_cli.rounds.verdict import start_of, warning
 from recap_cli.state.manifest import quoted
 from recap_cli.state.store import Manifest, State
@@ -61,13 +61,17 @@ def check(recipe: Recipe) -> None:
     """Look, without reading any data, whether what the recipe names is there: criteria, the model's folder, local files, the
     validation data. Plugins that are not ours are imported.
 
-    Raises `PluginError` for a method or a criterion that is not registered or cannot be imported, `RecipeError` for an option
-    that the method does not have, `ModelError` for a folder and `DataError` for a file that is missing.
+    Raises:
+        PluginError: a method or a criterion is not registered or cannot be imported.
+        RecipeError: the method does not have an option.
+        MissingExtraError: the method needs an extra that is not installed.
+        ModelError, DataError: a folder, or a file, is missing.
     """
     for name in (recipe.prune.criterion, recipe.mask.criterion):
         if registry.used("criteria", name)["distribution"] != registry.OURS:  # ours would only bring torch, which takes seconds
             registry.load("criteria", name)
     round_plans_for(recipe)
+    require_extra(recipe.method)
     _check_folder(recipe.model.name)
     data = recipe.data
     for key, place in (("train", data.train), ("validation", data.validation)):

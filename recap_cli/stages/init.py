@@ -16,7 +16,7 @@ from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.examples import read_raw, splits_of
 from recap_cli.rounds.full_model import fitting_threads, make_full_model, model_facts, write_full_model
 from recap_cli.rounds.importance import load_criterion
-from recap_cli.rounds.plans import check_steps, round_plans_for, steps_in_round
+from recap_cli.rounds.plans import check_steps, require_extra, round_plans_for, steps_in_round
 from recap_cli.rounds.warm_up import warm_up
 from recap_cli.state.store import State, Transaction
 from recap_cli.training.evaluation import chance
@@ -32,11 +32,13 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
     With a `finetune.memory_budget` the settings that fit are found first, and the state is made with them.
 
     Raises:
+        MissingExtraError: the method needs an extra that is not installed; before all else.
         DataError, ModelError, ConformanceError, RecipeError, PluginError: something does not fit; nothing is written then that
             would stay.
         BudgetError: nothing fits the memory budget.
         StateError: there is a state already.
     """
+    require_extra(recipe.method)
     recipe, changes = budget.solved(recipe, track)
     round_plans = round_plans_for(recipe)  # after that: what a trainable entry holds may have changed
     with State.create(path, recipes.dump(recipe), recipes.digest(recipe)) as transaction, ExitStack() as stack:

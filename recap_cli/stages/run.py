@@ -9,6 +9,7 @@ from recap_cli.memory.budget import as_solved
 from recap_cli.progress import Track, silent
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import record
+from recap_cli.rounds.plans import require_extra
 from recap_cli.rounds.settings import OnChange, adopt, ignore
 from recap_cli.rounds.status import next_stage
 from recap_cli.stages.finetune import finetune
@@ -41,13 +42,18 @@ def run(
 
     At the end the product is what was committed, and nothing is left of a run that was stopped.
 
-    Raises `StateError` if the state there was made from a recipe that differs in more, `CorruptStateError` if the product was
-    altered, and whatever a stage raises.
+    Raises:
+        StateError: the state there was made from a recipe that differs in more.
+        MissingExtraError: stages are left, and the method needs an extra that is not installed.
+        CorruptStateError: the product was altered.
+        RecapError: whatever a stage raises.
     """
     path = plain(path)
     if os.path.lexists(path / COMMIT):
         state = State.open(path)
         record.check(state)
+        if next_stage(recipe, state) is not None:
+            require_extra(recipe.method)  # now, not when `finetune` is reached
         adopt(state, recipe if said is None else as_solved(recipe, state, said), on_change=on_change)
     else:
         state = init(recipe, path, track=track)

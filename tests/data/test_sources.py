@@ -6,11 +6,13 @@ import os
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from sklearn.datasets import load_digits
 
 from recap_cli.data.sources import Raw, hold_out, read_splits
 from recap_cli.errors import DataError
@@ -399,7 +401,17 @@ def test_paths_of_images_start_at_their_file(tmp_path: Path) -> None:
         read_splits("image-classification", seed=0, train=file, validation=file)
 
 
-def test_digits_come_from_the_library_in_a_fixed_split() -> None:
+def test_digits_are_those_of_scikit_learn() -> None:
+    pixels, labels = load_digits(return_X_y=True)  # (1797, 64), (1797,)
+    wanted = (pixels.reshape(-1, 8, 8) * 255 / 16).round()  # (1797, 8, 8)
+    raw = read_splits("image-classification", seed=0, builtin="digits")
+    for split in (raw.train, raw.validation):
+        rows = np.array(split["row"][:]) - 1
+        assert np.array_equal(np.stack([np.asarray(image) for image in split["image"]]), wanted[rows])
+        assert np.array_equal(split["label"][:], labels[rows])
+
+
+def test_digits_come_with_recap_in_a_fixed_split() -> None:
     raw = read_splits("image-classification", seed=0, builtin="digits")
     assert raw.label_names == [str(digit) for digit in range(10)]
     assert (len(raw.train), len(raw.validation)) == (1438, 359)
