@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from recap_cli.compare.schema import groups
-from recap_cli.report import charts, pages
+from recap_cli.report import pages
 from recap_cli.report.template import duration
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
