@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recap_cli.memory.picture import PAGE, Picture, picture
-from recap_cli.memory.plot_parts import legend_below, legend_height
+from recap_cli.memory.plot_parts import legend_below, legend_height, shortened
 from recap_cli.memory.plot_style import INK, PAPER, SOFT, Fill
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ BAR = 0.66  # of the distance between two bars
 PEAK: Mapping[str, Any] = {"marker": "D", "linestyle": "none", "zorder": 4, "clip_on": False}
 THICK = 13.0  # points, of a bar in a page
 PITCH, PITCH_BELOW_LABEL = 19.0, 36.0  # points from bar to bar in a page, with labels beside the bars or above them
+LONGEST = 58  # letters of a label that a page's width has room for
 TOTAL = 0.24  # of a page's width, for the number at the end of a bar
 
 
@@ -58,7 +59,7 @@ def peaks(axes: "Axes", points: Sequence[tuple[float, float]], label: str, *, ho
 def stack_page(stacked: Stack, *, above: bool) -> Picture:
     """The bars as a page has them: without an axis, each with its total; labels stand `above` the bars or beside them."""
     parts = [part for part in stacked.parts if any(part.sizes)]
-    labels = [PAGE.text(label) for label in stacked.labels]
+    labels = [shortened(PAGE.text(label), LONGEST) for label in stacked.labels]
     legend = [part.fill.label for part in parts] + [stacked.peak_label] * bool(stacked.peak_label)
     pitch = PITCH_BELOW_LABEL if above else PITCH
     height = (len(labels) * pitch + 8) / 72 + legend_height(legend, PAGE.width)

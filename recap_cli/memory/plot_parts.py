@@ -97,6 +97,11 @@ def fitting(name: str) -> str:
     return "\n".join(textwrap.fill(line, LEGEND_LETTERS) for line in name.split("\n"))
 
 
+def shortened(name: str, most: int) -> str:
+    """The name, or its beginning and an ellipsis where it has more than so many letters."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def columns_of(names: Sequence[str], width: float) -> int:
     """How many columns a legend of these names has room for, on a page of that many inches."""
     longest = max((len(line) for name in names for line in name.split("\n")), default=1)

@@ -55,7 +55,7 @@ def glyph(look: Look) -> str:
         axes.set_axis_off()
         axes.set_xlim(-1, 1)
         axes.set_ylim(-1, 1)
-        axes.plot([0], [0], look.marker, color=look.colour, markersize=look.size, markeredgewidth=0.0)
+        axes.plot([0], [0], look.marker, color=look.colour, markersize=look.size, markeredgewidth=0.0, clip_on=False)
     size = f'<svg width="{GLYPH_POINTS}" height="{GLYPH_POINTS}" aria-hidden="true"'
     return re.sub(r'^<svg|role="img" aria-label=""', lambda found: size if found[0] == "<svg" else "", inline(drawn, "", ""))
 
@@ -122,7 +122,7 @@ def _left(child: Xml.Element) -> list[Xml.Element]:
     """What is left of an element whose own are flattened: nothing, itself, or what a group holds."""
     inner = list(child)
     unseen = child.tag == "path" and child.get("style") == "fill:none" and "id" not in child.attrib
-    if unseen or (child.tag in ("g", "defs") and not inner):
+    if unseen or (child.tag in ("g", "defs") and all(one.tag == "title" for one in inner)):
         return []
     if child.tag != "g" or not child.attrib.keys() <= {"id"}:
         return [child]

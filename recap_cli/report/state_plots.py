@@ -85,7 +85,7 @@ def kept_squares(layers: Layers) -> Picture:
                 look: dict[str, Any] = {"color": ACCENT} if keep else {"markerfacecolor": "none", "markeredgecolor": SOFT}
                 places = [unit for unit, kept in enumerate(units) if kept == keep]
                 name = label if at == 0 else None
-                (line,) = axes.plot(places, [at] * len(places), label=name, clip_on=False, **square, **look)
+                (line,) = axes.plot(places, [at] * len(places), label=name, **square, **look)
                 drawn.say(line, [f"layer {at + 1}: {sum(units)} of {len(units)}"])
             axes.annotate(f"{sum(units)} of {len(units)}", (len(units) - 0.5, at), (5, 0), **BESIDE)
         legend_below(drawn, axes)
