@@ -20,6 +20,7 @@ Layers = Sequence[Sequence[bool]]  # for each layer, whether each of its units i
 HEIGHT = 2.9  # inches, of a figure over the rounds, without its legend
 PITCH = 19.0  # points from layer to layer
 WIDTH = 72 * PAGE.width  # points
+FRAME = 14.0  # points, for the space around the layers and their legend
 SQUARE = 18.0  # points from square to square, where there is room
 FULL = 0.8  # a share that colours a cell so much that the letters in it are those of the page, on white and on dark
 BESIDE: Mapping[str, Any] = {"textcoords": "offset points", "va": "center", "color": SOFT}  # a number beside its marks
@@ -161,7 +162,7 @@ def _over_rounds(drawn: Picture, axes: "Axes", rounds: Sequence[int], what: str)
 @contextmanager
 def _layers(layers: Layers, limits: tuple[float, float]) -> Iterator[Picture]:
     """Lend a figure with a row for each layer, from the input on, and these limits of the amount."""
-    with picture(PAGE, len(layers) * PITCH / 72 + legend_height(["kept", "pruned"], PAGE.width)) as drawn:
+    with picture(PAGE, (len(layers) * PITCH + FRAME) / 72 + legend_height(["kept", "pruned"], PAGE.width)) as drawn:
         axes = drawn.figure.add_subplot()
         yield drawn
         axes.set_xlim(limits)

@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Iterator
+from functools import cache
 from html.parser import HTMLParser
 from typing import Any
 
@@ -108,6 +109,11 @@ def page_of(found: dict[str, Any]) -> str:
     return pages.results_page({**found, "place": "results.json", "groups": list(groups(found["cells"]))})
 
 
+@cache
+def sample_page() -> str:
+    return page_of(sample())
+
+
 class Reader(HTMLParser):
     """Reads a page: its tags in order, that each is closed, its text, and what it would load."""
 
@@ -167,7 +173,7 @@ def read(text: str) -> Reader:
 
 
 def test_a_comparison_shows_the_result_first_and_what_has_none() -> None:
-    text = page_of(sample())
+    text = sample_page()
     reader = read(text)
     said = " ".join(" ".join(reader.text).split())
     assert said.index("Result") < said.index("Cells without a result") < said.index("Every cell")
@@ -266,7 +272,7 @@ def test_results_that_are_the_same_are_on_the_front_together() -> None:
 
 
 def test_marks_stand_where_their_values_say_and_say_their_values() -> None:
-    text = page_of(sample())
+    text = sample_page()
     rows = {name_of(row): row for row in groups(sample()["cells"]) if row["value"] is not None}
     drawing = figure_of(text, "accuracy over memory, with the Pareto front")
     found = {name.partition(":")[0]: (name, *place) for name, place in marks(drawing).items()}
@@ -282,7 +288,7 @@ def test_marks_stand_where_their_values_say_and_say_their_values() -> None:
 
 def test_lines_over_a_ratio_go_through_the_values() -> None:
     rows = {name_of(row): row for row in groups(sample()["cells"]) if row["value"] is not None}
-    found = marks(figure_of(page_of(sample()), "accuracy over r_p"))
+    found = marks(figure_of(sample_page(), "accuracy over r_p"))
     names = {said.partition(":")[0]: place for said, place in found.items()}
     assert names.keys() == rows.keys()  # those without the ratio are level, with a mark at the end
     assert on_a_line([(rows[name]["value"], y) for name, (_, y) in names.items()])
@@ -301,13 +307,13 @@ def test_parts_of_bars_are_as_long_as_their_amounts(label: str) -> None:
             names, parts = [*row["seconds"]], [(duration(seconds), seconds) for seconds in row["seconds"].values()]
         for name, (said, amount) in zip(names, parts, strict=True):
             amounts[f"{name_of(row)}: {name} {said}"] = amount
-    found = boxes(figure_of(page_of(sample()), label))
+    found = boxes(figure_of(sample_page(), label))
     assert found.keys() == amounts.keys()
     assert on_a_line([(amounts[said], right - left) for said, (left, right) in found.items()])
 
 
 def test_figures_are_the_same_bytes_each_time() -> None:
-    assert page_of(sample()) == page_of(sample())
+    assert page_of(sample()) == sample_page()
 
 
 def test_a_name_of_any_length_and_letters_is_drawn() -> None:
