@@ -9,6 +9,7 @@ from record import RESULTS, table
 from tables import ran_on
 
 from recap_cli.memory import plots, predict
+from recap_cli.memory.picture import save
 from recap_cli.recipe import recipe as recipes
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -249,7 +250,7 @@ def pictures() -> None:
         predict.predict(model, recipes.changed(plain, SETTINGS[name]), "recap").to_json()
         for name in ("best", "int8", "int8, offloaded")
     ]
-    plots.bars(rows, DOCS / "memory-methods.svg", title="ViT-base, 224 px")
+    save(plots.bars(rows, name="ViT-base, 224 px"), DOCS / "memory-methods.svg")
 
 
 def load(name: str) -> Result | None:

@@ -1,7 +1,7 @@
 """Pages for a browser: plain values in, one HTML text out that needs nothing else, neither files nor a network.
 
-Pictures are SVG in the page, drawn by its templates from the places that `charts` computes: so they take the page's colours,
-dark or light, its letters, and its escaping, and a phone shows them at their own size.
+Figures are SVG in the page, drawn by the code that draws those in files; `inline_svg` gives them the page's colours, dark or
+light, and its letters. A phone shows them at their own size.
 """
 
 from collections.abc import Mapping

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from recap_cli.memory import plot_style
+from recap_cli.memory import plot_parts, plot_style
 
 MARK = '<meta name="generator" content="recap report'  # at the head of every page: by it we know our own
 MARK_WITHIN_BYTES = 1000
@@ -32,13 +32,19 @@ def render(name: str, values: Mapping[str, Any]) -> str:
         "plain": plain,
         "utc": utc,
     }
-    fixed = {"mark": MARK, "recap_version": metadata.version("recap-cli"), "method_looks": plot_style.EVERY}
+    names = {"ink": plot_style.INK, "soft": plot_style.SOFT, "line": plot_style.LINE, "page": plot_style.PAPER}
+    fixed = {
+        "mark": MARK,
+        "recap_version": metadata.version("recap-cli"),
+        "palette": {plot_style.variable(colour): (colour, dark) for colour, dark in plot_style.palette().items()},
+        "neutrals": {name: plot_style.variable(colour) for name, colour in (names | {"accent": plot_style.ACCENT}).items()},
+    }
     return room.get_template(name).render(**fixed, **values)
 
 
 def megabytes(value: float | None) -> str:
-    """Bytes as megabytes (10⁶)."""
-    return "" if value is None else f"{value / 1e6:,.1f} MB"
+    """Bytes as megabytes (10⁶), and nothing for None."""
+    return "" if value is None else plot_parts.megabytes(value)
 
 
 def percent(share: float | None) -> str:

@@ -1,10 +1,6 @@
 """Pictures of a comparison show what there is, for any methods and any grid, without a display."""
 
-import html
-import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from recap_cli.compare import cost_plots, metric_plots
 from recap_cli.compare import plots as figures
 from recap_cli.compare.schema import Memory, Parameters, Product, Seconds
-from recap_cli.memory.plot_style import EVERY, METHODS, looks_of
-from recap_cli.memory.plots import picture
-from recap_cli.report import charts, pages
+from recap_cli.memory.picture import Picture
+from recap_cli.memory.plot_style import EVERY, KINDS, METHODS, NEUTRAL, STAGES, looks_of, palette
+from recap_cli.report import pages
+from tests.report.drawing import legend_of, marker_of, svgs
 
 ALL = ("metric-prune-ratio.png", "metric-mask-ratio.png", "metric-memory.png", "memory-time.png")
 
@@ -82,32 +80,33 @@ def test_methods_with_names_that_no_font_has_are_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("by", ["prune_ratio", "mask_ratio"])
 def test_a_line_is_a_method_at_one_value_of_its_other_ratio(by: str) -> None:
-    lines = {line.label: line.points for line in figures.lines(grid(), by, looks_of(row["method"] for row in grid()))}
-    assert [ratio for ratio, _, _ in lines["full-ft"]] == [None]
+    found = metric_plots.Comparison(grid(), "accuracy", "digits")
+    lines = {line.label: [one[by] for one in line.rows] for line in metric_plots.lines(found, by)}
+    assert lines["full-ft"] == [None]
     if by == "prune_ratio":
-        assert [ratio for ratio, _, _ in lines["pre-ft"]] == [0.166, 0.333, 0.5]
+        assert lines["pre-ft"] == [0.166, 0.333, 0.5]
         assert lines.keys() == {"full-ft", "pre-ft", "recap, r_f 0.5", "recap, r_f 0.875"}
     else:
-        assert [ratio for ratio, _, _ in lines["recap, r_p 0.333"]] == [0.5, 0.875]
+        assert lines["recap, r_p 0.333"] == [0.5, 0.875]
         assert lines.keys() == {"full-ft", "recap, r_p 0.166", "recap, r_p 0.333", "recap, r_p 0.5"}
 
 
 def test_memory_is_compared_by_the_best_figure_that_all_have() -> None:
     rows = [row("full-ft", device_peak_bytes=3_000_000), row("recap", r_p=0.3, device_peak_bytes=2_000_000)]
-    assert figures.memory_of(rows) == ([3.0, 2.0], "peak memory of a training step, measured")
+    assert metric_plots.memory_of(rows) == ([3.0, 2.0], "peak memory of a training step, measured")
     rows[0]["memory"]["device_peak_bytes"] = None
-    assert figures.memory_of(rows) == ([2.5, 2.5], "peak memory of a training step, predicted")
+    assert metric_plots.memory_of(rows) == ([2.5, 2.5], "peak memory of a training step, predicted")
     rows[0]["memory"]["peak_bytes"] = None
-    assert figures.memory_of(rows) == ([2.0, 2.0], "weights, gradients and optimizer state, held")
+    assert metric_plots.memory_of(rows) == ([2.0, 2.0], "weights, gradients and optimizer state, held")
 
 
 def test_the_bars_are_of_each_methods_best_ratios() -> None:
-    best = figures.best_rows(grid(), "accuracy")
+    best = cost_plots.best_rows(grid(), "accuracy")
     assert [(one["method"], one["prune_ratio"]) for one in best] == [("full-ft", None), ("pre-ft", 0.166), ("recap", 0.166)]
 
 
 def test_the_bars_are_of_the_lowest_loss_where_the_metric_is_the_loss() -> None:
-    best = figures.best_rows(grid(), "loss")
+    best = cost_plots.best_rows(grid(), "loss")
     assert [(one["method"], one["prune_ratio"]) for one in best][:2] == [("full-ft", None), ("pre-ft", 0.5)]
 
 
@@ -116,10 +115,17 @@ def test_every_stage_and_every_method_has_a_colour_of_its_own_and_every_method_a
         [look.colour for look in EVERY],
         [look.dark for look in EVERY],
         [look.marker for look in EVERY],
-        [charts.SHAPES[look.marker] for look in EVERY],
-        list(figures.STAGE_COLOURS.values()),
+        [fill.colour for fill in KINDS.values()],
+        [fill.dark for fill in KINDS.values()],
+        [fill.colour for fill in STAGES.values()],
+        [fill.dark for fill in STAGES.values()],
     ):
         assert len(set(values)) == len(values)
+
+
+def test_a_colour_has_one_dark_colour_whatever_it_is_used_for() -> None:
+    pairs = {*NEUTRAL.items(), *((one.colour, one.dark) for one in (*EVERY, *KINDS.values(), *STAGES.values()))}
+    assert {(colour.upper(), dark) for colour, dark in pairs} == set(palette().items())
 
 
 STRANGERS = ("of a stranger", "another's", "without a result", "a third's")
@@ -133,24 +139,17 @@ def many() -> list[dict[str, Any]]:
 
 def drawn_in_a_file(rows: list[dict[str, Any]], path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, str]]:
     """The colour and the marker of each method, taken from what matplotlib has drawn of metric and memory."""
-    seen: list[Any] = []
-
-    @contextmanager
-    def kept(path: Path, height: float) -> Iterator[Any]:
-        with picture(path, height) as figure:
-            yield figure
-            seen.append((path.name, figure))
-
-    monkeypatch.setattr(figures, "picture", kept)
+    seen: dict[str, Picture] = {}
+    monkeypatch.setattr(figures, "save", lambda drawn, place: seen.update({place.name: drawn}))
     draw(rows, path)
-    (figure,) = [figure for name, figure in seen if name == "metric-memory.png"]
-    handles, names = figure.axes[0].get_legend_handles_labels()
+    (axes,) = seen["metric-memory.png"].figure.axes
+    handles, names = axes.get_legend_handles_labels()
     points = {name: handle[0] for name, handle in zip(names, handles, strict=True) if name != "Pareto front"}
     return {name: (line.get_color().lower(), line.get_marker()) for name, line in points.items()}
 
 
-def drawn_in_a_page(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-    """The same, taken from the text of the page: each method's shape, and the colour that its class has on white."""
+def page_of(rows: list[dict[str, Any]]) -> str:
+    """The page of these rows."""
     parts: dict[str, Any] = {"memory": Memory, "parameters": Parameters, "product": Product, "seconds": Seconds}
     cells = [
         {"seed": 0, "state": "", "status": "done", "error": None, "last": None, "product_round": 1, "per_round": [], **one}
@@ -163,19 +162,26 @@ def drawn_in_a_page(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
     ]
     found = {"recipe": "r", "metric": "accuracy", "task": "t", "created": "2026", "command": "", "place": "p", "grid": {}}
     found |= {"machine": {}, "versions": {}, "total_steps": 1, "cells": cells, "groups": groups}
-    text = pages.results_page(found)
-    markers = {shape: marker for marker, shape in charts.SHAPES.items()}
-    seen = re.findall(r'class="series ([\w-]+)"><path class="mark" d="([^"]+)"/></svg>([^<]+?)(?:, r_p [\d.]+)?[ <]*<', text)
-    return {
-        html.unescape(method).strip(): (str(re.findall(rf"--{css}: (#\w+);", text)[0]).lower(), markers[shape])
-        for css, shape, method in seen
-    }
+    return pages.results_page(found)
 
 
-def test_a_method_has_the_same_marker_and_colour_in_a_file_and_in_the_page(
+def drawn_in_tables(text: str) -> dict[str, tuple[str, str]]:
+    """The colour and the marker before each method's name in the tables of a page."""
+    seen: dict[str, tuple[str, str]] = {}
+    for glyph, after in svgs(text):
+        if glyph.get("aria-hidden") == "true":
+            (mark,) = glyph.iter("path")
+            method = after.partition(", r_p")[0].strip()
+            assert seen.setdefault(method, marker_of(mark.attrib, text)) == marker_of(mark.attrib, text)
+    return seen
+
+
+def test_a_method_has_the_same_marker_and_colour_in_a_file_in_the_page_and_in_its_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_file, in_page = drawn_in_a_file(many(), tmp_path, monkeypatch), drawn_in_a_page(many())
-    assert in_file.keys() == {*METHODS, *STRANGERS} - {"without a result"}
-    assert in_page.keys() == {*METHODS, *STRANGERS}
-    assert in_file == {method: look for method, look in in_page.items() if method != "without a result"}
+    in_file, text = drawn_in_a_file(many(), tmp_path, monkeypatch), page_of(many())
+    in_tables, in_page = drawn_in_tables(text), legend_of(text, "accuracy over memory, with the Pareto front")
+    assert in_file.keys() == in_page.keys() == {*METHODS, *STRANGERS} - {"without a result"}
+    assert in_tables.keys() == {*METHODS, *STRANGERS}
+    assert in_file == in_page == {method: look for method, look in in_tables.items() if method != "without a result"}
+    assert len(set(in_file.values())) == len(in_file)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from recap_cli.errors import RecapError, StorageError, UsageError
-from recap_cli.memory import plot_style, plots
+from recap_cli.memory import picture, plot_style, plots
 from recap_cli.memory.tracker import KINDS
 
 Draw = Callable[[list[dict[str, Any]], Path], None]
@@ -44,11 +44,11 @@ def rows(**settings: Any) -> list[dict[str, Any]]:
 
 
 def draw_bars(of: list[dict[str, Any]], path: Path) -> None:
-    plots.bars(of, path, title="ViT-base", budget_bytes=500 * MEGABYTE)
+    picture.save(plots.bars(of, name="ViT-base", budget_bytes=500 * MEGABYTE), path)
 
 
 def draw_curves(of: list[dict[str, Any]], path: Path) -> None:
-    plots.curves(of, path, by="batch_size", title="ViT-base", budget_bytes=500 * MEGABYTE)
+    picture.save(plots.curves(of, by="batch_size", name="ViT-base", budget_bytes=500 * MEGABYTE), path)
 
 
 both = pytest.mark.parametrize("draw", [draw_bars, draw_curves])
@@ -59,7 +59,7 @@ def points(of: list[dict[str, Any]], by: plots.By) -> dict[str, list[tuple[float
 
 
 def test_every_kind_has_a_look() -> None:
-    assert tuple(plots.KIND_LOOKS) == KINDS
+    assert tuple(plot_style.KINDS) == KINDS
 
 
 @both
@@ -111,7 +111,8 @@ def test_settings_that_differ_stand_beside_the_method_and_not_in_the_title(tmp_p
 
 def test_names_of_any_length_and_letters_are_drawn(tmp_path: Path) -> None:
     of = [row("a method of a very long name, with $x_1$ and 模型 in it", 700), row()]
-    plots.bars(of, tmp_path / "bars.svg", title="C:\\模型 $a_b$\n" + "long/" * 40, budget_bytes=10**12)
+    drawn = plots.bars(of, name="C:\\模型 $a_b$\n" + "long/" * 40, budget_bytes=10**12)
+    picture.save(drawn, tmp_path / "bars.svg")
     text = (tmp_path / "bars.svg").read_text(encoding="utf-8")
     assert "$x_1$" in text
     assert ">budget 1,000,000.0 MB</" in text
@@ -129,7 +130,7 @@ def test_a_curve_is_sorted_and_belongs_to_one_method_and_its_other_settings() ->
     expected = [(1, 301 * MEGABYTE), (2, 302 * MEGABYTE), (8, 308 * MEGABYTE)]
     assert points(of, "batch_size") == {"recap, sgd": expected, "recap, adamw": expected}
     first, second = plots._lines(of, "batch_size")
-    assert (first.colour, first.marker) == (second.colour, second.marker)
+    assert first.look == second.look
     assert first.dash != second.dash
 
 
@@ -148,7 +149,7 @@ def test_a_method_with_one_batch_size_is_a_point_and_no_line() -> None:
 def test_curves_name_their_axes(by: plots.By, label: str, tmp_path: Path) -> None:
     values = (1, 4, 64) if by == "batch_size" else (0.0, 0.25, 0.5)
     of = [made for value in values for made in (row(peak=round(300 + value), **{by: value}), row("full", 1000))]
-    plots.curves(of, tmp_path / "curves.svg", by=by, title="ViT-base")
+    picture.save(plots.curves(of, by=by, name="ViT-base"), tmp_path / "curves.svg")
     text = (tmp_path / "curves.svg").read_text(encoding="utf-8").replace("&#x27;", "'")
     for words in (label, "peak memory (MB = 10^6 bytes)", "full", "recap", "ViT-base: predicted peak memory of finetuning"):
         assert f">{words}</" in text
@@ -160,7 +161,7 @@ def test_a_png_has_the_colours_on_white(draw: Draw, tmp_path: Path) -> None:
     draw(rows(), tmp_path / "picture.png")
     pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB")).astype(np.int32) @ [1 << 16, 1 << 8, 1]
     found = {f"#{colour:06X}" for colour in np.unique(pixels)}
-    bars = [colour for _, colour, _ in plots.KIND_LOOKS.values()]
+    bars = [fill.colour for fill in plot_style.KINDS.values()]
     curves = [plot_style.looks_of([method])[method].colour.upper() for method in ("full", "lora", "recap")]
     assert found >= set(bars if draw is draw_bars else curves)
     assert (pixels == 0xFFFFFF).mean() > 0.5
@@ -209,7 +210,7 @@ def test_a_folder_that_is_not_there_is_named(draw: Draw, tmp_path: Path) -> None
 
 @both
 def test_a_folder_that_may_not_be_written_to_is_named(draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots.os, "access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr(picture.os, "access", lambda *_: False)  # root may write anywhere
     error = refusal(draw, rows(), tmp_path / "memory.svg")
     assert error.exit_code == 12
     assert error.message.endswith(f"nothing may be written to {tmp_path}")

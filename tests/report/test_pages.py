@@ -3,19 +3,23 @@
 import random
 import re
 from collections.abc import Iterator
+from functools import cache
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
+from recap_cli.compare.metric_plots import name_of
 from recap_cli.compare.schema import groups
-from recap_cli.report import charts, pages
+from recap_cli.report import pages
 from recap_cli.report.template import duration
+from tests.report.drawing import boxes, figure_of, heights, marks, on_a_line
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 SHAPES_OF_SVG = {"path", "rect", "line", "circle"}
 NASTY = "<script>alert('x')</script>\"&"
 FULL = 86_567_656
+MEMORY = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes")
 HEADLINE: dict[str, tuple[float, float, float]] = {  # accuracy, share of the weights held, share that is trained
     "full-ft": (0.912, 1.0, 1.0),
     "head-ft": (0.741, 1.0, 0.001),
@@ -105,6 +109,11 @@ def page_of(found: dict[str, Any]) -> str:
     return pages.results_page({**found, "place": "results.json", "groups": list(groups(found["cells"]))})
 
 
+@cache
+def sample_page() -> str:
+    return page_of(sample())
+
+
 class Reader(HTMLParser):
     """Reads a page: its tags in order, that each is closed, its text, and what it would load."""
 
@@ -146,11 +155,15 @@ def read(text: str) -> Reader:
     assert "http:" not in text.lower()
     assert "https:" not in text.lower()
     assert "@import" not in text
-    assert set(re.findall(r"url\((#?\w+)", text)) <= {"#slashes", "#backslashes", "#dots"}
     assert len(text.encode()) < 1_000_000
     assert not {"script", "iframe", "object"} & {tag for tag, _ in reader.tags}
     ids = [attributes["id"] for _, attributes in reader.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
+    hrefs = [str(attributes["href"]) for tag, attributes in reader.tags if tag == "use"]
+    assert {*re.findall(r"url\(([^)]*)\)", text), *hrefs} <= {f"#{name}" for name in ids}
+    figures = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert not re.findall(r'(?:fill|stroke)[:=]"?(?!none|url|var)', figures), "a dark page would not know the colour"
+    assert set(re.findall(r"var\((--\w+)\)", text)) <= set(re.findall(r"(--[\w-]+):", text))
     for tag, attributes in reader.tags:
         if tag == "svg":
             assert attributes.get("aria-hidden") == "true" or attributes.get("aria-label")
@@ -160,7 +173,7 @@ def read(text: str) -> Reader:
 
 
 def test_a_comparison_shows_the_result_first_and_what_has_none() -> None:
-    text = page_of(sample())
+    text = sample_page()
     reader = read(text)
     said = " ".join(" ".join(reader.text).split())
     assert said.index("Result") < said.index("Cells without a result") < said.index("Every cell")
@@ -258,20 +271,64 @@ def test_results_that_are_the_same_are_on_the_front_together() -> None:
     assert page_of({**found, "cells": twins}).count("★</abbr>") == 2
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.731, 0.744), (0.5, 0.5), (0.0, 0.0), (-0.1, 12345.6), (3e-9, 4e-9)])
-def test_ticks_are_few_and_cover_the_values(low: float, high: float) -> None:
-    found = charts.ticks(low, high)
-    assert found == sorted(set(found))
-    assert 2 <= len(found) <= 8
-    assert found[0] <= low + 1e-12
-    assert found[-1] >= high - 1e-12
+def test_marks_stand_where_their_values_say_and_say_their_values() -> None:
+    text = sample_page()
+    rows = {name_of(row): row for row in groups(sample()["cells"]) if row["value"] is not None}
+    drawing = figure_of(text, "accuracy over memory, with the Pareto front")
+    found = {name.partition(":")[0]: (name, *place) for name, place in marks(drawing).items()}
+    assert found.keys() == rows.keys()
+    for name, (said, _, _) in found.items():
+        row = rows[name]
+        size = row["memory"]["device_peak_bytes"]
+        assert said == f"{name}: {row['value']:.4f} ± {row['deviation']:.4f}, {size / 1e6:,.1f} MB"
+    ticks = [(float(label), y - 4.2) for label, y in heights(drawing).items()]  # a number stands that far below its middle
+    assert on_a_line(ticks + [(rows[name]["value"], y) for name, (_, _, y) in found.items()])
+    assert on_a_line([(rows[name]["memory"]["device_peak_bytes"] / 1e6, x) for name, (_, x, _) in found.items()])
 
 
-def test_every_method_has_a_look_of_its_own() -> None:
-    methods = [*HEADLINE, "a", "b", "c", "d"]
-    looks = {method: charts.look(method, methods) for method in methods}
-    assert len(set(looks.values())) == len(methods)
-    assert len({looks[method][1] for method in HEADLINE}) == len(HEADLINE)
+def test_lines_over_a_ratio_go_through_the_values() -> None:
+    rows = {name_of(row): row for row in groups(sample()["cells"]) if row["value"] is not None}
+    found = marks(figure_of(sample_page(), "accuracy over r_p"))
+    names = {said.partition(":")[0]: place for said, place in found.items()}
+    assert names.keys() == rows.keys()  # those without the ratio are level, with a mark at the end
+    assert on_a_line([(rows[name]["value"], y) for name, (_, y) in names.items()])
+
+
+@pytest.mark.parametrize(
+    "label", ["memory by component, of each method at its ratios", "time by stage, of each method at its ratios"]
+)
+def test_parts_of_bars_are_as_long_as_their_amounts(label: str) -> None:
+    rows = [row for row in groups(sample()["cells"]) if row["value"] is not None]
+    amounts = {}
+    for row in rows:
+        parts: list[tuple[str, Any]] = [(f"{row['memory'][key] / 1e6:,.1f} MB", row["memory"][key] / 1e6) for key in MEMORY]
+        names = ["weights", "gradients", "optimizer state", "activations (predicted)"]
+        if label.startswith("time"):
+            names, parts = [*row["seconds"]], [(duration(seconds), seconds) for seconds in row["seconds"].values()]
+        for name, (said, amount) in zip(names, parts, strict=True):
+            amounts[f"{name_of(row)}: {name} {said}"] = amount
+    found = boxes(figure_of(sample_page(), label))
+    assert found.keys() == amounts.keys()
+    assert on_a_line([(amounts[said], right - left) for said, (left, right) in found.items()])
+
+
+def test_figures_are_the_same_bytes_each_time() -> None:
+    assert page_of(sample()) == sample_page()
+
+
+def test_a_name_of_any_length_and_letters_is_drawn() -> None:
+    found = sample()
+    names = {
+        "pre-ft": "方法の名前" * 20,
+        "post-ft": "a very long name " * 20,
+        "movement": "x\x01y<b>$a_1$",
+        "recap": "two\nlines",
+    }
+    for one in found["cells"]:
+        one["method"] = names.get(one["method"], one["method"])
+    said = "".join(read(page_of(found)).text)
+    assert "x?y<b>$a_1$" in said
+    assert "方法の名前" * 5 in said
 
 
 @pytest.mark.parametrize(
