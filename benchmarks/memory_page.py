@@ -1,4 +1,4 @@
-"""Write docs/memory.md and its pictures from the figures in benchmarks/results: `python benchmarks/memory_page.py`."""
+"""Write pages/memory.md and its pictures from the figures in results: `python benchmarks/memory_page.py`."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tables import ran_on
 from recap_cli.memory import plots, predict
 from recap_cli.recipe import recipe as recipes
 
-DOCS = Path(__file__).parent.parent / "docs"
+PAGES = Path(__file__).parent / "pages"
 Result = dict[str, Any]
 NAMES = {
     "fp32": "fp32, like for like",
@@ -249,7 +249,7 @@ def pictures() -> None:
         predict.predict(model, recipes.changed(plain, SETTINGS[name]), "recap").to_json()
         for name in ("best", "int8", "int8, offloaded")
     ]
-    plots.bars(rows, DOCS / "memory-methods.svg", title="ViT-base, 224 px")
+    plots.bars(rows, PAGES / "memory-methods.svg", title="ViT-base, 224 px")
 
 
 def load(name: str) -> Result | None:
@@ -258,12 +258,12 @@ def load(name: str) -> Result | None:
 
 
 def main() -> None:
-    (DOCS / "memory.md").write_text(page(), encoding="utf-8")
+    (PAGES / "memory.md").write_text(page(), encoding="utf-8")
     pictures()
 
 
 def page() -> str:
-    """The text of docs/memory.md."""
+    """The text of benchmarks/pages/memory.md."""
     found, speed = load("memory"), load("settings_speed")
     if found is None:
         raise SystemExit("there are no results yet: python benchmarks/memory.py")

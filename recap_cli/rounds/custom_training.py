@@ -20,7 +20,7 @@ from recap_cli.trainable.optim import Optimizer
 from recap_cli.trainable.token_rows import TokenRows
 from recap_cli.untrusted.code import guarded
 
-HINT = "choose another method, or repair the plugin; see docs/plugins.md"
+HINT = "choose another method, or repair the plugin; see docs/plugins/method.md"
 
 
 def attach(model: nn.Module, layout: Layout, recipe: Recipe, plan: UnitMask, round_plans: Sequence[RoundPlan]) -> TrainerHook:
