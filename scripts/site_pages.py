@@ -1,0 +1,53 @@
+"""Give the site the pages that stand outside of docs/, and make links between all pages work there as they do in the repository.
+
+A hook of MkDocs, named in mkdocs.yml. A link in a page is written as the repository needs it, from file to file.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTSIDE = {
+    "benchmarks/README.md": "lab/README.md",
+    "benchmarks/pages/quality.md": "lab/quality.md",
+    "benchmarks/pages/memory.md": "lab/memory.md",
+    "benchmarks/pages/memory-methods.svg": "lab/memory-methods.svg",
+    "benchmarks/pages/benchmarks.md": "lab/benchmarks.md",
+    "CONTRIBUTING.md": "project/CONTRIBUTING.md",
+    "CHANGELOG.md": "project/CHANGELOG.md",
+    "LICENSE": "project/LICENSE",
+    "README.md": "index.md",  # its place on the site is the home page
+}
+PAGES = {source: page for source, page in OUTSIDE.items() if page != "index.md"}
+NOTEBOOKS = "lab/"
+LINK = re.compile(r"(?<=\]\()([^)\s#]+)((?:#[^)\s]*)?(?=\)))")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the files of OUTSIDE to those of docs/."""
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
+    """Turn links between files of the repository into links between pages; leave lab notebooks out of the search."""
+    uri = page.file.src_uri
+    if uri.startswith(NOTEBOOKS):
+        page.meta["search"] = {"exclude": True}
+    return LINK.sub(lambda match: _target(uri, match[1]) + match[2], markdown)
+
+
+def _target(uri: str, link: str) -> str:
+    """Return `link`, written in the page `uri`, as a link on the site; what is no file of the repository stays as it is."""
+    if ":" in link:
+        return link
+    source = next((source for source, page in PAGES.items() if page == uri), f"docs/{uri}")
+    target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+    place = OUTSIDE.get(target, target.removeprefix("docs/"))
+    return posixpath.relpath(place, posixpath.dirname(uri) or ".")
