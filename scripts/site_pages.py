@@ -1,6 +1,6 @@
-"""Give the site the pages that stand outside of docs/, and make links between all pages work there as they do in the repository.
+"""Give the site the pages that stand outside of docs/, and make links from file to file lead from page to page.
 
-A hook of MkDocs, named in mkdocs.yml. A link in a page is written as the repository needs it, from file to file.
+A hook of MkDocs, named in mkdocs.yml. Links in pages are written as the repository needs them.
 """
 
 import posixpath
