@@ -25,6 +25,8 @@ OUTSIDE = {
 }
 PAGES = {source: page for source, page in OUTSIDE.items() if page != "index.md"}
 NOTEBOOKS = "lab/"
+CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
+CODE = re.compile(r"(?<=<code>)[^<]*")
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)((?:#[^)\s]*)?(?=\)))")
 
 
@@ -41,6 +43,16 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
     if uri.startswith(NOTEBOOKS):
         page.meta["search"] = {"exclude": True}
     return LINK.sub(lambda match: _target(uri, match[1]) + match[2], markdown)
+
+
+def on_page_content(html: str, page: Page, config: Any, files: Files) -> str:
+    """Say where a table's cell may break: not between a number and its ± or unit, and code only after a dot, _ or =."""
+
+    def broken(cell: re.Match[str]) -> str:
+        whole = re.sub(r"(?<=\d) (?=%|MB\b|±)|(?<=±) ", "\u00a0", cell[0])
+        return CODE.sub(lambda code: re.sub(r"(?<=[._=/])(?=\w)", "<wbr>", code[0]), whole)
+
+    return CELL.sub(broken, html)
 
 
 def _target(uri: str, link: str) -> str:

@@ -264,6 +264,12 @@ def test_the_readme_is_a_front_door():
     assert 120 <= len(text_of("README.md").splitlines()) <= 150
 
 
+def test_the_page_on_installing_names_every_extra():
+    extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+    table = text_of("docs/guide/install.md").partition("## Extras")[2]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) >= set(extras)
+
+
 def test_the_page_of_commands_is_what_its_script_makes_of_their_help():
     written = runpy.run_path(str(ROOT / "scripts" / "cli_reference.py"))["reference"]()
     assert text_of("docs/reference/cli.md") == written, "run `make pages`"
