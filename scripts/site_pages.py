@@ -50,7 +50,7 @@ def on_page_content(html: str, page: Page, config: Any, files: Files) -> str:
 
     def broken(cell: re.Match[str]) -> str:
         whole = re.sub(r"(?<=\d) (?=%|MB\b|±)|(?<=±) ", "\u00a0", cell[0])
-        return CODE.sub(lambda code: re.sub(r"(?<=[._=/])(?=\w)", "<wbr>", code[0]), whole)
+        return CODE.sub(lambda code: re.sub(r"(?<=[._=/])(?=\w)(?!py\b)", "<wbr>", code[0]), whole)
 
     return CELL.sub(broken, html)
 
