@@ -1,9 +1,9 @@
 # The commands that people and CI share. PYTHON is the interpreter of the environment the project is installed in.
 PYTHON ?= python
 
-.PHONY: check format lint types test mutants fuzz
+.PHONY: check format lint types test site docs pages mutants fuzz
 
-check: lint types test
+check: lint types test site
 
 format:
 	$(PYTHON) -m ruff format .
@@ -18,6 +18,18 @@ types:
 
 test:
 	$(PYTHON) -m pytest
+
+# The site wants the extra: pip install -e '.[docs]'. Nothing is downloaded to build it.
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs
+site:
+	$(MKDOCS) build --strict --quiet
+
+docs:
+	$(MKDOCS) serve
+
+pages:  # the generated pages of the reference; tests compare them
+	$(PYTHON) scripts/cli_reference.py
+	$(PYTHON) scripts/recipe_reference.py
 
 mutants:  # wants the extra: pip install -e '.[dev,mutants]'
 	$(PYTHON) benchmarks/mutants.py

@@ -1,4 +1,4 @@
-"""Write docs/memory.md and its pictures from the figures in benchmarks/results: `python benchmarks/memory_page.py`."""
+"""Write pages/memory.md and its pictures from the figures in results: `python benchmarks/memory_page.py`."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from recap_cli.memory import plots, predict
 from recap_cli.memory.picture import save
 from recap_cli.recipe import recipe as recipes
 
-DOCS = Path(__file__).parent.parent / "docs"
+PAGES = Path(__file__).parent / "pages"
 Result = dict[str, Any]
 NAMES = {
     "fp32": "fp32, like for like",
@@ -250,7 +250,7 @@ def pictures() -> None:
         predict.predict(model, recipes.changed(plain, SETTINGS[name]), "recap").to_json()
         for name in ("best", "int8", "int8, offloaded")
     ]
-    save(plots.bars(rows, name="ViT-base, 224 px"), DOCS / "memory-methods.svg")
+    save(plots.bars(rows, name="ViT-base, 224 px"), PAGES / "memory-methods.svg")
 
 
 def load(name: str) -> Result | None:
@@ -259,12 +259,12 @@ def load(name: str) -> Result | None:
 
 
 def main() -> None:
-    (DOCS / "memory.md").write_text(page(), encoding="utf-8")
+    (PAGES / "memory.md").write_text(page(), encoding="utf-8")
     pictures()
 
 
 def page() -> str:
-    """The text of docs/memory.md."""
+    """The text of benchmarks/pages/memory.md."""
     found, speed = load("memory"), load("settings_speed")
     if found is None:
         raise SystemExit("there are no results yet: python benchmarks/memory.py")

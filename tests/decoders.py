@@ -1,4 +1,4 @@
-"""Decoders with a cache of keys and values: GPT-2, by the tables that docs/plugins.md prints, and a Llama of ours."""
+"""Decoders with a cache of keys and values: GPT-2, by the tables that docs/plugins/adapter.md prints, and a Llama of ours."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ from recap_cli.models import build
 from recap_cli.models.specs import ModelSpec
 from tests.pico import WORDS, _hf
 
-PLUGINS = Path(__file__).parents[1] / "docs" / "plugins.md"
+PLUGINS = Path(__file__).parents[1] / "docs" / "plugins" / "adapter.md"
 SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "vocab_size": len(WORDS), "pad_token_id": 0},
     "llama": {
@@ -25,7 +25,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def printed_tables() -> tuple[Heads | Neurons, ...]:
-    """The tables for GPT-2 as docs/plugins.md has them: that very text, executed."""
+    """The tables for GPT-2 as docs/plugins/adapter.md has them: that very text, executed."""
     blocks = re.findall(r"^```python\n(.*?)^```$", PLUGINS.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     (text,) = [block for block in blocks if block.startswith("Heads(")]
     return tuple(eval(ast.unparse(line), dict(vars(api))) for line in ast.parse(text).body)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import shutil
 import tomllib
@@ -35,8 +36,11 @@ from tests.pico import TEXT, pico
 from tests.tiny import data_folder, tiny
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLACES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "benchmarks/README.md", "benchmarks/pages/*.md")
+PAGES = [page for place in PLACES for page in sorted(ROOT.glob(place))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+WRITTEN = [name for name in NAMES if name not in ("docs/reference/cli.md", "docs/reference/recipe.md")]  # by hand
+HUMAN = r"(-?[\d.]+) ± ([\d.]+)"
 
 
 def text_of(name: str) -> str:
@@ -60,7 +64,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         parts = [part for line in lines for part in re.split(r"\||&&", line)]
         parts += re.findall(r"`(recap [a-z][^`\n]*)`", text_of(name)) if name != "CHANGELOG.md" else []
         for part in parts:
-            words = shlex.split(part, comments=True)
+            words = shlex.split(part.partition(" > ")[0], comments=True)
             if words and words[0].rpartition("/")[2] == "recap" and words[1:] and "…" not in part:
                 yield name, words[1:]
 
@@ -82,9 +86,11 @@ def wrong_with(words: list[str]) -> str | None:
     return None
 
 
-def test_there_are_commands_to_check():
-    subcommands = {words[0] for name, words in commands() if name == "README.md"}
-    assert subcommands >= {"run", "init", "prune", "mask", "finetune", "merge", "status", "eval", "export", "recipes"}
+def test_every_subcommand_stands_on_a_page_that_is_written_by_hand():
+    subcommands = {words[0] for name, words in commands() if name in WRITTEN}
+    every: Any = get_command(app)
+    assert subcommands >= set(every.commands)
+    assert {words[0] for name, words in commands() if name == "README.md"} >= {"run", "export", "compare", "profile-memory"}
 
 
 def test_every_command_in_the_documentation_parses():
@@ -96,9 +102,13 @@ def test_a_wrong_command_would_be_found():
     assert wrong_with(["prunes"]) is not None
 
 
-def test_the_test_command_of_the_readme_is_what_ci_runs():
-    (command,) = [line for line in "".join(blocks("README.md", "sh")).splitlines() if "pytest" in line]
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
+def test_the_two_commands_are_those_of_the_readme_and_the_second_is_what_ci_runs(name):
+    lines = "".join(blocks(name, "sh")).splitlines()
+    (command,) = [line for line in lines if "pytest" in line]
     assert command in [line.partition("#")[0].strip() for line in text_of(".ci/run").splitlines()]
+    assert lines[0] == "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/recap run quickstart"
+    assert lines[0] in blocks("docs/guide/install.md", "sh")[0]
 
 
 def keys_of(schema: dict[str, Any]) -> set[str]:
@@ -127,12 +137,12 @@ def test_every_overridden_recipe_of_the_documentation_is_a_recipe():
             read(words[1], [words[i + 1] for i, word in enumerate(words) if word == "--set"])
 
 
-def test_own_data_as_the_readme_has_them_are_read(tmp_path, monkeypatch):
+def test_own_data_as_the_guide_has_them_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [f'"text {i}, and more",{1 + i % 5}' for i in range(50)]
     Path("reviews.csv").write_text("\n".join(["review,stars", *lines]) + "\n")
     shutil.copytree(data_folder() / "train", "FOLDER")
-    own = [words for name, words in commands() if name == "README.md" and "--state" in words and words[0] == "run"]
+    own = [words for name, words in commands() if name == "docs/guide/own-data.md" and "--state" in words]
     given = [(words[1], [words[i + 1] for i, word in enumerate(words) if word == "--set"]) for words in own]
     reviews, flowers = (read_raw(read(recipe, sets)) for recipe, sets in given if any("data.train" in value for value in sets))
     assert reviews.label_names == ["1", "2", "3", "4", "5"]
@@ -160,32 +170,56 @@ def test_files_of_the_project_that_are_named_exist(name):
     for place in re.findall(r"`((?:[\w.]+/)+[\w.]*)`", text_of(name)):
         written = ("full-", "round-", "best-", "runs/", "small/")
         if not place.startswith(written) and re.search(r"/$|\.(py|json|md|svg|yaml)$", place):
-            assert (ROOT / place).exists() or (ROOT / "recap_cli" / place).exists(), place
+            rooms = (ROOT, ROOT / "recap_cli", ROOT / "docs", (ROOT / name).parent)
+            assert any((room / place).exists() for room in rooms), place
 
 
-def test_the_readme_names_every_shipped_recipe_and_no_other():
-    named = set(re.findall(r"`((?:bert|vit)_[a-z0-9_]+)`", text_of("README.md")))
-    assert named | {"quickstart"} == {recipe.name for recipe in shipped()}
+def test_code_that_is_named_with_its_file_is_defined_there():
+    named = [
+        (place, code) for name in WRITTEN for code, place in re.findall(r"(`\w+`(?:, `\w+`)*) in `([\w/]+\.py)`", text_of(name))
+    ]
+    assert len(named) > 10  # those of the glossary
+    for place, code in named:
+        file = next(file for room in ("recap_cli", ".") if (file := ROOT / room / place).exists())
+        for word in re.findall(r"`(\w+)`", code):
+            assert re.search(rf"^(?:(?:class|def) )?{word}\b", file.read_text(encoding="utf-8"), re.MULTILINE), (place, word)
+
+
+def test_the_page_of_recipes_names_every_shipped_one_and_no_page_names_another():
+    named = {name: set(re.findall(r"`((?:bert|vit)_[a-z0-9_]+)`", text_of(name))) for name in NAMES}
+    every = {recipe.name for recipe in shipped()}
+    assert named["docs/guide/paper.md"] | {"quickstart"} == every
+    assert {name: unknown for name, found in named.items() if (unknown := found - every)} == {}
     assert "quickstart" in text_of("README.md")
+    assert "`quickstart`" in text_of("docs/guide/paper.md")
 
 
-def test_the_stages_of_the_readme_run_one_by_one_as_they_stand_there(tmp_path, monkeypatch):
-    section = text_of("README.md").partition("## Stage by stage")[2]
-    lines = re.findall(r"^```sh\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)[0].splitlines()
+def test_the_stages_of_the_guide_run_one_by_one_as_they_stand_there(tmp_path, monkeypatch, capfd):
+    lines = blocks("docs/guide/stages.md", "sh")[0].splitlines()
     assert [line.split()[1] for line in lines] == ["init", "prune", "status", "mask", "finetune", "merge", "eval"]
     monkeypatch.chdir(tmp_path)
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0, line
+    capfd.readouterr()
+    assert main(["status", lines[0].split()[-1]]) == 0
+    said = {" ".join(line.split()) for line in "".join(capfd.readouterr()).splitlines()}
+    for name in ("README.md", "docs/quickstart.md"):  # the heads of their tables are those that are printed today
+        heads = [line for line in "".join(blocks(name, "text")).splitlines() if line.split()[:1] == ["round"]]
+        assert {" ".join(head.split()) for head in heads} <= said, name
+        assert heads
 
 
-def test_the_readme_names_every_plugin_of_ours():
-    ours = {entry.name for kind in registry.KINDS for entry in registry.entries(kind) if entry.distribution == "recap-cli"}
-    assert ours <= set(re.findall(r"`([a-z0-9-]+)`", text_of("README.md")))
+def test_the_page_of_plugins_names_every_one_of_ours_and_that_of_methods_every_method():
+    ours = {kind: {each.name for each in registry.entries(kind) if each.distribution == "recap-cli"} for kind in registry.KINDS}
+    rows = re.findall(r"^\| (criteria|adapters|methods) \| (.+) \|$", text_of("docs/plugins/index.md"), re.MULTILINE)
+    assert {kind: set(re.findall(r"`([a-z0-9-]+)`", names)) for kind, names in rows} == ours
+    table = text_of("docs/guide/compare.md").partition("## The methods")[2].partition("\n\n**")[0]
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)) == ours["methods"]
 
 
-def test_the_papers_figures_in_the_readme_are_those_of_the_recipes():
+def test_the_papers_figures_on_the_page_of_recipes_are_those_of_the_recipes():
     row_form = r"^\| `(\w+)` \| Table \d \| (.+) \| ([\d.]+), (\d+) MB \| ([\d.]+), (\d+) MB \|$"
-    rows = re.findall(row_form, text_of("README.md"), re.MULTILINE)
+    rows = re.findall(row_form, text_of("docs/guide/paper.md"), re.MULTILINE)
     assert len(rows) == len([recipe for recipe in shipped() if not recipe.name.endswith(("ft", "movement"))]) - 1
     for row in rows:
         name, metric, value, memory, full_value, full_memory = row
@@ -194,13 +228,51 @@ def test_the_papers_figures_in_the_readme_are_those_of_the_recipes():
         assert f"(paper: {memory} MB at batch size 1; full finetuning {full_memory} MB)" in head
 
 
-def test_the_readmes_memory_figures_are_those_of_the_benchmark():
+def test_the_memory_figures_of_the_home_page_are_those_of_the_benchmark():
     results = json.loads(text_of("benchmarks/results/partial_memory.json"))["results"]
     peaks = {(row["way"], row["trains"]): f"{row['measured_bytes']['peak'] / 1e6:.0f} MB" for row in results}
+    dense, rows = peaks["dense gradients × mask (the authors)", "rows"], peaks["ours, rows in both", "rows"]
+    table = text_of("docs/index.md")
+    assert f"| masked dense gradients | {dense} |" in table
+    assert f"| here, the same rows trainable | {rows} |" in table
+    assert f"| here, whole neurons trainable, as RECAP's mask chooses them | {peaks['ours', 'neurons']} |" in table
     text = " ".join(text_of("README.md").split())
-    assert f"{peaks['dense gradients × mask (the authors)', 'rows']} with masked dense gradients" in text
-    assert f"{peaks['ours, rows in both', 'rows']} with the same rows moving here" in text
-    assert f"{peaks['ours', 'neurons']} with whole neurons moving" in text
+    assert f"peaks at {rows} where masked dense gradients take {dense}" in text
+
+
+def test_the_figures_of_the_results_page_are_those_of_the_notebook():
+    rows = [line.split("|") for line in text_of("benchmarks/pages/quality.md").splitlines() if line.startswith("|")]
+    known = {(row[3].strip(), row[5].strip()) for row in rows if len(row) > 6}  # the last round, and its standard error
+    table = text_of("docs/results.md").partition("## On data")[0]
+    shown = [pair for line in table.splitlines() if line.startswith("|") for pair in re.findall(HUMAN, line)]
+    assert len(shown) > 15
+    assert [pair for pair in shown if pair not in known] == []
+
+
+def test_the_one_table_of_the_readme_is_from_the_results_page():
+    text, results = text_of("README.md"), text_of("docs/results.md")
+    tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    assert len([table for table in tables if "±" in table]) == 1
+    figures = re.findall(HUMAN, text)
+    assert len(figures) >= 7
+    assert [figure for figure in figures if " ± ".join(figure) not in results] == []
+    for held, accuracy in re.findall(r"\| (\d+ %) \| \**([\d.]+ ± [\d.]+) %", text):  # side by side, as on the page
+        assert re.search(rf"{accuracy}\W[^|]*\| {held}", results), (accuracy, held)
+
+
+def test_the_readme_is_a_front_door():
+    assert 120 <= len(text_of("README.md").splitlines()) <= 150
+
+
+def test_the_page_on_installing_names_every_extra():
+    extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+    table = text_of("docs/guide/install.md").partition("## Extras")[2]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) >= set(extras)
+
+
+def test_the_page_of_commands_is_what_its_script_makes_of_their_help():
+    written = runpy.run_path(str(ROOT / "scripts" / "cli_reference.py"))["reference"]()
+    assert text_of("docs/reference/cli.md") == written, "run `make pages`"
 
 
 def kinds_of_error() -> set[type[errors.RecapError]]:
@@ -209,18 +281,21 @@ def kinds_of_error() -> set[type[errors.RecapError]]:
 
 
 def test_the_table_of_exit_codes_is_that_of_the_errors():
-    rows = re.findall(r"^\| (\d+) \| (\S*) ?\| (.+) \|$", text_of("docs/errors.md"), flags=re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| (\S*) ?\| (.+) \|$", text_of("docs/reference/errors.md"), flags=re.MULTILINE)
     wanted = {(str(kind.exit_code), f"`{kind.__name__}`", str(kind.__doc__).splitlines()[0]) for kind in kinds_of_error()}
     assert {row for row in rows if row[1]} == wanted
     assert [int(row[0]) for row in rows] == sorted([0, INTERRUPTED, *(kind.exit_code for kind in kinds_of_error())])
 
 
+PLUGINS = [f"docs/plugins/{page}.md" for page in ("index", "criterion", "adapter", "method")]
+
+
 @pytest.fixture
 def extra(tmp_path, monkeypatch) -> Path:
-    """The package of docs/plugins.md, its two files as they stand there, installed in a folder of its own."""
-    files = named_blocks("docs/plugins.md")
+    """The package of docs/plugins, its files as they stand there, installed in a folder of its own."""
+    files = {file: block for page in PLUGINS for file, block in named_blocks(page).items()}
     project = tomllib.loads(files["pyproject.toml"])["project"]
-    _, method = map(tomllib.loads, blocks("docs/plugins.md", "toml"))
+    (method,) = map(tomllib.loads, blocks("docs/plugins/method.md", "toml"))
     (tmp_path / "recap_extra.py").write_text(files["recap_extra.py"], encoding="utf-8")
     (tmp_path / "recap_activation.py").write_text(files["recap_activation.py"], encoding="utf-8")
     (tmp_path / "recap_headstart.py").write_text(files["recap_headstart.py"], encoding="utf-8")
@@ -328,7 +403,7 @@ def test_the_plugins_of_the_documentation_run_a_round(extra, tmp_path):
         "mask": {"criterion": "abs-taylor", "ratio": 0.5},
         "finetune": {"steps": 2, "batch_size": 8},
     }
-    state: State = run(parse(yaml.safe_dump(recipe), "docs/plugins.md"), tmp_path / "state")
+    state: State = run(parse(yaml.safe_dump(recipe), "docs/plugins/index.md"), tmp_path / "state")
     used = {(plugin["kind"], plugin["name"], plugin["distribution"]) for plugin in state.manifest.plugins["used"]}
     assert used == {
         ("methods", "recap", "recap-cli"),
@@ -338,17 +413,17 @@ def test_the_plugins_of_the_documentation_run_a_round(extra, tmp_path):
     assert state.manifest.best is not None
 
 
-def test_the_short_examples_of_the_readme_are_plugins():
+def test_the_short_examples_of_criterion_and_adapter_are_plugins():
     made: dict[str, Any] = {}
-    for block in blocks("README.md", "python"):
-        if "recap_cli.api" in block:
-            exec(block, made)
+    points: dict[str, Any] = {}
+    for page in ("docs/plugins/criterion.md", "docs/plugins/adapter.md"):
+        example = next(block for block in blocks(page, "python") if "recap_cli.api" in block)
+        assert len([line for line in example.splitlines() if line.strip()]) <= 15
+        exec(example, made)
+        points |= tomllib.loads(blocks(page, "toml")[0])["project"]["entry-points"]
     assert isinstance(made["ABS_TAYLOR"], Criterion)
     assert isinstance(made["MEGATRON_BERT"], Adapter)
-    points = tomllib.loads(next(block for block in blocks("README.md", "toml")))["project"]["entry-points"]
-    assert points == tomllib.loads(named_blocks("docs/plugins.md")["pyproject.toml"])["project"]["entry-points"]
-    examples = [block for block in blocks("README.md", "python") if "recap_cli.api" in block]
-    assert all(len([line for line in block.splitlines() if line.strip()]) <= 15 for block in examples)
+    assert points == tomllib.loads(named_blocks("docs/plugins/index.md")["pyproject.toml"])["project"]["entry-points"]
 
 
 def test_the_picture_is_plain_svg_without_anything_from_elsewhere():
@@ -363,6 +438,21 @@ def test_the_picture_is_plain_svg_without_anything_from_elsewhere():
 def test_the_page_on_states_names_all_settings_that_may_be_changed() -> None:
     from recap_cli.rounds.settings import EXECUTION
 
-    text = text_of("docs/state.md")
+    text = text_of("docs/reference/state.md")
     listed = text[text.index("how something is computed and not what:") : text.index("So a stage that ran out of memory")]
     assert set(re.findall(r"`([a-z_.]+)`", listed)) == set(EXECUTION)
+
+
+def test_the_page_on_states_names_all_files_of_a_round() -> None:
+    from recap_cli.rounds import record
+
+    files = {record.PLAN, record.IMPORTANCE, record.MASK, record.ROWS, record.SCORES, record.METRICS, record.MEMORY}
+    page = text_of("docs/reference/state.md")
+    tree = page.partition("  round-001/\n")[2].partition("  round-002/")[0]
+    assert set(re.findall(r"^    (\S+)", tree, re.MULTILINE)) == files
+    table = page.partition("## What each stage does to it")[2].partition("`small` are")[0]
+    named = set(re.findall(r"`(?:round-NNN/)?(\w+)`", table)) - {"init", "prune", "mask", "finetune", "merge"} | {"mask"}
+    stems = {
+        file.partition(".")[0] for file in (record.PLAN, record.MASK, record.ROWS, record.SMALL, record.TRAINED, record.MOMENTS)
+    }
+    assert named == stems

@@ -89,7 +89,7 @@ def test_an_unknown_adapter_says_how_to_add_one():
     with pytest.raises(PluginError, match="no adapter named 'mamba'") as caught:
         registry.load("adapters", "mamba")
     assert "recap.adapters" in str(caught.value.hint)
-    assert "docs/plugins.md" in str(caught.value.hint)
+    assert "docs/plugins/adapter.md" in str(caught.value.hint)
 
 
 def test_a_name_that_two_distributions_claim_is_refused_naming_both(distribution):

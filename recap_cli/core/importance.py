@@ -15,8 +15,12 @@ from recap_cli.core.criterion import Criterion, Losses
 from recap_cli.errors import PluginError
 from recap_cli.untrusted.code import guarded
 
-SCORE_HINT = "`score(weight, grad)` returns a tensor of the weight's shape; see docs/plugins.md, or choose another criterion"
-GROUPS_HINT = "`score_groups` returns a tensor for every axis, by its name; see docs/plugins.md, or choose another criterion"
+SCORE_HINT = (
+    "`score(weight, grad)` returns a tensor of the weight's shape; see docs/plugins/criterion.md, or choose another criterion"
+)
+GROUPS_HINT = (
+    "`score_groups` returns a tensor for every axis, by its name; see docs/plugins/criterion.md, or choose another criterion"
+)
 Scores = dict[str, Tensor]  # axis name → importance, float32, shape (axis.size,)
 
 

@@ -11,7 +11,7 @@ from recap_cli.core.axes import Axis
 from recap_cli.errors import ConformanceError, PluginError
 from recap_cli.untrusted.code import guarded
 
-HINT = "choose another model, or repair the adapter; see docs/plugins.md"
+HINT = "choose another model, or repair the adapter; see docs/plugins/adapter.md"
 
 
 def guarding(adapter: Adapter, name: str) -> Adapter:

@@ -25,7 +25,10 @@ TOLERANCE = 1e-5  # of the largest logit
 SEED = 2024
 LISTED = 5  # names in an error message
 LAYERS = ("num_hidden_layers", "n_layers", "depth")  # whichever key the library has for how many there are
-HINT = "the library's layout and the adapter's table disagree: see docs/plugins.md, or install the versions it was made for"
+HINT = (
+    "the library's layout and the adapter's table disagree: see docs/plugins/adapter.md, "
+    "or install the versions it was made for"
+)
 
 
 @dataclass(frozen=True)

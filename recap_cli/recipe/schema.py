@@ -1,6 +1,6 @@
 """The schema of a recipe: its sections and keys as frozen pydantic models. `recipe_conflicts` has what must hold between keys.
 
-A description names the paper's symbol after `Paper:`, where there is one; `docs/recipe.md` is generated from these.
+A description names the paper's symbol after `Paper:`, where there is one; `docs/reference/recipe.md` is generated from these.
 """
 
 import math

@@ -18,7 +18,7 @@ from recap_cli.trainable.optim import Optimizer
 from recap_cli.trainable.placement import Placement
 from recap_cli.untrusted.code import guarded
 
-HINT = "choose another method, or repair the plugin; see docs/plugins.md"
+HINT = "choose another method, or repair the plugin; see docs/plugins/method.md"
 
 
 def attach(small: SmallModel, recipe: Recipe, round_plans: Sequence[RoundPlan]) -> TrainerHook:

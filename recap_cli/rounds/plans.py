@@ -63,14 +63,14 @@ def round_plans_for(recipe: Recipe) -> tuple[RoundPlan, ...]:
         entry_cost=_entry_cost(recipe),
         options=options_of(recipe, method),
     )
-    hint = "its rounds(settings) returns the rounds of a run; see docs/plugins.md"
+    hint = "its rounds(settings) returns the rounds of a run; see docs/plugins/method.md"
     with guarded(f"the method {recipe.method!r} failed", hint):
         try:
             round_plans = tuple(round_plan for round_plan, _ in zip(method.round_plans(settings), range(MOST), strict=False))
         except ValueError as error:  # a plugin's way to refuse a value of its options
             raise RecipeError(f"{recipe.name}: {error}", hint=_options_hint(recipe.method, method)) from error
     if problem := _problem(round_plans, method):
-        raise PluginError(f"the method {recipe.method!r}: {problem}", hint="see RoundPlan in docs/plugins.md")
+        raise PluginError(f"the method {recipe.method!r}: {problem}", hint="see RoundPlan in docs/plugins/method.md")
     return round_plans
 
 

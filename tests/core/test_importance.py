@@ -161,7 +161,7 @@ def test_a_criterion_that_misbehaves_is_named_as_such(score, message: str) -> No
     with pytest.raises(PluginError, match=message) as caught:
         group_scores(model, axes, Criterion("mean", score), losses_of(model, spec, data[:1]))
     assert str(caught.value.hint).startswith(
-        "`score(weight, grad)` returns a tensor of the weight's shape; see docs/plugins.md"
+        "`score(weight, grad)` returns a tensor of the weight's shape; see docs/plugins/criterion.md"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the documentation forbids of a recipe and which exit codes there are, read from docs/recipe.md and docs/errors.md."""
+"""What the documentation forbids of a recipe, and which exit codes there are: read from two pages of docs/reference."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "reference"
 OPEN = ("options", "model.config")  # sections whose keys are someone else's
 SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 MARKS = {
@@ -19,13 +19,13 @@ MARKS = {
 
 @cache
 def exit_codes() -> frozenset[int]:
-    """The exit codes of the table in docs/errors.md."""
+    """The exit codes of the table in docs/reference/errors.md."""
     return frozenset(int(code) for code in re.findall(r"^\| (\d+) \|", (DOCS / "errors.md").read_text(), re.M))
 
 
 @cache
 def keys() -> dict[str, str]:
-    """The keys of a recipe with their types, in the words of docs/recipe.md."""
+    """The keys of a recipe with their types, in the words of docs/reference/recipe.md."""
     rows = re.findall(r"^\| `([\w.]+)` \| (.*?) \| ", (DOCS / "recipe.md").read_text(), re.M)
     return dict(rows)
 
@@ -37,7 +37,7 @@ def sections() -> frozenset[str]:
 
 
 def violations(values: Any) -> Iterator[str]:
-    """Each rule of docs/recipe.md that the values of a recipe break; none where they are no mapping."""
+    """Each rule of docs/reference/recipe.md that the values of a recipe break; none where they are no mapping."""
     for key, value in values.items() if isinstance(values, dict) else ():
         if key in sections() and isinstance(value, dict):
             for name, inner in value.items():

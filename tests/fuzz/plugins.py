@@ -36,7 +36,7 @@ ROUND_PLANS = """
     each = (settings.prune_ratio, settings.mask_ratio)
     return [RoundPlan(*each, share=part, lr_window=(n * part, (n + 1) * part)) for n in range(settings.rounds)]
 """
-# What a criterion may return or do, and the rule of docs/plugins.md that forbids to use it, if any does.
+# What a criterion may return or do, and the rule of docs/plugins/criterion.md that forbids to use it, if any does.
 SCORES = {
     "return -weight.abs()": "scores are non-negative",
     "return weight.to(torch.complex64)": "scores are non-negative, and so real",

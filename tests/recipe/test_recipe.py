@@ -552,7 +552,7 @@ def test_every_key_has_a_description_of_one_line() -> None:
 
 def test_the_reference_page_is_what_the_script_writes() -> None:
     reference = runpy.run_path(str(ROOT / "scripts" / "recipe_reference.py"))["reference"]()
-    written = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    written = (ROOT / "docs" / "reference" / "recipe.md").read_text(encoding="utf-8")
     assert written == reference, "run `python scripts/recipe_reference.py`"
     assert "| `prune.ratio` | a number in [0, 1) | `0.333` | Share of the prunable parameters that goes. | `r_p` |" in written
 

@@ -1,4 +1,4 @@
-"""The pages of docs that are written from benchmarks/results: they are those of the figures, and hold like against like."""
+"""The pages that are written from benchmarks/results: they are those of the figures, and hold like against like."""
 
 import importlib
 from pathlib import Path
@@ -27,7 +27,7 @@ def quality(load: Any) -> ModuleType:
     ("script", "page"), [("quality_page", "quality.md"), ("tables", "benchmarks.md"), ("memory_page", "memory.md")]
 )
 def test_a_page_is_what_its_script_makes_of_the_results(script: str, page: str, load: Any) -> None:
-    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == load(script).page()
+    assert (ROOT / "benchmarks" / "pages" / page).read_text(encoding="utf-8") == load(script).page()
 
 
 def cells(variant: str, last: list[float], mask_ratio: float | None = None) -> list[dict[str, Any]]:

@@ -273,7 +273,7 @@ def evaluate(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
 
 
 def ratios(recipe: Any) -> list[tuple[float, float, bool]]:
-    """r_p and r_f of each round of `recap`, and whether it prunes anew: memory is the same in every round (docs/methods.md)."""
+    """r_p and r_f of each round of `recap`, and whether it prunes anew: memory stays the same (docs/concepts.md)."""
     rounds, r_p, r_f = recipe.rounds, recipe.prune.ratio, recipe.mask.ratio
     hold_plan = min(int(rounds * recipe.prune.hold_plan + 1e-9), rounds - 1)
     anew, last, found = rounds - hold_plan, 1 - r_f, []
