@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.util import Finalize
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", place)  # of `tmp_path`, which stays where a test has failed
         folder = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="recap-tests-", dir=place)
         tempfile.tempdir = None
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-1000)  # after the folder that fork servers have in it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
