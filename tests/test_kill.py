@@ -79,7 +79,7 @@ def test_killed_in_the_middle_of_training_and_run_again_is_uninterrupted(tmp_pat
 
 def test_the_runs_of_a_comparison_end_with_it_when_it_is_killed(tmp_path: Path) -> None:
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"
-    recipe.write_text(recipes.dump(tiny("vit", finetune={"epochs": 20})))
+    recipe.write_text(recipes.dump(tiny("vit", rounds=1, finetune={"epochs": 20})))
     arguments = ("compare", str(recipe), "--methods", "recap", "--ratios", "0.3", "--mask-ratios", "0.5", "--seeds", "0")
     killed = Fork([*arguments, "--out", str(out)], tmp_path / "printed")
     cell = out / "cells" / "recap-rp0.3-rf0.5-s0"
