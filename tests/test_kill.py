@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from recap_cli.cli import main
 from recap_cli.process import die_with_parent
@@ -22,7 +23,7 @@ from recap_cli.stages.mask import mask
 from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
-from recap_cli.state.lock import locked
+from recap_cli.state.lock import HOLDER, locked
 from recap_cli.state.store import State
 from tests.forks import Fork
 from tests.limits import HANG_SECONDS
@@ -31,24 +32,41 @@ from tests.tiny import tiny
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
 
 
-def begin(*arguments: str, said: Path) -> Fork:
-    return Fork(lambda: main(list(arguments)), said)
-
-
 def wait_for_mask(running: Fork, state: Path) -> None:
     """Return when the mask of the first round is committed, and the finetuning has just begun."""
     manifest, deadline = state / "state.yaml", time.monotonic() + HANG_SECONDS
     while not (manifest.exists() and "\nstage: mask\n" in manifest.read_text()):
-        assert running.poll() is None, running.said.read_text()
+        assert running.poll() is None, running.printed.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
+@pytest.fixture
+def thread_of_autograd() -> None:
+    """Autograd has a thread of its own from now on, as it has wherever there is an accelerator: its backward passes nest."""
+
+    class Nested(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, depth: int) -> torch.Tensor:
+            ctx.depth = depth
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+            if ctx.depth:
+                with torch.enable_grad():
+                    Nested.apply(torch.ones(1, requires_grad=True), ctx.depth - 1).backward()
+            return grad, None
+
+    Nested.apply(torch.ones(1, requires_grad=True), 100).backward()  # more than its 60 on one thread
+
+
+@pytest.mark.usefixtures("thread_of_autograd")
 def test_killed_in_the_middle_of_training_and_run_again_is_uninterrupted(tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(recipes.dump(tiny("vit", finetune={"epochs": 20})))
     assert main(["run", str(recipe), "--state", str(tmp_path / "whole")]) == 0
-    killed = begin("run", str(recipe), "--state", str(tmp_path / "killed"), said=tmp_path / "said")
+    killed = Fork(["run", str(recipe), "--state", str(tmp_path / "killed")], tmp_path / "printed")
     wait_for_mask(killed, tmp_path / "killed")
     os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
@@ -61,9 +79,9 @@ def test_killed_in_the_middle_of_training_and_run_again_is_uninterrupted(tmp_pat
 
 def test_the_runs_of_a_comparison_end_with_it_when_it_is_killed(tmp_path: Path) -> None:
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"
-    recipe.write_text(recipes.dump(tiny("vit", finetune={"epochs": 20})))
+    recipe.write_text(recipes.dump(tiny("vit", rounds=1, finetune={"epochs": 20})))
     arguments = ("compare", str(recipe), "--methods", "recap", "--ratios", "0.3", "--mask-ratios", "0.5", "--seeds", "0")
-    killed = begin(*arguments, "--out", str(out), said=tmp_path / "said")
+    killed = Fork([*arguments, "--out", str(out)], tmp_path / "printed")
     cell = out / "cells" / "recap-rp0.3-rf0.5-s0"
     wait_for_mask(killed, cell)
     (run,) = psutil.Process(killed.pid).children()
@@ -75,29 +93,17 @@ def test_the_runs_of_a_comparison_end_with_it_when_it_is_killed(tmp_path: Path) 
 
 
 def test_ctrl_c_twice_in_the_cleanup_after_the_last_commit_leaves_nothing_for_ever(tmp_path: Path) -> None:
-    recipe, state, unlink = tmp_path / "tiny.yaml", tmp_path / "state", Path.unlink
+    recipe, state = tmp_path / "tiny.yaml", tmp_path / "state"
     recipe.write_text(recipes.dump(tiny("vit", rounds=1, prune={"steps": 1})))
-
-    def stop_twice(path: Path, *args: Any, **kwargs: Any) -> None:
-        if path.as_posix().endswith("full-000/model.safetensors"):
-            try:
-                os.kill(os.getpid(), signal.SIGINT)
-            finally:
-                os.kill(os.getpid(), signal.SIGINT)
-        unlink(path, *args, **kwargs)
-
-    def stopped() -> int:
-        Path.unlink = stop_twice  # type: ignore[method-assign]
-        return main(["run", str(recipe), "--state", str(state)])
-
-    done = Fork(stopped, tmp_path / "said")
-    code, said = done.wait(), done.said.read_text()
-    assert code == 130, said
-    assert said.count("error: stopped; what the stages before have finished is kept") == 1
-    assert f"hint: go on with `recap run {recipe} --state {state}`" in said
-    assert "Traceback" not in said
+    stopped = Fork(["run", str(recipe), "--state", str(state)], tmp_path / "printed", stop_at="full-000/model.safetensors")
+    code, printed = stopped.wait(), stopped.printed.read_text()
+    assert code == 130, printed
+    assert printed.count("error: stopped; what the stages before have finished is kept") == 1
+    assert f"hint: go on with `recap run {recipe} --state {state}`" in printed
+    assert "Traceback" not in printed
     assert State.open(state).manifest.stage == "merge"
     assert (state / "full-000/model.safetensors").exists()  # the second came before it could go
+    assert (state / HOLDER).exists()  # and nothing ran after it: no cleanup that a third could break
     run(recipes.read(str(recipe)), state)
     here = {file.relative_to(state).as_posix() for file in state.rglob("*") if file.is_file()}
     assert here == {"state.yaml", ".recap-lock", *State.open(state).manifest.files}

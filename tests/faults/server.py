@@ -94,6 +94,7 @@ class _Outcomes:
 
 def _child(request: Mapping[str, Any], out: int) -> None:
     """Run the tests of a request, and write what came of them."""
+    gc.enable()
     sys.meta_path.insert(0, Changed(request["sources"]))
     import pytest
 
@@ -149,6 +150,7 @@ def main() -> None:
     """Answer requests until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints at import is no answer
+    gc.disable()  # of what is imported nothing is garbage
     _preload(FIRST)
     for line in sys.stdin:
         answer = _run(json.loads(line))

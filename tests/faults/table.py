@@ -21,6 +21,10 @@ PATIENCE = f"{SETTINGS}test_patience_counts_the_rounds_since_the_best[values0-3-
 DRAWN = f"{SETTINGS}test_every_example_is_as_likely_in_d_s_as_any_other"
 DROPOUT = f"{SETTINGS}test_dropout_is_for_training_alone"
 WARM_UP = f"{SETTINGS}test_the_warm_up_trains_the_head_and_nothing_else_as_torch_would[deit]"
+SAMPLE = "tests/data/test_sampling.py::test_a_sample_repeats_nothing"
+SEEDS = "tests/data/test_sampling.py::test_seeds_are_the_same_everywhere_and_differ_by_each_argument"
+NAIVE = "tests/core/test_importance.py::test_importance_is_that_of_a_naive_double_loop"
+RISES = "tests/rounds/test_plans.py::test_no_round_of_the_ramp_holds_more_than_the_last[1.0-0.333-0.5]"
 GLOBAL = f"{SETTINGS}test_scopes_floors_and_criteria_choose_what_the_reference_chooses[global-bert]"
 
 
@@ -59,7 +63,7 @@ FAULTS = (
         "recap_cli/data/sampling.py",
         'torch.randperm(count, generator=generator_for(seed, round, f"sample for {stage}"))[:size]',
         "torch.arange(count)[:size]",
-        (DRAWN,),
+        (SAMPLE,),
     ),
     Fault(
         "the worst round becomes the product",
@@ -87,21 +91,21 @@ FAULTS = (
         "plugins/criteria/taylor.py",
         "(weight * grad).square()",
         "(weight * grad).abs()",
-        (CHOSEN,),
+        (f"{NAIVE}[1-vit]",),
     ),
     Fault(
         "eq. (4) with the weight",
         "plugins/criteria/fisher.py",
         "return grad.square()",
         "return (grad * weight).square()",
-        (CHOSEN,),
+        (f"{NAIVE}[4-vit]",),
     ),
     Fault(
         "importance is the sum over batches, not the mean over D_s",
         "recap_cli/core/importance.py",
         "(loss if each else loss * share).backward()",
         "loss.backward()",
-        (CHOSEN,),
+        (f"{NAIVE}[1-vit]",),
     ),
     Fault(
         "entries are summed along the wrong axis",
@@ -109,7 +113,7 @@ FAULTS = (
         "along = score.float().sum(dim=[d for d in range(score.ndim) if d != dim]) if score.ndim > 1",
         "along = (score.mT if score.shape[0] == score.shape[-1] else score).float().sum("
         "dim=[d for d in range(score.ndim) if d != dim]) if score.ndim > 1",
-        ("tests/core/test_importance.py::test_importance_is_that_of_a_naive_double_loop[1-vit]",),
+        (f"{NAIVE}[1-vit]",),
     ),
     Fault(
         "the ranking is by importance, not by importance per parameter",
@@ -186,7 +190,7 @@ FAULTS = (
         "recap_cli/data/sampling.py",
         'f"{seed}/{round}/{stage}"',
         'f"{seed}/{stage}"',
-        (DRAWN,),
+        (SEEDS,),
     ),
     Fault(
         "every epoch of the warm-up has the same order",
@@ -305,7 +309,7 @@ FAULTS = (
         "plugins/methods/recap.py",
         "(1 - settings.ramp) * way)",
         "(1 - settings.ramp) * (1 - way))",
-        (PLAN,),
+        (RISES,),
     ),
 )
 TOGETHER = FAULTS[:3]

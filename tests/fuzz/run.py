@@ -245,6 +245,7 @@ def _in_memory() -> str | None:
 
 def _prepared(options: argparse.Namespace, root: Path) -> tuple[Player, list[tuple[str, Case]]]:
     """Import and make everything, and draw the cases."""
+    gc.disable()  # until all is there: hardly anything of it is garbage
     scratch = root / "world"
     scratch.mkdir()
     os.environ.update(environment(scratch))
@@ -261,6 +262,7 @@ def _prepared(options: argparse.Namespace, root: Path) -> tuple[Player, list[tup
     put_on()
     gc.collect()
     gc.freeze()
+    gc.enable()
     held = psutil.Process().memory_info().rss
     _prove_sight(Player(world, root, 2.0, held + 2**27), probes())
     return Player(world, root, options.limit), cases
