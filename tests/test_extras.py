@@ -171,12 +171,12 @@ def test_pictures_and_pages_without_their_extra_are_refused_at_once(
 def test_a_lora_state_is_refused_before_its_stages_and_needs_nothing_once_they_are_done(
     refused: Callable[[str], str], hide: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    for line in ("init lora.yaml --state s", "prune s", "mask s"):
-        assert main(line.split()) == 0
-    capsys.readouterr()
-    with monkeypatch.context() as hidden:
-        hidden.setattr(extras, "find_spec", lambda module: None)
-        for line in ("finetune s", "run --state s", "profile-memory s"):
+    assert main(["init", "lora.yaml", "--state", "s"]) == 0
+    for allowed, line in (("status s", "run --state s"), ("prune s", "profile-memory s"), ("mask s", "finetune s")):
+        assert main(allowed.split()) == 0
+        capsys.readouterr()
+        with monkeypatch.context() as hidden:
+            hidden.setattr(extras, "find_spec", lambda _: None)
             assert "peft is not installed" in refused(line)
     assert main(["run", "--state", "s"]) == 0
     hide("peft")
@@ -232,6 +232,7 @@ LINES = (
     "eval s",
     "export s product",
     "profile-memory tiny.yaml",
+    "compare tiny.yaml --seeds 0 --dry-run",
     "run tiny.yaml --state t",
     "run quickstart --dry-run",
     "init quickstart --state q --set head.warmup_epochs=0",
