@@ -163,6 +163,7 @@ def read(text: str) -> Reader:
     assert {*re.findall(r"url\(([^)]*)\)", text), *hrefs} <= {f"#{name}" for name in ids}
     figures = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
     assert not re.findall(r'(?:fill|stroke)[:=]"?(?!none|url|var)', figures), "a dark page would not know the colour"
+    assert re.search(r"^svg \{[^}]*fill: var\(--c000000\)", text, re.MULTILINE), "matplotlib leaves black out, as SVG's own"
     assert set(re.findall(r"var\((--\w+)\)", text)) <= set(re.findall(r"(--[\w-]+):", text))
     for tag, attributes in reader.tags:
         if tag == "svg":
