@@ -1,13 +1,13 @@
-"""`recap plugins`: list the criteria and adapters that are installed, without importing any."""
+"""`recap plugins`: list the installed criteria, adapters and methods, without importing any."""
 
 from recap_cli import console
 from recap_cli.commands.arguments import JsonOption
 
 
 def plugins(as_json: JsonOption = False) -> None:
-    """List the criteria, model adapters and methods that are installed, ours and others'.
+    """List the installed criteria, model adapters and methods, those of recap-cli and of other packages.
 
-    Nothing is imported to list it. A criterion's name goes into a recipe; an adapter's name is the model type it knows.
+    Recipes name criteria and methods. An adapter's name is the model type that it is for.
 
     Example: [bold]recap plugins[/bold]
     """
@@ -23,4 +23,4 @@ def plugins(as_json: JsonOption = False) -> None:
     else:
         console.records(rows, is_result=True)
     for one in broken():
-        console.say(f"{one.distribution} {one.version} is left out: {one.problem}")
+        console.say(f"{one.distribution} {one.version} is ignored: {one.problem}")
