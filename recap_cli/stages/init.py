@@ -94,7 +94,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
             "prunable_parameters": prunable_params(layout.axes, layout.shapes),
             "train_examples": len(split),
             "labels": spec.num_labels,
-            "label_places": raw.labels.own,
+            "label_places": raw.labels.from_dataset,
             "label_words": raw.labels.words,
             "head_new": new,
             "threads": count,
