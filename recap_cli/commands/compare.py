@@ -63,8 +63,9 @@ def compare(
 ) -> None:
     """Run a recipe with several methods, ratios and seeds; write the results as JSON and CSV, and draw them.
 
-    Each cell of the grid is a state below DIR/cells. After a stop, the same command continues; a larger grid adds cells.
-    The exit code is 18 if a cell failed or is impossible. All other cells have run then, and the results have them.
+    Each cell of the grid is a state below DIR/cells.
+    After a stop, the same command continues; a larger grid adds cells.
+    The exit code is 18 if a cell failed or is impossible. The results have all others.
 
     Example: [bold]recap compare quickstart --methods full-ft,pre-ft,recap --seeds 0,1[/bold]
     """

@@ -44,8 +44,8 @@ def evaluate(
 ) -> None:
     """Score the models of a state on the recipe's validation data, or on other data.
 
-    Other data are read like those of the recipe: the same columns, preprocessing and labels. Data without labels still give
-    --predictions.
+    Other data are read like those of the recipe: same columns, preprocessing, labels.
+    Data without labels still give --predictions.
 
     Example: [bold]recap eval runs/cola --which full,best --data test.csv --predictions out.csv[/bold]
     """

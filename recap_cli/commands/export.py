@@ -33,7 +33,7 @@ def export(
 ) -> None:
     """Write the best small model of a state, with its tokenizer or image processor, and print how to load it.
 
-    Before the command ends, it loads the export and compares its logits with those of the small model.
+    It then loads the export, and compares its logits with those of the small model.
 
     Example: [bold]recap export runs/cola cola-small[/bold]
     """

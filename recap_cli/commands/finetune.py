@@ -31,8 +31,8 @@ def finetune(
 ) -> None:
     """Train the part of the small model that the mask leaves trainable.
 
-    The third stage of a round, and the longest. It stops if a loss is not finite or a device runs out of memory; the state
-    stays as it was.
+    The third stage of a round, and the longest.
+    It stops if a loss is not finite or memory runs out; the state stays as it was.
 
     Example: [bold]recap finetune runs/cola[/bold]
     """

@@ -82,8 +82,9 @@ def profile_memory(
 ) -> None:
     """Predict what finetuning holds on its device: from the configuration, without a GPU, weights or data.
 
-    Each figure comes from one training step of the real model on tensors without memory, with the kernels that CUDA chooses.
-    Texts on this machine are read to find which tokens they use: the device holds no rows of other tokens.
+    Each figure comes from a training step of the real model on tensors without memory.
+    It uses the kernels that CUDA chooses.
+    Local texts are read for their tokens: the device holds no rows of other tokens.
 
     Example: [bold]recap profile-memory quickstart --methods full,lora,recap --batch-sizes 1,8,32[/bold]
     """

@@ -37,8 +37,8 @@ def run(
 ) -> None:
     """Run all rounds of prune, mask, finetune and merge, and print the path of the product.
 
-    After a stop, the same command continues after the last finished stage. Execution settings may differ then: if memory ran
-    out, add --set finetune.checkpointing=true.
+    After a stop, the same command continues after the last finished stage.
+    Execution settings may change then, as in --set finetune.checkpointing=true.
 
     Example: [bold]recap run quickstart --set rounds=3[/bold]
     """
