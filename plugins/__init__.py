@@ -1,1 +1,1 @@
-"""What ships with RECAP and registers as a stranger's plugin would: reached only through entry points."""
+"""The plugins that ship with RECAP. They register like third-party ones, and are reached by entry points only."""

@@ -1,4 +1,4 @@
-"""All that a plugin may import: the records that a plugin is made of, and the errors it may raise."""
+"""All that a plugin may import: the records that plugins are made of, and the errors they may raise."""
 
 from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, is_transposed
 from recap_cli.core.axes import Axis, Cut, UnitMask, refine

@@ -1,6 +1,6 @@
-"""Names the commands; the one place where an error becomes a message and an exit code.
+"""The command line: its subcommands, and the one place where an error becomes a message and an exit code.
 
-Nothing heavy is imported to print help: each command imports what it needs when it is called.
+Printing help imports nothing heavy: each command imports what it needs when it is called.
 """
 
 import errno
@@ -37,11 +37,11 @@ from recap_cli.errors import DeviceMemoryError, PluginError, RecapError, Storage
 from recap_cli.printable import printable
 from recap_cli.process import interrupt
 
-STOPPED = "stopped; what the stages before have finished is kept, and nothing else"
+STOPPED = "stopped; the finished stages are kept, and nothing else"
 INTERRUPTED = interrupt.INTERRUPTED
 TRACEBACK = "RECAP_TRACEBACK"
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-SPINS = "1000"  # tenths of a millisecond; the library's own 300,000 are a whole slice of time beside other programs
+SPINS = "1000"  # some tenths of a millisecond; the library's default of 300,000 takes a whole time slice on a busy machine
 REFUSED = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -92,33 +92,41 @@ def recap(version: VersionOption = False) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code.
+    """Run one command line. With RECAP_TRACEBACK=1 each error comes with its traceback.
 
-    0 done, 2 a wrong command line, 3 to 19 an error of `recap_cli.errors` or `recap_cli.commands`, 130 stopped by Ctrl-C,
-    1 anything else. With RECAP_TRACEBACK=1 each error comes with its traceback.
+    Args:
+        arguments: The words after `recap`; those of this process by default.
+
+    Returns:
+        The exit code: 0 done, 2 a wrong command line, 3 to 19 another error of `recap_cli.errors`, 130 stopped by Ctrl-C,
+        1 anything else.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     _open_streams()
     _quiet_libraries()
     _sleep_soon()
     registry.leave_out_broken()
-    said: list[str] = []  # the word to someone who stops us, once it is out
-    with interrupt.heard(lambda: "" if said else f"error: {STOPPED}\nhint: {printable(_again(given))}\n") as is_interrupted:
+    printed: list[str] = []  # the message on a stop, once it is printed: a second Ctrl-C does not repeat it
+
+    def message() -> str:
+        return "" if printed else f"error: {STOPPED}\nhint: {printable(_again(given))}\n"
+
+    with interrupt.counted(message) as is_interrupted:
         try:
             return _run(given)
         except KeyboardInterrupt:
-            return _stopped(given, said)
-        except BrokenPipeError:  # whoever read our output has gone, as `head` does; nobody is left to tell
+            return _stopped(given, printed)
+        except BrokenPipeError:  # the reader of stdout has gone, as `head` does
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for the flush at exit)
             return 1
-        except Exception as error:  # noqa: BLE001  (the last door: everything becomes a message here)
-            return _stopped(given, said) if is_interrupted() else _failed(error)
+        except Exception as error:  # noqa: BLE001  (the last resort: everything becomes a message)
+            return _stopped(given, printed) if is_interrupted() else _failed(error)
         finally:
             console.close()
 
 
 def _run(arguments: list[str]) -> int:
-    """Let Typer parse and call; it reports a wrong command line itself, and ends with SystemExit in any case."""
+    """Let Typer parse and call. It prints the errors of a wrong command line, and always ends with SystemExit."""
     try:
         app(arguments, prog_name="recap")
     except SystemExit as end:
@@ -128,18 +136,18 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _stopped(arguments: Sequence[str], said: list[str]) -> int:
+def _stopped(arguments: Sequence[str], printed: list[str]) -> int:
     console.close()
     console.error(STOPPED, _again(arguments))
-    said.append(STOPPED)
+    printed.append(STOPPED)
     return INTERRUPTED
 
 
 def _again(arguments: Sequence[str]) -> str:
-    """Return the hint with the command that goes on: `run` is always the same one, a stage that is done is not."""
+    """Return the hint with the command that continues: the same one, unless it was a stage that is already done."""
     if (done := interrupt.done()) and arguments[:1] != ["run"]:
         return done
-    return f"go on with `{shlex.join(['recap', *arguments])}`"
+    return f"continue with `{shlex.join(['recap', *arguments])}`"
 
 
 def _failed(error: Exception) -> int:
@@ -153,7 +161,7 @@ def _failed(error: Exception) -> int:
 
 
 def _explained(error: Exception) -> RecapError:
-    """Return the error to show: ours as it is, the machine's limits as a StorageError, the rest as a bug of ours."""
+    """Return the error to show. A full disk or memory has its type of error; what no code expects is a bug of RECAP."""
     if isinstance(error, PluginError) and isinstance(error.__cause__, Exception) and _lacks_memory(error.__cause__):
         return _explained(error.__cause__)  # memory that ran out in a plugin is not the plugin's fault
     if isinstance(error, RecapError):
@@ -170,24 +178,24 @@ def _explained(error: Exception) -> RecapError:
 
 
 def _out_of_memory(error: Exception) -> RecapError:
-    """Return what to show where a device's memory ran out anywhere but in `finetune`, which knows more; or the machine's."""
+    """Return the error for memory that ran out, of a device or of the machine. `finetune` has a better one of its device."""
     first = str(error).partition("\n")[0]
-    told = f"out of memory{f': {first}' if first else ''}"
+    message = f"out of memory{f': {first}' if first else ''}"
     if lacks_device_memory(error):
         return DeviceMemoryError(
-            told,
-            hint="whatever state there is, is as it was: the same recap run again, with --set importance.device=cpu or a "
-            "smaller evaluate.batch_size, goes on from there",
+            message,
+            hint="the state is as it was: the same recap run with --set importance.device=cpu, or with a smaller "
+            "evaluate.batch_size, continues it",
         )
     return StorageError(
-        told,
+        message,
         hint="try --set finetune.micro_batch_size=8, finetune.checkpointing=true, finetune.fused_backward=true "
-        "or finetune.weights=bf16: recap run --state DIR --set … goes on in the same state, which is as it was",
+        "or finetune.weights=bf16: the state is as it was, and recap run --state DIR --set … continues it",
     )
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """Whether memory ran out: Python's own, an accelerator's, or torch's on the CPU, which has no type but words."""
+    """Whether memory ran out: Python's, an accelerator's, or torch's on the CPU, which only its message shows."""
     if isinstance(error, MemoryError) or lacks_device_memory(error):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -202,7 +210,7 @@ def _place(error: Exception) -> str:
 
 
 def _open_streams() -> None:
-    """Write to nowhere where a stream was closed, and escape what its encoding cannot say."""
+    """Replace a closed stream by one that discards, and escape characters that a stream's encoding lacks."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -212,17 +220,18 @@ def _open_streams() -> None:
 
 
 def _quiet_libraries() -> None:
-    """Keep the hub's and the data sets' own progress bars out of log files; on a terminal they may stay."""
+    """Keep the progress bars of the hub's libraries out of log files; a terminal may show them."""
     if not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
 
 
 def _sleep_soon() -> None:
-    """Let OpenMP's threads spin only shortly at a barrier before they sleep, unless the user's environment says how they wait.
+    """Let OpenMP's threads spin only briefly at a barrier before they sleep, unless the environment sets how they wait.
 
-    It is read when torch is imported, so it stands here. Measured on two cores under a load of 12, two threads, ms a step of a
-    model with hidden size 192: 4,903 with the library's own count, 1,363 with 2,000, 924 with 0, and 931 with one thread.
+    OpenMP reads this when torch is imported, so it must be set before. Measured on two cores under a load of 12 with two
+    threads, in ms per step of a model with hidden size 192: 4,903 with the default, 1,363 with 2,000, 924 with 0. One thread
+    takes 931.
     """
     if not any(os.environ.get(name) for name in WAITING):
         os.environ["GOMP_SPINCOUNT"] = SPINS

@@ -1,7 +1,7 @@
-"""The one place that prints: results on stdout; tables for people, progress, errors and hints on stderr.
+"""The one place that prints: results on stdout; tables, progress, errors and hints on stderr.
 
-A terminal gets bars and colour. A log file gets plain lines, at most one every ten seconds and loop: no carriage return,
-no escape code. `NO_COLOR` and `COLUMNS` are respected.
+A terminal gets bars and colour. A log file gets plain lines without carriage returns or escape codes, at most one every ten
+seconds per loop. `NO_COLOR` and `COLUMNS` are respected.
 """
 
 import json
@@ -25,31 +25,31 @@ PIPE_WIDTH = 120
 LINE_SECONDS = 10.0
 SHORT_SECONDS = 1.0  # a round has some ten loops that take less
 
-_live: list["Progress"] = []  # the bars on the screen, or nothing: a terminal has room for one such display
+_live: list["Progress"] = []  # the bars on the screen, at most one display of them
 
 
 def result(text: str) -> None:
-    """Print a line of the result on stdout, as it is, and flush: the next stage of a pipe may wait for it."""
+    """Print a line of the result on stdout, unchanged, and flush: the next stage of a pipe may wait for it."""
     print(text, file=sys.stdout, flush=True)  # noqa: T201
 
 
 def line(text: str) -> None:
-    """Print a line of a result that is for people on stdout: `legible`, for it may quote anything."""
+    """Print a line of a result for people on stdout, made `printable`: it may quote anything."""
     result(printable(text))
 
 
 def emit_json(value: object) -> None:
-    """Print `value` as JSON on stdout; a number that is not finite becomes null, which JSON can say."""
+    """Print `value` as JSON on stdout. Numbers that are not finite become null: JSON has none."""
     result(escaped_in_json(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str)))
 
 
 def say(text: str) -> None:
-    """Print a line for people on stderr, above the bars where there are some; `legible`, for it may quote anything."""
+    """Print a line for people on stderr, above any bars, made `printable`: it may quote anything."""
     _console(sys.stderr).print(printable(text), soft_wrap=True)
 
 
 def error(message: str, hint: str | None = None) -> None:
-    """Print what went wrong and what to do next on stderr, without breaking lines: paths stay whole."""
+    """Print an error and its hint on stderr. Lines are not wrapped, so paths stay whole."""
     from rich.text import Text
 
     console = _console(sys.stderr)
@@ -59,10 +59,10 @@ def error(message: str, hint: str | None = None) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, is_result: bool = False) -> None:
-    """Print a table, on stdout where it is the result that was asked for, else on stderr.
+    """Print a table, on stdout if it is the result that was asked for, else on stderr.
 
-    A column of short cells that all begin with a digit (or are empty) is set flush right. A number is never broken: where the
-    screen is too narrow for that, the table is wider than it.
+    A column of short cells that all begin with a digit (or are empty) is set flush right. A number is never broken: if the
+    screen is too narrow, the table is wider than the screen.
     """
     from rich.box import SIMPLE_HEAD
     from rich.measure import Measurement
@@ -91,13 +91,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str |
 
 
 def _widest(cells: Iterable[str], numbers: bool) -> int:
-    """Return the width of the widest number, with its unit where the whole column is `numbers`; at least 1."""
+    """Return the width of the widest number, with its unit if the whole column is `numbers`; at least 1."""
     words = (word for cell in cells for word in ([cell] if numbers else cell.split()) if re.match(r"-?\d", word))
     return max(map(len, words), default=1)
 
 
 def records(rows: Sequence[Mapping[str, Any]], *, title: str | None = None, is_result: bool = False) -> None:
-    """Print records as a table: a column per key in order of appearance, the unit taken from the key (`value_text`)."""
+    """Print records as a table: a column per key in order of appearance, with the unit of the key (`value_text`)."""
     flat = [dict(_flat(row)) for row in rows]
     keys = list(dict.fromkeys(key for row in flat for key in row))
     cells = [[value_text(key, row.get(key)) for key in keys] for row in flat]
@@ -105,7 +105,7 @@ def records(rows: Sequence[Mapping[str, Any]], *, title: str | None = None, is_r
 
 
 def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
-    """Pass the items through, as a `recap_cli.progress.Track`: a bar on a terminal, else plain lines."""
+    """Yield the items and show progress, as a `recap_cli.progress.Track`: a bar on a terminal, else plain lines."""
     label = printable(label)
     count = total if total is not None else operator.length_hint(items, -1)
     known = count if count >= 0 else None
@@ -113,7 +113,7 @@ def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterat
 
 
 def close() -> None:
-    """Take the bars off the screen, where an exception or Ctrl-C left some."""
+    """Remove bars that an exception or Ctrl-C left on the screen."""
     while _live:
         _live.pop().stop()
 
@@ -124,7 +124,7 @@ def megabytes(count_bytes: float) -> str:
 
 
 def millions(count: float) -> str:
-    """Return a number of parameters in millions with two decimals, or whole where it is below 100,000."""
+    """Return a number of parameters in millions with two decimals, or as a whole number below 100,000."""
     return f"{count / 1e6:,.2f} M" if count >= 1e5 else f"{count:,.0f}"
 
 
@@ -134,7 +134,7 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as people say them: `12 ms`, `0.4 s`, `2 min 05 s`, `3 h 04 min`."""
+    """Return seconds for people: `12 ms`, `0.4 s`, `2 min 05 s`, `3 h 04 min`."""
     if seconds < 0.1:
         return f"{seconds * 1e3:.0f} ms"
     if seconds < 60:
@@ -144,12 +144,12 @@ def duration(seconds: float) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Return seconds as milliseconds with three digits that count, at least: `0.213 ms`, `21.3 ms`, `2,130 ms`."""
+    """Return seconds as milliseconds with at least three significant digits: `0.213 ms`, `21.3 ms`, `2,130 ms`."""
     digits = 2 - math.floor(math.log10(seconds * 1e3)) if seconds > 0 else 0
     return f"{seconds * 1e3:,.{min(max(digits, 0), 9)}f} ms"
 
 
-# By a word of the key; the first that is found counts, so that a share of the parameters is a share.
+# The unit of a key by one of its words. The first entry that fits counts, so that a share of the parameters is a share.
 UNITS: dict[str, Callable[[float], str]] = {
     "bytes": megabytes,
     "latency": milliseconds,
@@ -167,7 +167,7 @@ UNITS: dict[str, Callable[[float], str]] = {
 
 
 def value_text(key: str, value: object) -> str:
-    """Return `value` for people, in the unit that a word of `key` names (`UNITS`): kept_share is a share."""
+    """Return `value` for people, in the unit that a word of `key` names (`UNITS`): `kept_share` is a share."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "" if value is None else str(value)
     if isinstance(value, bool):
@@ -184,7 +184,7 @@ def value_text(key: str, value: object) -> str:
 
 
 def heading(key: str) -> str:
-    """Return a key as a heading, without the unit that its cells say already."""
+    """Return a key as a heading, without the unit that its cells show."""
     return key.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ").replace(".", " ")
 
 
@@ -211,7 +211,7 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 def _console(stream: TextIO) -> "Console":
-    """Return the console of a stream; stderr's is the one the bars are drawn on, which moves them out of the way."""
+    """Return the console of a stream. That of stderr draws the bars, and makes room for other lines."""
     from rich.console import Console
 
     if _live and stream is sys.stderr:
@@ -221,7 +221,7 @@ def _console(stream: TextIO) -> "Console":
 
 
 def _bar(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
-    """Pass the items through under a bar, which goes when the loop ends; an inner loop adds its bar below."""
+    """Yield the items under a bar that disappears when the loop ends. An inner loop adds its bar below."""
     outermost = not _live
     progress = _bars() if outermost else _live[-1]
     if outermost:
@@ -255,9 +255,9 @@ def _bars() -> "Progress":
 
 
 def _lines(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
-    """Pass the items through, with a plain line at the start, every ten seconds, and at the end of all but the shortest."""
-    of = "" if total is None else f" of {total:,}"
-    say(f"{label}: 0{of} ..." if of else f"{label} ...")
+    """Yield the items, with a plain line at the start, every ten seconds, and at the end of all but the shortest loops."""
+    of_total = "" if total is None else f" of {total:,}"
+    say(f"{label}: 0{of_total} ..." if of_total else f"{label} ...")
     start = last = time.monotonic()
     done = 0
     for item in items:
@@ -267,7 +267,7 @@ def _lines(items: Iterable[Item], label: str, total: int | None) -> Iterator[Ite
         if now - last >= LINE_SECONDS and done != total:
             last = now
             left = "" if not total or done > total else f", {duration((now - start) / done * (total - done))} left"
-            say(f"{label}: {done:,}{of}, {duration(now - start)}{left}")
+            say(f"{label}: {done:,}{of_total}, {duration(now - start)}{left}")
     took = time.monotonic() - start
     if took >= SHORT_SECONDS:
-        say(f"{label}: {done:,}{of} in {duration(took)}")
+        say(f"{label}: {done:,}{of_total} in {duration(took)}")

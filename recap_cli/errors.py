@@ -1,7 +1,7 @@
-"""Every error a user can meet, each with a hint (the next command) and an exit code of its own.
+"""Every error that a user can meet, each with a hint (the next command) and an exit code.
 
 RecapError                 1
-├── UsageError             2   a command line that makes no sense
+├── UsageError             2   a wrong command line
 │   └── PipeError         15   standard input named no state: in a pipe, the stage before has failed
 ├── RecipeError            3   a recipe with problems, all of them at once
 ├── DataError              4   a data file, column or label that does not fit
@@ -27,8 +27,11 @@ from recap_cli.printable import printable
 class RecapError(Exception):
     """Base of every error that becomes a message instead of a traceback.
 
-    `message` names the thing and the place; `hint` says what to do next, if anything can be said. Both are kept `legible`: they
-    quote what files and plugins say, and Python's own tracebacks show them too.
+    Both texts are made `printable`, because they quote files and plugins, and Python's tracebacks show them too.
+
+    Attributes:
+        message: Names the thing and the place.
+        hint: The next command or step, if there is one.
     """
 
     exit_code = 1
@@ -38,12 +41,12 @@ class RecapError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
-        if hint:  # for plain Python, whose tracebacks show notes; `cli` prints the hint itself
+        if hint:  # tracebacks of plain Python show notes; `cli` prints the hint itself
             self.add_note(f"hint: {hint}")
 
 
 class UsageError(RecapError):
-    """A command line that makes no sense."""
+    """A wrong command line."""
 
     exit_code = 2
 
@@ -132,8 +135,8 @@ class DeviceMemoryError(RecapError):
     exit_code = 16
 
 
-# How a lack says so that has no type of its own: MPS, the driver when a context or a library finds no room, and cuBLAS.
-LACKS = (
+# Messages of torch for a lack of memory that has no type: of MPS, of the driver, and of cuBLAS and cuDNN.
+OUT_OF_MEMORY_MESSAGES = (
     "MPS backend out of memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -143,9 +146,9 @@ LACKS = (
 
 
 def lacks_device_memory(error: BaseException) -> bool:
-    """Whether an exception of torch's says that the memory of an accelerator ran out; by name and words, without torch."""
+    """Whether an exception of torch means that an accelerator ran out of memory. Looks at names and messages, without torch."""
     return type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in LACKS)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_MESSAGES)
     )
 
 

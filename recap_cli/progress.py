@@ -1,4 +1,4 @@
-"""How a long loop says where it is, without knowing who listens."""
+"""How a long loop reports progress, without knowing what shows it."""
 
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
@@ -7,11 +7,11 @@ Item = TypeVar("Item")
 
 
 class Track(Protocol):
-    """Passes the items through; whoever listens is told the label, the total and each item as it goes."""
+    """Yields the items, and reports the label, the total and each item as it goes."""
 
     def __call__(self, items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]: ...
 
 
 def silent(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
-    """A `Track` to which nobody listens."""
+    """A `Track` that reports nothing."""
     return iter(items)

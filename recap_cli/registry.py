@@ -1,6 +1,6 @@
-"""Plugins by kind and name: entry points, listed without loading anything, loaded one at a time.
+"""Plugins by kind and name: entry points that are listed without loading them, and loaded one at a time.
 
-Ours register through the same groups as a stranger's: `recap.criteria`, `recap.adapters` and `recap.methods`.
+Shipped and third-party plugins register through the same groups: `recap.criteria`, `recap.adapters` and `recap.methods`.
 """
 
 import os
@@ -21,7 +21,7 @@ from recap_cli.untrusted.code import guarded
 Kind = Literal["criteria", "adapters", "methods"]
 OURS = "recap-cli"
 UNKNOWN, FILE = "unknown", "entry_points.txt"
-MOST_BYTES = 2**20  # of such a file; the longest known have some thousand
+MOST_BYTES = 2**20  # of an entry_points.txt; the longest known have a few thousand
 KINDS: tuple[Kind, ...] = ("criteria", "adapters", "methods")
 SINGULAR: dict[Kind, str] = {"criteria": "criterion", "adapters": "adapter", "methods": "method"}
 ADD_ADAPTER = (
@@ -29,12 +29,12 @@ ADD_ADAPTER = (
 )
 
 
-_read: Callable[[Distribution], Any] = cast(Any, Distribution.entry_points).fget  # as it is without `leave_out_broken`
+_read: Callable[[Distribution], Any] = cast(Any, Distribution.entry_points).fget  # what `leave_out_broken` replaces
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One plugin as its distribution declares it: nothing of it has been imported."""
+    """One plugin as its distribution declares it, not imported."""
 
     name: str
     kind: Kind
@@ -45,7 +45,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Broken:
-    """A distribution, of any kind, whose entry points cannot be read, and why."""
+    """A distribution whose entry points cannot be read, and why. It need not have plugins of RECAP."""
 
     distribution: str
     version: str
@@ -53,47 +53,52 @@ class Broken:
 
 
 def entries(kind: Kind) -> list[Entry]:
-    """Every plugin of a kind, by name; a name that two distributions claim is there twice.
+    """Return every plugin of a kind, sorted by name; a name that two distributions claim occurs twice.
 
-    A distribution whose entry points cannot be read is left out: see `broken`.
+    Distributions whose entry points cannot be read are left out: see `broken`.
     """
     return [entry for entry in _entries(_environment()) if entry.kind == kind]
 
 
 def broken() -> list[Broken]:
-    """The distributions in this environment whose entry points cannot be read, ours or anybody's."""
+    """Return all distributions of this environment whose entry points cannot be read."""
     return list(_broken(_environment()))
 
 
 def leave_out_broken() -> None:
-    """Let this process see no entry points where they cannot be read; nothing is changed where all can be.
+    """Hide entry points that cannot be read from this process, if there are any.
 
-    torch and pydantic read those of all distributions when they are imported, and one that is malformed would end them.
+    torch and pydantic read the entry points of all distributions when they are imported, and fail on a malformed file.
     """
     if broken():
         Distribution.entry_points = property(_readable)  # type: ignore[assignment,method-assign]
 
 
 def names(kind: Kind) -> list[str]:
-    """The names of a kind, sorted."""
+    """Return the names of all plugins of a kind, sorted."""
     return sorted({entry.name for entry in entries(kind)})
 
 
 def used(kind: Kind, name: str) -> dict[str, str]:
-    """What the manifest records of a plugin: kind, name, distribution and version. Raises `PluginError` as `load` does."""
+    """Return what the manifest records of a plugin: kind, name, distribution and version. Imports nothing.
+
+    Raises:
+        PluginError: There is no such name, or two distributions claim it.
+    """
     entry = _find(kind, name)
     return {"kind": kind, "name": entry.name, "distribution": entry.distribution, "version": entry.version}
 
 
 def load(kind: Kind, name: str) -> object:
-    """The plugin itself (a `Criterion`, an `Adapter` or a `Method`); imports its module and no other plugin's.
+    """Return a plugin (a `Criterion`, an `Adapter` or a `Method`). Imports its module and no other plugin's.
 
-    Raises `PluginError` if there is no such name, two distributions claim it, its module cannot be imported, or it is something
-    else than its kind asks for.
+    Raises:
+        PluginError: There is no such name, or two distributions claim it. Or its module cannot be imported, or its type is not
+            that of its kind.
     """
     entry = _find(kind, name)
     source = f"the {SINGULAR[kind]} {name!r} ({entry.target}, from {entry.distribution} {entry.version})"
-    hint = f"repair or uninstall {entry.distribution}; `recap plugins` lists what there is"
+    hint = f"repair or uninstall {entry.distribution}; `recap plugins` lists all plugins"
     with guarded(f"{source} cannot be loaded", hint):
         plugin = EntryPoint(name, entry.target, f"recap.{kind}").load()
     wanted = _type_of(kind)
@@ -106,17 +111,17 @@ def load(kind: Kind, name: str) -> object:
 
 
 def unknown(kind: Kind, name: str, known: Iterable[str]) -> tuple[str, str]:
-    """The message and the hint for a name that nothing is registered under: near names, all names, how to add one."""
+    """Return message and hint for a name without a plugin: all names, names that are near, and how to add one."""
     known = sorted(known)
     near = get_close_matches(name, known, n=3)
     message = f"there is no {SINGULAR[kind]} named {name!r}; there are: {', '.join(known) or 'none'}"
     hints = [f"did you mean {' or '.join(near)}?"] if near else []
     hints += [ADD_ADAPTER] if kind == "adapters" else []
-    return message, " ".join(hints) or "`recap plugins` lists what there is"
+    return message, " ".join(hints) or "`recap plugins` lists all plugins"
 
 
 def _environment() -> tuple[object, ...]:
-    """What the distributions of this process hang on: where they are looked for, and when those folders last changed."""
+    """Return what the set of distributions depends on: the places searched, and when each last changed."""
     return (*map(id, sys.meta_path), *((place, _changed(place)) for place in map(os.path.abspath, sys.path)))
 
 
@@ -129,7 +134,7 @@ def _changed(place: str) -> int | None:
 
 @lru_cache(maxsize=1)
 def _entries(environment: tuple[object, ...]) -> tuple[Entry, ...]:
-    """Every plugin of every kind, kept for as long as the `environment` stays: every stage asks, and all metadata are read."""
+    """Return every plugin of every kind. Cached by `environment`: every stage asks, and all metadata must be read."""
     found = {
         Entry(point.name, kind, *owner, point.value)
         for distribution in _with_plugins()
@@ -163,25 +168,26 @@ def _find(kind: Kind, name: str) -> Entry:
 
 
 def _with_plugins() -> list[Distribution]:
-    """The distributions that register anything here; of two with one name the first on the path, as with imports."""
-    found = [each for each in metadata.distributions() if any(point.group.startswith("recap.") for point in _readable(each))]
-    named = {_name_of(each)[0]: each for each in reversed(found)}
-    return [each if name == UNKNOWN else metadata.distribution(name) for name, each in named.items()]
+    """Return the distributions with plugins of RECAP. Of two with one name, the first on the path counts, as with imports."""
+    all_of_them = metadata.distributions()
+    with_plugins = [one for one in all_of_them if any(point.group.startswith("recap.") for point in _readable(one))]
+    by_name = {_name_of(one)[0]: one for one in reversed(with_plugins)}
+    return [one if name == UNKNOWN else metadata.distribution(name) for name, one in by_name.items()]
 
 
 def _readable(distribution: Distribution) -> Any:
-    """The entry points of a distribution; none where they cannot be read, as `broken` says."""
+    """Return the entry points of a distribution; none if they cannot be read (see `broken`)."""
     return metadata.EntryPoints() if _problem(distribution) else _read(distribution)
 
 
 def _problem(distribution: Distribution) -> str | None:
-    """Why the entry points of a distribution cannot be read, or None where they can."""
+    """Return why the entry points of a distribution cannot be read, or None."""
     place = getattr(distribution, "_path", None)  # a folder, or a place within a zip file
     if isinstance(place, Path) and (odd := _oddity(place / FILE)):
         return f"its {FILE} {odd}"
     try:
         list(_read(distribution))
-    except Exception as error:  # noqa: BLE001  (a stranger's file, asked in order to know)
+    except Exception as error:  # noqa: BLE001  (a foreign file; every failure is a finding)
         lines = [
             line.strip() for line in ((not isinstance(error, UnicodeError) and distribution.read_text(FILE)) or "").splitlines()
         ]
@@ -193,28 +199,28 @@ def _problem(distribution: Distribution) -> str | None:
 
 
 def _oddity(file: Path) -> str | None:
-    """What is wrong with a file that must not even be opened: a pipe would be waited for, and a huge one fill the memory."""
+    """Return why a file must not be opened, or None: reading a pipe would block, and a huge file would fill the memory."""
     try:
-        found = file.stat()
-    except OSError:  # there is none, or it cannot be read, as whoever opens it says
+        status = file.stat()
+    except OSError:  # missing or unreadable: opening it gives the error
         return None
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         return "is no ordinary file"
-    return f"has {found.st_size:,} bytes" if found.st_size > MOST_BYTES and stat.S_ISREG(found.st_mode) else None
+    return f"has {status.st_size:,} bytes" if status.st_size > MOST_BYTES and stat.S_ISREG(status.st_mode) else None
 
 
 def _name_of(distribution: Distribution) -> tuple[str, str]:
-    """The name and the version of a distribution, where its metadata say them."""
+    """Return the name and the version of a distribution, each "unknown" if its metadata lack it."""
     try:
-        said = distribution.metadata
-        name, version = (next(iter(said.get_all(key) or [UNKNOWN])) for key in ("Name", "Version"))
+        fields = distribution.metadata
+        name, version = (next(iter(fields.get_all(key) or [UNKNOWN])) for key in ("Name", "Version"))
     except Exception:  # noqa: BLE001  (as in _problem)
         return UNKNOWN, UNKNOWN
     return str(name), str(version)
 
 
 def _type_of(kind: Kind) -> type:
-    """The type a plugin must have; imported here, for it brings torch."""
+    """Return the type that a plugin of a kind must have. Importing it imports torch."""
     if kind == "criteria":
         from recap_cli.core.criterion import Criterion
 

@@ -65,9 +65,17 @@ FACTS = {
     "stage": "prune",
     "seconds": 1.5,
     "finished": "2026",
+    "plan": "importance",
+    "prune_ratio": 0.333,
+    "params_full": 2_000_000,
+    "params_small": 1_500_000,
     "kept_share_of_prunable": 0.667,
     "kept": {"heads": [3]},
 }
+MASKED = {"trains": "mask", "mask_ratio": 0.75, "trainable_share_of_prunable": 0.25}
+TUNED = {"metric": "accuracy", "accuracy": 0.9512, "loss": 0.1, "steps": 1360, "trainable": 150_000}
+MERGED = {"trained": 150_000, "best_round": 1}
+PRUNED_TEXT = "pruned 33.3% of the prunable parameters by importance; the small model has 1.50 M of 2.00 M parameters"
 CHANGE = {
     "changed": "2026-07-28T10:00:00+00:00",
     "round": 2,
@@ -101,7 +109,9 @@ def folder(tmp_path: Path) -> Path:
     """A state whose `init` is done."""
     recipe = parse(RECIPE, "pico.yaml")
     with State.create(tmp_path / "state", dump(recipe), digest(recipe)) as transaction:
-        transaction.facts |= {"notes": ["a new head"], "not_pruned": ["pooler"]}
+        transaction.facts |= {"notes": ["random weights"], "not_pruned": ["pooler"]}
+        transaction.facts |= {"adapter": "vit", "parameters": 2_000_000, "prunable_parameters": 1_900_000}
+        transaction.facts |= {"train_examples": 1438, "labels": 10, "head_new": True}
         transaction.save_text("full-000/model.txt", "zero")
         transaction.set_full("full-000")
     return tmp_path / "state"
@@ -189,8 +199,8 @@ def test_ctrl_c_says_how_to_go_on(fake: Fake, folder: Path, capsys: pytest.Captu
     assert main(["finetune", str(folder)]) == 130
     err = capsys.readouterr().err
     assert err.splitlines() == [
-        "error: stopped; what the stages before have finished is kept, and nothing else",
-        f"hint: go on with `recap finetune {folder}`",
+        "error: stopped; the finished stages are kept, and nothing else",
+        f"hint: continue with `recap finetune {folder}`",
     ]
 
 
@@ -234,7 +244,7 @@ def test_a_device_whose_memory_runs_out_has_a_code_of_its_own(
     assert main([stage, str(folder)]) == errors.DeviceMemoryError.exit_code == 16
     err = capsys.readouterr().err
     assert err.startswith("error: out of memory: ")
-    assert "the same recap run again, with --set importance.device=cpu" in err
+    assert "the same recap run with --set importance.device=cpu" in err
 
 
 def test_a_closed_stdout_and_one_that_knows_only_ascii_are_borne() -> None:
@@ -292,7 +302,7 @@ def test_a_reader_that_has_gone_is_no_error(fake: Fake, folder: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "problem"),
     [
         (["prun"], "'prune'"),
         (["recipes", "lst"], "'ls'"),
@@ -301,26 +311,51 @@ def test_a_reader_that_has_gone_is_no_error(fake: Fake, folder: Path, capsys: py
         (["export", "somewhere"], "OUT"),
     ],
 )
-def test_a_wrong_command_line_names_what_is_near(line: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_command_line_names_what_is_near(line: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(line) == 2
     out, err = capsys.readouterr()
     assert not out
-    assert told in err
+    assert problem in err
 
 
 # Pipes
 
 
-@pytest.mark.parametrize("stage", ["prune", "mask", "finetune", "merge"])
-def test_a_stage_prints_the_folder_for_the_next_one(
-    stage: str, fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("stage", "facts", "text"),
+    [
+        ("prune", {}, PRUNED_TEXT),
+        (
+            "prune",
+            {"plan": "learned"},
+            "pruned 33.3% of the prunable parameters by learned scores; the small model has 1.50 M of 2.00 M parameters",
+        ),
+        ("prune", {"plan": "same"}, "kept the groups of the round before; the small model has 1.50 M of 2.00 M parameters"),
+        ("prune", {"prune_ratio": 0.0}, "pruned nothing; the small model has all 2.00 M parameters"),
+        ("mask", MASKED, "25.0% of the small model's prunable parameters are trainable, 75.0% are frozen"),
+        ("mask", MASKED | {"mask_ratio": 0.0}, "all prunable parameters of the small model are trainable"),
+        ("mask", {"trains": "head", "mask_ratio": 0.0}, "only the task head is trainable"),
+        ("mask", {"trains": "training", "mask_ratio": 0.0}, "the method chooses what is trainable"),
+        ("finetune", TUNED, "trained 0.15 M parameters for 1,360 steps; validation: accuracy 0.9512, loss 0.1000"),
+        ("merge", MERGED, "wrote 0.15 M trained parameters into the full model; best round so far: 1"),
+        ("merge", MERGED | {"best_round": None}, "wrote 0.15 M trained parameters into the full model"),
+    ],
+)
+def test_a_stage_prints_what_it_did_and_the_folder_for_the_next_one(
+    stage: str,
+    facts: dict[str, Any],
+    text: str,
+    fake: Fake,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen = []
 
     def run(state: State, *, track: Any, **_: Any) -> dict[str, Any]:
         seen.append(state.path)
         list(track([1], "loop"))
-        return FACTS | {"stage": stage}
+        return FACTS | facts | {"stage": stage}
 
     fake(stage, **{stage: run})
     pipe(monkeypatch, f"{folder}\nmore\n")
@@ -328,7 +363,7 @@ def test_a_stage_prints_the_folder_for_the_next_one(
     out, err = capsys.readouterr()
     assert seen == [folder]
     assert out == f"{folder}\n"
-    assert f"round 1 {stage}, 1.5 s: kept share of prunable 66.7%\n" in err
+    assert f"round 1 {stage}, 1.5 s: {text}\n" in err
 
 
 def test_json_takes_the_place_of_the_folder(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -382,7 +417,8 @@ def test_init_hands_over_the_recipe_with_its_overrides(
     out, err = capsys.readouterr()
     assert seen == [0.5, 1e-4, Path("s")]
     assert out == f"{folder}\n"
-    assert "  note: a new head\n  not pruned: pooler\n" in err
+    assert ": vit with 2.00 M parameters, 1.90 M prunable, new head; 1,438 training examples, 10 labels\n" in err
+    assert "  note: random weights\n  not pruned: pooler\n" in err
     assert f"next: recap prune {folder}" in err
 
 
@@ -436,11 +472,20 @@ def test_run_prints_the_tables_on_stderr_and_the_product_alone_on_stdout(
     out, err = capsys.readouterr()
     assert ran[0][1] == Path("runs/pico")
     assert out == "runs/pico/best-001\n"
-    for told in ("round 1 prune, 1.5 s", "1 *", "0.9512", "2.00 M", "66.7%", "0.15 M", "10.0%", "1 min 01 s"):
-        assert told in err
-    assert f"{CHANGED}, in this state from now on\n" in err
-    for told in ("3 2 of 4", "40 of 64", "7.8 MB", "32.0 MB", "24.4%", "product: runs/pico/best-001"):
-        assert told in err
+    for problem in (
+        f"round 1 prune, 1.5 s: {PRUNED_TEXT}\n",
+        "1 *",
+        "0.9512",
+        "2.00 M",
+        "66.7%",
+        "0.15 M",
+        "10.0%",
+        "1 min 01 s",
+    ):
+        assert problem in err
+    assert f"changed in this state: {CHANGED}\n" in err
+    for text in ("10.0%", "1 min 01 s", "3 2 of 4", "40 of 64", "7.8 MB", "32.0 MB", "24.4%", "product: runs/pico/best-001"):
+        assert text in err
     assert "\x1b" not in err
 
 
@@ -461,13 +506,13 @@ def test_finetune_changes_settings_and_says_so(fake: Fake, folder: Path, capsys:
     def finetune(state: State, *, on_change: Callable[..., None], **settings: Any) -> dict[str, Any]:
         seen.append((settings["overrides"], settings["snapshot_to"]))
         on_change(CHANGE)
-        return FACTS | {"stage": "finetune"}
+        return FACTS | TUNED | {"stage": "finetune"}
 
     fake("finetune", finetune=finetune)
     assert main(["finetune", str(folder), "--set", "a.b=1", "--set", "a.c=2", "--snapshot", "x.pickle"]) == 0
     assert main(["finetune", str(folder)]) == 0
     assert seen == [(["a.b=1", "a.c=2"], Path("x.pickle")), ((), None)]
-    assert f"{CHANGED}, in this state from now on\n" in capsys.readouterr().err
+    assert f"changed in this state: {CHANGED}\n" in capsys.readouterr().err
 
 
 def test_run_without_recipe_or_state_says_what_to_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -481,7 +526,7 @@ def test_status_is_a_result(fake: Fake, folder: Path, capsys: pytest.CaptureFixt
     out, err = capsys.readouterr()
     assert not err
     assert "0.9512" in out
-    assert "pico: runs/pico, round 2 of 3, prune done, 1 min 03 s in all" in out
+    assert "pico: runs/pico, round 2 of 3, prune done, 1 min 03 s in total" in out
     assert "next: recap mask runs/pico" in out
 
 
@@ -578,7 +623,7 @@ def test_a_copy_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["recipes", "copy", "quickstart", str(tmp_path)]) == 0
     (tmp_path / "quickstart.yaml").write_text("mine", encoding="utf-8")
     assert main(["recipes", "copy", "quickstart", str(tmp_path)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert (tmp_path / "quickstart.yaml").read_text(encoding="utf-8") == "mine"
     assert main(["recipes", "copy", "quickstart", str(tmp_path / "no" / "x.yaml")]) == 2
 
@@ -629,9 +674,9 @@ def test_doctor_asks_the_driver_who_holds_the_devices(
     assert "2.0 MB held by other processes" in out
     assert "it sleeps" in out
     assert "580.65.06" in out
-    monkeypatch.setattr(nvml, "driver", lambda: (None, "NVML says nothing: Not Supported"))
+    monkeypatch.setattr(nvml, "driver", lambda: (None, "NVML does not answer: Not Supported"))
     assert main(["doctor"]) == 0
-    assert "NVML says nothing: Not Supported" in capsys.readouterr().out
+    assert "NVML does not answer: Not Supported" in capsys.readouterr().out
 
 
 # Help

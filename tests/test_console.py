@@ -80,7 +80,7 @@ def test_units_follow_from_the_key(key: str, value: object, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "shown"),
     [
         (0.2, "200 ms"),
         (0.2134, "213 ms"),
@@ -92,9 +92,9 @@ def test_units_follow_from_the_key(key: str, value: object, text: str) -> None:
         (1e-12, "0.000000001 ms"),
     ],
 )
-def test_a_latency_has_three_digits_on_the_screen_and_in_a_page(seconds: float, said: str) -> None:
-    assert console.value_text("latency", seconds) == console.value_text("latency_seconds", seconds) == said
-    assert milliseconds(seconds) == said
+def test_a_latency_has_three_digits_on_the_screen_and_in_a_page(seconds: float, shown: str) -> None:
+    assert console.value_text("latency", seconds) == console.value_text("latency_seconds", seconds) == shown
+    assert milliseconds(seconds) == shown
 
 
 def test_records_become_a_table_without_escape_codes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,15 +235,15 @@ def test_whatever_is_quoted_cannot_steer_the_terminal(
     show: Callable[[str], object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     show(HOSTILE)
-    said = "".join(capsys.readouterr())
-    assert ESCAPED.replace(" ", "") in "".join(said.split())  # a title is folded
-    assert not set(said) & set("\x1b\x07\r\x9b\u202e\x7f")
+    shown = "".join(capsys.readouterr())
+    assert ESCAPED.replace(" ", "") in "".join(shown.split())  # a title is folded
+    assert not set(shown) & set("\x1b\x07\r\x9b\u202e\x7f")
 
 
 def test_a_bar_cannot_steer_the_terminal() -> None:
-    said = on_terminal(lambda: list(console.track([1], "\x1b]0;title\x07")))
-    assert r"\x1b]0;title\x07" in said
-    assert "\x1b]0;" not in said
+    shown = on_terminal(lambda: list(console.track([1], "\x1b]0;title\x07")))
+    assert r"\x1b]0;title\x07" in shown
+    assert "\x1b]0;" not in shown
 
 
 def test_json_escapes_control_characters_and_means_the_same(capsys: pytest.CaptureFixture[str]) -> None:

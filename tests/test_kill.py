@@ -98,8 +98,8 @@ def test_ctrl_c_twice_in_the_cleanup_after_the_last_commit_leaves_nothing_for_ev
     stopped = Fork(["run", str(recipe), "--state", str(state)], tmp_path / "printed", stop_at="full-000/model.safetensors")
     code, printed = stopped.wait(), stopped.printed.read_text()
     assert code == 130, printed
-    assert printed.count("error: stopped; what the stages before have finished is kept") == 1
-    assert f"hint: go on with `recap run {recipe} --state {state}`" in printed
+    assert printed.count("error: stopped; the finished stages are kept") == 1
+    assert f"hint: continue with `recap run {recipe} --state {state}`" in printed
     assert "Traceback" not in printed
     assert State.open(state).manifest.stage == "merge"
     assert (state / "full-000/model.safetensors").exists()  # the second came before it could go
@@ -129,12 +129,12 @@ def test_ctrl_c_after_the_commit_of_a_stage_does_not_say_to_run_it_again(
         assert main([which, str(state.path)]) == 130
     number = State.open(state.path).manifest.round
     err = capsys.readouterr().err
-    assert f"hint: `{which}` of round {number} is done: `recap status {state.path}` says what comes next" in err
+    assert f"hint: `{which}` of round {number} is done: `recap status {state.path}` shows what comes next" in err
     assert "go on with" not in err
     assert main(["status", str(state.path)]) == 0
     monkeypatch.setattr("recap_cli.commands.status.open_state", interrupted)
     assert main(["status", str(state.path)]) == 130
-    assert f"hint: go on with `recap status {state.path}`" in capsys.readouterr().err
+    assert f"hint: continue with `recap status {state.path}`" in capsys.readouterr().err
 
 
 def interrupted(*_: object) -> None:
@@ -206,8 +206,8 @@ sys.exit(main(["status", "x"]))
 def test_a_ctrl_c_that_is_swallowed_or_comes_twice_ends_with_130_and_the_usual_word(where: str) -> None:
     done = subprocess.run([sys.executable, "-c", SWALLOWS, where], capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 130, done.stderr
-    stopped = "error: stopped; what the stages before have finished is kept, and nothing else\n"
-    assert done.stderr.endswith(f"{stopped}hint: go on with `recap status x`\n")
+    stopped = "error: stopped; the finished stages are kept, and nothing else\n"
+    assert done.stderr.endswith(f"{stopped}hint: continue with `recap status x`\n")
     assert "Traceback" not in done.stderr
     assert "bug" not in done.stderr
 

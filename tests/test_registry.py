@@ -176,7 +176,7 @@ def test_a_distribution_with_broken_entry_points_is_left_out_and_named(distribut
     assert main(["plugins"]) == 0
     shown = capsys.readouterr()
     assert "taylor" in shown.out
-    assert f"zz-broken 1.2 is left out: {found.problem}" in shown.err
+    assert f"zz-broken 1.2 is ignored: {found.problem}" in shown.err
     assert main(["doctor", "--json"]) == 1
     assert any("zz-broken 1.2" in one and problem in one for one in json.loads(capsys.readouterr().out)["problems"])
 
@@ -238,16 +238,16 @@ def test_metadata_are_read_once_for_all_look_ups(distribution, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "problem"),
     [
         ("class Own(BaseException): pass\nraise Own('mine')", "Own: mine"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt"),
         ("import sys; sys.exit(4)", "SystemExit: 4"),
     ],
 )
-def test_whatever_an_import_raises_names_the_plugin(distribution, source, told):
+def test_whatever_an_import_raises_names_the_plugin(distribution, source, problem):
     distribution("acme-raises", "[recap.criteria]\nraises = acme_raises_module:X\n", source)
-    with pytest.raises(PluginError, match=rf"'raises'.*acme-raises 1.2.*{told}\n"):
+    with pytest.raises(PluginError, match=rf"'raises'.*acme-raises 1.2.*{problem}\n"):
         registry.load("criteria", "raises")
 
 

@@ -1,4 +1,4 @@
-"""BERT and its relatives: BERT, RoBERTa and ELECTRA share one layout, DistilBERT has its own names."""
+"""BERT and its relatives: BERT, RoBERTa and ELECTRA have one layout, DistilBERT has other names."""
 
 from recap_cli.api import Adapter, Heads, Neurons
 
@@ -20,7 +20,7 @@ BERT = Adapter(
         Neurons(block="**encoder.layer.*", up=("intermediate.dense",), down="output.dense"),
     ),
     embeddings=EMBEDDINGS,
-    # The pooler stands between encoder and classifier, and the checkpoint of a bare encoder may have none: part of the head.
+    # The pooler is part of the head: it is between encoder and classifier, and checkpoints of bare encoders may lack it.
     head=("classifier.*", "*.pooler.*"),
 )
 

@@ -1,7 +1,8 @@
-"""timm's VisionTransformer: ViT, DeiT (with or without the distillation token) and what else is built of its blocks.
+"""timm's VisionTransformer: ViT, DeiT (with or without the distillation token) and other models of the same blocks.
 
 The query, key and value are one fused matrix, or three. A feedforward block may hold gate and value as one matrix (`GluMlp`)
-or two (`SwiGLU`). The attention must read its width from `attn_dim`, as timm does since 1.0.24; before, it took the tokens'.
+or two (`SwiGLU`). The attention must read its width from `attn_dim`, as timm does since 1.0.24; earlier releases used the width
+of the tokens.
 """
 
 from recap_cli.api import Adapter, Heads, Neurons

@@ -1,7 +1,7 @@
 """Vision transformers of the transformers library: ViT and DeiT in one layout, DINOv2 with its two kinds of feedforward block.
 
-Within transformers 5 the modules were renamed (`attention.attention.query` became `attention.q_proj`, `intermediate.dense`
-became `mlp.fc1`; DINOv2's packed `weights_in` became `gate_proj` and `up_proj`): both layouts are known, and found.
+transformers 5 renamed the modules: `attention.attention.query` became `attention.q_proj`, `intermediate.dense` became
+`mlp.fc1`, and DINOv2's packed `weights_in` became `gate_proj` and `up_proj`. The tables have both layouts.
 """
 
 from recap_cli.api import Adapter, Heads, Neurons
@@ -20,7 +20,7 @@ EARLIER_HEADS = Heads(
 
 
 def heads(block: str) -> Heads:
-    """Today's names of an attention block, wherever its layers are."""
+    """Return the current names of an attention block, for layers at `block`."""
     return Heads(
         block=block,
         attention="attention",

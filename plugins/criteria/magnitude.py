@@ -6,7 +6,7 @@ from recap_cli.api import Criterion
 
 
 def score(weight: Tensor, grad: Tensor) -> Tensor:
-    """θ², entry by entry."""
+    """Return θ², entry by entry."""
     return weight.square()
 
 

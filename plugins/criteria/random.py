@@ -7,7 +7,7 @@ from recap_cli.api import Criterion
 
 
 def score(weight: Tensor, grad: Tensor) -> Tensor:
-    """Uniform in [0, 1), entry by entry, from torch's own generator."""
+    """Return uniform numbers in [0, 1), entry by entry, from torch's global generator."""
     return torch.rand_like(weight)
 
 

@@ -6,7 +6,7 @@ from recap_cli.api import Criterion
 
 
 def score(weight: Tensor, grad: Tensor) -> Tensor:
-    """(∂L/∂θ · θ)², entry by entry, for the mean derivative over D_s."""
+    """Return (∂L/∂θ · θ)², entry by entry, for the mean derivative over D_s."""
     return (weight * grad).square()
 
 

@@ -1,1 +1,1 @@
-"""Finetuning methods, each under its own entry point in `recap.methods`."""
+"""Finetuning methods, each with an entry point in `recap.methods`."""

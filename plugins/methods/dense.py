@@ -1,17 +1,17 @@
-"""Finetuning of a model that is not pruned: all of it, or its task head alone."""
+"""Finetuning without pruning: of the whole model, or of its task head."""
 
 from recap_cli.api import Method, RoundPlan, Settings
 
 
 def whole(_: Settings) -> list[RoundPlan]:
-    """One round in which everything moves."""
+    """Return one round in which everything is trainable."""
     return [RoundPlan(embeddings=True)]
 
 
 def head(_: Settings) -> list[RoundPlan]:
-    """One round in which the task head moves."""
+    """Return one round in which only the task head is trainable."""
     return [RoundPlan(trains="head")]
 
 
-FULL = Method("Full finetuning: every weight moves, nothing is pruned.", whole)
-HEAD = Method("Head finetuning: the task head moves, nothing is pruned.", head)
+FULL = Method("Full finetuning: every weight is trainable, nothing is pruned.", whole)
+HEAD = Method("Head finetuning: only the task head is trainable, nothing is pruned.", head)

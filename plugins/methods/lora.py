@@ -1,4 +1,4 @@
-"""LoRA (2106.09685) as the library peft has it: low-rank adapters beside frozen matrices, added to them at the end."""
+"""LoRA (2106.09685) by the library peft: low-rank adapters beside frozen matrices, added to these at the end."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from recap_cli.api import Axis, Method, RoundPlan, Settings, TrainContext, TrainerHook, is_transposed, names_of
 
-MARK = ".lora_"  # of the names that peft gives
+MARK = ".lora_"  # in the names that peft gives
 HEADS = ("query", "key", "value")
 PLACES = (*HEADS, "output", "up", "down")
 
 
 def round_plans(settings: Settings) -> list[RoundPlan]:
-    """One round in which the adapters and the task head move."""
+    """Return one round in which the adapters and the task head are trainable."""
     for name in ("rank", "alpha"):
         _count(name, settings.options[name])
     _places(settings.options["targets"])
@@ -22,19 +22,19 @@ def round_plans(settings: Settings) -> list[RoundPlan]:
 
 
 def attach(context: TrainContext) -> TrainerHook:
-    """Put adapters of `rank` beside the layers at `targets`; the weights get `alpha / rank · B A` at the end."""
+    """Add adapters of `rank` to the layers at `targets`; at the end `alpha / rank · B A` is added to their weights."""
     from peft import LoraConfig, inject_adapter_in_model
 
     rank, alpha = context.options["rank"], context.options["alpha"]
     called, places = names_of(context.model), context.options["targets"]
-    if set(places) & set(HEADS):  # before `targets` counts the matrices: of two that are one it would miss one
+    if set(places) & set(HEADS):  # first: `targets` counts the matrices, and would miss tied ones
         _refuse_ties(called, [path for axis in context.axes if not _is_known(axis) for path in _layers(axis)[0]])
     paths = targets(context.axes, places)
     _refuse_ties(called, paths)
     transposed = {path: is_transposed(context.model.get_submodule(path)) for path in paths}
     config = LoraConfig(r=_count("rank", rank), lora_alpha=_count("alpha", alpha), target_modules=paths)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft warns of GPT-2's transposed layers, which it then handles
+        warnings.simplefilter("ignore")  # peft warns of GPT-2's transposed layers, although it supports them
         inject_adapter_in_model(config, context.model)
     head, scale = set(context.head), config.lora_alpha / config.r
 
@@ -51,7 +51,7 @@ def attach(context: TrainContext) -> TrainerHook:
 
 
 def targets(axes: Sequence[Axis], places: Any) -> list[str]:
-    """The paths of the layers at `places`; one that makes several of them (a fused qkv) is named once."""
+    """Return the paths of the layers at `places`. A layer of several places (a fused qkv) occurs once."""
     found: list[str] = []
     for axis in axes:
         rows, last = _layers(axis)
@@ -61,7 +61,7 @@ def targets(axes: Sequence[Axis], places: Any) -> list[str]:
             query, key, value = rows if len(rows) == 3 else rows * 3
             layers = {"query": [query], "key": [key], "value": [value], "output": [last]}
         elif set(_places(places)) & set(HEADS):
-            raise ValueError(f"{axis.name} has {len(rows)} matrices before the last, where LoRA knows query, key and value")
+            raise ValueError(f"{axis.name} has {len(rows)} matrices before the last; LoRA expects query, key and value")
         else:
             layers = {"output": [last]}
         found += [path for place in _places(places) for path in layers.get(place, [])]
@@ -69,7 +69,7 @@ def targets(axes: Sequence[Axis], places: Any) -> list[str]:
 
 
 def _layers(axis: Axis) -> tuple[list[str], str]:
-    """The paths of the layers before an axis, and of the one after it."""
+    """Return the paths of the layers before an axis, and of the one after it."""
     *rows, last = [cut.param.removesuffix(".weight") for cut in axis.cuts if cut.param.endswith(".weight")]
     return rows, last
 
@@ -80,9 +80,7 @@ def _is_known(axis: Axis) -> bool:
 
 def _refuse_ties(called: Mapping[str, Sequence[str]], paths: Sequence[str]) -> None:
     if tied := [names for path in paths if len(names := called[f"{path}.weight"]) > 1]:
-        raise ValueError(
-            f"{' and '.join(tied[0])} are one parameter, beside which LoRA can put no adapter: see options.targets"
-        )
+        raise ValueError(f"{' and '.join(tied[0])} are one parameter, to which LoRA cannot add an adapter: see options.targets")
 
 
 def _places(value: Any) -> Sequence[str]:

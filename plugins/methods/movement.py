@@ -1,9 +1,9 @@
-"""Movement pruning (Sanh et al. 2020, 2005.07683), of whole heads and neurons: their scores are learned while finetuning.
+"""Movement pruning (Sanh et al. 2020, 2005.07683) of whole heads and neurons: their scores are learned while finetuning.
 
-Each group has a score S. The forward keeps the groups of the highest scores, as many as the cubic schedule says; the backward
-passes straight through the choice, so that ∂L/∂S is the sum over the group of ∂L/∂w · w, and a score rises where weights move
-away from zero. The sum is taken where a group meets the matrix that it goes out through (the output matrix of the attention,
-the second one of the feedforward), at whose input the gates stand: there, closing a gate is the same as cutting the group.
+Each group has a score S. The forward keeps the groups of the highest scores, by a cubic schedule. The backward ignores the
+selection (straight-through), so that ∂L/∂S is the sum over the group of ∂L/∂w · w. A score rises if weights move away from
+zero. The gates are at the input of a group's output matrix (in attention the output projection, in feedforward the second
+matrix). There, closing a gate is the same as cutting the group.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ SCORES = "movement_scores"
 
 
 def round_plans(settings: Settings) -> list[RoundPlan]:
-    """Two rounds: the scores are learned in the first, on gated groups; the second finetunes what is then left."""
+    """Return two rounds: the first learns the scores, on gated groups; the second prunes and finetunes."""
     last = _share("cooldown_share", settings.options["cooldown_share"])
     _share("warmup_share", settings.options["warmup_share"]), _rate(settings.options["scores_lr"])
     return [
@@ -28,7 +28,7 @@ def round_plans(settings: Settings) -> list[RoundPlan]:
 
 
 def attach(context: TrainContext) -> TrainerHook:
-    """Put a score and a gate to every group, in front of the layer that it goes out through."""
+    """Add a score and a gate to every group, at the input of its output matrix."""
     warmup = _share("warmup_share", context.options["warmup_share"])
     rate = _rate(context.options["scores_lr"])
     gates = {axis.name: _Gates(context.model, axis) for axis in context.axes}
@@ -52,7 +52,7 @@ def attach(context: TrainContext) -> TrainerHook:
 
 
 def keep_share(step: int, steps: int, *, ratio: float, warmup: float) -> float:
-    """The share of the prunable parameters that is kept after `step` of `steps`: cubic from 1 to 1 − `ratio`, 1 before."""
+    """Return the share of the prunable parameters to keep after a step: 1 in the warm-up, then cubic to 1 − `ratio`."""
     start = round(steps * warmup)
     if step <= start:
         return 1.0
@@ -61,30 +61,30 @@ def keep_share(step: int, steps: int, *, ratio: float, warmup: float) -> float:
 
 
 class _Gates:
-    """The gates of one axis: a score for each group, a parameter of the layer that the groups go out through."""
+    """The gates of one axis: a score for each group, as a parameter of the output layer."""
 
     def __init__(self, model: nn.Module, axis: Axis) -> None:
-        self.layer, self.cut, self.name = _way_out(model, axis)
+        self.layer, self.cut, self.name = _output_layer(model, axis)
         size = self.layer.get_parameter("weight").shape[self.cut.dim]
         self.layer.register_parameter(SCORES, nn.Parameter(torch.zeros(axis.size)))
         self.layer.register_buffer("movement_gate", torch.ones(size), persistent=False)
         self.layer.register_forward_pre_hook(self._close)
 
     def keep(self, kept: Tensor) -> None:
-        """Open the gates of the groups that are kept, (axis.size,) bool, and close all others."""
+        """Open the gates of the kept groups, (axis.size,) bool, and close all others."""
         gate = self.layer.get_buffer("movement_gate")
         wide = kept.repeat_interleave(self.cut.width).to(gate)
         gate[self.cut.offset : self.cut.offset + len(wide)] = wide
 
     def _close(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, *others = inputs
-        gate = layer.get_buffer("movement_gate").to(x.dtype)  # buffers are fp32 whatever the weights are
+        gate = layer.get_buffer("movement_gate").to(x.dtype)  # buffers are fp32 for every type of weights
         gated: Tensor = _StraightThrough.apply(x, layer.get_parameter(SCORES), gate, self.cut)
         return (gated, *others)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """x · gate, with the gradient of the scores as if each were its gate."""
+    """x · gate, with the gradient of the scores as if they were the gates."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scores: Tensor, gate: Tensor, cut: Cut) -> Tensor:  # x, result: (…, features)
@@ -100,16 +100,18 @@ class _StraightThrough(torch.autograd.Function):
         return grad * gate, along.view(size, cut.width).sum(1), None, None
 
 
-def _way_out(model: nn.Module, axis: Axis) -> tuple[nn.Module, Cut, str]:
-    """The layer whose input features an axis cuts, that cut, and what the scores there are called."""
+def _output_layer(model: nn.Module, axis: Axis) -> tuple[nn.Module, Cut, str]:
+    """Return the layer whose input features an axis cuts, that cut, and the name of the scores."""
     for cut in axis.cuts:
         path, _, attribute = cut.param.rpartition(".")
         layer, _ = owner_of(model, cut.param)
         if attribute == "weight" and cut.dim == (0 if is_transposed(layer) else 1):
             if len(called := names_of(model)[cut.param]) > 1:
-                raise ValueError(f"{' and '.join(called)} are one parameter, of which movement pruning would gate one use only")
+                raise ValueError(
+                    f"{' and '.join(called)} are one parameter, and movement pruning would gate only one use of it"
+                )
             return layer, cut, f"{path}.{SCORES}"
-    raise ValueError(f"{axis.name} cuts the input of no linear layer, where movement pruning has its gates")
+    raise ValueError(f"{axis.name} cuts the input of no linear layer, so movement pruning has no place for its gates")
 
 
 def _share(name: str, value: Any) -> float:

@@ -1,4 +1,4 @@
-"""The arguments that several subcommands share: the state's folder, also through a pipe, the recipe, `--set`, `--json`."""
+"""Arguments of several subcommands: the recipe, the state's folder (also through a pipe), `--set`, `--json`."""
 
 import sys
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
-    """Return the names of the shipped recipes that begin so, with their titles, for the shell."""
+    """Return the shipped recipes whose names begin with `incomplete`, with their titles, for the shell."""
     from recap_cli.recipe.recipe import shipped
 
     return [(recipe.name, recipe.title) for recipe in shipped() if recipe.name.startswith(incomplete)]
@@ -30,7 +30,7 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe, as in prune.ratio=0.5. May be repeated."),
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; load, write and train nothing.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would happen; load, write and train nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
@@ -38,9 +38,9 @@ def open_state(folder: Path | None) -> "State":
     """Return the state in `folder`, or in the folder that the first line of standard input names.
 
     Raises:
-        UsageError: there is neither, or standard input holds something else.
-        PipeError: standard input is empty.
-        StateError: there is no state in the folder, or it cannot be used.
+        UsageError: No folder was named, or standard input holds something else.
+        PipeError: Standard input is empty.
+        StateError: There is no state in the folder, or it cannot be used.
     """
     path = folder if folder is not None else _piped()
     from recap_cli.state.store import State
@@ -63,7 +63,7 @@ def _piped() -> Path:
 
 
 def report_stage(state: "State", facts: Mapping[str, Any], as_json: bool) -> None:
-    """Print the facts of a finished stage for people, and on stdout the state's folder, for the next stage, or JSON."""
+    """Print what a finished stage did on stderr, and on stdout the state's folder for the next stage, or JSON."""
     from recap_cli.commands.tables import say_stage
 
     say_stage(facts)

@@ -1,4 +1,4 @@
-"""`recap compare`: a grid of methods, ratios and seeds, each cell a run in a process of its own."""
+"""`recap compare`: a grid of methods, ratios and seeds; each cell is a run in a separate process."""
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ SeedsOption = Annotated[str, typer.Option("--seeds", metavar="LIST", help="Seeds
 JobsOption = Annotated[int, typer.Option("--jobs", metavar="N", min=1, help="Cells that run at a time.")]
 OutOption = Annotated[
     Path | None,
-    typer.Option("--out", metavar="DIR", help="The comparison's folder, new or begun.", show_default="runs/compare-<name>"),
+    typer.Option("--out", metavar="DIR", help="The comparison's folder, new or existing.", show_default="runs/compare-<name>"),
 ]
 CellSetOption = Annotated[
     list[str] | None,
@@ -63,8 +63,9 @@ def compare(
 ) -> None:
     """Run a recipe with several methods, ratios and seeds; write the results as JSON and CSV, and draw them.
 
-    Each cell of the grid is a state of its own below DIR/cells. Stopped at any moment, the same command goes on; with a larger
-    grid it adds cells. Exits with 18 if a cell has failed or is impossible: all others have run, and stand in the results.
+    Each cell of the grid is a state below DIR/cells.
+    After a stop, the same command continues; a larger grid adds cells.
+    The exit code is 18 if a cell failed or is impossible. The results have all others.
 
     Example: [bold]recap compare quickstart --methods full-ft,pre-ft,recap --seeds 0,1[/bold]
     """
@@ -91,7 +92,7 @@ def compare(
         return
     command = _command(recipe, given, jobs, path, overrides or ())
     done = sum(record["status"] == "done" for record in records)
-    console.say(f"{len(plan.cells)} cells in {path}, {done} done before; what each says is in {path / 'logs'}")
+    console.say(f"{len(plan.cells)} cells in {path}, {done} of them done already; logs are in {path / 'logs'}")
     results = stage.compare(plan, path, jobs=jobs, command=command, track=console.track, on_cell=tables.say_cell)
     if as_json:
         console.emit_json(results)
@@ -116,10 +117,10 @@ def _check_done(results: Mapping[str, Any], plan: "Plan", path: Path, command: s
     if not left:
         return
     statuses = [record["status"] for record in left]
-    told = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
-    logs = f"{path / 'logs'} has what they said; `{command}` tries them again" if "failed" in statuses else None
+    counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+    logs = f"see the logs in {path / 'logs'}; `{command}` tries them again" if "failed" in statuses else None
     raise ComparisonError(
-        f"{len(left)} of {len(plan.cells)} cells are not done: {told}",
+        f"{len(left)} of {len(plan.cells)} cells are not done: {counts}",
         hint=logs or "leave out the ratios or settings that are named above",
     )
 
@@ -127,7 +128,11 @@ def _check_done(results: Mapping[str, Any], plan: "Plan", path: Path, command: s
 def _list(
     option: str, text: str | None, kind: Callable[[str], Value], wanted: Wanted, fits: Callable[[Value], bool]
 ) -> list[Value]:
-    """The values of a list with commas. Raises `UsageError` for what is none, does not fit, or is there twice."""
+    """Return the values of a list with commas.
+
+    Raises:
+        UsageError: A value cannot be read, does not fit, or occurs twice.
+    """
     if text is None:
         return []
     words, example = wanted
@@ -139,7 +144,7 @@ def _list(
     if not found or not all(map(fits, found)):
         raise UsageError(f"{option} {text or repr(text)}: expected {words}, with commas between them", hint=hint)
     if twice := [value for at, value in enumerate(found) if value in found[:at]]:
-        raise UsageError(f"{option} {text}: {twice[0]} is there twice", hint=hint)
+        raise UsageError(f"{option} {text}: {twice[0]} occurs twice", hint=hint)
     return found
 
 

@@ -1,4 +1,4 @@
-"""What `recap compare` tells people: a line per cell as it ends, and the tables of the results."""
+"""What `recap compare` prints: a line per cell as it ends, and the tables of the results."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
 
 def say_cell(record: Record) -> None:
-    """Print on stderr what a cell came to."""
+    """Print on stderr the result of a cell, or why it has none."""
     name = record["state"].rpartition("/")[2]
     if record["status"] != "done":
         console.say(f"{name}: {record['status']}: {record['error']}")
@@ -24,17 +24,17 @@ def say_cell(record: Record) -> None:
 
 
 def print_plan(records: Sequence[Record], path: Path) -> None:
-    """Print the cells that a comparison would run, and those that it would not."""
+    """Print which cells a comparison would run, and why it would not run the others."""
     rows = [[record["state"].rpartition("/")[2], _plan_text(record)] for record in records]
-    console.table(["cell", "what would happen"], rows, is_result=True)
+    console.table(["cell", "action"], rows, is_result=True)
     left = sum(record["status"] == "waiting" for record in records)
     impossible = sum(record["status"] == "impossible" for record in records)
-    beside = f", {impossible} are impossible" if impossible else ""
-    console.say(f"{left} of {len(records)} cells would run{beside}, in {path}; nothing was written")
+    impossible_text = f", {impossible} are impossible" if impossible else ""
+    console.say(f"{left} of {len(records)} cells would run in {path}{impossible_text}; nothing was written")
 
 
 def print_results(results: Mapping[str, Any], path: Path) -> None:
-    """Print the tables of a comparison on stdout; where its files are, and what was noted, on stderr."""
+    """Print the tables of a comparison on stdout, and on stderr its notes and its files."""
     from recap_cli.compare.schema import groups
 
     rows = groups(results["cells"])
@@ -53,14 +53,14 @@ def print_results(results: Mapping[str, Any], path: Path) -> None:
     for note in results["notes"]:
         console.say(f"note: {note}")
     files = ["results.json", "results.csv", *results.get("pictures", ())]
-    console.say(f"wrote {', '.join(files)} in {path}; `recap report {shlex.quote(str(path))}` makes a page of it")
+    console.say(f"wrote {', '.join(files)} in {path}; for a page of it: recap report {shlex.quote(str(path))}")
 
 
 def _begun(rows: Sequence[Record], metric: str) -> str | None:
-    """Return what the runs began with: the metric of the warmed-up heads, and of chance, each a mean."""
+    """Return the metric before round 1: of the warmed-up heads and of chance, each a mean."""
     known = {name: [row[key] for row in rows if row[key] is not None] for name, key in STARTS.items()}
-    told = [f"{name} {console.value_text('metric', sum(found) / len(found))}" for name, found in known.items() if found]
-    return f"before round 1: {metric} of {', of '.join(told)}" if told else None
+    means = [f"{name} {console.value_text('metric', sum(values) / len(values))}" for name, values in known.items() if values]
+    return f"before round 1: {metric} of {', of '.join(means)}" if means else None
 
 
 def _plan_text(record: Record) -> str:
@@ -68,7 +68,7 @@ def _plan_text(record: Record) -> str:
         return f"impossible: {record['error']}"
     if record["status"] == "done":
         return f"done before: {console.value_text('metric', record['value'])}"
-    return "run, or go on where it was stopped"
+    return "run, or continue where it stopped"
 
 
 def _quality(rows: Sequence[Record], metric: str) -> tuple[list[str], list[list[str]]]:

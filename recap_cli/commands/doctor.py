@@ -1,4 +1,4 @@
-"""`recap doctor`: what this machine and this installation offer; it reads, and trains nothing."""
+"""`recap doctor`: what this machine and this installation offer. It trains nothing."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ PACKAGES = ("recap-cli", "torch", "torchvision", "transformers", "timm", "datase
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Show versions, extras, devices, memory and folders, and what is wrong with them. Exits with 1 if something is.
+    """Show versions, extras, devices, memory and folders, and what is wrong with them. The exit code is 1 if something is.
 
     Example: [bold]recap doctor[/bold]
     """
@@ -24,10 +24,10 @@ def doctor(as_json: JsonOption = False) -> None:
     devices, driver, problems = _devices()
     problems += [f"{name} is not installed" for name, version in versions.items() if version is None]
     problems += [
-        f"{one.distribution} {one.version}: {one.problem}; its plugins are left out: repair or uninstall it"
+        f"{one.distribution} {one.version}: {one.problem}; its plugins are ignored: repair or uninstall it"
         for one in registry.broken()
     ]
-    folders = {"cache": _folder(_cache()), "here": _folder(Path.cwd())}
+    folders = {"cache": _folder(_cache()), "working directory": _folder(Path.cwd())}
     problems += [f"{folder['path']} cannot be written" for folder in folders.values() if not folder["writable"]]
     found = {
         "python": platform.python_version(),
@@ -66,29 +66,27 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _holders(device: dict[str, Any]) -> str:
-    """Return what other processes hold of a device, or why that cannot be seen; nothing where nobody asked."""
+    """Return what other processes hold of a device, or why that is unknown; empty for a device without processes."""
     held = device.get("other_processes_bytes")
-    told = [] if held is None else [f"{console.megabytes(held)} held by other processes"]
-    told += [f"not seen: {text}" for text in device.get("not_seen", ())]
-    return "".join(f", {text}" for text in told)
+    texts = [] if held is None else [f"{console.megabytes(held)} held by other processes"]
+    texts += [f"not seen: {text}" for text in device.get("not_seen", ())]
+    return "".join(f", {text}" for text in texts)
 
 
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # asked in order to know
+    except metadata.PackageNotFoundError:  # this is the question that was asked
         return None
 
 
 def _devices() -> tuple[list[dict[str, Any]], dict[str, str | None], list[str]]:
-    """Return the devices that torch can use, what the NVIDIA driver says, and what is wrong with torch or torchvision. The
-    imports take seconds.
-    """
+    """Return torch's devices, the facts of the NVIDIA driver, and problems of torch and torchvision. Importing takes seconds."""
     try:
         import torch
 
         from recap_cli.machine import facts as stage
-    except (ImportError, OSError) as error:  # a torch that does not load is what a doctor is asked about
+    except (ImportError, OSError) as error:  # a torch that does not load is a finding
         return [], {}, [f"torch cannot be imported: {error}"]
     devices: list[dict[str, Any]] = [{"device": "cpu", "name": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}"}]
     for index in range(torch.cuda.device_count()):
@@ -110,12 +108,13 @@ def _memory() -> dict[str, int]:
 
 
 def _cache() -> Path:
-    """Return where models and data sets of the hub are kept."""
-    home = os.environ.get("HF_HOME")
-    return Path(home).expanduser() if home else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "huggingface"
+    """Return the folder in which the hub's libraries keep models and data sets."""
+    if given := os.environ.get("HF_HOME"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "huggingface"
 
 
 def _folder(path: Path) -> dict[str, Any]:
-    """Return whether a folder, or the nearest one above it that exists, can be written, and how much is free there."""
-    there = next(place for place in (path, *path.parents) if place.exists())
-    return {"path": str(path), "writable": os.access(there, os.W_OK), "free_bytes": shutil.disk_usage(there).free}
+    """Return whether a folder can be written and how much is free. If it does not exist, the nearest parent counts."""
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    return {"path": str(path), "writable": os.access(nearest, os.W_OK), "free_bytes": shutil.disk_usage(nearest).free}

@@ -16,7 +16,7 @@ MODELS = ("full", "small", "best")
 
 WhichOption = Annotated[
     str | None,
-    typer.Option("--which", metavar="NAMES", help="Of full, small, best, with commas between.", show_default="all there are"),
+    typer.Option("--which", metavar="NAMES", help="Of full, small, best, with commas between.", show_default="all that exist"),
 ]
 DataOption = Annotated[
     Path | None,
@@ -30,7 +30,7 @@ PredictionsOption = Annotated[
     Path | None,
     typer.Option("--predictions", metavar="FILE", help="Write a row per model and example: a csv, jsonl or parquet file."),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Write over a file of predictions that is there.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite an existing file of predictions.")]
 
 
 def evaluate(
@@ -44,14 +44,14 @@ def evaluate(
 ) -> None:
     """Score the models of a state on the recipe's validation data, or on other data.
 
-    Other data are read as the recipe's own: the same columns, preprocessing and labels. Without labels, --predictions still
-    says what the models predict.
+    Other data are read like those of the recipe: same columns, preprocessing, labels.
+    Data without labels still give --predictions.
 
     Example: [bold]recap eval runs/cola --which full,best --data test.csv --predictions out.csv[/bold]
     """
     wanted = None if which is None else _models(which)
     if force and predictions is None:
-        raise UsageError("--force: there is no --predictions to write", hint="add --predictions FILE, or leave --force out")
+        raise UsageError("--force: there is no --predictions to write", hint="add --predictions FILE, or leave out --force")
     state = open_state(folder)
     from recap_cli.stages import eval as stage
 
@@ -85,5 +85,5 @@ def _models(which: str) -> list[str]:
 
 
 def _present(state: "State") -> list[str]:
-    """Return the names of the models that the state holds by now."""
+    """Return the names of the models that the state has so far."""
     return [name for name in MODELS if getattr(state.manifest, name)]

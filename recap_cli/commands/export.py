@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from recap_cli.state.store import State
 
 FORMS = {
-    "stock": "a plain checkpoint of the library's own",
+    "stock": "a plain checkpoint of the library",
     "dense": "a plain checkpoint of the original shapes, zero where it was pruned",
     "ragged": "a checkpoint whose layers differ in size",
 }
@@ -31,9 +31,9 @@ def export(
     dense: Annotated[bool, DENSE] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the best small model of a state, with its tokenizer or image processor, and say how to load it.
+    """Write the best small model of a state, with its tokenizer or image processor, and print how to load it.
 
-    The export is loaded again and its logits are compared with the original's before the command ends.
+    It then loads the export, and compares its logits with those of the small model.
 
     Example: [bold]recap export runs/cola cola-small[/bold]
     """
@@ -52,7 +52,7 @@ def export(
 
 
 def _load_lines(state: "State", out: str, form: str) -> list[str]:
-    """Return the Python that opens the export: ours for every form, the library's own where that can."""
+    """Return the lines of Python that load the export: with RECAP always, with the library if it can load the form."""
     from recap_cli.recipe.recipe import parse
 
     lines = ["import recap_cli", f"model = recap_cli.load({out!r})"]

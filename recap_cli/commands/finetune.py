@@ -1,4 +1,4 @@
-"""`recap finetune`: train the part that may move."""
+"""`recap finetune`: train the trainable part of the small model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +13,7 @@ ChangeOption = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change a setting of the state that says how, not what, is computed, as finetune.checkpointing=true. "
-        "May be repeated.",
+        help="Change an execution setting of the state, as in finetune.checkpointing=true. May be repeated.",
     ),
 ]
 SnapshotOption = Annotated[
@@ -30,10 +29,10 @@ SnapshotOption = Annotated[
 def finetune(
     folder: StateArgument = None, overrides: ChangeOption = None, snapshot: SnapshotOption = None, as_json: JsonOption = False
 ) -> None:
-    """Train the part of the small model that the mask lets move.
+    """Train the part of the small model that the mask leaves trainable.
 
-    The third stage of a round, and the long one. A loss that is not finite stops it, and so does a device whose memory runs
-    out; the state stays as it was.
+    The third stage of a round, and the longest.
+    It stops if a loss is not finite or memory runs out; the state stays as it was.
 
     Example: [bold]recap finetune runs/cola[/bold]
     """

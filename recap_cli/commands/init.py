@@ -15,9 +15,9 @@ def init(
     overrides: SetOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Make a state from a recipe: load the model, check that it can be cut, warm up its head.
+    """Make a state from a recipe: load the model, check that it can be pruned, warm up its head.
 
-    Prints the state's folder, for the first stage of a pipe.
+    Prints the state's folder, for the next stage of a pipe.
 
     Example: [bold]recap init quickstart --state runs/quick | recap prune | recap mask | recap finetune | recap merge[/bold]
     """

@@ -1,4 +1,4 @@
-"""What `recap profile-memory` tells people: tables of bytes by kind, of parameters, and of what a budget asks for."""
+"""What `recap profile-memory` prints: tables of bytes by kind, of parameters, and of the changes for a budget."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,8 +21,8 @@ KINDS = ("weights", "gradients", "optimizer", "activations")
 REST = ("temporary", "other")
 ABREAST, MODULE = 5, 15  # columns of figures in one table, and characters of a module's path: for a width of 80
 MEANING = (
-    "Each kind's line is its own maximum over a training step; the sum of the first four is how the paper counts. "
-    "The peak instant is the most held at once, of all kinds."
+    "Each kind's line is the maximum of that kind over a training step; the paper counts the sum of the first four. "
+    "The peak instant is the most that all kinds hold at once."
 )
 NOT_INCLUDED = (
     "cuBLAS's workspaces (8 to 32 MiB on each of two threads)",
@@ -34,7 +34,7 @@ Table = tuple[list[str], list[list[str]]]  # headings, cells
 
 
 def show(found: Mapping[str, Any]) -> None:
-    """Print everything that was found, as the result; on stderr what it means and what to do next."""
+    """Print the figures on stdout, and on stderr what they mean and what to do next."""
     if "budget" in found:
         _show_budget(found["budget"])
     rows = found["predicted"]
@@ -58,11 +58,11 @@ def _is_grid(rows: Sequence[Row]) -> bool:
 
 
 def _settings_text(rows: Sequence[Row]) -> str:
-    """The settings that all rows share: `at batch size 8 (4 at a time) with adamw, bf16 weights, checkpoints`."""
+    """The settings that all rows have in common: `at batch size 8 (4 at a time) with adamw, bf16 weights, checkpoints`."""
     row = rows[0]
-    shared = row["batch_size"] if len({row["batch_size"] for row in rows}) == 1 else None
+    batch_size = row["batch_size"] if len({row["batch_size"] for row in rows}) == 1 else None
     parts = "" if row["micro_batch_size"] == row["batch_size"] else f" ({row['micro_batch_size']:,} at a time)"
-    batch = "" if shared is None else f"at batch size {shared:,}{parts} "
+    batch = "" if batch_size is None else f"at batch size {batch_size:,}{parts} "
     names = {"checkpointing": "checkpoints", "fused_backward": "fused backward", "offload": "offloaded optimizer"}
     flags = [name for key, name in names.items() if row[key]]
     how = ", ".join([row["optimizer"], f"{row['weights']} weights", *flags])
@@ -70,18 +70,18 @@ def _settings_text(rows: Sequence[Row]) -> str:
 
 
 def _blocks_of_rows(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """The rows in tables that fit on a screen, each with the beginning of its title; of a grid, one method at a time."""
+    """The rows in tables that fit on a screen, each with the beginning of its title. A grid gives one method at a time."""
     methods = dict.fromkeys(row["method"] for row in rows) if _is_grid(rows) else [None]
     for method in methods:
-        mine = [row for row in rows if method in (None, row["method"])]
-        for start in range(0, len(mine), ABREAST):
-            yield "P" if method is None else f"{method}: p", mine[start : start + ABREAST]
+        of_method = [row for row in rows if method in (None, row["method"])]
+        for start in range(0, len(of_method), ABREAST):
+            yield "P" if method is None else f"{method}: p", of_method[start : start + ABREAST]
 
 
 def _setting(row: Row, rows: Sequence[Row]) -> dict[str, str]:
-    """The settings that tell a row apart from the others of its method, by what they are called."""
-    mine = [other for other in rows if other["method"] == row["method"]]
-    differ = [key for key in SETTINGS if len({other[key] for other in mine}) > 1]
+    """The settings, by name, in which a row differs from others of its method."""
+    of_method = [other for other in rows if other["method"] == row["method"]]
+    differ = [key for key in SETTINGS if len({other[key] for other in of_method}) > 1]
     return {SETTINGS[key]: f"{row[key]:,}" if key == "batch_size" else f"{row[key]:.1%}" for key in differ}
 
 
@@ -91,22 +91,22 @@ def _label(row: Row, rows: Sequence[Row]) -> str:
 
 def _bytes(some: Sequence[Row], rows: Sequence[Row]) -> Table:
     settings = [_setting(row, rows) for row in some]
-    heads = [", ".join(each.values()) or row["method"] for each, row in zip(settings, some, strict=True)]
+    heads = [", ".join(setting.values()) or row["method"] for setting, row in zip(settings, some, strict=True)]
     return [", ".join(settings[0]) or "at most", *heads], [
         [name, *(_mb(row[key]) for row in some)] for name, key in FIGURES.items()
     ]
 
 
 def _peaks(rows: Sequence[Row]) -> Table:
-    """The peaks of a grid, a line for each setting; a method that does not prune has its one figure at every ratio."""
+    """The peaks of a grid, a line for each setting. A method that does not prune repeats its figure at every ratio."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lines: list[list[str]] = []
     most = max((sum(row["method"] == method for row in rows), method) for method in methods)[1]
     for row in (row for row in rows if row["method"] == most):
         cells = []
         for method in methods:
-            mine = [r for r in rows if r["method"] == method and r["batch_size"] == row["batch_size"]]
-            same = [r for r in mine if r["prune_ratio"] == row["prune_ratio"]] or mine
+            of_size = [r for r in rows if r["method"] == method and r["batch_size"] == row["batch_size"]]
+            same = [r for r in of_size if r["prune_ratio"] == row["prune_ratio"]] or of_size
             cells.append(_mb(same[0]["training_peak_bytes"]))
         lines.append([*_setting(row, rows).values(), *cells])
     names = next((list(_setting(row, rows)) for row in rows if row["method"] == most), [])
@@ -153,7 +153,7 @@ def _measured(rows: Sequence[Row]) -> Table:
 def _show_budget(budget: Row) -> None:
     changes = budget["changes"]
     if not changes:
-        console.line(f"RECAP fits in {budget['memory_budget']} as it is.")
+        console.line(f"RECAP fits in {budget['memory_budget']} without changes.")
         return
     from recap_cli.memory.budget import value_text
 
@@ -162,7 +162,7 @@ def _show_budget(budget: Row) -> None:
         for c in changes
     ]
     columns = ["setting", "change", "peak before", "after"]
-    console.table(columns, rows, title=f"Recap, to fit in {budget['memory_budget']} (MB)", is_result=True)
+    console.table(columns, rows, title=f"Changes to fit in {budget['memory_budget']} (MB)", is_result=True)
     for change in changes:
         console.line(f"{change['key']} costs {change['cost']}")
     console.line("")
@@ -171,9 +171,9 @@ def _show_budget(budget: Row) -> None:
 def _closing(found: Row) -> Iterator[str]:
     yield from (f"note: {note}" for note in found["notes"])
     if "importance_peak_bytes" in found:
-        yield f"importance on its device, the full model streamed: {_mb(found['importance_peak_bytes'])} MB at its peak"
+        yield f"importance, with the full model streamed to its device: {_mb(found['importance_peak_bytes'])} MB at the peak"
     yield MEANING
-    yield f"Not included, and on a GPU besides: {', '.join(NOT_INCLUDED)}."
+    yield f"Not included; a GPU holds in addition: {', '.join(NOT_INCLUDED)}."
     for sentence in dict.fromkeys(s for row in found.get("measured", ()) for s in row["not_seen"]):
         yield f"not seen: {sentence}"
     for path in found.get("pictures", ()):
@@ -186,13 +186,13 @@ def _next(budget: Row) -> Iterator[str]:
     held = max(budget["training_peak_bytes"], budget["evaluation_peak_bytes"])
     yield (
         f"of {budget['memory_budget']}, recap takes {_mb(held)} MB at its peak, and "
-        f"{_mb(budget['workspace_bytes'])} MB are allowed for cuBLAS"
+        f"{_mb(budget['workspace_bytes'])} MB are reserved for cuBLAS"
     )
     if not budget["commands"]:
-        yield "in this state nothing is left to run with it"
+        yield "this state has no stage left to run with these settings"
     else:
         first, *others = budget["commands"]
-        yield f"run so: {first}"
+        yield f"run: {first}"
         yield from (f"or let init find the settings: {line}" for line in others)
 
 

@@ -1,13 +1,13 @@
-"""`recap merge`: write back what moved."""
+"""`recap merge`: write the trained weights into the full model."""
 
 from recap_cli import console
 from recap_cli.commands.arguments import JsonOption, StateArgument, open_state, report_stage
 
 
 def merge(folder: StateArgument = None, as_json: JsonOption = False) -> None:
-    """Write what moved back into the full model; everything else in it stays as it is, bit for bit.
+    """Write the trained weights into the full model; all other weights stay the same, bit for bit.
 
-    The last stage of a round. Measures the small model, and keeps the best one so far.
+    The last stage of a round. Keeps the small model if it is the best so far.
 
     Example: [bold]recap merge runs/cola[/bold]
     """

@@ -1,14 +1,14 @@
-"""`recap plugins`: list the criteria and adapters that are installed, without importing any."""
+"""`recap plugins`: list the installed criteria, adapters and methods, without importing any."""
 
 from recap_cli import console
 from recap_cli.commands.arguments import JsonOption
 
 
 def plugins(as_json: JsonOption = False) -> None:
-    """List the criteria, model adapters and methods that are installed, ours and others'.
+    """List the installed criteria, model adapters and methods, those of recap-cli and of other packages.
 
-    Nothing is imported to list it. A criterion's name goes into a recipe; an adapter's name is the model type it knows. Extras
-    of recap-cli that are not installed are named on standard error.
+    Recipes name criteria and methods. An adapter's name is the model type that it is for.
+    Standard error names the extras of recap-cli that are not installed.
 
     Example: [bold]recap plugins[/bold]
     """
@@ -28,4 +28,4 @@ def plugins(as_json: JsonOption = False) -> None:
         if not is_installed(extra):
             console.say(f"the extra {extra} is not installed ({about.purpose}): {pip_command(extra)}")
     for one in broken():
-        console.say(f"{one.distribution} {one.version} is left out: {one.problem}")
+        console.say(f"{one.distribution} {one.version} is ignored: {one.problem}")

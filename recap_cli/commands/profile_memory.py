@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from recap_cli.state.store import State
 
 Number = TypeVar("Number", int, float)
-MOST = 2**31  # examples in a batch: torch counts what it indexes so far
+MOST = 2**31  # examples in a batch: torch's indices go no further
 
 Target = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE|STATE",
-        help="A YAML file, the name of a shipped recipe, or a state's folder, whose own plan and mask count then.",
+        help="A YAML file, the name of a shipped recipe, or a state's folder, whose plan and mask are used then.",
         show_default=False,
         autocompletion=complete_recipe,
     ),
@@ -54,12 +54,12 @@ Snapshot = Annotated[
     Path | None,
     typer.Option("--snapshot", metavar="FILE", help="With --measure on CUDA: write torch's record of the allocator."),
 ]
-ByModule = Annotated[bool, typer.Option("--by-module", help="Show what is held at the peak, block by block.")]
+ByModule = Annotated[bool, typer.Option("--by-module", help="Show what each block holds at the peak.")]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Write a picture: a .png, .svg or .pdf.")]
 
 
 class _Subject(NamedTuple):
-    """What is asked about: a recipe, or a state with its recipe, each with the overrides given, and the model's outline."""
+    """What is profiled: a recipe with the overrides given, its state if it has one, and its meta model."""
 
     recipe: "Recipe"
     state: "State | None"
@@ -82,8 +82,9 @@ def profile_memory(
 ) -> None:
     """Predict what finetuning holds on its device: from the configuration, without a GPU, weights or data.
 
-    Each figure is one real training step of the real model on tensors without memory, with the kernels that CUDA would choose.
-    Texts that are on this machine are read all the same: of the tokens that they do not use, the device holds nothing.
+    Each figure comes from a training step of the real model on tensors without memory.
+    It uses the kernels that CUDA chooses.
+    Local texts are read for their tokens: the device holds no rows of other tokens.
 
     Example: [bold]recap profile-memory quickstart --methods full,lora,recap --batch-sizes 1,8,32[/bold]
     """
@@ -104,7 +105,7 @@ def profile_memory(
     _check_ratios(shares, ratios, asked, recipe)
     _check_measure(recipe, measure, snapshot)
     if budget is None and state is None:
-        budget = recipe.finetune.memory_budget  # `run` would keep to it, too
+        budget = recipe.finetune.memory_budget  # `run` respects it, too
     found: dict[str, Any] = {"target": target, "recipe": recipe.name}
     if budget is not None:
         found["budget"], recipe = _fit(_Subject(recipe, state, model, notes), target, overrides or (), budget)
@@ -122,7 +123,7 @@ def profile_memory(
         given: dict[str, Any] = {"batch_sizes": sizes, "prune_ratios": shares, "budget_bytes": limit}
         found["pictures"] = [str(path) for path in plot_files.draw(found["predicted"], plot, title=recipe.name, **given)]
     if budget is not None and any(given.startswith("model.config") for given in overrides or ()):
-        notes = [*notes, "a run from model.config has random weights: leave it out there, or --set model.name=DIR"]
+        notes = [*notes, "a run with model.config starts from random weights: leave it out there, or --set model.name=DIR"]
     found["notes"] = [*notes, *_assumptions(model, recipe, asked, sizes, shares, measure)]
     if as_json:
         console.emit_json(found | {"not_included": tables.NOT_INCLUDED})
@@ -204,7 +205,7 @@ def _check_ratios(shares: Sequence[float], text: str | None, methods: Sequence[s
 
 
 def _open(target: str, overrides: Sequence[str]) -> _Subject:
-    """The recipe that was named, or the state and its recipe; its model, and what to tell of how that was come by."""
+    """Open what `target` names, a recipe or a state, and make its meta model."""
     from recap_cli.memory import meta_model
     from recap_cli.recipe import recipe as recipes
     from recap_cli.state.manifest import COMMIT, quoted
@@ -223,43 +224,53 @@ def _open(target: str, overrides: Sequence[str]) -> _Subject:
     state = State.open(target)
     recipe = recipe_of(state, overrides)
     _require_extras([recipe.method])
-    other = recipes.differences(recipe_of(state), recipe)
-    model, notes = _as_overridden(meta_model.of_state(Context(state), console.track), state, other)
+    overridden = recipes.differences(recipe_of(state), recipe)
+    model, notes = _as_overridden(meta_model.of_state(Context(state), console.track), state, overridden)
     return _Subject(recipe, state, model, notes)
 
 
-def _as_overridden(model: "MetaModel", state: "State", other: Sequence[str]) -> "tuple[MetaModel, list[str]]":
-    """The outline of a state without what its own plan or mask say nothing of, as these keys are `other` than its own."""
+def _as_overridden(model: "MetaModel", state: "State", overridden: Sequence[str]) -> "tuple[MetaModel, list[str]]":
+    """Return the meta model of a state without what the overridden keys make invalid, and a note for each of these.
+
+    Args:
+        model: The meta model of the state, with its plan, mask and token rows.
+        state: The state, for messages.
+        overridden: The keys whose values differ from those of the state's recipe.
+
+    Raises:
+        UsageError: An overridden key would change the model itself.
+    """
     from dataclasses import replace
 
     from recap_cli.memory.meta_model import anew
     from recap_cli.state.manifest import quoted
 
-    fixed = [key for key in other if key.startswith(("model.", "task.")) or key == "data.image_size"]
+    fixed = [key for key in overridden if key.startswith(("model.", "task.")) or key == "data.image_size"]
     if fixed:
         raise UsageError(
-            f"--set {fixed[0]}: the model of the state {state.path} is what it is",
+            f"--set {fixed[0]}: the model of the state {state.path} cannot change",
             hint=f"ask with a recipe: recap profile-memory {quoted(state.path / state.manifest.recipe)} --set {fixed[0]}=…",
         )
-    pruned = [key for key in other if key.startswith("prune.")]
-    masked = [key for key in other if key.startswith("mask.") and key != "mask.train_embeddings"]
+    pruned = [key for key in overridden if key.startswith("prune.")]
+    masked = [key for key in overridden if key.startswith("mask.") and key != "mask.train_embeddings"]
     notes = []
-    if read := [key for key in other if key.startswith("data.") and key != "data.workers" and model.token_rows is not None]:
-        notes.append(f"{', '.join(read)} is not the state's own, and its texts are not read here")
+    data_keys = [key for key in overridden if key.startswith("data.") and key != "data.workers"]
+    if data_keys and model.token_rows is not None:
+        notes.append(f"{', '.join(data_keys)} differs from the state's recipe: the texts were not read")
         model = replace(model, token_rows=None)
     if model.plan is not None and pruned:
-        notes.append(f"{', '.join(pruned)} is not the state's own, and so its plan and mask do not count here")
+        notes.append(f"{', '.join(pruned)} differs from the state's recipe: its plan and mask are ignored")
     elif model.mask is not None and masked:
-        notes.append(f"{', '.join(masked)} is not the state's own, and so its mask does not count here")
+        notes.append(f"{', '.join(masked)} differs from the state's recipe: its mask is ignored")
     if pruned:
         return anew(model), notes
     if masked:
         return replace(model, mask=None, round_plans=()), notes
-    return (replace(model, round_plans=()) if "mask.train_embeddings" in other else model), notes
+    return (replace(model, round_plans=()) if "mask.train_embeddings" in overridden else model), notes
 
 
 def _fit(subject: _Subject, target: str, overrides: Sequence[str], text: str) -> "tuple[dict[str, Any], Recipe]":
-    """What was changed for a budget, with the commands that run so, as plain values; and the recipe with the changes."""
+    """Return the changes for a budget and the commands that run with them, as plain values, and the changed recipe."""
     from dataclasses import asdict
 
     from recap_cli.memory import budget
@@ -271,8 +282,8 @@ def _fit(subject: _Subject, target: str, overrides: Sequence[str], text: str) ->
         fixed = [key for key in recipes.differences(recipe_of(state), recipe) if key not in EXECUTION]
         if fixed:
             raise UsageError(
-                f"--budget {text} --set {fixed[0]}: in a state only settings of execution may change, and {fixed[0]} is none",
-                hint=f"leave it out, or ask with a recipe; what may change is {', '.join(EXECUTION)}",
+                f"--budget {text} --set {fixed[0]}: in a state only execution settings can change, and {fixed[0]} is none",
+                hint=f"leave it out, or ask with a recipe; execution settings are {', '.join(EXECUTION)}",
             )
     may_change = (lambda _: True) if state is None else EXECUTION.__contains__
     fit = budget.fit(model, recipe, _bytes_of(text), may_change=may_change, track=console.track)
@@ -289,7 +300,7 @@ def _fit(subject: _Subject, target: str, overrides: Sequence[str], text: str) ->
 
 
 def _commands(subject: _Subject, target: str, overrides: Sequence[str], text: str, changes: "Sequence[Any]") -> Iterator[str]:
-    """The command lines that run with the changes; none in a state that has nothing left to run."""
+    """Yield the command lines that run with the changes; none for a state that has no stage left to run."""
     import shlex
 
     from recap_cli.memory.budget import value_text
@@ -303,7 +314,7 @@ def _commands(subject: _Subject, target: str, overrides: Sequence[str], text: st
     sets = [given for given in overrides if given.partition("=")[0].strip() not in values]
     sets += [f"{key}={value}" for key, value in values.items()]
     if state is None and recipe.finetune.memory_budget is not None:
-        sets.append("finetune.memory_budget=null")  # which would change them once more
+        sets.append("finetune.memory_budget=null")  # a budget would change the settings again
     place = [target] if state is None else ["--state", target]
     for given in (sets, [*overrides, f"finetune.memory_budget={text}"]) if state is None else (sets,):
         yield shlex.join(["recap", "run", *place, *(word for value in given for word in ("--set", value))])
@@ -317,22 +328,22 @@ def _assumptions(
     shares: Sequence[float],
     measure: bool,
 ) -> Iterator[str]:
-    """What the figures take for granted that the recipe does not say."""
+    """Yield what the prediction assumes beyond the recipe."""
     from recap_cli.memory.predict import prunes
 
     if any(prunes(method) for method in methods):
         if model.plan is None or shares:
-            yield "groups to prune and to move are taken evenly from all layers here; a real choice differs a little"
+            yield "assumes that every layer keeps and trains the same share of its groups; a run differs a little"
         elif model.mask is None:
-            yield "recap and pre-ft have the state's own plan here; the entries to move are an even share of every layer"
+            yield "recap and pre-ft use the plan of the state; assumes that the same share of every layer is trainable"
         else:
-            yield "recap and pre-ft have the state's own plan, and recap its mask"
+            yield "recap and pre-ft use the plan of the state, and recap its mask"
     if model.token_rows is None and model.spec.image is None:
-        moving = ", and of RECAP to move" if recipe.mask.train_embeddings == "tokens" else ""
-        yield f"which tokens the data use is not known, and all rows of the token table are taken to be held{moving}"
-    if (words := model.token_rows) is not None:
-        yield f"the data use {len(words.held):,} of {words.size:,} tokens; rows of others are held only where all move"
+        trainable = ", and that recap trains all of them" if recipe.mask.train_embeddings == "tokens" else ""
+        yield f"the tokens that the data use are unknown: assumes that all rows of the token table are held{trainable}"
+    if (rows := model.token_rows) is not None:
+        yield f"the data use {len(rows.held):,} of {rows.size:,} tokens; other rows are held only if all are trainable"
     if sizes and recipe.finetune.micro_batch_size is not None:
-        yield f"--batch-sizes are taken whole, without finetune.micro_batch_size={recipe.finetune.micro_batch_size}"
+        yield f"--batch-sizes ignore finetune.micro_batch_size={recipe.finetune.micro_batch_size}"
     if measure and (sizes or shares):
-        yield "measured are the recipe's own batch size and ratio"
+        yield "the measured step uses the batch size and ratio of the recipe"

@@ -1,13 +1,13 @@
-"""`recap prune`: cut the small model of the next round."""
+"""`recap prune`: make the small model of the next round."""
 
 from recap_cli import console
 from recap_cli.commands.arguments import JsonOption, StateArgument, open_state, report_stage
 
 
 def prune(folder: StateArgument = None, as_json: JsonOption = False) -> None:
-    """Cut a small model out of the full one: whole heads and whole neurons, by importance.
+    """Prune whole heads and neurons of the full model by importance; what is kept is the small model.
 
-    The first stage of a round. Several steps, each judging anew what is left, until the recipe's prune.ratio is met.
+    The first stage of a round. It prunes in several steps, each with a new importance, until prune.ratio is met.
 
     Example: [bold]recap prune runs/cola[/bold]
     """

@@ -17,7 +17,7 @@ NameArgument = Annotated[
     typer.Argument(metavar="NAME", help="The name of a shipped recipe.", autocompletion=complete_recipe, show_default=False),
 ]
 ToArgument = Annotated[Path | None, typer.Argument(metavar="TO", help="A file or a folder.", show_default="NAME.yaml")]
-FilledOption = Annotated[bool, typer.Option("--filled", help="With every default filled in, and without the comments.")]
+FilledOption = Annotated[bool, typer.Option("--filled", help="Fill in every default, and leave out the comments.")]
 
 
 @app.command("ls")
@@ -49,7 +49,7 @@ def show(name: NameArgument, filled: FilledOption = False) -> None:
 
 @app.command()
 def copy(name: NameArgument, to: ToArgument = None) -> None:
-    """Copy a shipped recipe, to change it; prints the path. Never overwrites.
+    """Copy a shipped recipe, to change it, and print the path. Never overwrites a file.
 
     Example: [bold]recap recipes copy bert_base_cola mine.yaml[/bold]
     """
@@ -60,9 +60,9 @@ def copy(name: NameArgument, to: ToArgument = None) -> None:
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError:  # "x" tells and refuses in one step; the message names the file
+    except FileExistsError:  # "x" checks and creates in one step
         raise UsageError(
-            f"{path}: is there already", hint=f"name another file: recap recipes copy {shlex.quote(name)} FILE"
+            f"{path} exists already", hint=f"name another file: recap recipes copy {shlex.quote(name)} FILE"
         ) from None
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no folder {path.parent}", hint="make it first, or name another file") from None

@@ -9,7 +9,7 @@ from recap_cli import console, extras
 
 SOURCE_HELP = "A state's folder, or the results.json of [bold]recap compare[/bold] (or its folder)."
 SOURCE = typer.Argument(metavar="STATE|RESULTS", help=SOURCE_HELP, show_default=False)
-OUT_HELP = "The page; an older page of recap's is replaced. [default: report.html in the folder of what is reported]"
+OUT_HELP = "The page; replaces an older page of recap's. [default: report.html in the folder of what is reported]"
 OUT = typer.Option("--out", metavar="FILE", help=OUT_HELP, show_default=False)
 
 

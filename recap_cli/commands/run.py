@@ -1,4 +1,4 @@
-"""`recap run`: all rounds, from wherever the state stands."""
+"""`recap run`: all rounds, or those that a state has left."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ OptionalRecipe = Annotated[
 ]
 StateOption = Annotated[
     Path | None,
-    typer.Option("--state", metavar="DIR", help="The state's folder, new or begun.", show_default="runs/<the recipe's name>"),
+    typer.Option("--state", metavar="DIR", help="The state's folder, new or not.", show_default="runs/<the recipe's name>"),
 ]
 
 
@@ -37,8 +37,8 @@ def run(
 ) -> None:
     """Run all rounds of prune, mask, finetune and merge, and print the path of the product.
 
-    Stopped at any moment, the same command goes on after the last finished stage. Settings that say how, not what, is computed
-    may differ then: after a lack of memory, --set finetune.checkpointing=true goes on with the same state.
+    After a stop, the same command continues after the last finished stage.
+    Execution settings may change then, as in --set finetune.checkpointing=true.
 
     Example: [bold]recap run quickstart --set rounds=3[/bold]
     """
@@ -54,8 +54,8 @@ def run(
     from recap_cli.stages import run as stage
 
     path = state if state is not None else Path("runs") / checked.name
-    said = None if recipe is None else {given.partition("=")[0] for given in overrides or ()}
-    done = stage.run(checked, path, track=console.track, on_stage=say_stage, on_change=say_change, said=said)
+    overridden = None if recipe is None else {given.partition("=")[0] for given in overrides or ()}
+    done = stage.run(checked, path, track=console.track, on_stage=say_stage, on_change=say_change, said=overridden)
     finished = summary(done)
     print_summary(finished, is_result=False)
     if as_json:
@@ -65,7 +65,7 @@ def run(
 
 
 def _recipe(source: str | None, state: Path | None, overrides: Sequence[str]) -> "Recipe":
-    """Return the recipe that was named, or the one of the state that was."""
+    """Return the recipe that was named, or that of the state that was named."""
     from recap_cli.recipe import recipe
 
     if source is not None:
@@ -74,5 +74,5 @@ def _recipe(source: str | None, state: Path | None, overrides: Sequence[str]) ->
         raise UsageError("no recipe was named", hint="`recap run quickstart`; `recap recipes ls` lists the others")
     from recap_cli.state.store import State
 
-    found = State.open(state)
-    return recipe.parse(found.recipe_text, str(state / found.manifest.recipe), overrides)
+    opened = State.open(state)
+    return recipe.parse(opened.recipe_text, str(state / opened.manifest.recipe), overrides)

@@ -1,11 +1,11 @@
-"""`recap status`: where a state stands."""
+"""`recap status`: the rounds of a state so far."""
 
 from recap_cli import console
 from recap_cli.commands.arguments import JsonOption, StateArgument, open_state
 
 
 def status(folder: StateArgument = None, as_json: JsonOption = False) -> None:
-    """Show the rounds of a state, what they cost, and the next command. Loads no model.
+    """Show the rounds of a state, their time and memory, and the next command. Loads no model.
 
     Example: [bold]recap status runs/cola[/bold]
     """

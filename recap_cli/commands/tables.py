@@ -1,56 +1,106 @@
-"""What `recap run`, `recap status` and the stages tell people: a line per finished stage, and the tables of a summary.
+"""What `recap run`, `recap status` and the stages print: a line per finished stage, and the tables of a summary.
 
-The summary of a state, and its record per round, come from `recap_cli.rounds.status.summary`. A round that is under way
-lacks what belongs to the stages to come; its cells stay empty.
+`recap_cli.rounds.status.summary` makes the summary of a state, with a row per round. A round that is under way has no values
+for the stages to come; their cells stay empty.
 """
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from recap_cli import console
 
 STAGES = ("prune", "mask", "finetune", "merge")
 HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
-SILENT = (  # said otherwise, or in the tables at the end
-    *("round", "stage", "seconds", "finished", "metric", "evaluated_in", "train_loss", "step_seconds", *HELD),
-    *("params_full", "prunable_full", "prunable_small", "moving_prunable", "label_places", "label_words"),
-)
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]  # headings, cells
 
 
 def say_stage(facts: Mapping[str, Any]) -> None:
-    """Print on stderr what a finished stage did: its round, time and plain facts, and a line for each note."""
-    plain = {key: value for key, value in facts.items() if key not in SILENT and isinstance(value, (int, float, str))}
-    told = ", ".join(f"{console.heading(key)} {console.value_text(key, value)}" for key, value in plain.items())
-    took = console.duration(facts["seconds"])
-    console.say(f"round {facts['round']} {facts['stage']}, {took}{f': {told}' if told else ''}")
+    """Print on stderr what a finished stage did and how long it took, with a line for each note."""
+    stage = facts["stage"]
+    name = stage if stage == "init" else f"round {facts['round']} {stage}"
+    console.say(f"{name}, {console.duration(facts['seconds'])}: {STAGE_TEXTS[stage](facts)}")
     if warmed := facts.get("warmed_up"):
         metric = facts["metric"]
-        told = console.value_text("metric", warmed[metric])
-        console.say(f"  warm-up: {metric} {told} (chance {console.value_text('metric', facts['chance'][metric])})")
+        value, chance = (console.value_text("metric", figures[metric]) for figures in (warmed, facts["chance"]))
+        console.say(f"  head warmed up: {metric} {value} (chance {chance})")
     for note in facts.get("notes", ()):
         console.say(f"  note: {note}")
     if skipped := facts.get("not_pruned"):
         console.say(f"  not pruned: {', '.join(skipped)}")
 
 
+def _init_text(facts: Mapping[str, Any]) -> str:
+    all_of_it, prunable = (console.millions(facts[key]) for key in ("parameters", "prunable_parameters"))
+    head = "new head" if facts["head_new"] else "head of the checkpoint"
+    return (
+        f"{facts['adapter']} with {all_of_it} parameters, {prunable} prunable, {head}; "
+        f"{facts['train_examples']:,} training examples, {facts['labels']:,} labels"
+    )
+
+
+def _prune_text(facts: Mapping[str, Any]) -> str:
+    small, full = console.millions(facts["params_small"]), console.millions(facts["params_full"])
+    if facts["plan"] == "same":
+        return f"kept the groups of the round before; the small model has {small} of {full} parameters"
+    if facts["prune_ratio"] == 0:
+        return f"pruned nothing; the small model has all {full} parameters"
+    share = console.percent(1 - facts["kept_share_of_prunable"])
+    by = "learned scores" if facts["plan"] == "learned" else "importance"
+    return f"pruned {share} of the prunable parameters by {by}; the small model has {small} of {full} parameters"
+
+
+def _mask_text(facts: Mapping[str, Any]) -> str:
+    if facts["trains"] == "head":
+        return "only the task head is trainable"
+    if facts["trains"] == "training":
+        return "the method chooses what is trainable"
+    if facts["mask_ratio"] == 0:
+        return "all prunable parameters of the small model are trainable"
+    share = facts["trainable_share_of_prunable"]
+    frozen = console.percent(1 - share)
+    return f"{console.percent(share)} of the small model's prunable parameters are trainable, {frozen} are frozen"
+
+
+def _finetune_text(facts: Mapping[str, Any]) -> str:
+    metric = facts["metric"]
+    value, loss = console.value_text("metric", facts[metric]), console.value_text("loss", facts["loss"])
+    return (
+        f"trained {console.millions(facts['trainable'])} parameters for {facts['steps']:,} steps; "
+        f"validation: {metric} {value}, loss {loss}"
+    )
+
+
+def _merge_text(facts: Mapping[str, Any]) -> str:
+    merged = f"wrote {console.millions(facts['trained'])} trained parameters into the full model"
+    return merged if facts["best_round"] is None else f"{merged}; best round so far: {facts['best_round']}"
+
+
+STAGE_TEXTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "init": _init_text,
+    "prune": _prune_text,
+    "mask": _mask_text,
+    "finetune": _finetune_text,
+    "merge": _merge_text,
+}
+
+
 def say_change(change: Mapping[str, Any]) -> None:
     """Print on stderr which settings of a state were changed, and from what."""
-    console.say(f"{_change_text(change)}, in this state from now on")
+    console.say(f"changed in this state: {_change_text(change)}")
 
 
 def print_summary(summary: Mapping[str, Any], *, is_result: bool) -> None:
-    """Print the tables of a summary and the lines below, on stdout where they are what was asked for, else on stderr."""
+    """Print the tables of a summary and the lines below them: on stdout if they are the result, else on stderr."""
     rounds = summary["rounds"]
     if rounds:
-        console.table(*_training(summary), title="Rounds (* the best); sizes in parameters", is_result=is_result)
-        console.table(*_sizes(rounds), title="What is left, layer by layer", is_result=is_result)
+        console.table(*_training(summary), title="Rounds (* is the best); sizes in parameters", is_result=is_result)
+        console.table(*_sizes(rounds), title="Kept per layer", is_result=is_result)
         console.table(*_times(rounds), title="Time", is_result=is_result)
         if any(row.get(HELD[0]) is not None for row in rounds):
-            console.table(*_memory(rounds), title="Held while finetuning", is_result=is_result)
+            console.table(*_memory(rounds), title="Memory held while finetuning", is_result=is_result)
     line = console.line if is_result else console.say
     for text in _closing(summary):
         line(text)
@@ -59,7 +109,7 @@ def print_summary(summary: Mapping[str, Any], *, is_result: bool) -> None:
 def _training(summary: Mapping[str, Any]) -> Table:
     rounds = summary["rounds"]
     metric = next((row["metric"] for row in rounds if "metric" in row), "metric")
-    columns = ["round", metric, "full model", "small model", "kept", "may move", "of small"]
+    columns = ["round", metric, "full model", "small model", "kept", "trainable", "of small"]
     first = summary.get("warm_up")
     warm_up = ["0 warm-up", console.value_text("metric", first), console.value_text("parameters", rounds[0]["full_parameters"])]
     before = [] if first is None else [[*warm_up, *[""] * (len(columns) - len(warm_up))]]
@@ -84,7 +134,7 @@ def _sizes(rounds: Sequence[Row]) -> Table:
 
 
 def _sizes_text(row: Row, kind: str) -> str:
-    """Return what is left of each layer and of how many, as `8 7 9 of 12`; layers that are all alike are said once."""
+    """Return the groups kept per layer and how many there were, as `8 7 9 of 12`. Equal numbers stand once."""
     return f"{_series(row['kept'][kind])} of {_series(row['of'][kind])}" if row["kept"][kind] else ""
 
 
@@ -118,21 +168,21 @@ def _closing(summary: Mapping[str, Any]) -> Iterator[str]:
     state = shlex.quote(summary["state"])
     yield (
         f"{summary['recipe']}: {summary['state']}, round {summary['round']} of {summary['rounds_planned']}, "
-        f"{summary['stage']} done, {console.duration(summary['seconds'])} in all"
+        f"{summary['stage']} done, {console.duration(summary['seconds'])} in total"
     )
     for change in summary.get("changes", ()):
         yield f"changed {change['changed']}, after {change['stage']} of round {change['round']}: {_change_text(change)}"
     if text := summary.get("warning"):
         yield f"warning: {text}"
     if summary["product"]:
-        yield f"product: {summary['product']} (recap export {state} OUT makes it loadable)"
+        yield f"product: {summary['product']} (to load it in Python: recap export {state} OUT)"
     if summary["next"]:
-        yield f"next: recap {summary['next']} {state}, or recap run --state {state} for all that is left"
+        yield f"next: recap {summary['next']} {state}, or recap run --state {state} for all remaining stages"
     elif summary["finished"]:
         yield f"finished: {summary['finished']}"
 
 
 def _change_text(change: Mapping[str, Any]) -> str:
-    """Return what a change of settings changed, as `finetune.checkpointing false → true`."""
+    """Return the changed settings, as `finetune.checkpointing false → true`."""
     before, after = change["before"], change["after"]
     return ", ".join(f"{key} {json.dumps(before.get(key))} → {json.dumps(after[key])}" for key in after)

@@ -1,4 +1,4 @@
-"""One cell of a comparison: the command that runs it, and the figures that its state gives when it is done."""
+"""One cell of a comparison: the command that runs it, and the figures of its finished state."""
 
 import json
 import os
@@ -32,32 +32,32 @@ from recap_cli.training.loop import Batch
 
 BATCH, WARM_UPS, TIMINGS = 32, 2, 7
 
-_batches: dict[str, Batch] = {}  # by the data they are of, so that all cells are timed on the same examples
+_batches: dict[str, Batch] = {}  # by data and model, so that all cells are timed on the same examples
 
 
 def command(recipe: Path, state: Path) -> list[str]:
-    """The command that runs a recipe, or goes on with it, in a process of its own; modules of the working directory are not
-    in its way unless they are in ours.
+    """Return the command that starts or continues a recipe in another process.
+
+    It does not import modules of the working directory, unless this process does.
     """
     safe = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
     return [sys.executable, *safe, "-m", "recap_cli", "run", str(recipe), "--state", str(state)]
 
 
 def is_finished(recipe: Recipe, path: Path) -> bool:
-    """Whether the state at `path` is of exactly this recipe, and nothing is left to do."""
+    """Whether the state at `path` has exactly this recipe, and no stage left to do."""
     try:
         state = State.open(path)
         record.check(state)
-    except RecapError:  # not begun, or broken: whoever runs it will say so
+    except RecapError:  # new or damaged: the command that runs it gives the error
         return False
     return state.manifest.recipe_digest == recipes.digest(recipe) and status.next_stage(recipe, state) is None
 
 
 def figures(path: Path) -> dict[str, Any]:
-    """What a finished state says: metric by round and before the first, steps, seconds, memory held (the maximum over the
-    rounds) and predicted.
+    """Return the figures of a finished state: metrics, steps, seconds, and the memory of the round that holds most.
 
-    Raises whatever `State.open` raises.
+    Raises what `State.open` raises.
     """
     state = State.open(path)
     facts, best = status.summary(state), state.manifest.best
@@ -87,18 +87,19 @@ def figures(path: Path) -> dict[str, Any]:
 
 
 def predicted(path: Path) -> dict[str, int]:
-    """The activations and the peak of a training step, as `profile` predicts them for the round that holds most."""
+    """Return the predicted activations and peak of a training step, for the round that holds most."""
     context = Context(State.open(path))
     usage = predict.predict(meta_model.of_state(context), context.recipe, context.recipe.method).usage
     return {"activations_bytes": usage.maxima["activations"], "peak_bytes": usage.peak_bytes}
 
 
 def measured_product(path: Path) -> dict[str, Any]:
-    """The bytes of the product's tensors, and the seconds of one forward of up to 32 validation examples (a median), on the
-    device that the recipe finetunes on: on a CPU by one thread, for several wait for each other on a machine that is busy
-    (measured: 600 ms instead of 12).
+    """Return the bytes of the product's tensors, and the median seconds of a forward of up to 32 validation examples.
 
-    Raises whatever reading the state, the data or the model raises.
+    The forward runs on the recipe's `finetune.device`. On a CPU it uses one thread: on a busy machine, several wait for each
+    other (measured: 600 ms instead of 12).
+
+    Raises what reading the state, the data or the model raises.
     """
     context = Context(State.open(path))
     tensors, sizes, _ = best_tensors(context)
@@ -132,7 +133,7 @@ def _timed(forward: Any, batch: Batch, device: torch.device) -> float:
 
 
 def _wait(device: torch.device) -> None:
-    """Return when the device has done what it was given."""
+    """Return when the device has finished its work."""
     if device.type in ("cuda", "mps", "xpu"):
         getattr(torch, device.type).synchronize()
 
@@ -148,17 +149,17 @@ def _batch(context: Context, device: torch.device) -> dict[str, Tensor]:
 
 
 def _seconds(facts: Mapping[str, Any]) -> dict[str, float]:
-    """The seconds of each kind of stage, over all rounds."""
-    found = dict.fromkeys(STAGES, 0.0)
-    found["init"] = facts["init"]["seconds"] if facts["init"] else 0.0
+    """Return the seconds of each kind of stage, over all rounds."""
+    total = dict.fromkeys(STAGES, 0.0)
+    total["init"] = facts["init"]["seconds"] if facts["init"] else 0.0
     for row in facts["rounds"]:
         for name, seconds in row["seconds"].items():
-            found[name] = found.get(name, 0.0) + seconds
-    return {name: round(seconds, 3) for name, seconds in found.items()}
+            total[name] = total.get(name, 0.0) + seconds
+    return {name: round(seconds, 3) for name, seconds in total.items()}
 
 
 def _memory(state: State, rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
-    most = max(rows, key=lambda row: sum(row[name] for name in status.HELD))  # of one round, not of several
+    most = max(rows, key=lambda row: sum(row[name] for name in status.HELD))  # one round
     held: dict[str, float | None] = {name: most[name] for name in status.HELD}
     files = [name for name in state.manifest.files if name.startswith("round-") and name.endswith(f"/{MEMORY}")]
     peaks = [(stored.memory(state, name)["training_peak"] or {}).get("allocated_bytes") for name in files]

@@ -1,6 +1,6 @@
-"""The grid of a comparison: methods, ratios and seeds, and one cell with a recipe of its own for each that go together.
+"""The grid of a comparison: methods, ratios and seeds, with a cell and a recipe for each combination.
 
-A method that has no ratio to prune or to freeze by has one cell a seed, whatever ratios there are.
+A method without a ratio to prune or to freeze by has one cell per seed.
 """
 
 import re
@@ -18,14 +18,14 @@ from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import status
 from recap_cli.rounds.plans import method_of_name, require_extra, round_plans_for
 
-ORDER = ("full-ft", "head-ft", "lora-ft", "pre-ft", "post-ft", "movement", "recap")  # strangers come after these
+ORDER = ("full-ft", "head-ft", "lora-ft", "pre-ft", "post-ft", "movement", "recap")  # third-party methods come after these
 SEEDS = (0, 1, 2)
 AXES = {"method": "--methods", "seed": "--seeds", "prune.ratio": "--ratios", "mask.ratio": "--mask-ratios"}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is varied: methods by name, r_p, r_f and seeds; ratios are empty where no method has them."""
+    """What the cells vary: methods by name, r_p, r_f and seeds. Ratios are empty if no method has them."""
 
     methods: tuple[str, ...]
     ratios: tuple[float, ...]
@@ -35,9 +35,16 @@ class Grid:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: its place in the grid, the settings that make it from the base recipe, and its recipe.
+    """One run of the grid.
 
-    A ratio is None where the method has none. `recipe` is None where the settings do not go together; `error` says why.
+    Attributes:
+        method: The method.
+        prune_ratio: r_p; None if the method has none.
+        mask_ratio: r_f; None if the method has none.
+        seed: The seed.
+        settings: The settings that differ from the base recipe.
+        recipe: The recipe; None if the settings contradict each other.
+        error: Why there is no recipe.
     """
 
     method: str
@@ -50,7 +57,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What its files are called, as in `recap-rp0.333-rf0.875-s0`."""
+        """The name of its files, as in `recap-rp0.333-rf0.875-s0`."""
         parts = [quote(self.method, safe="")]
         parts += [f"rp{self.prune_ratio:.12g}"] if self.prune_ratio is not None else []
         parts += [f"rf{self.mask_ratio:.12g}"] if self.mask_ratio is not None else []
@@ -59,10 +66,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison before it runs: the recipe that all cells begin from, the grid, and the cells in the order they run in.
+    """A comparison before it runs.
 
-    `notes` say which methods are left out, and what of the command has no effect on these cells, as where it is that of a
-    larger grid.
+    Attributes:
+        base: The recipe that all cells start from.
+        grid: What the cells vary.
+        cells: The cells, in the order of the runs.
+        notes: Methods that are left out, and parts of the command that have no effect on these cells.
     """
 
     base: Recipe
@@ -80,29 +90,32 @@ def plan(
     mask_ratios: Sequence[float] = (),
     seeds: Sequence[int] = (),
 ) -> Plan:
-    """The cells of a comparison by the recipe `source`; what is left empty is all methods, the recipe's ratios, seeds 0, 1, 2.
-    Of all methods, those whose extra is not installed are left out, and a note says so.
+    """Return the cells of a comparison.
 
-    An override is `key=value` for every cell, or `method:key=value` for those of one method.
+    Overrides for other methods, and ratios that no method has, give a note and no error. So a command can be repeated with
+    other seeds and fewer methods.
 
-    An override for a method that is not compared, or ratios that none has, are noted and have no effect: so the command of a
-    comparison may be repeated with other seeds and fewer methods.
+    Args:
+        source: The recipe.
+        overrides: Each `key=value` for all cells, or `method:key=value` for those of one method.
+        methods: Their names; all methods by default.
+        ratios: Values of r_p; that of the recipe by default.
+        mask_ratios: Values of r_f; that of the recipe by default.
+        seeds: 0, 1 and 2 by default.
 
     Raises:
-        UsageError: an override sets what the grid varies, or names what is no method.
-        PluginError: a method is unknown or cannot be loaded, or a recipe names an unknown criterion.
-        MissingExtraError: a method that was named, or the recipe's own, needs an extra that is not installed.
-        RecipeError: the recipe has problems, or an override has; a cell whose ratios do not fit is no error, but impossible.
-        ModelError, DataError: a folder or a file that the recipe names is missing.
+        UsageError: An override sets what the grid varies, or names an unknown method.
+        PluginError: A method is unknown or cannot be loaded, or a recipe names an unknown criterion.
+        MissingExtraError: A method that was named, or that of the recipe, needs an extra that is not installed.
+        RecipeError: The recipe or an override has problems. Ratios that do not fit make a cell impossible instead.
+        ModelError: A folder that the recipe names is missing.
+        DataError: A file that the recipe names is missing.
     """
     left_out = {} if methods else _left_out(known_methods())
     loaded = {name: method_of_name(name) for name in methods or known_methods() if name not in left_out}
     for_all, by_method = _split(overrides, loaded)
     notes = [
-        f"--set {name}:{text}: {name} is not compared here"
-        for name in by_method
-        if name not in loaded
-        for text in by_method[name]
+        f"--set {name}:{text}: {name} is not compared" for name in by_method if name not in loaded for text in by_method[name]
     ]
     given = {"prune.ratio": ratios, "mask.ratio": mask_ratios}
     _refuse_axes(for_all, ["method", "seed", *(key for key, values in given.items() if values)])
@@ -121,7 +134,7 @@ def plan(
         tuple(mask_ratios or [base.mask.ratio]) if masks else (),
         tuple(seeds or SEEDS),
     )
-    starts = {name: _start(base, name, by_method.get(name, ())) for name in [*loaded, *by_method]}  # a slip is one anywhere
+    starts = {name: _start(base, name, by_method.get(name, ())) for name in [*loaded, *by_method]}  # checks all
     cells = tuple(_cells(grid, loaded, starts, by_method))
     for recipe in {cell.method: cell.recipe for cell in cells if cell.recipe is not None}.values():
         status.check(recipe)
@@ -140,17 +153,17 @@ def _left_out(methods: Sequence[str]) -> dict[str, str]:
 
 
 def known_methods() -> list[str]:
-    """The names of all methods that are registered: ours in the order of the paper's tables, then strangers by name."""
+    """Return the names of all registered methods: those of RECAP as in the paper's tables, then third-party ones by name."""
     return sorted(registry.names("methods"), key=place)
 
 
 def place(method: str) -> tuple[int, str]:
-    """Where a method stands among others, to sort by."""
+    """Return the key by which methods are sorted."""
     return (ORDER.index(method) if method in ORDER else len(ORDER), method)
 
 
 def _split(overrides: Sequence[str], methods: Mapping[str, Method]) -> tuple[list[str], dict[str, list[str]]]:
-    """The overrides for all cells, and by method those of the form `method:key=value`."""
+    """Return the overrides for all cells, and by method those of the form `method:key=value`."""
     for_all: list[str] = []
     by_method: dict[str, list[str]] = {}
     for given in overrides:
@@ -160,7 +173,7 @@ def _split(overrides: Sequence[str], methods: Mapping[str, Method]) -> tuple[lis
             continue
         if method not in methods and method not in registry.names("methods"):
             raise UsageError(
-                f"--set {given}: {method or repr(method)} is no method; compared are {', '.join(methods)}",
+                f"--set {given}: there is no method {method or repr(method)}; compared are {', '.join(methods)}",
                 hint=f"--set {key}=… sets it for all of them; `recap plugins` lists the methods",
             )
         override = given.partition(":")[2]
@@ -178,14 +191,14 @@ def _refuse_axes(overrides: Sequence[str], keys: Sequence[str]) -> None:
             )
 
 
-def _refuse_options(overrides: Sequence[str], own: str, methods: Mapping[str, Method]) -> None:
-    """Refuse options that no cell would have: those of a recipe are its own method's, and that is not compared."""
+def _refuse_options(overrides: Sequence[str], base_method: str, methods: Mapping[str, Method]) -> None:
+    """Refuse options that no cell has: those of the recipe's method, if it is not compared."""
     for given in overrides:
         key = given.partition("=")[0].strip()
-        if key.partition(".")[0] == "options" and own not in methods:
+        if key.partition(".")[0] == "options" and base_method not in methods:
             raise UsageError(
-                f"--set {given}: options of the recipe's own method, {own}, which is not compared",
-                hint=f"name the method that they are of, as in --set {shlex.quote(f'{next(iter(methods))}:{given}')}",
+                f"--set {given}: options of {base_method}, the method of the recipe, which is not compared",
+                hint=f"name the method that has them, as in --set {shlex.quote(f'{next(iter(methods))}:{given}')}",
             )
 
 
@@ -194,9 +207,9 @@ def _listed(ratios: Sequence[float]) -> str:
 
 
 def _start(base: Recipe, method: str, overrides: Sequence[str]) -> Recipe:
-    """The recipe of a method's cells, without ratios, so that only what the overrides say can be wrong with it.
+    """Return the recipe of a method's cells with ratios of 0, so that only an override can make it wrong.
 
-    The options of the base recipe are those of its own method; other methods begin with their defaults.
+    The options of the base recipe belong to its method; other methods start with their defaults.
     """
     values: dict[str, Any] = {"method": method, "prune.ratio": 0.0, "mask.ratio": 0.0}
     values |= {} if method == base.method else {"options": {}}
@@ -207,7 +220,7 @@ def _start(base: Recipe, method: str, overrides: Sequence[str]) -> Recipe:
 def _cells(
     grid: Grid, methods: Mapping[str, Method], starts: Mapping[str, Recipe], by_method: Mapping[str, Sequence[str]]
 ) -> Iterator[Cell]:
-    """One seed of everything after another, so that a comparison that is stopped early compares what it has."""
+    """Yield the cells seed by seed, so that a stopped comparison has all methods for some seeds."""
     for seed in grid.seeds:
         for name, method in methods.items():
             for ratio in grid.ratios if method.prunes else (None,):
@@ -220,25 +233,26 @@ def _cell(
 ) -> Cell:
     ratios = {key: value for key, value in (("prune.ratio", ratio), ("mask.ratio", mask_ratio)) if value is not None}
     values = start.model_dump(mode="json")
-    own = {key: _value(values, key) for key in (given.partition("=")[0].strip() for given in overrides)}
-    settings = {"method": method, **ratios, "seed": seed, **({"options": start.options} if start.options else {}), **own}
+    overridden = {key: _value(values, key) for key in (given.partition("=")[0].strip() for given in overrides)}
+    options = {"options": start.options} if start.options else {}
+    settings = {"method": method, **ratios, "seed": seed, **options, **overridden}
     try:
         recipe = recipes.changed(start, {**ratios, "seed": seed})
         round_plans_for(recipe)
-    except (RecipeError, PluginError) as error:  # one cell that makes no sense does not keep the others from running
+    except (RecipeError, PluginError) as error:  # the other cells run all the same
         return Cell(method, ratio, mask_ratio, seed, settings, None, _in_a_line(error.message))
     return Cell(method, ratio, mask_ratio, seed, settings, recipe)
 
 
 def _value(values: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key."""
-    found: Any = values
+    """Return the value of a dotted key."""
+    value: Any = values
     for part in key.split("."):
-        found = found[part]
-    return found
+        value = value[part]
+    return value
 
 
 def _in_a_line(message: str) -> str:
-    """The problems that a recipe's error lists, without the line above them and the places that nobody has written."""
+    """Return the problems of a recipe's error in one line, without its heading and its places, which no user has written."""
     lines = [re.sub(r"^\s*(--set )?\S+\s+", "", line) for line in message.splitlines()[1:]]
     return "; ".join(" ".join(line.split()) for line in lines) or message

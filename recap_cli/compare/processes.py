@@ -1,6 +1,6 @@
-"""Commands in processes of their own, some at a time: a crash, or memory that runs out, ends one of them and no other.
+"""Commands in separate processes, several at a time: a crash, or a lack of memory, ends only one of them.
 
-Asked to end, by Ctrl-C or by a signal that can be heard, this process ends them; if it is killed, they notice (`parent`).
+Ctrl-C, or a signal to end, makes this process end them. If it is killed, they end themselves (`die_with_parent`).
 """
 
 import os
@@ -25,7 +25,7 @@ ASKED = ("SIGTERM", "SIGHUP")  # what a batch system and a closed terminal send
 
 
 class Process(NamedTuple):
-    """A command to run, and the file that what it says is appended to."""
+    """A command to run, and the log file to which its output is appended."""
 
     name: str
     command: Sequence[str]
@@ -33,7 +33,7 @@ class Process(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A command that has ended; `error` is what it said was wrong, None if nothing was."""
+    """A command that has ended. `error` is its message; None if it succeeded."""
 
     name: str
     error: str | None
@@ -43,17 +43,18 @@ class _Running(NamedTuple):
     process: Process
     child: "subprocess.Popen[bytes]"
     log: IO[bytes]
-    begins: int  # of what this command says, in the log
+    begins: int  # where its output starts in the log
 
 
 def run(processes: Sequence[Process], jobs: int) -> Generator[Ended]:
-    """Run the commands in their order, `jobs` at a time; yields each as it ends. Closed early, it ends those that run.
+    """Run the commands in order, `jobs` at a time, and yield each as it ends. Closing the generator ends those that run.
 
-    Raises `StorageError` if a log cannot be written.
+    Raises:
+        StorageError: A log cannot be written.
     """
     waiting, running = deque(processes), list[_Running]()
     environment = surroundings(jobs, os.environ)
-    with _heard():
+    with _interrupted_by_signals():
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -68,15 +69,15 @@ def run(processes: Sequence[Process], jobs: int) -> Generator[Ended]:
 
 
 def surroundings(jobs: int, given: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the commands: each has its share of the cores, unless the user has said how many; no colour."""
+    """Return the environment of the commands: a share of the cores for each, unless the user has set a number; no colour."""
     environment = {key: value for key, value in given.items() if key != "FORCE_COLOR"}
     if jobs > 1 and "OMP_NUM_THREADS" not in environment:
-        environment |= {"OMP_NUM_THREADS": str(max(1, cores() // jobs)), threads.SHARED: "1"}
+        environment |= {"OMP_NUM_THREADS": str(max(1, cores() // jobs)), threads.CORES_DIVIDED: "1"}
     return environment
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -96,18 +97,18 @@ def _ended(one: _Running) -> Ended:
         return Ended(one.process.name, None)
     with one.process.log.open("rb") as log:
         log.seek(one.begins)
-        said = log.read().decode("utf-8", "replace")
+        output = log.read().decode("utf-8", "replace")
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        why = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+        why = ", as the system does if memory runs out" if name == "SIGKILL" else ""
         return Ended(one.process.name, f"its process was ended by {name}{why}")
-    told = ERROR.findall(said)
-    last = (said.strip().splitlines() or ["it said nothing"])[-1]
-    return Ended(one.process.name, told[-1].strip() if told else f"it ended with {code}: {last}")
+    messages = ERROR.findall(output)
+    last_line = (output.strip().splitlines() or ["no output"])[-1]
+    return Ended(one.process.name, messages[-1].strip() if messages else f"it ended with {code}: {last_line}")
 
 
 def _end(running: Sequence[_Running]) -> None:
-    """End what runs: by asking, and after a while by force. A state is whole at every moment."""
+    """End the running commands: first by SIGTERM, later by SIGKILL. Their states are whole at any moment."""
     for one in running:
         one.child.terminate()
     for one in running:
@@ -120,26 +121,26 @@ def _end(running: Sequence[_Running]) -> None:
 
 
 def _close(one: _Running) -> None:
-    """Close what is open of a command that has ended."""
+    """Close the files of a command that has ended."""
     one.log.close()
     if one.child.stdin is not None:
         one.child.stdin.close()
 
 
 @contextmanager
-def _heard() -> Iterator[None]:
-    """Inside, a signal to end is a Ctrl-C. Python hears signals in its main thread alone."""
+def _interrupted_by_signals() -> Iterator[None]:
+    """Turn signals to end into a Ctrl-C inside. Python receives signals in its main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked = [getattr(signal, name) for name in ASKED if hasattr(signal, name)]
-    mine = [number for number in asked if signal.getsignal(number) == signal.SIG_DFL]  # `nohup` has SIGHUP ignored
-    for number in mine:
+    numbers = [getattr(signal, name) for name in ASKED if hasattr(signal, name)]
+    defaults = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]  # `nohup` ignores SIGHUP
+    for number in defaults:
         signal.signal(number, _interrupt)
     try:
         yield
     finally:
-        for number in mine:
+        for number in defaults:
             signal.signal(number, signal.SIG_DFL)
 
 

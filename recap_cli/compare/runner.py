@@ -1,4 +1,4 @@
-"""`compare`: run the cells of a grid, each in a process of its own, and write what they give as it comes."""
+"""`compare`: run the cells of a grid, each in a separate process, and write their results as they come."""
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -35,15 +35,26 @@ def compare(
     track: Track = silent,
     on_cell: Callable[[Record], None] = lambda _: None,
 ) -> Results:
-    """Run every cell of `plan` that is not done, `jobs` at a time; returns what `out/results.json` then holds.
+    """Run every cell of a plan that is not done.
 
-    A cell that was stopped goes on after its last finished stage, one that failed is tried again. `on_cell` hears of each
-    that has ended. A cell that fails or is impossible is part of the results.
+    A stopped cell continues after its last finished stage, and a failed one is tried again. The results include failed and
+    impossible cells.
+
+    Args:
+        plan: The cells.
+        out: The folder of the comparison.
+        jobs: How many cells run at a time.
+        command: The command line, for the results.
+        track: Shows the progress.
+        on_cell: Is called with the record of each cell that has ended.
+
+    Returns:
+        What `out/results.json` then holds.
 
     Raises:
         StateError: `out` holds something else, or a comparison of another recipe.
-        StateLockedError: another process is comparing there.
-        StorageError: something cannot be written.
+        StateLockedError: Another process is comparing there.
+        StorageError: A file cannot be written.
     """
     out = plain(out)
     found = store.read(out)
@@ -69,15 +80,16 @@ def compare(
 
 
 def waiting(plan: Plan, results: Results) -> list[Cell]:
-    """The cells of a plan that are still to run, in its order."""
+    """Return the cells of a plan that have to run, in its order."""
     status = {record["state"]: record["status"] for record in results["cells"]}
     return [cell for cell in plan.cells if status[store.state_of(cell)] == "waiting"]
 
 
 def describe(plan: Plan, out: Path) -> list[Record]:
-    """What `compare` would begin with, cell by cell in the order of the runs, for `--dry-run`; writes nothing.
+    """Return the record of each cell that `compare` starts with, in the order of the runs. Writes nothing.
 
-    Raises `StateError` as `compare` does.
+    Raises:
+        StateError: As `compare` does.
     """
     out = plain(out)
     found = store.read(out)
@@ -89,7 +101,7 @@ def describe(plan: Plan, out: Path) -> list[Record]:
 
 
 def machine() -> dict[str, Any]:
-    """Cores, processor, memory, system and accelerator; nothing that names a host or a person."""
+    """Return cores, processor, memory, system and accelerator, but no name of a host or a user."""
     return {
         "cores": processes.cores(),
         "cpu": _processor(),
@@ -102,7 +114,7 @@ def machine() -> dict[str, Any]:
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # of other systems than Linux
+    except OSError:  # not Linux
         lines = []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor())
 
@@ -118,7 +130,7 @@ def _versions() -> dict[str, str]:
 
 
 def _run(left: Sequence[Cell], out: Path, jobs: int) -> Generator[tuple[Cell, dict[str, Any]]]:
-    """Each cell with its figures, as it ends; those whose state is done already come first, and need no process."""
+    """Yield each cell with its figures, as it ends. Cells whose state is done come first, without a process."""
     for folder in ("cells", "recipes", "logs"):
         with files.storage_errors(out / folder):
             (out / folder).mkdir(exist_ok=True)
@@ -143,29 +155,29 @@ def _process(name: str, recipe: Recipe, out: Path) -> processes.Process:
 def _figures(cell: Cell, out: Path) -> dict[str, Any]:
     try:
         return cells.figures(out / store.state_of(cell))
-    except RecapError as error:  # the run ended well, and its state cannot be read
+    except RecapError as error:  # the run succeeded, but its state cannot be read
         return {"status": "failed", "error": error.message}
 
 
 def _predict(out: Path, results: Results, record: Record) -> None:
-    """Add what the training step of a finished cell takes beside what it holds."""
+    """Add the predicted activations and peak of a finished cell."""
     if record["memory"] is None:
         return
     try:
         record["memory"] |= cells.predicted(out / record["state"])
-    except Exception as error:  # noqa: BLE001  (the cell is done and counts, whatever a prediction of it meets)
-        _note(results, f"{record['state']}: its training step was not predicted: {_told(error)}")
+    except Exception as error:  # noqa: BLE001  (the cell is done, even if its prediction fails)
+        _note(results, f"{record['state']}: its training step was not predicted: {_message(error)}")
 
 
 def _measure_products(out: Path, results: Results, track: Track) -> None:
-    """Time the products that were not timed yet, one after another, while nothing else of ours runs."""
+    """Time the products that were not timed yet, one after another, while no cell runs."""
     left = [record for record in results["cells"] if record["status"] == "done" and record["product"] is None]
     left = [record for record in left if (out / record["state"]).exists() and record["product_round"] is not None]
     for record in track(sorted(left, key=lambda record: record["seed"]), "products", len(left)) if left else ():
         try:
             record["product"] = cells.measured_product(out / record["state"])
-        except Exception as error:  # noqa: BLE001  (the cell is done and counts, whatever a look at its product meets)
-            _note(results, f"{record['state']}: its product was not measured: {_told(error)}")
+        except Exception as error:  # noqa: BLE001  (the cell is done, even if its product cannot be measured)
+            _note(results, f"{record['state']}: its product was not measured: {_message(error)}")
         store.write(out, results)
 
 
@@ -174,8 +186,8 @@ def _draw(out: Path, results: Results) -> None:
     try:
         extras.require("plots")
         results["pictures"] = plots.draw(rows, out, metric=results["metric"], title=results["recipe"])
-    except Exception as error:  # noqa: BLE001  (matplotlib's own, of fonts and files; the results stand without pictures)
-        _note(results, f"no pictures were drawn: {_told(error)}")
+    except Exception as error:  # noqa: BLE001  (matplotlib's errors, of fonts and files; the results need no pictures)
+        _note(results, f"no pictures were drawn: {_message(error)}")
     store.write(out, results)
 
 
@@ -183,13 +195,13 @@ def _note(results: Results, text: str) -> None:
     results["notes"] = list(dict.fromkeys([*results["notes"], text]))
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, MissingExtraError):
         return f"{error.message}; {error.hint}"
     return error.message if isinstance(error, RecapError) else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def failures(records: Iterable[Mapping[str, Any]], plan: Plan) -> list[Mapping[str, Any]]:
-    """The records of a plan's cells that are not done."""
+    """Return the records of a plan's cells that are not done."""
     states = {store.state_of(cell) for cell in plan.cells}
     return [record for record in records if record["state"] in states and record["status"] != "done"]

@@ -1,4 +1,4 @@
-"""The results of `recap compare`: what `results.json` holds, whoever has written it, and means over the seeds."""
+"""The results of `recap compare`: the schema of `results.json`, and the means over the seeds."""
 
 import json
 import math
@@ -15,8 +15,8 @@ Status = Literal["done", "failed", "impossible", "waiting"]
 
 SCHEMA, KIND = 1, "comparison"
 RESULTS = "results.json"
-LARGEST = 1e18  # sums and squares of such numbers are still numbers
-DEEPEST = 50  # values within values; what goes through them, ours and others', calls itself for each
+LARGEST = 1e18  # sums and squares of such numbers do not overflow
+DEEPEST = 50  # levels of values; code that visits them is recursive
 STATUSES: tuple[Status, ...] = get_args(Status)
 HINT = "name a results.json as `recap compare` wrote it, or its folder"
 
@@ -27,7 +27,7 @@ def _number(found: object) -> object:
     if isinstance(found, bool) or not isinstance(found, int | float):
         raise ValueError("no number")
     if abs(found) > LARGEST:
-        raise ValueError("larger than anything that is counted here")
+        raise ValueError("larger than any result")
     return found
 
 
@@ -35,17 +35,17 @@ def _listed(found: object) -> object:
     return [] if found is None else found
 
 
-Number = Annotated[int | float | None, BeforeValidator(_number)]  # None where it is not known, or not finite
+Number = Annotated[int | float | None, BeforeValidator(_number)]  # None if it is unknown, or not finite
 
 
 class _Part(BaseModel):
-    """A part of the results; what it holds beside what is named here is kept as it is."""
+    """A part of the results. Further keys are kept unchanged."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
 class Seconds(_Part):
-    """Of each kind of stage, over all rounds."""
+    """The seconds of each kind of stage, over all rounds."""
 
     init: Number = None
     prune: Number = None
@@ -55,9 +55,10 @@ class Seconds(_Part):
 
 
 class Memory(_Part):
-    """Held in the round that holds most; activations and peak of a training step as predicted, the device's as measured.
+    """Memory in the round that holds most.
 
-    `full_held_bytes` is what full finetuning of every parameter holds, computed; `held_share` is the share of that.
+    `activations_bytes` and `peak_bytes` are predicted, and `device_peak_bytes` is measured. `full_held_bytes` is what full
+    finetuning holds, computed; `held_share` is the share of that.
     """
 
     weights_bytes: Number = None
@@ -71,7 +72,7 @@ class Memory(_Part):
 
 
 class Parameters(_Part):
-    """Counts: of the full model, of the product, and the most that moved in a round."""
+    """Numbers of parameters: of the full model, of the product, and the most that were trainable in a round."""
 
     full: Number = None
     product: Number = None
@@ -87,7 +88,7 @@ class Product(_Part):
 
 
 class Outcome(_Part):
-    """A cell: a method at its ratios with a seed, and what it gave."""
+    """A cell: a method with its ratios and a seed, and its results."""
 
     method: str
     prune_ratio: Number = None
@@ -112,7 +113,7 @@ class Outcome(_Part):
 
 
 class Contents(_Part):
-    """What a comparison has written: its cells, and what they have in common."""
+    """All of `results.json`: the cells, and what they have in common."""
 
     metric: str
     recipe: str
@@ -133,10 +134,12 @@ HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
 
 def read(source: Path) -> dict[str, Any]:
-    """Results and their `groups` (a method at its ratios, over the seeds), plain values; a number that is not finite is None,
-    and a part that is null has numbers that are.
+    """Read results as plain values, and add their `groups`: a method with its ratios, over the seeds.
 
-    Raises `DataError` if the file cannot be read, is no results file, or is of another schema.
+    Numbers that are not finite are None. A part that is null has all its keys, each None.
+
+    Raises:
+        DataError: The file cannot be read, is no results file, or has another schema.
     """
     place = source / RESULTS if source.is_dir() else source
     try:
@@ -151,13 +154,17 @@ def read(source: Path) -> dict[str, Any]:
 
 
 def parse(raw: bytes, place: Path) -> dict[str, Any]:
-    """The results that a file has, checked, as plain values. Raises `DataError`, which names the `place`, if it has none."""
+    """Check the results in a file and return them as plain values.
+
+    Raises:
+        DataError: There are none, or they have another schema. The message names the `place`.
+    """
     found = _load(raw, place)
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise DataError(f"{place}: is no result of `recap compare`", hint=HINT)
     if found.get("schema") != SCHEMA:
         raise DataError(
-            f"{place}: has schema {found.get('schema')!r}, and this recap knows schema {SCHEMA}",
+            f"{place}: has schema {found.get('schema')!r}, and this recap reads only schema {SCHEMA}",
             hint="use the version of recap that made it, or run `recap compare` again",
         )
     try:
@@ -166,27 +173,27 @@ def parse(raw: bytes, place: Path) -> dict[str, Any]:
         first = error.errors(include_url=False)[0]
         where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"]).removeprefix(".")
         value = None if first["type"] == "missing" else first["input"]
-        said = "nothing" if value is None else repr(value)[:60]
-        raise DataError(f"{place}: {where} is not what it should be: found {said}", hint=HINT) from None
+        shown = "nothing" if value is None else repr(value)[:60]
+        raise DataError(f"{place}: {where} is not what it should be: found {shown}", hint=HINT) from None
 
 
 def _load(raw: bytes, place: Path) -> Any:
     try:
         found = json.loads(raw.decode("utf-8"))
-        json.dumps(found, ensure_ascii=False).encode("utf-8")  # a lone surrogate is JSON, and cannot be written again
+        json.dumps(found, ensure_ascii=False).encode("utf-8")  # JSON may hold a lone surrogate, which cannot be written again
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: is no text", hint=HINT) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{place}, line {error.lineno}: is no JSON: {error.msg}", hint=HINT) from error
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number of more digits than Python reads
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number with more digits than Python reads
         raise DataError(f"{place}: is no JSON that can be read", hint=HINT) from error
     if _is_deeper(found, than=DEEPEST):
-        raise DataError(f"{place}: has values nested more than {DEEPEST} deep, as no result has", hint=HINT)
+        raise DataError(f"{place}: has values nested more than {DEEPEST} deep", hint=HINT)
     return found
 
 
 def _is_deeper(found: object, *, than: int) -> bool:
-    """Whether lists and objects stand in each other more than so many deep."""
+    """Whether lists and objects are nested deeper than this."""
     if not isinstance(found, dict | list):
         return False
     return than == 0 or any(
@@ -195,18 +202,23 @@ def _is_deeper(found: object, *, than: int) -> bool:
 
 
 def groups(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each method and its ratios, over the seeds that are done.
+    """Return a row for each method with its ratios, over the seeds that are done. A value that no seed has is None.
 
-    `warm_up` and `chance` are what it began with, means too; `warning` is that of the seeds that came to nothing.
-    `value` and `deviation` are the mean and the sample standard deviation of the product's metric (None for fewer than one, or
-    two), `last` is the mean after the last round; seconds, steps, sizes and the latency are means; what is held is that of the
-    seed that held most, and peaks are the largest; what no seed has is None. `n` of `of` are done; `statuses` counts all,
-    `errors` are those of the others.
+    The keys of a row:
+
+    - `n`, `of`: how many cells are done, and how many there are.
+    - `statuses`, `errors`: the number of cells by status, and the errors of those that are not done.
+    - `value`, `deviation`: mean and sample standard deviation of the product's metric (None for fewer than one, or two, seeds).
+    - `last`: mean metric after the last round.
+    - `warm_up`, `chance`: mean metric of the warmed-up head, and of chance.
+    - `warning`: the warning of seeds that ended no better than they began.
+    - `seconds`, `steps`, `parameters`, `product`: means.
+    - `memory`: weights, gradients and optimizer state of the seed that held most; the largest peaks.
     """
-    found: dict[tuple[str, float | None, float | None], list[Mapping[str, Any]]] = {}
+    by_group: dict[tuple[str, float | None, float | None], list[Mapping[str, Any]]] = {}
     for cell in cells:
-        found.setdefault((cell["method"], cell["prune_ratio"], cell["mask_ratio"]), []).append(cell)
-    return [_group(*key, mine) for key, mine in found.items()]
+        by_group.setdefault((cell["method"], cell["prune_ratio"], cell["mask_ratio"]), []).append(cell)
+    return [_group(*key, of_group) for key, of_group in by_group.items()]
 
 
 def _group(method: str, ratio: float | None, mask_ratio: float | None, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -215,9 +227,9 @@ def _group(method: str, ratio: float | None, mask_ratio: float | None, cells: Se
     lasts = [cell["last"] for cell in done if cell.get("last") is not None]
 
     def over(take: Any, part: str) -> dict[str, Any]:
-        there = [cell[part] for cell in done if cell[part]]
+        parts = [cell[part] for cell in done if cell[part]]
         keys = PARTS[part].model_fields
-        return {key: take(known) if (known := [p[key] for p in there if p.get(key) is not None]) else None for key in keys}
+        return {key: take(known) if (known := [p[key] for p in parts if p.get(key) is not None]) else None for key in keys}
 
     steps = [cell["steps"] for cell in done if cell["steps"] is not None]
     seconds, memory = over(fmean, "seconds"), over(max, "memory")
@@ -253,9 +265,9 @@ def _known(cells: Sequence[Mapping[str, Any]], key: str) -> list[float]:
 
 
 def _warning(done: Sequence[Mapping[str, Any]]) -> str | None:
-    """What is said of the first seed that there is something to say of, and of how many."""
-    said = [(cell["seed"], cell["warning"]) for cell in done if cell.get("warning")]
-    if not said:
+    """Return the first seed's warning, and how many seeds have one."""
+    warnings = [(cell["seed"], cell["warning"]) for cell in done if cell.get("warning")]
+    if not warnings:
         return None
-    seed, text = said[0]
-    return f"seed {seed}: {text}" if len(said) == 1 else f"{len(said)} of {len(done)} seeds, as seed {seed}: {text}"
+    seed, text = warnings[0]
+    return f"seed {seed}: {text}" if len(warnings) == 1 else f"{len(warnings)} of {len(done)} seeds, as seed {seed}: {text}"

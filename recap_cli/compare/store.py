@@ -1,6 +1,6 @@
-"""The results of a comparison on disk: `results.json`, whole at every moment, and `results.csv`, a row a cell.
+"""The results of a comparison on disk: `results.json`, whole at any moment, and `results.csv`, a row per cell.
 
-A folder belongs to one base recipe. A comparison that is run again keeps what is done, also of cells that are not in its grid.
+A folder belongs to one base recipe. A comparison that runs again keeps finished cells, also those that are not in its grid.
 """
 
 import csv
@@ -31,11 +31,11 @@ Record = dict[str, Any]  # one of its cells
 
 
 def read(out: Path) -> Results | None:
-    """The results in a folder, None where it is empty or not there.
+    """Return the results in a folder, or None if it is empty or does not exist.
 
     Raises:
-        StateError: it holds something else, or results that this version does not know.
-        StorageError: it cannot be read.
+        StateError: The folder holds something else, or results of another schema.
+        StorageError: The folder cannot be read.
     """
     if (raw := _raw(out)) is None:
         return None
@@ -43,15 +43,15 @@ def read(out: Path) -> Results | None:
         found = parse(raw, out / RESULTS)
         for number, record in enumerate(found["cells"]):
             if record["state"] is None:
-                raise DataError(f"{out / RESULTS}: cells[{number}] has no state to go on with")
+                raise DataError(f"{out / RESULTS}: cells[{number}] has no state to continue")
         return found
     except DataError as error:
-        again = "; or move the file away: the same command reads the cells of its grid that are finished again"
+        again = "; or move the file away: the same command then reads the finished cells of its grid again"
         raise StateError(error.message, hint=f"{ELSEWHERE}{again if (out / 'cells').is_dir() else ''}") from None
 
 
 def _raw(out: Path) -> bytes | None:
-    """The file of the results in a folder, None where it is empty or not there."""
+    """Return the results file of a folder, or None if the folder is empty or does not exist."""
     with files.storage_errors(out):
         if not out.exists():
             return None
@@ -60,24 +60,28 @@ def _raw(out: Path) -> bytes | None:
         names = {entry.name for entry in out.iterdir()} - {LOCK, HOLDER, f"{RESULTS}.tmp"}
         if RESULTS in names:
             return (out / RESULTS).read_bytes()
-        if not names or "cells" in names:  # without results the finished cells are read again
+        if not names or "cells" in names:  # the finished cells are read again
             return None
         what = "is a state, not a comparison" if COMMIT in names else f"is not empty, and no comparison: it has no {RESULTS}"
         raise StateError(f"{out}: {what}", hint=ELSEWHERE)
 
 
 def check(out: Path, found: Results, plan: Plan) -> None:
-    """Raise `StateError` if the results in `out` are of another base recipe, or some of its cells of other settings."""
+    """Check that the results in `out` have the base recipe and the settings of a plan.
+
+    Raises:
+        StateError: Their base recipe is another one, or a cell has other settings.
+    """
     if found.get("recipe_digest") != digest(plan.base) and (keys := _differences(found, plan.base)):
         raise StateError(
             f"{out} holds a comparison of the recipe {found.get('recipe')} that differs from this one in {', '.join(keys)}",
             hint=f"keep it and name another folder: --out {quoted(out.with_name(f'{out.name}-2'))}",
         )
-    own = {cell.method: _own(cell.settings) for cell in plan.cells}
+    by_method = {cell.method: _overridden(cell.settings) for cell in plan.cells}
     for record in found["cells"]:
-        if record["method"] not in own or record["status"] == "impossible":
+        if record["method"] not in by_method or record["status"] == "impossible":
             continue
-        before, now = _own(record["settings"]), own[record["method"]]
+        before, now = _overridden(record["settings"]), by_method[record["method"]]
         keys = [key for key in before | now if before.get(key) != now.get(key)]
         if keys and not _may_change(out, record, keys):
             raise StateError(
@@ -88,12 +92,12 @@ def check(out: Path, found: Results, plan: Plan) -> None:
 
 
 def digest(base: Recipe) -> str:
-    """The SHA-256 of what all cells have in common."""
+    """Return the SHA-256 of what all cells have in common."""
     return recipes.digest(recipes.changed(base, VARIED))
 
 
 def merged(found: Results | None, plan: Plan, facts: Mapping[str, Any]) -> Results:
-    """The results to begin with: the cells that were done before, and all others of the plan, waiting."""
+    """Return the results to start with: the finished cells, and all others of the plan as waiting."""
     cells = {record["state"]: record for record in found["cells"]} if found else {}
     for cell in plan.cells:
         if cells.get(state_of(cell), {}).get("status") != "done":
@@ -127,7 +131,11 @@ def merged(found: Results | None, plan: Plan, facts: Mapping[str, Any]) -> Resul
 
 
 def write(out: Path, results: Results) -> None:
-    """Replace `results.json` and `results.csv` as wholes. Raises `StorageError`."""
+    """Replace `results.json` and `results.csv`, each as a whole.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
     steps = {record["steps"] for record in results["cells"] if record["status"] == "done"}
     results |= {"updated": _now(), "total_steps": steps.pop() if len(steps) == 1 else None}
     files.replace_text(out / RESULTS, json.dumps(finite(results), indent=1, ensure_ascii=False) + "\n")
@@ -135,7 +143,7 @@ def write(out: Path, results: Results) -> None:
 
 
 def table(records: Sequence[Record]) -> str:
-    """The cells as CSV, a column for each value, in the order of the contract."""
+    """Return the cells as CSV, with a column for each value, in the order of the schema."""
     rows = [dict(_flat(record)) for record in records]
     written = StringIO()
     writer = csv.DictWriter(written, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
@@ -145,12 +153,12 @@ def table(records: Sequence[Record]) -> str:
 
 
 def state_of(cell: Cell) -> str:
-    """Where the state of a cell is, below the comparison's folder."""
+    """Return the folder of a cell's state, relative to that of the comparison."""
     return f"cells/{cell.name}"
 
 
 def finite(value: Any) -> Any:
-    """The same with None for numbers that are not finite, which JSON cannot say."""
+    """Return the value with None for numbers that are not finite, which JSON lacks."""
     if isinstance(value, float):
         return value if isfinite(value) else None
     if isinstance(value, Mapping):
@@ -173,23 +181,23 @@ def _waiting(cell: Cell) -> Record:
     ).model_dump()
 
 
-def _own(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a cell's method beside its place in the grid."""
+def _overridden(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overridden settings of a cell's method, without those that the grid varies."""
     return {key: value for key, value in settings.items() if key not in ("method", "seed", "prune.ratio", "mask.ratio")}
 
 
 def _may_change(out: Path, record: Record, keys: Iterable[str]) -> bool:
-    """Whether a cell may be run with other settings: it is not done, and its state has not begun or may go on with them."""
+    """Whether a cell may run with other settings: it is not done, and its state is new or only execution settings differ."""
     if record["status"] == "done":
         return False
     return not (out / record["state"] / COMMIT).exists() or all(key in EXECUTION for key in keys)
 
 
 def _differences(found: Results, base: Recipe) -> list[str]:
-    """The keys in which the base recipe differs from that of the results; new keys of a newer schema have their defaults."""
+    """Return the keys in which the base recipe differs from that of the results. Missing keys have their defaults."""
     try:
         before = recipes.parse(json.dumps(found.get("base")), RESULTS)
-    except RecapError:  # of a version with other keys, or edited by hand
+    except RecapError:  # it has other keys, or was edited by hand
         return ["keys that this version does not know"]
     return recipes.differences(before, recipes.changed(base, VARIED))
 
@@ -203,14 +211,14 @@ def _values(records: Iterable[Record], key: str) -> list[Any]:
 
 
 def _notes(found: Results | None, records: Iterable[Record], facts: Mapping[str, Any]) -> list[str]:
-    """What was noted before, and where cells are kept of a run on another machine or with other versions."""
+    """Return the notes that stay, and one if cells of another machine or of other versions are kept."""
     if found is None:
         return []
     notes = [note for note in found.get("notes", ()) if note.startswith("cells of ")]
     changed = [key for key in ("machine", "versions") if found.get(key) != facts.get(key)]
     if changed and any(record["status"] == "done" for record in records):
-        told = "; ".join(f"{key} {json.dumps(found.get(key))}" for key in changed)
-        notes.append(f"cells of {found.get('updated')} and before were run with other {told}")
+        values = "; ".join(f"{key} {json.dumps(found.get(key))}" for key in changed)
+        notes.append(f"cells of {found.get('updated')} and before were run with other {values}")
     return list(dict.fromkeys(notes))
 
 
@@ -222,9 +230,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         elif isinstance(value, (list, tuple)):
             yield f"{prefix}{key}", " ".join(map(str, value))
-        elif key == "latency_seconds":  # tables are for people: milliseconds, as everywhere that they are shown
+        elif key == "latency_seconds":  # tables are for people, and show milliseconds
             yield f"{prefix}latency_ms", None if value is None else float(f"{value * 1e3:.6g}")
-        elif value is not None or key not in ("memory", "parameters", "product"):  # whose columns other rows bring
+        elif value is not None or key not in ("memory", "parameters", "product"):  # other rows have their columns
             yield f"{prefix}{key}", value
 
 

@@ -1,1 +1,1 @@
-"""Examples: where they come from, what their columns and labels mean, and in which order they come."""
+"""Examples: their sources, columns and labels, and their order."""

@@ -1,4 +1,4 @@
-"""A folder with one folder of images per class, as an Arrow table: the path of each image, and the name of its folder."""
+"""A folder with one folder of images per class, as an Arrow table: the path of each image and the name of its class folder."""
 
 import os
 from collections import Counter
@@ -13,19 +13,25 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-# What systems leave in folders beside the files of people, as they do names that begin with a dot.
+# Folders and files that operating systems make, as they make names that begin with a dot.
 JUNK_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "lost+found", "system volume information"})
 JUNK_FILES = frozenset({"thumbs.db", "desktop.ini", "icon\r"})
-SPLITS = ("validation", "valid", "val", "dev", "test")  # what is meant for validation, the best first
-LARGEST_NAMES = 3  # of what is passed over, in a note
+SPLITS = ("validation", "valid", "val", "dev", "test")  # names of a validation split, the best first
+LARGEST_NAMES = 3  # kinds of ignored files that a note names
 
 
 def read_folder(path: Path, *, key: str) -> "tuple[pa.Table, list[str]]":
-    """The columns `image` and `label`, a row per image below `path`; and notes of what is passed over.
+    """Read the images below a folder.
 
-    `key` is the recipe key that names the folder, for hints.
+    Args:
+        path: The folder with the class folders.
+        key: The recipe key that names the folder, for hints.
 
-    Raises `DataError` if there are no folders with images, if these are themselves splits, or if one cannot be read.
+    Returns:
+        A table with the columns `image` and `label`, a row per image; and notes on ignored files.
+
+    Raises:
+        DataError: There are no folders with images, they are splits instead of classes, or one cannot be read.
     """
     import pyarrow as pa
 
@@ -58,12 +64,12 @@ def read_folder(path: Path, *, key: str) -> "tuple[pa.Table, list[str]]":
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether a file anywhere below the folder is named like an image."""
+    """Whether any file below the folder has the suffix of an image."""
     return any(_is_image(file) for file in folder.rglob("*"))
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, but for links to other folders. An inner folder that cannot be read is an `OSError`."""
+    """Yield every file below a folder, without following links to folders. An unreadable folder raises `OSError`."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -77,12 +83,12 @@ def _is_image(file: Path) -> bool:
 
 
 def is_junk_name(name: str) -> bool:
-    """Whether systems leave folders of this name, or hide what has it."""
+    """Whether operating systems make folders of this name, or hide them."""
     return name.startswith(".") or name.lower() in JUNK_FOLDERS
 
 
 def _is_hidden(file: Path, folder: Path) -> bool:
-    """Whether a file, or a folder between it and its class, is one that systems make: `._0.png` of macOS holds no image."""
+    """Whether a system made the file, or a folder between it and its class: `._0.png` of macOS holds no image."""
     *between, name = file.relative_to(folder).parts
     return name.startswith(".") or any(map(is_junk_name, between))
 
@@ -92,7 +98,11 @@ def _is_junk(file: Path, folder: Path) -> bool:
 
 
 def checked(file: Path) -> str:
-    """The path as text. Raises `DataError` if it is no UTF-8, in which tables are kept, or if there is no file behind it."""
+    """Return the path as text.
+
+    Raises:
+        DataError: The path is not UTF-8, which tables need, or is not a file.
+    """
     name = str(file)
     if name != _printable(file):
         raise DataError(
@@ -101,7 +111,7 @@ def checked(file: Path) -> str:
         )
     if not file.is_file():
         what = "is a link to a file that does not exist" if file.is_symlink() else "is no file that holds an image"
-        raise DataError(f"{file} {what}", hint="take it away, or put the image there")
+        raise DataError(f"{file} {what}", hint="remove it, or put the image there")
     return name
 
 
@@ -124,10 +134,10 @@ def _check_classes(path: Path, names: set[str]) -> None:
 def _notes(path: Path, hidden: list[Path], others: Counter[str], empty: list[str]) -> Iterator[str]:
     if hidden:
         first = _printable(hidden[0].relative_to(path))
-        yield f"{path}: {len(hidden)} hidden images, such as {first}, are passed over"
+        yield f"{path}: {len(hidden)} hidden images, such as {first}, are ignored"
     if others:
         kinds = ", ".join(suffix or "no suffix" for suffix, _ in others.most_common(LARGEST_NAMES))
-        yield f"{path}: {others.total()} files of other kinds ({kinds}) are passed over"
+        yield f"{path}: {others.total()} files of other kinds ({kinds}) are ignored"
     if empty:
         some = ", ".join(map(_printable, empty[:LARGEST_NAMES])) + (", …" if len(empty) > LARGEST_NAMES else "")
         yield f"{path}: no images, and so no class, in {some}"

@@ -1,4 +1,4 @@
-"""Whether a table has the columns that a recipe names; if not, which ones it has that were probably meant."""
+"""Whether a table has the columns that a recipe names, and if not, which of its columns may have been meant."""
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -11,14 +11,16 @@ from recap_cli.recipe.yaml import setting
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SEEN = 2000  # rows that are looked at to tell labels from texts
+SEEN = 2000  # rows that are read to distinguish labels from texts
 WANTED = {"text": "text", "text_pair": "text", "image": "images or paths of images", "label": "labels"}
 
 
 def check_columns(table: "pa.Table", roles: Mapping[str, str], origin: str) -> None:
-    """Raise a `DataError` unless each role has its column, once and of a type that fits; it names all that are wrong.
+    """Check that each role has exactly one column, of a type that fits.
 
-    Its hint is the `--set` of each of them, with the column that fits, or with those to choose from.
+    Raises:
+        DataError: A role has no such column. The message names all of them; the hint has a `--set` for each, with the column
+            that fits or those to choose from.
     """
     wrong = dict(_wrong(table, roles))
     if not wrong:
@@ -30,7 +32,7 @@ def check_columns(table: "pa.Table", roles: Mapping[str, str], origin: str) -> N
 
 
 def _wrong(table: "pa.Table", roles: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Each role without a column that fits, and what is wrong with it."""
+    """Yield each role without a column that fits, and what is wrong with it."""
     for role, name in roles.items():
         there = table.column_names.count(name)
         if there != 1:
@@ -40,7 +42,7 @@ def _wrong(table: "pa.Table", roles: Mapping[str, str]) -> Iterator[tuple[str, s
 
 
 def _listed(parts: list[str]) -> str:
-    """`has no column 'a'`, or, of several, `has no column 'a', no column 'b' and …`."""
+    """Return `has no column 'a'`, or for several, `has no column 'a', no column 'b' and …`."""
     rest = [part.removeprefix("has ") for part in parts[1:]]
     return " and ".join(part for part in (", ".join([parts[0], *rest[:-1]]), *rest[-1:]) if part)
 
@@ -56,12 +58,12 @@ def _hint(table: "pa.Table", roles: Mapping[str, str], wrong: list[str]) -> str:
         f"data.{role} is one of {', '.join(fits[role])}" if fits[role] else f"no column of it holds {WANTED[role]}"
         for role in open_roles
     ]
-    told = f"name the column{'s' if len(wrong) > 1 else ''} with {sets}{', where ' if choices else ''}{', and '.join(choices)}"
-    return told if all(fits[role] for role in wrong) else f"{told}; or choose another task.kind"
+    hint = f"name the column{'s' if len(wrong) > 1 else ''} with {sets}{', where ' if choices else ''}{', and '.join(choices)}"
+    return hint if all(fits[role] for role in wrong) else f"{hint}; or choose another task.kind"
 
 
 def _fitting(table: "pa.Table", wrong: Mapping[str, str], taken: set[str]) -> dict[str, list[str]]:
-    """The columns that each role may have been meant for; one alone where its name or its type says so."""
+    """Return the columns that may be meant by each role: one alone if its name or its type decides."""
     free = [name for name in table.column_names if name not in taken and table.column_names.count(name) == 1]
     left: dict[str, list[str]] = {}
     for role, name in wrong.items():
@@ -102,7 +104,7 @@ def _is_encoded(kind: "pa.DataType") -> bool:
 
 
 def _is_stored(kind: "pa.DataType") -> bool:
-    """Whether values are pairs as `datasets` stores images: bytes, a path, or both."""
+    """Whether values are structs as `datasets` stores images: bytes, a path, or both."""
     from pyarrow import types
 
     if not types.is_struct(kind):
@@ -113,7 +115,7 @@ def _is_stored(kind: "pa.DataType") -> bool:
 
 
 def _is_likely(role: str, column: "pa.ChunkedArray") -> bool:
-    """Whether the values of a column are like those of the role: labels come again, texts do not, images end in .png."""
+    """Whether the values of a column look like the role: labels repeat, texts do not, paths of images end in .png."""
     from pyarrow import types
 
     first = column.slice(0, SEEN)
@@ -121,10 +123,10 @@ def _is_likely(role: str, column: "pa.ChunkedArray") -> bool:
         return not _is_text(column.type) or all(
             value is not None and value.lower().endswith(tuple(IMAGE_SUFFIXES)) for value in first.to_pylist()
         )
-    comes_again = len(first.unique()) <= max(2, len(first) / 2)
+    repeats = len(first.unique()) <= max(2, len(first) / 2)
     if role == "label":
         whole = not types.is_floating(column.type) or all(
             value is not None and value == value // 1 for value in first.to_pylist()
         )
-        return bool(comes_again and whole)
-    return bool(not comes_again)
+        return bool(repeats and whole)
+    return bool(not repeats)

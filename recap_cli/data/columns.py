@@ -1,4 +1,4 @@
-"""From the columns that a source happens to have to the ones that we read: text, text_pair, image, label."""
+"""From the columns of a source to the ones that a task reads: text, text_pair, image, label."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,9 +18,14 @@ Roles = dict[str, str]  # text, text_pair, image or label → the column that ha
 
 @dataclass(frozen=True)
 class Found:
-    """A table as its source has it. `origin` names the source; image paths start at `folder`, if there is one.
+    """A table as its source has it.
 
-    `classes` says that it was made of class folders: it has the columns `image` and `label`, whatever a recipe calls them.
+    Attributes:
+        table: All columns and rows.
+        origin: The name of the source, for messages.
+        folder: The folder that relative paths of images start at, if there is one.
+        classes: True for a folder of class folders: its columns are `image` and `label`, whatever the recipe names.
+        notes: What a user should know of how it was read.
     """
 
     table: "pa.Table"
@@ -30,16 +35,16 @@ class Found:
     notes: tuple[str, ...] = ()
 
     def column(self, role: str, roles: Roles) -> str:
-        """The column that has a role here."""
+        """The column of this table that has a role."""
         return role if self.classes else roles[role]
 
     def place(self, column: str) -> str:
-        """Where the values of a column are, for messages."""
+        """The name of a column and its source, for messages."""
         return f"the folder {self.origin}" if self.classes else f"column {column!r} of {self.origin}"
 
 
 def roles_for(kind: Kind, *, text: str | None, text_pair: str | None, image: str | None, label: str) -> Roles:
-    """The columns that a task of this kind reads; one that the recipe does not name is called what it is."""
+    """Return the columns that a task of this kind reads. One that the recipe does not name has the name of its role."""
     if kind == "image-classification":
         return {"image": image or "image", "label": label}
     pair = {} if text_pair is None else {"text_pair": text_pair}
@@ -47,18 +52,19 @@ def roles_for(kind: Kind, *, text: str | None, text_pair: str | None, image: str
 
 
 def pick(found: Found, roles: Roles) -> "dict[str, pa.ChunkedArray]":
-    """The column of each role, complete and of a type that fits: texts as strings, images as `datasets` stores them.
+    """Return the column of each role: texts as strings, images as `datasets` stores them.
 
-    Raises `DataError` for columns that are missing, twice there or of another type, all at once; for a missing value, with
-    its row.
+    Raises:
+        DataError: Columns are missing, doubled or of another type; the message names all of them. Or a value is missing; the
+            message names its row.
     """
-    here = {role: found.column(role, roles) for role in roles}
-    check_columns(found.table, here, found.origin)
-    return {role: _PICKERS[role](_complete(found, name), found) for role, name in here.items()}
+    columns = {role: found.column(role, roles) for role in roles}
+    check_columns(found.table, columns, found.origin)
+    return {role: _PICKERS[role](_complete(found, name), found) for role, name in columns.items()}
 
 
 def class_names(found: Found, column: str) -> tuple[list[str] | None, list[str]]:
-    """The names of the labels if the source comes with them (a `ClassLabel` of `datasets`), and what to tell of them."""
+    """Return the names of the labels if the source has them (a `ClassLabel` of `datasets`), and notes."""
     stored = (found.table.schema.metadata or {}).get(b"huggingface")
     if stored is None:
         return None, []
@@ -67,7 +73,7 @@ def class_names(found: Found, column: str) -> tuple[list[str] | None, list[str]]
         if feature["_type"] != "ClassLabel":
             return None, []
         names = feature["names"]
-    except (ValueError, KeyError, TypeError, RecursionError):  # another writer's metadata, or damaged ones
+    except (ValueError, KeyError, TypeError, RecursionError):  # metadata of another program, or damaged
         return None, [f"{found.origin} has metadata of `datasets` that do not describe its column {column!r}"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         return None, [f"{found.origin} has metadata of `datasets` whose names of labels are no list of different texts"]
@@ -82,7 +88,7 @@ def _complete(found: Found, name: str) -> "pa.ChunkedArray":
     if row >= 0:
         raise DataError(
             f"column {name!r} of {found.origin} has no value in row {row + 1} ({column.null_count} such rows)",
-            hint="fill these rows in, or take them out",
+            hint="fill in these rows, or remove them",
         )
     return column
 
@@ -94,7 +100,7 @@ def _pick_text(column: "pa.ChunkedArray", _: Found) -> "pa.ChunkedArray":
 
 
 def _pick_image(column: "pa.ChunkedArray", found: Found) -> "pa.ChunkedArray":
-    """As (bytes, path) pairs; paths count from the folder of the file that has them."""
+    """Return images as (bytes, path) structs. Relative paths start at the folder of the file that has them."""
     import datasets
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -104,7 +110,7 @@ def _pick_image(column: "pa.ChunkedArray", found: Found) -> "pa.ChunkedArray":
     if found.folder is None:
         return stored
     encoded, paths = pc.struct_field(stored, "bytes"), pc.struct_field(stored, "path")
-    alone = pc.and_(encoded.is_null(), paths.is_valid())  # a path beside bytes is but the name of their file
+    alone = pc.and_(encoded.is_null(), paths.is_valid())  # a path beside bytes is only the name of their file
     if not pc.any(alone).as_py():
         return stored
     rows = zip(alone.to_pylist(), paths.to_pylist(), strict=True)
@@ -118,7 +124,7 @@ def _existing(path: str, row: int, found: Found, folder: Path) -> str:
     if "\0" in path or not file.is_file():
         raise DataError(
             f"the image {file} in row {row} of {found.origin} does not exist",
-            hint=f"give paths from the folder of the file on ({folder}), or absolute ones",
+            hint=f"give paths relative to the folder of the file ({folder}), or absolute ones",
         )
     return str(file)
 

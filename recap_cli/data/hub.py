@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, or of its cache on this machine when the hub cannot be reached."""
+"""Data sets of the Hugging Face hub, or of its local cache if the hub cannot be reached."""
 
 import os
 import socket
@@ -17,9 +17,10 @@ PROBE_SECONDS = 5.0
 
 
 def read_hub(name: str, subset: str | None, splits: Sequence[str]) -> "list[pa.Table]":
-    """One table per split, with the features of the data set in its metadata.
+    """Return one table per split, with the features of the data set in its metadata.
 
-    Raises `DataError` if the data set, its subset or a split does not exist, or if neither the hub nor its cache has it.
+    Raises:
+        DataError: The data set, its subset or a split does not exist, or neither the hub nor its cache has it.
     """
     import datasets
 
@@ -28,7 +29,7 @@ def read_hub(name: str, subset: str | None, splits: Sequence[str]) -> "list[pa.T
         for split in splits:
             try:
                 dataset = datasets.load_dataset(name, subset, split=split)
-            except Exception as error:  # datasets passes on whatever its HTTP client, file systems and builders raise
+            except Exception as error:  # datasets raises the errors of its HTTP client, file systems and builders
                 raise _not_there(name, subset, split, error) from error
             metadata = dataset.features.arrow_schema.metadata
             found.append(dataset.data.table.replace_schema_metadata(metadata))
@@ -48,7 +49,7 @@ def _not_there(name: str, subset: str | None, split: str, error: Exception) -> D
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of the libraries (they ruin logs), unless the user's environment says whether there are any."""
+    """Disable the progress bars of the libraries, which ruin logs, unless the environment decides on them."""
     import datasets
     import huggingface_hub
 
@@ -67,7 +68,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _offline_without_hub() -> Iterator[None]:
-    """Look only into the cache when the hub does not answer; `datasets` alone tries for 23 seconds (measured, no network)."""
+    """Use only the cache if the hub does not answer. Without this, `datasets` tries for 23 seconds (measured, no network)."""
     from datasets import config
 
     before = config.HF_HUB_OFFLINE
@@ -79,13 +80,13 @@ def _offline_without_hub() -> Iterator[None]:
 
 
 def _answers(endpoint: str) -> bool:
-    """Whether a connection can be made; behind a proxy that is for the proxy to say, and taken for granted here."""
+    """Whether a connection can be made. With a proxy only the proxy knows, and the answer is yes."""
     address = urlsplit(endpoint)
     if {address.scheme, "all"} & getproxies().keys():
         return True
     try:
         port = address.port or (80 if address.scheme == "http" else 443)
         socket.create_connection((address.hostname or "", port), timeout=PROBE_SECONDS).close()
-    except OSError:  # no network, no name, nobody there: all the same here
+    except OSError:  # no network, no name, no server
         return False
     return True

@@ -1,6 +1,6 @@
 """Labels as the numbers 0 … n − 1, whatever a file calls them.
 
-A label is known by its key: 3, 3.0, "3" and "03" have the same, and so have "Yes", "yes" and " yes".
+Labels with the same key are the same label: 3, 3.0, "3" and "03", or "Yes", "yes" and " yes".
 """
 
 import re
@@ -16,76 +16,91 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Value = bool | int | str
-Find = Callable[[str], int | None]  # from a label as it is written to its place
-Spellings = Mapping[str, Counter[str]]  # how often each label, by key, is written in which way
+Find = Callable[[str], int | None]  # from a label as written to its number
+Spellings = Mapping[str, Counter[str]]  # by key: how often a label is written in which way
 
 WHOLE = re.compile(r"([0-9]{1,18})(\.0*)?")  # "3", "03" and "3.0"
-LARGEST_WHOLE = 2**53  # beyond it, a float does not say which number is meant
-MANY = 100  # more labels than that have two examples each, or are no labels
+LARGEST_WHOLE = 2**53  # beyond it, floats do not hold every whole number
+MANY = 100  # more labels than this must have two examples each on average, or the column holds no labels
 CHOOSE = "choose the column of the labels with --set data.label=NAME"
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes of the training data: their names in the order of their numbers, and what to tell of them.
+    """The classes of the training data.
 
-    `own` is True where the data set brings the names along: its whole numbers then are places among them. Where `words` is
-    False, a name is meant letter by letter, and otherwise upper case and surrounding blanks are no difference.
+    Attributes:
+        names: Their names in the order of their numbers.
+        from_dataset: True if the data set has the names: its whole numbers then are indices into them.
+        words: False if names are compared letter by letter; True if case and surrounding blanks do not count.
+        notes: What a user should know of them.
     """
 
     names: tuple[str, ...]
-    own: bool = False
+    from_dataset: bool = False
     words: bool = True
     notes: tuple[str, ...] = ()
 
 
-def read_labels(column: "pa.ChunkedArray", own: Sequence[str] | None, place: str, *, words: bool = True) -> Labels:
-    """The labels of a training column: `own` if the data set comes with names, otherwise what the column holds.
+def read_labels(column: "pa.ChunkedArray", names: Sequence[str] | None, place: str, *, words: bool = True) -> Labels:
+    """Return the labels of a training column.
 
-    Whole numbers are in their order, names in the alphabet's; a name that is written in several ways is as most rows have it.
-    `place` says where the column is, for messages.
+    Whole numbers are sorted by value, names by alphabet. Of several spellings of a name the most frequent counts.
 
-    Raises `DataError` for fewer than two labels, for one that is negative or empty, and for a type that cannot be a label.
+    Args:
+        column: The column.
+        names: The names that the data set has for its labels, if it has any.
+        place: Where the column is, for messages.
+        words: False if names are compared letter by letter.
+
+    Raises:
+        DataError: There are fewer than two labels, one is negative or empty, or their type cannot be a label.
     """
     counts = _counts(_plain(column, place))
-    if own and type(next(iter(counts))) is int:
-        found = Labels(tuple(own), own=True)
+    if names and type(next(iter(counts))) is int:
+        found = Labels(tuple(names), from_dataset=True)
     else:
         spellings = _spellings(counts, words, place)
-        names = {key: min(ways, key=lambda way: (-ways[way], way)) for key, ways in spellings.items()}
-        by_number = _all_whole(names)
-        ordered = sorted(names, key=lambda key: (_number(key) if by_number else 0, names[key]))
-        notes = _notes(ordered, spellings, names, place)
-        found = Labels(tuple(names[key] for key in ordered), words=words, notes=tuple(notes))
+        by_key = {key: min(ways, key=lambda way: (-ways[way], way)) for key, ways in spellings.items()}
+        by_number = _all_whole(by_key)
+        ordered = sorted(by_key, key=lambda key: (_number(key) if by_number else 0, by_key[key]))
+        notes = _notes(ordered, spellings, by_key, place)
+        found = Labels(tuple(by_key[key] for key in ordered), words=words, notes=tuple(notes))
     if len(found.names) < 2:
         raise DataError(f"{place} holds only one label, {next(iter(counts))!r}", hint=CHOOSE)
     rows = sum(counts.values())
-    if not found.own and words and len(found.names) > max(MANY, rows / 2):
+    if not found.from_dataset and words and len(found.names) > max(MANY, rows / 2):
         raise DataError(
-            f"{place} holds {len(found.names):,} different values in {rows:,} rows, as texts, measurements and numbers of rows "
-            "do; labels come again",
+            f"{place} holds {len(found.names):,} different values in {rows:,} rows: labels repeat more often, "
+            "texts and measurements do not",
             hint=CHOOSE,
         )
     return found
 
 
-def label_numbers(column: "pa.ChunkedArray", labels: Labels, own: Sequence[str] | None, place: str) -> "pa.ChunkedArray":
-    """Each label as its place in `labels`, int64; `own` are the names that come with this column, if any do.
+def label_numbers(column: "pa.ChunkedArray", labels: Labels, names: Sequence[str] | None, place: str) -> "pa.ChunkedArray":
+    """Return the number of each label in `labels`, int64.
 
-    A number with names of its own is a place among these. Without, it is a place or a value, as the training data have it.
+    Args:
+        column: The column.
+        labels: The labels of the training data.
+        names: The names that this data set has for its labels, if it has any. Its whole numbers then are indices into them.
+            Without names they are indices or values, as in the training data.
+        place: Where the column is, for messages.
 
-    Raises `DataError`, with the row, for a label that is not among those of the training data, or may be two of them.
+    Raises:
+        DataError: A label is not one of the training data, or may be two of them. The message names the row.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     plain = _plain(column, place)
     values = pc.unique(plain)
-    places = _places(values.to_pylist(), labels, own, place)
+    places = _places(values.to_pylist(), labels, names, place)
     numbers = pc.take(pa.array(places, pa.int64()), pc.index_in(plain, value_set=values))
     if (row := pc.index(numbers.is_null(), True).as_py()) >= 0:
         odd = plain[row].as_py()
-        named = f" ({own[odd]!r})" if own and type(odd) is int and 0 <= odd < len(own) else ""
+        named = f" ({names[odd]!r})" if names and type(odd) is int and 0 <= odd < len(names) else ""
         raise DataError(
             f"{place} holds {odd!r}{named} in row {row + 1}, but the labels are {some(labels.names)}",
             hint="use the same labels for training and validation (a label of -1 marks a test set without labels)",
@@ -94,16 +109,20 @@ def label_numbers(column: "pa.ChunkedArray", labels: Labels, own: Sequence[str] 
 
 
 def check_names(found: Sequence[str], wanted: Sequence[str], origin: str) -> None:
-    """Raise `DataError` unless the labels of the data are those that a model was made for, in the same order."""
+    """Check that the labels of the data are those that a model was made for, in the same order.
+
+    Raises:
+        DataError: They are not.
+    """
     if list(found) != list(wanted):
         raise DataError(
             f"the labels of {origin} are {some(found)}, but the model was made for {some(wanted)}",
-            hint="put the data back as they were, or make a new state for them with `recap init`",
+            hint="restore the data, or make a new state for them with `recap init`",
         )
 
 
 def finder(names: Sequence[str], key: Callable[[str], str]) -> Find:
-    """Labels by their names: letter by letter, or else by a key that is not empty, and that one name alone has."""
+    """Return a function from a text to the number of its label: by exact name, else by a key that only one name has."""
     exact = {name: number for number, name in enumerate(names)}
     keys = Counter(map(key, names))
     alike = {key(name): number for name, number in exact.items() if key(name) and keys[key(name)] == 1}
@@ -111,22 +130,22 @@ def finder(names: Sequence[str], key: Callable[[str], str]) -> Find:
 
 
 def key_of(text: str) -> str:
-    """What a label is known by. A single letter is no word: `a` and `A` are two, as where handwriting is read."""
+    """Return the key of a label. Single letters keep their case: with handwriting, `a` and `A` are two labels."""
     text = text.strip()
     if whole := WHOLE.fullmatch(text):
         return whole[1].lstrip("0") or "0"
     return text.casefold() if len(text) > 1 else text
 
 
-def _places(values: Collection[Value], labels: Labels, own: Sequence[str] | None, place: str) -> list[int | None]:
-    """The place of each value in `labels`, None where it has none. Raises `DataError` if two readings fit, and differ."""
+def _places(values: Collection[Value], labels: Labels, names: Sequence[str] | None, place: str) -> list[int | None]:
+    """Return the number of each value in `labels`, or None. Raises `DataError` if two readings fit, and differ."""
     find = finder(labels.names, key_of if labels.words else str)
     by_value = [find(str(value)) for value in values]
-    if own is not None:
-        if not any(find(name) is not None for name in own) and _is_plain_count(labels.names, len(own)):
-            return by_value  # the training data number their labels, and do not name them
-        return _by_place(values, [find(name) for name in own], by_value)
-    if not labels.own:
+    if names is not None:
+        if not any(find(name) is not None for name in names) and _is_plain_count(labels.names, len(names)):
+            return by_value  # the labels of the training data have numbers, and no names
+        return _by_place(values, [find(name) for name in names], by_value)
+    if not labels.from_dataset:
         return by_value
     by_place = _by_place(values, range(len(labels.names)), by_value)
     if not _all_whole(labels.names):
@@ -136,14 +155,14 @@ def _places(values: Collection[Value], labels: Labels, own: Sequence[str] | None
         return fitting[0] if fitting else by_value
     first = next(value for value, one, other in zip(values, by_value, by_place, strict=True) if one != other)
     raise DataError(
-        f"{place} holds {first}, which is the label {labels.names[int(first)]!r} by its place from 0, and the label "
+        f"{place} holds {first}, which is the label {labels.names[int(first)]!r} by its index from 0, and the label "
         f"{str(first)!r} by its name: the labels are {some(labels.names)}",
         hint='write the labels as texts, which are names: "label": "1" in a .jsonl file',
     )
 
 
 def _by_place(values: Collection[Value], places: Sequence[int | None], otherwise: Sequence[int | None]) -> list[int | None]:
-    """Whole numbers as places; texts as they would be `otherwise`."""
+    """Return `places[value]` for whole numbers, and the value in `otherwise` for texts."""
     return [
         other if type(value) is not int else places[value] if 0 <= value < len(places) else None
         for value, other in zip(values, otherwise, strict=True)
@@ -155,7 +174,7 @@ def _is_plain_count(names: Sequence[str], count: int) -> bool:
 
 
 def _plain(column: "pa.ChunkedArray", place: str) -> "pa.ChunkedArray":
-    """The labels as whole numbers, texts or booleans; anything else is a `DataError`."""
+    """Return the labels as whole numbers, texts or booleans. Raises `DataError` for any other type."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -164,12 +183,12 @@ def _plain(column: "pa.ChunkedArray", place: str) -> "pa.ChunkedArray":
         return column
     if pa.types.is_large_string(kind):
         return column.cast(pa.string())
-    if pa.types.is_floating(kind):  # pandas writes 1 as 1.0 where a value is missing elsewhere
+    if pa.types.is_floating(kind):  # pandas writes 1 as 1.0 if another value is missing
         wide = column.cast(pa.float64())
         whole = pc.and_(pc.less_equal(pc.abs(wide), LARGEST_WHOLE), pc.equal(wide, pc.floor(wide)))
         if pc.all(whole).as_py():
             return wide.cast(pa.int64())
-    if pa.types.is_decimal(kind) and pc.all(pc.equal(column, pc.floor(column))).as_py():  # a number of a database
+    if pa.types.is_decimal(kind) and pc.all(pc.equal(column, pc.floor(column))).as_py():  # as databases store numbers
         return column.cast(pa.int64())
     raise DataError(f"{place} holds values of type {kind}; labels are whole numbers, texts or booleans", hint=CHOOSE)
 
@@ -181,18 +200,18 @@ def _counts(plain: "pa.ChunkedArray") -> dict[Value, int]:
 
 
 def _spellings(counts: Mapping[Value, int], words: bool, place: str) -> Spellings:
-    """How each label is written, by its key. Raises `DataError` for a label that is negative or empty."""
+    """Return the spellings of each label by key. Raises `DataError` for a label that is negative or empty."""
     numbers = [value for value in counts if type(value) is int]
     if numbers and min(numbers) < 0:
         raise DataError(
             f"{place} holds {some(sorted(numbers))}; labels that are whole numbers are 0 or more",
-            hint="a label of -1 marks a test set without labels; where it is a class, call it by a word",
+            hint="a label of -1 marks a test set without labels; if it is a class, give it a name",
         )
     found: dict[str, Counter[str]] = {}
     for value, count in counts.items():
         key = _key(value, words)
         if not key:
-            raise DataError(f"{place} holds a label that is empty ({count} such rows)", hint="name it, or take its rows out")
+            raise DataError(f"{place} holds a label that is empty ({count} such rows)", hint="name it, or remove its rows")
         way = str(value).strip() if words else str(value)
         whole = WHOLE.fullmatch(way) if words else None
         found.setdefault(key, Counter())[whole[1] if whole else way] += count
@@ -218,7 +237,7 @@ def _notes(ordered: Sequence[str], spellings: Spellings, names: Mapping[str, str
         yield f"{place} holds {named}: the model numbers them 0 … {count - 1}, and keeps them as the names of its labels"
     several = [", ".join(map(repr, sorted(spellings[key]))) for key in ordered if len(spellings[key]) > 1]
     if several:
-        yield f"{place}: written differently, and one label each: {some(several, mark='; ')}"
+        yield f"{place}: these spellings count as one label each: {some(several, mark='; ')}"
     alone = [key for key in ordered if len(key) == 1 and key.swapcase() in spellings and key != key.swapcase()]
     if alone:
-        yield f"{place}: {some(alone)} are labels of their own, for single letters differ in case"
+        yield f"{place}: {some(alone)} are separate labels, because single letters differ in case"

@@ -1,4 +1,4 @@
-"""Examples to score beside those of the recipe: another file, a folder, or a split of the hub's, read as its own are."""
+"""Examples to score instead of those of the recipe: another file, folder or split of the hub, read in the same way."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-KEY = "data.other"  # stands in the hints of the readers, where a recipe's key would; `_retold` puts --data in its place
+KEY = "data.other"  # a key for the hints of the readers, which `_with_options` replaces by --data
 
 
 @dataclass(frozen=True)
 class Other:
-    """Examples with their labels as numbers, all 0 where they are not `labelled`."""
+    """Examples with their labels as numbers, all 0 if they are not `labelled`."""
 
     examples: "Dataset"
     origin: str
@@ -32,7 +32,7 @@ class Other:
 
     @property
     def places(self) -> list[int]:
-        """Where each example stands in its source, from 0."""
+        """The index of each example in its source, from 0."""
         return places_of(self.examples)
 
     @property
@@ -41,28 +41,35 @@ class Other:
 
 
 def read_other(kind: Kind, place: Path | None, split: str | None, labels: Labels, data: Mapping[str, Any]) -> Other:
-    """Read the file or folder `place`, or its `split`; without a place, the split of the recipe's data set on the hub.
+    """Read other data than those of the recipe.
 
-    `labels` are those of the training data, `data` is the recipe's section. A column of labels that is not there, is empty, or
-    holds nothing but −1, makes the examples unlabelled.
+    The examples are unlabelled if the column of labels is missing, is empty, or holds only −1.
 
-    Raises `DataError` for what is missing, cannot be read, does not fit, or has a label that the model does not know.
+    Args:
+        kind: The kind of task.
+        place: A file or a folder. None: the recipe's data set on the hub.
+        split: A split of either.
+        labels: The labels of the training data.
+        data: The section `data` of the recipe.
+
+    Raises:
+        DataError: Data are missing, cannot be read, do not fit, or have a label that the model does not have.
     """
     roles = roles_for(kind, **{role: data[role] for role in ("text", "text_pair", "image", "label")})
     try:
         found = _find(roles, place, split, data)
         return _labelled(found, roles, labels)
     except DataError as error:
-        raise DataError(error.message, hint=_retold(error.hint, roles)) from error
+        raise DataError(error.message, hint=_with_options(error.hint, roles)) from error
 
 
 def places_of(examples: "Dataset") -> list[int]:
-    """Where each example stands in its source, from 0."""
+    """Return the index of each example in its source, from 0."""
     return [row - 1 for row in examples.select_columns("row")[:]["row"]]
 
 
 def files_of(examples: "Dataset") -> list[str] | None:
-    """The files of images that are files; None for anything else."""
+    """Return the files of the images, or None if the examples are not image files."""
     import pyarrow.compute as pc
 
     if "image" not in examples.column_names:
@@ -81,7 +88,7 @@ def _find(roles: Roles, place: Path | None, split: str | None, data: Mapping[str
         return sources._read_hub(data["name"], data["subset"], [split])[0]
     place = place.expanduser()
     if not place.exists():
-        raise DataError(f"there is no file or folder {place}", hint="name one that is there: --data FILE")
+        raise DataError(f"there is no file or folder {place}", hint="name one that exists: --data FILE")
     if split is not None:
         place = _split_of(place, split, folders="image" in roles)
     if place.is_dir() and "image" in roles and (flat := _flat(place)):
@@ -90,7 +97,7 @@ def _find(roles: Roles, place: Path | None, split: str | None, data: Mapping[str
 
 
 def _split_of(place: Path, split: str, *, folders: bool) -> Path:
-    """The folder or the file of that name in a folder; where there are both, what the task reads."""
+    """Return the folder or file of a split. If there are both, the kind of task decides."""
     if not place.is_dir():
         raise DataError(f"{place} is a file, which has no splits", hint="leave out --split, or name a folder with --data")
     there = [child for child in sorted(place.iterdir()) if child.is_dir() or child.suffix.lower() in READERS]
@@ -107,7 +114,7 @@ def _split_of(place: Path, split: str, *, folders: bool) -> Path:
 
 
 def _flat(folder: Path) -> list[Path]:
-    """The images that stand in a folder itself, where it has no folders: images without labels."""
+    """Return the images in a folder that has no folders: they have no labels."""
     children = [child for child in sorted(folder.iterdir()) if not is_junk_name(child.name)]
     if any(child.is_dir() for child in children):
         return []
@@ -121,24 +128,24 @@ def _unlabelled_images(folder: Path, images: Sequence[Path]) -> Found:
 
 
 def _labelled(found: Found, roles: Roles, labels: Labels) -> Other:
-    """The labels as those of validation data are read."""
+    """Read the labels like those of validation data."""
     import pyarrow as pa
 
     name = found.column("label", roles)
     inputs = {role: column for role, column in roles.items() if role != "label"}
     labelled = not _is_unlabelled(found.table, name)
     columns = pick(found, roles if labelled else inputs)
-    told: list[str] = []
+    notes: list[str] = []
     if labelled:
-        own, told = class_names(found, name)
-        columns["label"] = label_numbers(columns["label"], labels, own, found.place(name))
+        names, notes = class_names(found, name)
+        columns["label"] = label_numbers(columns["label"], labels, names, found.place(name))
     else:
         columns["label"] = pa.chunked_array([pa.array([0] * found.table.num_rows, pa.int64())])
-    return Other(sources._dataset(columns, labels.names), found.origin, labelled, (*found.notes, *told))
+    return Other(sources._dataset(columns, labels.names), found.origin, labelled, (*found.notes, *notes))
 
 
 def _is_unlabelled(table: "pa.Table", name: str) -> bool:
-    """Whether a table lacks the column of the labels, or has nothing in it: no value, an empty text, or −1, in every row."""
+    """Whether a table has no column of labels, or every row of it is missing, an empty text, or −1."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -153,8 +160,8 @@ def _is_unlabelled(table: "pa.Table", name: str) -> bool:
     return bool(number and column.null_count == 0 and pc.all(pc.equal(column, -1)).as_py())
 
 
-def _retold(hint: str | None, roles: Roles) -> str | None:
-    """A hint of a reader for someone who has given --data, and cannot set the recipe's columns any more."""
+def _with_options(hint: str | None, roles: Roles) -> str | None:
+    """Replace the recipe keys in a hint by --data and --split: keys of a state cannot be set any more."""
     if hint is None or "--set" not in hint:
         return hint
     if "--set task.kind=" in hint:

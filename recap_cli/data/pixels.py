@@ -1,6 +1,6 @@
-"""One image as 8-bit pixels, whatever its file holds: 1 to 16 bits, colours, a palette, or floats from 0 to 1.
+"""One image as 8-bit pixels, from 1 to 16 bits, colours, a palette, or floats from 0 to 1.
 
-A picture of another range is refused, because Pillow would clip it: a 16-bit one would become white.
+An image of another range is refused, because Pillow would clip it: a 16-bit one would become white.
 """
 
 import struct
@@ -17,28 +17,28 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What Pillow's readers raise for files that are not whole images; they do not keep to a family of exceptions.
+# What Pillow's readers raise for files that are not whole images. These exceptions have no common base.
 BROKEN = (
     *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(struct.error, zlib.error),
 )
 BITS_PER_SAMPLE = 258  # a tag of TIFF
-DIM = 4096  # 16-bit images without any value from here on hold 12 bits or fewer, and keep 16 shades of 256
+DIM = 4096  # 16-bit images whose values are all below this hold 12 bits or fewer, and keep at most 16 shades of 256
 
 
 class RangeError(ValueError):
-    """Nobody can say which values of an image are black and white."""
+    """It is unknown which values of an image are black and white."""
 
 
 class SizeError(ValueError):
-    """An image has more pixels than Pillow takes for harmless."""
+    """An image has more pixels than Pillow considers harmless."""
 
 
 @contextmanager
 def careful() -> Iterator[None]:
-    """Inside, in every thread, an image with more pixels than `most_pixels` is an error, and Pillow prints no warnings.
+    """Make an image of more than `most_pixels` an error inside, in every thread, and silence Pillow's other warnings.
 
-    What it warns of otherwise are metadata that are damaged, and palettes whose transparency we do not read.
+    Those are about damaged metadata, and about transparent palettes, which are not read.
     """
     import PIL.Image
 
@@ -49,18 +49,23 @@ def careful() -> Iterator[None]:
 
 
 def most_pixels() -> int:
-    """How many pixels an image may have: Pillow's bound, above which it warns of files that unpack into all of the memory."""
+    """Return how many pixels an image may have: Pillow's bound, above which it warns of decompression bombs."""
     import PIL.Image
 
     return PIL.Image.MAX_IMAGE_PIXELS or 0
 
 
 def decode(stored: Mapping[str, Any], peaks: list[int] | None = None) -> "Image":
-    """The image of a (bytes, path) pair, upright as its EXIF says, in a mode whose values go from 0 to 255.
+    """Decode an image and turn it upright by its EXIF, with values from 0 to 255.
 
-    The largest value of an image with 16 bits is added to `peaks`.
+    Args:
+        stored: The `bytes` or the `path` of the file.
+        peaks: A list to which the largest value of a 16-bit image is added.
 
-    Raises `RangeError` or `SizeError` for an image that is whole and cannot be used, one of `BROKEN` for another.
+    Raises:
+        RangeError: It is unknown which values are black and white.
+        SizeError: The image has too many pixels.
+        Exception: One of `BROKEN`: the file is not a whole image.
     """
     import PIL.Image
     import PIL.ImageOps
@@ -77,10 +82,12 @@ def decode(stored: Mapping[str, Any], peaks: list[int] | None = None) -> "Image"
 
 
 def eight_bits(image: "Image", peaks: list[int] | None = None) -> "Image":
-    """The same image with 8 bits per value, or as it is where Pillow itself converts it without loss of range.
+    """Return the image with 8 bits per value, or unchanged if Pillow converts it without loss of range.
 
-    Of 16 bits the upper 8 stay, as Pillow has it for 16-bit colours. Floats go from 0, black, to 1, white.
-    Raises `RangeError` for other floats, and for whole numbers that are signed or have 32 bits.
+    Of 16 bits the upper 8 stay, as in Pillow for 16-bit colours. Floats go from 0, black, to 1, white.
+
+    Raises:
+        RangeError: Floats have another range, or whole numbers are signed or have 32 bits.
     """
     import PIL.Image
 
@@ -102,16 +109,16 @@ def eight_bits(image: "Image", peaks: list[int] | None = None) -> "Image":
 
 
 def notes(peaks: Collection[int], origin: str) -> Iterator[str]:
-    """What to tell of 16-bit images whose largest values are `peaks`: if all of them are dim, hardly a shade is left."""
+    """Yield a note if 16-bit images with the largest values `peaks` keep few shades, because all of them are dim."""
     if peaks and (most := max(peaks)) < DIM:
         yield (
-            f"{origin}: no value of its 16-bit images is above {most:,}, and of 16 bits the upper 8 are read, which keeps "
-            f"{most // 256 + 1} of 256 shades; stretch their values to 0 … 65,535, or convert them to 8 bits"
+            f"{origin}: its 16-bit images have no value above {most:,}; the upper 8 bits are read, so {most // 256 + 1} of 256 "
+            "shades are kept: stretch their values to 0 … 65,535, or convert them to 8 bits"
         )
 
 
 def _content(stored: Mapping[str, Any]) -> bytes:
-    """The bytes of the file: what stands in the table, or else what is at the path, which never is an address of the net."""
+    """Return the bytes of the file, from the table or from the path. A path is never a network address."""
     if stored["bytes"] is not None:
         return bytes(stored["bytes"])
     if not stored["path"]:

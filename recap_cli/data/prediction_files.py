@@ -1,4 +1,4 @@
-"""Predictions per example on disk: csv, jsonl or parquet, told by the suffix, written whole or not at all."""
+"""Predictions per example on disk: csv, jsonl or parquet by the suffix, written whole or not at all."""
 
 import csv
 import json
@@ -18,14 +18,15 @@ Columns = Mapping[str, Sequence[Any]]
 
 
 def check(path: Path, *, force: bool) -> None:
-    """Refuse, before anything is computed, a place where predictions cannot be written.
+    """Check, before anything is computed, that predictions can be written.
 
-    Raises `UsageError` for another suffix, a folder, and what is there already unless `force`; `StorageError` where nothing
-    may be written.
+    Raises:
+        UsageError: The suffix is unknown, the path is a folder, or the file exists and `force` is False.
+        StorageError: The file cannot be written.
     """
     if path.suffix.lower() not in WRITERS:
         raise UsageError(
-            f"--predictions {path}: its kind is not known; it is told by the suffix, one of {', '.join(WRITERS)}",
+            f"--predictions {path}: expected one of the suffixes {', '.join(WRITERS)}",
             hint=f"--predictions {shlex.quote(str(path.with_suffix('.csv')))}",
         )
     if path.is_dir():
@@ -33,7 +34,7 @@ def check(path: Path, *, force: bool) -> None:
             f"--predictions {path}: is a folder", hint=f"--predictions {shlex.quote(str(path / 'predictions.csv'))}"
         )
     if os.path.lexists(path) and not force:
-        raise UsageError(f"--predictions {path}: is there already", hint="name another file, or write over it with --force")
+        raise UsageError(f"--predictions {path}: exists already", hint="name another file, or overwrite it with --force")
     place = _behind(path)
     if place.exists() and not place.is_file():
         raise UsageError(f"--predictions {path}: is no ordinary file", hint="name another file")
@@ -44,9 +45,10 @@ def check(path: Path, *, force: bool) -> None:
 
 
 def write(path: Path, columns: Columns) -> None:
-    """Write the columns, all of the same length; a value that is None is left empty. A link stays one, and its file is written.
+    """Write columns of the same length. None becomes an empty value. A link stays, and its target is written.
 
-    Raises `StorageError`.
+    Raises:
+        StorageError: The file cannot be written.
     """
     data = WRITERS[path.suffix.lower()](columns)
     place = _behind(path)
@@ -62,10 +64,10 @@ def write(path: Path, columns: Columns) -> None:
 
 
 def _behind(path: Path) -> Path:
-    """The file that a link leads to; any other path as it is."""
+    """Return the target of a link, or the path itself."""
     try:
         return path.resolve() if path.is_symlink() else path
-    except (OSError, RuntimeError):  # a link that leads to itself
+    except (OSError, RuntimeError):  # a link to itself
         return path
 
 
@@ -83,7 +85,7 @@ def _jsonl(columns: Columns) -> bytes:
 
 
 def _in_json(value: Any) -> Any:
-    """The value, or null for a number that JSON does not have: a model that has diverged gives NaN."""
+    """Return the value, or None for NaN and infinity, which JSON lacks: a diverged model gives NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,4 +1,4 @@
-"""Which examples come when: pure functions of (seed, round, stage), so that a resumed run sees what the first one saw."""
+"""The order of examples: pure functions of (seed, round, stage), so that a resumed run sees the same examples."""
 
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -10,28 +10,29 @@ from recap_cli.data.splits import Split
 
 
 def seed_for(seed: int, round: int, stage: str) -> int:
-    """A seed in [0, 2⁶³) for one use of randomness, the same in every process and on every machine.
+    """Return a seed in [0, 2⁶³) for one use of randomness, the same in every process and on every machine.
 
-    Seeds of different (seed, round, stage) have nothing to do with each other, unlike `seed + round`.
+    Unlike `seed + round`, seeds of different (seed, round, stage) are unrelated.
     """
     digest = blake2b(f"{seed}/{round}/{stage}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator_for(seed: int, round: int, stage: str) -> torch.Generator:
-    """A CPU generator of its own for one use of randomness; torch's global one is not touched."""
+    """Return a separate CPU generator for one use of randomness. torch's global generator does not change."""
     return torch.Generator().manual_seed(seed_for(seed, round, stage))
 
 
 def order(count: int, *, seed: int, round: int, epoch: int) -> Tensor:
-    """The order in which one epoch sees its examples: a permutation of 0 … count − 1, shape (count,), int64."""
+    """Return the order of the examples in one epoch: a permutation of 0 … count − 1, shape (count,), int64."""
     return torch.randperm(count, generator=generator_for(seed, round, f"order of epoch {epoch}"))
 
 
 def sample(count: int, size: int, *, seed: int, round: int, stage: str) -> Tensor:
-    """D_s, the tiny random sample on which importance is estimated: indices without repetition, int64.
+    """Return D_s, the small random sample on which importance is estimated.
 
-    Shape (size,), or (count,) if there are no more than `size` examples.
+    Returns:
+        Indices without repetition, int64, shape (size,), or (count,) if there are fewer examples.
     """
     return torch.randperm(count, generator=generator_for(seed, round, f"sample for {stage}"))[:size]
 
@@ -44,11 +45,18 @@ def batches(
     augment_seed: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[dict[str, Tensor]]:
-    """The examples at `indices`, in that order, `batch_size` at a time (the last batch may be smaller), on `device`.
+    """Yield the examples at `indices`, in that order, in batches on `device`. The last batch may be smaller.
 
-    Images are augmented only if an `augment_seed` is given; which of them are flipped does not depend on `batch_size`.
+    Args:
+        split: The examples.
+        indices: Which of them, int64.
+        batch_size: Examples per batch.
+        augment_seed: Augment images with this seed; None does not augment. Which ones are flipped does not depend on
+            `batch_size`.
+        device: Where the batches are put.
 
-    Raises `DataError` if an image cannot be decoded.
+    Raises:
+        DataError: An image cannot be decoded.
     """
     generator = None if augment_seed is None else torch.Generator().manual_seed(augment_seed)
     for chosen in torch.split(indices, batch_size):

@@ -1,7 +1,6 @@
 """Where examples come from: local files, a folder of images, the digits that come with recap, or the hub.
 
-Whatever the source and its column names, what comes out has the columns `text` (and `text_pair`) or `image`, then `label` and
-`row`, the number of the row in its source, from 1.
+The examples have the columns `text` (and `text_pair`) or `image`, then `label`, and `row`: the row in their source, from 1.
 """
 
 import gzip
@@ -30,14 +29,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DIGITS = files("recap_cli.data") / "digits" / "digits.csv.gz"
-DIGITS_SHARE = 0.2  # of the digits are for validation, unless the recipe says another share
+DIGITS_SHARE = 0.2  # of the digits are for validation, unless the recipe sets another share
 
 
 @dataclass(frozen=True)
 class Raw:
-    """Training and validation examples, not yet tensors; `label` is a number, whose name stands in `labels`.
+    """Training and validation examples, not yet tensors. `label` is an index into the names of `labels`.
 
-    `notes` are what a user should know of how they were read.
+    `notes` is what a user should know of how they were read.
     """
 
     train: "Dataset"
@@ -71,13 +70,13 @@ def read_splits(
     train_samples: int | None = None,
     validation_samples: int | None = None,
 ) -> Raw:
-    """Read the examples of a task of this kind; the arguments are the keys of a recipe's `data`, and `seed` is the recipe's.
+    """Read the examples of a task of this kind. The other arguments are keys of a recipe: `seed`, and those of `data`.
 
-    A `train` file or folder goes before a `builtin`, and that before the `name` of a data set on the hub. `validation_share`
-    of the training examples is held out for validation, label by label, instead of reading another split; then `..._samples`
-    of either are kept, the first ones after a shuffle.
+    `train` has priority over `builtin`, and that over `name`. With `validation_share`, that share of the training examples of
+    each label is held out for validation. `train_samples` and `validation_samples` keep the first examples after a shuffle.
 
-    Raises `DataError` for whatever is missing, cannot be read, or does not fit: it names the file, the column and the row.
+    Raises:
+        DataError: Data are missing, cannot be read, or do not fit. The message names the file, the column and the row.
     """
     roles = roles_for(kind, text=text, text_pair=text_pair, image=image, label=label)
     if train is not None:
@@ -105,9 +104,20 @@ def read_splits(
 
 
 def hold_out(labels: Tensor, share: float, *, seed: int, origin: str) -> tuple[Tensor, Tensor]:
-    """Indices of the examples that stay for training and of ⌊share · examples⌋ that are held out, each sorted.
+    """Split examples into training and held-out ones.
 
-    Every label gives its share, to within one example. Raises `DataError` if either would be left without examples.
+    Args:
+        labels: Shape (examples,), int64.
+        share: The share to hold out.
+        seed: The seed of the shuffle.
+        origin: The source, for messages.
+
+    Returns:
+        Sorted indices of the training examples, and of ⌊share · examples⌋ held-out ones. Each label gives this share, to
+        within one example.
+
+    Raises:
+        DataError: One part would have no examples.
     """
     shuffled = torch.randperm(len(labels), generator=generator_for(seed, 0, "hold out"))
     by_label = shuffled[labels[shuffled].argsort(stable=True)]
@@ -145,13 +155,9 @@ def _read_path(path: Path, key: str, roles: Roles) -> Found:
 
 
 def _unused(roles: Roles) -> list[str]:
-    """A note of columns that a recipe names, though a folder has none."""
+    """Return a note on columns that a recipe names for a folder, which has none."""
     named = [f"data.{role} ({name})" for role, name in roles.items() if name != role]
-    return [f"a folder of class folders has no columns: {' and '.join(named)} {_do(named)} not count"] if named else []
-
-
-def _do(things: list[str]) -> str:
-    return "does" if len(things) == 1 else "do"
+    return [f"a folder of class folders has no columns: ignored {' and '.join(named)}"] if named else []
 
 
 def _folder_for_texts(path: Path, key: str) -> DataError:
@@ -191,17 +197,17 @@ def _read_builtin(name: str, roles: Roles) -> Found:
 
 
 def _labelled(first: Found, second: Found | None, roles: Roles) -> "tuple[Labels, list[Dataset], list[str]]":
-    """The labels, each source with its labels as numbers and its columns named for their roles, and what to tell of them."""
+    """Return the labels, each source with its labels as numbers and its columns named by role, and notes."""
     labels = _labels_of(first, roles)
     examples, notes = [], []
     for found in (first, second):
         if found is None:
             continue
         columns, column = pick(found, roles), found.column("label", roles)
-        names, told = class_names(found, column)
+        names, names_notes = class_names(found, column)
         numbers = label_numbers(columns["label"], labels, names, found.place(column))
         examples.append(_dataset({**columns, "label": numbers}, labels.names))
-        notes += [*found.notes, *told]
+        notes += [*found.notes, *names_notes]
     return labels, examples, list(dict.fromkeys(notes))
 
 
@@ -224,7 +230,7 @@ def _dataset(columns: "Mapping[str, pa.ChunkedArray]", names: Sequence[str]) -> 
 
 
 def _first(examples: "Dataset", count: int | None, seed: int, which: str) -> "Dataset":
-    """The first `count` examples after a shuffle, or all of them in their own order."""
+    """Return the first `count` examples after a shuffle, or all of them in their original order."""
     if count is None or count >= len(examples):
         return examples
     shuffled = torch.randperm(len(examples), generator=generator_for(seed, 0, f"{which} samples"))

@@ -1,6 +1,6 @@
-"""Examples as tensors: texts tokenized once, images decoded once, put together into batches by index.
+"""Examples as tensors: texts tokenized once, images decoded once, combined into batches by index.
 
-Which examples a batch holds, and when, is the business of `order`; where they come from is that of `sources`.
+`sampling` decides which examples a batch holds; `sources` reads them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,16 +23,19 @@ if TYPE_CHECKING:
 
 Fetch = Callable[[Tensor, torch.Generator | None], dict[str, Tensor]]
 
-RAM_BYTES = 2 * 1024**3  # images of a split that fit in here are decoded once; those of a larger one each time they are used
+RAM_BYTES = 2 * 1024**3  # images of a split that fit into this are decoded once, others at each use
 CHUNK = 256  # examples per step of the progress bar
-LOOKED_AT = 64  # images, spread over a split that is not held, whose range is looked at beforehand
+LOOKED_AT = 64  # images, spread over a split that does not fit, whose range is checked in advance
 
 
 @dataclass(frozen=True)
 class TextInputs:
-    """How text becomes tensors: a tokenizer in the manner of transformers, and the most tokens that an example may have.
+    """How text becomes tensors.
 
-    `positions` is how many tokens the model has positions for, where that is known; tokenizers often do not say it.
+    Attributes:
+        tokenizer: A tokenizer of transformers.
+        max_length: The most tokens of an example.
+        positions: How many tokens the model has positions for, if known. Tokenizers often lack this number.
     """
 
     tokenizer: Any
@@ -42,9 +45,15 @@ class TextInputs:
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """How an image becomes a tensor: (height, width) in pixels, 1 or 3 channels, and per channel the mean and std of [0, 1].
+    """How an image becomes a tensor.
 
-    `interpolation` is a name of Pillow's: nearest, box, bilinear, hamming, bicubic, lanczos.
+    Attributes:
+        size: (height, width) in pixels.
+        channels: 1 or 3.
+        mean: Per channel, of values from 0 to 1.
+        std: Per channel, of values from 0 to 1.
+        interpolation: nearest, box, bilinear, hamming, bicubic or lanczos, as in Pillow.
+        augment: The random change of training images.
     """
 
     size: tuple[int, int]
@@ -57,10 +66,15 @@ class ImageInputs:
 
 @dataclass(frozen=True)
 class Split:
-    """The training or the validation examples: their labels, shape (examples,), int64, and a way to fetch their inputs.
+    """The training or the validation examples.
 
-    `origin` is the file or data set they come from, for messages. Of texts, `tokens` are the ids that occur in them, and
-    `special` those that the tokenizer may add, such as padding: both sorted, int64. `notes` are what a user should know.
+    Attributes:
+        origin: The file or data set that they come from, for messages.
+        labels: Shape (examples,), int64.
+        fetch: Returns the inputs at some indices.
+        tokens: For texts, the token ids that occur, sorted, int64.
+        special: For texts, the ids that the tokenizer may add, such as padding, sorted, int64.
+        notes: What a user should know.
     """
 
     origin: str
@@ -74,7 +88,7 @@ class Split:
         return len(self.labels)
 
     def batch(self, indices: Tensor, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """The model's inputs at `indices`, and `labels`, all with the batch first; augmented only with a `generator`."""
+        """Return the model's inputs at `indices`, and `labels`, all with the batch first. A `generator` augments images."""
         return {**self.fetch(indices, generator), "labels": self.labels[indices]}
 
 
@@ -87,11 +101,11 @@ def make_split(
     ram_bytes: int = RAM_BYTES,
     track: Track = silent,
 ) -> Split:
-    """Make examples as `sources` reads them ready for a model: `text_split` or `image_split`, by the kind of `inputs`.
+    """Make examples from `sources` ready for a model, by `text_split` or `image_split`. `track` reports each chunk.
 
-    `track` hears of each chunk of examples.
-
-    Raises `DataError` if an image cannot be decoded, `ModelError` if the inputs do not fit the tokenizer or the channels.
+    Raises:
+        DataError: An image cannot be decoded.
+        ModelError: The inputs do not fit the tokenizer or the channels.
     """
     if isinstance(inputs, TextInputs):
         return text_split(dataset, inputs, origin=origin, track=track)
@@ -108,12 +122,13 @@ def _chunks(count: int, track: Track, label: str) -> Iterable[range]:
 
 
 def text_split(dataset: "Dataset", inputs: TextInputs, *, origin: str, track: Track = silent) -> Split:
-    """Tokenize the columns `text` and, if there is one, `text_pair`; a batch is padded to its own longest example.
+    """Tokenize the columns `text` and, if there is one, `text_pair`. A batch is padded to its longest example.
 
-    The batch has what the tokenizer makes (`input_ids`, `attention_mask`, …), each (batch, tokens), int64. All tokens are
-    held in RAM as int32 without padding. A pair that is too long loses tokens from the longer of its texts.
+    The batch has the outputs of the tokenizer (`input_ids`, `attention_mask`, …), each (batch, tokens), int64. All tokens are
+    held in RAM as int32 without padding. A pair that is too long loses tokens from its longer text.
 
-    Raises `ModelError` if the tokenizer cannot pad, or if `max_length` is more than its model can take.
+    Raises:
+        ModelError: The tokenizer cannot pad, or `max_length` is more than its model takes.
     """
     _check_tokenizer(inputs)
     texts = dataset.select_columns([name for name in ("text", "text_pair") if name in dataset.column_names])
@@ -148,8 +163,8 @@ def _check_tokenizer(inputs: TextInputs) -> None:
         )
     if inputs.max_length > tokenizer.model_max_length:
         raise ModelError(
-            f"data.max_length is {inputs.max_length}, but the tokenizer of {name} says that its model takes no more than "
-            f"{tokenizer.model_max_length} tokens",
+            f"data.max_length is {inputs.max_length}, but the model takes at most {tokenizer.model_max_length} tokens "
+            f"by the tokenizer of {name}",
             hint=f"--set data.max_length={tokenizer.model_max_length}",
         )
     if inputs.positions is not None and inputs.max_length > inputs.positions:
@@ -168,13 +183,14 @@ def image_split(
     ram_bytes: int = RAM_BYTES,
     track: Track = silent,
 ) -> Split:
-    """Decode and resize the column `image`; a batch has `pixel_values`, (batch, channels, height, width), float32.
+    """Decode and resize the column `image`. A batch has `pixel_values`, (batch, channels, height, width), float32.
 
-    Pixels are kept as uint8 if all of them fit in `ram_bytes`, and otherwise decoded anew for each batch, with the same
-    result. With `augment="flip"` a generator flips each image left to right with probability 1/2. `workers` threads decode.
+    Pixels are kept as uint8 if all of them fit into `ram_bytes`. Otherwise each batch decodes its images, with the same result.
+    With `augment="flip"` a generator flips each image left to right with probability 1/2. `workers` threads decode.
 
-    Raises `ModelError` if the channels are not 1 or 3 with a mean and a std each; `DataError`, maybe as late as in a batch,
-    if an image cannot be decoded.
+    Raises:
+        ModelError: The channels are not 1 or 3 with a mean and a std each.
+        DataError: An image cannot be decoded. A split that does not fit raises this when a batch is made.
     """
     _check_channels(inputs)
     mean = torch.tensor(inputs.mean).view(-1, 1, 1)  # (channels, 1, 1)
@@ -211,7 +227,7 @@ def _check_channels(inputs: ImageInputs) -> None:
 
 
 def _decoder(dataset: "Dataset", inputs: ImageInputs, origin: str, workers: int) -> Callable[..., Tensor]:
-    """A function from indices to pixels, (batch, channels, height, width), uint8; see `pixels.decode` for its list."""
+    """Return a function from indices to pixels, (batch, channels, height, width), uint8. It fills a list as `pixels.decode`."""
     import datasets
 
     encoded = dataset.cast_column("image", datasets.Image(decode=False))
@@ -246,11 +262,11 @@ def _hint_for(error: Exception) -> str:
         return "convert the images to 8 bits, to 16 bits without a sign, or to floats from 0 (black) to 1 (white)"
     if isinstance(error, pixels.SizeError):
         return "make the image smaller, or cut it into pieces; a model sees a few hundred pixels along an edge"
-    return "replace the image, or take its row out"
+    return "replace the image, or remove its row"
 
 
 def _pixels(image: Any, inputs: ImageInputs) -> Tensor:
-    """One decoded image as (channels, height, width), uint8, resized without keeping its aspect, as ViT's processor does."""
+    """Return a decoded image as (channels, height, width), uint8. Like ViT's processor, it does not keep the aspect ratio."""
     import PIL.Image
 
     height, width = inputs.size

@@ -1,7 +1,7 @@
 """Local files as Arrow tables: csv, tsv, json, jsonl and parquet.
 
-`datasets` reads them too, but through a copy in the user's home, and csv through pandas, for which the texts "NA", "null" and
-"None" are missing values. Here nothing is written, and only an empty cell without quotes is missing.
+`datasets` reads them too, but writes a copy into the user's cache, and reads csv by pandas. pandas takes the texts "NA", "null"
+and "None" for missing values. This module writes nothing, and only an empty cell without quotes is missing.
 """
 
 import json
@@ -19,11 +19,15 @@ SMALLEST_BLOCK = 2**20
 
 
 def read_file(path: Path, *, key: str, text_columns: list[str]) -> "pa.Table":
-    """All columns and rows of one file, its kind told by its suffix. `text_columns` of a csv are text, whatever they hold.
+    """Read all columns and rows of one file. The suffix decides its kind.
 
-    `key` is the recipe key that names the file, for hints.
+    Args:
+        path: The file.
+        key: The recipe key that names the file, for hints.
+        text_columns: Columns of a csv that are text, whatever they hold.
 
-    Raises `DataError` if the file is missing, empty, unreadable, of an unknown kind, or not what its suffix says.
+    Raises:
+        DataError: The file is missing, empty, unreadable, of an unknown kind, or of another kind than its suffix.
     """
     import pyarrow as pa
 
@@ -32,14 +36,14 @@ def read_file(path: Path, *, key: str, text_columns: list[str]) -> "pa.Table":
         raise DataError(f"{path} does not exist", hint=f"name a file that does with --set {key}=FILE")
     if reader is None:
         raise DataError(
-            f"{path} is of a kind that is not known, which are: {', '.join(sorted(READERS))}, or a folder with one folder "
-            "of images per class",
+            f"{path} is of an unknown kind; known are {', '.join(sorted(READERS))}, and a folder with one folder of images "
+            "per class",
             hint=f"convert it, and name the new file with --set {key}=FILE",
         )
     if not path.is_file():
         raise DataError(
             f"{path} is no regular file, but a pipe, a device or a socket",
-            hint=f"write what it gives into a file, and name that with --set {key}=FILE",
+            hint=f"write its output into a file, and name that with --set {key}=FILE",
         )
     try:
         if path.stat().st_size == 0:
@@ -53,7 +57,7 @@ def read_file(path: Path, *, key: str, text_columns: list[str]) -> "pa.Table":
         table.column_names  # noqa: B018 (decodes the names, which may fail)
     except RecursionError as error:
         raise _unreadable(path, key, ValueError("its values are nested too deeply")) from error
-    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # unreadable, or torn, or not what the suffix says
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # unreadable, truncated, or of another kind
         raise _unreadable(path, key, error) from error
     if table.num_rows == 0:
         raise DataError(f"{path} has no rows", hint=f"name another file with --set {key}=FILE")
@@ -61,7 +65,7 @@ def read_file(path: Path, *, key: str, text_columns: list[str]) -> "pa.Table":
 
 
 def _is_blank(path: Path) -> bool:
-    """Whether a file has nothing but zero bytes in front: of a copy that was stopped they may be many, and no line ends."""
+    """Whether a file begins with zero bytes only, as a copy that was stopped does; it may have no end of a line."""
     with path.open("rb") as file:
         return not file.read(2**12).strip(b"\0")
 
@@ -78,7 +82,7 @@ def _unreadable(path: Path, key: str, error: Exception) -> DataError:
 
 
 def _is_utf8(path: Path) -> bool:
-    """Whether all of a text file is UTF-8; True as well for one that cannot be opened, which is another matter."""
+    """Whether all of a text file is UTF-8. True also for a file that cannot be opened: that is another error."""
     try:
         with path.open(encoding="utf-8") as lines:
             for _ in lines:
@@ -107,7 +111,7 @@ def _read_delimited(path: Path, text_columns: list[str], *, delimiter: str, quot
 
     try:
         return read(SMALLEST_BLOCK)
-    except pa.ArrowInvalid:  # maybe a row that is longer than a block
+    except pa.ArrowInvalid:  # perhaps a row is longer than a block
         size = path.stat().st_size
         if size <= SMALLEST_BLOCK:
             raise
@@ -130,13 +134,13 @@ def _read_jsonl(path: Path, _: list[str]) -> "pa.Table":
             if line.strip():
                 try:
                     rows.append(json.loads(line))
-                except ValueError as error:  # say which line
+                except ValueError as error:  # add the line to the message
                     raise ValueError(f"line {number}: {error}") from error
     return _from_rows(rows)
 
 
 def _read_json(path: Path, text_columns: list[str]) -> "pa.Table":
-    """A list of objects; many a .json is one object per line, though."""
+    """Read a list of objects. Some .json files hold one object per line instead."""
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("{"):
         return _read_jsonl(path, text_columns)
@@ -148,7 +152,7 @@ def _from_rows(rows: Any) -> "pa.Table":
 
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("expected objects with the columns as keys")
-    names = dict.fromkeys(name for row in rows for name in row)  # in the order in which they turn up
+    names = dict.fromkeys(name for row in rows for name in row)  # in order of appearance
     return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
 
 

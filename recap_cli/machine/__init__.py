@@ -1,1 +1,1 @@
-"""The machine that a run has: its devices, its cores, and the memory that is held on it."""
+"""The machine: its devices and cores, and the memory held on it."""

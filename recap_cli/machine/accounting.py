@@ -1,4 +1,4 @@
-"""What a finetuning stage holds: counted on the tensors that are there, and measured by the allocator and the system."""
+"""The memory that a finetuning stage holds: counted on its tensors, and measured by the allocator and the system."""
 
 import resource
 import sys
@@ -17,14 +17,22 @@ REST = "activations_and_temporary_bytes"
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`: a view and its base count once."""
+    """Return the bytes of the distinct storages of `tensors`: a view and its base count once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"}
     return sum(storages.values())
 
 
 def held(model: nn.Module, optimizer: Optimizer, gradient_bytes: int) -> dict[str, int]:
-    """Bytes held on the device while finetuning: `weights` (residents, compact parameters and masters), `gradients` at their
-    peak, `optimizer`; and `offloaded`, masters and moments that are on the CPU instead.
+    """Return the bytes held on the device while finetuning.
+
+    Args:
+        model: The model, partly trainable.
+        optimizer: Its optimizer.
+        gradient_bytes: The gradients at their peak.
+
+    Returns:
+        `weights_bytes` (weights, compact parameters and masters), `gradients_bytes`, `optimizer_bytes`, and `offloaded_bytes`:
+        masters and moments on the CPU.
     """
     weights = [*model.parameters(), *model.buffers()]
     devices = {weight.device.type for weight in weights}
@@ -39,7 +47,7 @@ def held(model: nn.Module, optimizer: Optimizer, gradient_bytes: int) -> dict[st
 
 
 def held_now(device: torch.device, model: nn.Module | None, optimizer: Optimizer | None) -> dict[str, int]:
-    """Bytes that a model and its optimizer, be they half made, hold on a device at this moment, by kind."""
+    """Return the bytes that a model and its optimizer, even half made, hold on a device now, by kind."""
     masters = _masters(optimizer) if optimizer is not None else []
     weights = [*model.parameters(), *model.buffers()] if model is not None else []
     gradients = [weight.grad for weight in weights if weight.grad is not None]
@@ -52,12 +60,12 @@ def held_now(device: torch.device, model: nn.Module | None, optimizer: Optimizer
 
 
 def _masters(optimizer: Optimizer) -> list[Tensor]:
-    """The fp32 values that are tensors of their own; `Trainable.master` would make copies of the others."""
+    """Return the fp32 masters that are separate tensors. `Trainable.master` would copy the others."""
     return [trainable.own_master for trainable in optimizer.trainables if trainable.own_master is not None]
 
 
 def full_finetuning(params: int, moments: int) -> dict[str, int]:
-    """What finetuning every one of `params` weights holds in fp32 with `moments` states a weight: computed, not measured."""
+    """Return what full finetuning of `params` weights holds in fp32, with `moments` per weight: computed, not measured."""
     return {
         "weights_bytes": 4 * params,
         "gradients_bytes": 4 * params,
@@ -66,16 +74,16 @@ def full_finetuning(params: int, moments: int) -> dict[str, int]:
 
 
 def reset(device: torch.device) -> None:
-    """Start the allocator's peaks anew."""
+    """Reset the allocator's peaks."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def training_peak(device: torch.device, held: dict[str, int]) -> dict[str, int] | None:
-    """The most bytes that the allocator has given out at one moment since `reset`, on CUDA, taken apart by kind.
+    """Return the most bytes allocated at once since `reset`, by kind; None on other devices than CUDA.
 
-    Weights, gradients and optimizer state are `held`; the rest is the difference. As gradients may be at their own peak at
-    another moment than the whole, the rest is the least that activations and temporary tensors had.
+    Weights, gradients and optimizer state are `held`; the rest is the difference. Gradients may have their peak at another
+    moment than the total, so the rest is a lower bound for activations and temporary tensors.
     """
     if device.type != "cuda":
         return None
@@ -85,8 +93,11 @@ def training_peak(device: torch.device, held: dict[str, int]) -> dict[str, int] 
 
 
 def measured(device: torch.device, peak: dict[str, int] | None) -> dict[str, Any]:
-    """What the system, the allocator and the driver say at this moment, for memory.json: `process`, `training_peak` (as
-    `peak` has it), `accelerator`, and in `not_seen` a sentence for each figure that could not be had.
+    """Return the figures of the system, the allocator and the driver at this moment, for memory.json.
+
+    Returns:
+        `process`, `training_peak` (the argument `peak`), `accelerator`, `device`, and `not_seen`: a sentence for each figure
+        that cannot be measured.
     """
     accelerator, not_seen = _accelerator(device)
     return {
@@ -99,10 +110,10 @@ def measured(device: torch.device, peak: dict[str, int] | None) -> dict[str, Any
 
 
 def process(device: torch.device) -> dict[str, Any]:
-    """Resident set of this process, now and at its peak since it began; the allocator's bytes, on CUDA peaks since `reset`."""
+    """Return the resident set of this process, now and at its peak, and the allocator's bytes (on CUDA peaks since `reset`)."""
     scale = 1 if sys.platform == "darwin" else 1024
     now, peak = psutil.Process().memory_info().rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    seen: dict[str, Any] = {"rss_bytes": now, "peak_rss_bytes": max(now, peak)}  # Linux counts a little behind
+    seen: dict[str, Any] = {"rss_bytes": now, "peak_rss_bytes": max(now, peak)}  # Linux updates the peak with a delay
     if device.type == "cuda":
         seen["cuda_max_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
         seen["cuda_max_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
@@ -113,25 +124,25 @@ def process(device: torch.device) -> dict[str, Any]:
 
 
 def _accelerator(device: torch.device) -> tuple[dict[str, Any] | None, list[str]]:
-    """The device as a whole: its name, its bytes, and who holds them; and what of it could not be seen."""
+    """Return the name of a device, its bytes and which processes hold them; and what cannot be measured."""
     if device.type == "cpu":
         return None, [
-            "a peak of the allocator: on the CPU it keeps none; peak_rss_bytes is of the whole process since it began"
+            "a peak of the allocator: the CPU's has none; peak_rss_bytes is that of the whole process since its start"
         ]
     if device.type == "mps":
-        return None, ["a peak of the allocator: on MPS it keeps none; its figures are of the end of the stage"]
+        return None, ["a peak of the allocator: that of MPS has none; its figures are from the end of the stage"]
     if device.type != "cuda":
         return None, [f"anything on {device.type}: only CUDA and MPS are measured"]
     seen = nvml.processes(device)
     facts = {
         **name_and_total(device),
-        "nvml_process_bytes": seen.own_bytes,
+        "nvml_process_bytes": seen.process_bytes,
         "nvml_other_processes_bytes": seen.others_bytes,
     }
     return facts, list(seen.not_seen)
 
 
 def name_and_total(device: torch.device) -> dict[str, Any]:
-    """Name and total bytes of a CUDA device."""
+    """Return the name and the total bytes of a CUDA device."""
     properties = torch.cuda.get_device_properties(device)
     return {"name": properties.name, "total_bytes": properties.total_memory}

@@ -6,9 +6,10 @@ from recap_cli.errors import RecipeError
 
 
 def pick(name: str) -> torch.device:
-    """The device a recipe names; `auto` is the first accelerator there is, else the CPU.
+    """Return the device that a recipe names. `auto` is the first accelerator, or else the CPU.
 
-    Raises `RecipeError` if the named device is not there.
+    Raises:
+        RecipeError: This machine does not have the device.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -17,10 +18,10 @@ def pick(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that it does not have or know
-        there = ["auto", "cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    except (RuntimeError, AssertionError) as error:  # torch raises either for an unknown or missing device
+        available = ["auto", "cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         raise RecipeError(
             f"there is no device {name!r} on this machine",
-            hint=f"use one of {', '.join(there)}: --set finetune.device=…, --set importance.device=…",
+            hint=f"use one of {', '.join(available)}: --set finetune.device=…, --set importance.device=…",
         ) from error
     return device

@@ -1,4 +1,4 @@
-"""What `doctor` asks the driver: its version, and who holds how much of each CUDA device."""
+"""The facts that `doctor` asks of the driver: its version, and how much other processes hold of each CUDA device."""
 
 from typing import Any
 
@@ -8,17 +8,17 @@ from recap_cli.machine import nvml, threads
 
 
 def driver() -> dict[str, str | None]:
-    """The version of the NVIDIA driver, and `nvml`: "works", or a sentence that says why nothing can be asked."""
+    """Return the version of the NVIDIA driver, and `nvml`: "works", or why it does not."""
     version, why_not = nvml.driver()
     return {"driver": version, "nvml": why_not or "works"}
 
 
 def computing() -> dict[str, str]:
-    """How many threads compute on the CPU, how they wait for each other, and how busy the machine is; each with its reason."""
+    """Return how many threads compute on the CPU, how they wait for each other, and how busy the machine is, with reasons."""
     return threads.described()
 
 
 def holders(index: int) -> dict[str, Any]:
-    """Bytes that other processes hold on the CUDA device of that number, None where that cannot be seen, and why."""
+    """Return the bytes that other processes hold on a CUDA device, or None and the reason."""
     seen = nvml.processes(torch.device("cuda", index))
     return {"other_processes_bytes": seen.others_bytes, "not_seen": list(seen.not_seen)}

@@ -1,8 +1,8 @@
-"""What NVML, the NVIDIA driver's own library, says of a device: who holds how much of it. A courtesy that never stops a run.
+"""Which processes hold how much of a device, from NVML, the library of the NVIDIA driver. It never stops a run.
 
-Torch's allocator knows its own bytes. What other processes hold, and what this one holds beside the allocator (the CUDA
-context, libraries), only the driver knows; and it may be missing, refuse, or, in a container, count processes of which this one
-knows no id. Then the figures are None, and a sentence says why.
+Only the driver knows what other processes hold, and what this one holds outside torch's allocator (the CUDA context,
+libraries). NVML may be missing or refuse. In a container it may list processes with ids of the host. Figures that are unknown
+are None, with a sentence that gives the reason.
 """
 
 import os
@@ -16,59 +16,66 @@ import torch
 
 @dataclass(frozen=True)
 class Processes:
-    """Bytes that this process, and that all others together, hold on one device; None where that cannot be known.
+    """Bytes that this process, and all others together, hold on one device; None if unknown.
 
-    `not_seen` says, in a sentence each, what is not known and why.
+    `not_seen` has a sentence for each unknown figure.
     """
 
-    own_bytes: int | None = None
+    process_bytes: int | None = None
     others_bytes: int | None = None
     not_seen: tuple[str, ...] = ()
 
 
 def driver() -> tuple[str | None, str | None]:
-    """The version of the driver and None, or None and a sentence that says why NVML does not tell."""
+    """Return the version of the driver and None, or None and why NVML does not answer."""
     try:
         with _library() as pynvml:
             return str(pynvml.nvmlSystemGetDriverVersion()), None
-    except Exception as error:  # noqa: BLE001  (whatever a driver may do, it is no error of ours)
-        return None, f"NVML says nothing: {_reason(error)}"
+    except Exception as error:  # noqa: BLE001  (a run does not need the driver's facts)
+        return None, f"NVML does not answer: {_reason(error)}"
 
 
 def processes(device: torch.device) -> Processes:
-    """Who holds what on a CUDA device, as NVML has it."""
+    """Return what processes hold on a CUDA device, by NVML."""
     try:
         with _library() as pynvml:
             handle = _handle(pynvml, device)
             held = _held(pynvml, handle)
         least = torch.cuda.memory_reserved(device)
     except Exception as error:  # noqa: BLE001  (as in `driver`)
-        return Processes(not_seen=(f"what processes hold on {device}: NVML says nothing ({_reason(error)})",))
+        return Processes(not_seen=(f"what processes hold on {device}: NVML does not answer ({_reason(error)})",))
     return _split(device, held, os.getpid(), least)
 
 
-def _split(device: torch.device, held: dict[int, int | None], own: int, least: int) -> Processes:
-    """The bytes of the process `own`, which torch says holds at `least` so many, and those of the others."""
-    if own not in held or (held[own] or least) < least:  # with less, it is another process that has the id on the host
+def _split(device: torch.device, held: dict[int, int | None], pid: int, least: int) -> Processes:
+    """Return the bytes of this process, whose id is `pid`, and those of all others.
+
+    Args:
+        device: The device, for messages.
+        held: The bytes by process id.
+        pid: The id of this process.
+        least: The bytes that torch has reserved for this process. A process with fewer is another one, with an id of the host.
+    """
+    if pid not in held or (held[pid] or least) < least:
         among = f"the {len(held)} processes that NVML lists" if held else "those that NVML lists (none)"
         why = "in a container it counts by ids of the host, or hides other processes"
         return Processes(not_seen=(f"what processes hold on {device}: this one is not among {among}; {why}",))
-    others = [count for process, count in held.items() if process != own]
+    others = [count for process, count in held.items() if process != pid]
     known = [count for count in others if count is not None]
     not_seen = []
-    if held[own] is None:
-        not_seen.append(f"what this process holds on {device} in all: NVML lists it without bytes")
+    if held[pid] is None:
+        not_seen.append(f"what this process holds on {device} in total: NVML lists it without bytes")
     if len(known) < len(others):
         not_seen.append(
             f"what other processes hold on {device}: NVML lists {len(others) - len(known)} of {len(others)} without bytes"
         )
-    return Processes(held[own], sum(known) if len(known) == len(others) else None, tuple(not_seen))
+    return Processes(held[pid], sum(known) if len(known) == len(others) else None, tuple(not_seen))
 
 
 def _held(pynvml: Any, handle: Any) -> dict[int, int | None]:
-    """Bytes by process id, None where the driver does not say. One that both computes and draws is listed twice."""
+    """Return the bytes by process id, None if the driver gives none. NVML lists a process that computes and draws twice."""
     listed = list(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
-    with suppress(pynvml.NVMLError):  # cards that cannot draw may refuse the question
+    with suppress(pynvml.NVMLError):  # cards without graphics may refuse
         listed += pynvml.nvmlDeviceGetGraphicsRunningProcesses(handle)
     held: dict[int, int | None] = {}
     for process in listed:
@@ -78,14 +85,14 @@ def _held(pynvml: Any, handle: Any) -> dict[int, int | None]:
 
 
 def _handle(pynvml: Any, device: torch.device) -> Any:
-    """NVML's handle of the device that torch means: by UUID, else by its place on the PCI bus.
+    """Return NVML's handle of a device of torch, by UUID or else by PCI bus id.
 
-    Not by number: CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER renumber torch's devices, and not NVML's.
+    Its number does not identify it: CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER renumber torch's devices, but not NVML's.
     """
     properties: Any = torch.cuda.get_device_properties(device)  # torch's types know only some of its attributes
     uuid = str(getattr(properties, "uuid", "") or "").removeprefix("GPU-").removeprefix("MIG-")
     if uuid:
-        for prefix in ("GPU-", "MIG-"):  # torch leaves out which of the two it is
+        for prefix in ("GPU-", "MIG-"):  # torch's UUID has no prefix
             with suppress(pynvml.NVMLError):
                 return pynvml.nvmlDeviceGetHandleByUUID(prefix + uuid)
     if hasattr(properties, "pci_bus_id"):
@@ -96,7 +103,7 @@ def _handle(pynvml: Any, device: torch.device) -> Any:
 
 @contextmanager
 def _library() -> Iterator[Any]:
-    """The package, with the library of the driver loaded."""
+    """Yield the package pynvml, with the library of the driver loaded."""
     import pynvml
 
     pynvml.nvmlInit()

@@ -1,7 +1,6 @@
 """Torch's record of every allocation on a CUDA device, for its viewer (https://docs.pytorch.org/memory_viz).
 
-The file is what torch writes, a pickle; nothing here ever reads one. The functions of torch are private ones: they are called
-here and nowhere else.
+torch writes the file as a pickle, which RECAP never reads. Only this module calls these private functions of torch.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,25 +11,26 @@ import torch
 
 from recap_cli.errors import StorageError, UsageError
 
-EVENTS = 100_000  # the newest so many; each is some kilobytes, and a whole round may be millions
+EVENTS = 100_000  # the newest ones; each has some kilobytes, and a round may have millions
 
 
 def check(file: Path, device: torch.device) -> None:
-    """Pass where a snapshot of the device could be written to `file`, which is not there afterwards either.
+    """Check that a snapshot of the device can be written to `file`, without leaving a file there.
 
-    Raises `UsageError` if the device is none of CUDA's, the file is there already or has no folder, `StorageError` if it cannot
-    be written.
+    Raises:
+        UsageError: The device is not CUDA's, the file exists already, or its folder does not.
+        StorageError: The file cannot be written.
     """
     if device.type != "cuda":
         raise UsageError(
             f"--snapshot records CUDA's allocator, and this stage would run on {device}",
-            hint="leave out --snapshot, or use a machine with a CUDA device: `recap doctor` lists what there is",
+            hint="leave out --snapshot, or use a machine with a CUDA device: `recap doctor` lists the devices",
         )
     try:
         file.open("xb").close()
         file.unlink()
     except FileExistsError:
-        raise UsageError(f"--snapshot {file}: is there already", hint="name another file") from None
+        raise UsageError(f"--snapshot {file}: exists already", hint="name another file") from None
     except FileNotFoundError:
         raise UsageError(f"--snapshot {file}: there is no folder {file.parent}", hint="make it first") from None
     except OSError as error:
@@ -39,9 +39,11 @@ def check(file: Path, device: torch.device) -> None:
 
 @contextmanager
 def recording(file: Path | None, note: Callable[[str], object]) -> Iterator[None]:
-    """Record until the end of the `with` block, be it an error (an OutOfMemoryError most of all), and write the file then.
+    """Record allocations inside, and write the file at the end, also after an error such as OutOfMemoryError.
 
-    A file that cannot be written costs the training nothing: it becomes a sentence for `note`. Without a file nothing happens.
+    Args:
+        file: Where to write; None records nothing.
+        note: Is called with a sentence if the file cannot be written. The training is not affected.
     """
     if file is None:
         yield

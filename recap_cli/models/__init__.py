@@ -1,1 +1,1 @@
-"""Models: found, checked, built, cut to a spec, and written so that other tools load them."""
+"""Models: located, checked, built, cut, and exported so that other tools load them."""

@@ -1,4 +1,4 @@
-"""The functions of a stranger's adapter, run so that they can raise nothing of their own and write to no weight."""
+"""Calls into third-party adapters, run so that every failure is an error of RECAP, and no weight is written to."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ HINT = "choose another model, or repair the adapter; see docs/plugins/adapter.md
 
 
 def guarding(adapter: Adapter, name: str) -> Adapter:
-    """The adapter with its functions guarded, where it has any; one that is a table is returned as it is.
+    """Return an adapter whose functions are guarded; one that is only a table is returned unchanged.
 
-    What `axes` raises of the kinds that a lookup raises is a `ConformanceError`: it does not know the model. All else is a
-    `PluginError`, and so is a weight that either has written to.
+    The guarded functions raise `ConformanceError` if a lookup in `axes` fails: the adapter does not know the model. They raise
+    `PluginError` for all other failures, and if a weight was written to.
     """
     if adapter.axes is None and adapter.resize is None:
         return adapter
@@ -43,8 +43,8 @@ def guarding(adapter: Adapter, name: str) -> Adapter:
 def _unwritten(model: nn.Module, who: str) -> Iterator[None]:
     """Raise `PluginError` if a parameter is written to inside.
 
-    It does not see what is written through `.data`: that costs a pass over all weights, and a `resize` that does it gives
-    other logits than zeroing, which the conformance check refuses.
+    It does not see writes through `.data`, which would take a pass over all weights. A `resize` that writes so changes the
+    logits, and the conformance check refuses that.
     """
     before = [(name, param, param._version) for name, param in model.named_parameters()]
     yield

@@ -1,4 +1,4 @@
-"""Models by their spec: made from the hub, a folder or a configuration; taken apart into tensors and put together again."""
+"""Models by their spec: made from the hub, a folder or a configuration; split into tensors and assembled again."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -48,7 +48,15 @@ EXAMPLE_TOKENS = 12
 
 
 class Created(NamedTuple):
-    """A new model in eval mode, its spec, its tokenizer (None for images), its new head weights, and what to tell the user."""
+    """A new model.
+
+    Attributes:
+        model: The model, in eval mode.
+        spec: Its spec.
+        processor: Its tokenizer; None for images.
+        new: The names of its new head weights.
+        notes: What a user should know of it.
+    """
 
     model: nn.Module
     spec: ModelSpec
@@ -67,11 +75,22 @@ def create(
     label_names: Sequence[str],
     image_size: int | None = None,
 ) -> Created:
-    """The full model for a task, in float32 on the CPU, from `name` (hub or folder) or, with random weights, from `config`.
+    """Return the full model for a task, in float32 on the CPU.
 
-    Random weights, also those of a new head, come from torch's own generator: seed it before. Only weights that the adapter's
-    `head` names may be new; the head is new as well where the checkpoint's labels are others. For another `image_size` the
-    position embeddings are resampled once. Raises `ModelError` for anything that does not fit, naming it.
+    Random weights, also those of a new head, come from torch's global generator: seed it before. Only weights that the
+    adapter's `head` names may be new. The head is also new if the checkpoint has other labels.
+
+    Args:
+        library: The library that builds the model.
+        name: A hub id or a folder.
+        config: Instead of `name`: a configuration, for random weights.
+        revision: A branch, tag or commit on the hub.
+        task_kind: The kind of task.
+        label_names: The labels of the data.
+        image_size: Side in pixels. Position embeddings are resampled once for another size than the checkpoint's.
+
+    Raises:
+        ModelError: Something does not fit; the message names it.
     """
     if len(label_names) < 2:
         raise ModelError(f"a classification needs two labels at least; the data have {len(label_names)}", hint="see data.label")
@@ -82,7 +101,11 @@ def create(
 
 
 def check_source(library: Library, name: str | None, config: dict[str, Any] | None, task_kind: TaskKind) -> None:
-    """Raise `ModelError` unless there is exactly one source of the model, its library knows the task, and can be imported."""
+    """Check that the model has exactly one source, and that its library has models for the task and can be imported.
+
+    Raises:
+        ModelError: It has not.
+    """
     if library == "timm" and task_kind != "image-classification":
         raise ModelError(f"timm has no models for {task_kind}", hint="--set model.library=transformers")
     if (name is None) == (config is None):
@@ -93,7 +116,12 @@ def check_source(library: Library, name: str | None, config: dict[str, Any] | No
 
 
 def adapter_of(spec: ModelSpec) -> Adapter:
-    """The adapter registered for the model type. Raises `ModelError` if there is none, `PluginError` if it is broken."""
+    """Return the adapter of a model type.
+
+    Raises:
+        ModelError: There is none.
+        PluginError: It cannot be loaded.
+    """
     known = registry.names("adapters")
     if spec.model_type not in known:
         message, hint = registry.unknown("adapters", spec.model_type, known)
@@ -102,21 +130,28 @@ def adapter_of(spec: ModelSpec) -> Adapter:
 
 
 def skeleton(spec: ModelSpec) -> nn.Module:
-    """The model on the meta device: names and original shapes, no memory."""
+    """Return the model on the meta device: names and original shapes without memory."""
     with torch.device("meta"):
         return _build(spec)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by name, detached, not copied; non-persistent buffers too, a shared tensor once."""
+    """Return every parameter and buffer by name, detached, not copied. A tied tensor occurs once."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor.detach() for name, tensor in named}
 
 
 def assemble(spec: ModelSpec, tensors: Mapping[str, Tensor], adapter: Adapter, sizes: dict[str, int]) -> nn.Module:
-    """A model in eval mode that holds these very tensors, whatever their (smaller) shape; `sizes`: units left of each axis.
+    """Return a model in eval mode that holds the given tensors themselves, not copies.
 
-    Raises `ModelError` if a tensor of the model is missing, or one is given that it does not have.
+    Args:
+        spec: The spec of the full model.
+        tensors: The tensors by name, of the shapes of the full or of a pruned model.
+        adapter: The adapter of the model.
+        sizes: The units kept per axis; axes without an entry are not pruned.
+
+    Raises:
+        ModelError: A tensor is missing, or the model does not have one.
     """
     model = skeleton(spec)
     aliases = _aliases(model)
@@ -131,7 +166,7 @@ def assemble(spec: ModelSpec, tensors: Mapping[str, Tensor], adapter: Adapter, s
 
 
 def forward(spec: ModelSpec) -> Callable[[nn.Module, Batch], Tensor]:
-    """How a model of this spec turns a batch (by input name; labels are ignored) into logits, shape (batch, num_labels)."""
+    """Return a function from a model of this spec and a batch to logits, (batch, num_labels). It ignores labels."""
     if spec.library == "timm":
         return lambda model, batch: model(batch["pixel_values"], **spec.forward)
 
@@ -145,7 +180,11 @@ def forward(spec: ModelSpec) -> Callable[[nn.Module, Batch], Tensor]:
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Recompute each block's activations in the backward pass instead of keeping them. Raises `ModelError` if it cannot."""
+    """Recompute each block's activations in the backward pass instead of keeping them.
+
+    Raises:
+        ModelError: The model cannot.
+    """
     switches: Any = model
     how = {"use_reentrant": False}
     try:
@@ -156,10 +195,10 @@ def enable_checkpointing(model: nn.Module) -> None:
         else:
             switches.set_grad_checkpointing(True)
         if hasattr(model, "disable_input_require_grads"):
-            # transformers makes the embeddings' output want a gradient, and the backward then runs through frozen layers too
+            # transformers makes the output of the embeddings require a gradient; the backward would run through frozen layers
             switches.disable_input_require_grads()
         if hasattr(getattr(model, "config", None), "use_cache"):
-            switches.config.use_cache = False  # it does not go with checkpoints, and transformers says so at every forward
+            switches.config.use_cache = False  # with checkpointing transformers warns of it at every forward
     except (AttributeError, ValueError) as error:
         raise ModelError(
             f"{type(model).__name__} cannot recompute its activations", hint="--set finetune.checkpointing=false"
@@ -167,33 +206,33 @@ def enable_checkpointing(model: nn.Module) -> None:
 
 
 def head_names(adapter: Adapter, model: nn.Module) -> list[str]:
-    """The parameters that are new for a task (classifier, and a pooler before it): all names of each that has one such name."""
+    """Return the parameters of the task head (classifier and pooler). A tied parameter counts if any of its names is in it."""
     called = names_of(model).values()
     return [name for names in called if any(matches(name, adapter.head) for name in names) for name in names]
 
 
 def embedding_names(adapter: Adapter, model: nn.Module) -> list[str]:
-    """The parameters of the embeddings, which do not move by default: all names of each that has no other name."""
+    """Return the parameters of the embeddings, frozen by default. A tied parameter counts if all of its names are in them."""
     called = names_of(model).values()
     return [name for names in called if all(matches(name, adapter.embeddings) for name in names) for name in names]
 
 
 def example_batch(spec: ModelSpec, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs that the model accepts (`pixel_values`, or `input_ids` and `attention_mask`) of a fixed seed."""
+    """Return random inputs with a fixed seed that the model accepts (`pixel_values`, or `input_ids` and `attention_mask`)."""
     generator = torch.Generator().manual_seed(seed)
     if spec.image is not None:
         side = spec.image["size"]
         return {"pixel_values": torch.randn(batch, spec.image["channels"], side, side, generator=generator)}
     ids = torch.randint(0, spec.config["vocab_size"], (batch, EXAMPLE_TOKENS), generator=generator)
     pad = spec.config.get("pad_token_id") or 0
-    ids[ids == pad] = (pad + 1) % spec.config["vocab_size"]  # RoBERTa counts positions by what is not padding
+    ids[ids == pad] = (pad + 1) % spec.config["vocab_size"]  # RoBERTa's positions count tokens that are not padding
     mask = torch.ones_like(ids)
     ids[-1, -2:], mask[-1, -2:] = pad, 0
     return {"input_ids": ids, "attention_mask": mask}
 
 
 def positions(spec: ModelSpec) -> int | None:
-    """How many tokens a text model has positions for; None where its configuration does not say."""
+    """Return how many tokens a text model has positions for; None if its configuration has no such number."""
     known = spec.config.get("max_position_embeddings")
     if known is None or spec.image is not None:
         return None
@@ -201,9 +240,9 @@ def positions(spec: ModelSpec) -> int | None:
 
 
 def describe(spec: ModelSpec, processor: Any) -> dict[str, str | bytes]:
-    """The files, by name, that stand beside model.safetensors: spec.json, config.json, tokenizer or preprocessing.
+    """Return the files, by name, that go with model.safetensors: spec.json, config.json, tokenizer or preprocessing.
 
-    The library itself opens such a folder if the shapes are the original ones and the metadata of model.safetensors says
+    The library opens such a folder if the shapes are the original ones and model.safetensors has the metadata
     `{"format": "pt"}`.
     """
     files: dict[str, str | bytes] = {"spec.json": spec.to_json()}
@@ -216,12 +255,16 @@ def describe(spec: ModelSpec, processor: Any) -> dict[str, str | bytes]:
 
 
 def tokenizer_of(name: str | None, config: Mapping[str, Any] | None, revision: str | None, vocab_size: int) -> Any:
-    """The tokenizer that `create` gives with a text model, from a folder or the hub. Raises `ModelError` if there is none."""
+    """Return the tokenizer of a text model, as `create` does, from a folder or the hub.
+
+    Raises:
+        ModelError: There is none.
+    """
     return _tokenizer(None if name is None else locate(name, revision), config or {}, vocab_size)
 
 
 def load_processor(folder: Path, spec: ModelSpec) -> Any:
-    """The tokenizer that `describe` wrote into `folder`; None for images, whose preprocessing the spec holds."""
+    """Return the tokenizer that `describe` wrote into a folder; None for images, whose preprocessing is in the spec."""
     return None if spec.image is not None else transformers_models.read_tokenizer(folder, spec.config["vocab_size"])
 
 
@@ -241,7 +284,7 @@ def _create_hf(
     config = transformers_models.configure(given, strict=folder is None)
     transformers_models.check_task(config, task_kind)
     processor = None if task_kind == "image-classification" else _tokenizer(folder, given, config.vocab_size)
-    own_labels = transformers_models.label_names(config)
+    checkpoint_labels = transformers_models.label_names(config)
     transformers_models.set_labels(config, labels)
     image, note = transformers_models.read_image_facts(folder, config) if task_kind == "image-classification" else (None, None)
     if folder is None and image is not None and image_size is not None:
@@ -253,7 +296,7 @@ def _create_hf(
         notes = ["random weights, from a configuration"]
     else:
         model, missing, mismatched, unexpected = transformers_models.from_folder(folder, task_kind, config)
-        new, notes = _new_head(model, adapter, missing, mismatched, own_labels, labels, str(folder))
+        new, notes = _new_head(model, adapter, missing, mismatched, checkpoint_labels, labels, str(folder))
         notes += unexpected_weights.notes(model, unexpected, str(folder))
     spec = replace(spec, config=transformers_models.to_dict(model), image=image)
     transformers_models.keep_no_cache(model)
@@ -289,8 +332,8 @@ def _create_timm(
         return Created(model, spec, None, (), ("random weights, from a configuration",))
     tensors = timm_models.filtered(model, read_weights(folder))
     missing, mismatched, unexpected = timm_models.load_into(model, tensors)
-    own_labels = timm_models.label_names(folder)
-    new, notes = _new_head(model, adapter, missing, mismatched, own_labels, labels, str(folder))
+    checkpoint_labels = timm_models.label_names(folder)
+    new, notes = _new_head(model, adapter, missing, mismatched, checkpoint_labels, labels, str(folder))
     notes += unexpected_weights.notes(model, unexpected, str(folder))
     return Created(model, spec, None, tuple(new), tuple(notes))
 
@@ -311,32 +354,32 @@ def _new_head(
     adapter: Adapter,
     missing: set[str],
     mismatched: set[str],
-    own: list[str] | None,
+    checkpoint_labels: list[str] | None,
     labels: list[str],
     origin: str,
 ) -> tuple[list[str], list[str]]:
-    """Which head weights are new, and the notes; raises `ModelError` if any other weight is."""
+    """Return which head weights are new, and notes. Raises `ModelError` if any other weight is new."""
     backbone = sorted(name for name in missing | mismatched if not matches(name, adapter.head))
     if backbone:
         how = "of another shape" if backbone[0] in mismatched else "missing"
         raise ModelError(
             f"{origin} does not fit its config.json: {some(backbone)} is {how}",
-            hint="only the head may be new; see that weights and config.json belong together",
+            hint="only the head may be new; check that weights and config.json belong together",
         )
     new = sorted(missing | mismatched)
     if new:
         return new, [f"new head: {', '.join(new)}"]
-    places = places_of(labels, own)
+    places = places_of(labels, checkpoint_labels)
     if places == list(range(len(labels))):
-        return new, ["the checkpoint's own head is kept"]
+        return new, ["the head of the checkpoint is kept"]
     if places and reorder_output(model, adapter, places):
-        return new, [f"the checkpoint's own head is kept, its labels in the order of the data: {some(labels)}"]
+        return new, [f"the head of the checkpoint is kept, its labels in the order of the data: {some(labels)}"]
     new = _renew_output(model, adapter, len(labels))
-    return new, [f"the checkpoint's head is for other labels ({some(own or [])}): {some(new)} is new"]
+    return new, [f"the head of the checkpoint is for other labels ({some(checkpoint_labels or [])}): {some(new)} is new"]
 
 
 def _renew_output(model: nn.Module, adapter: Adapter, num_labels: int) -> list[str]:
-    """Give the layers of the head that put out labels new weights, as transformers and timm do; returns their names."""
+    """Give the output layers of the head new weights, as transformers and timm do, and return their names."""
     params = {name: param for name, param in model.named_parameters() if matches(name, adapter.head)}
     new = [name for name, param in params.items() if param.shape[0] == num_labels]
     with torch.no_grad():
@@ -346,7 +389,7 @@ def _renew_output(model: nn.Module, adapter: Adapter, num_labels: int) -> list[s
 
 
 def _resized(model: nn.Module, spec: ModelSpec, adapter: Adapter, size: int) -> tuple[nn.Module, ModelSpec]:
-    """The same model for square images of another size: an ordinary model of an ordinary configuration."""
+    """Return the model for square images of another size, with the configuration of such a model."""
     patch = spec.config["patch_size"]
     height, width = patch if isinstance(patch, list | tuple) else (patch, patch)
     if size < max(height, width):
@@ -366,7 +409,7 @@ def _build(spec: ModelSpec) -> nn.Module:
 
 
 def _aliases(model: nn.Module) -> list[tuple[list[str], bool]]:
-    """All names of each tensor (several where it is shared), and whether it is a parameter."""
+    """Return all names of each tensor (several if it is tied), and whether it is a parameter."""
     found: dict[int, tuple[list[str], bool]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(tensor), ([], True))[0].append(name)
@@ -382,12 +425,12 @@ def _place(model: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
 
 
 def _check_complete(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    own = {name: tensor for names in (model.named_parameters, model.named_buffers) for name, tensor in names()}
-    lacking = sorted(name for name, tensor in own.items() if tensor.is_meta)
+    present = {name: tensor for names in (model.named_parameters, model.named_buffers) for name, tensor in names()}
+    lacking = sorted(name for name, tensor in present.items() if tensor.is_meta)
     foreign = sorted(set(tensors) - {name for names, _ in _aliases(model) for name in names})
     if lacking or foreign:
         what = f"lack {some(lacking)}" if lacking else f"hold {some(foreign)}, which the model does not have"
         raise ModelError(
             f"the tensors {what}",
-            hint="were they written with another version of transformers or timm? `recap status` names it",
+            hint="were they written with another version of transformers or timm? state.yaml has the versions",
         )

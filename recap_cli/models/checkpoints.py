@@ -1,4 +1,4 @@
-"""Where weights come from: a local folder or the hub's cache; safetensors only, checked before anything is built."""
+"""The files of checkpoints, in a local folder or the hub's cache: safetensors only, checked before a model is built."""
 
 import logging
 import sys
@@ -19,19 +19,19 @@ from recap_cli.untrusted import files as foreign
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
-WANTED = ("*.json", "*.txt", "*.model", WEIGHTS, "model-*.safetensors")  # tokenizers keep vocabularies in .txt and .model files
+WANTED = ("*.json", "*.txt", "*.model", WEIGHTS, "model-*.safetensors")  # .txt and .model: tokenizers
 CONFIGS = ("config.json", "preprocessor_config.json")
 TIMEOUT_SECONDS = 5.0
-LFS_POINTER = b"version https://git-lfs"  # what git leaves in place of a large file that it has not fetched
+LFS_POINTER = b"version https://git-lfs"  # how the file begins that git has instead of a large one
 FLOATS = ("F64", "F32", "F16", "BF16")
-QUANTIZED_HINT = "name the model before it was quantized; RECAP has its own: --set finetune.weights=int8"
+QUANTIZED_HINT = "name the model without quantization; RECAP quantizes it with --set finetune.weights=int8"
 FOLDER_HINT = "name a local folder with config.json and model.safetensors: --set model.name=DIR"
 CONFIG_HINT = "copy or download config.json again, or name another folder: --set model.name=DIR"
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the load reports, progress bars and warnings of transformers and timm, which ruin logs; errors still show."""
+    """Silence load reports, progress bars and warnings of transformers and timm, which ruin logs. Errors are shown."""
     from transformers.utils import logging as hf_logging
 
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
@@ -52,11 +52,15 @@ def quiet() -> Iterator[None]:
 
 
 def locate(name: str, revision: str | None = None, *, only_config: bool = False) -> Path:
-    """The folder with the files of a model: `name` itself if it is one, else the hub's files in its cache.
+    """Return the folder with the files of a model: `name` if it is a folder, else the files of the hub in its cache.
 
-    With `only_config` nothing but its small JSON files is downloaded.
+    Args:
+        name: A folder or a hub id.
+        revision: A branch, tag or commit on the hub.
+        only_config: Download only the configuration, which is small JSON files.
 
-    Raises `ModelError` if there is no such folder, or the hub cannot be reached or has no such model.
+    Raises:
+        ModelError: There is no such folder, the hub cannot be reached, or it has no such model.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -69,7 +73,11 @@ def locate(name: str, revision: str | None = None, *, only_config: bool = False)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises `ModelError` if there is none, or it is not a JSON object."""
+    """Return the config.json of a folder.
+
+    Raises:
+        ModelError: There is none, or it is not a JSON object.
+    """
     path = folder / "config.json"
     if not path.exists() and not path.is_symlink():
         raise ModelError(f"{folder} has no config.json", hint=FOLDER_HINT)
@@ -77,7 +85,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_weights(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, each complete. Raises `ModelError` naming the one that is missing or truncated."""
+    """Check the safetensors files of a folder, and return their paths.
+
+    Raises:
+        ModelError: A file is missing, truncated or quantized; the message names it.
+    """
     files = _weight_files(folder)
     for path in files:
         try:
@@ -96,7 +108,7 @@ def check_weights(folder: Path) -> list[Path]:
 
 
 def count_weights(folder: Path) -> int:
-    """How many numbers the weights of a folder are. Raises `ModelError` as `check_weights` does."""
+    """Return how many numbers the weights of a folder have. Raises `ModelError` as `check_weights` does."""
     count = 0
     for path in check_weights(folder):
         with safe_open(path, framework="pt") as file:
@@ -105,12 +117,12 @@ def count_weights(folder: Path) -> int:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder by name. Raises `ModelError` as `check_weights` does."""
+    """Return all tensors of a folder by name. Raises `ModelError` as `check_weights` does."""
     return {name: tensor for path in check_weights(folder) for name, tensor in load_file(path).items()}
 
 
 def _check_types(path: Path, file: Any) -> None:
-    """Raise `ModelError` for weights in integers or 8 bits, which mean nothing without the scales of some quantization."""
+    """Raise `ModelError` for integer or 8-bit weights, which mean nothing without the scales of their quantization."""
     for name in file.keys():  # noqa: SIM118  (no mapping)
         if name.endswith(".weight") and (kind := file.get_slice(name).get_dtype()) not in FLOATS:
             raise ModelError(f"{path}: {name} is quantized ({kind})", hint=QUANTIZED_HINT)
@@ -132,17 +144,17 @@ def _weight_files(folder: Path) -> list[Path]:
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     if pickled:
         raise ModelError(
-            f"{folder} holds its weights as {pickled[0]}, which only unpickling can read; RECAP reads safetensors only",
-            hint="convert it once, where you trust it: AutoModel.from_pretrained(DIR).save_pretrained(NEW)",
+            f"{folder} holds its weights as {pickled[0]}, a pickle; RECAP reads safetensors only",
+            hint="if you trust it, convert it once: AutoModel.from_pretrained(DIR).save_pretrained(NEW)",
         )
     raise ModelError(f"{folder} has no {WEIGHTS}", hint=FOLDER_HINT)
 
 
 def _shards(path: Path) -> list[str]:
-    """The files that an index names. Raises `ModelError` if it says something else, or one is not in its own folder."""
+    """Return the files that an index names. Raises `ModelError` if it names none, or one outside its folder."""
     shards = foreign.read_object(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise ModelError(f"{path} says not in which files the weights are (weight_map)", hint=foreign.AGAIN)
+        raise ModelError(f"{path} does not name the files of the weights (weight_map)", hint=foreign.AGAIN)
     for shard in shards.values():
         if not foreign.is_plain(shard) or not shard.endswith(".safetensors"):
             raise ModelError(f"{path} names {shard!r}, which is no safetensors file in the same folder", hint=foreign.AGAIN)
@@ -166,14 +178,14 @@ def _download(name: str, revision: str | None, wanted: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted), etag_timeout=TIMEOUT_SECONDS))
     except GatedRepoError as error:
-        raise ModelError(f"the hub gives {name} only to those it knows", hint="log in: hf auth login") from error
+        raise ModelError(f"the hub gives {name} only to users with access", hint="log in: hf auth login") from error
     except RevisionNotFoundError as error:
         raise ModelError(f"{name} has no revision {revision!r} on the hub", hint="--set model.revision=main") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(f"there is no folder {name}, and no model of that name on the hub", hint=FOLDER_HINT) from error
     except LocalEntryNotFoundError as error:
         raise ModelError(
-            f"there is no folder {name}, and the model hub cannot be reached (nor is the model in its cache)", hint=FOLDER_HINT
+            f"there is no folder {name}, the hub cannot be reached, and its cache does not have the model", hint=FOLDER_HINT
         ) from error
     except (HfHubHTTPError, OSError) as error:
         first_line = (str(error) or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""What of a configuration shows that no model can be made of it, before memory is asked for."""
+"""Checks of a configuration before memory is allocated: values that no model can have."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,21 @@ HINT = "correct it in model.config, or in the config.json of the model's folder"
 
 
 def check_limits(model_type: str, values: Mapping[str, Any]) -> None:
-    """Raise `ModelError` for a size that is beyond all models (`untrusted.model_limits`), as one of a damaged file may be."""
+    """Check sizes against the limits of all models (`untrusted.model_limits`), as a damaged file may exceed them.
+
+    Raises:
+        ModelError: A size is larger.
+    """
     for key, found, limit in beyond(values):
         raise ModelError(f"{key} of this {model_type} is {found:,}; expected at most {limit:,}", hint=HINT)
 
 
 def check_padding(config: Any) -> None:
-    """Raise `ModelError` where the token that pads is none of the vocabulary's, which torch answers with an assertion."""
+    """Check that the padding token is in the vocabulary: torch would fail with an assertion.
+
+    Raises:
+        ModelError: It is not.
+    """
     pad, size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
     if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
         raise ModelError(

@@ -1,7 +1,7 @@
-"""Does an adapter's table describe this very model? Asked before a state is made, so that a wrong table costs seconds (I1).
+"""Checks that an adapter describes a model, before a state is made: a wrong table costs seconds, not a run (I1).
 
-The check is of structure, so the model that is cut has random weights of a fixed seed: with real ones, a layer scale near
-zero or a bias that is zero would hide a wrong cut.
+The check is structural, so it uses random weights with a fixed seed. Real weights, such as a layer scale near zero or a zero
+bias, could hide a wrong cut.
 """
 
 import copy
@@ -24,19 +24,22 @@ from recap_cli.trainable.build import tied_otherwise
 TOLERANCE = 1e-5  # of the largest logit
 SEED = 2024
 LISTED = 5  # names in an error message
-LAYERS = ("num_hidden_layers", "n_layers", "depth")  # whichever key the library has for how many there are
+LAYERS = ("num_hidden_layers", "n_layers", "depth")  # keys of the libraries for the number of layers
 HINT = (
-    "the library's layout and the adapter's table disagree: see docs/plugins/adapter.md, "
-    "or install the versions it was made for"
+    "the library and the adapter's table disagree: see docs/plugins/adapter.md, or install the versions that the adapter is for"
 )
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the adapter found, the axes, the matrices in the blocks that no axis touches, and the largest difference of logits.
+    """The result of a check.
 
-    `max_difference` is between cutting and zeroing, relative to the largest logit; `control_difference` is the smaller of the
-    two controls that must differ.
+    Attributes:
+        found: What the adapter found, in words.
+        axes: The axes.
+        coverage: The matrices in the blocks that no axis touches.
+        max_difference: Between the logits of cutting and of zeroing, relative to the largest logit.
+        control_difference: The smaller difference to two controls that must differ.
     """
 
     found: list[str]
@@ -47,11 +50,14 @@ class Report:
 
 
 def check(model: nn.Module, adapter: Adapter, spec: ModelSpec) -> Report:
-    """The report of a model that its adapter describes; the model is left as it was, and one copy of it is made.
+    """Check that an adapter describes a model: cutting groups must equal zeroing them. Works on a copy of the model.
 
-    Raises `ModelError` if the model has no layers or does not run as it is; `ConformanceError` if a cut does not exist or fit,
-    an entry belongs to two groups, cutting differs from zeroing the same groups, or a control that must differ (the uncut
-    model, the wrong groups zeroed) does not.
+    Two controls must give other logits: the uncut model, and a model with the other groups zeroed.
+
+    Raises:
+        ModelError: The model has no layers, or does not run.
+        ConformanceError: A cut does not exist or fit, an entry belongs to two groups, cutting differs from zeroing, or a
+            control does not differ.
     """
     _check_layers(spec)
     axes = _axes(model, adapter, spec)
@@ -74,7 +80,7 @@ def check(model: nn.Module, adapter: Adapter, spec: ModelSpec) -> Report:
 
 
 def coverage(model: nn.Module, axes: Sequence[Axis]) -> list[str]:
-    """The matrices inside the encoder's blocks that no axis touches: what pruning leaves as it is, to be reported."""
+    """Return the matrices in the encoder's blocks that no axis touches: pruning does not change them."""
     touched = {cut.param for axis in axes for cut in axis.cuts}
     stacks = {match[0] for name in touched if (match := re.match(r"(?:.*?\.)?\d+\.", name))}
     stacks = {re.sub(r"\d+\.$", "", stack) for stack in stacks}
@@ -88,7 +94,7 @@ def coverage(model: nn.Module, axes: Sequence[Axis]) -> list[str]:
 
 
 def random_plan(axes: Sequence[Axis], seed: int = SEED) -> UnitMask:
-    """About half of the units of every axis, from a fixed seed; of two or more, at least one stays and one goes."""
+    """Return a plan that keeps about half of the units of each axis, by a fixed seed. Of two or more it keeps and cuts one."""
     generator = torch.Generator().manual_seed(seed)
     plan: UnitMask = {}
     for axis in axes:
@@ -100,7 +106,7 @@ def random_plan(axes: Sequence[Axis], seed: int = SEED) -> UnitMask:
 
 
 class _Failure(Exception):
-    """The library's code does not run; the first line of what it said."""
+    """The library's code does not run; with the first line of its message."""
 
 
 def _who(spec: ModelSpec) -> str:
@@ -127,25 +133,25 @@ def _axes(model: nn.Module, adapter: Adapter, spec: ModelSpec) -> list[Axis]:
         raise ConformanceError(f"{_who(spec)}: {'; '.join(problems[:LISTED])}{more}", hint=HINT)
     if tied := tied_otherwise(model, [cut.param for axis in axes for cut in axis.cuts]):
         raise ConformanceError(
-            f"{_who(spec)}: {tied[0]} are one parameter, of which no part can be pruned or trained", hint=HINT
+            f"{_who(spec)}: {tied[0]} are one parameter, which cannot be pruned or trained in part", hint=HINT
         )
     return axes
 
 
 def _check_names(model: nn.Module, adapter: Adapter, axes: Sequence[Axis], spec: ModelSpec) -> None:
-    """The head must be there, and neither it nor the embeddings may be pruned."""
+    """Check that there is a head, and that neither the head nor an embedding is pruned."""
     head, embeddings = build.head_names(adapter, model), build.embedding_names(adapter, model)
     if not head:
         raise ConformanceError(f"{_who(spec)}: no parameter is named like its head ({', '.join(adapter.head)})", hint=HINT)
     cut = {cut.param for axis in axes for cut in axis.cuts}
     if both := sorted(cut & {*head, *embeddings}):
-        raise ConformanceError(f"{_who(spec)}: {both[0]} is pruned, and is head or embedding as well", hint=HINT)
+        raise ConformanceError(f"{_who(spec)}: {both[0]} is pruned, but belongs to the head or the embeddings", hint=HINT)
 
 
 def _differences(
     model: nn.Module, adapter: Adapter, spec: ModelSpec, axes: Sequence[Axis], plan: UnitMask
 ) -> tuple[float, float]:
-    """How far cutting is from zeroing the same groups, and from the nearer of the two controls; both relative to the logits."""
+    """Return how far cutting is from zeroing, and from the nearer control, both relative to the largest logit."""
     logits = _logits_of(spec)
     trial = _randomize(copy.deepcopy(model).eval())
     uncut = _untouched(trial, spec)
@@ -168,7 +174,7 @@ def _logits_of(spec: ModelSpec) -> Callable[[nn.Module], Tensor]:
     def logits(model: nn.Module) -> Tensor:
         try:
             return forward(model, batch).double()
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # the library's code, on what we cut
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # of the library, on a cut model
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise _Failure(first_line) from error
 
@@ -176,7 +182,7 @@ def _logits_of(spec: ModelSpec) -> Callable[[nn.Module], Tensor]:
 
 
 def _untouched(model: nn.Module, spec: ModelSpec) -> Tensor:
-    """The logits before anything is cut. Raises `ModelError` if there are none: that is not the adapter's fault."""
+    """Return the logits of the uncut model. Raises `ModelError` if it does not run: that is not the adapter's fault."""
     try:
         return _logits_of(spec)(model)
     except _Failure as failure:
@@ -190,7 +196,7 @@ def _untouched(model: nn.Module, spec: ModelSpec) -> Tensor:
 
 
 def _randomize(model: nn.Module) -> nn.Module:
-    """Give every parameter the same random values each time: matrices that keep the scale, norms near 1, small biases."""
+    """Give every parameter fixed random values: matrices that keep the scale, norms near 1, small biases."""
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for name, param in model.named_parameters():
@@ -202,7 +208,7 @@ def _randomize(model: nn.Module) -> nn.Module:
 
 
 def _culprit(model: nn.Module, adapter: Adapter, spec: ModelSpec, axes: Sequence[Axis]) -> str:
-    """The first axis that fails when it is cut alone, for the message; empty if none does."""
+    """Return the first axis that fails when only it is cut, for the message; empty if none does."""
     plan = random_plan(axes)
     for axis in axes:
         alone = {other.name: plan[other.name] if other is axis else torch.ones(other.size, dtype=torch.bool) for other in axes}
@@ -216,7 +222,7 @@ def _culprit(model: nn.Module, adapter: Adapter, spec: ModelSpec, axes: Sequence
 
 
 def _indifferent(model: nn.Module, adapter: Adapter, spec: ModelSpec, axes: Sequence[Axis]) -> str:
-    return f"zeroing other groups, or none, gives the same logits as cutting {len(axes)} axes: they have no part in the output"
+    return f"zeroing other groups, or none, gives the same logits as cutting {len(axes)} axes: they do not affect the output"
 
 
 def _cuts(axis: Axis) -> str:

@@ -1,9 +1,13 @@
-"""The product: the small model as a folder that `recap_cli.load`, and where possible its own library, opens.
+"""The export: the small model as a folder that `recap_cli.load`, and if possible its library, opens.
 
-Three forms. *stock*: all layers are alike and the library's configuration can say so; its own `from_pretrained` opens the
-folder. *ragged*: layers differ, or the configuration cannot say what they are; only `recap_cli.load` opens it. *dense*: the
-original shapes, with zeros where groups were cut. BERT and others ignore configuration keys that others obey, so a form is
-never assumed: what was written is opened again, and its shapes and logits are compared, before it is called anything.
+There are three forms:
+
+- *stock*: all layers are alike, and a configuration of the library describes them. `from_pretrained` opens the folder.
+- *ragged*: layers differ, or no configuration describes them. Only `recap_cli.load` opens the folder.
+- *dense*: the original shapes, with zeros in place of cut groups.
+
+BERT and others ignore configuration keys that other models respect, so no form is assumed. Each export is opened again, and
+its shapes and logits are compared.
 """
 
 import json
@@ -49,11 +53,25 @@ def export(
     dense: bool = False,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write the small model of `tensors` to the new folder `out`; returns what recap.json says, and `path`.
+    """Write a small model to a new folder.
 
-    `axes` are those of the full model, and `plan` the groups of them that are left (nothing pruned if empty). `form` is
-    `stock`, `ragged` or `dense`, and `reason` says why it is not stock. Raises `StorageError` if `out` is there and not empty
-    or cannot be written, `ModelError` if what was written does not give the logits of the small model.
+    Args:
+        spec: The spec of the full model.
+        processor: Its tokenizer; None for images.
+        adapter: Its adapter.
+        tensors: The tensors of the small model.
+        axes: The axes of the full model.
+        plan: The groups that are kept; nothing is pruned if it is empty.
+        out: The new folder.
+        dense: True writes the original shapes.
+        facts: Further facts for recap.json.
+
+    Returns:
+        The content of recap.json, and `path`. `form` is `stock`, `ragged` or `dense`; `reason` is why it is not stock.
+
+    Raises:
+        StorageError: `out` exists and is not empty, or cannot be written.
+        ModelError: The export does not have the logits of the small model.
     """
     check_out(Path(out))
     plan = plan or everything(axes)
@@ -80,12 +98,16 @@ def export(
 
 
 def check_out(out: Path) -> None:
-    """Raise `StorageError` if `out` is a file, a folder with something in it, or where no folder can be made."""
+    """Check that a folder can be made at `out`, or is empty.
+
+    Raises:
+        StorageError: It is a file, is not empty, or cannot be made.
+    """
     try:
         if out.is_file():
             raise StorageError(f"{out} is a file, not a folder", hint="name a new folder, or remove the file")
         if out.exists() and any(out.iterdir()):
-            raise StorageError(f"{out} is there already and not empty", hint="name a new folder, or remove this one")
+            raise StorageError(f"{out} exists already and is not empty", hint="name a new folder, or remove this one")
         above = next(folder for folder in out.absolute().parents if folder.exists())
     except OSError as error:
         raise _unwritable(out, error.strerror or str(error)) from error
@@ -96,10 +118,12 @@ def check_out(out: Path) -> None:
 
 
 def load(folder: Path | str) -> nn.Module:
-    """The model of a folder that `export` wrote, in eval mode, with the ordinary forward of its library.
+    """Return the model of an export, in eval mode, with the usual forward of its library.
 
-    Nothing is read that recap.json does not seal. Raises `ModelError` if the folder is none of ours, is newer than this
-    version, or its files do not fit together.
+    Files without a checksum in recap.json are not read.
+
+    Raises:
+        ModelError: The folder is not an export, comes from a newer version, or its files do not fit each other.
     """
     folder = Path(folder)
     about = export_manifest.read(folder)
@@ -113,7 +137,7 @@ def load(folder: Path | str) -> nn.Module:
 
 
 def _open_ragged(folder: Path, spec: ModelSpec, sizes: dict[str, int]) -> nn.Module:
-    """The full model's skeleton, cut to `sizes` and filled. Raises `ModelError` if these, or the shapes, are none of it."""
+    """Return the model cut to `sizes` and filled. Raises `ModelError` if the sizes or the shapes do not fit it."""
     tensors, adapter, full = _read_tensors(folder), build.adapter_of(spec), build.skeleton(spec)
     shapes = shapes_of(build.tensors_of(full))
     try:
@@ -129,9 +153,7 @@ def _open_ragged(folder: Path, spec: ModelSpec, sizes: dict[str, int]) -> nn.Mod
         cut = index_map.get(name, {})
         wanted = tuple(len(cut[dim]) if dim in cut else size for dim, size in enumerate(shapes.get(name, ())))
         if name in shapes and tuple(tensor.shape) != wanted:
-            raise ModelError(
-                f"{folder}: {name} has shape {tuple(tensor.shape)}, and must have {wanted}", hint=export_manifest.HINT
-            )
+            raise ModelError(f"{folder}: {name} has shape {tuple(tensor.shape)}; expected {wanted}", hint=export_manifest.HINT)
     return build.assemble(spec, tensors, adapter, sizes)
 
 
@@ -145,12 +167,12 @@ def _write_small(
     plan: UnitMask,
     logits: Tensor,
 ) -> dict[str, Any]:
-    """Write the stock form if it proves to be one, else the ragged form; returns the form and why it is not stock."""
-    candidate, reason = stock_config.stock_spec(spec, axes, plan, shapes_of(tensors))
-    if candidate is not None:
+    """Write the stock form if it opens with the same logits, else the ragged form. Return the form and why it is not stock."""
+    stock, reason = stock_config.stock_spec(spec, axes, plan, shapes_of(tensors))
+    if stock is not None:
         try:
-            _write_stock(folder, candidate, processor, adapter, tensors)
-            _prove(folder, candidate, tensors, logits)
+            _write_stock(folder, stock, processor, adapter, tensors)
+            _prove(folder, stock, tensors, logits)
             return {"form": "stock", "reason": None}
         except ModelError as error:
             reason = error.message
@@ -163,11 +185,11 @@ def _write_small(
 
 
 def _write_stock(folder: Path, spec: ModelSpec, processor: Any, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    """What the library itself writes (transformers under the names of its published checkpoints), and our description."""
+    """Write what the library writes (transformers: with the names of published checkpoints), and spec.json."""
     _describe(folder, spec, processor)
     model: Any = build.assemble(spec, tensors, adapter, {})
     if spec.library == "timm":
-        tied = {name for name, first in first_names(model).items() if name != first}  # the file cannot say that they are one
+        tied = {name for name, first in first_names(model).items() if name != first}  # a file has no ties
         _save({name: tensor.clone() if name in tied else tensor for name, tensor in model.state_dict().items()}, folder)
     else:
         transformers_models.save(model, spec, folder)
@@ -183,7 +205,7 @@ def _save(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def _prove(folder: Path, spec: ModelSpec, tensors: Mapping[str, Tensor], logits: Tensor) -> None:
-    """Open the folder with its own library. Raises `ModelError` if names, shapes or logits are not those that were written."""
+    """Open the folder with its library. Raises `ModelError` if names, shapes or logits differ from those written."""
     model = _open_stock(folder, spec)
     wanted, first = shapes_of(tensors), first_names(model)
     for name, shape in shapes_of(model.state_dict()).items():
@@ -199,18 +221,18 @@ def _compare(found: Tensor, wanted: Tensor) -> None:
 
 
 def _open_stock(folder: Path, spec: ModelSpec) -> nn.Module:
-    """The folder opened by its own library, by nothing but its public call. Raises `ModelError` if a weight does not fit."""
+    """Open the folder with a public call of its library. Raises `ModelError` if a weight does not fit."""
     if spec.library == "timm":
         timm_models.check_config(folder, spec)
         transformers_models.check_fit(spec.model_type, build.skeleton(spec), count_weights(folder))
         return cast(nn.Module, timm_models.open_folder(folder))
     config = transformers_models.configure(read_config(folder))
     if config.model_type != spec.model_type:
-        raise ModelError(f"{folder}: model_type in config.json is not what spec.json says", hint=export_manifest.HINT)
+        raise ModelError(f"{folder}: model_type in config.json is not that of spec.json", hint=export_manifest.HINT)
     transformers_models.check_task(config, spec.task_kind)
     model, missing, mismatched, unexpected = transformers_models.from_folder(folder, spec.task_kind, config)
     if wrong := sorted(missing | mismatched | unexpected):
-        raise ModelError(f"a plain {type(model).__name__} cannot hold {wrong[0]} as it is", hint=export_manifest.HINT)
+        raise ModelError(f"a plain {type(model).__name__} cannot hold {wrong[0]}", hint=export_manifest.HINT)
     return model
 
 
@@ -220,7 +242,7 @@ def _logits(spec: ModelSpec, model: nn.Module) -> Tensor:
 
 
 def _zero_filled(spec: ModelSpec, tensors: Mapping[str, Tensor], axes: Sequence[Axis], plan: UnitMask) -> dict[str, Tensor]:
-    """The tensors in their original shapes, zero wherever a group was cut (which is the same as cutting it, I1)."""
+    """Return the tensors in their original shapes, zero in place of cut groups: zeroing equals cutting (I1)."""
     original = build.tensors_of(build.skeleton(spec))
     index_map = indices(axes, plan, shapes_of(original))
     full: dict[str, Tensor] = {}
@@ -235,7 +257,7 @@ def _zero_filled(spec: ModelSpec, tensors: Mapping[str, Tensor], axes: Sequence[
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when all is written, and is gone if anything fails."""
+    """Yield a folder beside `out` that becomes `out` at the end, and is removed if anything fails."""
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
@@ -245,7 +267,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         yield scratch
         scratch.chmod(0o777 & ~_umask())
         for path in scratch.iterdir():
-            path.chmod(0o666 & ~_umask())  # safetensors 0.8 leaves files that only their owner can read
+            path.chmod(0o666 & ~_umask())  # safetensors 0.8 makes files that only their owner can read
         os.replace(scratch, out)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{out} cannot be written: {error}", hint="is the disk full?") from error
@@ -258,7 +280,7 @@ def _unwritable(out: Path, why: str) -> StorageError:
 
 
 def _umask() -> int:
-    """The process's file mode mask (mkdtemp makes folders that only their owner may open)."""
+    """Return the process's file mode mask: mkdtemp ignores it, and makes folders that only their owner can open."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

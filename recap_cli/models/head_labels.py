@@ -1,4 +1,4 @@
-"""Whether the head of a checkpoint fits the labels of the data, and how its outputs are put into their order."""
+"""Whether the head of a checkpoint fits the labels of the data, and how its outputs are reordered."""
 
 import re
 from collections.abc import Sequence
@@ -10,20 +10,25 @@ from recap_cli.core.adapter import Adapter, matches
 from recap_cli.data.labels import finder, key_of
 
 
-def places_of(labels: Sequence[str], own: Sequence[str] | None) -> list[int] | None:
-    """Where each of `labels` stands in a head of `own`; None where these are others, or one of them may be two.
+def places_of(labels: Sequence[str], head_labels: Sequence[str] | None) -> list[int] | None:
+    """Return the output of the head for each label of the data.
 
-    Names such as LABEL_0 say nothing, and fit all.
+    Args:
+        labels: The labels of the data.
+        head_labels: Those of the head, in order. Names such as LABEL_0 mean nothing, and fit all labels.
+
+    Returns:
+        None if the head has other labels, or if a label may be two of them.
     """
-    if own is None or all(re.fullmatch(r"LABEL_\d+", name) for name in own):
+    if head_labels is None or all(re.fullmatch(r"LABEL_\d+", name) for name in head_labels):
         return list(range(len(labels)))
-    find = finder(own, _plain)
+    find = finder(head_labels, _plain)
     places = [place for label in labels if (place := find(label)) is not None]
-    return places if sorted(places) == list(range(len(own))) == list(range(len(labels))) else None
+    return places if sorted(places) == list(range(len(head_labels))) == list(range(len(labels))) else None
 
 
 def reorder_output(model: nn.Module, adapter: Adapter, places: Sequence[int]) -> bool:
-    """Give the outputs of the head another order; False, and nothing is done, if a layer before them is as wide."""
+    """Reorder the outputs of the head. Return False, and do nothing, if a layer before the outputs has the same width."""
     head = [param for name, param in model.named_parameters() if matches(name, adapter.head)]
     outputs = [param for param in head if param.shape[0] == len(places)]
     if any(param.dim() > 1 and param.shape[1] == len(places) for param in outputs):
@@ -35,5 +40,5 @@ def reorder_output(model: nn.Module, adapter: Adapter, places: Sequence[int]) ->
 
 
 def _plain(name: str) -> str:
-    """A name without the marks between its words. Others stay: `+` and `-`, `C` and `C++` are different labels."""
+    """Return a name without the marks between its words. Other marks stay: `C` and `C++` are different labels."""
     return key_of(re.sub(r"(?<=[^\W_])(-|[\s_,.]+)(?=[^\W_])", " ", name))

@@ -1,4 +1,4 @@
-"""Position embeddings for another image size, resampled once, as the library itself would at every forward call."""
+"""Position embeddings for another image size, resampled once, as the library does at every forward."""
 
 from math import isqrt
 
@@ -9,16 +9,25 @@ from recap_cli.errors import ModelError
 
 
 def resample(positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The embeddings, shape (1, prefix + height · width, hidden), of a patch grid of that height and width.
+    """Resample position embeddings to a patch grid.
 
-    Bicubic and without antialiasing, as `interpolate_pos_encoding` of transformers' ViT, DeiT and DINOv2. What comes before the
-    largest square of positions (class and distillation token) stays as it is. Raises `ModelError` for another shape.
+    Bicubic without antialiasing, as `interpolate_pos_encoding` of transformers' ViT, DeiT and DINOv2.
+
+    Args:
+        positions: Shape (1, prefix + side · side, hidden). The prefix (class and distillation token) does not change.
+        grid: The new (height, width).
+
+    Returns:
+        Shape (1, prefix + height · width, hidden).
+
+    Raises:
+        ModelError: The embeddings have another shape.
     """
     if positions.dim() != 3 or positions.shape[0] != 1:
         raise ModelError(
-            f"position embeddings of shape {tuple(positions.shape)} cannot be resampled: (1, tokens, hidden) is wanted"
+            f"position embeddings of shape {tuple(positions.shape)} cannot be resampled: expected (1, tokens, hidden)"
         )
-    side = isqrt(positions.shape[1] - 1)  # each of these models has a class token, so one position at least is no patch
+    side = isqrt(positions.shape[1] - 1)  # these models have a class token: at least one position is no patch
     prefix = positions.shape[1] - side * side
     if (side, side) == grid:
         return positions

@@ -1,4 +1,4 @@
-"""The spec of a model from its configuration alone: no weights are read, and none are downloaded."""
+"""The spec of a model from its configuration: no weights are read or downloaded."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,9 +22,12 @@ def of_recipe(
     label_names: Sequence[str] = (),
     image_size: int | None = None,
 ) -> ModelSpec:
-    """The spec that `create` would give, from the configuration alone: no weights are read, and none are downloaded.
+    """Return the spec that `create` gives, from the configuration alone. Weights are not read or downloaded.
 
-    Without `label_names` the head has the labels of the configuration. Raises `ModelError` for anything that does not fit.
+    The arguments are those of `create`. Without `label_names` the head has the labels of the configuration.
+
+    Raises:
+        ModelError: Something does not fit.
     """
     check_source(library, name, config, task_kind)
     make = _from_timm if library == "timm" else _from_transformers
@@ -70,8 +73,8 @@ def _from_timm(
         args.pop("architecture")
     else:
         folder, architecture, args = timm_models.find(name, revision, only_config=True)
-    own = None if folder is None else timm_models.label_names(folder)
-    names = labels or own or [f"LABEL_{i}" for i in range(timm_models.classes_of(architecture, args, folder))]
+    in_folder = None if folder is None else timm_models.label_names(folder)
+    names = labels or in_folder or [f"LABEL_{i}" for i in range(timm_models.classes_of(architecture, args, folder))]
     config = timm_models.config_of(architecture, args, names, image_size)
     with torch.device("meta"):
         model = timm_models.build(architecture, config["args"])

@@ -1,4 +1,4 @@
-"""What it takes to build a model again, as plain data: the library, its configuration, the task and the preprocessing."""
+"""The spec of a model, as plain data: the library, its configuration, the task and the preprocessing."""
 
 import json
 from collections.abc import Iterator
@@ -18,9 +18,16 @@ INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 class ModelSpec:
     """A model without its weights.
 
-    `model_type` is the name of its adapter. `config` is the whole configuration of transformers, or `architecture` and `args`
-    of timm's `create_model`. `image` holds `size` (pixels, square), `channels`, `mean`, `std` (per channel, of values in
-    [0, 1]) and `interpolation`; None for text. `forward` are keyword arguments of every forward call.
+    Attributes:
+        library: The library that builds it.
+        model_type: The name of its adapter.
+        config: The configuration of transformers, or `architecture` and `args` of timm's `create_model`.
+        num_labels: The width of the head.
+        label_names: The names of its outputs.
+        task_kind: The kind of task.
+        image: `size` (pixels, square), `channels`, `mean`, `std` (per channel, of values in [0, 1]) and `interpolation`; None
+            for text.
+        forward: Keyword arguments of every forward.
     """
 
     library: Library
@@ -33,12 +40,16 @@ class ModelSpec:
     forward: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The spec as JSON text; `from_json` is its inverse."""
+        """Return the spec as JSON text; `from_json` is its inverse."""
         return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @staticmethod
     def from_json(text: str, origin: str = "the model's spec") -> "ModelSpec":
-        """The spec that `to_json` wrote. Raises `ModelError`, naming `origin`, if the text is something else."""
+        """Return the spec that `to_json` wrote.
+
+        Raises:
+            ModelError: The text is something else. The message names `origin`.
+        """
         hint = "write it again with this version of recap"
         try:
             spec = ModelSpec(**json.loads(text))
@@ -50,7 +61,7 @@ class ModelSpec:
 
 
 def _problems(spec: ModelSpec) -> Iterator[str]:
-    """What of a spec that was read is not what its fields say; each holds only if there is none before it."""
+    """Yield fields of the wrong type or value. Only the first is certain: checks assume that earlier ones passed."""
     if spec.library not in get_args(Library):
         yield f"library is {spec.library!r}"
     if spec.task_kind not in get_args(TaskKind):
@@ -64,7 +75,7 @@ def _problems(spec: ModelSpec) -> Iterator[str]:
     if spec.library == "transformers" and spec.config.get("model_type") != spec.model_type:
         yield f"model_type is {spec.model_type!r}, and that of config {spec.config.get('model_type')!r}"
     if spec.library == "timm" and not spec.model_type.startswith("timm-"):
-        yield f"model_type is {spec.model_type!r}, which is none of timm"
+        yield f"model_type is {spec.model_type!r}, which is not timm's"
     if not isinstance(spec.label_names, list) or not all(isinstance(name, str) for name in spec.label_names):
         yield "label_names is no list of names"
     if type(spec.num_labels) is not int or spec.num_labels != len(spec.label_names):
@@ -77,7 +88,7 @@ def _problems(spec: ModelSpec) -> Iterator[str]:
 
 def _image_problems(image: Any) -> Iterator[str]:
     if not _is_dict(image) or set(image) != {"size", "channels", "mean", "std", "interpolation"}:
-        yield "image lacks a key, or has one more"
+        yield "image has a key too few or too many"
     for key in ("size", "channels"):
         if type(image[key]) is not int or not 0 < image[key] <= MOST_PIXELS:
             yield f"image has {key} {image[key]!r}"
@@ -97,12 +108,13 @@ def _is_number(value: Any) -> bool:
 
 
 def image_facts(size: int, channels: int, mean: Any = None, std: Any = None, interpolation: str = "bilinear") -> dict[str, Any]:
-    """The `image` of a spec; mean and std are 0.5 where none are given for that many channels.
+    """Return the `image` of a spec. Mean and std are 0.5 if none are given for this number of channels.
 
-    Raises `ModelError` for a mean or a std that is no number, a std of 0, and an interpolation that is none of Pillow's.
+    Raises:
+        ModelError: A mean or a std is not a number, a std is 0, or Pillow does not have the interpolation.
     """
     if interpolation not in INTERPOLATIONS:
-        raise ModelError(f"the interpolation is {interpolation!r}, which is none of {', '.join(INTERPOLATIONS)}")
+        raise ModelError(f"the interpolation is {interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}")
     facts: dict[str, Any] = {
         "size": size,
         "channels": channels,
@@ -111,7 +123,7 @@ def image_facts(size: int, channels: int, mean: Any = None, std: Any = None, int
         "interpolation": interpolation,
     }
     if not all(std > 0 for std in facts["std"]):
-        raise ModelError(f"the standard deviation of a channel is above 0; found {facts['std']}")
+        raise ModelError(f"expected standard deviations above 0; found {facts['std']}")
     return facts
 
 
@@ -119,5 +131,5 @@ def _per_channel(values: Any, channels: int) -> list[float]:
     if not isinstance(values, list | tuple) or len(values) != channels:
         return [0.5] * channels
     if not all(map(_is_number, values)):
-        raise ModelError(f"the mean and the standard deviation of a channel are numbers; found {list(values)}")
+        raise ModelError(f"expected numbers as mean and standard deviation; found {list(values)}")
     return [float(value) for value in values]

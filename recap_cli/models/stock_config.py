@@ -1,4 +1,4 @@
-"""Can the library's own configuration say what is left of a pruned model? A guess, to be proved by opening what was written."""
+"""A configuration of the library for a pruned model, if there is one: a guess, which opening the export has to confirm."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ NEURONS = ("intermediate_size", "hidden_dim")
 def stock_spec(
     spec: ModelSpec, axes: Sequence[Axis], plan: UnitMask, shapes: Mapping[str, Shape]
 ) -> tuple[ModelSpec | None, str | None]:
-    """A spec whose skeleton has these `shapes`, or None and the reason why there is none."""
+    """Return a spec whose model has the given shapes, or None and the reason why there is none."""
     if all(bool(keep.all()) for keep in plan.values()):
         return spec, None
     sizes = counts(plan)
@@ -28,16 +28,16 @@ def stock_spec(
                 f"layers differ in their {axis.kind} ({_range(axes, sizes, axis.kind)}): prune.uniform makes them alike",
             )
         if axis.kind not in USUAL and sizes[axis.name] != axis.size:
-            return None, f"no key of a stock configuration is known for the number of {axis.kind}"
-    candidate = replace(spec, config=_with_sizes(spec, axes, alike, shapes))
+            return None, f"a stock configuration has no known key for the number of {axis.kind}"
+    stock = replace(spec, config=_with_sizes(spec, axes, alike, shapes))
     try:
-        made = shapes_of(build.tensors_of(build.skeleton(candidate)))
+        made = shapes_of(build.tensors_of(build.skeleton(stock)))
     except ModelError as error:
-        return None, f"no stock configuration says this: {error.message}"
+        return None, f"no stock configuration fits: {error.message}"
     for name, shape in shapes.items():
         if made.get(name) != shape:
             return None, f"a stock {spec.model_type} makes {name} of shape {made.get(name)}, not {shape}"
-    return candidate, None
+    return stock, None
 
 
 def _range(axes: Sequence[Axis], sizes: Mapping[str, int], kind: str) -> str:
@@ -46,7 +46,7 @@ def _range(axes: Sequence[Axis], sizes: Mapping[str, int], kind: str) -> str:
 
 
 def _with_sizes(spec: ModelSpec, axes: Sequence[Axis], alike: Mapping[str, int], shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The configuration with the new counts, under whichever keys this architecture has for them."""
+    """Return the configuration with the new counts, under the keys of its architecture."""
     values = dict(spec.config["args"] if spec.library == "timm" else spec.config)
     for axis in {axis.kind: axis for axis in axes}.values():  # one of each kind; all layers are alike
         cut = axis.cuts[0]
@@ -62,7 +62,7 @@ def _with_sizes(spec: ModelSpec, axes: Sequence[Axis], alike: Mapping[str, int],
 
 
 def _neuron_keys(values: Mapping[str, Any], neurons: int, rows: int, width: int) -> dict[str, Any]:
-    """The count itself where there is a key for it, else its ratio to the width of the model."""
+    """Return the key with the number of neurons, or if there is none, with their ratio to the width of the model."""
     named = {key: neurons for key in NEURONS if key in values}
     if named:
         return named

@@ -1,4 +1,4 @@
-"""Models of timm: an architecture by name, or a folder in timm's own layout (config.json and model.safetensors)."""
+"""Models of timm: an architecture by name, or a folder in timm's layout (config.json and model.safetensors)."""
 
 import json
 import sys
@@ -18,17 +18,23 @@ from recap_cli.models.transformers_models import check_fit
 from recap_cli.untrusted.files import LIBRARY_ERRORS
 from recap_cli.untrusted.model_limits import LARGEST, LIMITS
 
-OF_VERSION = ("first_conv", "classifier")  # of `pretrained_cfg`, which another version of timm may say differently
-NOT_HERE = (  # arguments that name files, and switches of the process or of the output
+OF_VERSION = ("first_conv", "classifier")  # keys of `pretrained_cfg` that may differ between versions of timm
+REFUSED_ARGS = (  # arguments that name files, and switches of the process or of the output
     *("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "cache_dir"),
     *("scriptable", "exportable", "no_jit", "features_only"),
 )
 
 
 def build(architecture: str, args: Mapping[str, Any], held: int | None = None) -> Any:
-    """A model with random weights, in eval mode, on torch's current default device.
+    """Return a model with random weights, in eval mode, on torch's current default device.
 
-    Raises `ModelError`, also where it is too large for this machine, or for the `held` numbers of its checkpoint.
+    Args:
+        architecture: The name in timm.
+        args: Arguments of `create_model`.
+        held: How many numbers its checkpoint has, if there is one.
+
+    Raises:
+        ModelError: timm cannot build it, or it is too large for this machine or for its checkpoint.
     """
     import timm
 
@@ -42,21 +48,29 @@ def build(architecture: str, args: Mapping[str, Any], held: int | None = None) -
             return timm.create_model(architecture, pretrained=False, **args).eval()
     except LIBRARY_ERRORS as error:
         hint = "see model.config in the recipe, or model_args in the folder's config.json"
-        raise ModelError(f"timm cannot build {architecture}: {_said(error)}", hint=hint) from error
+        raise ModelError(f"timm cannot build {architecture}: {_first_line(error)}", hint=hint) from error
 
 
 def check_architecture(architecture: str) -> None:
-    """Raises `ModelError`, with near names, if timm has no such architecture."""
+    """Check that timm has an architecture.
+
+    Raises:
+        ModelError: It has not. The hint has similar names.
+    """
     import timm
 
     if not timm.is_model(architecture):
         near = get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists what there is"
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists all of them"
         raise ModelError(f"timm has no architecture {architecture!r}", hint=hint)
 
 
 def architecture_of(values: Mapping[str, Any], origin: str) -> str:
-    """The architecture that a configuration names. Raises `ModelError`, naming `origin`, if it names none."""
+    """Return the architecture that a configuration names.
+
+    Raises:
+        ModelError: It names none. The message names `origin`.
+    """
     if not isinstance(values.get("architecture"), str):
         raise ModelError(
             f"{origin} names no timm architecture", hint="is it one of transformers? --set model.library=transformers"
@@ -65,9 +79,10 @@ def architecture_of(values: Mapping[str, Any], origin: str) -> str:
 
 
 def classes_of(architecture: str, args: Mapping[str, Any], folder: Path | None) -> int:
-    """How many classes a model has: as its arguments, its folder's config.json or the pretrained architecture says.
+    """Return the number of classes of a model, from its arguments, its folder's config.json or the pretrained architecture.
 
-    Raises `ModelError` if that is no number of classes.
+    Raises:
+        ModelError: It is not a number above 1.
     """
     import timm
 
@@ -75,16 +90,24 @@ def classes_of(architecture: str, args: Mapping[str, Any], folder: Path | None) 
     given = [args.get("num_classes"), read_config(folder).get("num_classes") if folder else None]
     found = next((count for count in given if count is not None), default.num_classes if default is not None else 1000)
     if not isinstance(found, int) or found < 2:
-        raise ModelError(f"num_classes of {architecture} is {found!r}, and must be 2 or more", hint="see model.config")
+        raise ModelError(f"num_classes of {architecture} is {found!r}; expected 2 or more", hint="see model.config")
     return found
 
 
 def find(name: str, revision: str | None, *, only_config: bool = False) -> tuple[Path | None, str, dict[str, Any]]:
-    """The folder with the weights of `name`, its architecture, and the arguments it was made with.
+    """Find a model of timm.
 
-    With `only_config` no weights are fetched: the folder of an architecture of timm's own is None then.
+    Args:
+        name: A folder, `architecture`, `architecture.tag`, or a hub id.
+        revision: A branch, tag or commit on the hub.
+        only_config: Fetch no weights.
 
-    `name` is a folder, `architecture` or `architecture.tag`, or a hub id. Raises `ModelError` if there is none.
+    Returns:
+        The folder with the weights, the architecture, and the arguments of `create_model`. With `only_config`, the folder of an
+        architecture by name is None.
+
+    Raises:
+        ModelError: There is none.
     """
     import timm
 
@@ -104,47 +127,56 @@ def find(name: str, revision: str | None, *, only_config: bool = False) -> tuple
 
 
 def open_folder(folder: Path) -> Any:
-    """The model of a folder in timm's layout, in eval mode, by timm's own call. Raises `ModelError` if timm cannot open it."""
+    """Open a folder in timm's layout by a public call of timm, and return the model in eval mode.
+
+    Raises:
+        ModelError: timm cannot open it.
+    """
     import timm
 
     try:
         with quiet():
             return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except LIBRARY_ERRORS as error:
-        raise ModelError(f"timm cannot open {folder}: {_said(error)}", hint="export or copy it again") from error
+        raise ModelError(f"timm cannot open {folder}: {_first_line(error)}", hint="export or copy it again") from error
 
 
 def check_config(folder: Path, spec: ModelSpec) -> None:
-    """Raise `ModelError` unless config.json is what `config_json` writes: timm would read files that another one names."""
+    """Check that config.json is what `config_json` writes: timm would read files that another one names.
+
+    Raises:
+        ModelError: It is not.
+    """
     given, written = read_config(folder), json.loads(config_json(spec))
     found, wanted = (
         {**values, "pretrained_cfg": {k: v for k, v in _part(folder, values, "pretrained_cfg").items() if k not in OF_VERSION}}
         for values in (given, written)
     )
     if wrong := [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]:
-        raise ModelError(f"{folder}: {wrong[0]} in config.json is not what spec.json says", hint="export or copy it again")
+        raise ModelError(f"{folder}: {wrong[0]} in config.json does not fit spec.json", hint="export or copy it again")
 
 
 def filtered(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under the model's names, positions resampled to its grid, as timm does on loading."""
+    """Return a checkpoint's tensors with the model's names, and positions resampled to its grid, as timm does on loading."""
     translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     return tensors if translate is None else dict(translate(tensors, model))
 
 
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str], set[str]]:
-    """Copy the tensors that fit into `model`; the names it lacked, and those of another shape, keep their random weights.
+    """Copy the tensors that fit into a model. Other weights of the model stay random.
 
-    The third are the names that the model does not have.
+    Returns:
+        The names that the checkpoint lacks, those with another shape, and those that the model does not have.
     """
-    own = model.state_dict()
-    missing = {name for name in own if name not in tensors}
-    mismatched = {name for name in own if name in tensors and tensors[name].shape != own[name].shape}
-    model.load_state_dict({name: t for name, t in tensors.items() if name in own and name not in mismatched}, strict=False)
-    return missing, mismatched, set(tensors) - set(own)
+    weights = model.state_dict()
+    missing = {name for name in weights if name not in tensors}
+    mismatched = {name for name in weights if name in tensors and tensors[name].shape != weights[name].shape}
+    model.load_state_dict({name: t for name, t in tensors.items() if name in weights and name not in mismatched}, strict=False)
+    return missing, mismatched, set(tensors) - set(weights)
 
 
 def model_type(model: Any) -> str:
-    """The name of a model's adapter: `timm-vit` for every VisionTransformer, else `timm-` and the module it comes from."""
+    """Return the name of a model's adapter: `timm-vit` for every VisionTransformer, else `timm-` and its module."""
     from timm.models.vision_transformer import VisionTransformer
 
     if isinstance(model, VisionTransformer):
@@ -153,9 +185,10 @@ def model_type(model: Any) -> str:
 
 
 def read_image_facts(model: Any, args: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
-    """The size, channels, mean, std and interpolation that a model was pretrained with (a folder's config.json goes first).
+    """Return the size, channels, mean, std and interpolation of a model's pretraining. A folder's config.json has priority.
 
-    Raises `ModelError` if its images are not square.
+    Raises:
+        ModelError: Images are not square, or a value is missing.
     """
     cfg = dict(model.pretrained_cfg)
     if folder is not None:
@@ -165,27 +198,28 @@ def read_image_facts(model: Any, args: Mapping[str, Any], folder: Path | None = 
     except ModelError as error:
         raise ModelError(f"pretrained_cfg: {error.message}", hint=error.hint or CONFIG_HINT) from error
     except (TypeError, ValueError, LookupError) as error:
-        raise ModelError(f"pretrained_cfg says no size, mean or std of images: {_said(error)}", hint=CONFIG_HINT) from error
+        message = f"pretrained_cfg has no size, mean or std of images: {_first_line(error)}"
+        raise ModelError(message, hint=CONFIG_HINT) from error
 
 
 def _image_facts(model: Any, args: Mapping[str, Any], cfg: Mapping[str, Any]) -> dict[str, Any]:
     height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or cfg["input_size"][1:]
     if height != width:
         raise ModelError(
-            f"a model for images of {height} × {width} is not square", hint="give one side: --set data.image_size=224"
+            f"the model is for images of {height} × {width}, not square ones", hint="give one side: --set data.image_size=224"
         )
     channels = int(args.get("in_chans") or cfg["input_size"][0])
     return image_facts(int(height), channels, cfg.get("mean"), cfg.get("std"), str(cfg.get("interpolation", "bicubic")))
 
 
 def label_names(folder: Path) -> list[str] | None:
-    """The labels that a folder's config.json names, if it names them one by one."""
+    """Return the list of labels in a folder's config.json, or None."""
     names = read_config(folder).get("label_names")
     return [str(name) for name in names] if isinstance(names, list) else None
 
 
 def config_json(spec: ModelSpec) -> str:
-    """A config.json in timm's layout: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it."""
+    """Return a config.json in timm's layout, which `timm.create_model("local-dir:FOLDER", pretrained=True)` reads."""
     import timm
 
     image, architecture = spec.image or {}, spec.config["architecture"]
@@ -211,13 +245,13 @@ def config_json(spec: ModelSpec) -> str:
 
 
 def config_of(architecture: str, args: Mapping[str, Any], names: Sequence[str], image_size: int | None) -> dict[str, Any]:
-    """The `config` of a spec: the architecture, and the arguments with the task's classes and image size in them."""
+    """Return the `config` of a spec: the architecture, and the arguments with the task's classes and image size."""
     sized = {} if image_size is None else {"img_size": image_size}
     return {"architecture": architecture, "args": {**args, "num_classes": len(names), **sized}}
 
 
 def _part(folder: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """An object within a folder's config.json; empty where it is not there."""
+    """Return an object in a folder's config.json; empty if it is missing."""
     found = config.get(key) or {}
     if not isinstance(found, dict):
         raise ModelError(f"{key} in {folder}/config.json is no object, but a {type(found).__name__}", hint=CONFIG_HINT)
@@ -227,12 +261,12 @@ def _part(folder: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _check_args(architecture: str, args: Mapping[str, Any]) -> None:
     """Refuse arguments that name files, and sizes that no model has."""
     for key, value in args.items():
-        if key in NOT_HERE:
-            raise ModelError(f"{key} is no argument of {architecture} that may be given here", hint=CONFIG_HINT)
+        if key in REFUSED_ARGS:
+            raise ModelError(f"{key} is an argument of {architecture} that RECAP refuses", hint=CONFIG_HINT)
         for size in value if isinstance(value, list | tuple) else [value]:
             if isinstance(size, int | float) and not size <= LIMITS.get(key, LARGEST):  # NaN too
                 raise ModelError(f"{key} of this {architecture} is {size:,}, which no model has", hint=CONFIG_HINT)
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Models of the transformers library: from a folder, from a configuration, or as a skeleton to be filled."""
+"""Models of the transformers library: from a folder, or from a configuration."""
 
 import copy
 import inspect
@@ -22,23 +22,32 @@ from recap_cli.untrusted import files
 from recap_cli.untrusted.files import LIBRARY_ERRORS
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-SIZES = (  # keys of the configurations that count something, of which there must be some; layers are conformance's business
+SIZES = (  # keys of configurations that must be 1 or more; `conformance` checks the layers
     *("hidden_size", "dim", "num_attention_heads", "n_heads", "intermediate_size", "hidden_dim"),
     *("vocab_size", "max_position_embeddings", "image_size", "patch_size", "num_channels"),
 )
-LAYERS = ("num_hidden_layers", "n_layers", "depth")  # whichever key the library has
-NEW_HEAD = 100_000_000  # weights that a new head may have beside those of a checkpoint; made in a second
+LAYERS = ("num_hidden_layers", "n_layers", "depth")  # keys for the number of layers
+NEW_HEAD = 100_000_000  # the most weights of a new head; they are made in a second
 ACTIVATIONS = ("hidden_act", "activation")
 DTYPES = ("dtype", "torch_dtype")
-CHOICES = ("attn_implementation", "experts_implementation")  # of code; with underscores before, and _internal behind it, too
+CHOICES = (
+    "attn_implementation",
+    "experts_implementation",
+)  # keys that choose code; also with leading underscores, and with the suffix _internal
 NOT_IN_DEFAULTS = {"head_dim", "architectures", "tokenizer", "transformers_version", "_name_or_path", "torch_dtype"}
 
 
 def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
-    """The configuration object that `values` (with `model_type`) describe; its weights are float32.
+    """Return the configuration object of `values`, with float32 weights.
 
-    How attention is computed is the library's choice: what a configuration says of it may name code that is to be downloaded.
-    `strict` refuses keys that the model type does not know, which transformers would keep without a word. Raises `ModelError`.
+    Keys that choose an implementation of attention are ignored: they may name code to download.
+
+    Args:
+        values: The configuration, with `model_type`.
+        strict: Refuse keys that the model type does not have. transformers would silently keep them.
+
+    Raises:
+        ModelError: A value is impossible, or a key unknown.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -58,7 +67,7 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
                 _check_keys(model_type, rest, defaults)
             _check_names(model_type, rest, defaults)
             config = AutoConfig.for_model(model_type, **rest)
-            config.architectures = config.architectures or []  # transformers 5.23 iterates over it, None or not
+            config.architectures = config.architectures or []  # transformers 5.23 iterates over it, even if it is None
             names = {int(number): str(name) for number, name in config.id2label.items()}
             config.id2label = dict(sorted(names.items()))  # JSON may have them as texts, 10 before 2
     except (*LIBRARY_ERRORS, StrictDataclassError) as error:
@@ -71,15 +80,13 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
 
 
 def build(spec: ModelSpec) -> nn.Module:
-    """A model of this spec on torch's current default device; `quiet`, and random unless that device is `meta`."""
+    """Return a model of this spec with random weights, on torch's current default device."""
     with quiet():
         return keep_no_cache(from_config(configure(spec.config), spec.task_kind))
 
 
 def keep_no_cache(model: nn.Module) -> nn.Module:
-    """The same model, which keeps no keys and values from one forward for the next: a block that runs twice would fill a cache
-    twice.
-    """
+    """Turn off the model's cache of keys and values: a block that runs twice would fill it twice."""
     configs = (getattr(module, "config", None) for module in model.modules())
     for config in configs:
         if getattr(config, "use_cache", False):
@@ -88,14 +95,18 @@ def keep_no_cache(model: nn.Module) -> nn.Module:
 
 
 def save(model: Any, spec: ModelSpec, folder: Path) -> None:
-    """Write a model as its library does, with the cache that its configuration asks for: the product may generate text."""
+    """Write a model as its library does, with the `use_cache` of its spec: the product may generate text."""
     _restore_cache(model.config, spec.config)
     with quiet():
         model.save_pretrained(folder)
 
 
 def from_config(config: Any, task_kind: TaskKind) -> nn.Module:
-    """A model with random weights, from torch's own generator. Raises `ModelError` if the architecture has no such head."""
+    """Return a model with random weights from torch's global generator.
+
+    Raises:
+        ModelError: The architecture has no head for the task.
+    """
     try:
         model: nn.Module = _auto(task_kind).from_config(config)
     except LIBRARY_ERRORS as error:
@@ -106,34 +117,40 @@ def from_config(config: Any, task_kind: TaskKind) -> nn.Module:
 
 
 def check_size(config: Any, task_kind: TaskKind, held: int | None = None) -> None:
-    """Raise `ModelError` as `check_fit` does for a model of this configuration; none is allocated."""
+    """Check a model of this configuration as `check_fit` does, without allocating it."""
     with quiet(), torch.device("meta"):
         check_fit(config.model_type, from_config(copy.deepcopy(config), task_kind), held)
 
 
 def check_fit(kind: str, skeleton: nn.Module, held: int | None = None) -> None:
-    """Raise `ModelError` if a model on the meta device could not be, were it made.
+    """Check that a model fits into this machine and has the size of its checkpoint.
 
-    Its float32 weights are more than this machine has memory, or far more than the `held` numbers of its checkpoint.
+    Args:
+        kind: The name of its type, for messages.
+        skeleton: The model on the meta device.
+        held: How many numbers its checkpoint has, if there is one.
+
+    Raises:
+        ModelError: Its float32 weights need more memory than this machine has, or are far more than those of its checkpoint.
     """
     import psutil
 
     wanted = sum(param.numel() for param in skeleton.parameters())
-    there_bytes = psutil.virtual_memory().total + psutil.swap_memory().total
-    if 4 * wanted > there_bytes:
+    machine_bytes = psutil.virtual_memory().total + psutil.swap_memory().total
+    if 4 * wanted > machine_bytes:
         raise ModelError(
-            f"a {kind} of this configuration has {4 * wanted / 1e9:,.1f} GB of weights, and this machine "
-            f"{there_bytes / 1e9:,.1f} GB of memory",
+            f"a {kind} of this configuration has {4 * wanted / 1e9:,.1f} GB of weights, but this machine has "
+            f"{machine_bytes / 1e9:,.1f} GB of memory",
             hint=CONFIG_HINT,
         )
     if held is not None and wanted > 2 * held + NEW_HEAD:
         raise ModelError(
-            f"a {kind} of this configuration has {wanted:,} weights, and its files hold {held:,}", hint=CONFIG_HINT
+            f"a {kind} of this configuration has {wanted:,} weights, but its files hold {held:,}", hint=CONFIG_HINT
         )
 
 
 class Loaded(NamedTuple):
-    """A model in eval mode; the names that its folder lacked, had in another shape, and had besides."""
+    """A model in eval mode, and the names that its folder lacks, has with another shape, and has in addition."""
 
     model: nn.Module
     missing: set[str]
@@ -142,15 +159,16 @@ class Loaded(NamedTuple):
 
 
 def from_folder(folder: Path, task_kind: TaskKind, config: Any) -> Loaded:
-    """The model with the folder's weights in float32. Whatever the folder lacks is random.
+    """Return the model with the folder's weights in float32. Weights that the folder lacks are random.
 
-    Raises `ModelError` if weights are damaged, pickled or of another architecture, or too large for this machine.
+    Raises:
+        ModelError: Weights are damaged, pickled, of another architecture, or too large for this machine.
     """
     held = count_weights(folder)
-    files.check_folder(folder, ("*.json",))  # transformers looks into some of them
+    files.check_folder(folder, ("*.json",))  # transformers reads some of them
     if (folder / "adapter_config.json").exists():
         raise ModelError(
-            f"{folder} holds an adapter of PEFT (adapter_config.json), and transformers would load what that names",
+            f"{folder} holds an adapter of PEFT (adapter_config.json), and transformers would load the model that it names",
             hint="merge it into its model first: model.merge_and_unload().save_pretrained(NEW)",
         )
     check_size(config, task_kind, held)
@@ -173,14 +191,22 @@ def from_folder(folder: Path, task_kind: TaskKind, config: Any) -> Loaded:
 
 
 def model_type(values: Mapping[str, Any], origin: str) -> str:
-    """The model type that a configuration names. Raises `ModelError`, naming `origin`, if it names none."""
+    """Return the model type that a configuration names.
+
+    Raises:
+        ModelError: It names none. The message names `origin`.
+    """
     if not isinstance(values.get("model_type"), str):
         raise ModelError(f"{origin} names no model_type", hint=FOLDER_HINT)
     return str(values["model_type"])
 
 
 def check_task(config: Any, task_kind: TaskKind) -> None:
-    """Raises `ModelError` if the library has no model of this configuration for the task."""
+    """Check that transformers has a model of this configuration for the task.
+
+    Raises:
+        ModelError: It has not.
+    """
     import transformers
 
     text = task_kind == "text-classification"
@@ -194,7 +220,7 @@ def check_task(config: Any, task_kind: TaskKind) -> None:
 
 
 def label_names(config: Any) -> list[str]:
-    """The name of each output of a configuration's head, empty where it has none."""
+    """Return the names of the outputs of a configuration's head; an output without a name has an empty one."""
     return [config.id2label.get(number, "") for number in range(len(config.id2label))]
 
 
@@ -206,37 +232,42 @@ def set_labels(config: Any, names: Sequence[str]) -> None:
 
 
 def to_dict(model: Any) -> dict[str, Any]:
-    """The whole configuration of a model as JSON values, without the path it came from."""
+    """Return the whole configuration of a model as JSON values, without its path."""
     return {**config_values(model.config), "architectures": [type(model).__name__]}
 
 
 def config_values(config: Any) -> dict[str, Any]:
-    """A configuration as JSON values, without the path it came from."""
+    """Return a configuration as JSON values, without its path."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     values.pop("_name_or_path", None)
     return values
 
 
 def square_size(config: Any) -> int:
-    """The side, in pixels, of the images that a configuration asks for. Raises `ModelError` if they are not square."""
+    """Return the side, in pixels, of the images of a configuration.
+
+    Raises:
+        ModelError: They are not square.
+    """
     size = config.image_size
     sides = set(size) if isinstance(size, list | tuple) else {size}
     if len(sides) != 1 or not isinstance(next(iter(sides)), int):
-        raise ModelError(f"a model for images of size {size} is not square", hint="give one side: --set data.image_size=224")
+        message = f"the model is for images of size {size}, not square ones"
+        raise ModelError(message, hint="give one side: --set data.image_size=224")
     return int(next(iter(sides)))
 
 
 def read_image_facts(folder: Path | None, config: Any) -> tuple[dict[str, Any], str | None]:
-    """The preprocessing that the folder's preprocessor_config.json asks for, and a note if there is none."""
+    """Return the preprocessing of the folder's preprocessor_config.json, and a note if there is no such file."""
     size, channels = square_size(config), int(config.num_channels)
     path = None if folder is None else folder / "preprocessor_config.json"
     if path is None or not path.is_file():
-        note = None if path is None else f"{folder} has no preprocessor_config.json: mean and std are taken to be 0.5"
+        note = None if path is None else f"{folder} has no preprocessor_config.json: assumes a mean and std of 0.5"
         return image_facts(size, channels), note
     given = files.read_object(path)
     number = given.get("resample")
     if isinstance(number, int) and not 0 <= number < len(INTERPOLATIONS):
-        raise ModelError(f"{path}: resample is {number}, and must be 0 to {len(INTERPOLATIONS) - 1}", hint=files.AGAIN)
+        raise ModelError(f"{path}: resample is {number}; expected 0 to {len(INTERPOLATIONS) - 1}", hint=files.AGAIN)
     interpolation = INTERPOLATIONS[number] if isinstance(number, int) else "bilinear"
     try:
         return image_facts(size, channels, given.get("image_mean"), given.get("image_std"), interpolation), None
@@ -245,7 +276,7 @@ def read_image_facts(folder: Path | None, config: Any) -> tuple[dict[str, Any], 
 
 
 def preprocessor_json(image: dict[str, Any]) -> str:
-    """A preprocessor_config.json that says exactly what the model was finetuned with: resize to a square, no crop."""
+    """Return a preprocessor_config.json with the preprocessing of the finetuning: resize to a square, no crop."""
     values = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -261,32 +292,36 @@ def preprocessor_json(image: dict[str, Any]) -> str:
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> Any:
-    """The tokenizer of a folder. Raises `ModelError` if there is none, or it knows more tokens than the model embeds."""
+    """Return the tokenizer of a folder.
+
+    Raises:
+        ModelError: There is none, or it has more tokens than the model embeds.
+    """
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        # transformers would build an empty tokenizer, and every word would be unknown
+        # transformers would build an empty tokenizer, for which every word is unknown
         raise ModelError(
-            f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})", hint="save the tokenizer beside it"
+            f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})", hint="save the tokenizer in that folder"
         )
     files.check_folder(folder, ("*.json", "*.txt", "*.model", "*.jinja"))
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except BaseException as error:
-        # tokenizers, written in Rust, raises the bare Exception, and panics with a class that is no Exception
+        # tokenizers, written in Rust, raises a bare Exception, and panics with a class that is not an Exception
         if not isinstance(error, LIBRARY_ERRORS) and type(error).__name__ not in ("Exception", "PanicException"):
             raise
         raise ModelError(
-            f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}", hint="save the tokenizer there again"
+            f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}", hint="save the tokenizer again"
         ) from error
     if len(tokenizer) > vocab_size:
-        raise ModelError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens, the model embeds {vocab_size}")
+        raise ModelError(f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model embeds {vocab_size}")
     return tokenizer
 
 
 def files_of(tokenizer: Any) -> dict[str, bytes]:
-    """The files that make up a tokenizer, by name."""
+    """Return the files of a tokenizer, by name."""
     with TemporaryDirectory() as scratch, quiet():
         tokenizer.save_pretrained(scratch)
         return {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir()) if path.is_file()}
@@ -294,7 +329,7 @@ def files_of(tokenizer: Any) -> dict[str, bytes]:
 
 @lru_cache(maxsize=32)
 def inputs_of(model_class: Any) -> frozenset[str]:
-    """The names of the inputs that the forward of a class takes."""
+    """Return the names of the inputs of a class's forward."""
     return frozenset(inspect.signature(model_class.forward).parameters)
 
 
@@ -302,7 +337,7 @@ def _restore_cache(config: Any, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if key == "use_cache":
             config.use_cache = value
-        elif isinstance(value, dict) and hasattr(getattr(config, key, None), "to_dict"):  # a configuration inside another
+        elif isinstance(value, dict) and hasattr(getattr(config, key, None), "to_dict"):  # a nested configuration
             _restore_cache(getattr(config, key), value)
 
 
@@ -315,7 +350,7 @@ def _auto(task_kind: TaskKind) -> Any:
 
 
 def _check_values(model_type: str, values: Mapping[str, Any]) -> None:
-    """Refuse sizes of nothing and unknown activations by their keys, which the library's own errors do not name."""
+    """Refuse sizes below 1 and unknown activations, by their keys: the library's errors do not name them."""
     from transformers.activations import ACT2FN
 
     if values.get("quantization_config"):
@@ -323,13 +358,13 @@ def _check_values(model_type: str, values: Mapping[str, Any]) -> None:
     for key in DTYPES:
         kind = values.get(key)
         if kind not in (None, "auto") and not isinstance(getattr(torch, str(kind).removeprefix("torch."), None), torch.dtype):
-            raise ModelError(f"{key} of this {model_type} is {kind!r}, which is no type of torch's", hint=CONFIG_HINT)
+            raise ModelError(f"{key} of this {model_type} is {kind!r}, which is not a type of torch", hint=CONFIG_HINT)
     for key in (*SIZES, *LAYERS, "num_labels"):
         value = values.get(key)
         least = 0 if key in LAYERS or key == "num_labels" else 1
         for size in value if isinstance(value, list | tuple) else [value]:
             if isinstance(size, int) and size < least:
-                raise ModelError(f"{key} of this {model_type} is {size}, and must be {least} or more", hint=CONFIG_HINT)
+                raise ModelError(f"{key} of this {model_type} is {size}; expected {least} or more", hint=CONFIG_HINT)
     for key in ACTIVATIONS:
         value = values.get(key)
         if isinstance(value, str) and value not in ACT2FN:
@@ -348,11 +383,11 @@ def _check_keys(model_type: str, values: dict[str, Any], defaults: Any) -> None:
 
 
 def _check_names(model_type: str, values: Mapping[str, Any], defaults: Any) -> None:
-    """Refuse keys that would take the place of what the library's own class is made of, its methods and tables."""
+    """Refuse keys that would replace methods and tables of the library's class."""
     known = {*defaults.to_dict(), *type(defaults).attribute_map}
     for key in values.keys() - known:
-        own = getattr(type(defaults), key, None)
-        if callable(own) or isinstance(own, dict | set | tuple):
+        attribute = getattr(type(defaults), key, None)
+        if callable(attribute) or isinstance(attribute, dict | set | tuple):
             raise ModelError(f"{key} is no setting of a {model_type}", hint=CONFIG_HINT)
 
 

@@ -1,1 +1,1 @@
-"""This process among others: who may stop it, and with whom it ends."""
+"""How this process is interrupted, and how it ends with its parent."""

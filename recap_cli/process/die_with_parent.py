@@ -1,6 +1,6 @@
-"""A process that ends when the one that began it is gone, even if that was killed and could not end it.
+"""End this process when its parent has ended, even if the parent was killed.
 
-Whoever begins it holds the other end of its standard input, and the system closes that with the holder.
+The parent holds the other end of this process's standard input, and the system closes it with the parent.
 """
 
 import os
@@ -12,9 +12,9 @@ STDIN = 0
 
 
 def watch() -> None:
-    """End this process by SIGTERM when its standard input ends, if whoever began it asks for that by `VARIABLE`.
+    """End this process by SIGTERM when its standard input ends, if the parent asks for that by `VARIABLE`.
 
-    Nothing else reads that input: for all others, and for processes that this one begins, standard input is empty.
+    For all other readers, and for child processes, standard input is empty then.
     """
     if os.environ.pop(VARIABLE, ""):
         held = os.dup(STDIN)

@@ -1,6 +1,6 @@
-"""Ctrl-C: the first ends what runs in order, a second at once, wherever it comes. Both end with the same word and code.
+"""Ctrl-C: the first ends the command in order, a second ends it at once. Both have the same message and exit code.
 
-A library may swallow the first, and raise something else or nothing; so it is counted here, and not only raised.
+A library may catch the first and raise another error, or none. So interrupts are counted, and not only raised.
 """
 
 import os
@@ -11,51 +11,54 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 INTERRUPTED = 130
-_done: list[str] = []  # what this process has finished last, if nothing else is under way
+_done: list[str] = []  # what this process finished last, unless it has started something since
 STDERR, SHOW_CURSOR = 2, "\x1b[?25h"
 
 
 def note_done(what: str | None) -> None:
-    """Note what is finished now, in words that say how to go on. None: something is under way that is not."""
+    """Note what is finished, as a hint how to continue. None: something unfinished has started."""
     _done[:] = [] if what is None else [what]
 
 
 def done() -> str | None:
-    """What was noted last."""
+    """Return what was noted last."""
     return _done[0] if _done else None
 
 
 @contextmanager
-def heard(word: Callable[[], str]) -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C is a `KeyboardInterrupt`, and a second says `word()` and ends the process.
+def counted(message: Callable[[], str]) -> Iterator[Callable[[], bool]]:
+    """Count Ctrl-C inside: the first raises `KeyboardInterrupt`, a second prints `message()` and ends the process.
 
-    Yields what tells whether there was one. After one, a second is heard until the process is gone. Where Ctrl-C is ignored,
-    or another program's own (Python hears signals in its main thread alone), nothing changes.
+    After a first Ctrl-C this also holds outside, until the process ends. Nothing changes if Ctrl-C is ignored, if another
+    handler is set, or outside the main thread, where Python receives no signals.
+
+    Yields:
+        A function that returns whether there was a Ctrl-C.
     """
     count = 0
     note_done(None)
 
-    def hear(*_: object) -> None:
+    def interrupt(*_: object) -> None:
         nonlocal count
         count += 1
         if count == 1:
             raise KeyboardInterrupt
-        _end(word())
+        _end(message())
 
     in_main = threading.current_thread() is threading.main_thread()
-    ours = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, hear)
+    is_default = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_default:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield lambda: count > 0
     finally:
-        if ours and count == 0:
+        if is_default and count == 0:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _end(word: str) -> None:
-    """Say it and be gone: no other code of ours runs, for it may be what was interrupted. A state is whole at any moment."""
+def _end(message: str) -> None:
+    """Print a message and end at once, without cleaning up: cleaning may be what was interrupted. States are always whole."""
     cursor = SHOW_CURSOR if sys.stderr is not None and sys.stderr.isatty() else ""
-    with suppress(OSError):  # nobody may be there to read it
-        os.write(STDERR, (cursor + word).encode(errors="backslashreplace"))
+    with suppress(OSError):  # stderr may be closed
+        os.write(STDERR, (cursor + message).encode(errors="backslashreplace"))
     os._exit(INTERRUPTED)

@@ -1,6 +1,6 @@
-"""How large the YAML of a recipe may be: one from a stranger is refused in seconds, and does not fill the memory.
+"""How large the YAML of a recipe may be: a malicious one is refused in seconds, before it fills the memory.
 
-An alias counts as what it stands for each time that it stands there: nine levels of ten aliases are 600 bytes, and 10⁹ values.
+Each use of an alias counts like its anchor: nine levels of ten aliases are 600 bytes, and 10⁹ values.
 """
 
 from typing import Any, NamedTuple, cast
@@ -9,13 +9,13 @@ import yaml
 
 MOST_BYTES = 512 * 1024
 MOST_VALUES = 10_000  # keys included
-MOST_CHARACTERS = 64 * 1024  # of all values; written out with every default, it is below `MOST_BYTES` again
-DEEPEST = 50  # sections in sections
+MOST_CHARACTERS = 64 * 1024  # of all values; with every default filled in, the YAML stays below `MOST_BYTES`
+DEEPEST = 50  # levels of sections
 MOST_DIGITS = 300  # of a number
 
 
 class _Size(NamedTuple):
-    """What a node comes to once its aliases are written out."""
+    """The size of a node with its aliases written out."""
 
     values: int
     characters: int
@@ -27,19 +27,21 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 def check_size(text: str) -> None:
-    """Raise `yaml.MarkedYAMLError` at the place where `text` becomes larger or deeper than any recipe, or has a tag.
+    """Check that a text is not larger or deeper than any recipe, and has no tags.
 
-    Raises `yaml.YAMLError` for what is no YAML, too.
+    Raises:
+        yaml.MarkedYAMLError: It is, or has; with the place.
+        yaml.YAMLError: The text is not YAML, or too long.
     """
     if len(text) > MOST_BYTES:
         raise yaml.YAMLError(f"it is larger than {MOST_BYTES // 1024} KiB")
     sizes: dict[str, _Size] = {}  # by anchor
-    above: list[tuple[str | None, list[_Size]]] = []  # the open collections: anchor, and what is in them so far
+    above: list[tuple[str | None, list[_Size]]] = []  # the open collections: anchor and contents so far
     values = characters = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         mark = cast(yaml.Mark, event.start_mark)
-        if tag := getattr(event, "tag", None):  # PyYAML's constructors answer `!!bool maybe` with a bare KeyError
-            raise yaml.MarkedYAMLError(problem=f"the tag {tag}, where only plain values go", problem_mark=mark)
+        if tag := getattr(event, "tag", None):  # PyYAML's constructors raise a bare KeyError for `!!bool maybe`
+            raise yaml.MarkedYAMLError(problem=f"the tag {tag}; only plain values are allowed", problem_mark=mark)
         anchor = getattr(event, "anchor", None)
         if isinstance(event, yaml.CollectionStartEvent):
             above.append((anchor, []))
@@ -53,7 +55,7 @@ def check_size(text: str) -> None:
             added = _Size(1, 1 + len(event.value), 0)
             _put(sizes, above, anchor, added)
         elif isinstance(event, yaml.AliasEvent):
-            added = sizes.get(anchor or "", _ONE)  # one that is not known, or not complete, is refused when it is composed
+            added = sizes.get(anchor or "", _ONE)  # unknown or recursive aliases are refused later
             _put(sizes, above, None, added)
         else:
             continue
@@ -61,13 +63,13 @@ def check_size(text: str) -> None:
         if len(above) + added.height > DEEPEST:
             raise yaml.MarkedYAMLError(problem=f"it is nested too deeply (more than {DEEPEST} levels)", problem_mark=mark)
         if values > MOST_VALUES or characters > MOST_CHARACTERS:
-            most = f"{MOST_VALUES:,} values of {MOST_CHARACTERS:,} characters in all"
-            problem = f"it holds more than {most}, aliases written out"
+            most = f"{MOST_VALUES:,} values of {MOST_CHARACTERS:,} characters in total"
+            problem = f"it holds more than {most}, with aliases written out"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def _put(sizes: dict[str, _Size], above: list[tuple[str | None, list[_Size]]], anchor: str | None, size: _Size) -> None:
-    """Add a complete node to the collection that it stands in, and to the anchors."""
+    """Add a complete node to its collection, and to the anchors."""
     if above:
         above[-1][1].append(size)
     if anchor is not None:
@@ -80,7 +82,10 @@ def _sum(inside: list[_Size]) -> _Size:
 
 
 def unprintable(text: str) -> str | None:
-    """What is in a text that no recipe may hold, in words: a NUL, or half a character, as a byte that is no UTF-8 becomes."""
+    """Return what a text holds that no recipe may hold, in words, or None.
+
+    That is the character NUL, or half a surrogate pair, which a byte that is not UTF-8 becomes.
+    """
     if "\0" in text:
         return "the character NUL"
     halves = [letter for letter in text if "\ud800" <= letter <= "\udfff"]

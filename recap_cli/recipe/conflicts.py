@@ -1,4 +1,4 @@
-"""What must hold between the keys of a recipe, each of which is well-formed by itself (`recipe_schema`)."""
+"""What must hold between the keys of a recipe, each of which is well-formed by itself (`recap_cli.recipe.schema`)."""
 
 from collections.abc import Iterator
 from os.path import normpath
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 CONFLICTS = "recipe_conflicts"  # the type of the pydantic error whose context carries `Conflict`s
 FLOAT32_MAX = 3.4e38  # rounded down
-FLOAT32_MIN = 1.2e-38  # rounded up; of numbers with all their digits
-# What the paper's plain algorithm has, of the settings that it does not know.
+FLOAT32_MIN = 1.2e-38  # the smallest normal number, rounded up
+# Settings that the paper's plain algorithm does not have, with the values that turn them off.
 FAITHFUL: dict[str, Any] = {
     "head.warmup_epochs": 0,
     "prune.hold_plan": 0.0,
@@ -22,22 +22,22 @@ FAITHFUL: dict[str, Any] = {
     "finetune.head_lr": None,
     "finetune.lr_schedule_span": "round",
 }
-# What it has where ours is another, and a recipe that asks for it may choose, as it may `prune.scope`.
-FAITHFUL_UNLESS_SAID: dict[str, Any] = {"mask.scope": "per-kind"}
-FAITHFUL_TO_IMAGES: dict[str, Any] = {"mask.ratio": 0.875}  # likewise; for texts the paper has our default
+# Defaults of the paper that differ from ours. A recipe may set another value.
+FAITHFUL_DEFAULTS: dict[str, Any] = {"mask.scope": "per-kind"}
+FAITHFUL_IMAGE_DEFAULTS: dict[str, Any] = {"mask.ratio": 0.875}  # for texts the paper has our default
 ALTERNATIVES = (("model.name", "model.config"), ("data.name", "data.builtin", "data.train"))
-NEEDS = {  # key: the key without which it means nothing
+NEEDS = {  # key: the key that it requires
     "model.revision": "model.name",
     "data.subset": "data.name",
     "data.validation": "data.train",
     "data.text_pair": "data.text",
 }
-# What a recipe with missing sections is checked with, so that conflicts elsewhere are reported in the same go.
+# Fills in missing sections, so that conflicts elsewhere are reported at the same time.
 STAND_IN: dict[str, dict[str, Any]] = {"model": {}, "task": {"kind": "text-classification"}, "data": {}}
 
 
 class Conflict(NamedTuple):
-    """Keys that are well-formed and do not go together; the first is the one to change."""
+    """Keys that are well-formed and contradict each other. The first is the one to change."""
 
     keys: tuple[str, ...]
     text: str
@@ -48,7 +48,7 @@ def _value(recipe: "Recipe", key: str) -> Any:
     return getattr(getattr(recipe, section), name)
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
@@ -65,7 +65,7 @@ def conflicts_in(recipe: "Recipe") -> Iterator[Conflict]:
     for key, value in FAITHFUL.items():
         if recipe.faithful and (found := _value(recipe, key)) != value:
             yield Conflict(
-                (key, "faithful"), f"expected {_said(value)} with faithful: true, as the paper has it; found {_said(found)}"
+                (key, "faithful"), f"expected {_shown(value)} with faithful: true, as the paper has it; found {_shown(found)}"
             )
     yield from _input_conflicts(recipe)
     yield from _training_conflicts(recipe)
@@ -104,7 +104,7 @@ def _input_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
 
 
 def _columns_of_other_kinds(recipe: "Recipe") -> Iterator[Conflict]:
-    """Yield what is said of texts for a task of images, and of images for one of texts."""
+    """Yield keys of texts in a recipe for images, and keys of images in a recipe for texts."""
     kind, data = recipe.task.kind, recipe.data
     others = {"text-classification": ("image", "image_size"), "image-classification": ("text", "text_pair")}[kind]
     for name in others:
@@ -115,12 +115,12 @@ def _columns_of_other_kinds(recipe: "Recipe") -> Iterator[Conflict]:
 
 
 def _config_conflicts(config: dict[str, Any]) -> Iterator[Conflict]:
-    """Yield what no model is built of, however its library would take it."""
+    """Yield values of a model's configuration that are refused, even if its library accepts them."""
     for key, found, limit in beyond(config):
         yield Conflict((f"model.config.{key}", "model.config"), f"expected at most {limit:,}; found {found:,}")
     for key in ("dtype", "torch_dtype"):
         if config.get(key) not in (None, "float32"):
-            text = "expected float32, which the full model is kept in (finetune.weights is the type on the device)"
+            text = "expected float32, the type of the full model (finetune.weights is the type on the device)"
             yield Conflict((f"model.config.{key}", "model.config"), f"{text}; found {config[key]}")
 
 
@@ -138,12 +138,12 @@ def _training_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
         )
     if finetune.epochs is None and finetune.steps is None:
         keys = ("finetune.epochs", "finetune.steps")
-        yield Conflict(keys, "expected a number here or in finetune.steps; found null in both")
+        yield Conflict(keys, "expected a number, or one in finetune.steps; found null in both")
     yield from _overflows(recipe)
 
 
 def _overflows(recipe: "Recipe") -> Iterator[Conflict]:
-    """Yield the factors of an update that float32 cannot hold: `lr / (1 - beta_1)` is AdamW's first."""
+    """Yield the factors of an update that float32 cannot hold. The first of AdamW is `lr / (1 - beta_1)`."""
     finetune = recipe.finetune
     update = FLOAT32_MAX * (1 - finetune.betas[0]) if finetune.optimizer == "adamw" else FLOAT32_MAX
     limits = {

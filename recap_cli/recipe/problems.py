@@ -1,6 +1,6 @@
-"""What is wrong with a recipe, in words: where it stands, which key, what was expected and what was found.
+"""The messages for a wrong recipe: the place, the key, what was expected and what was found.
 
-Turns pydantic's errors into lines with the help of the JSON Schema; it knows no key of the recipe by name.
+They come from pydantic's errors and the JSON Schema. No key of the recipe is named in this module.
 """
 
 import copy
@@ -17,12 +17,12 @@ from recap_cli.recipe.yaml import Document, KeyPath, Problem, as_typed, overlap,
 
 _Schema = Mapping[str, Any]
 _LONGEST = 60  # characters of a found value that a message repeats
-MOST = 50  # problems that are listed; each costs a look for near names
-_WITHIN_JSON = {"dict", "list"}  # what pydantic puts between the keys of a nested JSON value
+MOST = 50  # problems that are listed; each costs a search for similar names
+_WITHIN_JSON = {"dict", "list"}  # what pydantic adds between the keys of a nested JSON value
 
 
 def recipe_error(origin: str, found: Iterable[Problem]) -> RecipeError:
-    """Return the one error that lists the problems `found`, in the order of the file, up to `MOST` of them."""
+    """Return the error that lists the problems, in the order of the file, at most `MOST` of them."""
     every = sorted(set(found))
     lines = [line._replace(key=_cut(line.key)) for line in every[:MOST]]
     where, key = max(len(line.where) for line in lines), max(len(line.key) for line in lines)
@@ -31,14 +31,14 @@ def recipe_error(origin: str, found: Iterable[Problem]) -> RecipeError:
     count = f"more than {count}" if len(every) > MOST else count
     return RecipeError(
         f"{count} in the recipe {origin}{listing}",
-        hint="`recap recipes show quickstart` prints a recipe that works; with --filled, every key there is.",
+        hint="`recap recipes show quickstart` prints a recipe that works; with --filled it has every key.",
     )
 
 
 def explain(error: ValidationError, document: Document, schema: _Schema) -> tuple[list[Problem], set[KeyPath]]:
-    """Return what is wrong with single keys, and the keys that are under suspicion for it: bad, missing, or meant.
+    """Return the problems of single keys, and the suspects: keys that are wrong, missing, or probably meant.
 
-    Of more than `MOST` such keys the rest is left out; what is wrong between keys does not show then.
+    At most `MOST` keys are explained. If there are more, conflicts between keys are not reported.
     """
     found: list[Problem] = []
     suspects: set[KeyPath] = set()
@@ -47,7 +47,7 @@ def explain(error: ValidationError, document: Document, schema: _Schema) -> tupl
         path = _key_path(item["loc"], document.values)
         suspects.add(path)
         if item["type"] == "invalid_key" or "[key]" in item["loc"]:
-            continue  # no text; reading the YAML has found it already
+            continue  # not a text; parsing the YAML has reported it
         unknown = item["type"] == "extra_forbidden"
         if unknown:
             meant = _meant(path, schema)
@@ -63,7 +63,7 @@ def explain(error: ValidationError, document: Document, schema: _Schema) -> tupl
 
 
 def conflicts(error: ValidationError, document: Document, suspects: set[KeyPath]) -> list[Problem]:
-    """Return what is wrong between keys, leaving out what the `suspects` have a part in."""
+    """Return the conflicts between keys, without those of `suspects`."""
     found = []
     for item in error.errors(include_url=False):
         for conflict in item["ctx"]["conflicts"] if item["type"] == CONFLICTS else ():
@@ -75,7 +75,7 @@ def conflicts(error: ValidationError, document: Document, suspects: set[KeyPath]
 
 
 def without(values: Mapping[str, Any], suspects: Iterable[KeyPath], stand_in: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of `values` without the `suspects`, with the sections of `stand_in` beneath what is left."""
+    """Return a copy of `values` without the `suspects`, with missing keys from the sections of `stand_in`."""
     kept: dict[str, Any] = copy.deepcopy(dict(values))
     for path in suspects:
         section, names = kept, list(path)
@@ -87,13 +87,13 @@ def without(values: Mapping[str, Any], suspects: Iterable[KeyPath], stand_in: Ma
 
 
 def near(word: str, words: Iterable[str]) -> list[str]:
-    """Return the few `words` that `word` may be a slip of, best first; upper case is no difference."""
+    """Return the few `words` that `word` may be a misspelling of, best first. Case does not count."""
     lowered = {known.lower(): known for known in words}
     return [lowered[found] for found in difflib.get_close_matches(word.lower(), lowered, cutoff=0.65)]
 
 
 def expected(node: _Schema) -> str:
-    """Return what a node of the JSON Schema admits, in words: "a whole number >= 1 or null"."""
+    """Return what a node of the JSON Schema accepts, in words: "a whole number >= 1 or null"."""
     if "anyOf" in node:
         return " or ".join("true, false" if option.get("type") == "boolean" else expected(option) for option in node["anyOf"])
     if "enum" in node:
@@ -103,7 +103,7 @@ def expected(node: _Schema) -> str:
         return _number(node)
     if kind == "array":
         return f"a list of {len(node['prefixItems'])}, each {expected(node['prefixItems'][0])}"
-    if kind == "string" and ("$comment" in node or "examples" in node):  # a comment is JSON Schema's word to people
+    if kind == "string" and ("$comment" in node or "examples" in node):  # the comment describes it for people
         return str(node.get("$comment") or "text such as " + ", ".join(node["examples"]))
     words = {"string": "text", "boolean": "true or false", "null": "null", "object": "a section (keys with values)"}
     return words.get(kind, f'"{node["const"]}"' if kind == "const" else "text, a number, true, false, null or a list of such")
@@ -143,7 +143,7 @@ def _did_you_mean(words: Sequence[str]) -> str:
 
 
 def _meant(path: KeyPath, schema: _Schema) -> list[str]:
-    """Return the keys that an unknown one may stand for: near ones beside it, the same elsewhere, or near ones there."""
+    """Return the keys that an unknown key may mean: similar ones in its section, the same or similar ones in others."""
     *section, name = path
     every = list(_keys(schema, schema))
     if name in every:
@@ -151,16 +151,16 @@ def _meant(path: KeyPath, schema: _Schema) -> list[str]:
     beside = near(name, _properties(_node(schema, tuple(section)), schema))
     meant = [".".join((*section, word)) for word in beside]
     meant += [key for key in every if key.rpartition(".")[2] == name]
-    leaves = near(name, {key.rpartition(".")[2] for key in every})
-    return meant or [key for key in every if key.rpartition(".")[2] in leaves]
+    similar = near(name, {key.rpartition(".")[2] for key in every})
+    return meant or [key for key in every if key.rpartition(".")[2] in similar]
 
 
 def _unknown(path: KeyPath, meant: Sequence[str], schema: _Schema) -> str:
-    if list(path) == meant:  # a dotted key, as on the command line
+    if list(path) == meant:  # a dotted key, as for --set
         section, _, name = path[0].rpartition(".")
         return f"unknown key; write `{section}:` and, indented below it, `{name}:`"
     known = ", ".join(_properties(_node(schema, path[:-1]), schema))
-    return "unknown key" + (_did_you_mean(meant) or f"; known here: {known}")
+    return "unknown key" + (_did_you_mean(meant) or f"; known keys: {known}")
 
 
 def _keys(node: _Schema, schema: _Schema, prefix: str = "") -> Iterator[str]:
@@ -176,7 +176,7 @@ def _properties(node: _Schema, schema: _Schema) -> Mapping[str, _Schema]:
 
 
 def _node(schema: _Schema, path: KeyPath) -> _Schema:
-    """Return the schema of the key at `path`, or, for one inside free-form data, of any value there."""
+    """Return the schema of the key at `path`. Inside free-form data it is that of any value."""
     node = schema
     for part in path:
         if part in (properties := _properties(node, schema)):
@@ -201,9 +201,9 @@ def _value(values: Any, path: KeyPath) -> tuple[Any, bool]:
 
 
 def _key_path(location: Sequence[int | str], values: Mapping[str, Any]) -> KeyPath:
-    """Return the keys of a pydantic location, without the types that it puts between those of a JSON value.
+    """Return the keys of a pydantic location, without the types that it adds between the keys of a JSON value.
 
-    What is missing from a list is said of the list.
+    An item that is missing from a list gives the path of the list.
     """
     path: KeyPath = ()
     for part in location:

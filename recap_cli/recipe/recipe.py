@@ -1,7 +1,7 @@
-"""Recipes in and out of YAML: by path or shipped name, with overrides, a digest and a JSON Schema.
+"""Recipes from and to YAML: by path or shipped name, with overrides, a digest and a JSON Schema.
 
-Reading reports *all* problems at once: `recap_cli.recipe.schema` finds what is wrong with a key, `recap_cli.recipe.conflicts`
-what is wrong between keys, and `recap_cli.recipe.problems` says so in words, with the place in the file or on the command line.
+Reading reports *all* problems at once. `recap_cli.recipe.schema` checks each key, `recap_cli.recipe.conflicts` checks keys
+against each other. `recap_cli.recipe.problems` makes the messages, with the place in the file or on the command line.
 """
 
 import hashlib
@@ -47,32 +47,38 @@ __all__ = [
     "shipped_text",
 ]
 
-OPEN_PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # as a shell writes `<(...)`: somebody writes there
+OPEN_PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # a shell's `<(...)`: pipes that have a writer
 _HINT = "Give a YAML file, or a name from `recap recipes ls`."
 
 
 def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe that YAML `text` holds, with `overrides` (each `section.key=value`) on top.
+    """Return the recipe of a YAML text with overrides.
 
-    `origin` is what messages call the file. An override of one of several alternatives takes the place of the others:
-    `data.train=FILE` on a recipe with a hub data set removes `data.name` and `data.subset`.
+    An override of one of several alternatives replaces the others: `data.train=FILE` on a recipe with a hub data set removes
+    `data.name` and `data.subset`.
+
+    Args:
+        text: The YAML.
+        origin: The name of the file, for messages.
+        overrides: Each `section.key=value`.
 
     Raises:
-        RecipeError: the text is no YAML mapping, or keys are unknown, missing, doubled, wrong or at odds; all of them.
+        RecipeError: The text is not a YAML mapping, or keys are unknown, missing, doubled, wrong, or contradict each other. The
+            message lists all problems.
     """
     return _parsed(text, origin, tuple(overrides)).model_copy(deep=True)  # a copy: its `model.config` is a dictionary
 
 
 @lru_cache(maxsize=8)
 def _parsed(text: str, origin: str, overrides: tuple[str, ...]) -> Recipe:
-    """What `parse` returns; kept, for every stage of a run asks for the same recipe, and YAML in Python takes its time."""
+    """Return what `parse` returns. Cached: every stage of a run asks for the same recipe, and parsing YAML is slow."""
     document = load(text, origin, overrides, ALTERNATIVES, NEEDS)
     found = list(document.problems)
     recipe = None
     if document.root is not None:
         try:
             recipe = Recipe.model_validate(document.values)
-        except ValidationError as error:  # says what is wrong, but not where
+        except ValidationError as error:  # it has the faults, but not their places
             faults, suspects = explain(error, document, json_schema())
             found += faults + _conflicts_beside(suspects, document)
     if recipe is None or found:
@@ -81,33 +87,33 @@ def _parsed(text: str, origin: str, overrides: tuple[str, ...]) -> Recipe:
 
 
 def _conflicts_beside(suspects: set[KeyPath], document: Document) -> list[Problem]:
-    """Return the conflicts that the `suspects`, keys with a problem of their own, have no part in."""
+    """Return the conflicts between keys that are not `suspects`, which have a problem already."""
     try:
         Recipe.model_validate(without(document.values, suspects, STAND_IN))
-    except ValidationError as error:  # a second look, at what the first could not reach
+    except ValidationError as error:  # a second validation: the first one ends before it compares keys
         return conflicts(error, document, suspects)
     return []
 
 
 def read(source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe in the file `source`, or the shipped one of that name, with `overrides` on top.
+    """Return the recipe in the file `source`, or the shipped one of that name, with overrides.
 
     Raises:
-        RecipeError: there is no such recipe, it cannot be read, or it has problems.
+        RecipeError: There is no such recipe, it cannot be read, or it has problems.
     """
     if source in _shipped_files():
         return parse(shipped_text(source), f"{source}.yaml", overrides)
     try:
-        if Path(source).is_fifo() and not source.startswith(OPEN_PIPES):  # one with no writer would be waited for
-            raise RecipeError(f"cannot read the recipe {source}: it is a pipe, and no file", hint=_HINT)
+        if Path(source).is_fifo() and not source.startswith(OPEN_PIPES):  # reading a pipe without a writer blocks
+            raise RecipeError(f"cannot read the recipe {source}: it is a pipe, not a file", hint=_HINT)
         with Path(source).open("rb") as file:
             raw = file.read(MOST_BYTES + 1)
         if len(raw) > MOST_BYTES:
             raise RecipeError(f"cannot read the recipe {source}: it is larger than {MOST_BYTES // 1024} KiB", hint=_HINT)
         text = raw.decode("utf-8-sig")
-    except FileNotFoundError:  # an unknown name and a missing file are told apart by nobody
+    except FileNotFoundError:  # an unknown name or a missing file
         raise _unknown(source) from None
-    except OSError as error:  # the one door to the file system; the message names the file
+    except OSError as error:  # the message names the file
         raise RecipeError(f"cannot read the recipe {source}: {error.strerror}", hint=_HINT) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"cannot read the recipe {source}: it is not UTF-8 text", hint=_HINT) from error
@@ -125,12 +131,12 @@ def _unknown(source: str) -> RecipeError:
 
 
 def dump(recipe: Recipe) -> str:
-    """Return YAML with every default filled in; `parse` makes an equal recipe of it."""
+    """Return YAML with every default filled in. `parse` returns an equal recipe."""
     return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def digest(recipe: Recipe) -> str:
-    """Return the SHA-256 of every value, as 64 hex digits; comments and the order of keys do not count."""
+    """Return the SHA-256 of all values as 64 hex digits. Comments and the order of keys do not count."""
     values = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(values.encode()).hexdigest()
 
@@ -150,10 +156,10 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def changed(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """A copy of a recipe with the values of some dotted keys, as in `{"finetune.checkpointing": True}`; checked as a whole.
+    """Return a recipe with other values of dotted keys, as in `{"finetune.checkpointing": True}`.
 
     Raises:
-        RecipeError: the values do not go together.
+        RecipeError: The values contradict each other.
     """
     return parse(dump(recipe), recipe.name, [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
@@ -180,7 +186,7 @@ def shipped_text(name: str) -> str:
     """Return the YAML of the shipped recipe `name`, comments included.
 
     Raises:
-        RecipeError: no shipped recipe has that name.
+        RecipeError: No shipped recipe has that name.
     """
     if name not in (files := _shipped_files()):
         raise _unknown(name)

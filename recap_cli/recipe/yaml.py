@@ -1,7 +1,7 @@
-"""A recipe's YAML as values with their places: text and `--set` overrides in, one document out.
+"""The YAML of a recipe and its `--set` overrides as one document: values with their places.
 
-Knows YAML and the command line, and no key of the recipe by name. What is odd here (bad YAML, doubled keys, overrides
-without `=`) becomes a `Problem`; `recap_cli.recipe.problems` adds what the schema finds.
+No key of the recipe is named in this module. Bad YAML, doubled keys and overrides without `=` become a `Problem` each.
+`recap_cli.recipe.problems` adds those of the schema.
 """
 
 import re
@@ -16,12 +16,12 @@ from recap_cli.recipe.bounds import DEEPEST, check_size, is_number, unprintable
 KeyPath = tuple[str, ...]
 NULLS = ("null", "Null", "NULL", "~")
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
-_IN_QUOTES = re.compile(r"\(put (text|it) in quotes\)")  # what helps in a file
+_IN_QUOTES = re.compile(r"\(put (text|it) in quotes\)")  # advice for a file
 _LONGEST = 60  # characters of an override that a message repeats
 
 
 class Problem(NamedTuple):
-    """One line of the message; problems sort by place in the file, then by order on the command line."""
+    """One line of the message. Problems are sorted by their place in the file, then by that on the command line."""
 
     order: tuple[int, int, int]
     where: str
@@ -30,18 +30,18 @@ class Problem(NamedTuple):
 
 
 class Override(NamedTuple):
-    """One `--set key=value`, and its place among them."""
+    """One `--set key=value`, and its position among them."""
 
-    round_plan: int
+    position: int
     text: str
     path: KeyPath
     value: Any
 
 
 class Document(NamedTuple):
-    """The values of a file with overrides on top, and what it takes to say where each comes from.
+    """The values of a file with overrides, and the places that they come from.
 
-    `root` is None, and there are no values, where the file is no YAML mapping.
+    `root` is None, and there are no values, if the file is not a YAML mapping.
     """
 
     origin: str
@@ -54,9 +54,14 @@ class Document(NamedTuple):
 def load(
     text: str, origin: str, overrides: Sequence[str], alternatives: Iterable[Sequence[str]], needs: Mapping[str, str]
 ) -> Document:
-    """Return the document that YAML `text` and the `overrides` (each `section.key=value`) make.
+    """Return the document of a YAML text and its overrides.
 
-    An override of one of the `alternatives` removes the others, and what `needs` them, unless overridden as well.
+    Args:
+        text: The YAML.
+        origin: The name of the file, for messages.
+        overrides: Each `section.key=value`.
+        alternatives: Groups of keys. An override of one key of a group removes the others that are not overridden too.
+        needs: Keys that go with the key that they need.
     """
     document = Document(origin, None, [], {}, [])
     try:
@@ -72,47 +77,52 @@ def load(
         document.problems.append(_in_file(origin, 0, 0, "(yaml)", reason))
         root, values = None, {}
     document = document._replace(root=root, values=values)
-    for round_plan, override in enumerate(overrides):
-        _apply(document, round_plan, override)
+    for position, override in enumerate(overrides):
+        _apply(document, position, override)
     _displace(document, alternatives, needs)
     return document
 
 
 def setting(key: str, value: str) -> str:
-    """The `--set` of a text, as it is typed: in quotes for YAML where that reads it as something else, and for the shell."""
+    """Return the `--set` of a text as a user types it, with the quotes that YAML and the shell need."""
     if not _is_itself(value):
         value = yaml.safe_dump(value, default_style='"', allow_unicode=True, width=float("inf")).strip()
     return f"--set {key}={shlex.quote(value)}"
 
 
 def as_typed(problem: str, key: str, value: str) -> str:
-    """A problem of an override: quotes alone would be the shell's, and would not reach YAML."""
+    """Return the problem of an override with advice for a shell, which would remove plain quotes."""
     return _IN_QUOTES.sub(lambda _: f"(as text: {setting(key.strip(), value.strip())})", problem)
 
 
 def place(document: Document, paths: Sequence[KeyPath], *, at_key: bool) -> tuple[tuple[int, int, int], str]:
-    """Return the sorting order and the words for where a problem stands that the keys `paths` have a part in.
+    """Return the sorting order and the text for the place of a problem between the keys `paths`.
 
-    That is the last override of one of them, or else the first of them in the file, at the key or at its value, or else
-    the section where it is missing.
+    It is the last override of one of them. Without overrides it is the first of them in the file, or the section that lacks
+    them.
+
+    Args:
+        document: The document.
+        paths: The keys.
+        at_key: True for the place of the key, False for that of its value.
     """
     for override in reversed(document.overrides):
         if any(overlap(override.path, path) for path in paths):
-            return (1, override.round_plan, 0), _said(override.text)
+            return (1, override.position, 0), _option(override.text)
     found = [_find(document.root, path, at_key=at_key) for path in paths]
-    mark, _ = max(found, key=lambda item: item[1])  # the first of those that reach deepest
+    mark, _ = max(found, key=lambda item: item[1])  # the first of those that match most of their path
     line, column = (mark.line, mark.column) if mark else (0, 0)
     return (0, line, column), f"{document.origin}:{line + 1}:{column + 1}"
 
 
 def overlap(a: KeyPath, b: KeyPath) -> bool:
-    """Return whether the keys are the same, or one is a section that holds the other."""
+    """Whether the keys are equal, or one is a section that holds the other."""
     depth = min(len(a), len(b))
     return a[:depth] == b[:depth]
 
 
 def _find(root: yaml.Node | None, path: KeyPath, *, at_key: bool) -> tuple[yaml.Mark | None, float]:
-    """Return the mark of the deepest part of `path` that there is, and the share of `path` that it reaches."""
+    """Return the mark of the deepest part of `path` that exists, and the share of `path` down to it."""
     node, mark, depth = root, root.start_mark if root else None, 0
     for part in path:
         if isinstance(node, yaml.MappingNode):
@@ -123,14 +133,14 @@ def _find(root: yaml.Node | None, path: KeyPath, *, at_key: bool) -> tuple[yaml.
             break
         if not pairs:
             break
-        key, node = pairs[-1]  # of a doubled key the last one counts
+        key, node = pairs[-1]  # the last one of a doubled key counts
         depth += 1
         mark = node.start_mark if depth == len(path) and not at_key else key.start_mark
     return mark, depth / len(path)
 
 
 def _parse(text: str) -> tuple[yaml.Node | None, Any, list[tuple[yaml.Mark, str, str]]]:
-    """Return the node tree, the value, and keys that are odd in themselves, as (mark, key, what is wrong)."""
+    """Return the node tree, the value, and wrong keys as (mark, key, reason)."""
     check_size(text)
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     odd = list(_odd_keys(root, (), frozenset(), set()))
@@ -138,13 +148,13 @@ def _parse(text: str) -> tuple[yaml.Node | None, Any, list[tuple[yaml.Mark, str,
 
 
 def _value_of(root: yaml.Node | None) -> Any:
-    """What YAML reads a node tree as; a merge (`<<`) would change the tree, by which places are told."""
+    """Return the value of a node tree. Not for trees with a merge (`<<`), which changes the tree and so the places."""
     loader: Any = yaml.SafeLoader("")
     return None if root is None else loader.construct_document(root)
 
 
 def _is_itself(value: str) -> bool:
-    """Whether an override of these characters sets this text."""
+    """Whether an override with these characters sets this text."""
     try:
         root, parsed, odd = _parse(value)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -155,14 +165,14 @@ def _is_itself(value: str) -> bool:
 def _odd_keys(
     node: yaml.Node | None, path: KeyPath, above: frozenset[int], seen: set[int]
 ) -> Iterator[tuple[yaml.Mark, str, str]]:
-    """Yield doubled keys, keys that are no text, and times; a node that several aliases share is looked at once."""
+    """Yield doubled keys, keys that are not text, and times. A node with several aliases is visited once."""
     if node is not None and id(node) in above:
-        raise yaml.MarkedYAMLError(problem="an alias stands within its own anchor", problem_mark=node.start_mark)
+        raise yaml.MarkedYAMLError(problem="an alias is inside its own anchor", problem_mark=node.start_mark)
     if id(node) in seen:
         return
     seen.add(id(node))
     if isinstance(node, yaml.ScalarNode) and ":" in node.value and is_number(node):
-        text = f"expected a number in digits; found {node.value}, which YAML reads to base 60 (put text in quotes)"
+        text = f"expected a number in digits; found {node.value}, which YAML reads in base 60 (put text in quotes)"
         yield node.start_mark, ".".join(path), text
     children = node.value if isinstance(node, yaml.CollectionNode) else []
     lines: dict[str, int] = {}
@@ -180,7 +190,7 @@ def _odd_keys(
 
 
 def _fault(error: Exception) -> tuple[int, int, str]:
-    """Return line and column, from 0, and the reason why YAML was refused."""
+    """Return line and column, from 0, and why the YAML was refused."""
     if isinstance(error, RecursionError):
         return 0, 0, "it is nested too deeply"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
@@ -189,49 +199,49 @@ def _fault(error: Exception) -> tuple[int, int, str]:
     return 0, 0, str(error).partition("\n")[0]
 
 
-def _apply(document: Document, round_plan: int, text: str) -> None:
-    """Set in the document what the override `text` says, or add what is wrong with it to the problems."""
+def _apply(document: Document, position: int, text: str) -> None:
+    """Apply the override `text` to the document, or add its problem to those of the document."""
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if problem := _malformed(text, path, equals):
-        return _refuse(document, round_plan, text, _key_of(path), problem)
+        return _refuse(document, position, text, _key_of(path), problem)
     try:
         root, parsed, odd = _parse(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # as above
-        return _refuse(document, round_plan, text, ".".join(path), f"expected a YAML value: {_fault(error)[2]}")
+        return _refuse(document, position, text, ".".join(path), f"expected a YAML value: {_fault(error)[2]}")
     if problem := _lost(value, root, parsed):
-        return _refuse(document, round_plan, text, ".".join(path), as_typed(problem, key, value))
+        return _refuse(document, position, text, ".".join(path), as_typed(problem, key, value))
     for _, inner, reason in odd:
-        told = reason if inner else as_typed(reason, key, value)
-        _refuse(document, round_plan, text, ".".join(filter(None, (*path, inner))), told)
+        problem = reason if inner else as_typed(reason, key, value)
+        _refuse(document, position, text, ".".join(filter(None, (*path, inner))), problem)
     if problem := _put(document.values, path, parsed):
-        return _refuse(document, round_plan, text, ".".join(path), problem)
-    document.overrides.append(Override(round_plan, text, path, parsed))
+        return _refuse(document, position, text, ".".join(path), problem)
+    document.overrides.append(Override(position, text, path, parsed))
 
 
 def _malformed(text: str, path: KeyPath, equals: str) -> str | None:
-    """What is wrong with an override before its value is looked at."""
+    """Return what is wrong with an override apart from its value, or None."""
     if problem := unprintable(text):
         return f"expected text; found {problem}"
     if not equals or not all(path):
         return f"expected section.key=value; found {text}"
-    return f"expected at most {DEEPEST} keys in each other; found {len(path)}" if len(path) > DEEPEST else None
+    return f"expected at most {DEEPEST} levels of keys; found {len(path)}" if len(path) > DEEPEST else None
 
 
 def _key_of(path: KeyPath) -> str:
-    """The key of an override that makes no sense, for a message."""
+    """Return the key of a malformed override, for a message."""
     key = ".".join(path)
     return key if key and not unprintable(key) else "-"
 
 
 def _put(values: dict[str, Any], path: KeyPath, value: Any) -> str | None:
-    """Set the value at a key, or return why it cannot be there."""
+    """Set the value of a key, or return why that cannot be done."""
     section = values
     for depth, part in enumerate(path[:-1], 1):
         inside = section.get(part)
         if inside is not None and not isinstance(inside, dict):
             return f"expected {'.'.join(path[:depth])} to be a section; found a value"
-        section[part] = dict(inside or {})  # a copy: YAML aliases share what they stand for
+        section[part] = dict(inside or {})  # a copy: YAML aliases are one object
         section = section[part]
     if value is None and len(path) == 1 and isinstance(section.get(path[0]), dict):
         return f"expected keys with values; found null, which would drop all of {path[0]}"
@@ -240,9 +250,9 @@ def _put(values: dict[str, Any], path: KeyPath, value: Any) -> str | None:
 
 
 def _lost(value: str, root: yaml.Node | None, parsed: Any) -> str | None:
-    """What is wrong with an override whose value YAML drops, all of it or its end, as an unset variable of a shell makes one.
+    """Return what is wrong with an override whose value, or its end, YAML drops, or None.
 
-    It would fall back on a default, or on other data, without a word.
+    An unset variable of a shell makes such a value. The run would silently use a default or other data.
     """
     if not value.strip():
         return "expected a value after the `=`; found nothing (write null for null)"
@@ -255,7 +265,7 @@ def _lost(value: str, root: yaml.Node | None, parsed: Any) -> str | None:
 
 
 def _displace(document: Document, alternatives: Iterable[Sequence[str]], needs: Mapping[str, str]) -> None:
-    """Remove the alternatives to what is overridden, and what needs them."""
+    """Remove the alternatives to overridden keys, and the keys that need them."""
     given = [override.path for override in document.overrides if override.value is not None]
     _refuse_nulls(document, alternatives, given)
 
@@ -275,9 +285,9 @@ def _displace(document: Document, alternatives: Iterable[Sequence[str]], needs: 
 
 
 def _refuse_nulls(document: Document, alternatives: Iterable[Sequence[str]], given: Sequence[KeyPath]) -> None:
-    """Refuse an override that sets a source to null and names no other: what the file names would stand in for it."""
+    """Refuse an override that sets a source to null and names no other: the one in the file would be used."""
     groups = [[tuple(key.split(".")) for key in keys] for keys in alternatives]
-    for round_plan, text, path, value in document.overrides:
+    for position, text, path, value in document.overrides:
         keys: list[KeyPath] = next((keys for keys in groups if path in keys), [])
         if value is not None or any(overlap(key, other) for key in keys for other in given):
             continue
@@ -285,7 +295,7 @@ def _refuse_nulls(document: Document, alternatives: Iterable[Sequence[str]], giv
             problem = (
                 f"expected a value; found null, so {standing[0]} of {document.origin} would be used: leave this out for that"
             )
-            _refuse(document, round_plan, text, ".".join(path), problem)
+            _refuse(document, position, text, ".".join(path), problem)
 
 
 def _standing(values: Mapping[str, Any], path: KeyPath) -> bool:
@@ -300,9 +310,9 @@ def _in_file(origin: str, line: int, column: int, key: str, text: str) -> Proble
     return Problem((0, line, column), f"{origin}:{line + 1}:{column + 1}", key, text)
 
 
-def _refuse(document: Document, round_plan: int, override: str, key: str, text: str) -> None:
-    document.problems.append(Problem((1, round_plan, 0), _said(override), key, text))
+def _refuse(document: Document, position: int, override: str, key: str, text: str) -> None:
+    document.problems.append(Problem((1, position, 0), _option(override), key, text))
 
 
-def _said(override: str) -> str:
+def _option(override: str) -> str:
     return "--set " + (override if len(override) <= _LONGEST else f"{override[: _LONGEST - 3]}...")

@@ -214,7 +214,7 @@ def _row(number: int, stages: Mapping[str, Mapping[str, Any]], *, best: bool) ->
         "seconds": {name: entry["seconds"] for name, entry in stages.items()},
     }
     if masked := stages.get("mask"):
-        row["moving_share"] = masked.get("trainable_share_of_prunable")
+        row["trainable_share_of_prunable"] = masked.get("trainable_share_of_prunable")
     if tuned := stages.get("finetune"):
         row |= {
             "metric": tuned["metric"],

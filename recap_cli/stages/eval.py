@@ -113,7 +113,7 @@ def _labels(context: Context) -> Labels:
     """The labels as `init` read them. Where a state does not say how, numbers are values, as in a file without names."""
     made = context.state.manifest.made
     own, words = made.get("label_places", False), made.get("label_words", True)
-    return Labels(tuple(context.spec.label_names), own=own, words=words)
+    return Labels(tuple(context.spec.label_names), from_dataset=own, words=words)
 
 
 def _columns(scored: Scored, seen: dict[str, Examples], names: Sequence[str]) -> dict[str, list[Any]]:

@@ -61,7 +61,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
             **model_facts(full),
             "notes": [*transaction.facts.get("notes", ()), *raw.notes, *full.notes, *split.notes, *validation.notes],
             "train_examples": len(split),
-            "label_places": raw.labels.own,
+            "label_places": raw.labels.from_dataset,
             "label_words": raw.labels.words,
             "threads": count,
             "metric": recipe.task.metric,

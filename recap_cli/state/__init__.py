@@ -1,1 +1,1 @@
-"""The folder on disk: which stage is done, which files count, one commit point."""
+"""The state folder: which stage is done, which files count, one commit point."""

@@ -1,7 +1,6 @@
-"""Files that last: sealed by size and checksum, flushed before they count, and a full disk that is named.
+"""Files that last: with size and checksum, flushed before they count, and with an error that names a full disk.
 
-Nothing here knows what a state is. A seal is what a file must be; reading compares with it, and a file is hashed once
-per process as long as the system says that it has not changed.
+This module knows nothing of states. A process hashes a file once, unless size, times or inode show a change.
 """
 
 import errno
@@ -24,34 +23,34 @@ if TYPE_CHECKING:
 DENIED = "it may not be read"
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-NO_PLACE = frozenset({errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.ELOOP})  # no folder can be of that name
-HEADER_BYTES = 1 << 16  # room for what the disk needs beside the tensors: the safetensors header, state.yaml
+NO_PLACE = frozenset({errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.ELOOP})  # no folder can have that name
+HEADER_BYTES = 1 << 16  # what the disk needs in addition to the tensors: the safetensors header, state.yaml
 
 Fingerprint = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Checksum:
-    """What a committed file must be."""
+    """The size and SHA-256 that a committed file must have."""
 
     bytes: int
     sha256: str
 
 
-_checksummed: dict[Fingerprint, Checksum] = {}  # of this process, so that the stages of one run do not hash a file twice
+_checksummed: dict[Fingerprint, Checksum] = {}  # of this process, so that a run does not hash a file twice
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """What changes when the file is written to or replaced: device, inode, bytes, and both times in nanoseconds."""
+    """Return what changes when a file is written or replaced: device, inode, bytes, and both times in nanoseconds."""
     now = path.stat()
     return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
 
 def oddity(path: Path) -> str | None:
-    """What stands there in place of a plain file, in words; None for a plain one. What it leads to is not looked at.
+    """Return what a path is instead of a plain file, in words; None for a plain file. Links are not followed.
 
     Raises:
-        OSError: nothing is there, or it cannot be looked at.
+        OSError: It does not exist, or cannot be looked at.
     """
     mode = path.lstat().st_mode
     kinds = {"a link": stat.S_ISLNK, "a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
@@ -59,9 +58,10 @@ def oddity(path: Path) -> str | None:
 
 
 def odd_place(root: Path, rel: str) -> tuple[Path, str] | None:
-    """The first thing on the way from `root` to the file `rel` that is no plain folder, or file, and what it is instead.
+    """Return the first path from `root` to the file `rel` that is not a plain folder or file, and what it is instead.
 
-    What is not there is not odd.
+    Returns:
+        None if all are plain, or if one does not exist.
     """
     parents = [root / parent for parent in reversed(Path(rel).parents)][1:]
     for path in (*parents, root / rel):
@@ -77,7 +77,7 @@ def odd_place(root: Path, rel: str) -> tuple[Path, str] | None:
 
 
 def checksum(path: Path) -> Checksum:
-    """The size and checksum of a file; read only if this process has not sealed it, unchanged, before."""
+    """Return the size and SHA-256 of a file. It is read only if it is new to this process, or has changed."""
     before = fingerprint(path)
     if before in _checksummed:
         return _checksummed[before]
@@ -89,7 +89,7 @@ def checksum(path: Path) -> Checksum:
 
 
 def difference(path: Path, expected: Checksum) -> str | None:
-    """How the file differs from what was sealed, in words, or None where it does not. A wrong size is not hashed."""
+    """Return how a file differs from its checksum, in words, or None. A file of another size is not hashed."""
     try:
         size = path.stat().st_size
         if size != expected.bytes:
@@ -107,21 +107,21 @@ def difference(path: Path, expected: Checksum) -> str | None:
 
 
 def flush(path: Path) -> None:
-    """Returns when the file, or a folder's list of names, is on the disk and not only in memory."""
+    """Return when a file, or a folder's list of names, is on the disk and not only in memory."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not (error.errno == errno.EINVAL and path.is_dir()):  # some network file systems flush no folders
+        if not (error.errno == errno.EINVAL and path.is_dir()):  # some network file systems cannot flush folders
             raise
     finally:
         os.close(descriptor)
 
 
 def flush_folders(root: Path, rels: Iterable[str]) -> None:
-    """Flushes every folder between `root` (included) and the files `rels` below it, the deepest first."""
+    """Flush every folder from `root` (included) down to the files `rels`, the deepest first."""
     folders = {root, *(root / parent for rel in rels for parent in Path(rel).parents)}
     for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
         with storage_errors(folder):
@@ -129,10 +129,10 @@ def flush_folders(root: Path, rels: Iterable[str]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text, not yet flushed.
+    """Write UTF-8 text, not yet flushed.
 
     Raises:
-        StorageError: the disk is full or refuses.
+        StorageError: The disk is full, or the file cannot be written.
     """
     data = text.encode()
     with storage_errors(path, len(data)):
@@ -140,12 +140,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str, temporary: Path | None = None) -> None:
-    """Replaces a whole file at once: whoever opens it, at any moment or after a crash, finds the old or the new text.
+    """Replace a whole file at once: at any moment, and after a crash, it holds the old or the new text.
 
-    It is written as `temporary` first, a file of the same disk; where none is given, as one beside it.
+    Args:
+        path: The file.
+        text: The new text.
+        temporary: A file on the same disk that is written first; one beside `path` by default.
 
     Raises:
-        StorageError: the disk is full or refuses; the old text stands, unless the error names the folder.
+        StorageError: The disk is full, or the file cannot be written. The old text stands, unless the error names the folder.
     """
     temporary = temporary or path.with_name(path.name + ".tmp")
     write_text(temporary, text)
@@ -157,13 +160,17 @@ def replace_text(path: Path, text: str, temporary: Path | None = None) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], by: Path | None = None) -> None:
-    """Writes a safetensors file, not yet flushed; contiguous CPU tensors are not copied.
+    """Write a safetensors file, not yet flushed. Contiguous CPU tensors are not copied.
 
-    It is written into the folder `by`, of the same disk, and then moved: safetensors writes under a name of its own first,
-    which stays there if it is killed. Where no folder is given it is the file's own.
+    Args:
+        path: The file.
+        tensors: The tensors by name.
+        by: A folder on the same disk in which the file is written before it is moved; the file's folder by default.
+            safetensors writes a temporary file first, which stays there after a kill.
 
     Raises:
-        StorageError: the disk is full or refuses; where the space is known not to do, before anything is written.
+        StorageError: The disk is full, or the file cannot be written. Too little free space is found before anything is
+            written.
     """
     from safetensors.torch import save_file
 
@@ -177,15 +184,15 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], by: Path | None = 
         mode = made.stat().st_mode
         packed = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(packed, made, {"format": "pt"})
-        made.chmod(mode)  # safetensors 0.8 leaves files that only their owner can read
+        made.chmod(mode)  # safetensors 0.8 makes files that only their owner can read
         os.replace(made, path)
 
 
 def load_tensors(path: Path) -> dict[str, "Tensor"]:
-    """The tensors of a safetensors file, on the CPU. They are private pages of it: writing to them changes no file.
+    """Return the tensors of a safetensors file, on the CPU. They are private pages of it: writing to them changes no file.
 
     Raises:
-        CorruptStateError: the file is not in the safetensors format.
+        CorruptStateError: The file is not in the safetensors format.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -198,7 +205,7 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
 
 
 def free_bytes(path: Path) -> int | None:
-    """What the disk of `path` has left for this user, or None where the file system does not say."""
+    """Return the bytes that the disk of `path` has free for this user, or None if the file system reports none."""
     there = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
     try:
         usage = shutil.disk_usage(there)
@@ -209,10 +216,10 @@ def free_bytes(path: Path) -> int | None:
 
 @contextmanager
 def storage_errors(path: Path, wanted_bytes: int | None = None) -> Iterator[None]:
-    """Turns whatever the system refuses within into a StorageError that names `path`."""
+    """Turn every error of the system inside into a StorageError that names `path`."""
     try:
         yield
-    except Exception as error:  # safetensors has a type of its own, with the system's error only in its text
+    except Exception as error:  # safetensors raises another type, with the system's error only in its text
         code = system_error(error)
         if code is None:
             raise
@@ -221,9 +228,9 @@ def storage_errors(path: Path, wanted_bytes: int | None = None) -> Iterator[None
 
 @contextmanager
 def refused_writes(root: Path) -> Iterator[None]:
-    """Turns a full disk, or a refusal to write below `root`, into a StorageError; leaves every other error alone.
+    """Turn a full disk, or a refusal to write below `root`, into a StorageError; other errors pass.
 
-    For code that is not ours and writes by itself, as `save_pretrained` does.
+    For libraries that write files themselves, as `save_pretrained` does.
     """
     try:
         yield
@@ -238,7 +245,7 @@ def refused_writes(root: Path) -> Iterator[None]:
 
 
 def system_error(error: BaseException) -> int | None:
-    """The `errno` that an error carries, be it an OSError or one of safetensors' own, or None."""
+    """Return the `errno` of an OSError, or the one that an error of safetensors names in its text, or None."""
     if isinstance(error, OSError):
         return error.errno
     if type(error).__name__ == "SafetensorError":
@@ -248,14 +255,14 @@ def system_error(error: BaseException) -> int | None:
 
 
 def storage_error(path: Path, code: int, wanted_bytes: int | None = None) -> StorageError:
-    """The error that names the file, why it could not be written and, on a full disk, the bytes wanted and free."""
+    """Return the error that names the file, why it cannot be written and, on a full disk, the bytes wanted and free."""
     if code not in FULL:
         mend = "" if code in NO_PLACE else "make the folder writable, or "
-        hint = f"{mend}use another one with --state (of `compare`: --out)"
+        hint = f"{mend}use another one with --state (`recap compare`: --out)"
         return StorageError(f"{path}: cannot be written: {os.strerror(code)}", hint=hint)
     sizes = [] if wanted_bytes is None else [f"{wanted_bytes:,} bytes wanted"]
     free = free_bytes(path)
     if free is not None:
         sizes.append(f"{free:,} bytes free")
-    hint = "free some space on that disk, or raise the quota, and run the same command again"
+    hint = "free space on that disk, or raise the quota, and run the same command again"
     return StorageError(f"{path}: cannot be written: {', '.join([os.strerror(code), *sizes])}", hint=hint)

@@ -1,7 +1,7 @@
-"""What a writer writes or drops, noted and flushed before it does: the one ground on which a file of a state is removed.
+"""The journal of a transaction: the names that it writes or drops, on disk before it does so.
 
-Whatever the journal names and `state.yaml` does not is ours: a stage that was stopped has written it, or a commit has dropped
-it. Everything else, wherever it lies, is the user's.
+A file is removed only if the journal names it and `state.yaml` does not. Then a stopped stage has written it, or a commit has
+dropped it. All other files belong to the user.
 """
 
 import hashlib
@@ -14,16 +14,16 @@ from pathlib import Path
 from recap_cli.state import files
 from recap_cli.state.names import COMMIT, RECIPES, UNDER_WAY, is_ours
 
-WORK = ".recap-draft"  # the folder of the one who writes: the journal, and files that are not yet in their places
+WORK = ".recap-transaction"  # the folder of the open transaction: the journal, and files that are not yet in their places
 JOURNAL = "names"
 MARK_DIGITS = 16
 
 
 def open_journal(root: Path) -> Path:
-    """The folder of the one who writes, made if it is not there.
+    """Make the folder of a transaction if it does not exist, and return it.
 
     Raises:
-        StorageError: the disk is full or refuses.
+        StorageError: The disk is full, or the folder cannot be written.
     """
     work = root / WORK
     with files.storage_errors(work):
@@ -32,10 +32,10 @@ def open_journal(root: Path) -> Path:
 
 
 def note(root: Path, names: Iterable[str]) -> None:
-    """Adds names to the journal; returns when they are on the disk.
+    """Add names to the journal, and return when they are on the disk.
 
     Raises:
-        StorageError: the disk is full or refuses.
+        StorageError: The disk is full, or the folder cannot be written.
     """
     place = root / WORK / JOURNAL
     text, is_new = "".join(_line(name) for name in names), not place.exists()
@@ -48,10 +48,10 @@ def note(root: Path, names: Iterable[str]) -> None:
 
 
 def noted(root: Path) -> set[str]:
-    """The names in the journal. A line that is not whole, or not as it was written, names nothing.
+    """Return the names in the journal. Truncated or altered lines do not count.
 
     Raises:
-        OSError: the journal cannot be read.
+        OSError: The journal cannot be read.
     """
     place = root / WORK / JOURNAL
     try:
@@ -66,15 +66,18 @@ def noted(root: Path) -> set[str]:
 
 
 def sweep(root: Path, committed: Collection[str], spared: Collection[str] = ()) -> None:
-    """Removes the files that the journal names, the folders that they leave empty, and the journal.
+    """Remove the files that the journal names, the folders that this empties, and the journal.
 
-    What is `committed` stays; what is `spared` too, and the journal with it, so that another sweep may remove it.
+    Args:
+        root: The state folder.
+        committed: Files that stay.
+        spared: Files that stay for now. The journal stays with them, so that another sweep can remove them.
 
     Raises:
-        OSError: something cannot be removed.
+        OSError: A file cannot be removed.
     """
     if files.odd_place(root, f"{WORK}/{JOURNAL}"):
-        return  # not of our making
+        return  # recap has not made it
     old = noted(root) - set(committed)
     going = sorted(old - set(spared))
     for name in going:
@@ -89,17 +92,17 @@ def sweep(root: Path, committed: Collection[str], spared: Collection[str] = ()) 
 
 
 def _flush_around(root: Path, names: Iterable[str]) -> None:
-    """Returns when it is on the disk that these files are gone: until then the journal must name them."""
+    """Return when the removal of these files is on the disk: until then the journal must name them."""
     folders = {root / parent for name in names for parent in Path(name).parents}
     for folder in sorted(folders):
         if folder.is_dir():
-            with suppress(OSError):  # on a disk that flushes nothing, a tidy folder now is all that can be had
+            with suppress(OSError):  # some disks cannot flush; the files are gone all the same
                 files.flush(folder)
 
 
 def _remove_empty(root: Path, name: str) -> None:
     for parent in list(Path(name).parents)[:-1]:
-        with suppress(OSError):  # it holds something else, or is not there
+        with suppress(OSError):  # it is not empty, or does not exist
             (root / parent).rmdir()
 
 

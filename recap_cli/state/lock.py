@@ -1,4 +1,4 @@
-"""Who may write a state folder, which folder may become one, and what in it is refused as it stands."""
+"""Who may write a state folder, which folder may become one, and what in it is refused."""
 
 import errno
 import json
@@ -21,19 +21,22 @@ NO_LINKS = "put the folder or file itself back in its place; a whole state may l
 
 
 def plain(path: str | Path) -> Path:
-    """The path without its `x/..` where there is no `x`: making the folder would make `x` too, and leave it there.
+    """Return the path without `x/..` if `x` does not exist: making the folder would make `x` too, and leave it there.
 
-    Where all of them are there the path stays as it is, for `..` behind a link leads to where the link leads.
+    If all its folders exist, the path stays as it is: `..` after a link leads to the parent of the link's target.
     """
     return Path(path) if os.path.exists(Path(path).parent) else Path(os.path.normpath(path))
 
 
 def claim(root: Path) -> bool:
-    """Makes the folder of a new state, or takes an empty one, and marks it. Returns whether it was made here.
+    """Make the folder of a new state, or take an empty one, and mark it.
+
+    Returns:
+        Whether the folder did not exist before.
 
     Raises:
-        StateError: there is a state, or anything else, in the folder.
-        StorageError: the folder cannot be made or written.
+        StateError: The folder is not empty.
+        StorageError: The folder cannot be made or written.
     """
     with storage.storage_errors(root):
         refuse_state(root)
@@ -47,28 +50,28 @@ def claim(root: Path) -> bool:
 
 
 def refuse_state(root: Path) -> None:
-    """Passes where no state is.
+    """Refuse a folder that holds a state.
 
     Raises:
-        StateError: there is a state, or a file in place of the folder.
+        StateError: There is a state, or a file instead of a folder.
     """
     if root.exists() and not root.is_dir():
         raise StateError(f"{root}: is a file, not a folder", hint="give a new folder with --state")
     if (root / COMMIT).exists():
         raise StateError(
-            f"{root}: there is a state here already",
-            hint=f"give another folder with --state, or go on with this one: recap run --state {quoted(root)}",
+            f"{root}: is a state already",
+            hint=f"give another folder with --state, or continue this state: recap run --state {quoted(root)}",
         )
 
 
 def refuse_running(root: Path) -> None:
-    """Passes where no `init` is at work.
+    """Refuse a folder in which an `init` is running.
 
     Raises:
-        StateLockedError: another process is making a state there.
+        StateLockedError: Another process is making a state there.
     """
     lock = FileLock(root / LOCK, timeout=0)
-    with suppress(OSError):  # whoever calls has an error of its own to raise
+    with suppress(OSError):  # the caller raises a better error
         if (root / UNDER_WAY).exists() and (root / LOCK).exists():
             try:
                 lock.acquire()
@@ -78,11 +81,11 @@ def refuse_running(root: Path) -> None:
 
 
 def withdraw(root: Path, made: bool) -> None:
-    """Leaves the folder of a failed `init` as it was found; or marked, where not all that it wrote could be removed.
+    """Restore the folder of a failed `init`. If a file cannot be removed, leave the folder marked.
 
-    The marker lets the next `init` use the folder, which removes what the journal names.
+    The mark lets the next `init` use the folder, and remove what the journal names.
     """
-    with suppress(OSError):  # an error is under way
+    with suppress(OSError):  # must not hide the error that failed `init`
         for name in (HOLDER, LOCK):
             (root / name).unlink(missing_ok=True)
         if os.path.lexists(root / WORK):
@@ -94,12 +97,12 @@ def withdraw(root: Path, made: bool) -> None:
 
 @contextmanager
 def locked(root: Path, stage: str) -> Iterator[None]:
-    """Holds the kernel's lock on the folder, which goes when the process goes; a file beside it says who holds it.
+    """Hold the kernel's lock on the folder, which ends with the process. A file names the holder, for messages.
 
     Raises:
-        StateLockedError: another process holds it.
-        CorruptStateError: the lock, or a file beside it, is no plain file.
-        StorageError: the folder cannot be written.
+        StateLockedError: Another process holds it.
+        CorruptStateError: The lock, or a file beside it, is not a plain file.
+        StorageError: The folder cannot be written.
     """
     refuse_odd(root, ())
     lock = FileLock(root / LOCK, timeout=0)
@@ -111,50 +114,49 @@ def locked(root: Path, stage: str) -> Iterator[None]:
         raise storage.storage_error(root, error.errno or errno.EIO) from error
     holder = root / HOLDER
     try:
-        with suppress(OSError):  # only the message of the other process suffers
-            told = {"pid": os.getpid(), "host": socket.gethostname(), "stage": stage}
-            holder.write_text(json.dumps(told), encoding="utf-8")
+        with suppress(OSError):  # without the file, only the other process's message knows less
+            facts = {"pid": os.getpid(), "host": socket.gethostname(), "stage": stage}
+            holder.write_text(json.dumps(facts), encoding="utf-8")
         yield
     finally:
         try:
             with suppress(OSError):
                 holder.unlink()
-        finally:  # a second Ctrl-C may come here
+        finally:  # even if a second Ctrl-C interrupts the removal
             lock.release()
 
 
 def _locked_error(root: Path) -> StateLockedError:
     try:
-        told = json.loads((root / HOLDER).read_text(encoding="utf-8"))
-        who = f"process {told['pid']} on {told['host']} (`recap {told['stage']}`)"
-    except (OSError, ValueError, KeyError, TypeError):  # the holder is just starting, or just going
+        facts = json.loads((root / HOLDER).read_text(encoding="utf-8"))
+        who = f"process {facts['pid']} on {facts['host']} (`recap {facts['stage']}`)"
+    except (OSError, ValueError, KeyError, TypeError):  # the holder is just starting or ending
         who = "another process"
     return StateLockedError(f"{root}: {who} is writing this state", hint="wait until it is done, or stop it")
 
 
 def is_tidy(root: Path) -> bool:
-    """Whether nothing is left of a writer that was stopped."""
+    """Whether no leftovers of a stopped writer exist."""
     return not any(os.path.lexists(root / name) for name in (WORK, UNDER_WAY, HOLDER))
 
 
 def refuse_odd(root: Path, files: Iterable[str]) -> None:
-    """Passes where `files`, those beside them that every state has, and the folders that they are in, are no links, and no
-    pipes or devices.
+    """Refuse links, pipes and devices in place of `files`, of the files of every state, and of their folders.
 
     Raises:
-        CorruptStateError: one is.
-        StateError: one may not be looked at.
+        CorruptStateError: One is not a plain file or folder.
+        StateError: One may not be looked at.
     """
     for rel in (*files, COMMIT, LOCK, HOLDER, UNDER_WAY, f"{WORK}/{JOURNAL}"):
         refuse_odd_place(root, rel)
 
 
 def refuse_odd_place(root: Path, rel: str) -> None:
-    """The same of one file.
+    """Do the same for one file.
 
     Raises:
-        CorruptStateError: it is odd, or a folder on the way to it is.
-        StateError: it may not be looked at.
+        CorruptStateError: It, or a folder on the way to it, is not a plain one.
+        StateError: It may not be looked at.
     """
     try:
         odd = storage.odd_place(root, rel)
@@ -165,6 +167,6 @@ def refuse_odd_place(root: Path, rel: str) -> None:
 
 
 def odd_error(path: Path, what: str) -> CorruptStateError:
-    """The error that names what stands in the place of a file or a folder of a state."""
+    """Return the error that names what stands in the place of a file or a folder of a state."""
     hint = NO_LINKS if what == "a link" else START_OVER
     return CorruptStateError(f"{path}: is {what}, which nothing in a state is", hint=hint)

@@ -1,6 +1,6 @@
-"""What `state.yaml` says: the stage that is done, what is current, and every file that counts, with its checksum.
+"""The manifest, `state.yaml`: the stage that is done, the current models, and every file that counts, with its checksum.
 
-Its own checksum is its last line. A file that was cut, or of which one bit is another, is refused before it is read as YAML.
+The last line is a checksum of the lines above it. A truncated or altered file is refused before it is parsed.
 """
 
 import errno
@@ -56,11 +56,9 @@ PREFACE = "# Written by recap, as a whole, when a stage is done. Look at it with
 CHECKSUMMED = "# sha256 of all lines above: "
 CHECKSUM_LINE = re.compile(rb"# sha256 of all lines above: ([0-9a-f]{64})\n\Z")
 CHECKSUM_BYTES = len(CHECKSUMMED) + 65
-WITHOUT_CHECKSUM = re.compile(
-    rb"^schema: ([12])$", re.MULTILINE
-)  # before there was a checksum; of such a file no damage can be told
+
 START_OVER = "restore the file from a copy, or start a new state: recap init RECIPE --state NEW"
-LOOK_AT_PERMISSIONS = "look at the permissions of the folder and what is in it; the state is as it was"
+LOOK_AT_PERMISSIONS = "check the permissions of the folder and its files; the state is as it was"
 ELSEWHERE = "name a state's folder, or make a new one: recap init RECIPE --state NEW"
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -68,11 +66,22 @@ DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `state.yaml` says.
+    """What `state.yaml` holds.
 
-    `full` and `small` are the folders that hold the current models, `best` whatever `merge` notes about the best small
-    model; `files` are all files that count; `history` has one entry per finished stage, oldest first.
-    `recipe` is the file of the recipe as it is now, `changes` what was changed in it since `init`, oldest first.
+    Attributes:
+        round: The round of the last finished stage.
+        stage: The last finished stage.
+        recipe_digest: The digest of the recipe.
+        full: The folder of the current full model.
+        small: The folder of the current small model.
+        best: The facts of the best small model, as `merge` notes them.
+        versions: Versions of recap, Python and the libraries.
+        plugins: The plugins that the state was made with.
+        history: The facts of each finished stage, oldest first.
+        files: All files that count.
+        schema: The schema of `state.yaml`.
+        recipe: The file of the current recipe.
+        changes: The changes of the recipe since `init`, oldest first.
     """
 
     round: int
@@ -91,11 +100,11 @@ class Manifest:
 
     @property
     def made(self) -> dict[str, Any]:
-        """What `init` noted when it made the state; empty if nothing did."""
+        """The facts of `init`; empty before it is done."""
         return next((entry for entry in self.history if entry["stage"] == "init"), {})
 
 
-# In the order of the file: what a reader looks for first stands first, and what is long last.
+# In the order of the file: for readers, the short and important keys stand first.
 FIELDS = (
     *("schema", "round", "stage", "full", "small", "best", "recipe_digest", "recipe"),
     *("versions", "plugins", "changes", "history", "files"),
@@ -103,37 +112,37 @@ FIELDS = (
 
 
 def round_of(manifest: Manifest, stage: str) -> int:
-    """The round that the next stage belongs to: `prune` begins a new one."""
+    """Return the round of the next stage: `prune` begins a new one."""
     return manifest.round + 1 if stage == "prune" else manifest.round
 
 
 def quoted(path: Path) -> str:
-    """The path as a shell needs it, for hints."""
+    """Return the path as a shell needs it, for hints."""
     return shlex.quote(str(path))
 
 
 def facts_of(manifest: Manifest) -> dict[str, Any]:
-    """A manifest as plain values, key by key as in state.yaml."""
+    """Return a manifest as plain values, in the order of `state.yaml`."""
     facts = asdict(manifest)
     return {name: facts[name] for name in FIELDS}
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """The text of state.yaml, its checksum last."""
+    """Return the text of `state.yaml`, its checksum last."""
     return checksummed(PREFACE + str(yaml.dump(facts_of(manifest), Dumper=DUMPER, sort_keys=False, allow_unicode=True)))
 
 
 def checksummed(body: str) -> str:
-    """A text with its checksum as a last line."""
+    """Return a text with its checksum as the last line."""
     return f"{body}{CHECKSUMMED}{hashlib.sha256(body.encode()).hexdigest()}\n"
 
 
 def read_manifest(root: Path) -> Manifest:
-    """What state.yaml says now.
+    """Read `state.yaml` as it is now.
 
     Raises:
-        StateError: there is none, it cannot be read, or it is of another schema.
-        CorruptStateError: it is not as it was written, or makes no sense.
+        StateError: There is none, it cannot be read, or its schema is another one.
+        CorruptStateError: It is not as it was written, or its values contradict each other.
     """
     place = root / COMMIT
     try:
@@ -152,22 +161,20 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def _body(place: Path) -> bytes:
-    """What stands above the checksum, which is looked at first: a file of any size that has none is not read.
+    """Return the lines above the checksum. A file without a checksum is not read, whatever its size.
 
     Raises:
-        OSError: the file cannot be read.
-        CorruptStateError: the checksum is not that of what stands above it.
+        OSError: The file cannot be read.
+        CorruptStateError: There is no checksum, or it is not that of the lines above it.
     """
     with place.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - CHECKSUM_BYTES))
         checksum = CHECKSUM_LINE.search(file.read(CHECKSUM_BYTES))
+        if checksum is None:
+            raise _altered(place, "its last line, a checksum of all others, is missing: it was cut off or edited")
         file.seek(0)
-        body = file.read(max(0, size - CHECKSUM_BYTES) if checksum else 1024)
-    if checksum is None and (older := WITHOUT_CHECKSUM.search(body)):
-        raise _other_schema(place, int(older.group(1)), "")
-    if checksum is None:
-        raise _altered(place, "its last line, a checksum of all others, is not there: it was cut off or edited")
+        body = file.read(max(0, size - CHECKSUM_BYTES))
     if hashlib.sha256(body).hexdigest() != checksum.group(1).decode():
         raise _altered(place, "it is not as recap wrote it: its last line is a checksum of other lines")
     return body
@@ -179,13 +186,13 @@ def _altered(place: Path, what: str) -> CorruptStateError:
 
 def _other_schema(place: Path, schema: object, by: str) -> StateError:
     return StateError(
-        f"{place}: has schema {schema}{by} and this recap knows schema {SCHEMA} alone",
+        f"{place}: has schema {schema}{by} and this recap reads only schema {SCHEMA}",
         hint="use the version of recap that made the state, or start a new one: recap init RECIPE --state NEW",
     )
 
 
 def _may_become_one(root: Path) -> bool:
-    """Whether `init` would take the folder: it is not there, it is empty, or an `init` was stopped in it."""
+    """Whether `init` accepts the folder: it does not exist, it is empty, or an `init` was stopped in it."""
     return not root.exists() or (root / UNDER_WAY).exists() or not any(root.iterdir())
 
 
@@ -201,7 +208,7 @@ def _why_no_state(root: Path) -> str:
 
 @lru_cache(maxsize=2)
 def _parsed(place: Path, body: bytes) -> Any:
-    """The values of a text, kept for the next look at the same one: a stage reads state.yaml three times. Not to be changed."""
+    """Return the parsed text, which callers must not change. Cached: a stage reads `state.yaml` three times."""
     try:
         loader = LOADER(body.decode())
         try:
@@ -214,13 +221,13 @@ def _parsed(place: Path, body: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise CorruptStateError(f"{place}: is no text", hint=START_OVER) from error
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        where = getattr(error, "problem_mark", None)  # PyYAML's constructors have other errors than its own, too
+        where = getattr(error, "problem_mark", None)  # PyYAML's constructors raise other types too
         line = f", line {where.line + 1}" if where else ""
         raise CorruptStateError(f"{place}{line}: is no YAML", hint=START_OVER) from error
 
 
 def _doubled(node: yaml.Node | None) -> str | None:
-    """A key that a mapping has twice, of which YAML would keep the last without a word."""
+    """Return a key that a mapping has twice, or None. YAML would silently keep the last one."""
     pending, seen = [node], set[int]()
     while pending:
         now = pending.pop()

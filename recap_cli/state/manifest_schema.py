@@ -1,4 +1,4 @@
-"""What `state.yaml` may say: the shape of every value, and what goes with what. Checked as a whole, read or written."""
+"""The schema of `state.yaml`: the type of every value, and what values must agree on. Reads and writes check all of it."""
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -16,7 +16,7 @@ OPEN = ConfigDict(strict=True, extra="allow")
 
 
 class File(BaseModel):
-    """The seal of a file that counts."""
+    """Size and checksum of a file that counts."""
 
     model_config = STRICT
 
@@ -25,7 +25,7 @@ class File(BaseModel):
 
 
 class Entry(BaseModel):
-    """A finished stage; what the stage has found beside these is its own business."""
+    """A finished stage; the stage adds further facts."""
 
     model_config = OPEN
 
@@ -36,7 +36,7 @@ class Entry(BaseModel):
 
 
 class Best(BaseModel):
-    """The best small model; `merge` may note more of it."""
+    """The best small model; `merge` may add further facts."""
 
     model_config = OPEN
 
@@ -99,7 +99,7 @@ class Contents(BaseModel):
 
 
 def problem_of(facts: Mapping[str, Any]) -> str | None:
-    """The first thing in the facts of a state.yaml that is not what it should be, in words; None where all is."""
+    """Return the first problem in the values of a `state.yaml`, in words, or None."""
     try:
         found = Contents.model_validate(facts)
     except ValidationError as error:
@@ -110,9 +110,9 @@ def problem_of(facts: Mapping[str, Any]) -> str | None:
 
 
 def _contradictions(found: Contents) -> Iterator[str]:
-    """What in a state.yaml, each value of which is possible by itself, does not go with the rest."""
+    """Yield where values contradict each other, each of which is well-formed by itself."""
     if found.layout != SCHEMA:
-        yield f"schema {found.layout} is none that this version writes"
+        yield f"schema {found.layout} is not the one that this version writes"
     done = [(entry.round, entry.stage) for entry in found.history]
     if not done or done != list(islice(_stages(), len(done))) or done[-1] != (found.round, found.stage):
         yield f"history does not lead to {found.stage} of round {found.round}"
@@ -131,7 +131,7 @@ def _contradictions(found: Contents) -> Iterator[str]:
 
 
 def _stages() -> Iterator[tuple[int, str]]:
-    """What every history is the beginning of: `init`, and then round after round."""
+    """Yield (round, stage) in order: `init`, then round after round."""
     number, stage = 0, "init"
     while True:
         yield number, stage
@@ -140,7 +140,7 @@ def _stages() -> Iterator[tuple[int, str]]:
 
 
 def _is_current(key: str, place: str, least: int, found: Contents) -> bool:
-    """Whether a folder is one of a round there is, and holds files that count."""
+    """Whether a folder belongs to a round of this state, and holds files that count."""
     kind = {"small": "round"}.get(key, key)
     number = place.removeprefix(f"{kind}-")
     known = number.isascii() and number.isdigit() and least <= int(number) <= found.round

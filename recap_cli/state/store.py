@@ -1,8 +1,8 @@
-"""The folder on disk: which stage is done, which files count, and one commit point.
+"""The state folder: which stage is done, which files count, and one commit point.
 
-`state.yaml` names every file that counts, with its size and checksum. A stage writes new files under new names, flushes
-them, and then replaces `state.yaml`; so whoever is killed, at any moment, leaves the state before the stage or the one
-after it. What it had noted in its journal, and `state.yaml` does not name, the next writer removes; nothing else.
+`state.yaml` names every file that counts, with its size and checksum. A stage writes new files under new names, flushes them,
+and then replaces `state.yaml`. A kill at any moment leaves the state before the stage or the one after it. The next writer
+removes the files of a killed one: those that the journal names and `state.yaml` does not.
 """
 
 import json
@@ -47,7 +47,7 @@ __all__ = ["SCHEMA", "STAGES", "Manifest", "State", "Transaction"]
 
 
 class State:
-    """A state folder: open it, ask what comes next, read what was committed, write the next stage."""
+    """A state folder: open it, ask for the next stage, read committed files, write a stage."""
 
     def __init__(self, path: Path, manifest: Manifest, recipe_text: str) -> None:
         self.path = path
@@ -57,12 +57,17 @@ class State:
     @staticmethod
     @contextmanager
     def create(path: str | Path, recipe_text: str, digest: str) -> Iterator[Transaction]:
-        """The draft of `init`, in a new or empty folder, or in one that a killed `init` left behind.
+        """Open the transaction of `init`, in a new or empty folder or in one that a killed `init` left behind.
+
+        Args:
+            path: The folder.
+            recipe_text: The recipe as YAML.
+            digest: Its digest.
 
         Raises:
-            StateError: the folder holds a state, or anything else.
-            StateLockedError: another process is making a state there.
-            StorageError: the disk is full, or the folder cannot be made or written.
+            StateError: The folder is not empty.
+            StateLockedError: Another process is making a state there.
+            StorageError: The disk is full, or the folder cannot be written.
         """
         root = plain(path)
         made = claim(root)
@@ -82,12 +87,12 @@ class State:
 
     @classmethod
     def open(cls, path: str | Path) -> "State":
-        """The state in a folder, its recipe checked.
+        """Open the state in a folder, and check its manifest and its recipe.
 
         Raises:
-            StateError: there is no state, or one of another schema.
-            StateLockedError: another process is making it.
-            CorruptStateError: state.yaml is not as it was written, or makes no sense; or the recipe was edited.
+            StateError: There is no state, or its schema is another one.
+            StateLockedError: Another process is making it.
+            CorruptStateError: `state.yaml` or the recipe is not as it was written.
         """
         root = plain(path)
         try:
@@ -102,24 +107,24 @@ class State:
         except CorruptStateError as error:
             raise CorruptStateError(
                 f"{error.message}; the recipe of a state is not edited by hand",
-                hint=f"put {state.manifest.recipe} back, or start a new state from the changed one: "
-                "recap init RECIPE --state NEW; --set of `recap run` changes what may be changed in a state",
+                hint=f"restore {state.manifest.recipe}, or start a new state from the changed one: "
+                "recap init RECIPE --state NEW; `recap run --set` changes the execution settings of a state",
             ) from error
         return state
 
     def next_stage(self) -> str:
-        """The stage that comes next. How many rounds there are to be is the recipe's business."""
+        """Return the stage that comes next. The recipe, not the state, ends the rounds."""
         return NEXT_STAGE[self.manifest.stage]
 
     @contextmanager
     def writing(self, stage: str) -> Iterator[Transaction]:
-        """The draft of a stage: the end of the `with` block commits it; an error or Ctrl-C leaves the state as it was.
+        """Open the transaction of a stage. The end of the `with` block commits it; an error or Ctrl-C discards it.
 
         Raises:
-            StageOrderError: another stage is next.
-            StateLockedError: another process is writing this state.
-            CorruptStateError: a link, a pipe or a device stands in the place of what was committed.
-            StorageError: the disk is full, or the folder cannot be written.
+            StageOrderError: Another stage is next.
+            StateLockedError: Another process is writing this state.
+            CorruptStateError: A committed file is now a link, a pipe or a device.
+            StorageError: The disk is full, or the folder cannot be written.
         """
         with locked(self.path, stage):
             self._catch_up()
@@ -130,14 +135,18 @@ class State:
             self.manifest = read_manifest(self.path)
 
     def amend(self, recipe_text: str, digest: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        """Commits another recipe in the place of the one there is, and notes the values `before` and `after` by key.
+        """Commit another recipe. A kill at any moment leaves the old recipe or the new one.
 
-        What may differ is the caller's business. Whoever is killed leaves the old recipe or the new one.
+        Args:
+            recipe_text: The new recipe as YAML. The caller checks which keys may differ.
+            digest: Its digest.
+            before: The old values by key, for the record of changes.
+            after: The new values by key.
 
         Raises:
-            StateError: another process has changed the recipe in the meantime.
-            StateLockedError: another process is writing this state.
-            StorageError: the disk is full, or the folder cannot be written.
+            StateError: Another process has changed the recipe in the meantime.
+            StateLockedError: Another process is writing this state.
+            StorageError: The disk is full, or the folder cannot be written.
         """
         with locked(self.path, "run"):
             self._catch_up()
@@ -148,12 +157,12 @@ class State:
             self.recipe_text = recipe_text
 
     def tidy(self) -> None:
-        """Removes what a writer that was stopped has left: of a finished state, nobody else would.
+        """Remove what a stopped writer has left. A finished state has no next writer that would do it.
 
-        Where the folder cannot be written it stays, and does no harm.
+        If the folder cannot be written, the leftovers stay and do no harm.
 
         Raises:
-            StateLockedError: another process is writing this state.
+            StateLockedError: Another process is writing this state.
         """
         if is_tidy(self.path):
             return
@@ -162,11 +171,11 @@ class State:
             self._make_room()
 
     def verified(self, rel: str) -> Path:
-        """The path of a committed file, or folder, after a look at size and checksum, once per process and file.
+        """Return the path of a committed file or folder, once its size and checksum are checked. A process hashes a file once.
 
         Raises:
-            StateError: the state has no such file, it may not be read, or another process has just moved it on.
-            CorruptStateError: the file is missing, truncated or altered, or is none.
+            StateError: The state has no such file, it cannot be read, or another process has just committed.
+            CorruptStateError: The file is missing, truncated, altered, or not a plain file.
         """
         checksums = below(self.manifest.files, rel)
         if not checksums:
@@ -177,33 +186,33 @@ class State:
         differences = {name: what for name, what in zip(checksums, self._compared(checksums), strict=True) if what}
         if differences:
             self._refuse_stale()
-            told = "; ".join(f"{self.path / name}: {what}" for name, what in differences.items())
+            message = "; ".join(f"{self.path / name}: {what}" for name, what in differences.items())
             if all(what.startswith(files.DENIED) for what in differences.values()):
-                raise StateError(told, hint=LOOK_AT_PERMISSIONS)
-            raise CorruptStateError(told, hint=START_OVER)
+                raise StateError(message, hint=LOOK_AT_PERMISSIONS)
+            raise CorruptStateError(message, hint=START_OVER)
         return self.path / rel
 
     def _compared(self, checksums: Mapping[str, files.Checksum]) -> list[str | None]:
-        """How each committed file differs from its seal; several are hashed at once."""
+        """Return how each committed file differs from its checksum, or None. Several are hashed at once."""
 
         def compare(name: str) -> str | None:
             return files.difference(self.path / name, checksums[name])
 
-        if len(checksums) == 1:  # most are asked for one by one, and were hashed before: a thread would cost more than it gains
+        if len(checksums) == 1:  # the most frequent case, often hashed before: a thread would cost more than it gains
             return [compare(name) for name in checksums]
         with ThreadPoolExecutor(max_workers=4) as threads:
             return list(threads.map(compare, checksums))
 
     def load_tensors(self, rel: str) -> dict[str, "Tensor"]:
-        """The tensors of a committed safetensors file, on the CPU. Raises as `verified`."""
+        """Return the tensors of a committed safetensors file, on the CPU. Raises as `verified`."""
         return files.load_tensors(self.verified(rel))
 
     def load_json(self, rel: str) -> Any:
-        """The value in a committed JSON file. Raises as `verified`."""
+        """Return the value in a committed JSON file. Raises as `verified`."""
         return json.loads(self.load_text(rel))
 
     def load_text(self, rel: str) -> str:
-        """A committed text file. Raises as `verified`, and `CorruptStateError` for one that is no UTF-8."""
+        """Return a committed text file. Raises as `verified`, and `CorruptStateError` if it is not UTF-8."""
         path = self.verified(rel)
         try:
             return path.read_bytes().decode()
@@ -211,10 +220,10 @@ class State:
             raise CorruptStateError(f"{path}: is no text", hint=START_OVER) from error
 
     def check_order(self, asked: str) -> None:
-        """Passes where the stage `asked` is the next one.
+        """Check that the stage `asked` is the next one.
 
         Raises:
-            StageOrderError: another stage is next.
+            StageOrderError: Another stage is next.
         """
         right = self.next_stage()
         if asked != right:
@@ -223,13 +232,13 @@ class State:
             raise StageOrderError(message, hint=f"recap {right} {quoted(self.path)}")
 
     def _make_room(self) -> None:
-        """Removes the leftovers of a writer that was stopped, if everything that was committed is in a place of its own."""
+        """Remove the leftovers of a stopped writer. Refuse first if a committed file is not a plain file."""
         refuse_odd(self.path, self.manifest.files)
         with files.storage_errors(self.path):
             sweep(self.path, self.manifest.files)
 
     def _catch_up(self) -> None:
-        """Takes over what other processes have committed since; but not another recipe, which the caller has read."""
+        """Read what other processes have committed since. Refuse another recipe: the caller has read the old one."""
         now = read_manifest(self.path)
         if now.recipe != self.manifest.recipe:
             message = f"{self.path}: another process changed settings of this state in the meantime"

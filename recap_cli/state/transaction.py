@@ -1,4 +1,4 @@
-"""What one stage writes into a state's folder, and the commit that makes it count."""
+"""A transaction: what one stage writes into a state's folder, and the commit."""
 
 import json
 import os
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Transaction:
-    """What one stage writes. Nothing of it counts before the commit, which the end of the `with` block is."""
+    """What one stage writes. The end of the `with` block commits it; nothing counts before."""
 
     def __init__(self, root: Path, before: Manifest, stage: str) -> None:
         self.stage = stage
@@ -52,52 +52,52 @@ class Transaction:
         self._before = before
         self._announced: set[str] = set()
         self._dropped: set[str] = set()
-        self._amended: dict[str, Any] = {}  # what a change of the recipe commits, in place of a stage's facts
+        self._amended: dict[str, Any] = {}  # what a change of the recipe commits instead of a stage
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="recap-state")
         self._hashing: dict[str, tuple[storage.Fingerprint, Future[None], Future[Checksum]]] = {}
         self._started = time.monotonic()
 
     def path(self, rel: str) -> Path:
-        """Where to write the new file `rel`; its folder is there, and the file will be part of the state.
+        """Return where to write the new file `rel`, which the commit makes part of the state. Its folder is made.
 
         Raises:
-            ValueError: `rel` is no file in a full-NNN, round-NNN or best-NNN folder, or is committed already.
-            StateError: a file that recap has not written is in the way.
+            ValueError: `rel` is not in a full-NNN, round-NNN or best-NNN folder, or is committed already.
+            StateError: A file that recap has not written is in the way.
         """
         if not is_ours(rel):
             raise ValueError(f"{rel}: not a place in a full-NNN, round-NNN or best-NNN folder")
         return self._announce(rel)
 
     def save_tensors(self, rel: str, tensors: Mapping[str, "Tensor"]) -> None:
-        """Writes a safetensors file; flushing and hashing go on in the background. Tensors are not copied.
+        """Write a safetensors file without copying tensors. Flushing and hashing continue in the background.
 
         Raises:
-            StorageError: the disk is full or refuses.
+            StorageError: The disk is full, or the file cannot be written.
         """
         storage.save_tensors(self.path(rel), tensors, by=self._work)
         self._checksum(rel)
 
     def save_json(self, rel: str, value: Any) -> None:
-        """Writes a value as indented JSON.
+        """Write a value as indented JSON.
 
         Raises:
-            StorageError: the disk is full or refuses.
+            StorageError: The disk is full, or the file cannot be written.
         """
         storage.write_text(self.path(rel), json.dumps(value, indent=2) + "\n")
 
     def save_text(self, rel: str, text: str) -> None:
-        """Writes a text file in UTF-8.
+        """Write a text file in UTF-8.
 
         Raises:
-            StorageError: the disk is full or refuses.
+            StorageError: The disk is full, or the file cannot be written.
         """
         storage.write_text(self.path(rel), text)
 
     def drop(self, rel: str) -> None:
-        """From the commit on, a committed file, or all of a folder, is no longer part of the state and is deleted.
+        """Remove a committed file, or all of a folder, from the state. The commit deletes it.
 
         Raises:
-            ValueError: nothing of that name is committed.
+            ValueError: Nothing of that name is committed, or it is the recipe.
         """
         dropped = below(self._before.files, rel)
         if not dropped or self._before.recipe in dropped:
@@ -105,19 +105,26 @@ class Transaction:
         self._dropped.update(dropped)
 
     def set_full(self, name: str) -> None:
-        """Makes a file or folder of the state the current full model."""
+        """Make a folder of the state the current full model."""
         self.full = name
 
     def set_small(self, name: str | None) -> None:
-        """Makes a file or folder of the state the current small model; None where there is none."""
+        """Make a folder of the state the current small model; None if there is none."""
         self.small = name
 
     def set_best(self, best: dict[str, Any] | None) -> None:
-        """Notes what is known of the best small model; plain values, its place under the key `folder`."""
+        """Set the facts of the best small model: plain values, its folder under the key `folder`."""
         self.best = best
 
     def amend(self, text: str, digest: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        """Puts another recipe, under a name of its own, in the place of the one there is; no stage is done by that."""
+        """Replace the recipe by another, under a new file name, without finishing a stage.
+
+        Args:
+            text: The new recipe as YAML.
+            digest: Its digest.
+            before: The old values by key.
+            after: The new values by key.
+        """
         name, old = recipe_name(len(self._before.changes) + 1), self._before
         storage.write_text(self._announce(name), text)
         self._dropped.add(old.recipe)
@@ -125,11 +132,11 @@ class Transaction:
         self._amended = {"recipe": name, "recipe_digest": digest, "changes": [*old.changes, change]}
 
     def save_recipe(self, text: str) -> None:
-        """Writes the recipe of a new state."""
+        """Write the recipe of a new state."""
         storage.write_text(self._announce(RECIPE), text)
 
     def _announce(self, rel: str) -> Path:
-        """Where to write a new file, once its name is in the journal and its folder is there."""
+        """Note a new file in the journal, make its folder, and return its path."""
         path = self._root / rel
         if rel in self._before.files:
             raise ValueError(f"{rel}: is committed; write it under a new name, and drop this one")
@@ -151,12 +158,12 @@ class Transaction:
 
     def _in_the_way(self, path: Path) -> StateError:
         return StateError(
-            f"{path}: is in the way of what `{self.stage}` writes, and recap has not written it",
-            hint=f"move it out of the state, and run the same again: recap run --state {quoted(self._root)}",
+            f"{path}: is in the way of `{self.stage}`, and recap has not written it",
+            hint=f"move it out of the state, and continue: recap run --state {quoted(self._root)}",
         )
 
     def _checksummed(self) -> dict[str, Checksum]:
-        """The new files, flushed and hashed, several at a time."""
+        """Flush and hash the new files, several at a time, and return their checksums."""
         written = sorted(self._announced)
         for rel in written:
             if not (self._root / rel).is_file():
@@ -214,21 +221,21 @@ def _now() -> str:
 
 @contextmanager
 def in_transaction(root: Path, before: Manifest, stage: str) -> Iterator[Transaction]:
-    """A draft that is committed at the end; afterwards, done or not, removes what the commit on disk does not name."""
+    """Open a transaction and commit it at the end. Then, committed or not, remove what `state.yaml` does not name."""
     interrupt.note_done(None)
     transaction = Transaction(root, before, stage)
-    spared = set(before.files)  # where the commit went wrong so late that nobody can say if it will last
+    spared = set(before.files)  # if the commit fails late, either manifest may be on the disk: keep the files of both
     try:
         with storage.refused_writes(root):
             yield transaction
             transaction._commit()
         if not transaction._amended:
             interrupt.note_done(
-                f"`{stage}` of round {transaction.round} is done: `recap status {quoted(root)}` says what comes next"
+                f"`{stage}` of round {transaction.round} is done: `recap status {quoted(root)}` shows what comes next"
             )
         spared = set()
     finally:
         transaction._close()
-        with suppress(OSError, StateError):  # the next writer tries again; an error under way must not be hidden
+        with suppress(OSError, StateError):  # the next writer tries again; this must not hide an error on its way out
             committed = read_manifest(root).files if (root / COMMIT).exists() else {}
             sweep(root, committed, spared)

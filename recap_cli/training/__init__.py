@@ -1,1 +1,1 @@
-"""The training loop and the evaluation: batches in, numbers out. Nothing here knows a round."""
+"""The training loop and the evaluation: batches in, numbers out. It knows nothing of rounds."""

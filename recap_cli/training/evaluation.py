@@ -1,4 +1,4 @@
-"""How good a model is on a split: its loss and all metrics at once, computed by torchmetrics."""
+"""Evaluation of a model on a split: its loss and all metrics, computed by torchmetrics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,13 +23,23 @@ def evaluate(
     label: str = "evaluate",
     each: "Examples | None" = None,
 ) -> dict[str, float]:
-    """The mean loss over the examples of `split`, and the metrics that `score` gives, under the keys of `task.metric`.
+    """Evaluate a model.
 
-    `each` takes note of every example.
+    Args:
+        forward: Maps a batch on `device` to logits, (batch, labels). The model is in evaluation mode.
+        split: The examples.
+        task: The task.
+        batch_size: Examples per batch.
+        device: Where the batches are put.
+        track: Shows the progress.
+        label: The name of the evaluation, for the progress.
+        each: Collects the prediction and loss of each example.
 
-    `forward` maps a batch on `device` to logits, (batch, labels), and has the model in evaluation mode.
+    Returns:
+        The mean loss over the examples, and the metrics of `score`, under the keys of `task.metric`.
 
-    Raises `DataError` if a label has no output of the head, or an image cannot be decoded.
+    Raises:
+        DataError: A label has no output of the head, or an image cannot be decoded.
     """
     check_labels(split.labels, task.num_labels, split.origin)
     total_loss, predictions = 0.0, []
@@ -46,14 +56,14 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Examples:
-    """Of each example, in order: the label that is predicted, its probability, and the loss of the true one."""
+    """For each example, in order: the predicted label, its probability, and the loss of the true label."""
 
     predicted: list[int] = field(default_factory=list)
     probability: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Take note of a batch: logits (batch, labels), labels (batch,)."""
+        """Add a batch: logits (batch, labels), labels (batch,)."""
         logs = logits.float().log_softmax(dim=-1)
         self.predicted.extend(logits.argmax(dim=-1).tolist())
         self.probability.extend(logs.exp().amax(dim=-1).tolist())
@@ -61,13 +71,13 @@ class Examples:
 
 
 def chance(labels: Tensor, num_labels: int) -> dict[str, float]:
-    """What the best answer that is the same for every example gives on these labels, under the keys that `evaluate` has.
+    """Return the figures of the best constant answer on these labels, under the keys of `evaluate`.
 
-    The metrics are those of `score`, to the bit, so that a model of one answer is exactly at chance. The loss is that of the
-    shares of the labels as probabilities, their entropy; an evaluation rounds it otherwise.
+    The metrics are those of `score`, to the bit, so that a model with a constant answer is exactly at chance. The loss is the
+    entropy of the labels; an evaluation rounds it differently.
     """
     counts = torch.bincount(labels, minlength=num_labels)  # (labels,)
-    # The most frequent label is best by every metric, but for F1 of two labels, which is that of label 1.
+    # The most frequent label is best by every metric except F1 of two labels, which is that of label 1.
     answers = {int(counts.argmax())} | ({1} if num_labels == 2 else set())
     found = [score(torch.full_like(labels, answer), labels, num_labels) for answer in answers]
     shares = counts[counts > 0].double() / len(labels)
@@ -76,11 +86,11 @@ def chance(labels: Tensor, num_labels: int) -> dict[str, float]:
 
 
 def score(predictions: Tensor, labels: Tensor, num_labels: int) -> dict[str, float]:
-    """Accuracy, F1 and Matthews' correlation of predicted against true labels, both (examples,), int64.
+    """Return accuracy, F1 and Matthews' correlation of predicted and true labels, both (examples,), int64.
 
-    F1 is that of label 1 if there are two labels, as GLUE has it, and otherwise the mean over the labels (macro). Matthews'
-    correlation is 0 where all predictions, or all labels, are the same, as scikit-learn and GLUE have it; torchmetrics gives
-    0.025 for a model that says 1 to every sentence of CoLA.
+    With two labels F1 is that of label 1, as in GLUE; with more it is the mean over the labels (macro). Matthews' correlation
+    is 0 if all predictions, or all labels, are the same, as in scikit-learn and GLUE. torchmetrics would give 0.025 for a model
+    that predicts 1 for every sentence of CoLA.
     """
     from torchmetrics.functional import classification as metrics
 

@@ -1,4 +1,4 @@
-"""The training loop: batches in, moved masters out. It knows nothing of rounds, recipes or states (paper, sec. 3.2)."""
+"""The training loop (paper, sec. 3.2): batches in, updated masters out. It knows nothing of rounds, recipes or states."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,8 +24,13 @@ LOWER_THE_RATE = (
 
 @dataclass(frozen=True)
 class Training:
-    """What a training run was: optimizer steps, mean loss over the last tenth of them, seconds, and gradient bytes at the
-    peak.
+    """The facts of a training run.
+
+    Attributes:
+        steps: Optimizer steps.
+        loss: Mean loss over the last tenth of the steps.
+        seconds: Their time.
+        gradient_bytes: The most bytes of gradients held at once.
     """
 
     steps: int
@@ -46,13 +51,22 @@ def train(
     fused_backward: bool = False,
     before_step: Callable[[int], None] = lambda _: None,
 ) -> Training:
-    """Take one optimizer step per batch, at learning rate `rate(step)`, after a call of `before_step(step)`.
+    """Take one optimizer step per batch.
 
-    `batches` yields dictionaries of tensors on the device, with the key `labels`; a batch larger than `micro_batch_size` is
-    accumulated from several, each weighted by its share, so that the gradient is that of the whole batch. With `fused_backward`
-    each tensor moves as soon as its gradient is complete, and the gradient is freed before the next one is made.
+    Args:
+        forward: Maps a batch to logits, (batch, labels).
+        loss: Maps logits and labels to the mean loss.
+        optimizer: Updates the trainable weights.
+        batches: Dictionaries of tensors on the device, with the key `labels`.
+        rate: Maps a step to its learning rate.
+        micro_batch_size: Split larger batches into parts of this size. Each part has the weight of its share, so that the
+            gradient is that of the whole batch.
+        max_grad_norm: Clip gradients to this norm.
+        fused_backward: Update each tensor as soon as its gradient is complete, and free the gradient before the next one.
+        before_step: Is called with each step before its forward.
 
-    Raises `TrainingError` if a loss is not finite.
+    Raises:
+        TrainingError: A loss is not finite.
     """
     losses: list[Tensor] = []
     watch = _GradientWatch(optimizer.trainables)
@@ -77,7 +91,7 @@ def train(
 def _accumulate(
     forward: Forward, loss: Loss, batch: Batch, micro_batch_size: int | None, complete: "_Complete | None"
 ) -> Tensor:
-    """Backward through the whole batch, in micro-batches; the loss of the batch, detached."""
+    """Run forward and backward over a batch in micro-batches, and return its loss, detached."""
     count = len(batch["labels"])
     total = torch.zeros((), device=batch["labels"].device)
     size = micro_batch_size or count
@@ -94,7 +108,7 @@ def _accumulate(
 
 @dataclass
 class _Complete:
-    """Whether the backward that runs is the last of its batch, so that a gradient is complete once it is accumulated."""
+    """Whether this backward is the last of its batch: then an accumulated gradient is complete."""
 
     last: bool = True
 
@@ -114,28 +128,28 @@ def _fused(optimizer: Optimizer, watch: "_GradientWatch") -> Iterator[_Complete]
 
     with ExitStack() as stack:
         for trainable in optimizer.trainables:
-            handle = trainable.grad_param.register_post_accumulate_grad_hook(step_of(trainable))  # type: ignore[no-untyped-call]
-            stack.callback(handle.remove)
+            hook = trainable.grad_param.register_post_accumulate_grad_hook(step_of(trainable))  # type: ignore[no-untyped-call]
+            stack.callback(hook.remove)
         yield complete
 
 
 class _GradientWatch:
-    """The most bytes of gradients that were held at once, looked at in the first steps (they are all alike)."""
+    """The most bytes of gradients held at once, measured in the first two steps: all steps are alike."""
 
     def __init__(self, trainables: Iterable[Trainable]) -> None:
-        self.trainables, self.peak_bytes, self.looks = list(trainables), 0, 0
+        self.trainables, self.peak_bytes, self.gradients_seen = list(trainables), 0, 0
 
     def all_held(self) -> None:
-        if self.looks < 2 * len(self.trainables):
-            self.looks += len(self.trainables)
-            self._look()
+        if self.gradients_seen < 2 * len(self.trainables):
+            self.gradients_seen += len(self.trainables)
+            self._measure()
 
     def one_more(self) -> None:
-        if self.looks < 2 * len(self.trainables):
-            self.looks += 1
-            self._look()
+        if self.gradients_seen < 2 * len(self.trainables):
+            self.gradients_seen += 1
+            self._measure()
 
-    def _look(self) -> None:
+    def _measure(self) -> None:
         held = storage_bytes(
             trainable.grad_param.grad for trainable in self.trainables if trainable.grad_param.grad is not None
         )

@@ -1,1 +1,1 @@
-"""What strangers give us: code of plugins, files and sizes, each handled so that it can do no harm."""
+"""Untrusted input: code of plugins, foreign files and sizes, handled so that they do no harm."""

@@ -1,6 +1,6 @@
-"""A stranger's code, run so that it can fail in no way of its own: a plugin may raise, print, end or move the process.
+"""Third-party code, run so that every failure is a `PluginError`: a plugin may raise, print, exit or change the directory.
 
-Whoever calls into a plugin does so within `guarded`.
+All calls into plugins are inside `guarded`.
 """
 
 import os
@@ -17,53 +17,60 @@ STDOUT, STDERR = 1, 2
 
 @contextmanager
 def guarded(what: str, hint: str) -> Iterator[None]:
-    """Turn whatever is raised inside into a `PluginError` that says `what` failed; our own errors and a lack of memory pass.
+    """Turn every exception inside into a `PluginError`. RECAP's errors, a lack of memory and Ctrl-C pass.
 
-    SystemExit, and a KeyboardInterrupt that no signal caused, are such failures too; Ctrl-C ends the process as ever. What is
-    printed inside goes to stderr, for stdout is for results. The working directory is afterwards what it was.
+    SystemExit becomes a `PluginError`, too, and so does a KeyboardInterrupt without a signal. Output inside goes to stderr,
+    because stdout is for results. Afterwards the working directory is what it was before.
+
+    Args:
+        what: What failed, for the message.
+        hint: What the user can do.
+
+    Raises:
+        PluginError: The code inside failed.
     """
-    with _working_directory(), _results_kept_apart(), _interrupts() as heard:
+    with _working_directory(), _results_kept_apart(), _interrupts() as interrupts:
         try:
             yield
         except (RecapError, GeneratorExit, MemoryError):
             raise
         except BaseException as error:
-            if lacks_device_memory(error) or (isinstance(error, KeyboardInterrupt) and heard):
+            if lacks_device_memory(error) or (isinstance(error, KeyboardInterrupt) and interrupts):
                 raise
-            told = ": ".join(filter(None, [type(error).__name__, _first_line(error)]))
-            raise PluginError(f"{what}: {told}", hint=hint) from error
+            message = ": ".join(filter(None, [type(error).__name__, _first_line(error)]))
+            raise PluginError(f"{what}: {message}", hint=hint) from error
 
 
 def _first_line(error: BaseException) -> str:
     try:
         return str(error).partition("\n")[0]
-    except Exception:  # noqa: BLE001  (its `__str__` is a stranger's code as well)
+    except Exception:  # noqa: BLE001  (its `__str__` is third-party code as well)
         return ""
 
 
 @contextmanager
 def _working_directory() -> Iterator[None]:
-    before = _here()
+    before = _current_directory()
     try:
         yield
     finally:
-        if before is not None and _here() != before:
+        if before is not None and _current_directory() != before:
             os.chdir(before)
 
 
-def _here() -> str | None:
+def _current_directory() -> str | None:
     try:
         return os.getcwd()
-    except OSError:  # it was removed; there is no way back to it either
+    except OSError:  # it was removed, so it cannot be restored either
         return None
 
 
 @contextmanager
 def _results_kept_apart() -> Iterator[None]:
-    """Send to stderr what is printed inside, by Python or by a process that it starts."""
+    """Send output inside to stderr, that of Python and of processes that it starts."""
     try:
         results = os.dup(STDOUT)
-    except OSError:  # closed: there is nothing to keep apart
+    except OSError:  # closed: there are no results to separate
         yield
         return
     plain = sys.stdout
@@ -73,7 +80,7 @@ def _results_kept_apart() -> Iterator[None]:
             _point_stdout_at(STDERR)
             yield
     finally:
-        plain.flush()  # what was written to the stream itself, past `sys.stdout`
+        plain.flush()  # output that was written to the stream itself, not by `sys.stdout`
         os.dup2(results, STDOUT)
         os.close(results)
 
@@ -81,26 +88,26 @@ def _results_kept_apart() -> Iterator[None]:
 def _point_stdout_at(descriptor: int) -> None:
     try:
         os.dup2(descriptor, STDOUT)
-    except OSError:  # stderr is closed: what is printed by processes then stays where it goes
+    except OSError:  # stderr is closed: output of child processes then goes to stdout
         return
 
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """The signals of Ctrl-C that have come inside, each passed on to whoever heard them before."""
-    heard: list[int] = []
+    """Yield a list of the SIGINT signals that come inside. Each is passed on to the handler from before."""
+    interrupts: list[int] = []
     before = signal.getsignal(signal.SIGINT)
     if not callable(before) or threading.current_thread() is not threading.main_thread():
-        yield heard
+        yield interrupts
         return
 
     def note(number: int, frame: object) -> None:
-        heard.append(number)
+        interrupts.append(number)
         before(number, frame)  # type: ignore[arg-type]
 
     signal.signal(signal.SIGINT, note)
     try:
-        yield heard
+        yield interrupts
     finally:
         if signal.getsignal(signal.SIGINT) is note:
             signal.signal(signal.SIGINT, before)

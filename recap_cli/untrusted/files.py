@@ -1,6 +1,6 @@
-"""Files of strangers: opened only if they are ordinary files, and JSON only as large and as deep as such files are.
+"""Foreign files: opened only if they are ordinary files, and JSON only up to a size and a depth.
 
-A named pipe would be waited for, a device read without end, and a deeply nested list would exhaust the stack.
+Reading a named pipe would block, reading a device would not end, and a deeply nested list would exhaust the stack.
 """
 
 import json
@@ -16,19 +16,23 @@ from recap_cli.errors import ModelError
 MOST_BYTES = 64 << 20  # of a JSON file; the largest index of a published checkpoint is below 10 MB
 MOST_DEPTH = 50
 AGAIN = "copy or download it again"
-# Whatever the libraries raise over a configuration or weights that they did not write; a lack of memory is none of these.
+# What the libraries raise for configurations or weights that they did not write. A lack of memory is none of these.
 LIBRARY_ERRORS = (
     *(ValueError, TypeError, AttributeError, LookupError, OSError, RuntimeError, ArithmeticError, AssertionError, ImportError),
 )
 
 
 def read_json(path: Path, hint: str = AGAIN) -> Any:
-    """What a JSON file holds. Raises `ModelError` naming the file if it is missing, no ordinary file, too large or too deep."""
+    """Return the value in a JSON file.
+
+    Raises:
+        ModelError: The file is missing, not an ordinary file, not JSON, too large or too deeply nested.
+    """
     try:
         found = json.loads(_read(path, hint))
     except RecursionError:
         raise ModelError(f"{path} is nested too deeply", hint=hint) from None
-    except ValueError as error:  # no JSON, or no UTF-8
+    except ValueError as error:  # not JSON, or not UTF-8
         raise ModelError(f"{path} cannot be read: {error}", hint=hint) from error
     if _is_deep(found):
         raise ModelError(f"{path} is nested more than {MOST_DEPTH} deep", hint=hint)
@@ -36,7 +40,11 @@ def read_json(path: Path, hint: str = AGAIN) -> Any:
 
 
 def read_object(path: Path, hint: str = AGAIN) -> dict[str, Any]:
-    """What a JSON file holds, which is an object. Raises `ModelError` as `read_json` does, and if it is something else."""
+    """Return the object in a JSON file.
+
+    Raises:
+        ModelError: As `read_json` does, or the value is not an object.
+    """
     found = read_json(path, hint)
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds no JSON object, but a {type(found).__name__}", hint=hint)
@@ -44,7 +52,11 @@ def read_object(path: Path, hint: str = AGAIN) -> dict[str, Any]:
 
 
 def check_ordinary(path: Path, hint: str = AGAIN) -> None:
-    """Raise `ModelError` if there is something at `path` that is no ordinary file, nor a link to one; nothing is opened."""
+    """Check that a path is an ordinary file, a link to one, or nothing. Opens no file.
+
+    Raises:
+        ModelError: It is something else.
+    """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -56,7 +68,11 @@ def check_ordinary(path: Path, hint: str = AGAIN) -> None:
 
 
 def check_folder(folder: Path, patterns: Iterable[str]) -> None:
-    """Raise `ModelError` if anything in the folder that is named like one of `patterns` is no ordinary file."""
+    """Check that everything in a folder that matches one of `patterns` is an ordinary file.
+
+    Raises:
+        ModelError: Something is not.
+    """
     for pattern in patterns:
         for path in folder.glob(pattern):
             check_ordinary(path)
@@ -64,7 +80,7 @@ def check_folder(folder: Path, patterns: Iterable[str]) -> None:
 
 @contextmanager
 def named(place: str | Path | None) -> Iterator[None]:
-    """Have each `ModelError` from inside name the place, if there is one, that the model comes from."""
+    """Add the place that a model comes from, if there is one, to each `ModelError` from inside."""
     try:
         yield
     except ModelError as error:
@@ -74,12 +90,12 @@ def named(place: str | Path | None) -> Iterator[None]:
 
 
 def is_plain(name: object) -> bool:
-    """Whether a name out of a file is that of a file in the same folder, and leads nowhere else."""
+    """Whether a name from a foreign file names a file in the same folder, and is not a path to another place."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
 def some(names: Sequence[object], most: int = 5, mark: str = ", ") -> str:
-    """The first few of a list of names, for a message."""
+    """Return the first few of a list of names, for a message."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return mark.join(str(name) for name in names[:most]) + more
 
@@ -92,11 +108,11 @@ def _read(path: Path, hint: str) -> bytes:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}", hint=hint) from error
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise ModelError(f"{path} is no ordinary file", hint=hint)
-        if found.st_size > MOST_BYTES:
-            raise ModelError(f"{path} has {found.st_size:,} bytes, more than any such file", hint=hint)
+        if status.st_size > MOST_BYTES:
+            raise ModelError(f"{path} has {status.st_size:,} bytes; expected at most {MOST_BYTES:,}", hint=hint)
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(MOST_BYTES)
     finally:

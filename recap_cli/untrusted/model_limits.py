@@ -1,6 +1,6 @@
-"""How large a configuration of a model may be: what is beyond these limits would fill a machine before it fails.
+"""How large the values of a model's configuration may be: larger models would fill a machine's memory before they fail.
 
-Keys are those of transformers' configurations and of timm's arguments, under all names that they have there.
+Keys are those of transformers' configurations and of timm's arguments, under all their names.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,7 +33,7 @@ LIMITS = {key: limit for limit, keys in _LIMITS.items() for key in keys}
 
 
 class Beyond(NamedTuple):
-    """A number of a configuration that is beyond its limit; `key` is dotted."""
+    """A number of a configuration that is beyond its limit. `key` is dotted."""
 
     key: str
     found: int | float
@@ -41,7 +41,7 @@ class Beyond(NamedTuple):
 
 
 def beyond(values: Mapping[str, Any], prefix: str = "") -> Iterator[Beyond]:
-    """Yield the numbers of a configuration, and of those in it, that are beyond their limits; those in lists too."""
+    """Yield the numbers beyond their limits, also those in lists and in nested configurations."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from beyond(value, f"{prefix}{key}.")

@@ -57,10 +57,10 @@ def test_a_comparison_runs_its_cells_and_then_has_nothing_left_to_do(ask: Any, m
     assert len(row[-2].replace(".", "").lstrip("0")) >= 3
     (held,) = [line for line in lines if line[:3] == ["recap", "0.3", "0.6"] and line[-1] == "MB" and "%" in " ".join(line)]
     assert f"{found_share():.1%}" in held
-    for said in ("Memory of finetuning", "of full", "Not done", "impossible", "prune.floor keeps 0.15"):
-        assert said in out
-    for said in ("2 cells in out", "recap-rp0.3-rf0.6-s0: 0.", "cells: 0 of 1", "1 of 2 cells are not done: 1 impossible"):
-        assert said in err
+    for shown in ("Memory of finetuning", "of full", "Not done", "impossible", "prune.floor keeps 0.15"):
+        assert shown in out
+    for shown in ("2 cells in out", "recap-rp0.3-rf0.6-s0: 0.", "cells: 0 of 1", "1 of 2 cells are not done: 1 impossible"):
+        assert shown in err
     found = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
     assert found["command"].startswith("recap compare tiny.yaml --methods recap --ratios 0.3,0.9 --seeds 0 --out out --set")
     done = found["cells"][0]
@@ -82,7 +82,7 @@ def test_a_failed_cell_is_shown_with_its_error_and_how_to_go_on(ask: Any, monkey
     assert "full-ft-s0: failed: no room left" in err
     assert out.count("no room left") == 2
     assert "error: 2 of 2 cells are not done: 2 failed" in err
-    assert "hint: out/logs has what they said; `recap compare tiny.yaml --methods full-ft,recap --seeds 0 --jobs 2" in err
+    assert "hint: see the logs in out/logs; `recap compare tiny.yaml --methods full-ft,recap --seeds 0 --jobs 2" in err
 
 
 def test_a_dry_run_lists_the_cells_and_writes_nothing(ask: Any) -> None:
@@ -91,24 +91,24 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(ask: Any) -> None:
     cells_of = [line.split()[0] for line in out.splitlines() if "-s4" in line]
     assert cells_of == ["pre-ft-rp0.2-s4", "pre-ft-rp0.9-s4", "recap-rp0.2-rf0.6-s4", "recap-rp0.9-rf0.6-s4"]
     assert out.count("impossible: prune.ratio") == 2
-    assert "2 of 4 cells would run, 2 are impossible, in runs/compare-tiny-vit; nothing was written" in err
+    assert "2 of 4 cells would run in runs/compare-tiny-vit, 2 are impossible; nothing was written" in err
     assert [path.name for path in Path().iterdir()] == ["tiny.yaml"]
     code, out, _ = ask(f"{SMALL} --dry-run --json")
     assert [record["status"] for record in json.loads(out)] == ["waiting", "waiting"]
 
 
 @pytest.mark.parametrize(
-    ("line", "kind", "told"),
+    ("line", "kind", "problem"),
     [
         ("tiny.yaml --methods full-ft,,recap", UsageError, "--methods full-ft,,recap: expected names of methods"),
-        ("tiny.yaml --methods recap,recap", UsageError, "--methods recap,recap: recap is there twice"),
+        ("tiny.yaml --methods recap,recap", UsageError, "--methods recap,recap: recap occurs twice"),
         ("tiny.yaml --methods recp", PluginError, "there is no method named 'recp'; there are: full-ft, head-ft"),
         ("tiny.yaml --ratios 0.2,1", UsageError, "--ratios 0.2,1: expected shares from 0 to below 1"),
-        ("tiny.yaml --ratios 0.2,0.20", UsageError, "--ratios 0.2,0.20: 0.2 is there twice"),
+        ("tiny.yaml --ratios 0.2,0.20", UsageError, "--ratios 0.2,0.20: 0.2 occurs twice"),
         ("tiny.yaml --mask-ratios a", UsageError, "--mask-ratios a: expected shares"),
         ("tiny.yaml --ratios nan", UsageError, "--ratios nan: expected shares"),
         ("tiny.yaml --seeds 0,-1", UsageError, "--seeds 0,-1: expected whole numbers from 0"),
-        ("tiny.yaml --seeds 1,1", UsageError, "--seeds 1,1: 1 is there twice"),
+        ("tiny.yaml --seeds 1,1", UsageError, "--seeds 1,1: 1 occurs twice"),
         ("tiny.yaml --seeds ''", UsageError, "--seeds '': expected whole numbers from 0"),
         ("tiny.yaml --set seed=1", UsageError, "--set seed=1: the grid varies seed"),
         ("tiny.yaml --set finetune.lrr=1", RecipeError, "finetune.lrr"),
@@ -116,10 +116,10 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(ask: Any) -> None:
         ("other.yaml", RecipeError, "no recipe other.yaml"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_a_hint(ask: Any, line: str, kind: Any, told: str) -> None:
+def test_what_makes_no_sense_is_refused_with_a_hint(ask: Any, line: str, kind: Any, problem: str) -> None:
     code, out, err = ask(line)
     assert code == kind.exit_code
-    assert told in err
+    assert problem in err
     assert "hint: " in err
     assert out == ""
     assert [path.name for path in Path().iterdir()] == ["tiny.yaml"]
@@ -129,7 +129,7 @@ def test_what_has_no_effect_is_noted(ask: Any) -> None:
     code, _, err = ask("tiny.yaml --methods full-ft --ratios 0.2 --seeds 4 --set lora-ft:finetune.lr=0.1 --dry-run")
     assert code == 0
     assert "note: --ratios 0.2: none of the methods full-ft prunes by a ratio, so it has no effect" in err
-    assert "note: --set lora-ft:finetune.lr=0.1: lora-ft is not compared here, so it has no effect" in err
+    assert "note: --set lora-ft:finetune.lr=0.1: lora-ft is not compared, so it has no effect" in err
 
 
 def test_a_near_name_is_offered(ask: Any) -> None:
@@ -144,5 +144,5 @@ def test_ctrl_c_says_how_to_go_on(ask: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(processes, "run", interrupted)
     code, _, err = ask(SMALL)
     assert code == INTERRUPTED
-    assert f"hint: go on with `recap compare {SMALL}`" in err
+    assert f"hint: continue with `recap compare {SMALL}`" in err
     assert [record["status"] for record in json.loads(Path("out/results.json").read_text())["cells"]] == ["waiting"] * 2

@@ -77,13 +77,13 @@ def test_tables_name_all_kinds_both_sums_and_the_parameters_and_fit_80_columns(a
     firsts = [line.strip().split("   ")[0] for line in lines]
     for name in (*KINDS, "sum of maxima", "peak instant", "scoring at peak", "full", "recap"):
         assert name in firsts
-    for said in ("in MB (10⁶ bytes): finetuning at batch size 8 with adamw, fp32 weights", "total", "weights", "trainable"):
-        assert said in out
-    for said in ("recap: held at the peak", "vit.layers.1", "outside modules", "A real step beside its prediction", "+0.0%"):
-        assert said in out
-    for said in ("the sum of the first four is how the paper counts", "Not included", "cuBLAS's workspace", "not seen: a peak"):
-        assert said in err
-    assert "evenly from all layers" in err
+    for shown in ("in MB (10⁶ bytes): finetuning at batch size 8 with adamw, fp32 weights", "total", "weights", "trainable"):
+        assert shown in out
+    for shown in ("recap: held at the peak", "vit.layers.1", "outside modules", "A real step beside its prediction", "+0.0%"):
+        assert shown in out
+    for shown in ("the paper counts the sum of the first four", "Not included", "cuBLAS's workspace", "not seen: a peak"):
+        assert shown in err
+    assert "every layer keeps and trains the same share of its groups" in err
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def parameters_of(out: str) -> tuple[int, int]:
 @pytest.mark.parametrize("target", ["bert.yaml", "text"])
 def test_the_tokens_of_local_texts_count_and_it_is_said(target: str, ask: Any, text: Path) -> None:
     _, _, err = ask(f"{target} --methods recap")
-    assert "the data use 10 of 64 tokens; rows of others are held only where all move" in err  # five words, five special ones
+    assert "the data use 10 of 64 tokens; other rows are held only if all are trainable" in err  # five words, five special ones
     found = {}
     for trains in ("false", "tokens", "true"):
         code, out, _ = ask(f"{target} --methods recap --json --set mask.train_embeddings={trains}")
@@ -121,15 +121,17 @@ def test_texts_that_are_not_here_are_said_to_be_unknown(target: str, ask: Any, t
     examples._SPLITS.clear()
     Path("train.csv").unlink()
     _, _, err = ask(f"{target} --methods recap --set mask.train_embeddings=tokens")
-    said = "which tokens the data use is not known, and all rows of the token table are taken to be held, and of RECAP to move"
-    assert said in " ".join(err.split())
+    shown = (
+        "the tokens that the data use are unknown: assumes that all rows of the token table are held, and that recap trains all"
+    )
+    assert shown in " ".join(err.split())
 
 
 def test_texts_that_are_not_the_states_own_are_not_read(ask: Any, text: Path) -> None:
     code, _, err = ask("text --methods recap --set data.train=other.csv")
     assert code == 0
-    assert "data.train is not the state's own, and its texts are not read here" in " ".join(err.split())
-    assert "which tokens the data use is not known" in err
+    assert "data.train differs from the state's recipe: the texts were not read" in " ".join(err.split())
+    assert "the tokens that the data use are unknown" in err
 
 
 def test_the_json_stands_alone_and_says_what_the_tables_say(ask: Any) -> None:
@@ -153,7 +155,7 @@ def test_the_json_stands_alone_and_says_what_the_tables_say(ask: Any) -> None:
     assert found["pictures"] == ["x.svg"]
     assert Path("x.svg").stat().st_size > 1000
     assert len(found["not_included"]) == 3
-    assert any("measured are the recipe's own batch size" in note for note in found["notes"])
+    assert any("the measured step uses the batch size" in note for note in found["notes"])
 
 
 def profile_peak(method: str) -> int:
@@ -169,7 +171,7 @@ def test_a_grid_has_a_table_a_method_and_one_of_peaks(ask: Any) -> None:
     assert "recap: predicted" in out
     peaks = out[out.index("Peak instant") : out.index("Parameters")]
     assert len([line for line in peaks.splitlines() if "%" in line]) == 4
-    assert "taken whole, without finetune.micro_batch_size=4" in err
+    assert "--batch-sizes ignore finetune.micro_batch_size=4" in err
 
 
 def test_importance_on_an_accelerator_is_predicted_too(ask: Any) -> None:
@@ -183,12 +185,12 @@ def test_importance_on_an_accelerator_is_predicted_too(ask: Any) -> None:
 
 def test_a_state_counts_with_its_own_plan_and_mask_as_long_as_they_apply(ask: Any, state: Path) -> None:
     own = json.loads(ask("state --methods recap --json")[1])
-    assert own["notes"] == ["recap and pre-ft have the state's own plan, and recap its mask"]
+    assert own["notes"] == ["recap and pre-ft use the plan of the state, and recap its mask"]
     even = json.loads(ask("state --methods recap --json --set prune.ratio=0.1")[1])
-    assert even["notes"][0] == "prune.ratio is not the state's own, and so its plan and mask do not count here"
+    assert even["notes"][0] == "prune.ratio differs from the state's recipe: its plan and mask are ignored"
     assert even["predicted"][0]["held_parameters"] > own["predicted"][0]["held_parameters"]
     unmasked = json.loads(ask("state --methods recap --json --set mask.ratio=0.9")[1])
-    assert unmasked["notes"][0] == "mask.ratio is not the state's own, and so its mask does not count here"
+    assert unmasked["notes"][0] == "mask.ratio differs from the state's recipe: its mask is ignored"
     assert unmasked["predicted"][0]["held_parameters"] == own["predicted"][0]["held_parameters"]
     assert unmasked["predicted"][0]["trainable_parameters"] < own["predicted"][0]["trainable_parameters"]
 
@@ -223,22 +225,22 @@ def test_what_a_budget_changes_in_a_state_runs_there(ask: Any, state: Path, caps
     changed = {change["key"] for change in found["changes"]}
     assert set(recipes.differences(recipe, now)) == {"evaluate.batch_size", *changed}
     _, out, err = ask(f"state --methods recap --budget {amount}B")
-    assert out.startswith(f"RECAP fits in {amount}B as it is.\n")
-    assert "in this state nothing is left to run with it" in err
+    assert out.startswith(f"RECAP fits in {amount}B without changes.\n")
+    assert "this state has no stage left to run with these settings" in err
 
 
 @pytest.mark.parametrize(
-    ("line", "told", "hint"),
+    ("line", "problem", "hint"),
     [
-        ("--set model.config.hidden_size=64", "the model of the state state is what it is", "state/recipe.yaml"),
-        ("--set data.image_size=32", "the model of the state state is what it is", "state/recipe.yaml"),
-        ("--budget 1GB --set prune.ratio=0.1", "prune.ratio is none", "what may change is data.workers"),
+        ("--set model.config.hidden_size=64", "the model of the state state cannot change", "state/recipe.yaml"),
+        ("--set data.image_size=32", "the model of the state state cannot change", "state/recipe.yaml"),
+        ("--budget 1GB --set prune.ratio=0.1", "prune.ratio is none", "execution settings are data.workers"),
     ],
 )
-def test_settings_that_a_state_cannot_have_are_refused(line: str, told: str, hint: str, ask: Any, state: Path) -> None:
+def test_settings_that_a_state_cannot_have_are_refused(line: str, problem: str, hint: str, ask: Any, state: Path) -> None:
     code, out, err = ask(f"state {line}")
     assert (code, out) == (2, "")
-    assert told in err
+    assert problem in err
     assert hint in err
 
 
@@ -255,9 +257,9 @@ def test_the_advice_for_a_recipe_keeps_the_settings_that_were_given_and_runs(
     amount = f"{int(peak * 0.95) + budget.WORKSPACE_BYTES}B"
     code, out, err = ask(f"vit.yaml --methods full {given} --budget {amount}")
     assert code == 0
-    assert f"Recap, to fit in {amount} (MB)" in out
+    assert f"Changes to fit in {amount} (MB)" in out
     assert " costs " in out
-    (so,) = [line.removeprefix("run so: ") for line in err.splitlines() if line.startswith("run so: ")]
+    (so,) = [line.removeprefix("run: ") for line in err.splitlines() if line.startswith("run: ")]
     assert so.startswith("recap run vit.yaml --set finetune.batch_size=4 --set evaluate.batch_size=4 --set finetune.")
     assert so.endswith(" --set finetune.memory_budget=null")
     assert so.count("finetune.fused_backward") == 1  # what was changed stands once
@@ -278,7 +280,7 @@ def test_the_advice_for_a_recipe_keeps_the_settings_that_were_given_and_runs(
 def test_the_budget_of_a_recipe_counts_without_being_named(ask: Any) -> None:
     code, out, err = ask("vit.yaml --methods recap --set finetune.memory_budget=2GiB")
     assert code == 0
-    assert out.startswith("RECAP fits in 2GiB as it is.\n")
+    assert out.startswith("RECAP fits in 2GiB without changes.\n")
     assert "of 2GiB, recap takes" in err
 
 
@@ -294,7 +296,7 @@ def test_a_budget_below_the_least_names_the_least(ask: Any, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("line", "code", "told", "hint"),
+    ("line", "code", "problem", "hint"),
     [
         ("vit.yaml --methods foo", 2, "--methods foo: there is no method 'foo'", "choose among full-ft, head-ft, lora-ft"),
         ("vit.yaml --methods ''", 2, "--methods '': no method was named", "choose among"),
@@ -340,7 +342,7 @@ def test_a_budget_below_the_least_names_the_least(ask: Any, monkeypatch: pytest.
         ),
     ],
 )
-def test_bad_input_gets_one_message_with_what_to_do_next(line: str, code: int, told: str, hint: str, ask: Any) -> None:
+def test_bad_input_gets_one_message_with_what_to_do_next(line: str, code: int, problem: str, hint: str, ask: Any) -> None:
     for folder in ("empty", "model", "taken.svg"):
         Path(folder).mkdir()
     Path("model/config.json").write_text("{", encoding="utf-8")
@@ -351,7 +353,7 @@ def test_bad_input_gets_one_message_with_what_to_do_next(line: str, code: int, t
     assert found[:2] == (code, "")
     first, *others = found[2].splitlines()
     assert first.startswith("error: ")
-    assert told in found[2]
+    assert problem in found[2]
     assert others[-1].startswith("hint: ")
     assert hint in others[-1]
     assert "Traceback" not in found[2]
@@ -384,7 +386,7 @@ def test_a_snapshot_needs_real_steps_on_cuda(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_advice_with_a_given_configuration_says_that_it_would_train_random_weights(ask: Callable[..., Answer]) -> None:
-    told = "a run from model.config has random weights"
+    problem = "a run with model.config starts from random weights"
     for line, warned in (("--set model.config.hidden_size=32", True), ("--set seed=1", False)):
         code, _, err = ask(f"vit.yaml --methods recap --budget 2GiB {line}")
-        assert (code, told in err) == (0, warned)
+        assert (code, problem in err) == (0, warned)

@@ -135,7 +135,7 @@ def test_options_belong_to_the_recipes_own_method(recipe: str) -> None:
 
 @pytest.mark.parametrize("given", ["options.embeddings=false", "options = {embeddings: false}"])
 def test_options_that_no_cell_would_have_are_refused(given: str, recipe: str) -> None:
-    with pytest.raises(UsageError, match="options of the recipe's own method, recap, which is not compared") as caught:
+    with pytest.raises(UsageError, match="options of recap, the method of the recipe, which is not compared") as caught:
         plan(recipe, given, methods=["post-ft", "pre-ft"])
     typed = shlex.split(str(caught.value.hint).partition("--set ")[2])
     assert typed == [f"post-ft:{given}"]
@@ -145,14 +145,14 @@ def test_options_that_no_cell_would_have_are_refused(given: str, recipe: str) ->
 
 
 @pytest.mark.parametrize(
-    ("overrides", "given", "kind", "told"),
+    ("overrides", "given", "kind", "problem"),
     [
         (["seed=3"], {}, UsageError, "the grid varies seed"),
         (["method=recap"], {}, UsageError, "the grid varies method"),
         (["prune.ratio=0.1"], {"ratios": [0.2]}, UsageError, "the grid varies prune.ratio"),
         (["recap:mask.ratio=0.1"], {}, UsageError, "the grid varies mask.ratio"),
-        (["pre-tf:finetune.lr=1"], {}, UsageError, "pre-tf is no method; compared are full-ft, recap"),
-        ([":finetune.lr=1"], {}, UsageError, "'' is no method; compared are full-ft, recap"),
+        (["pre-tf:finetune.lr=1"], {}, UsageError, "there is no method pre-tf; compared are full-ft, recap"),
+        ([":finetune.lr=1"], {}, UsageError, "there is no method ''; compared are full-ft, recap"),
         (["pre-ft:finetune.lrr=1"], {}, RecipeError, "finetune.lrr"),  # a slip, though pre-ft is not compared
         (["pre-ft:prune.ratio=0.1"], {}, UsageError, "the grid varies prune.ratio"),
         ([], {"methods": ["recp"]}, PluginError, "there is no method named 'recp'; there are: full-ft"),
@@ -161,17 +161,17 @@ def test_options_that_no_cell_would_have_are_refused(given: str, recipe: str) ->
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_runs(
-    recipe: str, overrides: list[str], given: dict[str, Any], kind: type[Exception], told: str
+    recipe: str, overrides: list[str], given: dict[str, Any], kind: type[Exception], problem: str
 ) -> None:
     with pytest.raises(kind) as caught:
         plan(recipe, *overrides, **given)
-    assert told in str(caught.value)
+    assert problem in str(caught.value)
     assert not Path("runs").exists()
 
 
 def test_what_has_no_effect_on_a_smaller_grid_is_noted_and_not_refused(recipe: str) -> None:
     made = plan(recipe, "lora-ft:finetune.lr=0.002", "recap:finetune.lr=0.02", ratios=[0.2], methods=["recap"])
-    assert made.notes == ("--set lora-ft:finetune.lr=0.002: lora-ft is not compared here, so it has no effect",)
+    assert made.notes == ("--set lora-ft:finetune.lr=0.002: lora-ft is not compared, so it has no effect",)
     assert [cell.recipe.finetune.lr for cell in made.cells if cell.recipe] == [0.02]
     made = plan(recipe, methods=["full-ft", "lora-ft"], ratios=[0.2, 0.5], mask_ratios=[0.3])
     assert made.notes == (
@@ -209,7 +209,7 @@ def test_so_many_run_at_a_time_and_each_has_its_share_of_the_cores(tmp_path: Pat
     running = [sum(1 if mark == "+" else -1 for mark in "".join(lines)) for lines in _heads(tmp_path / "lines")]
     assert max(running) == 2
     share = str(max(1, processes.cores() // 2))
-    assert processes.surroundings(2, {"FORCE_COLOR": "1"}) == {"OMP_NUM_THREADS": share, "RECAP_SHARED_CORES": "1"}
+    assert processes.surroundings(2, {"FORCE_COLOR": "1"}) == {"OMP_NUM_THREADS": share, "RECAP_CORES_DIVIDED": "1"}
     assert processes.surroundings(2, {"OMP_NUM_THREADS": "7"}) == {"OMP_NUM_THREADS": "7"}
     assert processes.surroundings(1, {}) == {}
 
@@ -220,20 +220,20 @@ def _heads(path: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
+    ("code", "problem"),
     [
         (
             "import sys; sys.exit('noise\\nerror: 2 problems\\n  here\\n  there\\nhint: mend them')",
             "2 problems\n  here\n  there",
         ),
         ("import sys; sys.exit('Traceback\\nBoom: it broke')", "it ended with 1: Boom: it broke"),
-        ("import sys; sys.exit(3)", "it ended with 3: it said nothing"),
-        ("import os; os.kill(os.getpid(), 9)", "its process was ended by SIGKILL, as the system does where memory runs out"),
+        ("import sys; sys.exit(3)", "it ended with 3: no output"),
+        ("import os; os.kill(os.getpid(), 9)", "its process was ended by SIGKILL, as the system does if memory runs out"),
     ],
 )
-def test_a_command_that_fails_says_why(code: str, told: str, tmp_path: Path) -> None:
+def test_a_command_that_fails_says_why(code: str, problem: str, tmp_path: Path) -> None:
     (tmp_path / "x.log").write_text("error: of the run before\n")
-    assert list(processes.run([script("x", code, tmp_path)], jobs=1)) == [("x", told)]
+    assert list(processes.run([script("x", code, tmp_path)], jobs=1)) == [("x", problem)]
     assert (tmp_path / "x.log").read_text().startswith("error: of the run before\n")
 
 
@@ -403,17 +403,19 @@ def begun(recipe: str, *overrides: str) -> grid.Plan:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "problem"),
     [
         (["finetune.lr=0.5", "name=other"], "name, finetune.lr"),
         (["model.config.hidden_size=16"], "model.config.hidden_size"),
     ],
 )
-def test_a_folder_keeps_to_its_recipe_and_the_message_says_what_differs(recipe: str, overrides: list[str], told: str) -> None:
+def test_a_folder_keeps_to_its_recipe_and_the_message_says_what_differs(
+    recipe: str, overrides: list[str], problem: str
+) -> None:
     begun(recipe)
     with pytest.raises(StateError, match="differs from this one in") as caught:
         runner.describe(plan(recipe, *overrides), Path("out"))
-    assert str(caught.value).endswith(told)
+    assert str(caught.value).endswith(problem)
     assert "--out out-2" in str(caught.value.hint)
 
 
@@ -454,7 +456,7 @@ def _results(text: str | bytes) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "problem"),
     [
         (_file, "is a file, not a folder"),
         (_state, "is a state, not a comparison"),
@@ -466,10 +468,10 @@ def _results(text: str | bytes) -> Callable[[Path], None]:
         (_results('{"kind": "comparison", "schema": 1, "cells": [{"method": "x"}]}'), "metric is not what it should be"),
     ],
 )
-def test_a_folder_that_is_something_else_is_left_alone(recipe: str, make: Callable[[Path], Any], told: str) -> None:
+def test_a_folder_that_is_something_else_is_left_alone(recipe: str, make: Callable[[Path], Any], problem: str) -> None:
     make(Path("out"))
     before = sorted(Path().rglob("*"))
-    with pytest.raises(StateError, match=told) as caught:
+    with pytest.raises(StateError, match=problem) as caught:
         runner.compare(plan(recipe), Path("out"))
     assert "--out" in str(caught.value.hint)
     assert sorted(Path().rglob("*")) == before
@@ -480,7 +482,7 @@ def test_damaged_results_are_refused_and_may_be_trained_away(recipe: str) -> Non
     found = stored(Path("out"))
     del found["cells"][0]["state"]
     Path("out/results.json").write_text(json.dumps(found))
-    with pytest.raises(StateError, match=r"cells\[0\] has no state to go on with"):
+    with pytest.raises(StateError, match=r"cells\[0\] has no state to continue"):
         runner.compare(made, Path("out"))
     found = stored(Path("out"))
     found["cells"][0] |= {"state": "cells/full-ft-s0", "seed": "0"}

@@ -51,13 +51,13 @@ def test_what_systems_leave_is_passed_over_and_hidden_images_are_told(tmp_path: 
     raw = read(folder)
     assert raw.label_names == ["cat", "dog"]
     assert images_of(raw, folder) == ["cat/0.png", "dog/0.png", "dog/more/1.png"]
-    assert raw.notes == (f"{folder}: 3 hidden images, such as cat/._0.png, are passed over",)
+    assert raw.notes == (f"{folder}: 3 hidden images, such as cat/._0.png, are ignored",)
 
 
 def test_other_files_and_empty_classes_are_told(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", "cat/0.png", "dog/0.png", "cat/1.heic", "cat/2.heic", "cat/README", "newt/0.heic")
     assert read(folder).notes == (
-        f"{folder}: 4 files of other kinds (.heic, no suffix) are passed over",
+        f"{folder}: 4 files of other kinds (.heic, no suffix) are ignored",
         f"{folder}: no images, and so no class, in newt",
     )
 
@@ -66,7 +66,7 @@ def test_column_names_do_not_count_for_a_folder_and_that_is_told(tmp_path: Path)
     folder = write(tmp_path / "set", "cat/0.png", "dog/0.png")
     assert read(folder).notes == read(folder, image="image", label="label").notes == ()
     raw = read(folder, image="img", label="fine_label")
-    assert raw.notes == ("a folder of class folders has no columns: data.image (img) and data.label (fine_label) do not count",)
+    assert raw.notes == ("a folder of class folders has no columns: ignored data.image (img) and data.label (fine_label)",)
     assert raw.train.column_names == ["image", "label", "row"]
 
 

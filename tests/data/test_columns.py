@@ -1,4 +1,4 @@
-"""Columns that a recipe names and a file calls otherwise: one error, with all that has to be said to name them."""
+"""Columns that a recipe names and a file calls otherwise: one error, with a hint for all of them."""
 
 import json
 import shlex
@@ -39,7 +39,7 @@ def fails(file: Path, kind: str = "text-classification", **names: str) -> tuple[
     return caught.value.message, caught.value.hint or ""
 
 
-def said(hint: str) -> dict[str, str]:
+def settings_in(hint: str) -> dict[str, str]:
     """The columns that a hint sets."""
     words = shlex.split(hint)
     return dict(words[i + 1].removeprefix("data.").split("=", 1) for i, word in enumerate(words) if word == "--set")
@@ -50,14 +50,14 @@ def test_all_wrong_columns_of_an_image_file_are_proposed_at_once(tmp_path: Path)
     message, hint = fails(file, "image-classification", image="img", label="fine_label")
     assert message == f"{file} has no column 'img' and no column 'fine_label'; its columns are: picture, species, weight"
     assert hint == "name the columns with --set data.image=picture --set data.label=species"
-    assert len(read(file, "image-classification", **said(hint)).train) == 4
+    assert len(read(file, "image-classification", **settings_in(hint)).train) == 4
 
 
 def test_texts_and_labels_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
     file = write(tmp_path, kind=["spam", "ham"] * 4, body=[f"text {i}" for i in range(8)], when=[float(i) for i in range(8)])
     _, hint = fails(file, **NAMES)
-    assert said(hint) == {"text": "body", "label": "kind"}
-    assert read(file, **said(hint)).label_names == ["ham", "spam"]
+    assert settings_in(hint) == {"text": "body", "label": "kind"}
+    assert read(file, **settings_in(hint)).label_names == ["ham", "spam"]
 
 
 def test_where_several_columns_fit_they_are_listed(tmp_path: Path) -> None:
@@ -80,12 +80,12 @@ def test_a_column_of_another_type_is_named_beside_the_missing_one(tmp_path: Path
     file = write(tmp_path, sentence=[1.5, 2.5, 3.5, 4.5], body=[f"text {i}" for i in range(4)], kind=[0, 1, 0, 1])
     message, hint = fails(file, **NAMES)
     assert message.startswith(f"{file} has values of type double in column 'sentence', not text and no column 'stars'")
-    assert said(hint) == {"text": "body", "label": "kind"}
+    assert settings_in(hint) == {"text": "body", "label": "kind"}
 
 
 def test_a_near_name_goes_before_a_likely_type(tmp_path: Path) -> None:
     file = write(tmp_path, sentences=["a"] * 4, body=[f"text {i}" for i in range(4)], star=[1.0, 2.0, 1.0, 2.0], n=[1, 1, 2, 2])
-    assert said(fails(file, **NAMES)[1]) == {"text": "sentences", "label": "star"}
+    assert settings_in(fails(file, **NAMES)[1]) == {"text": "sentences", "label": "star"}
 
 
 def test_no_column_that_fits_asks_for_another_task(tmp_path: Path) -> None:
@@ -107,8 +107,8 @@ def test_paths_of_images_are_known_by_their_endings(tmp_path: Path) -> None:
     rows = [{"file": "0.PNG", "caption": f"text {i}", "kind": ["cat", "dog"][i % 2]} for i in range(4)]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     hint = fails(tmp_path / "list.json", "image-classification", image="img", label="fine")[1]
-    assert said(hint) == {"image": "file", "label": "kind"}
-    assert len(read(tmp_path / "list.json", "image-classification", **said(hint)).train) == 4
+    assert settings_in(hint) == {"image": "file", "label": "kind"}
+    assert len(read(tmp_path / "list.json", "image-classification", **settings_in(hint)).train) == 4
 
 
 def test_stored_paths_count_from_the_folder_of_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,8 +76,8 @@ def test_words_taken_for_one_and_letters_that_are_not_are_told(tmp_path: Path) -
     notes = read(tmp_path, table_of(["Yes", "yes", "no", "b", "B"])).notes
     place = f"column 'label' of {tmp_path / 'train.parquet'}"
     assert notes == (
-        f"{place}: written differently, and one label each: 'Yes', 'yes'",
-        f"{place}: B, b are labels of their own, for single letters differ in case",
+        f"{place}: these spellings count as one label each: 'Yes', 'yes'",
+        f"{place}: B, b are separate labels, because single letters differ in case",
     )
 
 
@@ -98,7 +98,7 @@ def test_validation_labels_are_those_of_the_training_data_by_name(
 
 
 @pytest.mark.parametrize(
-    ("train", "validation", "told"),
+    ("train", "validation", "problem"),
     [
         ([1, 2, 5], [5, 0], "holds 0 in row 2, but the labels are 1, 2, 5"),
         ([1, 2, 5], [5, 3], "holds 3 in row 2, but the labels are 1, 2, 5"),
@@ -108,10 +108,10 @@ def test_validation_labels_are_those_of_the_training_data_by_name(
         ([1, 0], [True, False], "holds True in row 1, but the labels are 0, 1"),
     ],
 )
-def test_a_validation_label_never_trained_on_is_refused(tmp_path: Path, train: Any, validation: Any, told: str) -> None:
+def test_a_validation_label_never_trained_on_is_refused(tmp_path: Path, train: Any, validation: Any, problem: str) -> None:
     with pytest.raises(DataError) as caught:
         read(tmp_path, table_of(train), table_of(validation))
-    assert caught.value.message == f"column 'label' of {tmp_path / 'dev.parquet'} {told}"
+    assert caught.value.message == f"column 'label' of {tmp_path / 'dev.parquet'} {problem}"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_numbers_beside_names_that_are_other_numbers_are_refused_where_they_may_
     with pytest.raises(DataError) as caught:
         read(tmp_path, table_of([0, 1, 2], ["1", "2", "3"]), table_of([1, 2]))
     place = f"column 'label' of {tmp_path / 'dev.parquet'}"
-    readings = "which is the label '2' by its place from 0, and the label '1' by its name"
+    readings = "which is the label '2' by its index from 0, and the label '1' by its name"
     assert caught.value.message == f"{place} holds 1, {readings}: the labels are 1, 2, 3"
 
 

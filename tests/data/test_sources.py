@@ -1,4 +1,4 @@
-"""Examples from files and folders of every kind, and what is said of those that cannot be used."""
+"""Examples from files and folders of every kind, and the messages for those that cannot be used."""
 
 import csv
 import json
@@ -206,7 +206,7 @@ def test_an_empty_cell_of_a_csv_is_missing_and_a_quoted_one_is_not(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "problem"),
     [
         ([-1, -1, -1], "holds -1; labels that are whole numbers are 0 or more"),
         ([-1, 0, 1], "holds -1, 0, 1; labels that are whole numbers are 0 or more"),
@@ -222,10 +222,10 @@ def test_an_empty_cell_of_a_csv_is_missing_and_a_quoted_one_is_not(tmp_path: Pat
         ([0.0, 1.0, float("nan")], "holds values of type double; labels are"),
     ],
 )
-def test_labels_that_cannot_be_used(tmp_path: Path, labels: list[object], told: str) -> None:
+def test_labels_that_cannot_be_used(tmp_path: Path, labels: list[object], problem: str) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"sentence": "a", "label": label} for label in labels])
     message, _ = fails(file)
-    assert message.startswith(f"column 'label' of {file} {told}")
+    assert message.startswith(f"column 'label' of {file} {problem}")
 
 
 @pytest.mark.parametrize(("labels", "odd", "names"), [([0, 1], -1, "0, 1"), ([0, 1], 2, "0, 1"), (["a", "b"], "c", "a, b")])
@@ -312,7 +312,7 @@ def test_a_header_alone_has_no_rows(tmp_path: Path) -> None:
 def test_an_unknown_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_bytes(b"x")
     message, _ = fails(tmp_path / "a.xlsx")
-    assert "of a kind that is not known, which are: .csv, .json, .jsonl" in message
+    assert "of an unknown kind; known are .csv, .json, .jsonl" in message
 
 
 @pytest.mark.usefixtures("permissions")

@@ -94,7 +94,7 @@ def test_batches_equal_tokenizing_them_on_the_spot(tokenizer: Any) -> None:
 
 
 def test_the_tokenizer_must_pad_and_bear_the_length(tokenizer: Any) -> None:
-    with pytest.raises(ModelError, match=r"data\.max_length is 17.* no more than 16 tokens"):
+    with pytest.raises(ModelError, match=r"data\.max_length is 17.* at most 16 tokens"):
         make_split(texts("a"), TextInputs(tokenizer, 17), origin="x")
     tokenizer.pad_token = None
     with pytest.raises(ModelError, match="no padding token"):
@@ -282,7 +282,7 @@ def test_a_ramp_of_more_than_8_bits_keeps_its_shades(tmp_path: Path, content: An
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "problem"),
     [
         (np.array([[0, 70000]], np.int32), "whole numbers that are signed or of 32 bits"),
         (np.array([[-1000, 3000]], np.int16), "whole numbers that are signed or of 32 bits"),
@@ -291,9 +291,11 @@ def test_a_ramp_of_more_than_8_bits_keeps_its_shades(tmp_path: Path, content: An
         (np.array([[0, np.nan]], np.float32), "floats from nan to nan"),
     ],
 )
-def test_an_image_of_an_unknown_range_is_refused(tmp_path: Path, values: Any, told: str) -> None:
+def test_an_image_of_an_unknown_range_is_refused(tmp_path: Path, values: Any, problem: str) -> None:
     dataset = images(tmp_path, [encoded(noise(0)), grey(values, "tiff")])
-    with pytest.raises(DataError, match=rf"the image in row 2 of x cannot be used: its pixels are {told}.*not known") as caught:
+    with pytest.raises(
+        DataError, match=rf"the image in row 2 of x cannot be used: its pixels are {problem}.*not known"
+    ) as caught:
         make_split(dataset, GREY, origin="x")
     assert (
         caught.value.hint == "convert the images to 8 bits, to 16 bits without a sign, or to floats from 0 (black) to 1 (white)"
@@ -340,15 +342,15 @@ def test_an_image_is_never_fetched_from_the_net(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ram_bytes", [2**31, 1])
-@pytest.mark.parametrize(("peaks", "told"), [((4000, 4095), True), ((4095, 4096), False), ((300, 65535), False)])
-def test_images_of_12_bits_in_16_are_told(tmp_path: Path, peaks: tuple[int, int], told: bool, ram_bytes: int) -> None:
+@pytest.mark.parametrize(("peaks", "is_noted"), [((4000, 4095), True), ((4095, 4096), False), ((300, 65535), False)])
+def test_images_of_12_bits_in_16_are_told(tmp_path: Path, peaks: tuple[int, int], is_noted: bool, ram_bytes: int) -> None:
     stored = [encoded(Image.fromarray(np.linspace(0, peak, 63).astype(np.uint16).reshape(7, 9))) for peak in peaks]
     split = make_split(images(tmp_path, stored), GREY, origin="scans", ram_bytes=ram_bytes)
-    said = (
-        "scans: no value of its 16-bit images is above 4,095, and of 16 bits the upper 8 are read, which keeps "
-        "16 of 256 shades; stretch their values to 0 … 65,535, or convert them to 8 bits"
+    note = (
+        "scans: its 16-bit images have no value above 4,095; the upper 8 bits are read, so 16 of 256 shades are kept: "
+        "stretch their values to 0 … 65,535, or convert them to 8 bits"
     )
-    assert split.notes == ((said,) if told else ())
+    assert split.notes == ((note,) if is_noted else ())
 
 
 def test_images_of_8_bits_are_not_told(tmp_path: Path) -> None:

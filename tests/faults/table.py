@@ -307,8 +307,8 @@ FAULTS = (
     Fault(
         "the ramp goes down",
         "plugins/methods/recap.py",
-        "(1 - settings.ramp) * way)",
-        "(1 - settings.ramp) * (1 - way))",
+        "(1 - settings.ramp) * progress)",
+        "(1 - settings.ramp) * (1 - progress))",
         (RISES,),
     ),
 )

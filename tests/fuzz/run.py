@@ -59,7 +59,7 @@ class Player:
 
     def __init__(self, world: Any, root: Path, limit: float, weight_bytes: int = RESIDENT_BYTES) -> None:
         self.world, self.root, self.limit, self.weight_bytes = world, root, limit, weight_bytes
-        self.round_plan = 0
+        self.played = 0
 
     def play(self, cases: Iterable[Case], jobs: int) -> Iterator[Played]:
         """What each case comes to, as they end."""
@@ -72,8 +72,8 @@ class Player:
             yield from self._ended(running)
 
     def _start(self, case: Case) -> dict[int, Child]:
-        self.round_plan += 1
-        box = Box(self.root / f"case-{self.round_plan}").make()
+        self.played += 1
+        box = Box(self.root / f"case-{self.played}").make()
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:

@@ -64,7 +64,7 @@ def test_on_the_cpu_the_process_is_measured_and_the_allocator_is_said_to_keep_no
     found = accounting.measured(CPU, accounting.training_peak(CPU, HELD))
     assert (found["training_peak"], found["accelerator"], found["device"]) == (None, None, "cpu")
     assert found["process"]["peak_rss_bytes"] >= found["process"]["rss_bytes"] > 1 << 20
-    assert ["on the CPU it keeps none" in text for text in found["not_seen"]] == [True]
+    assert ["the CPU's has none" in text for text in found["not_seen"]] == [True]
 
 
 def test_on_mps_there_are_figures_and_no_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_on_mps_there_are_figures_and_no_peaks(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 22)
     found = accounting.measured(torch.device("mps"), None)
     assert found["process"].items() >= {"mps_allocated_bytes": 11, "mps_driver_bytes": 22}.items()
-    assert "on MPS it keeps none" in found["not_seen"][0]
+    assert "that of MPS has none" in found["not_seen"][0]
 
 
 def model_and_optimizer() -> tuple[nn.Module, Optimizer]:
@@ -139,11 +139,11 @@ def test_a_snapshot_needs_cuda_and_a_new_file(tmp_path: Path) -> None:
     (tmp_path / "old.pickle").touch()
     refusals: list[tuple[Path, torch.device, str]] = [
         (tmp_path / "new.pickle", CPU, "would run on cpu"),
-        (tmp_path / "old.pickle", CUDA, "is there already"),
+        (tmp_path / "old.pickle", CUDA, "exists already"),
         (tmp_path / "no" / "new.pickle", CUDA, "there is no folder"),
     ]
-    for file, device, told in refusals:
-        with pytest.raises(UsageError, match=told):
+    for file, device, problem in refusals:
+        with pytest.raises(UsageError, match=problem):
             snapshot.check(file, device)
 
 

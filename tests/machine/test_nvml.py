@@ -1,4 +1,4 @@
-"""What NVML is asked, and what is said where it is missing, refuses, or counts processes that are not ours."""
+"""What NVML is asked, and the notes if it is missing, refuses, or counts other processes."""
 
 import os
 import sys
@@ -82,51 +82,51 @@ def test_the_device_is_found_by_uuid_whatever_its_number(install: Install) -> No
         return uuid
 
     install([process(os.getpid(), 1)], nvmlDeviceGetHandleByUUID=by_uuid)
-    assert nvml.processes(CUDA).own_bytes == 1
+    assert nvml.processes(CUDA).process_bytes == 1
 
 
 def test_without_a_uuid_the_device_is_found_on_the_bus(install: Install) -> None:
     properties = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x65, pci_device_id=0)
     module = install([process(os.getpid(), 1)], properties=properties)
-    assert nvml.processes(CUDA).own_bytes == 1
+    assert nvml.processes(CUDA).process_bytes == 1
     assert "00000000:65:00.0" in module.calls
 
 
 def test_a_device_that_nvml_cannot_be_asked_for_is_not_seen(install: Install) -> None:
     install([process(os.getpid(), 1)], properties=SimpleNamespace())
     seen = nvml.processes(CUDA)
-    assert (seen.own_bytes, seen.others_bytes) == (None, None)
+    assert (seen.process_bytes, seen.others_bytes) == (None, None)
     assert seen.not_seen == (
-        "what processes hold on cuda:1: NVML says nothing "
+        "what processes hold on cuda:1: NVML does not answer "
         "(torch gives no UUID and no PCI bus id, by which NVML would know the device)",
     )
 
 
 @pytest.mark.parametrize(
-    ("listed", "told"),
+    ("listed", "problem"),
     [([], "those that NVML lists (none)"), ([process(0, 5), process(-1, 7)], "the 2 processes that NVML lists")],
 )
 def test_in_a_container_that_hides_its_ids_nothing_is_guessed(
-    install: Install, listed: list[SimpleNamespace], told: str
+    install: Install, listed: list[SimpleNamespace], problem: str
 ) -> None:
     install(listed)
     seen = nvml.processes(CUDA)
-    assert (seen.own_bytes, seen.others_bytes) == (None, None)
-    assert told in seen.not_seen[0]
+    assert (seen.process_bytes, seen.others_bytes) == (None, None)
+    assert problem in seen.not_seen[0]
     assert "in a container" in seen.not_seen[0]
 
 
 def test_another_process_of_the_host_with_our_id_is_not_taken_for_us(install: Install) -> None:
     install([process(os.getpid(), 700)], reserved=701)
-    assert nvml.processes(CUDA).own_bytes is None
+    assert nvml.processes(CUDA).process_bytes is None
 
 
 def test_processes_listed_without_bytes_are_said_to_be(install: Install) -> None:
     install([process(os.getpid(), None), process(1, 20), process(2, None)], reserved=100)
     seen = nvml.processes(CUDA)
-    assert (seen.own_bytes, seen.others_bytes) == (None, None)
+    assert (seen.process_bytes, seen.others_bytes) == (None, None)
     assert seen.not_seen == (
-        "what this process holds on cuda:1 in all: NVML lists it without bytes",
+        "what this process holds on cuda:1 in total: NVML lists it without bytes",
         "what other processes hold on cuda:1: NVML lists 1 of 2 without bytes",
     )
 
@@ -140,15 +140,15 @@ def test_a_driver_that_fails_stops_nothing(install: Install, refuses: str, error
         raise error
 
     install(**{refuses: fail})
-    (told,) = nvml.processes(CUDA).not_seen
-    assert told == f"what processes hold on cuda:1: NVML says nothing ({error})"
+    (problem,) = nvml.processes(CUDA).not_seen
+    assert problem == f"what processes hold on cuda:1: NVML does not answer ({error})"
 
 
 def test_the_version_of_the_driver_or_why_it_is_not_known(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install()
     assert nvml.driver() == ("580.65.06", None)
     install(nvmlInit=refusing)
-    assert nvml.driver() == (None, "NVML says nothing: Not Supported")
+    assert nvml.driver() == (None, "NVML does not answer: Not Supported")
     monkeypatch.setitem(sys.modules, "pynvml", None)  # as if it were not installed
-    assert nvml.driver() == (None, "NVML says nothing: the package nvidia-ml-py is not installed")
+    assert nvml.driver() == (None, "NVML does not answer: the package nvidia-ml-py is not installed")
     assert nvml.processes(CUDA).not_seen[0].endswith("(the package nvidia-ml-py is not installed)")

@@ -24,7 +24,7 @@ from tests.tiny import tiny
 @pytest.fixture(autouse=True)
 def four_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Torch has four threads, and nobody has said how many there are to be."""
-    for name in (*threads.GIVEN, threads.SHARED):
+    for name in (*threads.GIVEN, threads.CORES_DIVIDED):
         monkeypatch.delenv(name, raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -80,7 +80,7 @@ def test_threads_are_limited_and_come_back(quota: int | None, monkeypatch: pytes
 def test_a_number_that_the_user_gives_stands_and_that_of_a_comparison_is_an_upper_limit() -> None:
     with threads.limited(1, {"OMP_NUM_THREADS": "4"}):
         assert torch.get_num_threads() == 4
-    with threads.limited(1, {"OMP_NUM_THREADS": "4", threads.SHARED: "1"}):
+    with threads.limited(1, {"OMP_NUM_THREADS": "4", threads.CORES_DIVIDED: "1"}):
         assert torch.get_num_threads() == 1
 
 
@@ -195,7 +195,7 @@ def test_doctor_says_what_was_chosen_and_why(capsys: pytest.CaptureFixture[str],
     monkeypatch.setenv("COLUMNS", "300")
     main(["doctor"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "1 for models whose largest matrix product takes less than 32 MFLOP a step" in shown
+    assert "1 for models whose largest matrix product has less than 32 MFLOP per step" in shown
     assert "GOMP_SPINCOUNT=1000" in shown
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert threads.described()["threads"] == "4 for every model, as OMP_NUM_THREADS=3 says"
+    assert threads.described()["threads"] == "4 for every model, set by OMP_NUM_THREADS=3"

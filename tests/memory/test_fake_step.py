@@ -438,7 +438,7 @@ def test_without_labels_the_head_is_that_of_the_configuration() -> None:
         ("vit", {"config": {"model_type": "vit", "hiden_size": 32}}, "no configuration key 'hiden_size'"),
         ("vit", {"config": {"model_type": "vit", "hidden_size": "wide"}}, "no configuration of a vit"),
         ("vit", {"config": {"model_type": "vit", "hidden_act": "gelo"}}, "hidden_act of this vit is 'gelo'"),
-        ("vit", {"config": {"model_type": "vit", "image_size": [16, 32]}}, "is not square"),
+        ("vit", {"config": {"model_type": "vit", "image_size": [16, 32]}}, "not square ones"),
         ("vit", {"task_kind": "text-classification"}, "no vit for text-classification"),
         ("vit", {"name": "/nowhere/model", "config": None}, "there is no folder /nowhere/model"),
         ("timm-vit", {"task_kind": "text-classification"}, "timm has no models for text-classification"),

@@ -119,7 +119,7 @@ def test_a_checkpoint_with_the_same_labels_keeps_its_head(saved):
     model, spec = pico("vit")
     assert torch.equal(logits(created.model, created.spec), logits(model, spec))
     assert created.new == ()
-    assert created.notes == ("the checkpoint's own head is kept",)
+    assert created.notes == ("the head of the checkpoint is kept",)
     assert created.processor is None
     assert "_name_or_path" not in created.spec.config
 
@@ -131,7 +131,7 @@ def test_a_head_for_the_same_labels_in_another_order_is_kept(saved, name):
     created = create(library=library, name=str(saved(name)), config=None, **{**kind, "label_names": labels})
     model, spec = pico(name)
     assert created.new == ()
-    assert created.notes == ("the checkpoint's own head is kept, its labels in the order of the data: Dog, Newt, cat",)
+    assert created.notes == ("the head of the checkpoint is kept, its labels in the order of the data: Dog, Newt, cat",)
     assert created.spec.label_names == labels
     expected = logits(model, spec)[:, [LABELS.index(label.lower()) for label in labels]]
     assert torch.equal(logits(created.model, created.spec), expected)
@@ -179,7 +179,7 @@ def test_a_text_model_from_a_configuration_borrows_a_tokenizer(tmp_path):
     with pytest.raises(ModelError, match="no tokenizer") as caught:
         create(library="transformers", name=None, config=config, **TEXT)
     assert "--set model.config.tokenizer=DIR" in str(caught.value.hint)
-    with pytest.raises(ModelError, match=f"knows {len(WORDS)} tokens, the model embeds 10"):
+    with pytest.raises(ModelError, match=f"has {len(WORDS)} tokens, but the model embeds 10"):
         create(library="transformers", name=None, config={**config, "vocab_size": 10, "tokenizer": str(tmp_path)}, **TEXT)
 
 
@@ -283,7 +283,7 @@ def test_the_pointer_of_git_lfs_is_told_from_damage(saved, name):
 def test_pickled_weights_are_refused(saved):
     folder = saved("vit")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "save_pretrained" in str(refused("only unpickling can read", name=str(folder)).hint)
+    assert "save_pretrained" in str(refused("a pickle; RECAP reads safetensors only", name=str(folder)).hint)
 
 
 def test_weights_that_do_not_belong_to_their_configuration_are_named(saved):
@@ -333,7 +333,7 @@ def test_configurations_with_mistakes_are_refused():
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "intermediate_size", "patch_size", "num_channels"])
 def test_a_size_of_nothing_is_named(key):
-    error = refused(f"{key} of this vit is 0, and must be 1 or more", name=None, config={"model_type": "vit", key: 0})
+    error = refused(f"{key} of this vit is 0; expected 1 or more", name=None, config={"model_type": "vit", key: 0})
     assert (error.exit_code, error.hint) == (5, transformers_models.CONFIG_HINT)
 
 
@@ -434,7 +434,7 @@ def test_the_labels_of_a_head_are_in_the_order_of_their_numbers_however_a_file_h
     weight = labelled(folder, names)
     assert list(json.loads((folder / "config.json").read_text())["id2label"])[:3] == ["0", "1", "10"]
     created = created_for(folder, names)
-    assert created.notes == ("the checkpoint's own head is kept",)
+    assert created.notes == ("the head of the checkpoint is kept",)
     assert torch.equal(created.model.classifier.weight, weight)
 
 
@@ -488,12 +488,12 @@ def gpt2(layers: int = 2) -> torch.nn.Module:
 def test_buffers_that_older_releases_wrote_into_the_blocks_are_told(prefix, buffers):
     unexpected = [f"{prefix}h.{number}.{name}" for number in range(2) for name in buffers]
     (note,) = unexpected_weights.notes(gpt2(), unexpected, "DIR")
-    assert note.startswith(f"not used, for this model has no place for them: {prefix}h.0.attn.")
+    assert note.startswith(f"ignored weights that this model does not have: {prefix}h.0.attn.")
 
 
 @pytest.mark.parametrize(
     "name", ["h.2.attn.bias", "h.2.mlp.c_fc.weight", "transformer.h.1.attn.q_norm.weight", "h.0.ls1.gamma"]
 )
 def test_weights_of_blocks_that_a_model_lacks_are_refused(name):
-    with pytest.raises(ModelError, match=f"asks for no {name}"):
+    with pytest.raises(ModelError, match=f"has no {name}"):
         unexpected_weights.notes(gpt2(), [name], "DIR")

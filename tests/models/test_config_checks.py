@@ -43,8 +43,8 @@ def refusal(name: str, folder: Path | None = None, **changes: Any) -> str:
     ],
 )
 def test_a_size_beyond_all_models_is_refused_by_its_key(name: str, key: str, value: int, limit: str) -> None:
-    assert f"{key} of this" in (said := refusal(name, **{key: value}))
-    assert said.endswith(f"is {value:,}; expected at most {limit}")
+    assert f"{key} of this" in (shown := refusal(name, **{key: value}))
+    assert shown.endswith(f"is {value:,}; expected at most {limit}")
 
 
 @pytest.mark.parametrize("pad", [999, 10**6])
@@ -55,9 +55,9 @@ def test_padding_with_a_token_that_is_not_there_is_refused(pad: int) -> None:
 
 
 def test_a_model_larger_than_the_machine_is_refused_before_it_is_made() -> None:
-    said = refusal("bert", vocab_size=99_999_999, hidden_size=10**6)
+    shown = refusal("bert", vocab_size=99_999_999, hidden_size=10**6)
     weights = r"a bert of this configuration has 4\d\d,\d{3}.\d GB of weights"
-    assert re.fullmatch(weights + ", and this machine .* GB of memory", said), said
+    assert re.fullmatch(weights + ", but this machine has .* GB of memory", shown), shown
 
 
 def test_a_folder_whose_configuration_is_damaged_is_refused_by_the_key(tmp_path: Path) -> None:

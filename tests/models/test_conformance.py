@@ -1,4 +1,4 @@
-"""I1 on every pico model, and adapters that are wrong in every way we could think of, each told from a right one."""
+"""I1 on every pico model, and adapters that are wrong in every way we could think of, each distinguished from a right one."""
 
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -65,7 +65,7 @@ TIMM = {"architecture": "vit_tiny_patch16_224", "img_size": 16, "embed_dim": 32,
 
 
 @pytest.mark.parametrize(
-    ("created", "told"),
+    ("created", "problem"),
     [
         (("transformers", {"model_type": "vit", **TINY, "image_size": 1}), r"does not run at images of 1 × 1 pixels \("),
         (("timm", {**TIMM, "img_size": 1}), r"does not run at images of 1 × 1 pixels \("),
@@ -73,10 +73,10 @@ TIMM = {"architecture": "vit_tiny_patch16_224", "img_size": 16, "embed_dim": 32,
         (("timm", {**TIMM, "depth": 0}), r"no layers \(depth is 0\)"),
     ],
 )
-def test_a_model_that_does_not_run_by_itself_is_not_the_adapters_fault(created, told):
+def test_a_model_that_does_not_run_by_itself_is_not_the_adapters_fault(created, problem):
     library, config = created
     model, spec = made(library, **config)[:2]
-    with pytest.raises(ModelError, match=told) as caught:
+    with pytest.raises(ModelError, match=problem) as caught:
         conformance.check(model, build.adapter_of(spec), spec)
     assert caught.value.exit_code == 5
     assert caught.value.hint
@@ -146,7 +146,7 @@ def test_an_axis_without_a_part_in_the_output_is_found_by_the_controls():
     def axes(model: nn.Module) -> list[Axis]:
         return [Axis("mask", "heads", 0, 4, (Cut("dinov2.embeddings.mask_token", 1, 8),))]
 
-    refused("they have no part in the output", replace(DINOV2, axes=axes, embeddings=()), "dinov2")
+    refused("they do not affect the output", replace(DINOV2, axes=axes, embeddings=()), "dinov2")
 
 
 def test_cuts_that_do_not_fit_are_listed():
@@ -161,7 +161,7 @@ def test_cuts_that_do_not_fit_are_listed():
 
 
 def test_the_head_and_the_embeddings_are_not_to_be_pruned():
-    refused("is pruned, and is head or embedding as well", replace(VIT, embeddings=("*.mlp.*",)), "vit")
+    refused("is pruned, but belongs to the head or the embeddings", replace(VIT, embeddings=("*.mlp.*",)), "vit")
     refused(r"no parameter is named like its head \(score\.\*\)", replace(VIT, head=("score.*",)), "vit")
 
 
@@ -203,7 +203,7 @@ def not_known(model: nn.Module) -> list[Axis]:
 
 
 @pytest.mark.parametrize(
-    ("functions", "kind", "told"),
+    ("functions", "kind", "problem"),
     [
         ({"resize": touching}, PluginError, "the adapter 'vit' has written to vit.layernorm.weight"),
         ({"resize": leaving}, PluginError, "the adapter 'vit' failed: SystemExit: 4"),
@@ -212,8 +212,8 @@ def not_known(model: nn.Module) -> list[Axis]:
         ({"axes": not_known}, ConformanceError, "the adapter 'vit' does not describe this ViT.*: no blocks here"),
     ],
 )
-def test_the_functions_of_an_adapter_can_fail_in_no_way_of_their_own(monkeypatch, functions, kind, told):
+def test_the_functions_of_an_adapter_can_fail_in_no_way_of_their_own(monkeypatch, functions, kind, problem):
     model, spec = pico("vit")
     monkeypatch.setattr(build.registry, "load", lambda *_: replace(VIT, **functions))
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=problem):
         conformance.check(model, build.adapter_of(spec), spec)

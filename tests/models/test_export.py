@@ -170,7 +170,7 @@ def test_a_folder_with_something_in_it_is_not_overwritten(tmp_path):
     out.mkdir()
     small.export(out)  # empty: taken
     before = sorted(path.name for path in out.iterdir())
-    with pytest.raises(StorageError, match="is there already and not empty") as caught:
+    with pytest.raises(StorageError, match="exists already and is not empty") as caught:
         small.export(out)
     assert caught.value.hint
     assert sorted(path.name for path in out.iterdir()) == before
@@ -232,7 +232,7 @@ def test_a_recap_json_without_its_files_is_refused(tmp_path):
     about = json.loads((tmp_path / "out" / "recap.json").read_text())
     del about["files"]
     (tmp_path / "out" / "recap.json").write_text(json.dumps(about))
-    with pytest.raises(ModelError, match=r"recap\.json says no 'files'"):
+    with pytest.raises(ModelError, match=r"recap\.json has no 'files'"):
         recap_cli.load(tmp_path / "out")
 
 

@@ -111,7 +111,7 @@ FOLDERS: list[tuple[str, Change, str]] = [
     ("bert", index('{"weight_map": {"a": "../bert/model.safetensors"}}'), "no safetensors file in the same folder"),
     ("bert", index('{"weight_map": {"a": "/tmp/model.safetensors"}}'), "no safetensors file in the same folder"),
     ("bert", index('{"weight_map": {"a": "weights.bin"}}'), "no safetensors file in the same folder"),
-    ("bert", index('{"weight_map": {}}'), "says not in which files"),
+    ("bert", index('{"weight_map": {}}'), "does not name the files of the weights"),
     ("bert", lambda f: (index(f'{{"weight_map": {{"a": "{SHARD}"}}}}')(f), fifo(SHARD)(f)), "is no ordinary file"),
     ("bert", config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "are quantized"),
     ("bert", config(quantization_config={"quant_method": "gptq", "bits": 4}), "are quantized"),
@@ -127,13 +127,13 @@ FOLDERS: list[tuple[str, Change, str]] = [
     ("bert", config(pad_token_id=10**6), "pad_token_id of this bert is 1000000, and its vocabulary has the tokens 0 to 63"),
     ("bert", config(hidden_size=10**9), "hidden_size of this bert is 1,000,000,000; expected at most 1,000,000"),
     ("bert", config(vocab_size=10**12), "vocab_size of this bert is 1,000,000,000,000; expected at most 100,000,000"),
-    ("bert", config(hidden_size=1_000_000, intermediate_size=1_000_000), "GB of weights, and this machine"),
-    ("bert", config(intermediate_size=1_000_000), r"has 130,\d{3},\d{3} weights, and its files hold"),
+    ("bert", config(hidden_size=1_000_000, intermediate_size=1_000_000), "GB of weights, but this machine"),
+    ("bert", config(intermediate_size=1_000_000), r"has 130,\d{3},\d{3} weights, but its files hold"),
     ("bert", config(num_hidden_layers=10**6), "num_hidden_layers of this bert is 1,000,000; expected at most 1,000"),
     ("bert", config(num_labels=10**9), "num_labels of this bert is 1,000,000,000"),
-    ("bert", config(num_hidden_layers=1), r"config\.json, which asks for no bert\.encoder\.layer\.1\..* and \d+ more"),
-    ("vit", config(num_hidden_layers=1), r"config\.json, which asks for no vit\.layers\.1\..* and \d+ more"),
-    ("timm-vit", config(model_args__depth=1), r"config\.json, which asks for no blocks\.1\..* and \d+ more"),
+    ("bert", config(num_hidden_layers=1), r"config\.json, which has no bert\.encoder\.layer\.1\..* and \d+ more"),
+    ("vit", config(num_hidden_layers=1), r"config\.json, which has no vit\.layers\.1\..* and \d+ more"),
+    ("timm-vit", config(model_args__depth=1), r"config\.json, which has no blocks\.1\..* and \d+ more"),
     ("bert", weights(lambda t: t.update({"bert.encoder.layer.0.extra.weight": torch.ones(2)})), r"no .*layer\.0\.extra"),
     (
         "bert",
@@ -148,24 +148,24 @@ FOLDERS: list[tuple[str, Change, str]] = [
     ("bert", text("tokenizer_config.json", "5"), "tokenizer in .* cannot be loaded"),
     ("vit", values("preprocessor_config.json", image_mean=["x", 0, 0]), r"preprocessor_config\.json: the mean and the"),
     ("vit", values("preprocessor_config.json", image_mean=[10**400, 0, 0]), r"preprocessor_config\.json: the mean and the"),
-    ("vit", values("preprocessor_config.json", image_std=[0, 0, 0]), "standard deviation of a channel is above 0"),
-    ("vit", values("preprocessor_config.json", resample=-99), "resample is -99, and must be 0 to 5"),
+    ("vit", values("preprocessor_config.json", image_std=[0, 0, 0]), "expected standard deviations above 0"),
+    ("vit", values("preprocessor_config.json", resample=-99), "resample is -99; expected 0 to 5"),
     ("vit", text("preprocessor_config.json", DEEP), r"preprocessor_config\.json is nested too deeply"),
     ("timm-vit", config(model_args__depth=10**6), "depth of this vit_tiny_patch16_224 is 1,000,000; expected at most 1,000"),
     ("timm-vit", config(model_args__mlp_ratio=float("nan")), "mlp_ratio .* is nan, which no model has"),
-    ("timm-vit", config(model_args__checkpoint_path="evil.pth"), "checkpoint_path is no argument"),
-    ("timm-vit", config(model_args__embed_dim=1_000_000), "GB of weights, and this machine"),
+    ("timm-vit", config(model_args__checkpoint_path="evil.pth"), "checkpoint_path is an argument of"),
+    ("timm-vit", config(model_args__embed_dim=1_000_000), "GB of weights, but this machine"),
     ("timm-vit", config(model_args=5), "model_args in .* is no object, but a int"),
     ("timm-vit", config(pretrained_cfg=5), "pretrained_cfg in .* is no object, but a int"),
     ("timm-vit", config(pretrained_cfg__interpolation="x"), "the interpolation is 'x'"),
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "told"), FOLDERS, ids=[told for *_, told in FOLDERS])
-def test_a_folder_that_is_no_model_is_refused(folders, tmp_path, name, change, told):
+@pytest.mark.parametrize(("name", "change", "problem"), FOLDERS, ids=[problem for *_, problem in FOLDERS])
+def test_a_folder_that_is_no_model_is_refused(folders, tmp_path, name, change, problem):
     folder = shutil.copytree(folders / name, tmp_path / "model")
     change(folder)
-    with pytest.raises(ModelError, match=told) as caught:
+    with pytest.raises(ModelError, match=problem) as caught:
         made(folder, name)
     assert caught.value.exit_code == 5
     assert caught.value.hint
@@ -198,7 +198,7 @@ def test_weights_of_another_tasks_head_are_left_out_with_a_note(folders, tmp_pat
         folder
     )
     notes = made(folder, "bert").notes
-    assert notes[1:] == ("not used, for this model has no place for them: cls.predictions.bias, cls.seq_relationship.weight",)
+    assert notes[1:] == ("ignored weights that this model does not have: cls.predictions.bias, cls.seq_relationship.weight",)
 
 
 def test_a_bare_encoder_of_more_layers_than_its_configuration_says_is_refused(folders, tmp_path):
@@ -257,10 +257,10 @@ def outside(folder: Path) -> None:
 
 CHECKSUM = {"bytes": 0, "sha256": "0" * 64}
 EXPORTS: list[tuple[str, Change, str]] = [
-    *[("ragged", facts(files=files), "files are a seal for each name") for files in (None, [], 5)],
-    ("ragged", facts(files={}), "is none of the files that recap.json seals"),
+    *[("ragged", facts(files=files), "files is not an object with a checksum for each name") for files in (None, [], 5)],
+    ("ragged", facts(files={}), "has no checksum in recap.json"),
     *[
-        ("ragged", entry("spec.json", checksum), "the seal of spec.json is not bytes")
+        ("ragged", entry("spec.json", checksum), "the checksum of spec.json is not bytes")
         for checksum in (5, {**CHECKSUM, "more": 1}, [])
     ],
     *[
@@ -276,12 +276,12 @@ EXPORTS: list[tuple[str, Change, str]] = [
         ("ragged", facts(schema=schema), "is not what recap export wrote: its schema is")
         for schema in (float("inf"), 0, -1, 1.5, "1", None, True)
     ],
-    *[("ragged", facts(form=form), "says form") for form in ("evil", None, 5)],
+    *[("ragged", facts(form=form), "form is ") for form in ("evil", None, 5)],
     ("ragged", text("recap.json", DEEP), r"recap\.json is nested too deeply"),
     ("ragged", text("recap.json", "[]"), "holds no JSON object, but a list"),
     ("ragged", fifo("recap.json"), r"recap\.json is no ordinary file"),
     ("ragged", linked("recap.json", "/dev/zero"), r"recap\.json is no ordinary file"),
-    ("ragged", lambda f: os.truncate(f / "recap.json", 10**12), "more than any such file"),
+    ("ragged", lambda f: os.truncate(f / "recap.json", 10**12), "bytes; expected at most"),
     ("ragged", fifo("spec.json"), r"spec\.json is no ordinary file"),
     ("ragged", lambda f: (linked("spec.json", "/dev/zero")(f), entry("spec.json", CHECKSUM)(f)), "is no ordinary file"),
     (
@@ -289,13 +289,13 @@ EXPORTS: list[tuple[str, Change, str]] = [
         lambda f: ((f / WEIGHTS).rename(f.parent / "o"), (f / WEIGHTS).symlink_to("../o")),
         "is a link to a file outside",
     ),
-    ("dense", lambda f: (outside(f), facts(files={})(f)), "is none of the files that recap.json seals"),
+    ("dense", lambda f: (outside(f), facts(files={})(f)), "has no checksum in recap.json"),
     ("dense", checksummed(outside), "is no safetensors file in the same folder"),
     ("dense", text("adapter_config.json", "{}"), r"adapter_config\.json is none of the files"),
     ("timm", text("pytorch_model.bin", "x"), r"pytorch_model\.bin is none of the files"),
     *[
-        ("ragged", spec(**{key: value}), rf"spec\.json is no description of a model: {told}")
-        for key, value, told in (
+        ("ragged", spec(**{key: value}), rf"spec\.json is no description of a model: {problem}")
+        for key, value, problem in (
             ("library", "evil", "library"),
             ("library", "timm", "config names no architecture"),
             ("config", None, "config or forward"),
@@ -311,11 +311,11 @@ EXPORTS: list[tuple[str, Change, str]] = [
     ("stock", spec(image__size=10**9), "image has size"),
     ("ragged", checksummed(text("spec.json", DEEP)), r"spec\.json cannot be read"),
     ("ragged", spec(config__num_hidden_layers=10**6), "num_hidden_layers of this bert is 1,000,000"),
-    ("ragged", spec(config__hidden_size=4096), r"has shape \(32,\), and must have \(4096,\)"),
+    ("ragged", spec(config__hidden_size=4096), r"has shape \(32,\); expected \(4096,\)"),
     ("ragged", spec(config__id2label="x"), "no configuration of a bert"),
     ("ragged", spec(config__quantization_config={"quant_method": "gptq"}), "are quantized"),
     ("dense", checksummed(config(hidden_size=10**9)), "hidden_size of this bert is 1,000,000,000"),
-    ("dense", checksummed(config(intermediate_size=1_000_000)), "weights, and its files hold"),
+    ("dense", checksummed(config(intermediate_size=1_000_000)), "weights, but its files hold"),
     ("dense", checksummed(config(pad_token_id=10**6)), "pad_token_id of this bert is 1000000"),
     ("dense", checksummed(config(num_hidden_layers=1)), "cannot hold bert.encoder.layer.1"),
     ("dense", checksummed(text("config.json", DEEP)), r"config\.json is nested too deeply"),
@@ -323,9 +323,9 @@ EXPORTS: list[tuple[str, Change, str]] = [
     (
         "timm",
         checksummed(config(pretrained_cfg__file="/etc/hostname")),
-        "pretrained_cfg in config.json is not what spec.json says",
+        "pretrained_cfg in config.json does not fit spec.json",
     ),
-    ("timm", checksummed(config(model_args__depth=1)), "model_args in config.json is not what spec.json says"),
+    ("timm", checksummed(config(model_args__depth=1)), "model_args in config.json does not fit spec.json"),
     ("timm", checksummed(text(WEIGHTS, "x" * 100)), "truncated or damaged"),
     *[
         (
@@ -338,11 +338,11 @@ EXPORTS: list[tuple[str, Change, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("form", "change", "told"), EXPORTS, ids=[f"{form}: {told}" for form, _, told in EXPORTS])
-def test_an_export_that_is_none_of_ours_is_refused(folders, tmp_path, form, change, told):
+@pytest.mark.parametrize(("form", "change", "problem"), EXPORTS, ids=[f"{form}: {problem}" for form, _, problem in EXPORTS])
+def test_an_export_that_is_none_of_ours_is_refused(folders, tmp_path, form, change, problem):
     folder = shutil.copytree(folders / form, tmp_path / "out")
     change(folder)
-    with pytest.raises(ModelError, match=told) as caught:
+    with pytest.raises(ModelError, match=problem) as caught:
         recap_cli.load(folder)
     assert caught.value.hint
 

@@ -39,8 +39,8 @@ def test_a_bomb_is_refused_in_a_line(name: str, capsys: pytest.CaptureFixture[st
     started = monotonic()
     assert main(["run", str(file), "--dry-run"]) == RecipeError.exit_code
     assert monotonic() - started < HANG_SECONDS
-    said = capsys.readouterr().err
-    assert f"{file}" in said
+    shown = capsys.readouterr().err
+    assert f"{file}" in shown
     words = (
         "it holds more than 10,000 values",
         "nested too deeply",
@@ -48,8 +48,8 @@ def test_a_bomb_is_refused_in_a_line(name: str, capsys: pytest.CaptureFixture[st
         "a number of 4,00",
         "expected YAML",
     )
-    assert any(word in said for word in words)
-    assert len(said) < 1000
+    assert any(word in shown for word in words)
+    assert len(shown) < 1000
 
 
 def test_thousands_of_unknown_keys_are_not_all_explained() -> None:
@@ -71,7 +71,7 @@ def test_a_recipe_that_never_ends_is_not_read_to_its_end() -> None:
 @pytest.mark.timeout(120)  # it would be waited for
 def test_a_named_pipe_is_no_recipe_and_the_pipe_of_a_shell_is_one(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "r.yaml")
-    with pytest.raises(RecipeError, match=r"r\.yaml: it is a pipe, and no file"):
+    with pytest.raises(RecipeError, match=r"r\.yaml: it is a pipe, not a file"):
         recipe.read(str(tmp_path / "r.yaml"))
     reading, writing = os.pipe()
     os.write(writing, TEXT.encode())
@@ -171,9 +171,9 @@ def test_a_name_that_leaves_the_folder_writes_nothing(tmp_path: Path, monkeypatc
         ("data.train=\udcff.csv", "data.train expected text; found a byte or half a character"),
         ('data.train="a\\0b"', "data.train expected a YAML value: it holds the character NUL"),
         ('name="\\ud800"', "name expected a YAML value: it holds a byte or half a character"),
-        ("a." * 2000 + "a=1", f"{'a.' * 28}a... expected at most 50 keys in each other; found 2001"),
-        ("seed=12:30:45", "seed expected a number in digits; found 12:30:45, which YAML reads to base 60"),
-        ("rounds=1:30", "rounds expected a number in digits; found 1:30, which YAML reads to base 60"),
+        ("a." * 2000 + "a=1", f"{'a.' * 28}a... expected at most 50 levels of keys; found 2001"),
+        ("seed=12:30:45", "seed expected a number in digits; found 12:30:45, which YAML reads in base 60"),
+        ("rounds=1:30", "rounds expected a number in digits; found 1:30, which YAML reads in base 60"),
         ("options.a=[0.9, 1:30.5]", "options.a.1 expected a number in digits; found 1:30.5"),
         ("finetune.memory_budget=٢GB", "finetune.memory_budget expected text such as 2GiB, 1500MB, 0.5GB or null"),
         (f"finetune.memory_budget={'9' * 400}GB", "finetune.memory_budget expected text such as 2GiB"),
@@ -211,7 +211,7 @@ def test_text_is_nothing_for_a_task_of_images() -> None:
 def test_a_text_that_looks_like_a_time_is_taken_in_quotes() -> None:
     assert parsed("", "data.label='12:30:45'").data.label == "12:30:45"
     assert refused(TEXT + "seed: 1:30\n") == [
-        "r.yaml:4:7 seed expected a number in digits; found 1:30, which YAML reads to base 60 (put text in quotes)"
+        "r.yaml:4:7 seed expected a number in digits; found 1:30, which YAML reads in base 60 (put text in quotes)"
     ]
 
 
@@ -223,8 +223,8 @@ def test_a_text_that_looks_like_a_time_is_taken_in_quotes() -> None:
         ("num_labels=1000000000", "num_labels expected at most 1,000,000; found 1,000,000,000"),
         ("text_config={hidden_size: 10000000}", "text_config.hidden_size expected at most 1,000,000; found 10,000,000"),
         ("depths=[2, 2000]", "depths expected at most 1,000; found 2,000"),
-        ("torch_dtype=float16", "torch_dtype expected float32, which the full model is kept in"),
-        ("dtype=nope", "dtype expected float32, which the full model is kept in"),
+        ("torch_dtype=float16", "torch_dtype expected float32, the type of the full model"),
+        ("dtype=nope", "dtype expected float32, the type of the full model"),
     ],
 )
 def test_a_model_that_no_machine_builds_is_refused_before_it_is_built(override: str, words: str) -> None:

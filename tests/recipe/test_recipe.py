@@ -163,7 +163,7 @@ def test_a_value_that_is_no_plain_data_is_refused_in_a_model_config() -> None:
         ("lr: 1e-4", "4:1 lr", "did you mean head.lr or finetune.lr?"),
         ("prune: {rounds: 3}", "4:9 prune.rounds", "did you mean rounds?"),
         ("epoch: 3", "4:1 epoch", "did you mean finetune.epochs?"),
-        ("mask: {xyz: 3}", "4:8 mask.xyz", "known here: ratio, criterion, scope, random, train_embeddings"),
+        ("mask: {xyz: 3}", "4:8 mask.xyz", "known keys: ratio, criterion, scope, random, train_embeddings"),
         ("finetune.lr: 3", "4:1 finetune.lr", "write `finetune:` and, indented below it, `lr:`"),
     ],
 )
@@ -242,9 +242,9 @@ def test_all_problems_come_at_once_in_the_order_of_the_file() -> None:
         ("a: b: c", "r.yaml:1:5 (yaml) expected YAML: mapping values are not allowed here"),
         ("a:\n\t- 1", "r.yaml:2:1 (yaml) expected YAML: while scanning for the next token, found character '\\t'"),
         ("a: 1\n---\nb: 2\n", "r.yaml:2:1 (yaml) expected YAML: expected a single document in the stream, but found another"),
-        ("a: &x [*x]", "r.yaml:1:4 (yaml) expected YAML: an alias stands within its own anchor"),
+        ("a: &x [*x]", "r.yaml:1:4 (yaml) expected YAML: an alias is inside its own anchor"),
         ("a: 2024-13-45", "r.yaml:1:1 (yaml) expected YAML: month must be in 1..12"),
-        ("a: !!bool z", "r.yaml:1:4 (yaml) expected YAML: the tag tag:yaml.org,2002:bool, where only plain values go"),
+        ("a: !!bool z", "r.yaml:1:4 (yaml) expected YAML: the tag tag:yaml.org,2002:bool; only plain values are allowed"),
         ("a: !!python/object:os.x {}", "r.yaml:1:4 (yaml) expected YAML: the tag tag:yaml.org,2002:python/object:os.x"),
         ("a: b\0", "r.yaml:1:1 (yaml) expected YAML: unacceptable character #x0000"),
         ("[" * 600 + "]" * 600, "r.yaml:1:51 (yaml) expected YAML: it is nested too deeply (more than 50 levels)"),
@@ -328,7 +328,7 @@ def test_anchors_and_merge_keys_work_and_overrides_do_not_leak_through_them() ->
         ),
         (
             ["finetune.epochs=null"],
-            "--set finetune.epochs=null finetune.epochs expected a number here or in finetune.steps; found null in both",
+            "--set finetune.epochs=null finetune.epochs expected a number, or one in finetune.steps; found null in both",
         ),
         (
             ["head.lr=1e38"],
@@ -446,7 +446,7 @@ def test_an_override_is_split_at_the_first_equals_sign() -> None:
         ("fintune.lr=1", "fintune unknown key; did you mean finetune?"),
         ("rounds.x=3", "rounds.x expected rounds to be a section; found a value"),
         ("rounds=[1", "rounds expected a YAML value: while parsing a flow sequence, expected ',' or ']'"),
-        ("rounds=!!int z", "rounds expected a YAML value: the tag tag:yaml.org,2002:int, where only plain values go"),
+        ("rounds=!!int z", "rounds expected a YAML value: the tag tag:yaml.org,2002:int; only plain values are allowed"),
         ("mask={ratio: 0.1, ratio: 0.2}", "mask.ratio expected each key once; found it again after line 1"),
         ("finetune.lr=fast", 'finetune.lr expected a number > 0; found "fast"'),
         ("task.kind=null", "task.kind expected one of text-classification, image-classification; found null"),
@@ -554,7 +554,7 @@ def test_the_reference_page_is_what_the_script_writes() -> None:
     reference = runpy.run_path(str(ROOT / "scripts" / "recipe_reference.py"))["reference"]()
     written = (ROOT / "docs" / "reference" / "recipe.md").read_text(encoding="utf-8")
     assert written == reference, "run `python scripts/recipe_reference.py`"
-    assert "| `prune.ratio` | a number in [0, 1) | `0.333` | Share of the prunable parameters that goes. | `r_p` |" in written
+    assert "| `prune.ratio` | a number in [0, 1) | `0.333` | Share of the prunable parameters to prune. | `r_p` |" in written
 
 
 def test_the_shipped_recipes_are_all_there() -> None:

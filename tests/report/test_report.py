@@ -211,7 +211,7 @@ def test_a_file_that_is_no_results_is_refused(text: str | bytes, what: str, tmp_
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"schema": 2}, "has schema 2, and this recap knows schema 1"),
+        ({"schema": 2}, "has schema 2, and this recap reads only schema 1"),
         ({"cells": {}}, "cells is not what it should be"),
         ({"cells": [1]}, "cells[0] is not"),
         ({"grid": None}, "grid is not what it should be: found nothing"),

@@ -166,7 +166,7 @@ def test_run_status_and_the_report_say_when_a_run_came_to_nothing(
     shown = capsys.readouterr()
     page = report(state.path).read_text(encoding="utf-8")
     assert f"0 warm-up {warm:.4f}" in " ".join(shown.out.split())
-    assert f"warm-up: accuracy {warm:.4f} (chance 0.3333)" in shown.err
+    assert f"head warmed up: accuracy {warm:.4f} (chance 0.3333)" in shown.err
     assert "0 (warm-up)" in page
     if said is None:
         assert found["warning"] is None

@@ -209,7 +209,7 @@ def test_images_in_a_folder_without_classes_are_data_without_labels(images: Stat
         ({"data": Path("there.csv"), "split": "test"}, DataError, "is a file, which has no splits"),
         ({"data": Path("other.csv")}, DataError, "has no column 'sentence'"),
         ({"predictions": Path("told.xlsx")}, UsageError, "one of .csv, .jsonl, .parquet"),
-        ({"predictions": Path("there.csv")}, UsageError, "is there already"),
+        ({"predictions": Path("there.csv")}, UsageError, "exists already"),
         ({"predictions": Path("no/told.csv")}, StorageError, "there is no folder no"),
         ({"predictions": Path("folder.csv")}, UsageError, "is a folder"),
     ],

@@ -89,7 +89,7 @@ def test_numbers_that_may_be_places_or_names_are_refused(tmp_path: Path) -> None
     state = made(tmp_path, table([0, 1, 2] * 4, names), table([0, 1], names))
     with pytest.raises(DataError) as caught:
         seen(state, tmp_path, data=write(tmp_path / "other.parquet", [1, 2]))
-    assert "holds 1, which is the label '2' by its place from 0, and the label '1' by its name" in caught.value.message
+    assert "holds 1, which is the label '2' by its index from 0, and the label '1' by its name" in caught.value.message
     assert seen(state, tmp_path, data=write(tmp_path / "other.parquet", ["1", "2"])) == ["1", "2"]
 
 
