@@ -81,7 +81,7 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> tuple[list[dict[str, Any]], dict[str, str | None], list[str]]:
-    """Return torch's devices, the facts of the NVIDIA driver, and problems of torch and torchvision. Importing takes seconds."""
+    """Return torch's devices, the facts of the NVIDIA driver, and problems of torch and torchvision. Imports take seconds."""
     try:
         import torch
 
