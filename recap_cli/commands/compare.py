@@ -149,7 +149,7 @@ def _list(
 
 
 def _command(recipe: str, given: Mapping[str, Sequence[Any]], jobs: int, out: Path, overrides: Sequence[str]) -> str:
-    """The command line that makes the same comparison, for the results and for hints."""
+    """Return the command line that makes the same comparison, for the results and for hints."""
     words = ["recap", "compare", recipe]
     for name, values in given.items():
         if values:

@@ -58,7 +58,7 @@ def _is_grid(rows: Sequence[Row]) -> bool:
 
 
 def _settings_text(rows: Sequence[Row]) -> str:
-    """The settings that all rows have in common: `at batch size 8 (4 at a time) with adamw, bf16 weights, checkpoints`."""
+    """Return the settings that all rows have in common: `at batch size 8 (4 at a time) with adamw, bf16 weights`."""
     row = rows[0]
     batch_size = row["batch_size"] if len({row["batch_size"] for row in rows}) == 1 else None
     parts = "" if row["micro_batch_size"] == row["batch_size"] else f" ({row['micro_batch_size']:,} at a time)"
@@ -70,7 +70,7 @@ def _settings_text(rows: Sequence[Row]) -> str:
 
 
 def _blocks_of_rows(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """The rows in tables that fit on a screen, each with the beginning of its title. A grid gives one method at a time."""
+    """Yield the rows of each table that fits on a screen, with the start of its title. A grid has a table per method."""
     methods = dict.fromkeys(row["method"] for row in rows) if _is_grid(rows) else [None]
     for method in methods:
         of_method = [row for row in rows if method in (None, row["method"])]
@@ -79,7 +79,7 @@ def _blocks_of_rows(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 
 
 def _setting(row: Row, rows: Sequence[Row]) -> dict[str, str]:
-    """The settings, by name, in which a row differs from others of its method."""
+    """Return the settings, by name, in which a row differs from others of its method."""
     of_method = [other for other in rows if other["method"] == row["method"]]
     differ = [key for key in SETTINGS if len({other[key] for other in of_method}) > 1]
     return {SETTINGS[key]: f"{row[key]:,}" if key == "batch_size" else f"{row[key]:.1%}" for key in differ}
@@ -98,7 +98,7 @@ def _bytes(some: Sequence[Row], rows: Sequence[Row]) -> Table:
 
 
 def _peaks(rows: Sequence[Row]) -> Table:
-    """The peaks of a grid, a line for each setting. A method that does not prune repeats its figure at every ratio."""
+    """Return the peaks of a grid, a line per setting. A method that does not prune repeats its figure at every ratio."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lines: list[list[str]] = []
     most = max((sum(row["method"] == method for row in rows), method) for method in methods)[1]

@@ -155,7 +155,7 @@ def _require_extras(methods: Sequence[str]) -> None:
 
 
 def _numbers(option: str, text: str | None, kind: Callable[[str], Number]) -> list[Number]:
-    """The numbers of a list such as 1,8,32, each once."""
+    """Return the numbers of a list such as 1,8,32, each once."""
     if text is None:
         return []
     is_share = kind is float

@@ -1,9 +1,9 @@
 """How many threads compute on the CPU, so that a run is fast on a busy machine, too.
 
 Threads that share a matrix product wait for each other at a barrier after it. For small products this wait is longer than the
-product. On a busy machine it is much longer: a thread spins for another that the system has suspended. On two cores with a load
-of 12, a step of the quickstart's model took 73 ms with one thread, and 1,234 ms with two (measured). The number of threads
-depends on the model, not on the load. So the bits of a run do not depend on other programs.
+product. On a busy machine it is much longer: a thread spins for another that the system has suspended. Measured on two cores
+with a load of 12, a step of the quickstart takes 73 ms with one thread and 1,234 ms with two. The number of threads depends on
+the model, not on the load. So the bits of a run do not depend on other programs.
 """
 
 import math

@@ -167,6 +167,6 @@ def refuse_odd_place(root: Path, rel: str) -> None:
 
 
 def odd_error(path: Path, what: str) -> CorruptStateError:
-    """Return the error that names what stands in the place of a file or a folder of a state."""
+    """Return the error for a link, a pipe or a device in place of a file or folder of a state."""
     hint = NO_LINKS if what == "a link" else START_OVER
     return CorruptStateError(f"{path}: is {what}, which nothing in a state is", hint=hint)
