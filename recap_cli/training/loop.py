@@ -23,6 +23,26 @@ LOWER_THE_RATE = (
 
 
 @dataclass(frozen=True)
+class Steps:
+    """How the steps of a training are taken.
+
+    Attributes:
+        rate: the learning rate of a step, counted from 0.
+        micro_batch_size: a larger batch is accumulated from several of this size, each weighted by its share, so that the
+            gradient is that of the whole batch; None: it is not split.
+        max_grad_norm: gradients are clipped to this norm; None: they are not.
+        fused_backward: True updates each tensor as soon as its gradient is complete, and frees it before the next one is made.
+        before_step: runs before each step, with its number.
+    """
+
+    rate: Callable[[int], float]
+    micro_batch_size: int | None = None
+    max_grad_norm: float | None = None
+    fused_backward: bool = False
+    before_step: Callable[[int], None] = lambda _: None
+
+
+@dataclass(frozen=True)
 class Training:
     """What a training run was: optimizer steps, mean loss over the last tenth of them, seconds, and gradient bytes at the
     peak.
@@ -34,38 +54,31 @@ class Training:
     gradient_bytes: int
 
 
-def train(
-    forward: Forward,
-    loss: Loss,
-    optimizer: Optimizer,
-    batches: Iterable[Batch],
-    *,
-    rate: Callable[[int], float],
-    micro_batch_size: int | None = None,
-    max_grad_norm: float | None = None,
-    fused_backward: bool = False,
-    before_step: Callable[[int], None] = lambda _: None,
-) -> Training:
-    """Take one optimizer step per batch, at learning rate `rate(step)`, after a call of `before_step(step)`.
+def train(forward: Forward, loss: Loss, optimizer: Optimizer, batches: Iterable[Batch], steps: Steps) -> Training:
+    """Take one optimizer step per batch.
 
-    `batches` yields dictionaries of tensors on the device, with the key `labels`; a batch larger than `micro_batch_size` is
-    accumulated from several, each weighted by its share, so that the gradient is that of the whole batch. With `fused_backward`
-    each tensor moves as soon as its gradient is complete, and the gradient is freed before the next one is made.
+    Args:
+        forward: a batch to logits, (batch, labels).
+        loss: of logits and labels, a scalar.
+        optimizer: whose tensors are updated.
+        batches: dictionaries of tensors on the device, with the key `labels`.
+        steps: how each step is taken.
 
-    Raises `TrainingError` if a loss is not finite.
+    Raises:
+        TrainingError: a loss is not finite.
     """
     losses: list[Tensor] = []
     watch = _GradientWatch(optimizer.trainables)
     started = perf_counter()
     with ExitStack() as stack:
-        complete = stack.enter_context(_fused(optimizer, watch)) if fused_backward else None
+        complete = stack.enter_context(_fused(optimizer, watch)) if steps.fused_backward else None
         for step, batch in enumerate(batches):
-            optimizer.lr = rate(step)
-            before_step(step)
-            losses.append(_accumulate(forward, loss, batch, micro_batch_size, complete))
+            optimizer.lr = steps.rate(step)
+            steps.before_step(step)
+            losses.append(_accumulate(forward, loss, batch, steps.micro_batch_size, complete))
             if complete is None:
                 watch.all_held()
-                _clip(optimizer.trainables, max_grad_norm)
+                _clip(optimizer.trainables, steps.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             _check_finite(losses[-1], step)

@@ -233,8 +233,8 @@ FAULTS = (
     Fault(
         "gradients are clipped after the step",
         "recap_cli/training/loop.py",
-        "_clip(optimizer.trainables, max_grad_norm)\n                optimizer.step()\n",
-        "optimizer.step()\n                _clip(optimizer.trainables, max_grad_norm)\n",
+        "_clip(optimizer.trainables, steps.max_grad_norm)\n                optimizer.step()\n",
+        "optimizer.step()\n                _clip(optimizer.trainables, steps.max_grad_norm)\n",
         (SGD,),
     ),
     Fault(

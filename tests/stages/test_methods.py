@@ -26,7 +26,7 @@ from recap_cli.stages.export import export
 from recap_cli.stages.init import init
 from recap_cli.stages.run import STAGES, run
 from recap_cli.state.store import State
-from recap_cli.training.evaluation import evaluate
+from recap_cli.training.evaluation import Pass, evaluate
 from tests.tiny import tiny
 
 METHODS = registry.names("methods")
@@ -70,7 +70,7 @@ def test_a_run_takes_the_steps_of_the_recipe_and_ends_in_a_product_that_scores_w
     assert context.round_plans[best["round"] - 1].product
     model = context.model(state.load_tensors(f"{best['folder']}/{WEIGHTS}"), counts(context.plan(best["folder"])))
     _, validation = context.splits(lambda items, label, total=None: iter(items))
-    scored = evaluate(forward_of(context.spec, model), validation, context.task, batch_size=64)
+    scored = evaluate(forward_of(context.spec, model), validation, context.task, how=Pass(batch_size=64))
     assert scored["accuracy"] == pytest.approx(best["value"])
 
 
