@@ -78,7 +78,7 @@ class Context:
     def _shapes_by_name(self) -> stored.Tensors:
         """The tensors that the full model has."""
         with stored.meant(self.state.path / f"{self.full}/{SPEC}"):
-            return stored.of_recipe(self.spec)
+            return stored.tensors_of_spec(self.spec)
 
     @cached_property
     def layout(self) -> Layout:
@@ -141,7 +141,7 @@ class Context:
         return stored.unit_mask(self.state, f"{folder}/{PLAN}", self.layout.axes)
 
     def mask(self, folder: str, plan: UnitMask) -> UnitMask:
-        """Which hidden dimensions of the small model that `plan` leaves may move in a round."""
+        """Which hidden dimensions of the small model that `plan` leaves are trainable in a round."""
         axes = [refine(axis) for axis in shrink(self.layout.axes, plan)]
         return stored.unit_mask(self.state, f"{folder}/{MASK}", axes)
 
@@ -158,7 +158,7 @@ class Context:
         return tensors
 
     def trained(self, folder: str, plan: UnitMask, index_map: IndexMap) -> dict[str, Tensor]:
-        """The values of the entries that have moved, which are `index_map` in the small model."""
+        """The values of the trained entries, which are `index_map` in the small model."""
         rel = f"{folder}/{TRAINED}"
         path, tensors = self.state.path / rel, self.state.load_tensors(rel)
         stored.check_each(path, tensors, stored.cut_shapes(self.small_shapes(plan), index_map), torch.float32)
@@ -203,11 +203,11 @@ class Context:
         return stored.memory(self.state, f"{folder}/{MEMORY}")
 
     def token_rows(self, folder: str) -> TokenRows | None:
-        """Which rows of the token table the finetuning in `folder` held, and which could move; None where that is not known."""
+        """Which rows of the token table the finetuning in `folder` held and trained; None where that is not known."""
         file = f"{folder}/{ROWS}"
         return stored.token_rows(self.state, file, self._shapes_by_name.shapes) if file in self.state.manifest.files else None
 
     def rows(self, folder: str) -> IndexMap:
-        """The rows of the token table that the finetuning in `folder` could move, where that is neither all nor none."""
+        """The rows of the token table that the finetuning in `folder` trained, where that is neither all nor none."""
         token_rows, round_plan = self.token_rows(folder), self.round_plans[int(folder.rpartition("-")[2]) - 1]
         return token_rows.index_map(round_plan) if token_rows else {}

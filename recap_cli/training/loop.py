@@ -1,4 +1,4 @@
-"""The training loop: batches in, moved masters out. It knows nothing of rounds, recipes or states (paper, sec. 3.2)."""
+"""The training loop: batches in, updated masters out. It knows nothing of rounds, recipes or states (paper, sec. 3.2)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager

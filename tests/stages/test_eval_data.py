@@ -92,10 +92,10 @@ def test_a_tokenizer_that_was_altered_scores_nothing(texts: State, tmp_path: Pat
     whole = file.read_bytes()
     file.write_bytes(whole.replace(b'"w1"', b'"W1"'))  # as many bytes, and another meaning
     assert file.read_bytes() != whole
-    other = write_rows(tmp_path / "other.csv", validation_rows()) if asked == "data" else None
-    told = tmp_path / "told.csv" if asked == "predictions" else None
+    other = OtherData(write_rows(tmp_path / "other.csv", validation_rows())) if asked == "data" else None
+    told = PredictionFile(tmp_path / "told.csv") if asked == "predictions" else None
     with pytest.raises(CorruptStateError, match=r"tokenizer.json: its sha256 begins with"):
-        evaluate(State.open(tmp_path / "state"), other=OtherData(data=other), which=["best"], predictions=PredictionFile(told))
+        evaluate(State.open(tmp_path / "state"), other=other, which=["best"], predictions=told)
 
 
 def test_labels_count_by_their_names_also_where_the_file_lacks_the_first(texts: State, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recap_cli import registry
 from recap_cli.api import Method, RoundPlan, TrainerHook
-from recap_cli.core.axes import counts, everything
+from recap_cli.core.axes import all_units, counts
 from recap_cli.errors import PluginError
 from recap_cli.plugins.methods.lora import targets
 from recap_cli.plugins.methods.movement import keep_share
@@ -193,7 +193,7 @@ def test_gates_that_are_closed_are_groups_that_are_cut() -> None:
 
     context = Context(State.open(run_of("full-ft")))
     tensors = context.full_tensors()
-    axes, plan = context.layout.axes, everything(context.layout.axes)
+    axes, plan = context.layout.axes, all_units(context.layout.axes)
     for number, axis in enumerate(axes):
         plan[axis.name][number % axis.size] = False
     gated, small = (context.model({n: t.clone() for n, t in tensors.items()}) for _ in range(2))
