@@ -22,10 +22,10 @@ EXCEPTIONS = {  # file:function, and why it takes more
     "models/spec_from_config.py:of_recipe": KEYS,
     "memory/fake_cuda.py:_attention": "stands in for F.scaled_dot_product_attention",
     "trainable/linear.py:forward": "torch.autograd.Function: each tensor is an argument of its own",
-    "models/build.py:_new_head": "",
-    "models/export.py:export": "",
-    "models/export.py:_write_small": "",
-    "report/charts.py:plane": "",
+    "models/build.py:_new_head": "what two libraries report of a checkpoint, each in its own way",
+    "models/export.py:export": "the product, part by part: a plan, its tensors and what describes them",
+    "models/export.py:_write_small": "likewise",
+    "report/charts.py:plane": "a chart has that many words and marks",
 }
 
 

@@ -13,6 +13,7 @@ from recap_cli.core.axes import Shape, UnitMask, check_axes, refine, shrink
 from recap_cli.core.method import RoundPlan
 from recap_cli.core.surgery import IndexMap, indices
 from recap_cli.data.splits import Split
+from recap_cli.errors import StageOrderError
 from recap_cli.models import build
 from recap_cli.models.build import ModelSpec
 from recap_cli.progress import Track
@@ -39,7 +40,8 @@ from recap_cli.rounds.record import (
     TRAINED,
     WEIGHTS,
 )
-from recap_cli.state.manifest import below
+from recap_cli.rounds.status import finished
+from recap_cli.state.manifest import below, quoted
 from recap_cli.state.store import State
 from recap_cli.tasks.task import Task
 from recap_cli.trainable.token_rows import TokenRows
@@ -55,6 +57,21 @@ class Context:
         record.check(state)
         self.state = state
         self.recipe: Recipe = recipes.parse(state.recipe_text, str(state.path / state.manifest.recipe))
+
+    def check_rounds(self) -> None:
+        """Do nothing if a stage of a round is next.
+
+        Raises:
+            StageOrderError: the last round is merged: K are done, or the metric has not improved for `patience`.
+        """
+        if self.state.next_stage() != "prune":
+            return
+        path = quoted(self.state.path)
+        if reason := finished(self.recipe, self.state.manifest):
+            raise StageOrderError(
+                f"{self.state.path}: {reason}",
+                hint=f"recap export {path} OUT writes the best small model; recap status {path} shows the rounds",
+            )
 
     @cached_property
     def full(self) -> str:

@@ -7,13 +7,12 @@ from typing import Any
 
 from recap_cli import registry
 from recap_cli.core.method import RoundPlan
-from recap_cli.errors import DataError, ModelError, StageOrderError
+from recap_cli.errors import DataError, ModelError
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import record
 from recap_cli.rounds.plans import check_steps, round_plans_for, round_plans_of
 from recap_cli.rounds.verdict import start_of, warning
-from recap_cli.state.manifest import quoted
 from recap_cli.state.store import Manifest, State
 from recap_cli.tasks.task import goodness
 
@@ -43,18 +42,6 @@ def next_stage(recipe: Recipe, state: State) -> str | None:
     """The stage that comes next, or None if the last round is merged."""
     stage = state.next_stage()
     return None if stage == "prune" and finished(recipe, state.manifest) else stage
-
-
-def check_rounds(recipe: Recipe, state: State) -> None:
-    """Raise `StageOrderError` if the last round is merged: K are done, or the metric has not improved for `patience`."""
-    if state.next_stage() != "prune":
-        return
-    path = quoted(state.path)
-    if reason := finished(recipe, state.manifest):
-        raise StageOrderError(
-            f"{state.path}: {reason}",
-            hint=f"recap export {path} OUT writes the best small model; recap status {path} shows the rounds",
-        )
 
 
 def check(recipe: Recipe) -> None:
