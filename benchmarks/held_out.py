@@ -31,7 +31,7 @@ from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.status import finished
 from recap_cli.state.store import State
-from recap_cli.training.evaluation import evaluate
+from recap_cli.training.evaluation import Pass, evaluate
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,7 +81,7 @@ def score(context: Context, split: Split) -> dict[str, float]:
     """The metrics of the small model of a state's last round."""
     full, plan = context.full_tensors(), context.plan(str(context.state.manifest.small))
     model = context.model(gather(full, indices(context.layout.axes, plan, shapes_of(full))), counts(plan))
-    return evaluate(forward_of(context.spec, model), split, context.task, batch_size=64)
+    return evaluate(forward_of(context.spec, model), split, context.task, how=Pass(batch_size=64))
 
 
 def split_of(context: Context, task: str) -> Split:

@@ -44,6 +44,7 @@ from record import parser, write
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = Path(__file__).resolve().parent / "mutants_equivalent.yaml"
 STAGES = ("prune", "mask", "finetune", "merge")
+ROUNDS = ("warm_up", "pruning", "masking", "training_round", "round_results", "merging")  # what the stages call
 TESTS = (  # those that run the heart; others of the stages' folder are of comparisons, budgets and reports
     "tests/core",
     "tests/trainable",
@@ -79,7 +80,8 @@ def files() -> list[str]:
     """The heart: what is mutated, relative to the repository."""
     rooms = (ROOT / "recap_cli/core", ROOT / "recap_cli/trainable")
     core = sorted(path.relative_to(ROOT).as_posix() for room in rooms for path in room.glob("*.py"))
-    return [*core, *(f"recap_cli/stages/{stage}.py" for stage in STAGES), "recap_cli/training/loop.py"]
+    stages = [f"recap_cli/stages/{stage}.py" for stage in STAGES] + [f"recap_cli/rounds/{name}.py" for name in ROUNDS]
+    return [*core, *stages, "recap_cli/training/loop.py"]
 
 
 def mutations_of(file: str) -> tuple[Any, list[Any]]:

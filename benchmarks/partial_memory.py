@@ -25,7 +25,7 @@ from recap_cli.memory.tracker import Tracker
 from recap_cli.trainable.build import Trainable, bring_forward, make_partial
 from recap_cli.trainable.linear import PartialLinear
 from recap_cli.trainable.optim import Optimizer, sgd
-from recap_cli.training.loop import train
+from recap_cli.training.loop import Steps, train
 
 BLOCKS, WIDTH, HIDDEN, TOKENS = 12, 768, 3072, 197
 BAR_MB = 327
@@ -101,8 +101,7 @@ def our_sgd(*, fused: bool) -> Callable[[nn.Module, Tensor], tuple[list[Tensor],
                 lambda out, _: out.square().mean(),
                 optimizer,
                 [batch],
-                rate=lambda _: RATE,
-                fused_backward=fused,
+                steps=Steps(rate=lambda _: RATE, fused_backward=fused),
             )
 
         return [moment for moments in optimizer.moments.values() for moment in moments.values()], step

@@ -24,7 +24,7 @@ from recap_cli.plugins.adapters.bert import BERT
 from recap_cli.plugins.adapters.vit import VIT
 from recap_cli.trainable.build import bring_forward, make_partial
 from recap_cli.trainable.optim import Optimizer, adamw
-from recap_cli.training.loop import train
+from recap_cli.training.loop import Steps, train
 
 PRUNED = 0.5
 BAR = 1.6
@@ -53,7 +53,7 @@ class Side(NamedTuple):
             return logits
 
         started = time.process_time()
-        train(forward, F.cross_entropy, self.optimizer, [batch], rate=lambda _: 1e-5)
+        train(forward, F.cross_entropy, self.optimizer, [batch], steps=Steps(rate=lambda _: 1e-5))
         return time.process_time() - started
 
 

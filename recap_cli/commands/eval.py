@@ -58,10 +58,8 @@ def evaluate(
     rows = stage.evaluate(
         state,
         which=wanted or _present(state),
-        data=data,
-        split=split,
-        predictions=predictions,
-        force=force,
+        other=None if data is None and split is None else stage.OtherData(data, split),
+        predictions=None if predictions is None else stage.PredictionFile(predictions, force),
         say=console.say,
         track=console.track,
     )

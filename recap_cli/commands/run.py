@@ -55,7 +55,7 @@ def run(
 
     path = state if state is not None else Path("runs") / checked.name
     overridden = None if recipe is None else {given.partition("=")[0] for given in overrides or ()}
-    done = stage.run(checked, path, track=console.track, on_stage=say_stage, on_change=say_change, said=overridden)
+    done = stage.run(checked, path, track=console.track, on_stage=say_stage, on_change=say_change, overridden=overridden)
     finished = summary(done)
     print_summary(finished, is_result=False)
     if as_json:

@@ -59,9 +59,12 @@ class Neurons:
 class Adapter:
     """A family of architectures that RECAP can prune.
 
-    `tables` are all the layouts that are known; what no table matches is not pruned, and `init` reports it. `embeddings` and
-    `head` are patterns of parameter names (`*` matches anything): what does not move by default, and what is new for a task.
-    For an architecture that no table can say, give `axes` and `resize` as functions.
+    Attributes:
+        tables: all the layouts that are known; what no table matches is not pruned, and `init` reports it.
+        embeddings: patterns of parameter names (`*` matches anything): what is frozen by default.
+        head: likewise: what is new for a task.
+        axes: for an architecture that no table can say: the axes of a model.
+        resize: likewise: makes counts that a model keeps as attributes agree with its sizes, axis name → units.
     """
 
     tables: tuple[Heads | Neurons, ...]
@@ -224,7 +227,7 @@ def _column_cut(model: nn.Module, path: str, width: int) -> Cut:
 
 def _features(layer: nn.Module) -> tuple[int, int]:
     """(out, in) features of a linear layer, read off its weight."""
-    first, second = layer.get_parameter("weight").shape
+    first, second = layer.get_parameter("weight").shape  # (out, in), or (in, out) of a Conv1D
     return (second, first) if is_transposed(layer) else (first, second)
 
 

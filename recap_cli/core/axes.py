@@ -2,7 +2,7 @@
 
 An *axis* is one prunable dimension that several tensors share, for instance the 12 heads of layer 3. Where it meets a
 parameter it leaves a *cut*. A *group* is one unit of an axis with all of its coupled weights. A plan (which groups stay)
-and a mask (which groups may move) are both a `UnitMask`: for each axis name, one boolean per unit.
+and a mask (which groups are trainable) are both a `UnitMask`: for each axis name, one boolean per unit.
 """
 
 from collections import defaultdict
@@ -21,7 +21,14 @@ UnitMask = dict[str, Tensor]  # axis name → bool tensor, shape (axis.size,)
 
 @dataclass(frozen=True)
 class Cut:
-    """Where an axis meets one parameter: unit i owns `offset + i·width … offset + (i+1)·width − 1` along `dim`."""
+    """Where an axis meets one parameter: unit i owns `offset + i·width … offset + (i+1)·width − 1` along `dim`.
+
+    Attributes:
+        param: the parameter's name.
+        dim: the dimension that is cut.
+        width: entries per unit; for query, key and value the width of a head.
+        offset: where the first unit begins, as in a matrix that holds query, key and value one after another.
+    """
 
     param: str
     dim: int
@@ -33,7 +40,12 @@ class Cut:
 class Axis:
     """One prunable dimension: `size` units, each of which owns a slice of every cut.
 
-    `kind` says what the units are, in the plural: `heads`, `neurons`, or any other word.
+    Attributes:
+        name: unlike that of any other axis.
+        kind: what the units are, in the plural: `heads`, `neurons`, or any other word.
+        layer: the number of the layer.
+        size: the number of units.
+        cuts: where it meets the parameters.
     """
 
     name: str
@@ -75,9 +87,9 @@ def chosen_params(axes: Iterable[Axis], shapes: Mapping[str, Shape], unit_mask: 
     return sum(int(unit_mask[axis.name].sum()) * unit_params(axis, shapes) for axis in axes)
 
 
-def everything(axes: Iterable[Axis]) -> UnitMask:
-    """The choice of every group: nothing pruned, or nothing frozen."""
-    return {axis.name: torch.ones(axis.size, dtype=torch.bool) for axis in axes}
+def all_units(axes: Iterable[Axis]) -> UnitMask:
+    """A plan or mask of every group: nothing pruned, or nothing frozen."""
+    return {axis.name: torch.ones(axis.size, dtype=torch.bool) for axis in axes}  # (axis.size,)
 
 
 def counts(unit_mask: UnitMask) -> dict[str, int]:
@@ -89,7 +101,10 @@ def refine(axis: Axis) -> Axis:
     """The fine groups of the mask (paper, sec. 3.2.1): one unit per hidden dimension.
 
     Dimension i of head h couples row `h·head_dim + i` of the query, key and value and the same column of the output matrix; a
-    neuron is as fine as it gets. Raises `ValueError` if the cuts differ in width, for then no such dimension exists.
+    neuron is as fine as it gets.
+
+    Raises:
+        ValueError: the cuts differ in width, and no such dimension exists.
     """
     widths = {cut.width for cut in axis.cuts}
     if len(widths) != 1:
@@ -103,19 +118,19 @@ def shrink(axes: Sequence[Axis], plan: UnitMask) -> list[Axis]:
     removed = {axis.name: axis.size - int(plan[axis.name].sum()) for axis in axes}
     cuts_of = _cuts_by_dim(axes)
 
-    def moved(cut: Cut) -> Cut:
+    def shifted(cut: Cut) -> Cut:
         before = sum(removed[a.name] * c.width for a, c in cuts_of[cut.param, cut.dim] if c.offset < cut.offset)
         return replace(cut, offset=cut.offset - before)
 
-    return [replace(axis, size=axis.size - removed[axis.name], cuts=tuple(moved(cut) for cut in axis.cuts)) for axis in axes]
+    return [replace(axis, size=axis.size - removed[axis.name], cuts=tuple(shifted(cut) for cut in axis.cuts)) for axis in axes]
 
 
 def compose(outer: UnitMask, inner: UnitMask) -> UnitMask:
     """One plan for two prune steps: `inner` chooses among the units that `outer` kept."""
     composed: UnitMask = {}
     for name, kept in outer.items():
-        both = kept.clone()
-        both[kept] = inner[name]
+        both = kept.clone()  # (units before both steps,)
+        both[kept] = inner[name]  # (units that `outer` kept,)
         composed[name] = both
     return composed
 

@@ -15,9 +15,11 @@ Needs = Literal["none", "mean", "each"]
 class Criterion:
     """How much a weight counts. Give `score`, or `score_groups` for a criterion that cannot be said entry by entry.
 
-    `score(weight, grad)` returns a non-negative tensor of the weight's shape; the core sums it over each group. `needs` says
-    which gradient it is given: `none` (`grad` is then zero), `mean` over D_s, or that of `each` example (scores are averaged).
-    `score_groups(model, axes, losses)` is the other way: see `GroupScores`.
+    Attributes:
+        needs: which gradient it is given: `none` (`grad` is then zero), `mean` over D_s, or that of `each` example (scores are
+            averaged).
+        score: `score(weight, grad)` returns a non-negative tensor of the weight's shape; the core sums it over each group.
+        score_groups: `score_groups(model, axes, losses)` is the other way: see `GroupScores`.
     """
 
     needs: Needs = "mean"

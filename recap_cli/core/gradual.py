@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from recap_cli.core.axes import Axis, UnitMask, compose, counts, everything, shapes_of, shrink, unit_params
+from recap_cli.core.axes import Axis, UnitMask, all_units, compose, counts, shapes_of, shrink, unit_params
 from recap_cli.core.importance import Scores
 from recap_cli.core.ranking import Limits, select
 from recap_cli.core.surgery import cut_model, indices
@@ -42,7 +42,7 @@ def prune(
         The plan: for each axis name a bool tensor over its units, shape (size,), True being kept.
     """
     original = {axis.name: axis.size for axis in axes}
-    plan = everything(axes)
+    plan = all_units(axes)
     for step, keep_share in enumerate(keep_shares, 1):
         shapes = shapes_of(model.named_parameters())
         kept = select(
@@ -55,5 +55,5 @@ def prune(
         )
         cut_model(model, indices(axes, kept, shapes))
         resize(model, counts(kept))
-        axes, plan = shrink(axes, kept), compose(plan, kept)
+        axes, plan = shrink(axes, kept), compose(plan, kept)  # the plan stays (original size,) by axis
     return plan

@@ -32,21 +32,31 @@ def group_scores(
     With `score = (g·θ)²` this is eq. (1), with `g²` eq. (4), `g` being the mean derivative over D_s. Only prunable tensors
     get a gradient, and each gradient is freed as soon as its last contribution is in, so that with one batch no two layers'
     gradients are held together. The model's `requires_grad` flags, and each module's mode, are as before when this returns.
-    Messages call the criterion as it is `named`.
 
-    Raises `PluginError` if the criterion fails, gives something else than scores, or writes to the model.
+    Args:
+        model: in evaluation mode.
+        axes: whose groups are scored.
+        criterion: scores weights, or whole groups.
+        losses: runs the model over D_s.
+        named: what messages call the criterion.
+
+    Returns:
+        For each axis name the importances, float32 on the CPU, (axis.size,).
+
+    Raises:
+        PluginError: the criterion fails, gives something else than scores, or writes to the model.
     """
     who = "the criterion" if named is None else f"the criterion {named!r}"
     if criterion.score_groups is not None:
         return _scored_groups(criterion, who, model, axes, losses)
     owners = _owners(axes)
     params = {name: param for name, param in model.named_parameters() if name in owners}
-    totals = {axis.name: torch.zeros(axis.size, device=next(iter(params.values())).device) for axis in axes}
+    totals = {axis.name: torch.zeros(axis.size, device=next(iter(params.values())).device) for axis in axes}  # (size,)
 
     def add(name: str, grad: Tensor, share: float) -> None:
         param = params[name].detach()
         for axis, along in _reduced(criterion, who, param, grad, owners[name]):
-            totals[axis.name] += share * along
+            totals[axis.name] += share * along  # (axis.size,)
 
     if criterion.needs == "none":
         for name, param in params.items():
@@ -64,7 +74,8 @@ def averaged(pools: Iterable[Sequence[Axis]], now: Scores, before: Scores, weigh
     """
     found: Scores = {}
     for pool in pools:
-        ours, theirs = (torch.cat([of[axis.name] for axis in pool]).abs().mean().clamp(min=1e-30) for of in (now, before))
+        units = (torch.cat([of[axis.name] for axis in pool]) for of in (now, before))  # (units of the pool,) each
+        ours, theirs = (scores.abs().mean().clamp(min=1e-30) for scores in units)  # scalars
         for axis in pool:
             found[axis.name] = now[axis.name] * ((1 - weight) / ours) + before[axis.name] * (weight / theirs)
     return found
@@ -114,11 +125,13 @@ def _reduced(
     """The score of one parameter, summed to the units of each axis that cuts it."""
     if criterion.score is None:
         raise ValueError("this criterion scores whole groups, not entries")
-    score = _scored(criterion, who, param, grad)
-    dim = owners[0][1].dim
-    along = score.float().sum(dim=[d for d in range(score.ndim) if d != dim]) if score.ndim > 1 else score.float()
+    score = _scored(criterion, who, param, grad)  # shape of param
+    dim, along = owners[0][1].dim, score.float()
+    if score.ndim > 1:
+        along = along.sum(dim=[d for d in range(score.ndim) if d != dim])  # (length of dim,)
     for axis, cut in owners:
-        yield axis, along[cut.offset : cut.offset + axis.size * cut.width].view(axis.size, cut.width).sum(1)
+        entries = along[cut.offset : cut.offset + axis.size * cut.width]  # (size · width,)
+        yield axis, entries.view(axis.size, cut.width).sum(1)  # (size,)
 
 
 def _scored(criterion: Criterion, who: str, param: Tensor, grad: Tensor) -> Tensor:
@@ -187,7 +200,7 @@ def _checksums(model: nn.Module) -> dict[str, int]:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()  # (bytes,)
 
 
 def _changed(before: Mapping[str, int], after: Mapping[str, int]) -> str | None:

@@ -1,8 +1,8 @@
 """What a finetuning method is: a value, not a class to inherit from.
 
-A method is a list of *rounds*, each a round of the same four stages: which plan it prunes to, what may move, for what share of
-the run's steps. Most methods are nothing more. One that trains something else than the model's own entries (the adapters of
-LoRA, the scores of movement pruning) brings a `Training` too.
+A method is a list of *rounds*, each a round of the same four stages. A round says which plan it prunes to, what is trainable,
+and for what share of the run's steps. Most methods are nothing more. One that trains something else (the adapters of LoRA, the
+scores of movement pruning) brings a training too.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,13 +24,18 @@ Option = bool | int | float | str | Sequence[str] | None
 class RoundPlan:
     """What one round does.
 
-    `plan` says which groups stay: by `importance` down to a share `1 − prune_ratio`, the `same` as in the round before, or
-    those of the highest scores that a training of the round before has `learned`. `trains` says what is trained: what the
-    `mask` lets move (a share `1 − mask_ratio`, and what lies outside every group), the `head` alone, or what the method's own
-    `training` names. `share` is the round's share of the optimizer steps of the run; `lr_window` the window of the learning
-    rate's way from its rise to its decay, (0, 1) being all of it. `embeddings` says whether they move too, where the
-    mask decides: True for all of them, "tokens" for the rows of those tokens that occur in the training data. `product` says
-    whether this round's small model may be what the run is for.
+    Attributes:
+        prune_ratio: r_p, a share of the prunable parameters.
+        mask_ratio: r_f, the share of what is left that is frozen.
+        plan: which groups stay: by `importance` down to a share `1 − prune_ratio`, the `same` as in the round before, or those
+            of the highest scores that a training of the round before has `learned`.
+        trains: what is trained: what the `mask` makes trainable (a share `1 − mask_ratio`, and what lies outside every group),
+            the `head` alone, or what the method's `training` names.
+        share: of the optimizer steps of the run.
+        lr_window: the window of the learning-rate schedule, from its rise to its decay; (0, 1) is all of it.
+        embeddings: whether they are trainable too, where the mask decides: True for all of them, "tokens" for the rows of those
+            tokens that occur in the training data.
+        product: whether this round's small model may be what the run is for.
     """
 
     prune_ratio: float = 0.0
@@ -55,11 +60,18 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a recipe says to a method: K, r_p, r_f, whether embeddings may move, and the method's own options.
+    """What a recipe says to a method.
 
-    `restarts` says that the learning rate runs its course in every round anew, `hold_plan` in how many of the last rounds the
-    plan stays as it is, `ramp` with what share of r_f's moving entries the first round begins (1: all), and `entry_cost` what a
-    moving entry holds on the device beside its weight (gradient, moments, master), in weights.
+    Attributes:
+        rounds: K.
+        prune_ratio: r_p.
+        mask_ratio: r_f.
+        embeddings: whether they are trainable.
+        restarts: True runs the learning-rate schedule in every round anew.
+        hold_plan: in how many of the last rounds the plan stays as it is.
+        ramp: the share of r_f's trainable entries that the first round begins with (1: all).
+        entry_cost: what a trainable entry holds on the device beside its weight (gradient, moments, master), in weights.
+        options: of the method.
     """
 
     rounds: int
@@ -80,12 +92,14 @@ Scores = dict[str, "Tensor"]  # axis name → one score per group, shape (axis.s
 class TrainerHook:
     """What a training of its own has put into a small model.
 
-    `trains(name)` says which parameters are trained, the new ones included; `rate(name)` is a factor of their learning rate
-    (of the head's, for those of the task head); `before_step(step, steps, value)` runs before each optimizer step,
-    `value(name)` being what is trained, in fp32. `result(values, small)` takes the trained values (name → fp32 tensor on the
-    CPU) and the small model's tensors as they were, and gives what of them has moved, whole, and the scores that a later round
-    prunes by (none for most). `keeps_tokens` says that the model sees the tokens of the data and no others, so that the other
-    rows of its token table need not be held.
+    Attributes:
+        trains: `trains(name)` says which parameters are trained, the new ones included.
+        result: `result(values, small)` takes the trained values (name → fp32 tensor on the CPU) and the small model's tensors
+            as they were. It gives what of them was trained, whole, and the scores that a later round prunes by (none for most).
+        rate: `rate(name)` is a factor of a parameter's learning rate, or of the head's for those of the task head.
+        before_step: `before_step(step, steps, value)` runs before each step; `value(name)` is what is trained, in fp32.
+        keeps_tokens: True says that the model sees the tokens of the data and no others, so that the other rows of its token
+            table need not be held.
     """
 
     trains: Callable[[str], bool]
@@ -100,7 +114,8 @@ class TrainContext:
     """What a training of its own is given: the small model, its axes, the names of its task head, this round and those after
     it, the peak learning rate, and the method's options.
 
-    `choose(scores, keep_share)` says which groups a pruning to that share of the prunable parameters would keep.
+    Attributes:
+        choose: `choose(scores, keep_share)` says which groups a pruning to that share of the prunable parameters would keep.
     """
 
     model: "nn.Module"

@@ -1,4 +1,4 @@
-"""Which groups stay, and which may move: importance against a budget counted in parameters (paper, sec. 3.1.2, 3.2.1)."""
+"""Which groups stay, and which are trainable: importance against a budget counted in parameters (paper, sec. 3.1.2, 3.2.1)."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -123,7 +123,7 @@ def _fill(
     owner = [i for i, axis in enumerate(pool) for _ in range(axis.size)]
     unit = [u for axis in pool for u in range(axis.size)]
     goal = sum(axis.size * p for axis, p in zip(pool, params, strict=True)) - budget
-    keep = [torch.ones(axis.size, dtype=torch.bool) for axis in pool]
+    keep = [torch.ones(axis.size, dtype=torch.bool) for axis in pool]  # (axis.size,) each
     dropped = 0
     for at in torch.argsort(ranked, stable=True).tolist():
         i = owner[at]
@@ -163,7 +163,8 @@ def _rounded(
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    keep = torch.zeros(len(scores), dtype=torch.bool)
+    """The units of the `count` highest scores, both (axis.size,)."""
+    keep = torch.zeros(len(scores), dtype=torch.bool)  # (axis.size,)
     keep[torch.argsort(scores, descending=True, stable=True)[:count]] = True
     return keep
 

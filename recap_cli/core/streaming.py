@@ -37,13 +37,19 @@ Run = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]  # (tensors among the 
 def streamed(model: nn.Module, blocks: Sequence[str], device: torch.device | str) -> Iterator[None]:
     """Inside, `model` takes and gives tensors on `device`, and the weights of each of `blocks` are there only while it runs.
 
-    `blocks` are paths of modules, none inside another; what is outside them is moved. Afterwards all is as it was, the same
-    tensors in the same place, and values that were trained outside the blocks have come back. With no blocks the whole model
-    is moved. On CUDA the CPU adds up (or scores) gradients of one block while the device makes those of the next.
+    Afterwards all is as it was, the same tensors in the same place, and values that were trained outside the blocks have come
+    back. On CUDA the CPU adds up (or scores) gradients of one block while the device makes those of the next. A block may take
+    and give tensors in tuples, lists and dicts.
 
-    A block may take and give tensors in tuples, lists and dicts. It is run twice, so it must be in evaluation mode: with
-    dropout the two would differ, and its call raises `ValueError`. Its call raises `ModelError` where an argument carries state
-    from one run to the next: an object such as a cache of keys and values, or a tensor, list or dict that the block changes.
+    Args:
+        model: on the CPU.
+        blocks: paths of modules, none inside another; what is outside them is moved. With none the whole model is moved.
+        device: where the model runs.
+
+    Raises:
+        ValueError: a block that is called is in training mode. It is run twice, and with dropout the two would differ.
+        ModelError: an argument of a block carries state from one run to the next: an object such as a cache of keys and
+            values, or a tensor, list or dict that the block changes.
     """
     inside = {path: model.get_submodule(path) for path in blocks}
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -68,12 +74,12 @@ def _outside(model: nn.Module, blocks: Sequence[nn.Module]) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
-def _put_back(tensor: Tensor, home: Tensor) -> None:
-    """Let `tensor` be `home` again, with the values and the gradient that a parameter has got meanwhile."""
-    moved, tensor.data = tensor.data, home
+def _put_back(tensor: Tensor, original: Tensor) -> None:
+    """Let `tensor` be `original` again, with the values and the gradient that a parameter has got meanwhile."""
+    streamed_data, tensor.data = tensor.data, original
     if isinstance(tensor, nn.Parameter):
-        home.copy_(moved)
-        tensor.grad = None if tensor.grad is None else tensor.grad.to(home.device)
+        original.copy_(streamed_data)
+        tensor.grad = None if tensor.grad is None else tensor.grad.to(original.device)
 
 
 def _set_forward(block: nn.Module, forward: Callable[..., Any] | None) -> None:
@@ -86,7 +92,7 @@ def _set_forward(block: nn.Module, forward: Callable[..., Any] | None) -> None:
 
 def _looking_up(table: nn.Embedding, device: torch.device) -> Callable[[Tensor], Tensor]:
     plain = table.forward
-    return lambda ids: plain(ids.to(table.weight.device)).to(device)
+    return lambda ids: plain(ids.to(table.weight.device)).to(device)  # (…) → (…, width)
 
 
 class _Plain(nn.Module):
@@ -202,5 +208,5 @@ class _Streamed(torch.autograd.Function):
         found = torch.autograd.grad([o for o, _ in reached], wanted, [grad for _, grad in reached], allow_unused=True)
         made = iter(found)
         grads_of = [next(made) if need else None for need in needed]
-        home = (None if grad is None else grad.to(tensor.device) for grad, tensor in zip(grads_of, tensors, strict=True))
-        return None, None, None, *home
+        placed = (None if grad is None else grad.to(tensor.device) for grad, tensor in zip(grads_of, tensors, strict=True))
+        return None, None, None, *placed

@@ -1,6 +1,6 @@
 """Gather and scatter: prune takes the kept indices out of full tensors, merge writes them back. They are inverses.
 
-The same two functions move weights, moments and masks, between the full model, the small model and the entries that move.
+The same two functions move weights, moments and masks, between the full model, the small model and its trainable entries.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,21 +15,28 @@ IndexMap = dict[str, dict[int, Tensor]]  # parameter → dimension → sorted in
 
 
 def indices(axes: Iterable[Axis], unit_mask: UnitMask, shapes: Mapping[str, Shape]) -> IndexMap:
-    """The entries that `choice` selects in each cut parameter, together with those that belong to no group.
+    """The entries that a plan or mask selects in each cut parameter, together with those that belong to no group.
 
-    A dimension of which everything is selected is left out, so that an untouched tensor is never copied.
+    Args:
+        axes: what `unit_mask` chooses units of.
+        unit_mask: for each axis name a bool tensor, (axis.size,).
+        shapes: of the parameters that are cut.
+
+    Returns:
+        Parameter → dimension → sorted indices, int64, (selected,). A dimension of which all is selected is left out, so that an
+        untouched tensor is never copied.
     """
     selected: dict[tuple[str, int], Tensor] = {}
     for axis in axes:
         chosen = unit_mask[axis.name]
         for cut in axis.cuts:
             key = (cut.param, cut.dim)
-            along = selected.setdefault(key, torch.ones(shapes[cut.param][cut.dim], dtype=torch.bool))
-            along[cut.offset : cut.offset + axis.size * cut.width] = chosen.repeat_interleave(cut.width)
+            along = selected.setdefault(key, torch.ones(shapes[cut.param][cut.dim], dtype=torch.bool))  # (length of dim,)
+            along[cut.offset : cut.offset + axis.size * cut.width] = chosen.repeat_interleave(cut.width)  # (size · width,)
     index_map: IndexMap = {}
     for (param, dim), along in selected.items():
         if not along.all():
-            index_map.setdefault(param, {})[dim] = along.nonzero().flatten()
+            index_map.setdefault(param, {})[dim] = along.nonzero().flatten()  # (selected,)
     return index_map
 
 
@@ -39,14 +46,14 @@ def compose_index_maps(outer: IndexMap, inner: IndexMap) -> IndexMap:
     for param, dims in inner.items():
         for dim, chosen in dims.items():
             kept = outer.get(param, {}).get(dim)
-            composed.setdefault(param, {})[dim] = chosen if kept is None else kept[chosen]
+            composed.setdefault(param, {})[dim] = chosen if kept is None else kept[chosen]  # (selected by both,)
     return composed
 
 
 def take(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     """The entries of one tensor at `dims` (dimension → indices); the tensor itself if `dims` is empty."""
     for dim, chosen in dims.items():
-        tensor = tensor.index_select(dim, chosen.to(tensor.device))
+        tensor = tensor.index_select(dim, chosen.to(tensor.device))  # len(chosen) along dim, else as before
     return tensor
 
 
@@ -59,7 +66,7 @@ def put(full: Tensor, small: Tensor, dims: Mapping[int, Tensor]) -> None:
         full.index_copy_(dim, chosen.to(full.device), small.to(full))
     else:
         grid = [dims.get(dim, torch.arange(size)).to(full.device) for dim, size in enumerate(full.shape)]
-        full[torch.meshgrid(*grid, indexing="ij")] = small.to(full)
+        full[torch.meshgrid(*grid, indexing="ij")] = small.to(full)  # shape of small
 
 
 def gather(tensors: Mapping[str, Tensor], index_map: IndexMap) -> dict[str, Tensor]:
@@ -82,7 +89,7 @@ def cut_model(model: nn.Module, index_map: IndexMap) -> None:
     with torch.no_grad():
         for name, dims in index_map.items():
             param = model.get_parameter(name)
-            cut = nn.Parameter(take(param.detach(), dims), requires_grad=param.requires_grad)
+            cut = nn.Parameter(take(param.detach(), dims), requires_grad=param.requires_grad)  # (kept rows, kept columns)
             for each in called[name]:
                 owner, attribute = owner_of(model, each)
                 setattr(owner, attribute, cut)
@@ -95,7 +102,7 @@ def zero_groups(model: nn.Module, axes: Sequence[Axis], plan: UnitMask) -> None:
     with torch.no_grad():
         for axis in axes:
             for cut in axis.cuts:
-                gone = torch.zeros(params[cut.param].shape[cut.dim], dtype=torch.bool)
+                gone = torch.zeros(params[cut.param].shape[cut.dim], dtype=torch.bool)  # (length of dim,)
                 gone[cut.offset : cut.offset + axis.size * cut.width] = ~plan[axis.name].repeat_interleave(cut.width)
                 params[cut.param].index_fill_(cut.dim, gone.nonzero().flatten().to(params[cut.param].device), 0.0)
 

@@ -12,7 +12,8 @@ from math import ceil
 from typing import Any
 
 from recap_cli.errors import BudgetError
-from recap_cli.memory.meta_model import MetaModel, anew, of_recipe, of_state, with_token_rows
+from recap_cli.memory import meta_model
+from recap_cli.memory.meta_model import MetaModel, anew, with_token_rows
 from recap_cli.memory.predict import Prediction, evaluation_bytes, importance_bytes, predict
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import recipe as recipes
@@ -89,7 +90,7 @@ LADDER = (
     _switch("finetune.checkpointing", True, "time: each block runs twice", lambda r: not r.finetune.checkpointing),
     Rung("finetune.micro_batch_size", _micro_batches, float, "time: the same batch in smaller parts"),
     _switch("finetune.offload", True, "time: masters and moments are in main memory", lambda r: not r.finetune.offload),
-    Rung("mask.ratio", lambda r: _ratios(r.mask.ratio, MOST_FROZEN), lambda x: 1 - x, "quality: less of the model moves"),
+    Rung("mask.ratio", lambda r: _ratios(r.mask.ratio, MOST_FROZEN), lambda x: 1 - x, "quality: less of the model is trained"),
     Rung(
         "prune.ratio",
         lambda r: _ratios(r.prune.ratio, min(MOST_PRUNED, 1 - r.prune.floor)),
@@ -121,16 +122,16 @@ def fit(
     now, spare = (
         predict(model, recipe, recipe.method),
         list[Rung](),
-    )  # spare: what did not help at its turn, as all was held elsewhere
+    )  # spare: what did not help when it was tried, as all was held elsewhere
     for rung in track([rung for rung in LADDER if may_change(rung.key)], "fit the budget"):
-        for round_plan in [rung, *spare]:
+        for tried in [rung, *spare]:
             if now.usage.peak_bytes <= allowed:
                 break
-            after = _climb(model, now, round_plan, allowed)
+            after = _climb(model, now, tried, allowed)
             if after.usage.peak_bytes < now.usage.peak_bytes:
-                changes.append(_change(round_plan.key, round_plan.cost, now, after))
-                now, spare = after, [other for other in spare if other is not round_plan]
-            elif round_plan is rung:
+                changes.append(_change(tried.key, tried.cost, now, after))
+                now, spare = after, [other for other in spare if other is not tried]
+            elif tried is rung:
                 spare.append(rung)
                 break  # nothing has changed for the others
     if now.usage.peak_bytes > allowed:
@@ -156,12 +157,12 @@ def solved(recipe: Recipe, track: Track = silent) -> tuple[Recipe, tuple[Change,
     if recipe.finetune.memory_budget is None:
         return recipe, ()
     raw = read_raw(recipe)
-    model = with_token_rows(of_recipe(recipe, raw.label_names), recipe, raw, track)
+    model = with_token_rows(meta_model.of_recipe(recipe, raw.label_names), recipe, raw, track)
     found = fit(model, recipe, recipes.bytes_of(recipe.finetune.memory_budget), track=track)
     return found.recipe, found.changes
 
 
-def told(amount: str, changes: Sequence[Change]) -> Iterator[str]:
+def budget_notes(amount: str, changes: Sequence[Change]) -> Iterator[str]:
     """What was done for a budget, a line each."""
     if not changes:
         yield f"fits the memory budget of {amount} as it is"
@@ -178,27 +179,29 @@ def value_text(value: Any) -> str:
     return json.dumps(value).replace('"', "")
 
 
-def as_solved(recipe: Recipe, state: State, said: Collection[str] = ()) -> Recipe:
+def as_solved(recipe: Recipe, state: State, overridden: Collection[str] = ()) -> Recipe:
     """A recipe with the values that `init` found for its memory budget, if the state was made with that same budget.
 
-    Keys that were `said`, on the command line, stay what they are.
+    Keys that were `overridden`, on the command line, stay what they are.
     """
     first = state.manifest.history[0].get("budget") or {}
     if recipe.finetune.memory_budget is None or first.get("memory_budget") != recipe.finetune.memory_budget:
         return recipe
     values = {
-        c["key"]: c["after"] for c in first["changes"] if c["key"] not in said and _current(recipe, c["key"]) == c["before"]
+        c["key"]: c["after"]
+        for c in first["changes"]
+        if c["key"] not in overridden and _current(recipe, c["key"]) == c["before"]
     }
     return recipes.changed(recipe, values)
 
 
 def savings(context: Context) -> list[tuple[str, int]]:
     """What each setting by itself would save of the predicted peak of a state's next training step: (`key=value`, bytes)."""
-    model, recipe = of_state(context), context.recipe
+    model, recipe = meta_model.of_state(context), context.recipe
     even = {
         "mask.ratio": replace(model, mask=None, round_plans=()),
         "prune.ratio": anew(model),
-    }  # its own are for its own
+    }  # a state's plan and mask are for its own ratios
 
     def peak(of: MetaModel, settings: Recipe) -> int:
         return predict(of, settings, settings.method).usage.peak_bytes
@@ -208,7 +211,7 @@ def savings(context: Context) -> list[tuple[str, int]]:
         before = peak(even[key], recipe) if key in even else now
         saved = before - peak(even.get(key, model), recipes.changed(recipe, {key: value}))
         found.append((f"{key}={value_text(value)}", saved))
-    return [(unit_mask, saved) for unit_mask, saved in found if saved > 0]
+    return [(setting, saved) for setting, saved in found if saved > 0]
 
 
 def single_changes(recipe: Recipe) -> Iterable[tuple[str, Any]]:

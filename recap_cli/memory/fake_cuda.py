@@ -27,12 +27,12 @@ def cuda_kernels() -> Iterator[None]:
     The functions are swapped where both libraries look them up. A torch-function mode would not do: it is off within the
     `backward` that it sees, so what a checkpoint recomputes there would be other kernels.
     """
-    own = F.scaled_dot_product_attention, F.dropout
+    plain = F.scaled_dot_product_attention, F.dropout
     F.scaled_dot_product_attention, F.dropout = _attention, _dropout
     try:
         yield
     finally:
-        F.scaled_dot_product_attention, F.dropout = own
+        F.scaled_dot_product_attention, F.dropout = plain
 
 
 class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]

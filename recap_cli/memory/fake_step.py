@@ -17,7 +17,7 @@ from recap_cli.errors import ModelError
 from recap_cli.memory.fake_cuda import Answers, cuda_kernels
 from recap_cli.memory.tracker import Tracker, Usage
 from recap_cli.trainable.optim import Optimizer
-from recap_cli.training.loop import Batch, train
+from recap_cli.training.loop import Batch, Steps, train
 
 Kernels = Literal["cuda", "cpu"]
 WITHOUT = "training needs no prediction: recap run goes on without one, if the recipe has no finetune.memory_budget"
@@ -109,9 +109,7 @@ def take_step(step: Step) -> None:
         step.loss,
         step.optimizer,
         [step.batch],
-        rate=lambda _: 1e-6,
-        micro_batch_size=step.micro_batch_size,
-        fused_backward=step.fused_backward,
+        steps=Steps(rate=lambda _: 1e-6, micro_batch_size=step.micro_batch_size, fused_backward=step.fused_backward),
     )
 
 

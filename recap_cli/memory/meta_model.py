@@ -28,8 +28,8 @@ class MetaModel:
     """A model without weights: its spec, adapter and layout, the tensors' shapes (on the meta device).
 
     `token_rows` says which rows of the token table the data use; None, where that is not known, stands for all of them.
-    `plan` and `mask` are those of a state's newest round, or None where they are not chosen yet; `turn` is that round's, and
-    `round_plans` are the state's.
+    `plan` and `mask` are those of a state's newest round, or None where they are not chosen yet. `round_plan` is that
+    round's, and `round_plans` are the state's.
     """
 
     spec: ModelSpec
@@ -44,11 +44,11 @@ class MetaModel:
 
 
 def of_recipe(recipe: Recipe, label_names: Sequence[str] = ()) -> MetaModel:
-    """The outline of a recipe's model; reads its configuration and nothing else. Raises `ModelError`, `PluginError`."""
+    """The meta model of a recipe; reads its configuration and nothing else. Raises `ModelError`, `PluginError`."""
     spec = spec_from_config.of_recipe(**source_of(recipe), label_names=label_names)
     adapter, skeleton = build.adapter_of(spec), build.skeleton(spec)
     try:
-        layout = Layout.of(adapter, skeleton)
+        layout = Layout.of_model(adapter, skeleton)
     except LookupError as error:  # the adapter's, as in `conformance`: a model without layers, or of another layout
         raise ConformanceError(
             f"the adapter {spec.model_type!r} does not describe this model ({spec.library}): {error}",
@@ -69,9 +69,9 @@ def labels_of(recipe: Recipe) -> tuple[list[str], list[str]]:
 
 
 def of_recipe_with_data(recipe: Recipe, track: Track = silent) -> tuple[MetaModel, list[str]]:
-    """The outline of a recipe's model as far as local data and a local tokenizer say more of it, and notes where they do not.
+    """The meta model of a recipe as far as local data and a local tokenizer say more of it, and notes where they do not.
 
-    Raises as `outline` does.
+    Raises as `of_recipe` does.
     """
     raw, notes = _local_data(recipe)
     model = of_recipe(recipe, [] if raw is None else list(raw.label_names))
@@ -115,7 +115,7 @@ def _local_data(recipe: Recipe) -> tuple[sources.Raw | None, list[str]]:
 
 
 def of_state(context: Context, track: Track = silent) -> MetaModel:
-    """The outline of a state's model, with the plan and the mask of its newest round as far as they are chosen."""
+    """The meta model of a state, with the plan and the mask of its newest round as far as they are chosen."""
     state, folder = context.state, context.state.manifest.small
     files = state.manifest.files
     plan = context.plan(folder) if folder and f"{folder}/{PLAN}" in files else None

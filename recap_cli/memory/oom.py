@@ -1,7 +1,7 @@
 """A device whose memory ran out while finetuning: what held it, as an error that names the settings that need less.
 
-Who catches the lack first measures (`Ledger.measure`), while the traceback still holds what was held, then leaves the `except`
-block, so that all of it goes, and only then asks for the error, whose figures of what would be saved need time and memory.
+Who catches the lack first measures (`OOMReport.measure`), while the traceback still holds what was held. Then it leaves the
+`except` block, so that all of it goes. Only then it asks for the error, whose figures of savings need time and memory.
 """
 
 import gc

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recap_cli.core.axes import Axis, Shape, UnitMask, counts, everything, shapes_of, unit_params
+from recap_cli.core.axes import Axis, Shape, UnitMask, all_units, counts, shapes_of, unit_params
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.importance import group_scores
 from recap_cli.core.method import RoundPlan, TrainerHook
@@ -111,10 +111,14 @@ def planned(model: MetaModel, recipe: Recipe, method: str) -> tuple[RoundPlan, .
     """The rounds that a method, by its name or short name, plans with the settings of a recipe; a state's own where it has
     begun.
     """
-    return model.round_plans if model.round_plans and by(recipe, method) is recipe else round_plans_for(by(recipe, method))
+    return (
+        model.round_plans
+        if model.round_plans and with_method(recipe, method) is recipe
+        else round_plans_for(with_method(recipe, method))
+    )
 
 
-def by(recipe: Recipe, method: str) -> Recipe:
+def with_method(recipe: Recipe, method: str) -> Recipe:
     """The recipe with another method; the options are the method's own defaults where they belong to another."""
     name = SHORT.get(method, method)
     return recipe if name == recipe.method else recipe.model_copy(update={"method": name, "options": {}})
@@ -255,7 +259,7 @@ def prepare(
 
     `like` makes the tensors of the small model and of the batch, fake or real, of the shapes that it is shown.
     """
-    recipe = by(recipe, method)
+    recipe = with_method(recipe, method)
     round_plans = round_plans or planned(model, recipe, recipe.method)
     plan, chosen = choices(model, recipe, round_plans[0])
     index_map = indices(model.layout.axes, plan, shapes_of(model.tensors))
@@ -317,7 +321,7 @@ def _hook(small: SmallModel, recipe: Recipe, round_plans: Sequence[RoundPlan], l
 def choices(model: MetaModel, recipe: Recipe, round_plan: RoundPlan) -> tuple[UnitMask, UnitMask]:
     """The plan, and the mask of the small model's fine groups: a state's own, or ones that treat all layers alike."""
     axes = model.layout.axes
-    plan = everything(axes)
+    plan = all_units(axes)
     hook = model.round_plan is None or model.round_plan.prune_ratio == round_plan.prune_ratio
     if round_plan.prune_ratio > 0:
         plan = (model.plan if hook else None) or _even(
@@ -328,7 +332,7 @@ def choices(model: MetaModel, recipe: Recipe, round_plan: RoundPlan) -> tuple[Un
         )
     fine = fine_axes(model.layout, plan)
     if round_plan.trains != "mask" or round_plan.mask_ratio == 0:
-        return plan, everything(fine)
+        return plan, all_units(fine)
     if hook and model.mask is not None and model.plan is not None:
         return plan, model.mask
     shapes = {name: tuple(shape) for name, shape in model.layout.shapes.items()}
@@ -340,7 +344,7 @@ def choices(model: MetaModel, recipe: Recipe, round_plan: RoundPlan) -> tuple[Un
 def _even(axes: Sequence[Axis], shapes: Mapping[str, Shape], share: float, limits: Limits) -> UnitMask:
     """A share of the groups of every axis, scattered over it; all of them for a share of 1."""
     if share == 1.0:
-        return everything(axes)
+        return all_units(axes)
     random = torch.Generator().manual_seed(SEED)
     return select(
         axes,

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from recap_cli import registry
 from recap_cli.core.adapter import Adapter, find_axes
-from recap_cli.core.axes import Axis, UnitMask, counts, everything, shapes_of
+from recap_cli.core.axes import Axis, UnitMask, all_units, counts, shapes_of
 from recap_cli.core.surgery import indices, put
 from recap_cli.core.ties import first_names
 from recap_cli.errors import ModelError, StorageError
@@ -74,7 +74,7 @@ def export(
         ModelError: The export does not have the logits of the small model.
     """
     check_out(Path(out))
-    plan = plan or everything(axes)
+    plan = plan or all_units(axes)
     small = build.assemble(spec, tensors, adapter, counts(plan))
     logits = _logits(spec, small)
     about: dict[str, Any] = {

@@ -64,7 +64,7 @@ def make_full_model(recipe: Recipe, label_names: Sequence[str], round_plans: Seq
     _check_tokens(round_plans, model)
     with threads.limited(threads.fitting_alone(model)):
         report = conformance.check(model, adapter, spec)
-    layout = Layout.of(adapter, model)
+    layout = Layout.of_model(adapter, model)
     if devices.pick(recipe.importance.device).type != "cpu":
         blocks_of(model, layout.axes, spec.model_type)
     has_new_head = recipe.model.name is None or bool(created.new)

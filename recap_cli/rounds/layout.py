@@ -20,7 +20,7 @@ class Layout:
     head: tuple[str, ...]
 
     @classmethod
-    def of(cls, adapter: Adapter, model: nn.Module) -> "Layout":
+    def of_model(cls, adapter: Adapter, model: nn.Module) -> "Layout":
         head = build.head_names(adapter, model)
         embeddings = [name for name in build.embedding_names(adapter, model) if name not in head]
         axes = tuple(find_axes(adapter, model))

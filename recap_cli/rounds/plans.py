@@ -109,8 +109,9 @@ def steps_of(round_plans: Sequence[RoundPlan], total: int) -> list[int]:
 
 
 def _entry_cost(recipe: Recipe) -> float:
-    """What a moving entry holds on the device more than a frozen one, in weights of frozen ones: gradient, moments and, unless
-    fp32, its master; an int8 code is no longer there.
+    """What a trainable entry holds on the device more than a frozen one, in weights of frozen ones.
+
+    That is its gradient, its moments and, unless the weight is fp32, its master; an int8 code is no longer there.
     """
     tune = recipe.finetune
     moments = 2 if tune.optimizer == "adamw" else int(tune.momentum > 0)
@@ -120,7 +121,7 @@ def _entry_cost(recipe: Recipe) -> float:
     if not tune.offload and tune.weights != "fp32":
         held_bytes += 4
     if tune.weights == "int8":
-        held_bytes += (2 if tune.offload else 0) - 1  # with `offload` the moving entries are resident in bf16
+        held_bytes += (2 if tune.offload else 0) - 1  # with `offload` the trainable entries are bf16 on the device
     return held_bytes / weight_bytes
 
 
@@ -133,7 +134,7 @@ def steps_in_round(recipe: Recipe, examples: int) -> int:
 
 
 def lr_window_of(round_plan: RoundPlan, before: int, steps: int, total: int) -> tuple[int, int]:
-    """The steps of the whole course of the learning rate that a round's `steps` are a window of, and its first step there.
+    """The steps of the whole learning-rate schedule that a round's `steps` are a window of, and its first step there.
 
     Where the window is the round's own place among the `total` steps of the run, `before` of which are done, it is that to the
     step.
@@ -197,7 +198,7 @@ def _malformed(round_plan: Any) -> str | None:
 def _wrong(round_plan: RoundPlan, before: RoundPlan | None, method: Method) -> str | None:
     """What of a round does not go with the one `before` it, or with the method."""
     if round_plan.trains == "training" and method.training is None:
-        return "moves what a training says, and the method has none"
+        return "trains what a training says, and the method has none"
     if round_plan.plan != "importance" and before is None:
         return f"has nothing to take a plan from (plan={round_plan.plan!r})"
     if round_plan.plan == "same" and before is not None and round_plan.prune_ratio != before.prune_ratio:

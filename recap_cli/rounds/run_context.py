@@ -13,6 +13,7 @@ from recap_cli.core.axes import Shape, UnitMask, check_axes, refine, shrink
 from recap_cli.core.method import RoundPlan
 from recap_cli.core.surgery import IndexMap, indices
 from recap_cli.data.splits import Split
+from recap_cli.errors import StageOrderError
 from recap_cli.models import build
 from recap_cli.models.build import ModelSpec
 from recap_cli.progress import Track
@@ -39,7 +40,8 @@ from recap_cli.rounds.record import (
     TRAINED,
     WEIGHTS,
 )
-from recap_cli.state.manifest import below
+from recap_cli.rounds.status import finished
+from recap_cli.state.manifest import below, quoted
 from recap_cli.state.store import State
 from recap_cli.tasks.task import Task
 from recap_cli.trainable.token_rows import TokenRows
@@ -55,6 +57,21 @@ class Context:
         record.check(state)
         self.state = state
         self.recipe: Recipe = recipes.parse(state.recipe_text, str(state.path / state.manifest.recipe))
+
+    def check_rounds(self) -> None:
+        """Do nothing if a stage of a round is next.
+
+        Raises:
+            StageOrderError: the last round is merged: K are done, or the metric has not improved for `patience`.
+        """
+        if self.state.next_stage() != "prune":
+            return
+        path = quoted(self.state.path)
+        if reason := finished(self.recipe, self.state.manifest):
+            raise StageOrderError(
+                f"{self.state.path}: {reason}",
+                hint=f"recap export {path} OUT writes the best small model; recap status {path} shows the rounds",
+            )
 
     @cached_property
     def full(self) -> str:
@@ -78,7 +95,7 @@ class Context:
     def _shapes_by_name(self) -> stored.Tensors:
         """The tensors that the full model has."""
         with stored.meant(self.state.path / f"{self.full}/{SPEC}"):
-            return stored.of_recipe(self.spec)
+            return stored.tensors_of_spec(self.spec)
 
     @cached_property
     def layout(self) -> Layout:
@@ -141,7 +158,7 @@ class Context:
         return stored.unit_mask(self.state, f"{folder}/{PLAN}", self.layout.axes)
 
     def mask(self, folder: str, plan: UnitMask) -> UnitMask:
-        """Which hidden dimensions of the small model that `plan` leaves may move in a round."""
+        """Which hidden dimensions of the small model that `plan` leaves are trainable in a round."""
         axes = [refine(axis) for axis in shrink(self.layout.axes, plan)]
         return stored.unit_mask(self.state, f"{folder}/{MASK}", axes)
 
@@ -158,7 +175,7 @@ class Context:
         return tensors
 
     def trained(self, folder: str, plan: UnitMask, index_map: IndexMap) -> dict[str, Tensor]:
-        """The values of the entries that have moved, which are `index_map` in the small model."""
+        """The values of the trained entries, which are `index_map` in the small model."""
         rel = f"{folder}/{TRAINED}"
         path, tensors = self.state.path / rel, self.state.load_tensors(rel)
         stored.check_each(path, tensors, stored.cut_shapes(self.small_shapes(plan), index_map), torch.float32)
@@ -203,11 +220,11 @@ class Context:
         return stored.memory(self.state, f"{folder}/{MEMORY}")
 
     def token_rows(self, folder: str) -> TokenRows | None:
-        """Which rows of the token table the finetuning in `folder` held, and which could move; None where that is not known."""
+        """Which rows of the token table the finetuning in `folder` held and trained; None where that is not known."""
         file = f"{folder}/{ROWS}"
         return stored.token_rows(self.state, file, self._shapes_by_name.shapes) if file in self.state.manifest.files else None
 
     def rows(self, folder: str) -> IndexMap:
-        """The rows of the token table that the finetuning in `folder` could move, where that is neither all nor none."""
+        """The rows of the token table that the finetuning in `folder` trained, where that is neither all nor none."""
         token_rows, round_plan = self.token_rows(folder), self.round_plans[int(folder.rpartition("-")[2]) - 1]
         return token_rows.index_map(round_plan) if token_rows else {}

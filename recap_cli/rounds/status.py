@@ -7,13 +7,12 @@ from typing import Any
 
 from recap_cli import registry
 from recap_cli.core.method import RoundPlan
-from recap_cli.errors import DataError, ModelError, StageOrderError
+from recap_cli.errors import DataError, ModelError
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import record
 from recap_cli.rounds.plans import check_steps, require_extra, round_plans_for, round_plans_of
 from recap_cli.rounds.verdict import start_of, warning
-from recap_cli.state.manifest import quoted
 from recap_cli.state.store import Manifest, State
 from recap_cli.tasks.task import goodness
 
@@ -43,18 +42,6 @@ def next_stage(recipe: Recipe, state: State) -> str | None:
     """The stage that comes next, or None if the last round is merged."""
     stage = state.next_stage()
     return None if stage == "prune" and finished(recipe, state.manifest) else stage
-
-
-def check_rounds(recipe: Recipe, state: State) -> None:
-    """Raise `StageOrderError` if the last round is merged: K are done, or the metric has not improved for `patience`."""
-    if state.next_stage() != "prune":
-        return
-    path = quoted(state.path)
-    if reason := finished(recipe, state.manifest):
-        raise StageOrderError(
-            f"{state.path}: {reason}",
-            hint=f"recap export {path} OUT writes the best small model; recap status {path} shows the rounds",
-        )
 
 
 def check(recipe: Recipe) -> None:
@@ -111,7 +98,7 @@ def describe(recipe: Recipe) -> list[str]:
         f"data: {source}{f' ({data.subset})' if data.subset else ''}",
         f"init: check the adapter on the model, warm up the head: {warm}",
         f"finetuning in all: {recipe.rounds} x {length} of {tune.batch_size} with {tune.optimizer} at {tune.lr:g}{head} "
-        f"({tune.schedule}, over {'the run' if tune.lr_schedule_span == 'run' else 'each round'}), {tune.weights} resident",
+        f"({tune.schedule}, over {'the run' if tune.lr_schedule_span == 'run' else 'each round'}), {tune.weights} weights",
         f"{len(round_plans)} rounds{fewer}, each prune, mask, finetune, merge:" if len(round_plans) > 1 else "1 round:",
         *_described(recipe, round_plans),
     ]
@@ -148,11 +135,13 @@ def _round_plan_text(recipe: Recipe, round_plan: RoundPlan) -> str:
         averaged = f", averaged over rounds ({prune.ema:g})" if prune.ema else ""
         how = f"{prune.criterion}{averaged}, {prune.scope}, in {prune.steps} steps"
         pruned = f"prune {round_plan.prune_ratio:.1%} of the prunable parameters by {how}"
-    trains = {"head": "the task head moves", "training": f"what {recipe.method} trains moves", "mask": "everything moves"}[
-        round_plan.trains
-    ]
+    trains = {
+        "head": "the task head is trained",
+        "training": f"what {recipe.method} names is trained",
+        "mask": "everything is trained",
+    }[round_plan.trains]
     if round_plan.trains == "mask" and round_plan.mask_ratio > 0:
-        drawn = f", {mask.random:.0%} of what moves at random" if mask.random else ""
+        drawn = f", {mask.random:.0%} of what is trained at random" if mask.random else ""
         trains = f"{round_plan.mask_ratio:.1%} of what is left frozen by {mask.criterion}, {mask.scope}{drawn}"
     kept = "" if round_plan.product else "; not the product"
     return f"{pruned}; {trains}; {round_plan.share:.1%} of the steps{kept}"

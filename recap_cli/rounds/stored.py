@@ -119,7 +119,7 @@ class Tensors:
     names: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Tensors":
+    def of_model(cls, model: nn.Module) -> "Tensors":
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         names: dict[int, list[str]] = {}
         for name, tensor in named:
@@ -131,11 +131,11 @@ class Tensors:
 _SHAPES: dict[str, Tensors] = {}  # of the last model: every stage of a run asks, and building one takes its time
 
 
-def of_recipe(spec: ModelSpec) -> Tensors:
+def tensors_of_spec(spec: ModelSpec) -> Tensors:
     """The tensors that a model of this description has; kept for the next call with the same one."""
     key = spec.to_json()
     if key not in _SHAPES:
-        made = Tensors.of(build.skeleton(spec))
+        made = Tensors.of_model(build.skeleton(spec))
         _SHAPES.clear()
         _SHAPES[key] = made
     return _SHAPES[key]
@@ -208,7 +208,7 @@ def moments(
 ) -> dict[str, Tensor]:
     """An optimizer's moments of the `kinds` that its rule has, and counts, for tensors of `shapes`.
 
-    `along` is the dimension that a parameter is cut along, or of which some rows move. Raises as `State.verified`, and
+    `along` is the dimension that a parameter is cut along, or of which some rows are trainable. Raises as `State.verified`, and
     `CorruptStateError`.
     """
     path, found = state.path / rel, state.load_tensors(rel)
@@ -227,7 +227,7 @@ def moments(
 
 
 def token_rows(state: State, rel: str, shapes: Mapping[str, Shape]) -> TokenRows:
-    """Which rows of the token table were held, and which could move. Raises as `State.verified`, and `CorruptStateError`."""
+    """Which rows of the token table were held, and which were trained. Raises as `State.verified`, and `CorruptStateError`."""
     path, found = state.path / rel, state.load_tensors(rel)
     with meant(path):
         rows = TokenRows.from_tensors(found)

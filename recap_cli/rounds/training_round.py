@@ -26,8 +26,8 @@ from recap_cli.tasks import task
 from recap_cli.trainable.moments import take_moments
 from recap_cli.trainable.optim import CarriedState, Optimizer, learning_rate
 from recap_cli.trainable.token_rows import used_token_rows
-from recap_cli.training.evaluation import evaluate
-from recap_cli.training.loop import LOWER_THE_RATE, Batch, Forward, Training, train
+from recap_cli.training.evaluation import Pass, evaluate
+from recap_cli.training.loop import LOWER_THE_RATE, Batch, Forward, Steps, Training, train
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,13 @@ def train_round(context: Context, trainer: Trainer, split: Split, track: Track) 
         task.loss,
         trainer.optimizer,
         track(_epochs(recipe, split, before, steps, device), f"finetune, round {number}", steps),
-        rate=rate,
-        micro_batch_size=settings.micro_batch_size,
-        max_grad_norm=settings.max_grad_norm,
-        fused_backward=settings.fused_backward,
-        before_step=stepping(trainer.hook, trainer.optimizer, steps),
+        steps=Steps(
+            rate=rate,
+            micro_batch_size=settings.micro_batch_size,
+            max_grad_norm=settings.max_grad_norm,
+            fused_backward=settings.fused_backward,
+            before_step=stepping(trainer.hook, trainer.optimizer, steps),
+        ),
     )
 
 
@@ -137,7 +139,9 @@ def score_round(context: Context, trainer: Trainer, validation: Split, track: Tr
         TrainingError: the loss, or a trained value, is not finite.
     """
     forward, size, device = _forward(context, trainer.small.model.eval()), context.recipe.evaluate.batch_size, trainer.device
-    metrics = evaluate(forward, validation, context.task, batch_size=size, device=device, track=track, label="validation")
+    metrics = evaluate(
+        forward, validation, context.task, how=Pass(batch_size=size, device=device, track=track, label="validation")
+    )
     _check_finite(metrics["loss"], trainer.optimizer)
     return metrics
 

@@ -17,8 +17,8 @@ from recap_cli.rounds.recipe_model import forward_of, task_of
 from recap_cli.tasks import task
 from recap_cli.trainable.build import Trainable
 from recap_cli.trainable.optim import Optimizer, adamw, learning_rate
-from recap_cli.training.evaluation import evaluate
-from recap_cli.training.loop import Batch, train
+from recap_cli.training.evaluation import Pass, evaluate
+from recap_cli.training.loop import Batch, Steps, train
 
 
 def warm_up(recipe: Recipe, full: FullModel, examples: tuple[Split, Split], track: Track) -> dict[str, Any]:
@@ -49,17 +49,18 @@ def warm_up(recipe: Recipe, full: FullModel, examples: tuple[Split, Split], trac
             task.loss,
             Optimizer(_head_trainables(model, full.layout.head), adamw(betas=(0.9, 0.999), eps=1e-8)),
             track(epochs(), "warm up the head", steps),
-            rate=lambda step: learning_rate(step, steps=steps, peak=settings.lr, schedule="linear", warmup_ratio=0.0),
-            micro_batch_size=None if device.type == "cpu" else importance_batch_size(recipe, device),
+            steps=Steps(
+                rate=lambda step: learning_rate(step, steps=steps, peak=settings.lr, schedule="linear", warmup_ratio=0.0),
+                micro_batch_size=None if device.type == "cpu" else importance_batch_size(recipe, device),
+            ),
         )
         found = evaluate(
             forward_of(spec, model),
             validation,
             task_of(recipe, spec),
-            batch_size=recipe.evaluate.batch_size,
-            device=device,
-            track=track,
-            label="validation of the warmed-up head",
+            how=Pass(
+                batch_size=recipe.evaluate.batch_size, device=device, track=track, label="validation of the warmed-up head"
+            ),
         )
     return {"head_steps": run.steps, "head_loss": run.loss, "warmed_up": found}
 

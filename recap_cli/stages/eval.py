@@ -27,8 +27,24 @@ from recap_cli.rounds.small_model import trainable_entries
 from recap_cli.rounds.threads import on_fitting_threads
 from recap_cli.state.manifest import quoted
 from recap_cli.state.store import State
-from recap_cli.training.evaluation import Examples
+from recap_cli.training.evaluation import Examples, Pass
 from recap_cli.training.evaluation import evaluate as score
+
+
+@dataclass(frozen=True)
+class OtherData:
+    """Data that are not the recipe's validation data: a file, folder or data set, and its split (`other_data.read_other`)."""
+
+    data: Path | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class PredictionFile:
+    """Where predictions are written; with `force` over a file that is there."""
+
+    path: Path
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,31 +62,36 @@ def evaluate(
     state: State,
     *,
     which: Sequence[str],
-    data: Path | None = None,
-    split: str | None = None,
-    predictions: Path | None = None,
-    force: bool = False,
+    other: OtherData | None = None,
+    predictions: PredictionFile | None = None,
     say: Callable[[str], None] = lambda _: None,
     track: Track = silent,
 ) -> list[dict[str, Any]]:
     """A row for each model named (`full`, `small`, `best`): its round, parameters, loss and metrics, and seconds.
 
-    They are scored on the validation data, or on those of `data` and `split` (as `other_data.read_other` has it); these may
-    lack labels where `predictions`, a file with a row for each model and example, is to be written: there are no metrics then.
-    `say` hears what a user should know.
+    Args:
+        state: whose models are scored.
+        which: their names.
+        other: what they are scored on; None for the validation data. They may lack labels where predictions are written: there
+            are no metrics then.
+        predictions: gets a row for each model and example.
+        say: hears what a user should know.
+        track: hears of progress.
 
-    Raises `UsageError` if the state holds no such model yet, `UsageError` or `StorageError` if the predictions cannot be
-    written, and `DataError` for data that do not fit, all before any model is loaded.
+    Raises:
+        UsageError: the state holds no such model yet. This, as the following, is raised before any model is loaded.
+        StorageError: the predictions cannot be written; `UsageError` where their file is there.
+        DataError: the data do not fit.
     """
     context = Context(state)
     for name in which:
         _check(context, name)
     if predictions is not None:
-        prediction_files.check(predictions, force=force)
-    if data is None and split is None:
+        prediction_files.check(predictions.path, force=predictions.force)
+    if other is None:
         scored = _validation(context, track, placed=predictions is not None)
     else:
-        scored = _others(context, data, split, say, track)
+        scored = _others(context, other, say, track)
         if not scored.labelled and predictions is None:
             raise DataError(
                 f"{scored.split.origin} has no labels to score with", hint="--predictions FILE writes what the models predict"
@@ -78,8 +99,8 @@ def evaluate(
     seen = {name: Examples() for name in which} if predictions is not None else {}
     rows = list(_rows(context, which, scored, seen, track))
     if predictions is not None:
-        prediction_files.write(predictions, _columns(scored, seen, context.spec.label_names))
-    if data is not None or split is not None:
+        prediction_files.write(predictions.path, _columns(scored, seen, context.spec.label_names))
+    if other is not None:
         rows = [{**row, "data": scored.split.origin, "examples": len(scored.split)} for row in rows]
     return rows
 
@@ -94,10 +115,10 @@ def _validation(context: Context, track: Track, *, placed: bool) -> Scored:
     return Scored(split, places=other_data.places_of(raw.validation), files=files)
 
 
-def _others(context: Context, data: Path | None, split: str | None, say: Callable[[str], None], track: Track) -> Scored:
+def _others(context: Context, other: OtherData, say: Callable[[str], None], track: Track) -> Scored:
     """Other data, with the columns, the preprocessing and the labels of the recipe's own."""
     recipe, spec = context.recipe, context.spec
-    found = other_data.read_other(recipe.task.kind, data, split, _labels(context), recipe.data.model_dump())
+    found = other_data.read_other(recipe.task.kind, other.data, other.split, _labels(context), recipe.data.model_dump())
     for note in found.notes:
         say(f"note: {note}")
     if not found.labelled:
@@ -106,7 +127,7 @@ def _others(context: Context, data: Path | None, split: str | None, say: Callabl
     made = make_split(found.examples, inputs, origin=found.origin, workers=recipe.data.workers, track=track)
     for note in made.notes:
         say(f"note: {note}")
-    return Scored(made, found.labelled, found.places, None if data is None else found.files)
+    return Scored(made, found.labelled, found.places, None if other.data is None else found.files)
 
 
 def _labels(context: Context) -> Labels:
@@ -145,10 +166,7 @@ def _rows(
                 forward_of(context.spec, model),
                 scored.split,
                 context.task,
-                batch_size=context.recipe.evaluate.batch_size,
-                device=device,
-                track=track,
-                label=f"{name} model",
+                how=Pass(batch_size=context.recipe.evaluate.batch_size, device=device, track=track, label=f"{name} model"),
                 each=seen.get(name),
             )
         params = sum(param.numel() for param in model.parameters())

@@ -12,7 +12,6 @@ from recap_cli.rounds.plans import require_extra
 from recap_cli.rounds.round_results import Outcome, write_results
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.settings import OnChange, adopt, ignore, recipe_of
-from recap_cli.rounds.status import check_rounds
 from recap_cli.rounds.threads import on_fitting_threads
 from recap_cli.rounds.training_round import held_in_training, make_trainer, read_small_model, score_round, train_round
 from recap_cli.state.store import State
@@ -71,7 +70,7 @@ def _finetune(context: Context, report: oom.OOMReport, track: Track, snapshot_to
         state.writing("finetune") as transaction,
         snapshot.recording(snapshot_to, lambda text: transaction.facts.update(notes=[text])),  # ends before the commit
     ):
-        check_rounds(context.recipe, state)
+        context.check_rounds()
         examples, validation = context.splits(track)
         small = read_small_model(context, transaction.round, (examples, validation))
         report.model = small.model

@@ -75,7 +75,7 @@ def _note_budget(transaction: Transaction, recipe: Recipe, changes: Sequence[bud
     """Note what was changed for a memory budget, if there is one."""
     if (amount := recipe.finetune.memory_budget) is not None:
         transaction.facts["budget"] = {"memory_budget": amount, "changes": [asdict(change) for change in changes]}
-        transaction.facts["notes"] = list(budget.told(amount, changes))
+        transaction.facts["notes"] = list(budget.budget_notes(amount, changes))
 
 
 def _note_plugins(transaction: Transaction, recipe: Recipe) -> None:

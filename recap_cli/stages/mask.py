@@ -6,7 +6,6 @@ from recap_cli.progress import Track, silent
 from recap_cli.rounds.masking import choose_mask, mask_facts
 from recap_cli.rounds.record import MASK
 from recap_cli.rounds.run_context import Context
-from recap_cli.rounds.status import check_rounds
 from recap_cli.rounds.stored import as_bytes
 from recap_cli.rounds.threads import on_fitting_threads
 from recap_cli.state.store import State
@@ -24,7 +23,7 @@ def mask(state: State, *, track: Track = silent) -> dict[str, Any]:
     """
     context = Context(state)
     with state.writing("mask") as transaction:
-        check_rounds(context.recipe, state)
+        context.check_rounds()
         number, folder = transaction.round, f"round-{transaction.round:03d}"
         plan = context.plan(folder)
         chosen = choose_mask(context, number, plan, track)

@@ -6,7 +6,6 @@ from recap_cli.progress import Track, silent
 from recap_cli.rounds.merging import copy_the_rest, keep_best, merge_round
 from recap_cli.rounds.record import MOMENTS, SMALL, TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
-from recap_cli.rounds.status import check_rounds
 from recap_cli.rounds.threads import on_fitting_threads
 from recap_cli.state.store import State
 
@@ -23,7 +22,7 @@ def merge(state: State, *, track: Track = silent) -> dict[str, Any]:
     """
     context = Context(state)
     with state.writing("merge") as transaction:
-        check_rounds(context.recipe, state)
+        context.check_rounds()
         folder, full = f"round-{transaction.round:03d}", f"full-{transaction.round:03d}"
         merged = merge_round(context, folder)
         transaction.save_tensors(f"{full}/{WEIGHTS}", merged.weights)

@@ -7,7 +7,6 @@ from recap_cli.progress import Track, silent
 from recap_cli.rounds.pruning import prune_model, pruning_facts
 from recap_cli.rounds.record import IMPORTANCE, PLAN, SMALL
 from recap_cli.rounds.run_context import Context
-from recap_cli.rounds.status import check_rounds
 from recap_cli.rounds.stored import as_bytes
 from recap_cli.rounds.threads import on_fitting_threads
 from recap_cli.state.store import State
@@ -26,7 +25,7 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
     """
     context = Context(state)
     with state.writing("prune") as transaction:
-        check_rounds(context.recipe, state)
+        context.check_rounds()
         number, folder, tensors = transaction.round, f"round-{transaction.round:03d}", context.full_tensors()
         model = context.model(tensors)
         pruned = prune_model(context, model, number, track)

@@ -31,14 +31,14 @@ def run(
     track: Track = silent,
     on_stage: Callable[[dict[str, Any]], None] = lambda _: None,
     on_change: OnChange = ignore,
-    said: Collection[str] | None = (),
+    overridden: Collection[str] | None = (),
 ) -> State:
     """Run every stage that is left of `recipe` in the state at `path`, which is made if it is not there.
 
     A state that was stopped goes on after its last committed stage. `on_stage` hears of each finished stage. Where the recipe
     differs from the state's in execution settings only (`settings.EXECUTION`), the state takes them over; `on_change` hears.
-    `said` are the keys that a user has set beside the recipe, which a memory budget does not solve once more; None says that
-    the recipe is the state's own.
+    `overridden` are the keys that a user has set beside the recipe, which a memory budget does not solve once more; None says
+    that the recipe is the state's.
 
     At the end the product is what was committed, and nothing is left of a run that was stopped.
 
@@ -54,7 +54,7 @@ def run(
         record.check(state)
         if next_stage(recipe, state) is not None:
             require_extra(recipe.method)  # now, not when `finetune` is reached
-        adopt(state, recipe if said is None else as_solved(recipe, state, said), on_change=on_change)
+        adopt(state, recipe if overridden is None else as_solved(recipe, state, overridden), on_change=on_change)
     else:
         state = init(recipe, path, track=track)
         on_stage(state.manifest.history[-1])

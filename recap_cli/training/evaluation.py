@@ -12,27 +12,33 @@ from recap_cli.progress import Track, silent
 from recap_cli.tasks.task import Task, check_labels, loss
 
 
+@dataclass(frozen=True)
+class Pass:
+    """How a model goes over the examples of a split.
+
+    Attributes:
+        batch_size: examples at a time.
+        device: where the model is.
+        track: hears of progress.
+        label: what it is for, as the progress says it.
+    """
+
+    batch_size: int
+    device: torch.device | str = "cpu"
+    track: Track = silent
+    label: str = "evaluate"
+
+
 def evaluate(
-    forward: Callable[[dict[str, Tensor]], Tensor],
-    split: Split,
-    task: Task,
-    *,
-    batch_size: int,
-    device: torch.device | str = "cpu",
-    track: Track = silent,
-    label: str = "evaluate",
-    each: "Examples | None" = None,
+    forward: Callable[[dict[str, Tensor]], Tensor], split: Split, task: Task, how: Pass, each: "Examples | None" = None
 ) -> dict[str, float]:
     """Evaluate a model.
 
     Args:
-        forward: Maps a batch on `device` to logits, (batch, labels). The model is in evaluation mode.
+        forward: Maps a batch on the device to logits, (batch, labels). The model is in evaluation mode.
         split: The examples.
         task: The task.
-        batch_size: Examples per batch.
-        device: Where the batches are put.
-        track: Shows the progress.
-        label: The name of the evaluation, for the progress.
+        how: Batches and device.
         each: Collects the prediction and loss of each example.
 
     Returns:
@@ -43,9 +49,9 @@ def evaluate(
     """
     check_labels(split.labels, task.num_labels, split.origin)
     total_loss, predictions = 0.0, []
-    steps = -(-len(split) // batch_size)
+    steps = -(-len(split) // how.batch_size)
     with torch.inference_mode():
-        for batch in track(batches(split, torch.arange(len(split)), batch_size, device=device), label, steps):
+        for batch in how.track(batches(split, torch.arange(len(split)), how.batch_size, device=how.device), how.label, steps):
             logits = forward(batch)  # (batch, labels)
             total_loss += float(loss(logits, batch["labels"])) * len(logits)
             predictions.append(logits.argmax(dim=-1).cpu())

@@ -23,6 +23,26 @@ LOWER_THE_RATE = (
 
 
 @dataclass(frozen=True)
+class Steps:
+    """How the steps of a training are taken.
+
+    Attributes:
+        rate: the learning rate of a step, counted from 0.
+        micro_batch_size: a larger batch is accumulated from several of this size, each weighted by its share, so that the
+            gradient is that of the whole batch; None: it is not split.
+        max_grad_norm: gradients are clipped to this norm; None: they are not.
+        fused_backward: True updates each tensor as soon as its gradient is complete, and frees it before the next one is made.
+        before_step: runs before each step, with its number.
+    """
+
+    rate: Callable[[int], float]
+    micro_batch_size: int | None = None
+    max_grad_norm: float | None = None
+    fused_backward: bool = False
+    before_step: Callable[[int], None] = lambda _: None
+
+
+@dataclass(frozen=True)
 class Training:
     """The facts of a training run.
 
@@ -39,18 +59,7 @@ class Training:
     gradient_bytes: int
 
 
-def train(
-    forward: Forward,
-    loss: Loss,
-    optimizer: Optimizer,
-    batches: Iterable[Batch],
-    *,
-    rate: Callable[[int], float],
-    micro_batch_size: int | None = None,
-    max_grad_norm: float | None = None,
-    fused_backward: bool = False,
-    before_step: Callable[[int], None] = lambda _: None,
-) -> Training:
+def train(forward: Forward, loss: Loss, optimizer: Optimizer, batches: Iterable[Batch], steps: Steps) -> Training:
     """Take one optimizer step per batch.
 
     Args:
@@ -58,12 +67,7 @@ def train(
         loss: Maps logits and labels to the mean loss.
         optimizer: Updates the trainable weights.
         batches: Dictionaries of tensors on the device, with the key `labels`.
-        rate: Maps a step to its learning rate.
-        micro_batch_size: Split larger batches into parts of this size. Each part has the weight of its share, so that the
-            gradient is that of the whole batch.
-        max_grad_norm: Clip gradients to this norm.
-        fused_backward: Update each tensor as soon as its gradient is complete, and free the gradient before the next one.
-        before_step: Is called with each step before its forward.
+        steps: How each step is taken.
 
     Raises:
         TrainingError: A loss is not finite.
@@ -72,14 +76,14 @@ def train(
     watch = _GradientWatch(optimizer.trainables)
     started = perf_counter()
     with ExitStack() as stack:
-        complete = stack.enter_context(_fused(optimizer, watch)) if fused_backward else None
+        complete = stack.enter_context(_fused(optimizer, watch)) if steps.fused_backward else None
         for step, batch in enumerate(batches):
-            optimizer.lr = rate(step)
-            before_step(step)
-            losses.append(_accumulate(forward, loss, batch, micro_batch_size, complete))
+            optimizer.lr = steps.rate(step)
+            steps.before_step(step)
+            losses.append(_accumulate(forward, loss, batch, steps.micro_batch_size, complete))
             if complete is None:
                 watch.all_held()
-                _clip(optimizer.trainables, max_grad_norm)
+                _clip(optimizer.trainables, steps.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             _check_finite(losses[-1], step)

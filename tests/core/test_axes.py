@@ -6,11 +6,11 @@ import torch
 from recap_cli.core.axes import (
     Axis,
     Cut,
+    all_units,
     check_axes,
     chosen_params,
     compose,
     counts,
-    everything,
     prunable_params,
     refine,
     shrink,
@@ -58,7 +58,7 @@ def test_two_plans_compose_to_one_over_the_full_model() -> None:
 
 
 def test_everything_chooses_every_parameter() -> None:
-    unit_mask = everything([HEADS])
+    unit_mask = all_units([HEADS])
     assert counts(unit_mask) == {"block.heads": 3}
     assert chosen_params([HEADS], SHAPES, unit_mask) == prunable_params([HEADS], SHAPES)
 

@@ -19,7 +19,7 @@ from recap_cli.trainable.frozen_weights import QuantizedEmbedding
 from recap_cli.trainable.linear import PartialLinear
 from recap_cli.trainable.optim import Optimizer, adamw, sgd
 from recap_cli.trainable.placement import Placement
-from recap_cli.training.loop import train
+from recap_cli.training.loop import Steps, train
 from tests.trainable.test_build import Conv1D
 
 WORDS, WIDTH = 12, 8
@@ -109,7 +109,7 @@ def stepped(index_map: IndexMap, rule: Any, *, fused: bool = False, **forms: Any
     optimizer = Optimizer(trainables, rule)
     assert sum(len(moments) for moments in optimizer.moments.values()) == len(rule.idle_decay) * len(trainables)
     call = lambda batch: model(batch["ids"])  # noqa: E731
-    train(call, loss, optimizer, batches(), rate=lambda _: 0.05, fused_backward=fused)
+    train(call, loss, optimizer, batches(), steps=Steps(rate=lambda _: 0.05, fused_backward=fused))
     return trainables
 
 

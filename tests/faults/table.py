@@ -110,9 +110,8 @@ FAULTS = (
     Fault(
         "entries are summed along the wrong axis",
         "recap_cli/core/importance.py",
-        "along = score.float().sum(dim=[d for d in range(score.ndim) if d != dim]) if score.ndim > 1",
-        "along = (score.mT if score.shape[0] == score.shape[-1] else score).float().sum("
-        "dim=[d for d in range(score.ndim) if d != dim]) if score.ndim > 1",
+        "along = along.sum(",
+        "along = (along.mT if along.shape[0] == along.shape[-1] else along).sum(",
         (f"{NAIVE}[1-vit]",),
     ),
     Fault(
@@ -237,8 +236,8 @@ FAULTS = (
     Fault(
         "gradients are clipped after the step",
         "recap_cli/training/loop.py",
-        "_clip(optimizer.trainables, max_grad_norm)\n                optimizer.step()\n",
-        "optimizer.step()\n                _clip(optimizer.trainables, max_grad_norm)\n",
+        "_clip(optimizer.trainables, steps.max_grad_norm)\n                optimizer.step()\n",
+        "optimizer.step()\n                _clip(optimizer.trainables, steps.max_grad_norm)\n",
         (SGD,),
     ),
     Fault(

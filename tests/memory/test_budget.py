@@ -340,7 +340,7 @@ def test_what_a_user_sets_beside_a_budget_is_not_solved_once_more(tmp_path: Path
     state = init(recipe, tmp_path / "state")
     first = state.manifest.history[0]["budget"]["changes"][0]
     said = recipes.changed(recipe, {first["key"]: first["before"]})
-    state = run(said, tmp_path / "state", said={first["key"]})
+    state = run(said, tmp_path / "state", overridden={first["key"]})
     assert [dict(change["after"]) for change in state.manifest.changes] == [{first["key"]: first["before"]}]
-    again = run(recipe_of(state), tmp_path / "state", said=None)  # as `recap run --state` does: the state's own recipe
+    again = run(recipe_of(state), tmp_path / "state", overridden=None)  # as `recap run --state` does: the state's own recipe
     assert len(again.manifest.changes) == 1

@@ -23,7 +23,7 @@ from recap_cli.memory.tracker import GRANULE_BYTES, KINDS, Tracker, Usage
 from recap_cli.models import build, spec_from_config
 from recap_cli.models.build import ModelSpec
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.training.loop import train
+from recap_cli.training.loop import Steps, train
 from tests.pico import LABELS, PICO, pico
 from tests.tiny import is_text, model_section, tiny
 
@@ -173,7 +173,7 @@ def finetuning_step(step: Step, recipe: Recipe) -> None:
         "max_grad_norm": tune.max_grad_norm,
         "fused_backward": tune.fused_backward,
     }
-    train(step.forward, step.loss, step.optimizer, [step.batch], rate=lambda _: 1e-6, **how)
+    train(step.forward, step.loss, step.optimizer, [step.batch], steps=Steps(rate=lambda _: 1e-6, **how))
 
 
 def standing_bytes(step: Step) -> int:

@@ -9,7 +9,7 @@ import torch
 
 import recap_cli
 from recap_cli.core.adapter import find_axes
-from recap_cli.core.axes import counts, everything, shapes_of
+from recap_cli.core.axes import all_units, counts, shapes_of
 from recap_cli.core.surgery import gather, indices
 from recap_cli.errors import ModelError, StorageError
 from recap_cli.models import build, conformance, transformers_models
@@ -107,7 +107,7 @@ def test_bert_is_told_why_it_is_not_stock(tmp_path):
 
 
 def test_an_unpruned_model_is_stock_and_an_empty_plan_prunes_nothing(tmp_path):
-    small = Small("bert", everything)
+    small = Small("bert", all_units)
     assert small.export(tmp_path / "a")["form"] == "stock"
     small.plan = {}
     assert small.export(tmp_path / "b")["form"] == "stock"

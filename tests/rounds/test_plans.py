@@ -199,7 +199,7 @@ def forever(_: Settings) -> Iterable[RoundPlan]:
         (lambda _: [RoundPlan(plan="same")], "round 1 has nothing to take a plan from"),
         (lambda _: [RoundPlan(product=False)], "none of its rounds gives the product"),
         (lambda _: [RoundPlan(prune_ratio=1.0)], "round 1 is out of range: prune_ratio 1"),
-        (lambda _: [RoundPlan(trains="training")], "round 1 moves what a training says, and the method has none"),
+        (lambda _: [RoundPlan(trains="training")], "round 1 trains what a training says, and the method has none"),
         (lambda _: [RoundPlan(trains="heads")], "round 1 has trains='heads', which is none of mask, head, training"),
         (lambda _: [RoundPlan(plan="new")], "round 1 has plan='new', which is none of importance, same, learned"),
         (lambda _: [{"share": 1.0}], "round 1 is of type dict, not RoundPlan"),

@@ -21,7 +21,7 @@ from recap_cli.stages.init import init
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
 from recap_cli.tasks.task import METRICS, Task
-from recap_cli.training.evaluation import chance, evaluate, score
+from recap_cli.training.evaluation import Pass, chance, evaluate, score
 from tests.tiny import tiny
 
 CELL: dict[str, Any] = {
@@ -92,7 +92,9 @@ def test_a_model_of_one_answer_is_no_better_than_chance_whatever_the_number_of_e
 def test_an_evaluation_of_a_model_that_knows_the_shares_of_the_labels_alone_is_at_chance(metric: Any, size: int) -> None:
     labels = (torch.arange(size) % 5).clamp(max=2)
     split = Split("made", labels, lambda indices, _: {"inputs": indices})
-    found = evaluate(always(torch.bincount(labels) / size), split, Task("text-classification", metric, 3), batch_size=7)
+    found = evaluate(
+        always(torch.bincount(labels) / size), split, Task("text-classification", metric, 3), how=Pass(batch_size=7)
+    )
     said = warning(metric, found[metric], warm_up=None, chance=chance(labels, 3)[metric])
     assert said is not None
     assert "is no better than chance" in said

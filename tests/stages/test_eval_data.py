@@ -20,7 +20,7 @@ from recap_cli.cli import main
 from recap_cli.data import prediction_files
 from recap_cli.errors import CorruptStateError, DataError, RecapError, StorageError, UsageError
 from recap_cli.rounds.run_context import Context
-from recap_cli.stages.eval import evaluate
+from recap_cli.stages.eval import OtherData, PredictionFile, evaluate
 from recap_cli.stages.init import init
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
@@ -80,7 +80,7 @@ def figures(rows: list[dict[str, Any]]) -> list[list[float]]:
 def test_the_same_examples_in_a_file_of_any_kind_score_the_same(texts: State, tmp_path: Path, suffix: str) -> None:
     other = write_rows(tmp_path / f"other{suffix}", validation_rows())
     which = ["full", "small", "best"]
-    found = evaluate(texts, which=which, data=other)
+    found = evaluate(texts, other=OtherData(data=other), which=which)
     assert figures(found) == figures(evaluate(texts, which=which))
     assert {(row["data"], row["examples"]) for row in found} == {(str(other), VALIDATION)}
 
@@ -92,16 +92,18 @@ def test_a_tokenizer_that_was_altered_scores_nothing(texts: State, tmp_path: Pat
     whole = file.read_bytes()
     file.write_bytes(whole.replace(b'"w1"', b'"W1"'))  # as many bytes, and another meaning
     assert file.read_bytes() != whole
-    other = write_rows(tmp_path / "other.csv", validation_rows()) if asked == "data" else None
-    told = tmp_path / "told.csv" if asked == "predictions" else None
+    other = OtherData(write_rows(tmp_path / "other.csv", validation_rows())) if asked == "data" else None
+    told = PredictionFile(tmp_path / "told.csv") if asked == "predictions" else None
     with pytest.raises(CorruptStateError, match=r"tokenizer.json: its sha256 begins with"):
-        evaluate(State.open(tmp_path / "state"), which=["best"], data=other, predictions=told)
+        evaluate(State.open(tmp_path / "state"), other=other, which=["best"], predictions=told)
 
 
 def test_labels_count_by_their_names_also_where_the_file_lacks_the_first(texts: State, tmp_path: Path) -> None:
     some = [row for row in validation_rows() if row["label"] != sorted(LABELS)[0]]
     told = tmp_path / "told.csv"
-    (row,) = evaluate(texts, which=["best"], data=write_rows(tmp_path / "some.csv", some), predictions=told)
+    (row,) = evaluate(
+        texts, other=OtherData(data=write_rows(tmp_path / "some.csv", some)), which=["best"], predictions=PredictionFile(told)
+    )
     seen = read_rows(told)
     assert [one["label"] for one in seen] == [one["label"] for one in some]
     assert row["accuracy"] == pytest.approx(sum(one["label"] == one["predicted"] for one in seen) / len(some))
@@ -117,7 +119,7 @@ def test_names_that_a_file_brings_in_another_order_are_still_names(texts: State,
     )
     other = tmp_path / "other.parquet"
     made.to_parquet(str(other))
-    assert figures(evaluate(texts, which=["best"], data=other)) == figures(evaluate(texts, which=["best"]))
+    assert figures(evaluate(texts, other=OtherData(data=other), which=["best"])) == figures(evaluate(texts, which=["best"]))
 
 
 @pytest.mark.parametrize("label", ["elsewhere", "0"])
@@ -125,29 +127,29 @@ def test_a_label_that_the_model_does_not_know_is_refused_by_name(texts: State, t
     rows = [*validation_rows(), {"sentence": "w1 w2", "label": label}]
     other = write_rows(tmp_path / "other.csv", rows)
     with pytest.raises(DataError, match=rf"holds '{label}' in row {VALIDATION + 1}, but the labels are {LABELS[0]}"):
-        evaluate(texts, which=["best"], data=other)
+        evaluate(texts, other=OtherData(data=other), which=["best"])
 
 
 def test_a_folder_of_class_folders_and_one_with_splits(images: State) -> None:
     own = figures(evaluate(images, which=["best"]))
-    assert figures(evaluate(images, which=["best"], data=data_folder() / "validation")) == own
-    assert figures(evaluate(images, which=["best"], data=data_folder(), split="validation")) != []
+    assert figures(evaluate(images, other=OtherData(data=data_folder() / "validation"), which=["best"])) == own
+    assert figures(evaluate(images, other=OtherData(data=data_folder(), split="validation"), which=["best"])) != []
     with pytest.raises(DataError, match="has no split 'test'") as caught:
-        evaluate(images, which=["best"], data=data_folder() / "validation", split="test")
+        evaluate(images, other=OtherData(data=data_folder() / "validation", split="test"), which=["best"])
     assert LABELS[0] in str(caught.value.hint)
 
 
 def test_a_split_may_be_a_file_of_a_folder(texts: State, tmp_path: Path) -> None:
     write_rows(tmp_path / "test.jsonl", validation_rows())
     write_rows(tmp_path / "train.csv", validation_rows()[:4])
-    found = evaluate(texts, which=["best"], data=tmp_path, split="test")
+    found = evaluate(texts, other=OtherData(data=tmp_path, split="test"), which=["best"])
     assert figures(found) == figures(evaluate(texts, which=["best"]))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_predictions_have_a_row_for_each_model_and_example(texts: State, tmp_path: Path, suffix: str) -> None:
     told, which = tmp_path / f"told{suffix}", ["full", "best"]
-    found = evaluate(texts, which=which, predictions=told)
+    found = evaluate(texts, which=which, predictions=PredictionFile(told))
     seen = read_rows(told)
     assert [(one["model"], one["index"]) for one in seen] == [(name, i) for name in which for i in range(VALIDATION)]
     assert [one["label"] for one in seen] == [row["label"] for row in validation_rows()] * 2
@@ -165,9 +167,9 @@ def test_predictions_have_a_row_for_each_model_and_example(texts: State, tmp_pat
 
 def test_predictions_of_images_name_their_files(images: State, tmp_path: Path) -> None:
     told = tmp_path / "told.jsonl"
-    evaluate(images, which=["best"], data=data_folder() / "validation", predictions=told)
+    evaluate(images, other=OtherData(data=data_folder() / "validation"), which=["best"], predictions=PredictionFile(told))
     assert all(Path(one["file"]).parent.name == one["label"] for one in read_rows(told))
-    evaluate(images, which=["best"], predictions=tmp_path / "own.jsonl")
+    evaluate(images, which=["best"], predictions=PredictionFile(tmp_path / "own.jsonl"))
     assert read_rows(tmp_path / "own.jsonl") == read_rows(told)
 
 
@@ -176,14 +178,16 @@ def test_data_without_labels_give_predictions_and_no_metrics(texts: State, tmp_p
     bare = write_rows(tmp_path / "bare.csv", [{"sentence": row["sentence"]} for row in rows])
     hidden = write_rows(tmp_path / "hidden.jsonl", [{**row, "label": -1} for row in rows])
     with pytest.raises(DataError, match="no labels to score with") as caught:
-        evaluate(texts, which=["best"], data=bare)
+        evaluate(texts, other=OtherData(data=bare), which=["best"])
     assert "--predictions" in str(caught.value.hint)
-    evaluate(texts, which=["best"], predictions=tmp_path / "own.csv")
+    evaluate(texts, which=["best"], predictions=PredictionFile(tmp_path / "own.csv"))
     own = [one["predicted"] for one in read_rows(tmp_path / "own.csv")]
     for number, other in enumerate((bare, hidden)):
         heard: list[str] = []
         told = tmp_path / f"told{number}.csv"
-        (found,) = evaluate(texts, which=["best"], data=other, predictions=told, say=heard.append)
+        (found,) = evaluate(
+            texts, other=OtherData(data=other), which=["best"], predictions=PredictionFile(told), say=heard.append
+        )
         assert not set(FIGURES) & set(found)
         assert found["examples"] == VALIDATION
         assert "has no labels" in heard[0]
@@ -195,8 +199,8 @@ def test_images_in_a_folder_without_classes_are_data_without_labels(images: Stat
     for at, file in enumerate(sorted((data_folder() / "validation").rglob("*.png"))):
         (tmp_path / f"{at:02}.png").write_bytes(file.read_bytes())
     told = tmp_path / "told.csv"
-    evaluate(images, which=["best"], data=tmp_path, predictions=told)
-    evaluate(images, which=["best"], predictions=tmp_path / "own.csv")
+    evaluate(images, other=OtherData(data=tmp_path), which=["best"], predictions=PredictionFile(told))
+    evaluate(images, which=["best"], predictions=PredictionFile(tmp_path / "own.csv"))
     assert [one["predicted"] for one in read_rows(told)] == [one["predicted"] for one in read_rows(tmp_path / "own.csv")]
     assert read_rows(told)[3]["file"] == str(tmp_path / "03.png")
 
@@ -204,14 +208,14 @@ def test_images_in_a_folder_without_classes_are_data_without_labels(images: Stat
 @pytest.mark.parametrize(
     ("given", "kind", "said"),
     [
-        ({"data": Path("nowhere.csv")}, DataError, "there is no file or folder nowhere.csv"),
-        ({"split": "test"}, DataError, "no data set of the hub"),
-        ({"data": Path("there.csv"), "split": "test"}, DataError, "is a file, which has no splits"),
-        ({"data": Path("other.csv")}, DataError, "has no column 'sentence'"),
-        ({"predictions": Path("told.xlsx")}, UsageError, "one of .csv, .jsonl, .parquet"),
-        ({"predictions": Path("there.csv")}, UsageError, "exists already"),
-        ({"predictions": Path("no/told.csv")}, StorageError, "there is no folder no"),
-        ({"predictions": Path("folder.csv")}, UsageError, "is a folder"),
+        ({"other": OtherData(Path("nowhere.csv"))}, DataError, "there is no file or folder nowhere.csv"),
+        ({"other": OtherData(split="test")}, DataError, "no data set of the hub"),
+        ({"other": OtherData(Path("there.csv"), "test")}, DataError, "is a file, which has no splits"),
+        ({"other": OtherData(Path("other.csv"))}, DataError, "has no column 'sentence'"),
+        ({"predictions": PredictionFile(Path("told.xlsx"))}, UsageError, "one of .csv, .jsonl, .parquet"),
+        ({"predictions": PredictionFile(Path("there.csv"))}, UsageError, "exists already"),
+        ({"predictions": PredictionFile(Path("no/told.csv"))}, StorageError, "there is no folder no"),
+        ({"predictions": PredictionFile(Path("folder.csv"))}, UsageError, "is a folder"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_model_is_loaded(
@@ -252,11 +256,11 @@ def test_predictions_that_cannot_be_written_leave_what_was_there(
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(StorageError):
-        evaluate(texts, which=["best"], predictions=told, force=True)
+        evaluate(texts, which=["best"], predictions=PredictionFile(told, force=True))
     assert told.read_text() == "mine"
     assert [file.name for file in tmp_path.iterdir()] == ["told.csv"]
     monkeypatch.undo()
-    evaluate(texts, which=["best"], predictions=told, force=True)
+    evaluate(texts, which=["best"], predictions=PredictionFile(told, force=True))
     assert len(read_rows(told)) == VALIDATION
 
 
@@ -282,12 +286,12 @@ def test_the_command_shows_a_table_and_json(
 def test_numbers_are_no_places_among_names_that_the_training_data_have_written_out(texts: State, tmp_path: Path) -> None:
     rows = [{**row, "label": LABELS.index(row["label"])} for row in validation_rows()]
     with pytest.raises(DataError, match=rf"in row 1, but the labels are {LABELS[0]}"):
-        evaluate(texts, which=["best"], data=write_rows(tmp_path / "other.jsonl", rows))
+        evaluate(texts, other=OtherData(data=write_rows(tmp_path / "other.jsonl", rows)), which=["best"])
 
 
 def test_a_file_of_the_users_own_beside_the_predictions_stays(texts: State, tmp_path: Path) -> None:
     (tmp_path / "told.csv.tmp").write_text("mine")
-    evaluate(texts, which=["best"], predictions=tmp_path / "told.csv")
+    evaluate(texts, which=["best"], predictions=PredictionFile(tmp_path / "told.csv"))
     assert (tmp_path / "told.csv.tmp").read_text() == "mine"
     assert {file.name for file in tmp_path.iterdir()} == {"told.csv", "told.csv.tmp"}
 
@@ -296,7 +300,7 @@ def test_predictions_go_through_a_link(texts: State, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "told.csv").write_text("old")
     (tmp_path / "told.csv").symlink_to("there/told.csv")
-    evaluate(texts, which=["best"], predictions=tmp_path / "told.csv", force=True)
+    evaluate(texts, which=["best"], predictions=PredictionFile(tmp_path / "told.csv", force=True))
     assert (tmp_path / "told.csv").is_symlink()
     assert len(read_rows(tmp_path / "there" / "told.csv")) == VALIDATION
 
@@ -304,10 +308,10 @@ def test_predictions_go_through_a_link(texts: State, tmp_path: Path) -> None:
 def test_what_is_no_file_is_not_written_over(texts: State, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "told.csv")
     with pytest.raises(UsageError, match="is no ordinary file"):
-        evaluate(texts, which=["best"], predictions=tmp_path / "told.csv", force=True)
+        evaluate(texts, which=["best"], predictions=PredictionFile(tmp_path / "told.csv", force=True))
     (tmp_path / "link.csv").symlink_to("nowhere/told.csv")
     with pytest.raises(StorageError, match="there is no folder"):
-        evaluate(texts, which=["best"], predictions=tmp_path / "link.csv", force=True)
+        evaluate(texts, which=["best"], predictions=PredictionFile(tmp_path / "link.csv", force=True))
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
@@ -321,20 +325,20 @@ def test_folders_that_systems_leave_beside_images_do_not_count(images: State, tm
     for at, file in enumerate(sorted((data_folder() / "validation").rglob("*.png"))):
         (tmp_path / f"{at:02}.png").write_bytes(file.read_bytes())
     (tmp_path / junk).mkdir()
-    (row,) = evaluate(images, which=["best"], data=tmp_path, predictions=tmp_path / "told.csv")
+    (row,) = evaluate(images, other=OtherData(data=tmp_path), which=["best"], predictions=PredictionFile(tmp_path / "told.csv"))
     assert row["examples"] == VALIDATION
 
 
 def test_the_name_of_an_image_that_is_no_utf8_is_refused(images: State, tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(next((data_folder() / "validation").rglob("*.png")).read_bytes())
     with pytest.raises(DataError, match="is not in UTF-8"):
-        evaluate(images, which=["best"], data=tmp_path, predictions=tmp_path / "told.csv")
+        evaluate(images, other=OtherData(data=tmp_path), which=["best"], predictions=PredictionFile(tmp_path / "told.csv"))
 
 
 def test_a_folder_without_images_is_told_in_the_words_of_the_command(images: State, tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     with pytest.raises(DataError) as caught:
-        evaluate(images, which=["best"], data=tmp_path)
+        evaluate(images, other=OtherData(data=tmp_path), which=["best"])
     assert "--data FOLDER" in str(caught.value.hint)
     assert "data.other" not in str(caught.value.hint)
 
@@ -345,7 +349,7 @@ def test_16_bit_images_without_bright_values_are_told(images: State, tmp_path: P
         (tmp_path / label).mkdir()
         Image.fromarray(values).save(tmp_path / label / "0.png")
     heard: list[str] = []
-    evaluate(images, which=["best"], data=tmp_path, say=heard.append)
+    evaluate(images, other=OtherData(data=tmp_path), which=["best"], say=heard.append)
     assert any("which keeps 16 of 256 shades" in note for note in heard)
     recipe = tiny("vit", data={"train": str(tmp_path), "validation": str(tmp_path)})
     noted = init(recipe, tmp_path / "state").manifest.made["notes"]

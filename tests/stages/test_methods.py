@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recap_cli import registry
 from recap_cli.api import Method, RoundPlan, TrainerHook
-from recap_cli.core.axes import counts, everything
+from recap_cli.core.axes import all_units, counts
 from recap_cli.errors import PluginError
 from recap_cli.plugins.methods.lora import targets
 from recap_cli.plugins.methods.movement import keep_share
@@ -26,7 +26,7 @@ from recap_cli.stages.export import export
 from recap_cli.stages.init import init
 from recap_cli.stages.run import STAGES, run
 from recap_cli.state.store import State
-from recap_cli.training.evaluation import evaluate
+from recap_cli.training.evaluation import Pass, evaluate
 from tests.tiny import tiny
 
 METHODS = registry.names("methods")
@@ -70,7 +70,7 @@ def test_a_run_takes_the_steps_of_the_recipe_and_ends_in_a_product_that_scores_w
     assert context.round_plans[best["round"] - 1].product
     model = context.model(state.load_tensors(f"{best['folder']}/{WEIGHTS}"), counts(context.plan(best["folder"])))
     _, validation = context.splits(lambda items, label, total=None: iter(items))
-    scored = evaluate(forward_of(context.spec, model), validation, context.task, batch_size=64)
+    scored = evaluate(forward_of(context.spec, model), validation, context.task, how=Pass(batch_size=64))
     assert scored["accuracy"] == pytest.approx(best["value"])
 
 
@@ -193,7 +193,7 @@ def test_gates_that_are_closed_are_groups_that_are_cut() -> None:
 
     context = Context(State.open(run_of("full-ft")))
     tensors = context.full_tensors()
-    axes, plan = context.layout.axes, everything(context.layout.axes)
+    axes, plan = context.layout.axes, all_units(context.layout.axes)
     for number, axis in enumerate(axes):
         plan[axis.name][number % axis.size] = False
     gated, small = (context.model({n: t.clone() for n, t in tensors.items()}) for _ in range(2))

@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from recap_cli.data import sources
 from recap_cli.errors import DataError
-from recap_cli.stages.eval import evaluate
+from recap_cli.stages.eval import OtherData, PredictionFile, evaluate
 from recap_cli.stages.init import init
 from recap_cli.state.store import State
 from tests.tiny import tiny
@@ -41,7 +41,7 @@ def made(folder: Path, train: pa.Table, validation: pa.Table) -> State:
 def seen(state: State, folder: Path, **given: Any) -> list[str]:
     """The labels that `eval` takes the examples to have."""
     told = folder / "told.parquet"
-    evaluate(state, which=["full"], predictions=told, force=True, **given)
+    evaluate(state, which=["full"], other=OtherData(**given) if given else None, predictions=PredictionFile(told, force=True))
     return [str(label) for label in parquet.read_table(told).column("label").to_pylist()]
 
 

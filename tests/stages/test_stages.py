@@ -469,7 +469,7 @@ def test_a_dry_run_says_what_would_happen() -> None:
     more = "\n".join(describe(tiny("bert", prune={"ema": 0.5}, mask={"random": 0.25}, finetune={"head_lr": 0.02})))
     for said in (
         "taylor, averaged over rounds (0.5),",
-        "per-layer, 25% of what moves at random;",
+        "per-layer, 25% of what is trained at random;",
         "at 0.01, the head at 0.02 ",
     ):
         assert said in more

@@ -337,7 +337,7 @@ def test_nothing_of_an_int8_layer_that_is_still_asks_for_a_gradient() -> None:
 @pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
 def test_masters_are_the_full_models_values_before_training(name: str, dtype: torch.dtype, int8: bool) -> None:
     model, spec = pico(name)
-    layout = Layout.of(build.adapter_of(spec), model)
+    layout = Layout.of_model(build.adapter_of(spec), model)
     full = {n: p.detach().clone() for n, p in model.named_parameters()}
     axes = [refine(axis) for axis in layout.axes]
     generator = torch.Generator().manual_seed(1)

@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from recap_cli.data.splits import Split
 from recap_cli.errors import DataError
 from recap_cli.tasks.task import Task, loss
-from recap_cli.training.evaluation import evaluate, score
+from recap_cli.training.evaluation import Pass, evaluate, score
 
 
 def logits_split(count: int, num_labels: int) -> Split:
@@ -28,7 +28,7 @@ def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("num_labels", [2, 5])
 def test_metrics_agree_with_scikit_learn(num_labels: int) -> None:
     split = logits_split(53, num_labels)
-    found = evaluate(forward, split, Task("text-classification", "f1", num_labels), batch_size=8)
+    found = evaluate(forward, split, Task("text-classification", "f1", num_labels), how=Pass(batch_size=8))
     logits = split.batch(torch.arange(53))["inputs"]
     true, guessed = split.labels.numpy(), logits.argmax(1).numpy()
     average = "binary" if num_labels == 2 else "macro"
@@ -59,14 +59,14 @@ def test_no_graph_is_recorded() -> None:
         seen.append(batch["inputs"] * weight)
         return seen[-1]
 
-    evaluate(weighted, logits_split(10, 2), Task("text-classification", "accuracy", 2), batch_size=5)
+    evaluate(weighted, logits_split(10, 2), Task("text-classification", "accuracy", 2), how=Pass(batch_size=5))
     assert len(seen) == 2
     assert not any(logits.requires_grad for logits in seen)
 
 
 def test_labels_beyond_the_head_are_refused_before_the_first_batch() -> None:
     with pytest.raises(DataError, match="but the head has 2 outputs"):
-        evaluate(forward, logits_split(20, 4), Task("text-classification", "accuracy", 2), batch_size=5)
+        evaluate(forward, logits_split(20, 4), Task("text-classification", "accuracy", 2), how=Pass(batch_size=5))
 
 
 def test_progress_hears_of_every_batch() -> None:
@@ -78,7 +78,10 @@ def test_progress_hears_of_every_batch() -> None:
         return iter(counted)
 
     evaluate(
-        forward, logits_split(11, 2), Task("text-classification", "accuracy", 2), batch_size=5, track=track, label="validation"
+        forward,
+        logits_split(11, 2),
+        Task("text-classification", "accuracy", 2),
+        how=Pass(batch_size=5, track=track, label="validation"),
     )
     assert heard == [("validation", 3, 3)]
 
