@@ -14,6 +14,7 @@ from recap_cli.recipe import recipe as recipes
 
 PAGES = Path(__file__).parent / "pages"
 Result = dict[str, Any]
+METHODS = ("full", "head", "lora", "pre-ft", "recap")  # of the picture
 NAMES = {
     "fp32": "fp32, like for like",
     "best": "bf16, fused backward, checkpoints",
@@ -245,7 +246,7 @@ def pictures() -> None:
     """Bars of ViT-base by method, and peaks over the batch size."""
     model = CASES["ViT-base"].of_recipe()
     plain = CASES["ViT-base"].settings()
-    rows = [p.to_json() for p in predict.grid(model, plain, predict.METHODS)]
+    rows = [p.to_json() for p in predict.grid(model, plain, METHODS)]
     rows += [
         predict.predict(model, recipes.changed(plain, SETTINGS[name]), "recap").to_json()
         for name in ("best", "int8", "int8, offloaded")

@@ -115,9 +115,9 @@ def over_memory(found: Comparison, medium: Medium) -> Picture:
         axes = drawn.figure.add_subplot()
         for method in methods:
             mine = [i for i, row in enumerate(rows) if row["method"] == method]
-            said = [f"{_said(rows[i])}, {megabytes(sizes[i] * 1e6)}" for i in mine]
+            texts = [f"{_message(rows[i])}, {megabytes(sizes[i] * 1e6)}" for i in mine]
             deviations = [rows[i]["deviation"] for i in mine]
-            marks = Marks([sizes[i] for i in mine], [rows[i]["value"] for i in mine], deviations, said)
+            marks = Marks([sizes[i] for i in mine], [rows[i]["value"] for i in mine], deviations, texts)
             mark(drawn, axes, marks, found.looks[method], label=medium.text(method), linestyle="none")
         xs, ys = [points[i][0] for i in at_front], [points[i][1] for i in at_front]
         most = max(sizes) * 1.12 or 1.0
@@ -188,7 +188,7 @@ def ratio_texts(row: Row, keys: Iterable[str]) -> list[str]:
 def _draw_slope(drawn: Picture, axes: "Axes", line: Line, aside: float) -> None:
     """Draw one line, moved to the side by `aside`, so that error bars do not hide each other."""
     xs, ys = [row[line.by] + aside for row in line.rows], [row["value"] for row in line.rows]
-    marks = Marks(xs, ys, [row["deviation"] for row in line.rows], [_said(row) for row in line.rows])
+    marks = Marks(xs, ys, [row["deviation"] for row in line.rows], [_message(row) for row in line.rows])
     mark(drawn, axes, marks, line.look, label=drawn.medium.text(line.label), linestyle=line.dash)
 
 
@@ -197,7 +197,7 @@ def _draw_level(drawn: Picture, axes: "Axes", line: Line) -> None:
     row, colour = line.rows[0], line.look.colour
     look: dict[str, Any] = {"color": colour, "linestyle": (0, (6, 2, 1, 2)), "linewidth": 1.4, "zorder": 2}
     look |= {"marker": line.look.marker, "markersize": line.look.size, "markevery": [1], "clip_on": False, **EDGE}
-    drawn.say(axes.axhline(row["value"], label=drawn.medium.text(line.label), **look), [_said(row)])
+    drawn.describe(axes.axhline(row["value"], label=drawn.medium.text(line.label), **look), [_message(row)])
     if row["deviation"]:
         edges = row["value"] - row["deviation"], row["value"] + row["deviation"]
         axes.axhspan(*edges, color=colour, alpha=0.1, linewidth=0, zorder=1)
@@ -228,7 +228,7 @@ def _height(medium: Medium, names: Sequence[str]) -> float:
     return PAGE_HEIGHT + legend_height(names, medium.width) if medium.page else HEIGHT
 
 
-def _said(row: Row) -> str:
+def _message(row: Row) -> str:
     spread = f" ± {row['deviation']:.4f}" if row["deviation"] is not None else ""
     return f"{name_of(row)}: {row['value']:.4f}{spread}"
 

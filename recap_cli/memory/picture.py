@@ -65,7 +65,7 @@ class Picture:
     medium: Medium
     words: dict[str, list[str]] = field(default_factory=dict)  # by the group of marks: one for each mark, or one for all
 
-    def say(self, artist: "Artist", words: Sequence[str]) -> None:
+    def describe(self, artist: "Artist", words: Sequence[str]) -> None:
         """Give the marks of a line or a patch their words: one for each mark in order, or one for all."""
         if self.medium.page:
             name = f"marks{len(self.words)}"

@@ -66,7 +66,7 @@ def stack_page(stacked: Stack, *, above: bool) -> Picture:
     with picture(PAGE, height) as drawn:
         axes = drawn.figure.add_subplot()
         ends = stack(drawn, axes, parts, bar=THICK / pitch)
-        _say_parts(drawn, axes, stacked, parts)
+        _describe_parts(drawn, axes, stacked, parts)
         known = [(peak, float(at)) for at, peak in enumerate(stacked.peaks) if peak is not None]
         peaks(axes, known, stacked.peak_label, hollow=False)
         reached = [max(end, *(peak for peak, row in known if row == at), 0.0) for at, end in enumerate(ends)]
@@ -85,9 +85,9 @@ def stack_page(stacked: Stack, *, above: bool) -> Picture:
     return drawn
 
 
-def _say_parts(drawn: Picture, axes: "Axes", stacked: Stack, parts: Sequence[Part]) -> None:
+def _describe_parts(drawn: Picture, axes: "Axes", stacked: Stack, parts: Sequence[Part]) -> None:
     """Give every part of every bar the words that name it and its amount."""
     for part, bars in zip(parts, axes.containers, strict=False):  # the last are the outlines
         for bar, size, label in zip(bars, part.sizes, stacked.labels, strict=True):
             if size:
-                drawn.say(bar, [f"{label}: {part.fill.label} {stacked.text(size)}"])
+                drawn.describe(bar, [f"{label}: {part.fill.label} {stacked.text(size)}"])

@@ -68,16 +68,12 @@ def grid(axis: "Axis") -> None:
     axis.grid(True, color=LINE, linewidth=0.6)
 
 
-def legend(drawn: Picture, axes: "Axes", note: str = "") -> None:
+def legend(drawn: Picture, axes: "Axes") -> None:
     """Explain what has a label: beside the axes in a file, below them in a page."""
-    if not drawn.medium.page:
-        handles, names = axes.get_legend_handles_labels()
-        names = [drawn.medium.text(name) for name in names]
-        axes.legend(
-            handles, names, loc="upper left", bbox_to_anchor=(1.03, 1.0), borderaxespad=0.0, fontsize=9, handlelength=3.0
-        )
-        return
-    legend_below(drawn, axes, note=note)
+    if drawn.medium.page:
+        legend_below(drawn, axes)
+    else:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.03, 1.0), borderaxespad=0.0, fontsize=9, handlelength=3.0)
 
 
 def legend_below(drawn: Picture, axes: "Axes", *, place: str = "lower left", note: str = "", columns: int = 0) -> None:
@@ -127,4 +123,4 @@ def mark(drawn: Picture, axes: "Axes", marks: Marks, look: Look, *, label: str |
     else:
         (drawn_line,) = axes.plot(marks.xs, marks.ys, **given)
     if marks.words:
-        drawn.say(drawn_line, marks.words)
+        drawn.describe(drawn_line, marks.words)

@@ -27,24 +27,8 @@ def inline(drawn: Picture, name: str, label: str) -> str:
     Raises:
         KeyError: a colour of the figure is not in the palette, so that a dark page would not know it.
     """
-    content = encoded(drawn, "svg", transparent=True).decode()
-    drawing = Xml.fromstring(content[content.index("<svg") :])
-    for element in drawing.iter():
-        _without_namespace(element)
-    for gone in ("metadata", "defs/style/.."):
-        for element in drawing.findall(gone):
-            drawing.remove(element)
-    _say(drawing, drawn.words)
-    for element in drawing.iter():
-        _restyle(element)
-    _flatten(drawing)
-    _expand(drawing)
-    _gather(drawing)
-    _name(drawing, name)
-    box = drawing.get("viewBox", "")
-    drawing.attrib.clear()
-    drawing.attrib |= {"viewBox": box, "role": "img", "aria-label": label}
-    return Xml.tostring(drawing, encoding="unicode", short_empty_elements=True)
+    drawing = _drawing(drawn, name)
+    return _text(drawing, {"viewBox": drawing.get("viewBox", ""), "role": "img", "aria-label": label})
 
 
 def glyph(look: Look) -> str:
@@ -56,8 +40,34 @@ def glyph(look: Look) -> str:
         axes.set_xlim(-1, 1)
         axes.set_ylim(-1, 1)
         axes.plot([0], [0], look.marker, color=look.colour, markersize=look.size, markeredgewidth=0.0, clip_on=False)
-    size = f'<svg width="{GLYPH_POINTS}" height="{GLYPH_POINTS}" aria-hidden="true"'
-    return re.sub(r'^<svg|role="img" aria-label=""', lambda found: size if found[0] == "<svg" else "", inline(drawn, "", ""))
+    size = str(GLYPH_POINTS)
+    return _text(_drawing(drawn, "glyph"), {"width": size, "height": size, "aria-hidden": "true"})
+
+
+def _drawing(drawn: Picture, name: str) -> Xml.Element:
+    """What matplotlib writes of a figure, made small and a part of the page."""
+    content = encoded(drawn, "svg", transparent=True).decode()
+    drawing = Xml.fromstring(content[content.index("<svg") :])
+    for element in drawing.iter():
+        _without_namespace(element)
+    for gone in ("metadata", "defs/style/.."):
+        for element in drawing.findall(gone):
+            drawing.remove(element)
+    _describe(drawing, drawn.words)
+    for element in drawing.iter():
+        _restyle(element)
+    _flatten(drawing)
+    _expand(drawing)
+    _gather(drawing)
+    _name(drawing, name)
+    return drawing
+
+
+def _text(drawing: Xml.Element, attributes: Mapping[str, str]) -> str:
+    """The text of a drawing with these attributes alone."""
+    drawing.attrib.clear()
+    drawing.attrib |= attributes
+    return Xml.tostring(drawing, encoding="unicode").replace(" />", "/>")
 
 
 def _without_namespace(element: Xml.Element) -> None:
@@ -69,14 +79,14 @@ def _without_namespace(element: Xml.Element) -> None:
         element.text = None
 
 
-def _say(drawing: Xml.Element, words: Mapping[str, Sequence[str]]) -> None:
+def _describe(drawing: Xml.Element, words: Mapping[str, Sequence[str]]) -> None:
     """Put the words into the marks that they belong to: into each, or into their group if there is one for all."""
     for group in drawing.iter("g"):
-        said = words.get(group.get("id", ""), ())
+        texts = words.get(group.get("id", ""), ())
         marks = [*group.iter("use")]
-        if len(said) > 1 and len(said) != len(marks):
-            raise ValueError(f"{group.get('id')}: {len(said)} words for {len(marks)} marks")
-        for mark, text in zip(marks if len(said) > 1 else [group], said, strict=False):
+        if len(texts) > 1 and len(texts) != len(marks):
+            raise ValueError(f"{group.get('id')}: {len(texts)} words for {len(marks)} marks")
+        for mark, text in zip(marks if len(texts) > 1 else [group], texts, strict=False):
             title = Xml.Element("title")
             title.text = text
             mark.insert(0, title)

@@ -38,13 +38,13 @@ def notice(found: Mapping[str, Any]) -> str | None:
     if found["next"] is None:
         return None
     merged = found["round"] if found["stage"] in ("merge", "init") else found["round"] - 1
-    said = []
+    sentences = []
     if merged == 0:
-        said.append("No round is merged yet, so there is no product and no result.")
+        sentences.append("No round is merged yet, so there is no product and no result.")
     if found["stage"] not in ("merge", "init"):
-        said.append(f"Round {found['round']} is under way: {found['stage']} is done, {found['next']} comes next.")
-    said.append(f"{merged} of {found['rounds_planned']} rounds are merged; what stands here is of {utc(found['as_of'])}.")
-    return " ".join(said)
+        sentences.append(f"Round {found['round']} is under way: {found['stage']} is done, {found['next']} comes next.")
+    sentences.append(f"{merged} of {found['rounds_planned']} rounds are merged; what stands here is of {utc(found['as_of'])}.")
+    return " ".join(sentences)
 
 
 def held(row: Row, prefix: str = "") -> int | None:

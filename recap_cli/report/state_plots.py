@@ -38,8 +38,8 @@ def metric_by_round(rows: Sequence[Row], metric: str) -> Picture:
     with picture(PAGE, HEIGHT + legend_height([metric, best], PAGE.width)) as drawn:
         axes = drawn.figure.add_subplot()
         numbers, values = [row["round"] for row in rows], [row["value"] for row in rows]
-        said = [f"round {row['round']}: {row['value']:.4f}" for row in rows]
-        mark(drawn, axes, Marks(numbers, values, (), said), METHODS["recap"], label=PAGE.text(metric), linestyle="-")
+        texts = [f"round {row['round']}: {row['value']:.4f}" for row in rows]
+        mark(drawn, axes, Marks(numbers, values, (), texts), METHODS["recap"], label=PAGE.text(metric), linestyle="-")
         if chosen := [row for row in rows if row["best"]]:
             ring: dict[str, Any] = {
                 "marker": "s",
@@ -65,8 +65,8 @@ def change_by_round(rows: Sequence[Row]) -> Picture | None:
         axes = drawn.figure.add_subplot()
         for key, (label, look, dash) in CHANGES.items():
             if mine := known[key]:
-                said = [f"round {row['round']}: {row[key]:.1%} {label}" for row in mine]
-                marks = Marks([row["round"] for row in mine], [row[key] for row in mine], (), said)
+                texts = [f"round {row['round']}: {row[key]:.1%} {label}" for row in mine]
+                marks = Marks([row["round"] for row in mine], [row[key] for row in mine], (), texts)
                 mark(drawn, axes, marks, look, label=label, linestyle=dash)
         axes.set_ylim(-0.02, 1.04)
         axes.yaxis.set_major_formatter(percent)
@@ -87,7 +87,7 @@ def kept_squares(layers: Layers) -> Picture:
                 places = [unit for unit, kept in enumerate(units) if kept == keep]
                 name = label if at == 0 else None
                 (line,) = axes.plot(places, [at] * len(places), label=name, **square, **look)
-                drawn.say(line, [f"layer {at + 1}: {sum(units)} of {len(units)}"])
+                drawn.describe(line, [f"layer {at + 1}: {sum(units)} of {len(units)}"])
             axes.annotate(f"{sum(units)} of {len(units)}", (len(units) - 0.5, at), (5, 0), **BESIDE)
         legend_below(drawn, axes)
     return drawn
@@ -102,9 +102,9 @@ def kept_bars(layers: Layers) -> Picture:
         bars = axes.barh(rows, kept, height=0.68, color=ACCENT, label="kept")
         axes.barh(rows, whole, height=0.68, fill=False, edgecolor=SOFT, label="pruned")
         for at, bar in enumerate(bars):
-            said = f"{kept[at]:,} of {whole[at]:,}"
-            drawn.say(bar, [f"layer {at + 1}: {said}"])
-            axes.annotate(said, (whole[at], at), (6, 0), **BESIDE)
+            text = f"{kept[at]:,} of {whole[at]:,}"
+            drawn.describe(bar, [f"layer {at + 1}: {text}"])
+            axes.annotate(text, (whole[at], at), (6, 0), **BESIDE)
         legend_below(drawn, axes)
     return drawn
 
@@ -121,7 +121,7 @@ def kept_by_round(rows: Sequence[Row], kind: str) -> Picture:
             look: dict[str, Any] = {"color": [(ACCENT, share) for share in shares], "edgecolor": LINE, "linewidth": 1}
             for layer, bar in enumerate(axes.barh(layers, 1.0, left=at, height=1.0, **look)):
                 count, of = kept[at][layer], whole[at][layer]
-                drawn.say(bar, [f"round {row['round']}, layer {layer + 1}: {count} of {of}"])
+                drawn.describe(bar, [f"round {row['round']}, layer {layer + 1}: {count} of {of}"])
                 if width > 7.5 * len(str(of)):
                     colour = PAPER if shares[layer] > FULL else INK
                     axes.text(at + 0.5, layer, str(count), ha="center", va="center_baseline", color=colour)

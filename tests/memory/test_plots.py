@@ -117,6 +117,8 @@ def test_names_of_any_length_and_letters_are_drawn(tmp_path: Path) -> None:
     assert "$x_1$" in text
     assert ">budget 1,000,000.0 MB</" in text
     assert ">(beyond the axis)</" in text
+    picture.save(plots.curves(of, by="batch_size", name="x", budget_bytes=10**12), tmp_path / "curves.svg")
+    assert ">(beyond the axis)</" in (tmp_path / "curves.svg").read_text(encoding="utf-8")
 
 
 def test_the_whole_budget_is_on_the_axis_unless_it_is_far() -> None:
