@@ -25,7 +25,6 @@ EXCEPTIONS = {  # file:function, and why it takes more
     "models/build.py:_new_head": "what two libraries report of a checkpoint, each in its own way",
     "models/export.py:export": "the product, part by part: a plan, its tensors and what describes them",
     "models/export.py:_write_small": "likewise",
-    "report/charts.py:plane": "a chart has that many words and marks",
 }
 
 

@@ -67,7 +67,7 @@ def mask_facts(context: Context, number: int, plan: UnitMask, mask: UnitMask) ->
         return facts
     trainable, prunable = chosen_params(axes, shapes, mask), prunable_params(axes, shapes)
     return facts | {
-        "moving_prunable": trainable,
+        "trainable_prunable": trainable,
         "trainable_share_of_prunable": trainable / prunable,
-        "moving_dimensions": kept_per_layer(axes, counts(mask)),
+        "trainable_dimensions": kept_per_layer(axes, counts(mask)),
     }

@@ -240,7 +240,7 @@ def test_the_preprocessing_of_a_checkpoint_is_taken_over(saved):
     assert image == {"size": 16, "channels": 3, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bicubic"}
     assert json.loads(transformers_models.preprocessor_json(image))["resample"] == 3
     (folder / "preprocessor_config.json").unlink()
-    assert create(library="transformers", name=str(folder), config=None, **VISION).notes[-1].endswith("taken to be 0.5")
+    assert create(library="transformers", name=str(folder), config=None, **VISION).notes[-1].endswith("a mean and std of 0.5")
 
 
 def test_loading_says_nothing_by_itself(saved, capfd):

@@ -239,7 +239,7 @@ def test_a_recap_json_without_its_files_is_refused(tmp_path):
 def test_folders_that_are_no_product_are_refused(tmp_path):
     with pytest.raises(ModelError, match="is not a folder that recap export wrote"):
         recap_cli.load(tmp_path / "nowhere")
-    with pytest.raises(ModelError, match=r"recap\.json cannot be read"):
+    with pytest.raises(ModelError, match=r"recap\.json does not exist"):
         recap_cli.load(tmp_path)
 
 

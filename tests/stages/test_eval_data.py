@@ -183,14 +183,14 @@ def test_data_without_labels_give_predictions_and_no_metrics(texts: State, tmp_p
     evaluate(texts, which=["best"], predictions=PredictionFile(tmp_path / "own.csv"))
     own = [one["predicted"] for one in read_rows(tmp_path / "own.csv")]
     for number, other in enumerate((bare, hidden)):
-        heard: list[str] = []
+        notes: list[str] = []
         told = tmp_path / f"told{number}.csv"
         (found,) = evaluate(
-            texts, other=OtherData(data=other), which=["best"], predictions=PredictionFile(told), say=heard.append
+            texts, other=OtherData(data=other), which=["best"], predictions=PredictionFile(told), say=notes.append
         )
         assert not set(FIGURES) & set(found)
         assert found["examples"] == VALIDATION
-        assert "has no labels" in heard[0]
+        assert "has no labels" in notes[0]
         assert [one["predicted"] for one in read_rows(told)] == own
         assert {(one["label"], one["loss"]) for one in read_rows(told)} == {(None, None)}
 
@@ -212,7 +212,7 @@ def test_images_in_a_folder_without_classes_are_data_without_labels(images: Stat
         ({"other": OtherData(split="test")}, DataError, "no data set of the hub"),
         ({"other": OtherData(Path("there.csv"), "test")}, DataError, "is a file, which has no splits"),
         ({"other": OtherData(Path("other.csv"))}, DataError, "has no column 'sentence'"),
-        ({"predictions": PredictionFile(Path("told.xlsx"))}, UsageError, "one of .csv, .jsonl, .parquet"),
+        ({"predictions": PredictionFile(Path("told.xlsx"))}, UsageError, "one of the suffixes .csv, .jsonl, .parquet"),
         ({"predictions": PredictionFile(Path("there.csv"))}, UsageError, "exists already"),
         ({"predictions": PredictionFile(Path("no/told.csv"))}, StorageError, "there is no folder no"),
         ({"predictions": PredictionFile(Path("folder.csv"))}, UsageError, "is a folder"),
@@ -348,9 +348,9 @@ def test_16_bit_images_without_bright_values_are_told(images: State, tmp_path: P
     for label in LABELS:
         (tmp_path / label).mkdir()
         Image.fromarray(values).save(tmp_path / label / "0.png")
-    heard: list[str] = []
-    evaluate(images, other=OtherData(data=tmp_path), which=["best"], say=heard.append)
-    assert any("which keeps 16 of 256 shades" in note for note in heard)
+    notes: list[str] = []
+    evaluate(images, other=OtherData(data=tmp_path), which=["best"], say=notes.append)
+    assert any("so 16 of 256 shades are kept" in note for note in notes)
     recipe = tiny("vit", data={"train": str(tmp_path), "validation": str(tmp_path)})
     noted = init(recipe, tmp_path / "state").manifest.made["notes"]
-    assert sum("which keeps 16 of 256 shades" in note for note in noted) == 2
+    assert sum("so 16 of 256 shades are kept" in note for note in noted) == 2

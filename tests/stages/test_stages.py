@@ -26,6 +26,7 @@ from recap_cli.recipe import recipe as recipes
 from recap_cli.rounds import small_model, training_round
 from recap_cli.rounds.record import IMPORTANCE, MASK, MOMENTS, PLAN, TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
+from recap_cli.rounds.selection import choose
 from recap_cli.rounds.settings import EXECUTION
 from recap_cli.rounds.status import describe, next_stage, summary
 from recap_cli.stages import eval as evaluation
@@ -33,7 +34,7 @@ from recap_cli.stages.export import export
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.merge import merge
-from recap_cli.stages.prune import choose, prune
+from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
 from tests.tiny import tiny
