@@ -218,8 +218,8 @@ FAULTS = (
     Fault(
         "finetuning is judged on the training examples",
         "recap_cli/rounds/training_round.py",
-        "metrics = evaluate(forward, validation,",
-        "metrics = evaluate(forward, context.splits(track)[0],",
+        "validation, context.task, how",
+        "context.splits(track)[0], context.task, how",
         (ADAMW,),
     ),
     Fault(
