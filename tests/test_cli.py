@@ -416,9 +416,9 @@ def ran(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any
     calls: list[Any] = []
 
     def run(
-        recipe: Any, path: Path, *, track: Any, on_stage: Callable[..., None], on_change: Callable[..., None], said: Any
+        recipe: Any, path: Path, *, track: Any, on_stage: Callable[..., None], on_change: Callable[..., None], overridden: Any
     ) -> str:
-        assert said is None or said == set()  # None: the recipe of a state
+        assert overridden is None or overridden == set()  # None: the recipe of a state
         calls.append((recipe, path))
         on_change(CHANGE)
         on_stage(FACTS)
