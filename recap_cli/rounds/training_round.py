@@ -138,10 +138,8 @@ def score_round(context: Context, trainer: Trainer, validation: Split, track: Tr
     Raises:
         TrainingError: the loss, or a trained value, is not finite.
     """
-    forward, size, device = _forward(context, trainer.small.model.eval()), context.recipe.evaluate.batch_size, trainer.device
-    metrics = evaluate(
-        forward, validation, context.task, how=Pass(batch_size=size, device=device, track=track, label="validation")
-    )
+    how = Pass(context.recipe.evaluate.batch_size, trainer.device, track, "validation")
+    metrics = evaluate(_forward(context, trainer.small.model.eval()), validation, context.task, how)
     _check_finite(metrics["loss"], trainer.optimizer)
     return metrics
 

@@ -222,8 +222,8 @@ FAULTS = (
     Fault(
         "finetuning is judged on the training examples",
         "recap_cli/rounds/training_round.py",
-        "        forward, validation, context.task, how=",
-        "        forward, context.splits(track)[0], context.task, how=",
+        "validation, context.task, how",
+        "context.splits(track)[0], context.task, how",
         (ADAMW,),
     ),
     Fault(

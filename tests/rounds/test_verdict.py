@@ -104,8 +104,8 @@ def test_an_evaluation_of_a_model_that_knows_the_shares_of_the_labels_alone_is_a
 def test_a_run_whose_product_gives_one_answer_is_said_to_be_no_better_than_chance(
     metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def judge(_: Any, split: Split, task: Task, **how: Any) -> dict[str, float]:
-        return evaluate(always(torch.bincount(split.labels, minlength=3) / len(split)), split, task, **how)
+    def judge(_: Any, split: Split, task: Task, how: Pass) -> dict[str, float]:
+        return evaluate(always(torch.bincount(split.labels, minlength=3) / len(split)), split, task, how)
 
     monkeypatch.setattr(training_round, "evaluate", judge)
     recipe = tiny("vit", rounds=1, task={"metric": metric}, head={"warmup_epochs": 0}, finetune={"steps": 1})
