@@ -53,7 +53,7 @@ class Comparison:
 
     @property
     def looks(self) -> dict[str, Look]:
-        """The look of each method: a stranger's hangs on those before it, so all rows count."""
+        """The style of each method: that of a third-party method depends on those before it, so all rows count."""
         return looks_of(row["method"] for row in self.rows)
 
     @property

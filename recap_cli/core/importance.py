@@ -75,9 +75,9 @@ def averaged(pools: Iterable[Sequence[Axis]], now: Scores, before: Scores, weigh
     found: Scores = {}
     for pool in pools:
         units = (torch.cat([of[axis.name] for axis in pool]) for of in (now, before))  # (units of the pool,) each
-        ours, theirs = (scores.abs().mean().clamp(min=1e-30) for scores in units)  # scalars
+        mean_now, mean_before = (scores.abs().mean().clamp(min=1e-30) for scores in units)  # scalars
         for axis in pool:
-            found[axis.name] = now[axis.name] * ((1 - weight) / ours) + before[axis.name] * (weight / theirs)
+            found[axis.name] = now[axis.name] * ((1 - weight) / mean_now) + before[axis.name] * (weight / mean_before)
     return found
 
 

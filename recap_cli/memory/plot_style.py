@@ -81,6 +81,6 @@ def variable(colour: str) -> str:
 
 
 def looks_of(methods: Iterable[str]) -> dict[str, Look]:
-    """The look of each method, by its name or its short one (`full` is `full-ft`); strangers' in the order they come in."""
+    """The style of each method, by its name or its short one (`full` is `full-ft`); third-party ones in their order."""
     spare = cycle(STRANGERS)
     return {method: METHODS.get(method) or METHODS.get(f"{method}-ft") or next(spare) for method in dict.fromkeys(methods)}

@@ -54,7 +54,7 @@ class _Held:
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the bytes of every storage that is made while it is on, and of those that `know` was told of before.
+    """Counts the bytes of every storage that is made while it is on, and of those that `know` names before.
 
     What is made in a module's forward, or outside of modules with gradients on (a loss), is an activation; what is made in a
     backward or an optimizer step is temporary, until it turns out to be the gradient of a leaf that `watch` was told of.

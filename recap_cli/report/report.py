@@ -32,7 +32,7 @@ def report(source: Path, out: Path | None = None) -> Path:
     Raises:
         StateError: there is neither, or a state that cannot be used.
         DataError: results that make no sense, or of another schema.
-        UsageError: `out` is there already, and no page of ours.
+        UsageError: `out` exists already, and is no page of ours.
         StorageError: `out` cannot be written.
     """
     kind = _kind(source)
@@ -79,13 +79,13 @@ def overlap(axes: Sequence[Axis], shapes: Mapping[str, Shape], before: UnitMask,
     return chosen_params(axes, shapes, both) / kept if kept else None
 
 
-def visited(axes: Sequence[Axis], plan: UnitMask, moving: UnitMask) -> UnitMask:
-    """The fine groups of the full model (of `refine(axis)`) that a round trains: `moving` chooses among those of the small one.
+def visited(axes: Sequence[Axis], plan: UnitMask, mask: UnitMask) -> UnitMask:
+    """The fine groups of the full model (of `refine(axis)`) that a round trains: `mask` chooses among those of the small one.
 
-    `plan` has a boolean per unit of the full model, `moving` one per hidden dimension that the plan leaves.
+    `plan` has a boolean per unit of the full model, `mask` one per hidden dimension that the plan leaves.
     """
     kept = {axis.name: plan[axis.name].repeat_interleave(axis.cuts[0].width) for axis in axes}
-    return compose(kept, moving)
+    return compose(kept, mask)
 
 
 def _changes(context: Context, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -173,7 +173,7 @@ def _check_out(place: Path) -> None:
     except OSError as error:
         raise _unwritable(place, error.strerror or str(error)) from error
     if not ours:
-        raise UsageError(f"{place}: is there already, and `recap report` has not made it", hint="name another file with --out")
+        raise UsageError(f"{place} exists already, and `recap report` has not made it", hint="name another file with --out")
 
 
 def _unwritable(place: Path, why: str) -> StorageError:

@@ -1,4 +1,4 @@
-"""A method's own training: put into the small model, stepped, and taken out again, with a stranger's mistakes caught."""
+"""A method's own training: put into the small model, stepped, and taken out again, with a plugin's mistakes caught."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -111,5 +111,5 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a stranger's code waits for the module's forward: another module in its place would not call it."""
+    """Whether third-party code waits for the module's forward: another module in its place would not call it."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
