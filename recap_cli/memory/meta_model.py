@@ -11,7 +11,7 @@ from recap_cli.core.axes import UnitMask
 from recap_cli.core.method import RoundPlan
 from recap_cli.data import sources
 from recap_cli.errors import ConformanceError, DataError, ModelError
-from recap_cli.models import build, spec_from_config
+from recap_cli.models import build, create, spec_from_config
 from recap_cli.models.build import ModelSpec
 from recap_cli.progress import Track, silent
 from recap_cli.recipe.recipe import Recipe
@@ -94,7 +94,7 @@ def with_token_rows(model: MetaModel, recipe: Recipe, raw: sources.Raw, track: T
     if model.spec.image is not None:
         return model
     source = recipe.model
-    tokenizer = build.tokenizer_of(source.name, source.config, source.revision, model.spec.config["vocab_size"])
+    tokenizer = create.tokenizer_of(source.name, source.config, source.revision, model.spec.config["vocab_size"])
     train, validation = splits_of(recipe, model.spec, tokenizer, track, raw)
     return replace(model, token_rows=used_token_rows(build.skeleton(model.spec), train, validation))
 

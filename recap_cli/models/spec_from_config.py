@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from recap_cli.models import timm_models, transformers_models
-from recap_cli.models.build import adapter_of, check_source
+from recap_cli.models.build import adapter_of
 from recap_cli.models.checkpoints import locate, read_config
+from recap_cli.models.create import check_source
 from recap_cli.models.specs import Library, ModelSpec, TaskKind
 from recap_cli.untrusted.files import named
 

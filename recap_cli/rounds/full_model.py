@@ -13,7 +13,7 @@ from recap_cli.data.sampling import seed_for
 from recap_cli.data.splits import Split
 from recap_cli.errors import ModelError
 from recap_cli.machine import devices, threads
-from recap_cli.models import build, conformance
+from recap_cli.models import build, conformance, create
 from recap_cli.models.build import ModelSpec
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.device_policy import blocks_of
@@ -58,7 +58,7 @@ def make_full_model(recipe: Recipe, label_names: Sequence[str], round_plans: Seq
         PluginError: there is no adapter, or importance is for an accelerator and the adapter does not say what the blocks are.
     """
     torch.manual_seed(seed_for(recipe.seed, 0, "weights"))
-    created = build.create(**source_of(recipe), label_names=label_names)
+    created = create.create_model(**source_of(recipe), label_names=label_names)
     model, spec, adapter = created.model, created.spec, build.adapter_of(created.spec)
     _check_weights(model, recipe.model.name)
     _check_tokens(round_plans, model)

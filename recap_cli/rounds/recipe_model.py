@@ -12,7 +12,7 @@ from recap_cli.tasks.task import Task
 
 
 def source_of(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says of its model, as `models.build.create` and `models.spec_from_config.of_recipe` take it."""
+    """What a recipe says of its model, as `models.create.create_model` and `models.spec_from_config.of_recipe` take it."""
     return {
         **recipe.model.model_dump(),
         "task_kind": recipe.task.kind,

@@ -20,7 +20,7 @@ from recap_cli.memory import fake_step, meta_model, predict
 from recap_cli.memory.fake_cuda import Answers, cuda_kernels
 from recap_cli.memory.fake_step import Fakes, Step
 from recap_cli.memory.tracker import GRANULE_BYTES, KINDS, Tracker, Usage
-from recap_cli.models import build, spec_from_config
+from recap_cli.models import build, create, spec_from_config
 from recap_cli.models.build import ModelSpec
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.training.loop import Steps, train
@@ -378,7 +378,7 @@ def test_an_meta_model_is_that_of_the_model_that_would_be_made(name: str) -> Non
     assert shapes(build.skeleton(spec)) == shapes(model)
     assert facts(spec)[:5] == facts(made)[:5]
     section = model_section(name)
-    created = build.create(
+    created = create.create_model(
         library=section.get("library", "transformers"),
         name=None,
         config=section["config"],
@@ -409,7 +409,7 @@ def test_a_folder_needs_no_weights_to_be_outlined(name: str, tmp_path: Path) -> 
 def test_another_image_size_and_other_labels_are_outlined_as_they_are_created(name: str) -> None:
     given = {"image_size": 32, "label_names": ["a", "b", "c", "d"]}
     section, spec = model_section(name), described(name, **given)
-    created = build.create(
+    created = create.create_model(
         library=section.get("library", "transformers"),
         name=None,
         config=section["config"],

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from recap_cli.errors import ModelError
 from recap_cli.models import build, checkpoints, transformers_models, unexpected_weights
-from recap_cli.models.build import ModelSpec, create
+from recap_cli.models.build import ModelSpec
+from recap_cli.models.create import Created, create_model
 from recap_cli.models.pos_embed import resample
 from tests.pico import LABELS, PICO, WORDS, pico, write_tokenizer
 
@@ -115,7 +116,7 @@ def test_forward_ignores_labels_and_inputs_that_the_model_has_not():
 
 def test_a_checkpoint_with_the_same_labels_keeps_its_head(saved):
     folder = saved("vit")
-    created = create(library="transformers", name=str(folder), config=None, **VISION)
+    created = create_model(library="transformers", name=str(folder), config=None, **VISION)
     model, spec = pico("vit")
     assert torch.equal(logits(created.model, created.spec), logits(model, spec))
     assert created.new == ()
@@ -128,7 +129,7 @@ def test_a_checkpoint_with_the_same_labels_keeps_its_head(saved):
 def test_a_head_for_the_same_labels_in_another_order_is_kept(saved, name):
     library, kind = ("timm" if name.startswith("timm") else "transformers"), (TEXT if name == "bert" else VISION)
     labels = ["Dog", "Newt", "cat"]
-    created = create(library=library, name=str(saved(name)), config=None, **{**kind, "label_names": labels})
+    created = create_model(library=library, name=str(saved(name)), config=None, **{**kind, "label_names": labels})
     model, spec = pico(name)
     assert created.new == ()
     assert created.notes == ("the head of the checkpoint is kept, its labels in the order of the data: Dog, Newt, cat",)
@@ -141,7 +142,7 @@ def test_a_head_for_the_same_labels_in_another_order_is_kept(saved, name):
 @pytest.mark.parametrize("name", ["vit", "timm-vit", "timm-vit-distilled"])
 def test_other_labels_get_a_new_head_and_only_that(saved, name, labels):
     library = "timm" if name.startswith("timm") else "transformers"
-    created = create(library=library, name=str(saved(name)), config=None, **{**VISION, "label_names": labels})
+    created = create_model(library=library, name=str(saved(name)), config=None, **{**VISION, "label_names": labels})
     old = build.tensors_of(pico(name)[0])
     new = build.tensors_of(created.model)
     assert set(created.new) == {
@@ -159,7 +160,7 @@ def test_a_bare_encoder_gets_a_head(saved, name):
     head = build.head_names(build.adapter_of(pico(name)[1]), pico(name)[0])
     tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if n not in head}
     save_file({n.split(".", 1)[1]: t for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    created = create(library="transformers", name=str(folder), config=None, **TEXT)
+    created = create_model(library="transformers", name=str(folder), config=None, **TEXT)
     assert sorted(created.new) == sorted(head)
     assert created.processor("w1 w2")["input_ids"] == [2, 6, 7, 3]
 
@@ -173,14 +174,14 @@ def test_a_text_model_from_a_configuration_borrows_a_tokenizer(tmp_path):
         "num_attention_heads": 4,
         "intermediate_size": 48,
     }
-    created = create(library="transformers", name=None, config={**config, "tokenizer": str(tmp_path)}, **TEXT)
+    created = create_model(library="transformers", name=None, config={**config, "tokenizer": str(tmp_path)}, **TEXT)
     assert "tokenizer" not in created.spec.config
     assert created.notes == ("random weights, from a configuration",)
     with pytest.raises(ModelError, match="no tokenizer") as caught:
-        create(library="transformers", name=None, config=config, **TEXT)
+        create_model(library="transformers", name=None, config=config, **TEXT)
     assert "--set model.config.tokenizer=DIR" in str(caught.value.hint)
     with pytest.raises(ModelError, match=f"has {len(WORDS)} tokens, but the model embeds 10"):
-        create(library="transformers", name=None, config={**config, "vocab_size": 10, "tokenizer": str(tmp_path)}, **TEXT)
+        create_model(library="transformers", name=None, config={**config, "vocab_size": 10, "tokenizer": str(tmp_path)}, **TEXT)
 
 
 def test_the_seed_decides_random_weights():
@@ -188,7 +189,7 @@ def test_the_seed_decides_random_weights():
     made = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        made.append(create(library="timm", name=None, config=config, **VISION).model.head.weight)
+        made.append(create_model(library="timm", name=None, config=config, **VISION).model.head.weight)
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
 
@@ -197,7 +198,7 @@ def test_the_seed_decides_random_weights():
 @pytest.mark.parametrize("size", [8, 24, 40])
 def test_another_image_size_gives_what_interpolation_at_every_call_gives(saved, name, size):
     folder = saved(name)
-    created = create(library="transformers", name=str(folder), config=None, image_size=size, **VISION)
+    created = create_model(library="transformers", name=str(folder), config=None, image_size=size, **VISION)
     batch = build.example_batch(created.spec)
     assert batch["pixel_values"].shape[-1] == size
     whole, _ = pico(name)
@@ -213,7 +214,7 @@ def test_timm_is_given_the_image_size_as_it_likes_it(saved):
     import timm
 
     folder = saved("timm-vit")
-    created = create(library="timm", name=str(folder), config=None, image_size=24, **VISION)
+    created = create_model(library="timm", name=str(folder), config=None, image_size=24, **VISION)
     wanted = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=24).eval()
     assert torch.equal(logits(created.model, created.spec), logits(wanted, created.spec))
 
@@ -229,29 +230,33 @@ def test_positions_of_the_same_grid_are_the_same_tensor():
 
 def test_an_image_smaller_than_a_patch_is_refused(saved):
     with pytest.raises(ModelError, match="images of 4 pixels hold no patch of 8 × 8"):
-        create(library="transformers", name=str(saved("vit")), config=None, image_size=4, **VISION)
+        create_model(library="transformers", name=str(saved("vit")), config=None, image_size=4, **VISION)
 
 
 def test_the_preprocessing_of_a_checkpoint_is_taken_over(saved):
     folder = saved("vit")
     given = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(given))
-    image = create(library="transformers", name=str(folder), config=None, **VISION).spec.image
+    image = create_model(library="transformers", name=str(folder), config=None, **VISION).spec.image
     assert image == {"size": 16, "channels": 3, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bicubic"}
     assert json.loads(transformers_models.preprocessor_json(image))["resample"] == 3
     (folder / "preprocessor_config.json").unlink()
-    assert create(library="transformers", name=str(folder), config=None, **VISION).notes[-1].endswith("a mean and std of 0.5")
+    assert (
+        create_model(library="transformers", name=str(folder), config=None, **VISION)
+        .notes[-1]
+        .endswith("a mean and std of 0.5")
+    )
 
 
 def test_loading_says_nothing_by_itself(saved, capfd):
-    create(library="transformers", name=str(saved("vit")), config=None, **{**VISION, "label_names": ["a", "b"]})
-    create(library="timm", name=str(saved("timm-vit")), config=None, **{**VISION, "label_names": ["a", "b"]})
+    create_model(library="transformers", name=str(saved("vit")), config=None, **{**VISION, "label_names": ["a", "b"]})
+    create_model(library="timm", name=str(saved("timm-vit")), config=None, **{**VISION, "label_names": ["a", "b"]})
     assert capfd.readouterr() == ("", "")
 
 
 def refused(match: str, **arguments) -> ModelError:
     with pytest.raises(ModelError, match=match) as caught:
-        create(**{"library": "transformers", "config": None, **VISION, **arguments})
+        create_model(**{"library": "transformers", "config": None, **VISION, **arguments})
     return caught.value
 
 
@@ -397,7 +402,7 @@ def test_files_from_the_hub_are_read_as_a_folder(saved, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    created = create(library="transformers", name="org/vit", config=None, revision="v2", **VISION)
+    created = create_model(library="transformers", name="org/vit", config=None, revision="v2", **VISION)
     assert (asked["name"], asked["revision"], created.new) == ("org/vit", "v2", ())
     assert not any(pattern.endswith((".bin", "*")) for pattern in asked["allow_patterns"])
 
@@ -424,8 +429,8 @@ def labelled(folder: Path, names: list[str]) -> torch.Tensor:
     return weight
 
 
-def created_for(folder: Path, labels: list[str]) -> build.Created:
-    return create(library="transformers", name=str(folder), config=None, **{**VISION, "label_names": labels})
+def created_for(folder: Path, labels: list[str]) -> Created:
+    return create_model(library="transformers", name=str(folder), config=None, **{**VISION, "label_names": labels})
 
 
 def test_the_labels_of_a_head_are_in_the_order_of_their_numbers_however_a_file_has_them(saved):

@@ -11,13 +11,14 @@ from safetensors.torch import save_file
 
 from recap_cli.errors import ModelError
 from recap_cli.models import build, timm_models, transformers_models
+from recap_cli.models.create import Created, create_model
 from tests.pico import LABELS, pico, write_tokenizer
 from tests.tiny import model_section
 
 
-def create(name: str, folder: Path | None = None, **changes: Any) -> build.Created:
+def create(name: str, folder: Path | None = None, **changes: Any) -> Created:
     section = model_section(name)
-    return build.create(
+    return create_model(
         library=section.get("library", "transformers"),
         name=None if folder is None else str(folder),
         config={**section["config"], **changes} if folder is None else None,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import recap_cli
 from recap_cli.errors import ModelError
-from recap_cli.models import build, conformance
+from recap_cli.models import build, conformance, create
 from tests.models.test_export import Small, uniform
 from tests.pico import LABELS, pico, write_tokenizer
 
@@ -89,10 +89,10 @@ def config(**given: Any) -> Change:
     return values("config.json", **given)
 
 
-def made(folder: Path, name: str) -> build.Created:
+def made(folder: Path, name: str) -> create.Created:
     kind = "text-classification" if name == "bert" else "image-classification"
     library = "timm" if name == "timm-vit" else "transformers"
-    created = build.create(library=library, name=str(folder), config=None, task_kind=kind, label_names=LABELS)  # type: ignore[arg-type]
+    created = create.create_model(library=library, name=str(folder), config=None, task_kind=kind, label_names=LABELS)  # type: ignore[arg-type]
     conformance.check(created.model, build.adapter_of(created.spec), created.spec)
     return created
 
