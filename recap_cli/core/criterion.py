@@ -19,7 +19,7 @@ class Criterion:
         needs: which gradient it is given: `none` (`grad` is then zero), `mean` over D_s, or that of `each` example (scores are
             averaged).
         score: `score(weight, grad)` returns a non-negative tensor of the weight's shape; the core sums it over each group.
-        score_groups: `score_groups(model, axes, losses)` is the other way: see `GroupScores`.
+        score_groups: `score_groups(model, axes, losses)` is the other way, by activations for instance: see `GroupScores`.
     """
 
     needs: Needs = "mean"
