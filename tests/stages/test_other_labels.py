@@ -111,12 +111,3 @@ def test_class_folders_name_the_labels_of_a_file_in_another_case(tmp_path: Path)
     state = init(tiny("vit", data=files), tmp_path / "state")
     assert seen(state, tmp_path) == ["cat", "dog"]
     assert seen(state, tmp_path, data=tmp_path / "folders") == ["cat", "dog"]
-
-
-def test_a_state_that_does_not_say_what_numbers_are_takes_them_for_no_places(tmp_path: Path) -> None:
-    names = ["no", "yes"]
-    state = made(tmp_path, table([0, 1] * 4, names), table([0, 1], names))
-    del state.manifest.history[0]["label_places"], state.manifest.history[0]["label_words"]
-    assert seen(state, tmp_path, data=write(tmp_path / "named.parquet", [1, 0], names)) == ["yes", "no"]
-    with pytest.raises(DataError, match="holds 1 in row 1, but the labels are no, yes"):
-        seen(state, tmp_path, data=write(tmp_path / "bare.parquet", [1, 0]))
