@@ -25,7 +25,7 @@ WITHOUT = "training needs no prediction: recap run goes on without one, if the r
 
 @dataclass(frozen=True)
 class Step:
-    """All that takes part in one optimizer step. `batch` is the whole batch, with `labels`; `loss` as in `training.train`."""
+    """What takes part in one optimizer step. `batch` is the whole one, with `labels`; `loss` as in `training.loop.train`."""
 
     model: nn.Module
     optimizer: Optimizer

@@ -40,9 +40,11 @@ def made(folder: Path, train: pa.Table, validation: pa.Table) -> State:
 
 def seen(state: State, folder: Path, **given: Any) -> list[str]:
     """The labels that `eval` takes the examples to have."""
-    told = folder / "told.parquet"
-    evaluate(state, which=["full"], other=OtherData(**given) if given else None, predictions=PredictionFile(told, force=True))
-    return [str(label) for label in parquet.read_table(told).column("label").to_pylist()]
+    written = folder / "written.parquet"
+    evaluate(
+        state, which=["full"], other=OtherData(**given) if given else None, predictions=PredictionFile(written, force=True)
+    )
+    return [str(label) for label in parquet.read_table(written).column("label").to_pylist()]
 
 
 @pytest.mark.parametrize(
