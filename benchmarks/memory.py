@@ -143,7 +143,7 @@ def rivals() -> Iterator[dict[str, Any]]:
 
 
 def _side_by_side(model: MetaModel, recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every rival with the same resident type and the same checkpoints."""
+    """Every rival with the same weights and the same checkpoints."""
     if recipe.finetune.weights == "fp32":
         yield "full finetuning", _predicted(model, recipe, "full")
     else:
@@ -165,7 +165,7 @@ def _predicted(model: MetaModel, recipe: Recipe, method: Any) -> dict[str, Any]:
 
 
 def _plain(model: MetaModel, recipe: Recipe, *, offload: bool) -> dict[str, Any]:
-    """Full finetuning with torch's own AdamW in the resident type throughout: weights, gradients and moments, no masters.
+    """Full finetuning with torch's own AdamW in the type of the weights throughout: weights, gradients and moments, no masters.
 
     With `offload` no moments are on the device and each gradient leaves it as soon as it is complete: a lower bound of
     torchao's `CPUOffloadOptimizer(offload_gradients=True)`, which needs CUDA to run.

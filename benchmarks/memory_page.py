@@ -106,7 +106,7 @@ Peaks in MB, predicted. Rows of one block have the same types, attention and che
 gradients are freed between steps, no `foreach`, fused attention. In bf16 it has two rows: with fp32 masters as RECAP has
 them, and without any, all in bf16, which costs accuracy. LoRA is peft's, r = 8 on query and value, its own weights with
 fp32 masters. torchao's CPU offload (`CPUOffloadOptimizer(offload_gradients=True)`) needs CUDA to run; its row is a lower
-bound: weights, activations and one gradient, in the resident type, without masters on the device. "Fused" is
+bound: weights, activations and one gradient, in the type of the weights, without masters on the device. "Fused" is
 `finetune.fused_backward`, "offloaded" `finetune.offload`. The last column puts two moments of 8 bit, with a scale for
 each 256, in the place of the fp32 ones; no library here provides them for partial updates.
 

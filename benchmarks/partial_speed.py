@@ -117,7 +117,7 @@ def main() -> None:
                             found["ratio_to_torch_fused"],
                         ]
                     )
-    print(table(["layer", "what moves", "placed", "share", "partial ms", "dense ms", "ratio", "to fused AdamW"], rows))
+    print(table(["layer", "trainable", "placed", "share", "partial ms", "dense ms", "ratio", "to fused AdamW"], rows))
     write(
         args.out,
         "partial_speed",

@@ -30,17 +30,17 @@ SAID = {
     "post-ft": "post-ft: finetune all, prune, finetune all that is left",
     "movement": "movement pruning",
     "recap": "RECAP",
-    "plain": "RECAP: no ramp, nothing settled, rate restarts each round",
+    "plain": "RECAP: no ramp, no plan held, rate restarts each round",
     "faithful": "RECAP, `faithful: true` (that, and no head warm-up)",
-    "one-course": "RECAP: no ramp, nothing settled, one course of the rate",
+    "one-course": "RECAP: no ramp, no plan held, one learning-rate schedule",
     "round-course": "RECAP, the rate restarts each round",
     "settled": "RECAP without the ramp",
-    "ramped": "RECAP with nothing settled",
+    "ramped": "RECAP with no plan held",
     "late-settled": "RECAP, the ramp a round longer (`prune.hold_plan: 0.25`)",
     "averaged": "RECAP, importance averaged over rounds (`prune.ema: 0.5`)",
-    "averaged-unsettled": "RECAP with nothing settled, importance averaged over rounds",
-    "exploring": "RECAP, a quarter of what moves at random (`mask.random: 0.25`)",
-    "half-random": "RECAP, half of what moves at random (`mask.random: 0.5`)",
+    "averaged-unsettled": "RECAP with no plan held, importance averaged over rounds",
+    "exploring": "RECAP, a quarter of what is trainable at random (`mask.random: 0.25`)",
+    "half-random": "RECAP, half of what is trainable at random (`mask.random: 0.5`)",
     "short-rounds": "RECAP, 8 rounds of half the steps",
     "long-rounds": "RECAP, 2 rounds of twice the steps",
     "rate-warmup": "RECAP, the rate rises in the first tenth",
@@ -381,7 +381,7 @@ and few steps, as a CPU can bear. The paper's own setting (20 epochs of 50,000 i
   were all looked at on the data they were chosen by.
 - Methods share one learning rate on a task, but where a row says otherwise. It was chosen by one-seed trials of several methods
   on CIFAR-100, and by hand for texts. It need not be the best of each, and full finetuning's it was not, by 6 points. For texts
-  1e-4, 2e-4 and 4e-4 were tried on SST-2 at r_p = 50 %. The head moves at 1e-3 but where a row says otherwise, and a new one is
+  1e-4, 2e-4 and 4e-4 were tried on SST-2 at r_p = 50 %. The head has 1e-3 but where a row says otherwise, and a new one is
   warmed up before.
 - Where two machines stand below a table, it was not kept which cell ran on which. The same seed gives other figures on another
   machine or by another commit: `post-ft` on CIFAR-100 at r_p = 33 % once had 51.8 / 49.0 / 52.2 and has 50.5 / 50.1 / 53.4,
@@ -418,8 +418,8 @@ The mean of the last round ± its standard error over so many seeds, at the best
 rest, all groups in one ranking (`prune.scope: global`), `pre-ft` and `post-ft` the embeddings left as they are, and RECAP a
 longer ramp (`prune.hold_plan: 0.25`).
 Rate and settings were chosen by these figures, which flatters every method by as much as it had to choose from. All take the
-same number of optimizer steps. The paper's r_f is 50 % for texts and 87.5 % for images; at r_f = 0 everything moves but the
-embeddings. Differences are over the seeds that both have. What is held is a share of full finetuning's.
+same number of optimizer steps. The paper's r_f is 50 % for texts and 87.5 % for images; at r_f = 0 everything is trainable but
+the embeddings. Differences are over the seeds that both have. What is held is a share of full finetuning's.
 """
 
 

@@ -85,13 +85,13 @@ def random_choice(axes: list[Any], shapes: dict[str, Any], keep: float, least: i
 
 
 def full_side(case: Case) -> Side:
-    """Everything moves."""
+    """Everything is trainable."""
     model = copy.deepcopy(case.model)
     return Side(model.train(), Optimizer(make_partial(model, {}, frozen=lambda _: False), adamw(betas=(0.9, 0.999), eps=1e-8)))
 
 
 def small_side(case: Case) -> tuple[Side, dict[str, float]]:
-    """The pruned model, of which only what the mask chooses moves, as `prune`, `mask` and `finetune` make it."""
+    """The pruned model, of which only what the mask chooses is trainable, as `prune`, `mask` and `finetune` make it."""
     model, axes = case.model, find_axes(case.adapter, case.model)
     shapes = shapes_of(model.named_parameters())
     plan = random_choice(axes, shapes, 1 - PRUNED, least=1)

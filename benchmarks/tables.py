@@ -51,7 +51,7 @@ def partial_speed(found: Result) -> str:
         layer = f"{case['layer']} {case['inputs']} → {case['outputs']}"
         placed = "scattered" if case["scattered"] else "side by side"
         rows.append([layer, case["moves"], placed, f"{case['share']:.1%}", *ms, case["ratio"], case["ratio_to_torch_fused"]])
-    header = ["layer", "what moves", "placed", "share", "partial, ms", "dense, ms", "ratio", "to dense with fused AdamW"]
+    header = ["layer", "trainable", "placed", "share", "partial, ms", "dense, ms", "ratio", "to dense with fused AdamW"]
     return f"""## Time of a partial Linear
 
 Forward, backward and AdamW step at {found["tokens"][0]} × {found["tokens"][1]} tokens, *measured* ({found["pairs"]}

@@ -30,7 +30,7 @@ TASKS = {
     "cola": ("sentence", None),
     "sst2": ("sentence", None),
 }
-# What moves of the embeddings, and whether the rows that no example looks up are left out.
+# What of the embeddings is trainable, and whether the rows that no example looks up are left out.
 WAYS: dict[str, tuple[bool | str, bool]] = {
     "nothing, all rows held": (False, False),
     "nothing": (False, True),
@@ -45,7 +45,7 @@ RUNS: list[tuple[str, float, float, bool | str]] = [
     ("sst2", 0.5, 0.5, False),
     ("mrpc", 0.333, 0.0, False),
     ("mrpc", 0.333, 0.0, "tokens"),
-]  # task, r_p, r_f, and what moves of the embeddings
+]  # task, r_p, r_f, and what of the embeddings is trainable
 
 
 def recipe(task: str) -> Recipe:

@@ -20,12 +20,12 @@ def parts(found: Comparison) -> Picture:
     best = best_rows(found.costed, found.metric)
     with picture(FILE, 2.6 + 0.42 * len(best)) as drawn:
         left, right = drawn.figure.subplots(1, 2, sharey=True)
-        ends = stack(drawn, left, _components(best, 1e6))
+        ends = stack(left, _components(best, 1e6))
         for key, label in PEAKS.items():
             points = [(row["memory"][key] / 1e6, at) for at, row in enumerate(best) if row["memory"][key] is not None]
             peaks(left, points, label, hollow=key == "device_peak_bytes")
             ends += [size for size, _ in points]
-        stack(drawn, right, _stages(best))
+        stack(right, _stages(best))
         left.set_yticks(range(len(best)), [_bar_label(row) for row in best], fontsize=9)
         right.tick_params(axis="y", length=0)
         left.set_xlim(0, max(ends) * 1.06 or 1.0)

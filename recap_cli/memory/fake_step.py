@@ -25,7 +25,7 @@ WITHOUT = "training needs no prediction: recap run goes on without one, if the r
 
 @dataclass(frozen=True)
 class Step:
-    """All that takes part in one optimizer step. `batch` is the whole batch, with `labels`; `loss` as in `training.train`."""
+    """What takes part in one optimizer step. `batch` is the whole one, with `labels`; `loss` as in `training.loop.train`."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -95,7 +95,7 @@ class Fakes:
 
 
 def usage(step: Step) -> Usage:
-    """What a step holds, counted while it runs on the tensors that it is given. It takes the step: weights move."""
+    """What a step holds, counted while it runs on the tensors that it is given. It takes the step: weights change."""
     tracker = _tracker(step, step.batch)
     with tracker.watch([(trainable.name, trainable.grad_param) for trainable in step.optimizer.trainables]):
         take_step(step)
@@ -103,7 +103,7 @@ def usage(step: Step) -> Usage:
 
 
 def take_step(step: Step) -> None:
-    """Take the step, at a learning rate that moves next to nothing."""
+    """Take the step, at a learning rate that changes next to nothing."""
     train(
         step.forward,
         step.loss,

@@ -58,7 +58,7 @@ def explained(context: Context, round: int, report: OOMReport) -> DeviceMemoryEr
     if report.device.type == "cuda":
         with suppress(RuntimeError):  # a device in trouble: the message is worth more
             torch.cuda.empty_cache()
-    return DeviceMemoryError(_message(round, report), hint=_hint(context, round, report))
+    return DeviceMemoryError(_message(round, report), hint=_hint(context, report))
 
 
 def _device(device: torch.device) -> dict[str, Any]:
@@ -110,22 +110,22 @@ def _others(seen: dict[str, Any]) -> list[str]:
     return []
 
 
-def _hint(context: Context, round: int, report: OOMReport) -> str:
+def _hint(context: Context, report: OOMReport) -> str:
     saved = {} if report.doing == EVALUATING else dict(_savings(context))
     known = {setting: f"{setting} (about {_mb(count)} less)" for setting, count in saved.items() if count > 0}
     choices = known or {setting: setting for setting in _lighter(context.recipe, report.doing)}
-    here_and_now = [setting for setting in choices if setting.partition("=")[0] in EXECUTION]
-    elsewhere = [setting for setting in choices if setting not in here_and_now]
+    in_this_state = [setting for setting in choices if setting.partition("=")[0] in EXECUTION]
+    in_a_new_state = [setting for setting in choices if setting not in in_this_state]
     path = quoted(context.state.path)
     parts = ["the state is as it was"]
-    if here_and_now:
-        listed = ", ".join(choices[setting] for setting in here_and_now)
-        parts.append(f"go on in it with less, by {listed}: recap run --state {path} --set {here_and_now[0]}")
-    if elsewhere:
-        parts.append(f"in a new state, {', '.join(choices[setting] for setting in elsewhere)}")
+    if in_this_state:
+        listed = ", ".join(choices[setting] for setting in in_this_state)
+        parts.append(f"go on in it with less, by {listed}: recap run --state {path} --set {in_this_state[0]}")
+    if in_a_new_state:
+        parts.append(f"in a new state, {', '.join(choices[setting] for setting in in_a_new_state)}")
     if report.seen.get("others_bytes"):
         parts.append("or stop the other processes on the device and run the same command again")
-    if not here_and_now and not elsewhere:
+    if not in_this_state and not in_a_new_state:
         parts.append(f"on the CPU there may be more: recap run --state {path} --set finetune.device=cpu")
     return "; ".join(parts)
 

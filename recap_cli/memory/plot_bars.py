@@ -35,7 +35,7 @@ class Stack(NamedTuple):
     peak_label: str = ""
 
 
-def stack(drawn: Picture, axes: "Axes", parts: Iterable[Part], *, bar: float = BAR) -> list[float]:
+def stack(axes: "Axes", parts: Iterable[Part], *, bar: float = BAR) -> list[float]:
     """Draw stacked bars, the first row on top; returns where they end."""
     ends: list[float] = []
     for part in parts:
@@ -65,7 +65,7 @@ def stack_page(stacked: Stack, *, above: bool) -> Picture:
     height = (len(labels) * pitch + 8) / 72 + legend_height(legend, PAGE.width)
     with picture(PAGE, height) as drawn:
         axes = drawn.figure.add_subplot()
-        ends = stack(drawn, axes, parts, bar=THICK / pitch)
+        ends = stack(axes, parts, bar=THICK / pitch)
         _describe_parts(drawn, axes, stacked, parts)
         known = [(peak, float(at)) for at, peak in enumerate(stacked.peaks) if peak is not None]
         peaks(axes, known, stacked.peak_label, hollow=False)

@@ -63,7 +63,7 @@ def bars(rows: Sequence[Row], *, name: str, budget_bytes: int | None = None) -> 
         parts = [Part(fill, [row.get(f"{kind}_bytes", 0) / 1e6 for row in rows]) for kind, fill in KINDS.items()]
         ends = [
             max(end, row["peak_bytes"] / 1e6, (_measured(row) or 0) / 1e6)
-            for end, row in zip(stack(drawn, axes, parts), rows, strict=True)
+            for end, row in zip(stack(axes, parts), rows, strict=True)
         ]
         _mark_peaks(axes, rows, ends)
         axes.set_yticks(range(len(rows)), labels)

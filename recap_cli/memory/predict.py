@@ -2,7 +2,7 @@
 from the tokens of texts that are here.
 
 Each method is the real model, made trainable as the method has it, and one real training step on fake tensors
-(`memory.fake_step`). Where the groups to prune and to move are not known yet, every layer gives the same share of them.
+(`memory.fake_step`). Where it is not known yet which groups are kept and trainable, every layer has the same share of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +51,7 @@ class Prediction:
     """What one method holds: `usage` of a training step in the first of `round_plans`, which of its own holds most there, the
     peak of scoring over all of them, and the numbers of parameters.
 
-    `weights` are the parameters that lie on the device (without adapters of LoRA), `trainable` the entries that move.
+    `weights` are the parameters that lie on the device (without adapters of LoRA), `trainable` the trainable entries.
     """
 
     method: str
@@ -159,7 +159,9 @@ def _predicted(model: MetaModel, recipe: Recipe, method: str, round_plans: Seque
 def evaluation_bytes(model: MetaModel, recipe: Recipe, method: str, *, kernels: Kernels = "cuda") -> int:
     """The peak of scoring alone, as `predict` has it beside that of a training step."""
     fakes = Fakes()
-    steps = (prepare(model, recipe, method, fakes.like, round_plans=t)[0] for t in distinct(planned(model, recipe, method)))
+    steps = (
+        prepare(model, recipe, method, fakes.like, round_plans=left)[0] for left in distinct(planned(model, recipe, method))
+    )
     return max(_scored(fakes, model, recipe, step, kernels) for step in steps)
 
 
@@ -322,9 +324,9 @@ def choices(model: MetaModel, recipe: Recipe, round_plan: RoundPlan) -> tuple[Un
     """The plan, and the mask of the small model's fine groups: a state's own, or ones that treat all layers alike."""
     axes = model.layout.axes
     plan = all_units(axes)
-    hook = model.round_plan is None or model.round_plan.prune_ratio == round_plan.prune_ratio
+    fits = model.round_plan is None or model.round_plan.prune_ratio == round_plan.prune_ratio
     if round_plan.prune_ratio > 0:
-        plan = (model.plan if hook else None) or _even(
+        plan = (model.plan if fits else None) or _even(
             axes,
             model.layout.shapes,
             1 - round_plan.prune_ratio,
@@ -333,7 +335,7 @@ def choices(model: MetaModel, recipe: Recipe, round_plan: RoundPlan) -> tuple[Un
     fine = fine_axes(model.layout, plan)
     if round_plan.trains != "mask" or round_plan.mask_ratio == 0:
         return plan, all_units(fine)
-    if hook and model.mask is not None and model.plan is not None:
+    if fits and model.mask is not None and model.plan is not None:
         return plan, model.mask
     shapes = {name: tuple(shape) for name, shape in model.layout.shapes.items()}
     index_map = indices(axes, plan, shapes)

@@ -57,7 +57,7 @@ class Tracker(TorchDispatchMode):
     """Counts the bytes of every storage that is made while it is on, and of those that `know` names before.
 
     What is made in a module's forward, or outside of modules with gradients on (a loss), is an activation; what is made in a
-    backward or an optimizer step is temporary, until it turns out to be the gradient of a leaf that `watch` was told of.
+    backward or an optimizer step is temporary, until it turns out to be the gradient of a leaf that `watch` was given.
     What lies on another `device` is not counted, nor are tensors that it was told to `ignore` and what an `unseen` function
     makes: among fake tensors, which are all on the CPU, they stand for what is in main memory.
     """

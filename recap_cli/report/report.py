@@ -103,26 +103,20 @@ def _changes(context: Context, numbers: Sequence[int]) -> Iterator[dict[str, Any
     before: UnitMask | None = None
     for number in numbers:
         plan = context.plan(f"round-{number:03d}")
-        trains = _trains(context, number, plan)
-        seen = None if seen is None or trains is None else {name: seen[name] | trains[name] for name in seen}
+        trained = _trained(context, number, plan)
+        seen = None if seen is None or trained is None else {name: seen[name] | trained[name] for name in seen}
         share = chosen_params(fine, layout.shapes, seen) / prunable if seen is not None and prunable else None
         same = None if before is None else overlap(layout.axes, layout.shapes, before, plan)
         yield {"overlap": same, "coverage": share}
         before = plan
 
 
-def _trains(context: Context, number: int, plan: UnitMask) -> UnitMask | None:
+def _trained(context: Context, number: int, plan: UnitMask) -> UnitMask | None:
     """The fine groups that a round has trained, or None where it has not yet, or where no mask says which."""
     done = {entry["stage"] for entry in context.state.manifest.history if entry["round"] == number}
-    if "finetune" not in done or _round_plan(context.state, number).get("trains") == "training":
+    if "finetune" not in done or context.round_plans[number - 1].trains == "training":
         return None
     return visited(context.layout.axes, plan, context.mask(f"round-{number:03d}", plan))
-
-
-def _round_plan(state: State, number: int) -> Mapping[str, Any]:
-    """What the method has planned for a round, where `init` has noted it."""
-    round_plans: Sequence[Mapping[str, Any]] = state.manifest.history[0].get("round_plans", ())
-    return round_plans[number - 1] if number <= len(round_plans) else {}
 
 
 def _picture(context: Context, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -102,8 +102,8 @@ class InitFacts(BaseModel):
     train_examples: Size
     labels: Size
     head_new: bool
-    label_places: bool = False
-    label_words: bool = True
+    label_places: bool
+    label_words: bool
     threads: Size | None
     metric: Metric
     chance: Figures

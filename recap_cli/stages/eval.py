@@ -131,10 +131,9 @@ def _others(context: Context, other: OtherData, say: Callable[[str], None], trac
 
 
 def _labels(context: Context) -> Labels:
-    """The labels as `init` read them. Where a state does not say how, numbers are values, as in a file without names."""
+    """The labels as `init` read them."""
     made = context.state.manifest.made
-    own, words = made.get("label_places", False), made.get("label_words", True)
-    return Labels(tuple(context.spec.label_names), from_dataset=own, words=words)
+    return Labels(tuple(context.spec.label_names), from_dataset=made["label_places"], words=made["label_words"])
 
 
 def _columns(scored: Scored, seen: dict[str, Examples], names: Sequence[str]) -> dict[str, list[Any]]:

@@ -93,18 +93,21 @@ def test_a_tokenizer_that_was_altered_scores_nothing(texts: State, tmp_path: Pat
     file.write_bytes(whole.replace(b'"w1"', b'"W1"'))  # as many bytes, and another meaning
     assert file.read_bytes() != whole
     other = OtherData(write_rows(tmp_path / "other.csv", validation_rows())) if asked == "data" else None
-    told = PredictionFile(tmp_path / "told.csv") if asked == "predictions" else None
+    written = PredictionFile(tmp_path / "written.csv") if asked == "predictions" else None
     with pytest.raises(CorruptStateError, match=r"tokenizer.json: its sha256 begins with"):
-        evaluate(State.open(tmp_path / "state"), other=other, which=["best"], predictions=told)
+        evaluate(State.open(tmp_path / "state"), other=other, which=["best"], predictions=written)
 
 
 def test_labels_count_by_their_names_also_where_the_file_lacks_the_first(texts: State, tmp_path: Path) -> None:
     some = [row for row in validation_rows() if row["label"] != sorted(LABELS)[0]]
-    told = tmp_path / "told.csv"
+    written = tmp_path / "written.csv"
     (row,) = evaluate(
-        texts, other=OtherData(data=write_rows(tmp_path / "some.csv", some)), which=["best"], predictions=PredictionFile(told)
+        texts,
+        other=OtherData(data=write_rows(tmp_path / "some.csv", some)),
+        which=["best"],
+        predictions=PredictionFile(written),
     )
-    seen = read_rows(told)
+    seen = read_rows(written)
     assert [one["label"] for one in seen] == [one["label"] for one in some]
     assert row["accuracy"] == pytest.approx(sum(one["label"] == one["predicted"] for one in seen) / len(some))
 
@@ -148,9 +151,9 @@ def test_a_split_may_be_a_file_of_a_folder(texts: State, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_predictions_have_a_row_for_each_model_and_example(texts: State, tmp_path: Path, suffix: str) -> None:
-    told, which = tmp_path / f"told{suffix}", ["full", "best"]
-    found = evaluate(texts, which=which, predictions=PredictionFile(told))
-    seen = read_rows(told)
+    written, which = tmp_path / f"written{suffix}", ["full", "best"]
+    found = evaluate(texts, which=which, predictions=PredictionFile(written))
+    seen = read_rows(written)
     assert [(one["model"], one["index"]) for one in seen] == [(name, i) for name in which for i in range(VALIDATION)]
     assert [one["label"] for one in seen] == [row["label"] for row in validation_rows()] * 2
     for row in found:
@@ -166,11 +169,11 @@ def test_predictions_have_a_row_for_each_model_and_example(texts: State, tmp_pat
 
 
 def test_predictions_of_images_name_their_files(images: State, tmp_path: Path) -> None:
-    told = tmp_path / "told.jsonl"
-    evaluate(images, other=OtherData(data=data_folder() / "validation"), which=["best"], predictions=PredictionFile(told))
-    assert all(Path(one["file"]).parent.name == one["label"] for one in read_rows(told))
+    written = tmp_path / "written.jsonl"
+    evaluate(images, other=OtherData(data=data_folder() / "validation"), which=["best"], predictions=PredictionFile(written))
+    assert all(Path(one["file"]).parent.name == one["label"] for one in read_rows(written))
     evaluate(images, which=["best"], predictions=PredictionFile(tmp_path / "own.jsonl"))
-    assert read_rows(tmp_path / "own.jsonl") == read_rows(told)
+    assert read_rows(tmp_path / "own.jsonl") == read_rows(written)
 
 
 def test_data_without_labels_give_predictions_and_no_metrics(texts: State, tmp_path: Path) -> None:
@@ -184,25 +187,25 @@ def test_data_without_labels_give_predictions_and_no_metrics(texts: State, tmp_p
     own = [one["predicted"] for one in read_rows(tmp_path / "own.csv")]
     for number, other in enumerate((bare, hidden)):
         notes: list[str] = []
-        told = tmp_path / f"told{number}.csv"
+        written = tmp_path / f"written{number}.csv"
         (found,) = evaluate(
-            texts, other=OtherData(data=other), which=["best"], predictions=PredictionFile(told), say=notes.append
+            texts, other=OtherData(data=other), which=["best"], predictions=PredictionFile(written), say=notes.append
         )
         assert not set(FIGURES) & set(found)
         assert found["examples"] == VALIDATION
         assert "has no labels" in notes[0]
-        assert [one["predicted"] for one in read_rows(told)] == own
-        assert {(one["label"], one["loss"]) for one in read_rows(told)} == {(None, None)}
+        assert [one["predicted"] for one in read_rows(written)] == own
+        assert {(one["label"], one["loss"]) for one in read_rows(written)} == {(None, None)}
 
 
 def test_images_in_a_folder_without_classes_are_data_without_labels(images: State, tmp_path: Path) -> None:
     for at, file in enumerate(sorted((data_folder() / "validation").rglob("*.png"))):
         (tmp_path / f"{at:02}.png").write_bytes(file.read_bytes())
-    told = tmp_path / "told.csv"
-    evaluate(images, other=OtherData(data=tmp_path), which=["best"], predictions=PredictionFile(told))
+    written = tmp_path / "written.csv"
+    evaluate(images, other=OtherData(data=tmp_path), which=["best"], predictions=PredictionFile(written))
     evaluate(images, which=["best"], predictions=PredictionFile(tmp_path / "own.csv"))
-    assert [one["predicted"] for one in read_rows(told)] == [one["predicted"] for one in read_rows(tmp_path / "own.csv")]
-    assert read_rows(told)[3]["file"] == str(tmp_path / "03.png")
+    assert [one["predicted"] for one in read_rows(written)] == [one["predicted"] for one in read_rows(tmp_path / "own.csv")]
+    assert read_rows(written)[3]["file"] == str(tmp_path / "03.png")
 
 
 @pytest.mark.parametrize(
@@ -212,9 +215,9 @@ def test_images_in_a_folder_without_classes_are_data_without_labels(images: Stat
         ({"other": OtherData(split="test")}, DataError, "no data set of the hub"),
         ({"other": OtherData(Path("there.csv"), "test")}, DataError, "is a file, which has no splits"),
         ({"other": OtherData(Path("other.csv"))}, DataError, "has no column 'sentence'"),
-        ({"predictions": PredictionFile(Path("told.xlsx"))}, UsageError, "one of the suffixes .csv, .jsonl, .parquet"),
+        ({"predictions": PredictionFile(Path("written.xlsx"))}, UsageError, "one of the suffixes .csv, .jsonl, .parquet"),
         ({"predictions": PredictionFile(Path("there.csv"))}, UsageError, "exists already"),
-        ({"predictions": PredictionFile(Path("no/told.csv"))}, StorageError, "there is no folder no"),
+        ({"predictions": PredictionFile(Path("no/written.csv"))}, StorageError, "there is no folder no"),
         ({"predictions": PredictionFile(Path("folder.csv"))}, UsageError, "is a folder"),
     ],
 )
@@ -245,23 +248,23 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(
 def test_predictions_that_cannot_be_written_leave_what_was_there(
     texts: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = tmp_path / "told.csv"
-    told.write_text("mine")
+    written = tmp_path / "written.csv"
+    written.write_text("mine")
     plainly = os.replace
 
     def refuse(source: Any, to: Any) -> None:
-        if Path(to) == told:
+        if Path(to) == written:
             raise OSError(errno.ENOSPC, "no space", str(to))
         plainly(source, to)
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(StorageError):
-        evaluate(texts, which=["best"], predictions=PredictionFile(told, force=True))
-    assert told.read_text() == "mine"
-    assert [file.name for file in tmp_path.iterdir()] == ["told.csv"]
+        evaluate(texts, which=["best"], predictions=PredictionFile(written, force=True))
+    assert written.read_text() == "mine"
+    assert [file.name for file in tmp_path.iterdir()] == ["written.csv"]
     monkeypatch.undo()
-    evaluate(texts, which=["best"], predictions=PredictionFile(told, force=True))
-    assert len(read_rows(told)) == VALIDATION
+    evaluate(texts, which=["best"], predictions=PredictionFile(written, force=True))
+    assert len(read_rows(written)) == VALIDATION
 
 
 def test_the_command_shows_a_table_and_json(
@@ -269,13 +272,13 @@ def test_the_command_shows_a_table_and_json(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     other = write_rows(tmp_path / "other.csv", validation_rows())
-    told = tmp_path / "told.csv"
+    written = tmp_path / "written.csv"
     given = ["eval", str(texts.path), "--data", str(other)]
-    assert main([*given, "--predictions", str(told)]) == 0
+    assert main([*given, "--predictions", str(written)]) == 0
     shown = capsys.readouterr()
     assert f"other.csv, {VALIDATION} examples" in shown.out
-    assert f"wrote {told}" in shown.err
-    assert main([*given, "--predictions", str(told)]) == UsageError.exit_code
+    assert f"wrote {written}" in shown.err
+    assert main([*given, "--predictions", str(written)]) == UsageError.exit_code
     assert "--force" in capsys.readouterr().err
     assert main([*given, "--json", "--which", "best"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
@@ -290,34 +293,38 @@ def test_numbers_are_no_places_among_names_that_the_training_data_have_written_o
 
 
 def test_a_file_of_the_users_own_beside_the_predictions_stays(texts: State, tmp_path: Path) -> None:
-    (tmp_path / "told.csv.tmp").write_text("mine")
-    evaluate(texts, which=["best"], predictions=PredictionFile(tmp_path / "told.csv"))
-    assert (tmp_path / "told.csv.tmp").read_text() == "mine"
-    assert {file.name for file in tmp_path.iterdir()} == {"told.csv", "told.csv.tmp"}
+    (tmp_path / "written.csv.tmp").write_text("mine")
+    evaluate(texts, which=["best"], predictions=PredictionFile(tmp_path / "written.csv"))
+    assert (tmp_path / "written.csv.tmp").read_text() == "mine"
+    assert {file.name for file in tmp_path.iterdir()} == {"written.csv", "written.csv.tmp"}
 
 
 def test_predictions_go_through_a_link(texts: State, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "told.csv").write_text("old")
-    (tmp_path / "told.csv").symlink_to("there/told.csv")
-    evaluate(texts, which=["best"], predictions=PredictionFile(tmp_path / "told.csv", force=True))
-    assert (tmp_path / "told.csv").is_symlink()
-    assert len(read_rows(tmp_path / "there" / "told.csv")) == VALIDATION
+    (tmp_path / "there" / "written.csv").write_text("old")
+    (tmp_path / "written.csv").symlink_to("there/written.csv")
+    evaluate(texts, which=["best"], predictions=PredictionFile(tmp_path / "written.csv", force=True))
+    assert (tmp_path / "written.csv").is_symlink()
+    assert len(read_rows(tmp_path / "there" / "written.csv")) == VALIDATION
 
 
 def test_what_is_no_file_is_not_written_over(texts: State, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "told.csv")
+    os.mkfifo(tmp_path / "written.csv")
     with pytest.raises(UsageError, match="is no ordinary file"):
-        evaluate(texts, which=["best"], predictions=PredictionFile(tmp_path / "told.csv", force=True))
-    (tmp_path / "link.csv").symlink_to("nowhere/told.csv")
+        evaluate(texts, which=["best"], predictions=PredictionFile(tmp_path / "written.csv", force=True))
+    (tmp_path / "link.csv").symlink_to("nowhere/written.csv")
     with pytest.raises(StorageError, match="there is no folder"):
         evaluate(texts, which=["best"], predictions=PredictionFile(tmp_path / "link.csv", force=True))
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
-    told = tmp_path / "told.jsonl"
-    prediction_files.write(told, {"index": [0, 1, 2], "loss": [float("nan"), float("inf"), 0.5]})
-    assert [json.loads(line, parse_constant=pytest.fail)["loss"] for line in told.read_text().splitlines()] == [None, None, 0.5]
+    written = tmp_path / "written.jsonl"
+    prediction_files.write(written, {"index": [0, 1, 2], "loss": [float("nan"), float("inf"), 0.5]})
+    assert [json.loads(line, parse_constant=pytest.fail)["loss"] for line in written.read_text().splitlines()] == [
+        None,
+        None,
+        0.5,
+    ]
 
 
 @pytest.mark.parametrize("junk", ["@eaDir", ".cache", "__MACOSX"])
@@ -325,14 +332,16 @@ def test_folders_that_systems_leave_beside_images_do_not_count(images: State, tm
     for at, file in enumerate(sorted((data_folder() / "validation").rglob("*.png"))):
         (tmp_path / f"{at:02}.png").write_bytes(file.read_bytes())
     (tmp_path / junk).mkdir()
-    (row,) = evaluate(images, other=OtherData(data=tmp_path), which=["best"], predictions=PredictionFile(tmp_path / "told.csv"))
+    (row,) = evaluate(
+        images, other=OtherData(data=tmp_path), which=["best"], predictions=PredictionFile(tmp_path / "written.csv")
+    )
     assert row["examples"] == VALIDATION
 
 
 def test_the_name_of_an_image_that_is_no_utf8_is_refused(images: State, tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(next((data_folder() / "validation").rglob("*.png")).read_bytes())
     with pytest.raises(DataError, match="is not in UTF-8"):
-        evaluate(images, other=OtherData(data=tmp_path), which=["best"], predictions=PredictionFile(tmp_path / "told.csv"))
+        evaluate(images, other=OtherData(data=tmp_path), which=["best"], predictions=PredictionFile(tmp_path / "written.csv"))
 
 
 def test_a_folder_without_images_is_told_in_the_words_of_the_command(images: State, tmp_path: Path) -> None:

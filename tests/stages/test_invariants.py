@@ -308,9 +308,9 @@ def test_i6_stopped_in_every_stage_and_resumed_is_uninterrupted(name: str, tmp_p
 
     def stop_once(items: Any, label: str, total: int | None = None) -> Any:
         for i, item in enumerate(items):
-            context = (State.open(path).manifest.round, label) if (path / "state.yaml").exists() else (0, label)
-            if i == 1 and context not in seen:
-                seen.add(context)
+            moment = (State.open(path).manifest.round, label) if (path / "state.yaml").exists() else (0, label)
+            if i == 1 and moment not in seen:
+                seen.add(moment)
                 raise StopHere
             yield item
 

@@ -237,9 +237,9 @@ def test_stopped_in_every_stage_and_resumed_is_uninterrupted(method: str, tmp_pa
 
     def stop_once(items: Any, label: str, total: int | None = None) -> Any:
         for number, item in enumerate(items):
-            index_map = (State.open(path).manifest.round if (path / "state.yaml").exists() else 0, label)
-            if number == 1 and index_map not in seen:
-                seen.add(index_map)
+            moment = (State.open(path).manifest.round if (path / "state.yaml").exists() else 0, label)
+            if number == 1 and moment not in seen:
+                seen.add(moment)
                 raise Stop
             yield item
 

@@ -40,9 +40,11 @@ def made(folder: Path, train: pa.Table, validation: pa.Table) -> State:
 
 def seen(state: State, folder: Path, **given: Any) -> list[str]:
     """The labels that `eval` takes the examples to have."""
-    told = folder / "told.parquet"
-    evaluate(state, which=["full"], other=OtherData(**given) if given else None, predictions=PredictionFile(told, force=True))
-    return [str(label) for label in parquet.read_table(told).column("label").to_pylist()]
+    written = folder / "written.parquet"
+    evaluate(
+        state, which=["full"], other=OtherData(**given) if given else None, predictions=PredictionFile(written, force=True)
+    )
+    return [str(label) for label in parquet.read_table(written).column("label").to_pylist()]
 
 
 @pytest.mark.parametrize(
@@ -111,12 +113,3 @@ def test_class_folders_name_the_labels_of_a_file_in_another_case(tmp_path: Path)
     state = init(tiny("vit", data=files), tmp_path / "state")
     assert seen(state, tmp_path) == ["cat", "dog"]
     assert seen(state, tmp_path, data=tmp_path / "folders") == ["cat", "dog"]
-
-
-def test_a_state_that_does_not_say_what_numbers_are_takes_them_for_no_places(tmp_path: Path) -> None:
-    names = ["no", "yes"]
-    state = made(tmp_path, table([0, 1] * 4, names), table([0, 1], names))
-    del state.manifest.history[0]["label_places"], state.manifest.history[0]["label_words"]
-    assert seen(state, tmp_path, data=write(tmp_path / "named.parquet", [1, 0], names)) == ["yes", "no"]
-    with pytest.raises(DataError, match="holds 1 in row 1, but the labels are no, yes"):
-        seen(state, tmp_path, data=write(tmp_path / "bare.parquet", [1, 0]))

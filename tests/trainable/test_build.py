@@ -373,11 +373,11 @@ def test_scattered_entries_in_fp32_are_held_once(form: str) -> None:
     dense_bytes = storage_bytes(list(model.parameters()))
     trainables = make_partial(model, index_map, frozen=lambda _: False)
     index_bytes = storage_bytes([buffer for buffer in model.buffers() if buffer.dtype == torch.int64])
-    handles = [trainable.grad_param for trainable in trainables if trainable.own_master is None]
-    assert len(handles) == (0 if form == "side by side" else len(index_map))
-    assert all(handle.untyped_storage().nbytes() == 4 for handle in handles)
+    proxies = [trainable.grad_param for trainable in trainables if trainable.own_master is None]
+    assert len(proxies) == (0 if form == "side by side" else len(index_map))
+    assert all(proxy.untyped_storage().nbytes() == 4 for proxy in proxies)
     assert index_bytes == (0 if form == "side by side" else ROWS.nbytes)
-    assert storage_bytes(held(model, trainables)) == dense_bytes + index_bytes + 4 * len(handles)
+    assert storage_bytes(held(model, trainables)) == dense_bytes + index_bytes + 4 * len(proxies)
 
 
 @pytest.mark.parametrize(("dtype", "int8", "bytes_of_frozen"), [(torch.bfloat16, False, 2), (torch.bfloat16, True, 1)])
@@ -395,7 +395,7 @@ def test_short_weights_cost_their_own_size_and_the_masters(dtype: torch.dtype, i
 
 
 @pytest.mark.parametrize("form", ["rows", "columns", "transposed rows", "transposed columns"])
-def test_gradients_of_handles_accumulate_and_are_clipped_as_dense_ones(form: str) -> None:
+def test_gradients_of_proxies_accumulate_and_are_clipped_as_dense_ones(form: str) -> None:
     model, index_map = model_and_index_map(form)
     dense = copy.deepcopy(model)
     batches = [torch.randn(3, 12 if "columns" in form else 8) for _ in range(2)]
@@ -420,26 +420,26 @@ RULES: dict[str, UpdateRule] = {
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("form", ["rows", "columns", "transposed rows", "transposed columns"])
-def test_steps_with_handles_are_those_with_a_compact_copy_to_the_bit(form: str, rule: str) -> None:
+def test_steps_with_proxies_are_those_with_a_compact_copy_to_the_bit(form: str, rule: str) -> None:
     model, index_map = model_and_index_map(form)
     full = {name: param.detach().clone() for name, param in model.named_parameters()}
-    handles = make_partial(model, index_map, frozen=lambda _: False)
+    trainables = make_partial(model, index_map, frozen=lambda _: False)
     copies = []
-    for trainable in handles:
+    for trainable in trainables:
         grad_param = nn.Parameter(take(full[trainable.name], index_map.get(trainable.name, {})).clone())
         copies.append(Trainable(trainable.name, grad_param, grad_param.detach()))
-    optimizers = [Optimizer(trainables, RULES[rule], weight_decay=0.1) for trainables in (handles, copies)]
+    optimizers = [Optimizer(tensors, RULES[rule], weight_decay=0.1) for tensors in (trainables, copies)]
     for optimizer in optimizers:
         optimizer.lr = 0.05
     for _ in range(4):
         model(torch.randn(3, 12 if "columns" in form else 8)).square().sum().backward()
-        for ours, theirs in zip(handles, copies, strict=True):
+        for ours, theirs in zip(trainables, copies, strict=True):
             assert ours.grad_param.grad is not None
             theirs.grad_param.grad = ours.grad_param.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    for ours, theirs in zip(handles, copies, strict=True):
+    for ours, theirs in zip(trainables, copies, strict=True):
         assert torch.equal(ours.master, theirs.master)
         put(full[ours.name], theirs.master, index_map.get(ours.name, {}))
     assert torch.equal(model[0].weight, full["0.weight"])  # type: ignore[index]
@@ -486,7 +486,7 @@ def test_what_is_offloaded_is_not_on_the_device(form: str, int8: bool) -> None:
         name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.dtype == torch.float32 and t.numel() > 1
     ]
     holding = [name for name in fp32 if model.get_submodule("0").__getattr__(name[2:]).untyped_storage().nbytes() > 4]
-    assert holding == (["0.scale"] if int8 else [])  # the rest are handles
+    assert holding == (["0.scale"] if int8 else [])  # the rest are proxies
 
 
 @pytest.mark.parametrize(
