@@ -18,13 +18,8 @@ EXCEPTIONS = {  # file:function, and why it takes more
     "commands/eval.py:evaluate": OPTIONS,
     "commands/profile_memory.py:profile_memory": OPTIONS,
     "data/sources.py:read_splits": KEYS,
-    "models/create.py:create_model": KEYS,
-    "models/spec_from_config.py:of_recipe": KEYS,
     "memory/fake_cuda.py:_attention": "stands in for F.scaled_dot_product_attention",
     "trainable/linear.py:forward": "torch.autograd.Function: each tensor is an argument of its own",
-    "models/create.py:_new_head": "what two libraries report of a checkpoint, each in its own way",
-    "models/export.py:export": "the product, part by part: a plan, its tensors and what describes them",
-    "models/export.py:_write_small": "likewise",
 }
 
 

@@ -151,7 +151,7 @@ def _predicted(model: MetaModel, recipe: Recipe, method: str, round_plans: Seque
         fakes.usage(step, kernels), _held_bytes(model, recipe, tune.batch_size) - _held_bytes(model, recipe, size)
     )
     evaluation = _scored(fakes, model, recipe, step, kernels)
-    parameters = {name for name, _ in build.skeleton(model.spec).named_parameters()}
+    parameters = {name for name, _ in build.on_meta(model.spec).named_parameters()}
     total = sum(model.tensors[name].numel() for name in parameters)
     return Prediction(method, recipe, round_plans, usage, evaluation, total, weights, trainable)
 

@@ -28,8 +28,8 @@ __all__ = [
     "forward",
     "head_names",
     "load_processor",
+    "on_meta",
     "positions",
-    "skeleton",
     "tensors_of",
 ]
 
@@ -51,7 +51,7 @@ def adapter_of(spec: ModelSpec) -> Adapter:
     return adapter_calls.guarding(cast(Adapter, registry.load("adapters", spec.model_type)), spec.model_type)
 
 
-def skeleton(spec: ModelSpec) -> nn.Module:
+def on_meta(spec: ModelSpec) -> nn.Module:
     """Return the model on the meta device: names and original shapes without memory."""
     with torch.device("meta"):
         return _build(spec)
@@ -75,7 +75,7 @@ def assemble(spec: ModelSpec, tensors: Mapping[str, Tensor], adapter: Adapter, s
     Raises:
         ModelError: A tensor is missing, or the model does not have one.
     """
-    model = skeleton(spec)
+    model = on_meta(spec)
     aliases = _aliases(model)
     for names, is_parameter in aliases:
         given = next((tensors[name] for name in names if name in tensors), None)

@@ -8,13 +8,13 @@ from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from recap_cli.errors import ModelError
-from recap_cli.models.checkpoints import FOLDER_HINT, QUANTIZED_HINT, count_weights, quiet
+from recap_cli.models.checkpoints import FOLDER_HINT, QUANTIZED_HINT, LoadReport, count_weights, quiet
 from recap_cli.models.config_checks import HINT as CONFIG_HINT
 from recap_cli.models.config_checks import check_limits, check_padding
 from recap_cli.models.specs import INTERPOLATIONS, ModelSpec, TaskKind, image_facts
@@ -122,12 +122,12 @@ def check_size(config: Any, task_kind: TaskKind, held: int | None = None) -> Non
         check_fit(config.model_type, from_config(copy.deepcopy(config), task_kind), held)
 
 
-def check_fit(kind: str, skeleton: nn.Module, held: int | None = None) -> None:
+def check_fit(kind: str, on_meta: nn.Module, held: int | None = None) -> None:
     """Check that a model fits into this machine and has the size of its checkpoint.
 
     Args:
         kind: The name of its type, for messages.
-        skeleton: The model on the meta device.
+        on_meta: The model on the meta device.
         held: How many numbers its checkpoint has, if there is one.
 
     Raises:
@@ -135,7 +135,7 @@ def check_fit(kind: str, skeleton: nn.Module, held: int | None = None) -> None:
     """
     import psutil
 
-    wanted = sum(param.numel() for param in skeleton.parameters())
+    wanted = sum(param.numel() for param in on_meta.parameters())
     machine_bytes = psutil.virtual_memory().total + psutil.swap_memory().total
     if 4 * wanted > machine_bytes:
         raise ModelError(
@@ -149,17 +149,8 @@ def check_fit(kind: str, skeleton: nn.Module, held: int | None = None) -> None:
         )
 
 
-class Loaded(NamedTuple):
-    """A model in eval mode, and the names that its folder lacks, has with another shape, and has in addition."""
-
-    model: nn.Module
-    missing: set[str]
-    mismatched: set[str]
-    unexpected: set[str]
-
-
-def from_folder(folder: Path, task_kind: TaskKind, config: Any) -> Loaded:
-    """Return the model with the folder's weights in float32. Weights that the folder lacks are random.
+def from_folder(folder: Path, task_kind: TaskKind, config: Any) -> tuple[nn.Module, LoadReport]:
+    """Return the model with the folder's weights in float32, in eval mode. Weights that the folder lacks are random.
 
     Raises:
         ModelError: Weights are damaged, pickled, of another architecture, or too large for this machine.
@@ -187,7 +178,7 @@ def from_folder(folder: Path, task_kind: TaskKind, config: Any) -> Loaded:
     except LIBRARY_ERRORS as error:
         raise ModelError(f"{folder} cannot be loaded for {task_kind}: {_first_line(error)}", hint=FOLDER_HINT) from error
     mismatched = {str(item[0]) for item in info["mismatched_keys"]}
-    return Loaded(model.eval(), set(info["missing_keys"]), mismatched, set(info["unexpected_keys"]))
+    return model.eval(), LoadReport(set(info["missing_keys"]), mismatched, set(info["unexpected_keys"]))
 
 
 def model_type(values: Mapping[str, Any], origin: str) -> str:

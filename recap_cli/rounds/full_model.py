@@ -58,7 +58,7 @@ def make_full_model(recipe: Recipe, label_names: Sequence[str], round_plans: Seq
         PluginError: there is no adapter, or importance is for an accelerator and the adapter does not say what the blocks are.
     """
     torch.manual_seed(seed_for(recipe.seed, 0, "weights"))
-    created = create.create_model(**source_of(recipe), label_names=label_names)
+    created = create.create_model(source_of(recipe, label_names))
     model, spec, adapter = created.model, created.spec, build.adapter_of(created.spec)
     _check_weights(model, recipe.model.name)
     _check_tokens(round_plans, model)

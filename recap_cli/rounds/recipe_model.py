@@ -1,23 +1,21 @@
 """The model and the task that a recipe names: what makes them, what they are scored by, and how they are called."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
 from recap_cli.models import build
 from recap_cli.models.build import ModelSpec
+from recap_cli.models.source import ModelSource
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.tasks.task import Task
 
 
-def source_of(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says of its model, as `models.create.create_model` and `models.spec_from_config.of_recipe` take it."""
-    return {
-        **recipe.model.model_dump(),
-        "task_kind": recipe.task.kind,
-        "image_size": recipe.data.image_size,
-    }
+def source_of(recipe: Recipe, label_names: Sequence[str] = ()) -> ModelSource:
+    """What a recipe's model is made from, for data with these labels."""
+    return ModelSource(
+        **recipe.model.model_dump(), task_kind=recipe.task.kind, label_names=label_names, image_size=recipe.data.image_size
+    )
 
 
 def task_of(recipe: Recipe, spec: ModelSpec) -> Task:

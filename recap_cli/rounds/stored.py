@@ -135,7 +135,7 @@ def tensors_of_spec(spec: ModelSpec) -> Tensors:
     """The tensors that a model of this description has; kept for the next call with the same one."""
     key = spec.to_json()
     if key not in _SHAPES:
-        made = Tensors.of_model(build.skeleton(spec))
+        made = Tensors.of_model(build.on_meta(spec))
         _SHAPES.clear()
         _SHAPES[key] = made
     return _SHAPES[key]

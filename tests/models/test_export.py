@@ -34,7 +34,9 @@ class Small:
         self.tensors = gather(full, indices(self.axes, self.plan, shapes_of(full)))
 
     def export(self, out, processor=None, **options):
-        return product.export(self.spec, processor, self.adapter, self.tensors, self.axes, self.plan, out, **options)
+        return product.export(
+            product.Product(self.spec, processor, self.adapter, self.tensors, self.axes, self.plan), out, **options
+        )
 
     def logits(self, model=None):
         model = model or build.assemble(self.spec, self.tensors, self.adapter, counts(self.plan))
