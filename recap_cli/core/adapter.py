@@ -78,7 +78,10 @@ def find_axes(adapter: Adapter, model: nn.Module) -> list[Axis]:
     """The axes of `model`, heads before neurons in each layer, in the order of the layers.
 
     Cuts have the first name of each parameter, whichever of them an adapter gives. Of an adapter with tables of one kind only,
-    the model has that kind only. Raises `LookupError` if no table of a kind matches, naming what was looked for.
+    the model has that kind only.
+
+    Raises:
+        LookupError: no table of a kind matches; the message names what was looked for.
     """
     if adapter.axes is not None:
         return _by_first_names(model, adapter.axes(model))
@@ -108,7 +111,10 @@ def block_paths(model: nn.Module, axes: Sequence[Axis]) -> list[str]:
 
     A table names its axes `<block>.heads` and `<block>.neurons`. The functions of an adapter may choose any names: where they
     say no block, it is the smallest entry of a list of modules (`ModuleList`, `Sequential`, `ModuleDict`) that holds every cut
-    of the axis. Raises `LookupError` for an axis that no entry holds.
+    of the axis.
+
+    Raises:
+        LookupError: no entry holds an axis.
     """
     names, modules = names_of(model), dict(model.named_modules())
 

@@ -79,7 +79,8 @@ class Fakes:
     def pretending(self, kernels: Kernels) -> Iterator[None]:
         """Inside, tensors that are made are fake, and attention and dropout are those of `kernels`.
 
-        Raises `ModelError` for a model whose shapes depend on the values of its tensors, which fake ones do not have.
+        Raises:
+            ModelError: the shapes of a model depend on the values of its tensors, which fake ones do not have.
         """
         with ExitStack() as stack:
             stack.enter_context(self.mode)

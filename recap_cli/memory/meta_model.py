@@ -77,7 +77,8 @@ def labels_of(recipe: Recipe) -> tuple[list[str], list[str]]:
 def of_recipe_with_data(recipe: Recipe, track: Track = silent) -> tuple[MetaModel, list[str]]:
     """The meta model of a recipe as far as local data and a local tokenizer say more of it, and notes where they do not.
 
-    Raises as `of_recipe` does.
+    Raises:
+        ModelError, PluginError, ConformanceError: as in `of_recipe`.
     """
     raw, notes = _local_data(recipe)
     model = of_recipe(recipe, [] if raw is None else list(raw.label_names))
@@ -95,7 +96,9 @@ def of_recipe_with_data(recipe: Recipe, track: Track = silent) -> tuple[MetaMode
 def with_token_rows(model: MetaModel, recipe: Recipe, raw: sources.Raw, track: Track = silent) -> MetaModel:
     """The same with the rows of the token table that the data look up; of images as it is.
 
-    Raises `ModelError` if there is no tokenizer, `DataError` if the texts cannot be read.
+    Raises:
+        ModelError: there is no tokenizer.
+        DataError: the texts cannot be read.
     """
     if model.spec.image is not None:
         return model

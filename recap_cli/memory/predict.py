@@ -98,7 +98,10 @@ class Prediction:
 def predict(model: MetaModel, recipe: Recipe, method: str, *, kernels: Kernels = "cuda") -> Prediction:
     """What finetuning by a method holds with the settings of a recipe; the other methods use them too, as far as they can.
 
-    Of rounds that differ, the one that holds most counts. Raises `PluginError` if there is no such method.
+    Of rounds that differ, the one that holds most counts.
+
+    Raises:
+        PluginError: there is no such method.
     """
     found = [
         _predicted(model, recipe, method, round_plans, kernels) for round_plans in distinct(planned(model, recipe, method))

@@ -50,7 +50,8 @@ def splits_of(
     """The training and the validation examples of a recipe, as tensors for a model; kept for the next call with the same
     data.
 
-    Raises `DataError` if their labels are not those of the model, in its order.
+    Raises:
+        DataError: their labels are not those of the model, in its order.
     """
     key = _split_key(recipe, spec)
     if key not in _SPLITS:

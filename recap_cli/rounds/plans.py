@@ -77,7 +77,8 @@ def round_plans_for(recipe: Recipe) -> tuple[RoundPlan, ...]:
 def options_of(recipe: Recipe, method: Method) -> dict[str, Option]:
     """The method's options, with the recipe's in the place of the defaults.
 
-    Raises `RecipeError` for a name that the method does not have, and for a value of another type.
+    Raises:
+        RecipeError: the method has no option of that name, or one of another type.
     """
     for name, value in recipe.options.items():
         if name not in method.options:

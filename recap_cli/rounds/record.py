@@ -44,9 +44,9 @@ Size = Annotated[int, Field(gt=0)]
 
 
 class RoundPlanFacts(BaseModel):
-    """A planned round, as `RoundPlan.to_json` has it."""
+    """A planned round, as `RoundPlan.to_json` has it, with nothing that a later version may mean by other keys."""
 
-    model_config = OPEN
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     prune_ratio: Annotated[float, Field(ge=0, lt=1)]
     mask_ratio: Annotated[float, Field(ge=0, lt=1)]

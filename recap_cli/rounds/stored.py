@@ -208,8 +208,10 @@ def moments(
 ) -> dict[str, Tensor]:
     """An optimizer's moments of the `kinds` that its rule has, and counts, for tensors of `shapes`.
 
-    `along` is the dimension that a parameter is cut along, or of which some rows are trainable. Raises as `State.verified`, and
-    `CorruptStateError`.
+    `along` is the dimension that a parameter is cut along, or of which some rows are trainable.
+
+    Raises:
+        CorruptStateError: the file was altered, or holds something else.
     """
     path, found = state.path / rel, state.load_tensors(rel)
     wanted: dict[str, Shape] = {}

@@ -27,7 +27,13 @@ from recap_cli.trainable.moments import take_moments
 from recap_cli.trainable.optim import CarriedState, Optimizer, learning_rate
 from recap_cli.trainable.token_rows import used_token_rows
 from recap_cli.training.evaluation import Pass, evaluate
-from recap_cli.training.loop import LOWER_THE_RATE, Batch, Forward, Steps, Training, train
+from recap_cli.training.loop import Batch, Forward, Steps, Training, train
+
+NOT_COMMITTED = "the round is not committed"
+LOWER_THE_RATE = (
+    "lower the rate in a new state, and that of the head: "
+    "recap run RECIPE --state NEW --set finetune.lr=… --set finetune.head_lr=null"
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,8 @@ def train_round(context: Context, trainer: Trainer, split: Split, track: Track) 
             max_grad_norm=settings.max_grad_norm,
             fused_backward=settings.fused_backward,
             before_step=stepping(trainer.hook, trainer.optimizer, steps),
+            if_not_finite=NOT_COMMITTED,
+            hint=LOWER_THE_RATE,
         ),
     )
 
@@ -153,4 +161,4 @@ def _check_finite(loss: float, optimizer: Optimizer) -> None:
     bad = next((trainable.name for trainable in optimizer.trainables if not bool(trainable.master.isfinite().all())), None)
     if bad is not None or not isfinite(loss):
         what = f"{bad} is not finite" if bad is not None else f"the validation loss is {loss}"
-        raise TrainingError(f"{what} after finetuning; the round is not committed", hint=LOWER_THE_RATE)
+        raise TrainingError(f"{what} after finetuning; {NOT_COMMITTED}", hint=LOWER_THE_RATE)

@@ -1,13 +1,14 @@
 """A new task head, trained on frozen features before the first round (paper, Step 1)."""
 
 from collections.abc import Iterator, Sequence
-from math import ceil
+from math import ceil, isfinite
 from typing import Any
 
 from torch import nn
 
 from recap_cli.data.sampling import batches, order
 from recap_cli.data.splits import Split
+from recap_cli.errors import TrainingError
 from recap_cli.machine import devices
 from recap_cli.progress import Track
 from recap_cli.recipe.recipe import Recipe
@@ -20,6 +21,9 @@ from recap_cli.trainable.optim import Optimizer, adamw, learning_rate
 from recap_cli.training.evaluation import Pass, evaluate
 from recap_cli.training.loop import Batch, Steps, train
 
+NO_STATE = "no state is made"
+LOWER_THE_RATE = "lower the rate of the warm-up: --set head.lr=…, or leave it out: --set head.warmup_epochs=0"
+
 
 def warm_up(recipe: Recipe, full: FullModel, examples: tuple[Split, Split], track: Track) -> dict[str, Any]:
     """Train the head on frozen features if it is new, or any weight of it: no backward runs through the model.
@@ -30,6 +34,9 @@ def warm_up(recipe: Recipe, full: FullModel, examples: tuple[Split, Split], trac
 
     Returns:
         The facts of it; none where there is nothing to do.
+
+    Raises:
+        TrainingError: a loss, of the training or of the validation data, is not finite.
     """
     settings, model, spec = recipe.head, full.model, full.spec
     split, validation = examples
@@ -52,6 +59,8 @@ def warm_up(recipe: Recipe, full: FullModel, examples: tuple[Split, Split], trac
             steps=Steps(
                 rate=lambda step: learning_rate(step, steps=steps, peak=settings.lr, schedule="linear", warmup_ratio=0.0),
                 micro_batch_size=None if device.type == "cpu" else importance_batch_size(recipe, device),
+                if_not_finite=f"it is the head's warm-up, and {NO_STATE}",
+                hint=LOWER_THE_RATE,
             ),
         )
         found = evaluate(
@@ -62,6 +71,8 @@ def warm_up(recipe: Recipe, full: FullModel, examples: tuple[Split, Split], trac
                 batch_size=recipe.evaluate.batch_size, device=device, track=track, label="validation of the warmed-up head"
             ),
         )
+    if not isfinite(found["loss"]):  # ruined by the last step, which no later one would show
+        raise TrainingError(f"the validation loss is {found['loss']} after the head's warm-up; {NO_STATE}", hint=LOWER_THE_RATE)
     return {"head_steps": run.steps, "head_loss": run.loss, "warmed_up": found}
 
 

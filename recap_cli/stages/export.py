@@ -8,7 +8,7 @@ from recap_cli.errors import StateError
 from recap_cli.models import export as product
 from recap_cli.progress import Track, silent
 from recap_cli.rounds.run_context import Context
-from recap_cli.stages.eval import best_tensors
+from recap_cli.rounds.scoring import best_tensors
 from recap_cli.state.store import State
 
 

@@ -16,10 +16,6 @@ from recap_cli.trainable.optim import Optimizer
 Batch = dict[str, Tensor]
 Forward = Callable[[Batch], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
-LOWER_THE_RATE = (
-    "lower the rate in a new state, and that of the head: "
-    "recap run RECIPE --state NEW --set finetune.lr=… --set finetune.head_lr=null"
-)
 
 
 @dataclass(frozen=True)
@@ -33,6 +29,8 @@ class Steps:
         max_grad_norm: gradients are clipped to this norm; None: they are not.
         fused_backward: True updates each tensor as soon as its gradient is complete, and frees it before the next one is made.
         before_step: runs before each step, with its number.
+        if_not_finite: what a loss that is not finite means to the caller, as the error goes on.
+        hint: what a user can do then.
     """
 
     rate: Callable[[int], float]
@@ -40,6 +38,8 @@ class Steps:
     max_grad_norm: float | None = None
     fused_backward: bool = False
     before_step: Callable[[int], None] = lambda _: None
+    if_not_finite: str = "nothing is kept"
+    hint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def train(forward: Forward, loss: Loss, optimizer: Optimizer, batches: Iterable[
                 _clip(optimizer.trainables, steps.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            _check_finite(losses[-1], step)
+            _check_finite(losses[-1], step, steps)
     tail = losses[-max(1, len(losses) // 10) :]
     mean = float(torch.stack(tail).mean()) if tail else float("nan")
     return Training(len(losses), mean, perf_counter() - started, watch.peak_bytes)
@@ -165,9 +165,6 @@ def _clip(trainables: Iterable[Trainable], max_grad_norm: float | None) -> None:
         nn.utils.clip_grad_norm_([trainable.grad_param for trainable in trainables], max_grad_norm)
 
 
-def _check_finite(loss: Tensor, step: int) -> None:
+def _check_finite(loss: Tensor, step: int, steps: Steps) -> None:
     if not torch.isfinite(loss):
-        raise TrainingError(
-            f"the loss is {float(loss)} at step {step + 1}; the round is not committed",
-            hint=LOWER_THE_RATE,
-        )
+        raise TrainingError(f"the loss is {float(loss)} at step {step + 1}; {steps.if_not_finite}", hint=steps.hint)
