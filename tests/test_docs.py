@@ -260,6 +260,15 @@ def test_the_one_table_of_the_readme_is_from_the_results_page():
         assert re.search(rf"{accuracy}\W[^|]*\| {held}", results), (accuracy, held)
 
 
+def test_make_bench_runs_benchmarks_that_are_there_and_the_page_names_them():
+    names = re.search(r"^BENCHMARKS = (.+)$", text_of("Makefile"), re.MULTILINE)[1].split()
+    page = text_of("benchmarks/README.md")
+    for name in names:
+        assert (ROOT / "benchmarks" / f"{name}.py").is_file(), name
+        assert f"`python benchmarks/{name}.py" in page, name
+        assert f"`{name}`" in page.partition("| command")[0], name
+
+
 def test_the_readme_is_a_front_door():
     assert 120 <= len(text_of("README.md").splitlines()) <= 150
 
