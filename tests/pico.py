@@ -1,6 +1,7 @@
 """The smallest models there are of every registered adapter: hidden 32, two layers, four heads, fixed weights, no network."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 
 from recap_cli.models import build
 from recap_cli.models.specs import ModelSpec, image_facts
+from recap_cli.tasks.calls import task_named
 
 LABELS = ["cat", "dog", "newt"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(59))]
@@ -32,18 +34,12 @@ def _hf(model_type: str, values: dict[str, Any]) -> ModelSpec:
     from recap_cli.models import transformers_models
 
     config = transformers_models.configure({"model_type": model_type, **values}, strict=True)
-    transformers_models.set_labels(config, LABELS)
     image = image_facts(16, 3) if "patch_size" in values else None
     kind = "text-classification" if image is None else "image-classification"
-    return ModelSpec(
-        "transformers",
-        model_type,
-        transformers_models.to_dict(transformers_models.from_config(config, kind)),
-        len(LABELS),
-        LABELS,
-        kind,
-        image,
-    )
+    task = task_named(kind)
+    transformers_models.set_labels(config, LABELS, task.problem_type)
+    spec = ModelSpec("transformers", model_type, {}, len(LABELS), LABELS, kind, image, auto_class=task.auto_class)
+    return replace(spec, config=transformers_models.to_dict(transformers_models.from_config(config, spec)))
 
 
 def _timm(architecture: str, **args: Any) -> ModelSpec:

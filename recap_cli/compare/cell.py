@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recap_cli.compare.schema import STAGES
 from recap_cli.compare.store import finite
+from recap_cli.core.task import Batch
 from recap_cli.data.sampling import batches
 from recap_cli.errors import RecapError
 from recap_cli.machine import devices
@@ -28,7 +29,6 @@ from recap_cli.rounds.record import MEMORY
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.scoring import best_tensors
 from recap_cli.state.store import State
-from recap_cli.training.loop import Batch
 
 BATCH, WARM_UPS, TIMINGS = 32, 2, 7
 

@@ -168,12 +168,12 @@ def _differences(
 
 
 def _logits_of(spec: ModelSpec) -> Callable[[nn.Module], Tensor]:
-    batch, forward = build.example_batch(spec), build.forward(spec)
+    batch = build.example_batch(spec)
 
     @torch.no_grad()
     def logits(model: nn.Module) -> Tensor:
         try:
-            return forward(model, batch).double()
+            return build.flat_outputs(spec, model, batch).double()
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # of the library, on a cut model
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise _Failure(first_line) from error

@@ -48,9 +48,10 @@ def create_model(source: ModelSource) -> Created:
     Raises:
         ModelError: Something does not fit; the message names it.
     """
-    if len(source.label_names) < 2:
+    if len(source.label_names) < source.task.fewest:
         raise ModelError(
-            f"a classification needs two labels at least; the data have {len(source.label_names)}", hint="see data.label"
+            f"{source.task_kind} needs {source.task.fewest} labels at least; the data have {len(source.label_names)}",
+            hint="see data.label",
         )
     check_source(source)
     with named(source.name):
@@ -68,23 +69,24 @@ def tokenizer_of(name: str | None, config: Mapping[str, Any] | None, revision: s
 
 def _create_transformers(source: ModelSource) -> Created:
     model_type, folder, given, config, adapter = read_transformers(source)
-    is_image = source.task_kind == "image-classification"
-    processor = None if is_image else _tokenizer(folder, given, config.vocab_size)
+    processor = None if source.is_image else _tokenizer(folder, given, config.vocab_size)
     checkpoint_labels = transformers_models.label_names(config)
-    transformers_models.set_labels(config, source.labels)
-    image, note = transformers_models.read_image_facts(folder, config) if is_image else (None, None)
+    transformers_models.set_labels(config, source.labels, source.task.problem_type)
+    image, note = transformers_models.read_image_facts(folder, config) if source.is_image else (None, None)
     if folder is None and image is not None and source.image_size is not None:
         config.image_size = image["size"] = source.image_size
     new: list[str] = []
     if folder is None:
-        transformers_models.check_size(config, source.task_kind)
-        model = transformers_models.from_config(config, source.task_kind)
+        transformers_models.check_size(config, source)
+        model = transformers_models.from_config(config, source)
         notes = ["random weights, from a configuration"]
     else:
-        model, report = transformers_models.from_folder(folder, source.task_kind, config)
+        model, report = transformers_models.from_folder(folder, source, config)
         new, notes = _settle_head(model, adapter, report, checkpoint_labels, source, folder)
     values, labels = transformers_models.to_dict(model), source.labels
-    spec = ModelSpec("transformers", model_type, values, len(labels), labels, source.task_kind, image)
+    spec = ModelSpec(
+        "transformers", model_type, values, len(labels), labels, source.task_kind, image, auto_class=source.auto_class
+    )
     transformers_models.keep_no_cache(model)
     if image is not None and source.image_size not in (None, image["size"]):
         model, spec = _resized(model, spec, adapter, source.image_size)

@@ -234,8 +234,8 @@ def _open_stock(folder: Path, spec: ModelSpec) -> nn.Module:
     config = transformers_models.configure(read_config(folder))
     if config.model_type != spec.model_type:
         raise ModelError(f"{folder}: model_type in config.json is not that of spec.json", hint=export_manifest.HINT)
-    transformers_models.check_task(config, spec.task_kind)
-    model, report = transformers_models.from_folder(folder, spec.task_kind, config)
+    transformers_models.check_task(config, spec)
+    model, report = transformers_models.from_folder(folder, spec, config)
     if wrong := sorted(report.missing | report.mismatched | report.unexpected):
         raise ModelError(f"a plain {type(model).__name__} cannot hold {wrong[0]}", hint=export_manifest.HINT)
     return model
@@ -243,7 +243,7 @@ def _open_stock(folder: Path, spec: ModelSpec) -> nn.Module:
 
 @torch.no_grad()
 def _logits(spec: ModelSpec, model: nn.Module) -> Tensor:
-    return build.forward(spec)(model.cpu().eval(), build.example_batch(spec)).double()
+    return build.flat_outputs(spec, model.cpu().eval(), build.example_batch(spec)).double()
 
 
 def _zero_filled(product: Product) -> dict[str, Tensor]:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recap_cli.core.adapter import Adapter
+from recap_cli.core.task import Task
 from recap_cli.errors import ModelError
 from recap_cli.extras import torchvision_problem
 from recap_cli.models import timm_models, transformers_models
-from recap_cli.models.build import adapter_of
+from recap_cli.models.build import adapter_named
 from recap_cli.models.checkpoints import FOLDER_HINT, locate, read_config
-from recap_cli.models.specs import Library, ModelSpec, TaskKind
+from recap_cli.models.specs import Library
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class ModelSource:
 
     Attributes:
         library: The library that builds the model.
-        task_kind: The kind of task.
+        task: What it is to do.
+        task_kind: The name of this task.
         name: A hub id or a folder.
         config: Instead of `name`: a configuration, for random weights.
         revision: A branch, tag or commit on the hub.
@@ -29,12 +31,23 @@ class ModelSource:
     """
 
     library: Library
-    task_kind: TaskKind
+    task: Task
+    task_kind: str
     name: str | None = None
     config: dict[str, Any] | None = None
     revision: str | None = None
     label_names: Sequence[str] = ()
     image_size: int | None = None
+
+    @property
+    def auto_class(self) -> str | None:
+        """The class of transformers that builds it; None for timm."""
+        return None if self.library == "timm" else self.task.auto_class
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it looks at images, and not at texts."""
+        return self.task.inputs == "image"
 
     @property
     def labels(self) -> list[str]:
@@ -47,7 +60,7 @@ def check_source(source: ModelSource) -> None:
     Raises:
         ModelError: It has not.
     """
-    if source.library == "timm" and source.task_kind != "image-classification":
+    if source.library == "timm" and not source.task.timm:
         raise ModelError(f"timm has no models for {source.task_kind}", hint="--set model.library=transformers")
     if (source.name is None) == (source.config is None):
         raise ModelError("give exactly one of model.name and model.config", hint=FOLDER_HINT)
@@ -83,9 +96,9 @@ def read_transformers(source: ModelSource, *, only_config: bool = False) -> From
     folder = None if source.name is None else locate(source.name, source.revision, only_config=only_config)
     given = source.config or {} if folder is None else read_config(folder)
     kind = transformers_models.model_type(given, "model.config" if folder is None else str(folder / "config.json"))
-    adapter = adapter_of(ModelSpec("transformers", kind, {}, len(source.labels), source.labels, source.task_kind))
+    adapter = adapter_named(kind)
     config = transformers_models.configure(given, strict=folder is None)
-    transformers_models.check_task(config, source.task_kind)
+    transformers_models.check_task(config, source)
     return FromTransformers(kind, folder, given, config, adapter)
 
 

@@ -22,14 +22,15 @@ def spec_of(source: ModelSource) -> ModelSpec:
 def _of_transformers(source: ModelSource) -> ModelSpec:
     model_type, folder, _, config, _ = read_transformers(source, only_config=True)
     if source.label_names:
-        transformers_models.set_labels(config, source.labels)
-    is_image = source.task_kind == "image-classification"
-    image = transformers_models.read_image_facts(folder, config)[0] if is_image else None
+        transformers_models.set_labels(config, source.labels, source.task.problem_type)
+    image = transformers_models.read_image_facts(folder, config)[0] if source.is_image else None
     if image is not None and source.image_size is not None:
         config.image_size = image["size"] = source.image_size
     names = [str(label) for label in config.id2label.values()]
     values = transformers_models.config_values(config)
-    return ModelSpec("transformers", model_type, values, len(names), names, source.task_kind, image)
+    return ModelSpec(
+        "transformers", model_type, values, len(names), names, source.task_kind, image, auto_class=source.auto_class
+    )
 
 
 def _of_timm(source: ModelSource) -> ModelSpec:

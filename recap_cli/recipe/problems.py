@@ -102,7 +102,9 @@ def expected(node: _Schema) -> str:
     if kind in ("integer", "number"):
         return _number(node)
     if kind == "array":
-        return f"a list of {len(node['prefixItems'])}, each {expected(node['prefixItems'][0])}"
+        items = node.get("prefixItems")
+        count, each = (len(items), items[0]) if items else (f"{node['minItems']} or more", node["items"])
+        return f"a list of {count}, each {expected(each)}"
     if kind == "string" and ("$comment" in node or "examples" in node):  # the comment describes it for people
         return str(node.get("$comment") or "text such as " + ", ".join(node["examples"]))
     words = {"string": "text", "boolean": "true or false", "null": "null", "object": "a section (keys with values)"}

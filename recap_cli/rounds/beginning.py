@@ -6,6 +6,7 @@ from typing import Any
 
 from recap_cli import registry
 from recap_cli.core.method import RoundPlan
+from recap_cli.data.split import Split
 from recap_cli.machine import devices, threads
 from recap_cli.progress import Track
 from recap_cli.recipe.recipe import Recipe
@@ -14,7 +15,7 @@ from recap_cli.rounds.full_model import FullModel, fitting_threads, make_full_mo
 from recap_cli.rounds.importance import load_criterion
 from recap_cli.rounds.plans import check_steps, steps_in_round
 from recap_cli.rounds.warm_up import warm_up
-from recap_cli.training.evaluation import chance
+from recap_cli.tasks.calls import task_named
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Beginning:
     Attributes:
         full: the full model, its head warmed up.
         facts: what `init` notes.
-        plugins: the method, the criteria and the adapter that were used, and where each comes from.
+        plugins: the method, the task, the criteria and the adapter that were used, and where each comes from.
     """
 
     full: FullModel
@@ -48,7 +49,7 @@ def begin(recipe: Recipe, round_plans: Sequence[RoundPlan], track: Track) -> Beg
     count = fitting_threads(recipe, full, train)
     with threads.limited(count):
         warm = warm_up(recipe, full, (train, validation), track)
-        by_chance = chance(validation.labels, full.spec.num_labels)
+        by_chance = _chance(recipe, full, validation)
     facts = {
         "method": recipe.method,
         "round_plans": [round_plan.to_json() for round_plan in round_plans],
@@ -65,9 +66,17 @@ def begin(recipe: Recipe, round_plans: Sequence[RoundPlan], track: Track) -> Beg
     return Beginning(full, facts, plugins)
 
 
+def _chance(recipe: Recipe, full: FullModel, validation: Split) -> dict[str, float] | None:
+    """The loss and metrics of the best answer that is the same for every example; None if the task does not say."""
+    constant = task_named(recipe.task.kind).constant
+    return None if constant is None else constant(validation.targets, full.spec.label_names)
+
+
 def _plugins(recipe: Recipe) -> list[dict[str, str]]:
-    """The method and the criteria of a recipe, and where each comes from. They are loaded, as a look whether they can be."""
-    plugins = [registry.used("methods", recipe.method)]
+    """The method, the task and the criteria of a recipe, and where each comes from. Criteria are loaded, to see that they can
+    be.
+    """
+    plugins = [registry.used("methods", recipe.method), registry.used("tasks", recipe.task.kind)]
     for name in (recipe.prune.criterion, recipe.mask.criterion):
         plugins.append(registry.used("criteria", name))
         load_criterion(name)

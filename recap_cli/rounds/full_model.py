@@ -10,7 +10,7 @@ from torch import nn
 from recap_cli.core.axes import prunable_params
 from recap_cli.core.method import RoundPlan
 from recap_cli.data.sampling import seed_for
-from recap_cli.data.splits import Split
+from recap_cli.data.split import Split
 from recap_cli.errors import ModelError
 from recap_cli.machine import devices, threads
 from recap_cli.models import build, conformance, create

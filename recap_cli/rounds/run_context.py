@@ -12,7 +12,8 @@ from recap_cli.core.adapter import Adapter
 from recap_cli.core.axes import Shape, UnitMask, check_axes, refine, shrink
 from recap_cli.core.method import RoundPlan
 from recap_cli.core.surgery import IndexMap, indices
-from recap_cli.data.splits import Split
+from recap_cli.core.task import Objective
+from recap_cli.data.split import Split
 from recap_cli.errors import StageOrderError
 from recap_cli.models import build
 from recap_cli.models.build import ModelSpec
@@ -23,7 +24,7 @@ from recap_cli.rounds import record, stored
 from recap_cli.rounds.examples import splits_of
 from recap_cli.rounds.layout import Layout
 from recap_cli.rounds.plans import round_plans_of
-from recap_cli.rounds.recipe_model import task_of
+from recap_cli.rounds.recipe_model import objective_of
 from recap_cli.rounds.record import (
     BUFFERS,
     IMPORTANCE,
@@ -43,7 +44,6 @@ from recap_cli.rounds.record import (
 from recap_cli.rounds.status import finished
 from recap_cli.state.manifest import below, quoted
 from recap_cli.state.store import State
-from recap_cli.tasks.task import Task
 from recap_cli.trainable.token_rows import TokenRows
 
 
@@ -112,8 +112,9 @@ class Context:
         return layout
 
     @cached_property
-    def task(self) -> Task:
-        return task_of(self.recipe, self.spec)
+    def objective(self) -> Objective:
+        """What the models are trained and scored for."""
+        return objective_of(self.recipe, self.spec)
 
     def head_lr(self, round_plan: RoundPlan) -> float:
         """The peak learning rate of the task head in a round."""
@@ -213,7 +214,7 @@ class Context:
 
     def metrics(self, folder: str) -> dict[str, float]:
         """Loss and metrics of a round's small model on the validation data."""
-        return stored.metrics(self.state, f"{folder}/{METRICS}", self.recipe.task.metric)
+        return stored.metrics(self.state, f"{folder}/{METRICS}", self.recipe.metric.name)
 
     def memory(self, folder: str) -> dict[str, Any]:
         """Bytes held and measured while finetuning in a round."""

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from recap_cli.core.axes import counts, shapes_of
 from recap_cli.core.surgery import gather, indices, scatter
+from recap_cli.core.task import Labels
 from recap_cli.data import other_data
-from recap_cli.data.labels import Labels
-from recap_cli.data.splits import Split, make_split
+from recap_cli.data.split import Split
+from recap_cli.data.splits import make_split
 from recap_cli.errors import UsageError
 from recap_cli.machine import devices
 from recap_cli.progress import Track
@@ -25,7 +26,7 @@ from recap_cli.rounds.record import TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import trainable_entries
 from recap_cli.state.manifest import quoted
-from recap_cli.training.evaluation import Examples, Pass, evaluate
+from recap_cli.training.evaluation import Pass, Predictions, evaluate
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def read_others(context: Context, other: OtherData, say: Callable[[str], None], 
         DataError: they do not fit.
     """
     recipe, spec = context.recipe, context.spec
-    found = other_data.read_other(recipe.task.kind, other.data, other.split, _labels(context), recipe.data.model_dump())
+    found = other_data.read_other(context.objective.task, other.data, other.split, _labels(context), recipe.data.model_dump())
     for note in found.notes:
         say(f"note: {note}")
     if not found.labelled:
@@ -106,24 +107,23 @@ def _labels(context: Context) -> Labels:
     return Labels(tuple(context.spec.label_names), from_dataset=made["label_places"], words=made["label_words"])
 
 
-def prediction_columns(scored: Scored, seen: dict[str, Examples], names: Sequence[str]) -> dict[str, list[Any]]:
-    """The predictions of all models, one after another."""
-    found = list(seen.values())
-    again, count = len(found), len(scored.split)
-    labels = [names[number] if scored.labelled else None for number in scored.split.labels.tolist()]
+def prediction_columns(scored: Scored, seen: dict[str, Predictions]) -> dict[str, list[Any]]:
+    """The predictions of all models, one after another. Without labels there is neither a label nor a loss."""
+    again, count = len(seen), len(scored.split)
+    names = dict.fromkeys(name for one in seen.values() for name in one.columns)
+    found = {name: [value for one in seen.values() for value in one.columns[name]] for name in names}
+    if not scored.labelled:
+        found |= {name: [None] * (again * count) for name in ("label", "loss")}
     return {
         "model": [name for name in seen for _ in range(count)],
         "index": [*scored.places] * again,
         **({} if scored.files is None else {"file": [*scored.files] * again}),
-        "label": labels * again,
-        "predicted": [names[number] for one in found for number in one.predicted],
-        "probability": [value for one in found for value in one.probability],
-        "loss": [value if scored.labelled else None for one in found for value in one.loss],
+        **found,
     }
 
 
 def score_models(
-    context: Context, which: Sequence[str], scored: Scored, seen: dict[str, Examples], track: Track
+    context: Context, which: Sequence[str], scored: Scored, seen: dict[str, Predictions], track: Track
 ) -> Iterator[dict[str, Any]]:
     """A row for each model named; what each says of every example goes to its place in `seen`."""
     for name in which:
@@ -135,7 +135,7 @@ def score_models(
             metrics = evaluate(
                 forward_of(context.spec, model),
                 scored.split,
-                context.task,
+                context.objective,
                 how=Pass(batch_size=context.recipe.evaluate.batch_size, device=device, track=track, label=f"{name} model"),
                 each=seen.get(name),
             )

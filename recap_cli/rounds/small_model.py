@@ -4,17 +4,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from recap_cli.core.axes import Axis, UnitMask, refine, shapes_of, shrink
 from recap_cli.core.method import RoundPlan
 from recap_cli.core.surgery import IndexMap, indices
+from recap_cli.core.task import Batch, Outputs
 from recap_cli.recipe.recipe import Finetune
 from recap_cli.rounds.layout import Layout
 from recap_cli.trainable.build import Trainable, bring_forward, make_partial
 from recap_cli.trainable.optim import UpdateRule, adamw, sgd
 from recap_cli.trainable.placement import Placement
 from recap_cli.trainable.token_rows import TokenRows
-from recap_cli.training.loop import Batch, Forward
+from recap_cli.training.loop import Forward
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}  # that the forward computes in
 
@@ -123,7 +125,11 @@ def in_dtype(call: Forward, dtype: torch.dtype) -> Forward:
     if dtype == torch.float32:
         return call
 
-    def cast(batch: Batch) -> Tensor:
-        return call({name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()})
+    def cast(batch: Batch) -> Outputs:
+        return call(tree_map(lambda leaf: leaf.to(dtype) if _is_float(leaf) else leaf, batch))
 
     return cast
+
+
+def _is_float(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()

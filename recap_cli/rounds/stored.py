@@ -82,12 +82,12 @@ def spec(state: State, rel: str) -> ModelSpec:
     with meant(path):
         found = SPEC_OF.validate_json(text, strict=True)
         image = None if found.image is None else Image.model_validate(found.image)
-    if len(found.label_names) != found.num_labels or found.num_labels < 2:
+    if len(found.label_names) != found.num_labels or found.num_labels < 1:
         raise corrupt(path, f"{found.num_labels} labels, and {len(found.label_names)} names of them")
+    if (found.library == "transformers") != (found.auto_class is not None):
+        raise corrupt(path, f"a model of {found.library}, and {found.auto_class} of transformers")
     if image is not None and not len(image.mean) == len(image.std) == image.channels:
         raise corrupt(path, f"{image.channels} channels, {len(image.mean)} means and {len(image.std)} deviations")
-    if (image is None) != (found.task_kind == "text-classification"):
-        raise corrupt(path, f"{found.task_kind}, and {'no' if image is None else 'a'} size of images")
     return found
 
 

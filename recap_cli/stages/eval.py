@@ -6,6 +6,7 @@ from typing import Any
 from recap_cli.data import prediction_files
 from recap_cli.errors import DataError
 from recap_cli.progress import Track, silent
+from recap_cli.rounds.plans import require_extras
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.scoring import (
     OtherData,
@@ -18,7 +19,7 @@ from recap_cli.rounds.scoring import (
 )
 from recap_cli.rounds.threads import on_fitting_threads
 from recap_cli.state.store import State
-from recap_cli.training.evaluation import Examples
+from recap_cli.training.evaluation import Predictions
 
 
 @on_fitting_threads
@@ -43,11 +44,13 @@ def evaluate(
         track: hears of progress.
 
     Raises:
+        MissingExtraError: the task's metrics need an extra that is not installed.
         UsageError: the state holds no such model yet. This, as the following, is raised before any model is loaded.
         StorageError: the predictions cannot be written; `UsageError` where their file is there.
         DataError: the data do not fit.
     """
     context = Context(state)
+    require_extras(context.recipe)
     for name in which:
         check_made(context, name)
     if predictions is not None:
@@ -60,8 +63,8 @@ def evaluate(
         raise DataError(
             f"{scored.split.origin} has no labels to score with", hint="--predictions FILE writes what the models predict"
         )
-    seen = {name: Examples() for name in which} if predictions is not None else {}
+    seen = {name: Predictions() for name in which} if predictions is not None else {}
     rows = list(score_models(context, which, scored, seen, track))
     if predictions is not None:
-        prediction_files.write(predictions.path, prediction_columns(scored, seen, context.spec.label_names))
+        prediction_files.write(predictions.path, prediction_columns(scored, seen))
     return rows

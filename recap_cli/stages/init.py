@@ -10,7 +10,7 @@ from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.beginning import begin
 from recap_cli.rounds.full_model import write_full_model
-from recap_cli.rounds.plans import require_extra, round_plans_for
+from recap_cli.rounds.plans import require_extras, round_plans_for
 from recap_cli.state.store import State
 
 LIBRARIES = ("torch", "transformers", "timm", "safetensors")
@@ -30,7 +30,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         BudgetError: nothing fits the memory budget.
         StateError: there is a state already.
     """
-    require_extra(recipe.method)
+    require_extras(recipe)
     recipe, changes = budget.solved(recipe, track)
     round_plans = round_plans_for(recipe)  # after that: what a trainable entry holds may have changed
     with State.create(path, recipes.dump(recipe), recipes.digest(recipe)) as transaction:

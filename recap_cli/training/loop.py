@@ -4,18 +4,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from recap_cli.core.task import Batch, Outputs, Task
 from recap_cli.errors import TrainingError
 from recap_cli.machine.accounting import storage_bytes
+from recap_cli.tasks.losses import mean_loss
 from recap_cli.trainable.build import Trainable
 from recap_cli.trainable.optim import Optimizer
 
-Batch = dict[str, Tensor]
-Forward = Callable[[Batch], Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
+Forward = Callable[[Batch], Outputs]
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,14 @@ class Training:
     gradient_bytes: int
 
 
-def train(forward: Forward, loss: Loss, optimizer: Optimizer, batches: Iterable[Batch], steps: Steps) -> Training:
+def train(forward: Forward, task: Task, optimizer: Optimizer, batches: Iterable[Batch], steps: Steps) -> Training:
     """Take one optimizer step per batch.
 
     Args:
-        forward: Maps a batch to logits, (batch, labels).
-        loss: Maps logits and labels to the mean loss.
+        forward: Maps a batch to the model's outputs.
+        task: Has the loss, and says what it is averaged over.
         optimizer: Updates the trainable weights.
-        batches: Dictionaries of tensors on the device, with the key `labels`.
+        batches: On the device, with the key `labels`.
         steps: How each step is taken.
 
     Raises:
@@ -80,7 +81,7 @@ def train(forward: Forward, loss: Loss, optimizer: Optimizer, batches: Iterable[
         for step, batch in enumerate(batches):
             optimizer.lr = steps.rate(step)
             steps.before_step(step)
-            losses.append(_accumulate(forward, loss, batch, steps.micro_batch_size, complete))
+            losses.append(_accumulate(forward, task, batch, steps.micro_batch_size, complete))
             if complete is None:
                 watch.all_held()
                 _clip(optimizer.trainables, steps.max_grad_norm)
@@ -93,21 +94,29 @@ def train(forward: Forward, loss: Loss, optimizer: Optimizer, batches: Iterable[
 
 
 def _accumulate(
-    forward: Forward, loss: Loss, batch: Batch, micro_batch_size: int | None, complete: "_Complete | None"
+    forward: Forward, task: Task, batch: Batch, micro_batch_size: int | None, complete: "_Complete | None"
 ) -> Tensor:
-    """Run forward and backward over a batch in micro-batches, and return its loss, detached."""
-    count = len(batch["labels"])
-    total = torch.zeros((), device=batch["labels"].device)
-    size = micro_batch_size or count
-    for start in range(0, count, size):
+    """Run forward and backward over a batch in micro-batches, and return its mean loss, detached.
+
+    Each micro-batch has the share in it of what the task counts: examples, words or pixels.
+    """
+    examples = len(batch["labels"])
+    size = micro_batch_size or examples
+    if size >= examples:
+        mean, _ = mean_loss(task, forward(batch), batch)
+        mean.backward()  # type: ignore[no-untyped-call]
+        return mean.detach()
+    total, counted = None, task.count(batch)
+    for start in range(0, examples, size):
         if complete is not None:
-            complete.last = start + size >= count
-        part = batch if size >= count else {name: tensor[start : start + size] for name, tensor in batch.items()}
-        share = len(part["labels"]) / count
-        part_loss = loss(forward(part), part["labels"])
-        (part_loss if share == 1.0 else part_loss * share).backward()  # type: ignore[no-untyped-call]
-        total += part_loss.detach() * share
-    return total
+            complete.last = start + size >= examples
+        part = task.part(batch, start, start + size)
+        mean, count = mean_loss(task, forward(part), part)
+        share = count / (max(counted, 1) if isinstance(counted, int) else counted.clamp(min=1))
+        (mean * share).backward()  # type: ignore[no-untyped-call]
+        part_loss = mean.detach() * share
+        total = part_loss if total is None else total + part_loss
+    return cast(Tensor, total)
 
 
 @dataclass
