@@ -12,7 +12,6 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from record import parser, ratio, table, write
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from recap_cli.core.ranking import Limits, select
 from recap_cli.core.surgery import cut_model, indices
 from recap_cli.plugins.adapters.bert import BERT
 from recap_cli.plugins.adapters.vit import VIT
+from recap_cli.plugins.tasks.classification import TEXT_CLASSIFICATION
 from recap_cli.trainable.build import bring_forward, make_partial
 from recap_cli.trainable.optim import Optimizer, adamw
 from recap_cli.training.loop import Steps, train
@@ -53,7 +53,7 @@ class Side(NamedTuple):
             return logits
 
         started = time.process_time()
-        train(forward, F.cross_entropy, self.optimizer, [batch], steps=Steps(rate=lambda _: 1e-5))
+        train(forward, TEXT_CLASSIFICATION, self.optimizer, [batch], steps=Steps(rate=lambda _: 1e-5))
         return time.process_time() - started
 
 

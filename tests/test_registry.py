@@ -18,6 +18,7 @@ from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.importance import group_scores
 from recap_cli.core.method import Method
+from recap_cli.core.task import Task
 from recap_cli.errors import PluginError
 
 
@@ -45,10 +46,15 @@ def test_ours_are_listed_as_a_strangers_would_be():
     assert (entry.distribution, entry.target) == ("recap-cli", "recap_cli.plugins.criteria.taylor:TAYLOR")
 
 
+KINDS = {"criteria": Criterion, "adapters": Adapter, "methods": Method, "tasks": Task}
+
+
 @pytest.mark.parametrize("kind", registry.KINDS)
 def test_every_registered_plugin_loads_and_is_of_its_kind(kind):
     for name in registry.names(kind):
-        assert isinstance(registry.load(kind, name), {"criteria": Criterion, "adapters": Adapter, "methods": Method}[kind])
+        assert isinstance(
+            registry.load(kind, name), {"criteria": Criterion, "adapters": Adapter, "methods": Method, "tasks": Task}[kind]
+        )
 
 
 def test_listing_imports_neither_torch_nor_a_plugin():

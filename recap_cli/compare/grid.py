@@ -16,7 +16,7 @@ from recap_cli.errors import MissingExtraError, PluginError, RecipeError, UsageE
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import status
-from recap_cli.rounds.plans import method_of_name, require_extra, require_extras, round_plans_for
+from recap_cli.rounds.plans import method_of_name, require_extra, round_plans_for
 
 ORDER = ("full-ft", "head-ft", "lora-ft", "pre-ft", "post-ft", "movement", "recap")  # third-party methods come after these
 SEEDS = (0, 1, 2)
@@ -121,7 +121,7 @@ def plan(
     _refuse_axes(for_all, ["method", "seed", *(key for key, values in given.items() if values)])
     base = recipes.read(source, for_all)
     if base.method in left_out:
-        require_extras(base)
+        require_extra(base.method)
     _refuse_options(for_all, base.method, loaded)
     prunes, masks = (any(getattr(method, does) for method in loaded.values()) for does in ("prunes", "masks"))
     if ratios and not prunes:

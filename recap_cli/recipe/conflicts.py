@@ -1,12 +1,12 @@
 """What must hold between the keys of a recipe, each of which is well-formed by itself (`recap_cli.recipe.schema`)."""
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 from os.path import normpath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recap_cli import registry
 from recap_cli.core.task import Task
+from recap_cli.recipe.near import did_you_mean, near
 from recap_cli.tasks.calls import known, task_named
 from recap_cli.untrusted.model_limits import beyond
 
@@ -55,7 +55,7 @@ class Conflict(NamedTuple):
 def task_of(values: Any) -> Task | None:
     """Return the task that the values of a recipe name; None if they name none that is known."""
     section = values.get("task") if isinstance(values, dict) else None
-    kind = section.get("kind") if isinstance(section, dict) else None
+    kind = section.get("kind") if isinstance(section, dict) else getattr(section, "kind", None)
     return task_named(kind) if isinstance(kind, str) and known(kind) else None
 
 
@@ -99,8 +99,7 @@ def _input_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
         yield from _task_conflicts(recipe, task_named(recipe.task.kind))
     else:
         kinds = registry.names("tasks")
-        near = get_close_matches(recipe.task.kind, kinds, n=1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
+        meant = did_you_mean(near(recipe.task.kind, kinds))
         yield Conflict(("task.kind",), f"expected one of {', '.join(kinds)}; found {recipe.task.kind}{meant}")
     if data.builtin == "digits" and known(recipe.task.kind) and recipe.task.kind != "image-classification":
         text = f'expected "image-classification", as data.builtin is digits; found "{recipe.task.kind}"'
@@ -123,7 +122,8 @@ def _task_conflicts(recipe: "Recipe", task: Task) -> Iterator[Conflict]:
     kind, data = recipe.task.kind, recipe.data
     metrics = [metric.name for metric in task.all_metrics]
     if recipe.task.metric not in metrics:
-        text = f"expected one of {', '.join(metrics)}, for {kind}; found {recipe.task.metric}"
+        meant = did_you_mean(near(recipe.task.metric or "", metrics))
+        text = f"expected one of {', '.join(metrics)}, for {kind}; found {recipe.task.metric}{meant}"
         yield Conflict(("task.metric", "task.kind"), text)
     column = "image" if task.inputs == "image" else "text"
     has_columns = data.builtin is None and (data.train is None or column == "text")  # of images, `train` may be a folder

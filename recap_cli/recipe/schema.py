@@ -151,6 +151,7 @@ class Task(BaseModel):
 
     kind: Text = Field(
         examples=["text-classification", "image-classification", "token-classification"],
+        json_schema_extra={"plugins": "tasks"},
         description="Plugin that says what the model learns; `recap plugins` lists them.",
     )
     metric: Text | None = Field(
@@ -374,10 +375,12 @@ class Recipe(BaseModel):
     @classmethod
     def _first_metric(cls, values: Any) -> Any:
         """Fill in the first metric of the task, if the recipe names none."""
-        task = task_of(values)
-        if task is None or values["task"].get("metric") is not None:
+        if (task := task_of(values)) is None:
             return values
-        return {**values, "task": {**values["task"], "metric": task.all_metrics[0].name}}
+        section = values["task"].model_dump() if isinstance(values["task"], Task) else values["task"]
+        if section.get("metric") is not None:
+            return values
+        return {**values, "task": {**section, "metric": task.all_metrics[0].name}}
 
     @model_validator(mode="before")
     @classmethod

@@ -34,6 +34,15 @@ def require_extras(recipe: Recipe) -> None:
         PluginError: there is no such method, or one of them names an extra that recap-cli does not have.
     """
     require_extra(recipe.method)
+    require_extra_of_task(recipe)
+
+
+def require_extra_of_task(recipe: Recipe) -> None:
+    """Do nothing if what the metrics of a recipe's task need is installed.
+
+    Raises:
+        MissingExtraError, PluginError: as `require_extras`.
+    """
     _require(task_named(recipe.task.kind).extra, f"the task {recipe.task.kind!r}")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from recap_cli.data import prediction_files
 from recap_cli.errors import DataError
 from recap_cli.progress import Track, silent
-from recap_cli.rounds.plans import require_extras
+from recap_cli.rounds.plans import require_extra_of_task
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.scoring import (
     OtherData,
@@ -50,7 +50,7 @@ def evaluate(
         DataError: the data do not fit.
     """
     context = Context(state)
-    require_extras(context.recipe)
+    require_extra_of_task(context.recipe)
     for name in which:
         check_made(context, name)
     if predictions is not None:

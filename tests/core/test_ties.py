@@ -14,6 +14,7 @@ from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import IndexMap, cut_model, indices, put, take
 from recap_cli.core.ties import Once, names_of
 from recap_cli.machine.accounting import storage_bytes
+from recap_cli.plugins.tasks.classification import TEXT_CLASSIFICATION
 from recap_cli.trainable.build import Trainable, make_partial, tied_otherwise
 from recap_cli.trainable.frozen_weights import QuantizedEmbedding
 from recap_cli.trainable.linear import PartialLinear
@@ -109,7 +110,7 @@ def stepped(index_map: IndexMap, rule: Any, *, fused: bool = False, **forms: Any
     optimizer = Optimizer(trainables, rule)
     assert sum(len(moments) for moments in optimizer.moments.values()) == len(rule.idle_decay) * len(trainables)
     call = lambda batch: model(batch["ids"])  # noqa: E731
-    train(call, loss, optimizer, batches(), steps=Steps(rate=lambda _: 0.05, fused_backward=fused))
+    train(call, TEXT_CLASSIFICATION, optimizer, batches(), steps=Steps(rate=lambda _: 0.05, fused_backward=fused))
     return trainables
 
 

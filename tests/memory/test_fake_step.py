@@ -173,7 +173,7 @@ def finetuning_step(step: Step, recipe: Recipe) -> None:
         "max_grad_norm": tune.max_grad_norm,
         "fused_backward": tune.fused_backward,
     }
-    train(step.forward, step.loss, step.optimizer, [step.batch], steps=Steps(rate=lambda _: 1e-6, **how))
+    train(step.forward, step.task, step.optimizer, [step.batch], steps=Steps(rate=lambda _: 1e-6, **how))
 
 
 def standing_bytes(step: Step) -> int:
