@@ -3,6 +3,7 @@
 from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, is_transposed
 from recap_cli.core.axes import Axis, Cut, UnitMask, refine
 from recap_cli.core.criterion import Criterion, GroupScores
+from recap_cli.core.frozen_weight import FrozenWeight
 from recap_cli.core.method import Method, RoundPlan, Settings, TrainContext, TrainerHook
 from recap_cli.core.surgery import owner_of
 from recap_cli.core.ties import names_of
@@ -13,6 +14,7 @@ __all__ = [
     "Axis",
     "Criterion",
     "Cut",
+    "FrozenWeight",
     "GroupScores",
     "Heads",
     "Method",

@@ -14,6 +14,7 @@ from recap_cli.progress import Track, silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.examples import read_raw, splits_of
+from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.rounds.full_model import fitting_threads, make_full_model, model_facts, write_full_model
 from recap_cli.rounds.importance import load_criterion
 from recap_cli.rounds.plans import check_steps, require_extra, round_plans_for, steps_in_round
@@ -79,8 +80,10 @@ def _note_budget(transaction: Transaction, recipe: Recipe, changes: Sequence[bud
 
 
 def _note_plugins(transaction: Transaction, recipe: Recipe) -> None:
-    """Note the method and the criteria. Raises `PluginError` for a criterion that cannot be loaded."""
-    transaction.plugins = {"used": [registry.used("methods", recipe.method)]}
+    """Note the method, the frozen weight and the criteria. Raises `PluginError` for one that cannot be loaded."""
+    weights = recipe.finetune.weights
+    frozen_weight_of(weights)
+    transaction.plugins = {"used": [registry.used("methods", recipe.method), registry.used("weights", weights)]}
     for name in (recipe.prune.criterion, recipe.mask.criterion):
         transaction.plugins["used"].append(registry.used("criteria", name))
         load_criterion(name)
