@@ -306,10 +306,10 @@ class Finetune(BaseModel):
         default=None,
         description="The device memory to use, as in 2GiB: `init` changes settings until the prediction fits, and lists them.",
     )
-    weights: Literal["fp32", "bf16", "int8"] = Field(
+    weights: Text = Field(
         default="fp32",
-        description="Type of the weights on the device. With int8, frozen matrices are int8 and the rest is bf16. "
-        "Trainable weights have fp32 masters.",
+        description="Plugin that holds the weights on the device. With int8 and nf4, frozen matrices are quantized and the "
+        "rest is bf16. Trainable weights have fp32 masters.",
     )
     checkpointing: Flag = Field(default=False, description="True recomputes activations in the backward pass.")
     fused_backward: Flag = Field(default=False, description="True updates each tensor as soon as its gradient is complete.")

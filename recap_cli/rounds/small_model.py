@@ -11,14 +11,13 @@ from recap_cli.core.method import RoundPlan
 from recap_cli.core.surgery import IndexMap, indices
 from recap_cli.core.task import Batch, Outputs
 from recap_cli.recipe.recipe import Finetune
+from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.rounds.layout import Layout
 from recap_cli.trainable.build import Trainable, bring_forward, make_partial
 from recap_cli.trainable.optim import UpdateRule, adamw, sgd
 from recap_cli.trainable.placement import Placement
 from recap_cli.trainable.token_rows import TokenRows
 from recap_cli.training.loop import Forward
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}  # that the forward computes in
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ class SmallModel:
 
 
 def placement_of(settings: Finetune, device: torch.device | str = "cpu") -> Placement:
-    """Where a model lives while it is finetuned on a device, by the recipe."""
-    return Placement(device, DTYPES[settings.weights], int8=settings.weights == "int8", offload=settings.offload)
+    """Where a model lives while it is finetuned on a device, by the recipe. Raises `PluginError` as `frozen_weight_of` does."""
+    return Placement(device, frozen_weight_of(settings.weights), offload=settings.offload)
 
 
 def rule_of(settings: Finetune) -> UpdateRule:
