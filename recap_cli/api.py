@@ -1,7 +1,7 @@
 """All that a plugin may import: the records that plugins are made of, and the errors they may raise."""
 
 from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, is_transposed
-from recap_cli.core.axes import Axis, Cut, UnitMask, refine
+from recap_cli.core.axes import Axis, Cut, UnitMask, mask_axes
 from recap_cli.core.criterion import Criterion, GroupScores
 from recap_cli.core.method import Method, RoundPlan, Settings, TrainContext, TrainerHook
 from recap_cli.core.surgery import owner_of
@@ -26,7 +26,7 @@ __all__ = [
     "UnitMask",
     "find_axes",
     "is_transposed",
+    "mask_axes",
     "names_of",
     "owner_of",
-    "refine",
 ]
