@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, is_transposed
-    from recap_cli.core.axes import Axis, Cut, UnitMask, refine
+    from recap_cli.core.axes import Axis, Cut, UnitMask, mask_axes
     from recap_cli.core.criterion import Criterion, GroupScores
     from recap_cli.core.frozen_weight import FrozenWeight
     from recap_cli.core.method import Method, RoundPlan, Settings, TrainContext, TrainerHook
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "recap_cli.core.adapter": ("Adapter", "Heads", "Neurons", "find_axes", "is_transposed"),
-    "recap_cli.core.axes": ("Axis", "Cut", "UnitMask", "refine"),
+    "recap_cli.core.axes": ("Axis", "Cut", "UnitMask", "mask_axes"),
     "recap_cli.core.criterion": ("Criterion", "GroupScores"),
     "recap_cli.core.frozen_weight": ("FrozenWeight",),
     "recap_cli.core.method": ("Method", "RoundPlan", "Settings", "TrainContext", "TrainerHook"),
@@ -65,11 +65,11 @@ __all__ = [
     "find_axes",
     "is_transposed",
     "label_numbers",
+    "mask_axes",
     "may_be_classes",
     "names_of",
     "owner_of",
     "read_labels",
-    "refine",
     "repeats",
 ]
 

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from recap_cli.core.adapter import block_paths
 from recap_cli.core.axes import Axis
+from recap_cli.core.blocks import block_paths
 from recap_cli.core.streaming import streamed
 from recap_cli.errors import PluginError
 from recap_cli.recipe.recipe import Recipe
