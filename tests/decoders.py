@@ -28,7 +28,7 @@ def printed_tables() -> tuple[Heads | Neurons, ...]:
     """The tables for GPT-2 as docs/plugins/adapter.md has them: that very text, executed."""
     blocks = re.findall(r"^```python\n(.*?)^```$", PLUGINS.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     (text,) = [block for block in blocks if block.startswith("Heads(")]
-    return tuple(eval(ast.unparse(line), dict(vars(api))) for line in ast.parse(text).body)
+    return tuple(eval(ast.unparse(line), {name: getattr(api, name) for name in api.__all__}) for line in ast.parse(text).body)
 
 
 ADAPTERS = {

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from recap_cli.core.task import logits_of
 from recap_cli.models import build
-from recap_cli.models.specs import ModelSpec, image_facts
+from recap_cli.models.source import ModelSource
+from recap_cli.models.specs import Library, ModelSpec, image_facts
 from recap_cli.tasks.calls import task_named
 
 LABELS = ["cat", "dog", "newt"]
@@ -69,6 +71,17 @@ def pico(name: str, seed: int = 0) -> tuple[nn.Module, ModelSpec]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build._build(spec), spec
+
+
+def source_for(kind: str, library: Library = "transformers", **given: Any) -> ModelSource:
+    """What a model for a task of this kind is made from."""
+    return ModelSource(library, task_named(kind), kind, **given)
+
+
+def logits_for(spec: ModelSpec) -> Callable[[nn.Module, dict[str, Any]], Tensor]:
+    """From a model of a spec and a batch to its logits."""
+    forward = build.forward(spec)
+    return lambda model, batch: logits_of(forward(model, batch))
 
 
 def write_tokenizer(folder: Path) -> Any:

@@ -31,8 +31,9 @@ from recap_cli.rounds.examples import read_raw
 from recap_cli.rounds.plans import round_plans_for
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
-from recap_cli.tasks import task
-from tests.pico import TEXT, pico
+from recap_cli.tasks.calls import task_named
+from recap_cli.tasks.losses import mean_loss
+from tests.pico import TEXT, logits_for, pico
 from tests.tiny import data_folder, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -362,12 +363,12 @@ def test_the_method_of_the_documentation_is_compared_on_texts(extra, tmp_path, m
 
 def losses_of(model, spec):
     """A D_s of two batches."""
-    forward = build.forward(spec)
+    forward, task = logits_for(spec), task_named(spec.task_kind)
 
     def losses(each):
         for seed in (0, 1):
             batch = build.example_batch(spec, seed=seed)
-            yield task.loss(forward(model, batch), torch.tensor([0, 2])), 0.5
+            yield mean_loss(task, forward(model, batch), {"labels": torch.tensor([0, 2])})[0], 0.5
 
     return losses
 

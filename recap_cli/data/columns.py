@@ -14,7 +14,7 @@ from recap_cli.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TEXT = ("texts", column_types.is_text, column_types.is_prose)
+TEXT = ("text", column_types.is_text, column_types.is_prose)
 WORDS = ("lists of words, or texts", column_types.may_be_words, column_types.is_prose)
 IMAGE = ("images or paths of images", column_types.may_be_images, column_types.are_images)
 

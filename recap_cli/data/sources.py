@@ -178,8 +178,8 @@ def _read_builtin(name: str, roles: Roles) -> Found:
         png = BytesIO()
         PIL.Image.fromarray(shades).save(png, "png")
         images.append(png.getvalue())
-    names = [role.name for role in roles.all]  # one of images, one of labels: the recipe's conflicts see to that
-    table = pa.table(dict(zip(names, (pa.array(images), pa.array(labels)), strict=True)))
+    image = next((role.name for role in roles.inputs if role.key == "image"), "image")
+    table = pa.table({image: pa.array(images), roles.labels[0].name: pa.array(labels)})
     return Found(table, "the digits of recap")
 
 

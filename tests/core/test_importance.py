@@ -15,7 +15,7 @@ from recap_cli.core.criterion import Criterion
 from recap_cli.core.importance import averaged, group_scores
 from recap_cli.errors import PluginError
 from recap_cli.models import build
-from tests.pico import LABELS, PICO, pico
+from tests.pico import LABELS, PICO, logits_for, pico
 
 BATCHES = 3
 
@@ -29,7 +29,7 @@ def prepared(name: str) -> tuple[nn.Module, list[Axis], list[tuple[dict[str, Ten
 
 
 def losses_of(model: nn.Module, spec: build.ModelSpec, data: list[tuple[dict[str, Tensor], Tensor]]):  # type: ignore[no-untyped-def]
-    forward = build.forward(spec)
+    forward = logits_for(spec)
     total = sum(len(labels) for _, labels in data)
 
     def losses(each: bool) -> Iterator[tuple[Tensor, float]]:
@@ -44,7 +44,7 @@ def losses_of(model: nn.Module, spec: build.ModelSpec, data: list[tuple[dict[str
 
 def naive_gradients(model: nn.Module, spec: build.ModelSpec, data: list[tuple[dict[str, Tensor], Tensor]]) -> dict[str, Tensor]:
     """The mean derivative over all examples, from one loss over all of them, example by example."""
-    forward = build.forward(spec)
+    forward = logits_for(spec)
     model.zero_grad()
     total = sum(len(labels) for _, labels in data)
     for inputs, labels in data:

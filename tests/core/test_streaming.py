@@ -22,7 +22,7 @@ from recap_cli.errors import ModelError
 from recap_cli.models import build
 from tests.core.test_importance import losses_of, prepared
 from tests.decoders import ADAPTERS, decoder
-from tests.pico import LABELS, PICO
+from tests.pico import LABELS, PICO, logits_for
 
 
 class Block(nn.Module):
@@ -78,7 +78,7 @@ def assert_as_before(model: nn.Module, before: dict[str, tuple[int, int, str, Te
 @pytest.mark.parametrize("name", sorted(PICO))
 def test_scores_and_logits_are_those_of_the_plain_model_and_nothing_is_left_behind(name: str) -> None:
     model, axes, data, spec = prepared(name)
-    blocks, forward, before = block_paths(model, axes), build.forward(spec), state_of(model)
+    blocks, forward, before = block_paths(model, axes), logits_for(spec), state_of(model)
     assert len(blocks) == 2
     for criterion in (registry.load("criteria", "taylor"), registry.load("criteria", "fisher")):
         assert isinstance(criterion, Criterion)
@@ -191,7 +191,7 @@ def test_weights_go_to_another_device_and_their_gradients_come_back(name: str) -
         inputs = {key: mode.from_tensor(tensor).to(THERE) for key, tensor in data[0][0].items()}
         with streamed(model, blocks, THERE):
             for _ in range(2):  # the second is added to the first
-                logits = build.forward(spec)(model, inputs)
+                logits = logits_for(spec)(model, inputs)
                 logits.sum().backward()
     assert logits.device.type == THERE
     trained = {key: param for key, param in model.named_parameters() if param.grad is not None}

@@ -14,8 +14,9 @@ from PIL import Image
 from pyarrow import parquet
 from sklearn.datasets import load_digits
 
-from recap_cli.data.sources import Raw, hold_out, read_splits
+from recap_cli.data.sources import Raw, hold_out
 from recap_cli.errors import DataError
+from tests.reading import read_splits
 
 SHARED = Path(os.environ.get("RECAP_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 needs_shared = pytest.mark.skipif(

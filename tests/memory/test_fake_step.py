@@ -22,10 +22,9 @@ from recap_cli.memory.fake_step import Fakes, Step
 from recap_cli.memory.tracker import GRANULE_BYTES, KINDS, Tracker, Usage
 from recap_cli.models import build, create, spec_from_config
 from recap_cli.models.build import ModelSpec
-from recap_cli.models.source import ModelSource
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.training.loop import Steps, train
-from tests.pico import LABELS, PICO, pico
+from tests.pico import LABELS, PICO, pico, source_for
 from tests.tiny import is_text, model_section, tiny
 
 HF = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 384}
@@ -360,8 +359,8 @@ def test_texts_are_predicted_with_the_mask_that_padding_makes() -> None:
 def described(pico_name: str, **arguments: Any) -> ModelSpec:
     section = model_section(pico_name)
     kind = "text-classification" if is_text(pico_name) else "image-classification"
-    given = {"config": section["config"], "task_kind": kind, "label_names": LABELS, **arguments}
-    return spec_from_config.spec_of(ModelSource(library=section.get("library", "transformers"), **given))
+    given = {"kind": kind, "config": section["config"], "label_names": LABELS, **arguments}
+    return spec_from_config.spec_of(source_for(library=section.get("library", "transformers"), **given))
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -379,7 +378,7 @@ def test_an_meta_model_is_that_of_the_model_that_would_be_made(name: str) -> Non
     assert shapes(build.on_meta(spec)) == shapes(model)
     assert facts(spec)[:5] == facts(made)[:5]
     section = model_section(name)
-    source = ModelSource(section.get("library", "transformers"), spec.task_kind, config=section["config"], label_names=LABELS)
+    source = source_for(spec.task_kind, section.get("library", "transformers"), config=section["config"], label_names=LABELS)
     created = create.create_model(source)
     assert shapes(build.on_meta(spec)) == shapes(created.model)
     assert facts(spec) == facts(created.spec)
@@ -405,7 +404,7 @@ def test_a_folder_needs_no_weights_to_be_outlined(name: str, tmp_path: Path) -> 
 def test_another_image_size_and_other_labels_are_outlined_as_they_are_created(name: str) -> None:
     given = {"image_size": 32, "label_names": ["a", "b", "c", "d"]}
     section, spec = model_section(name), described(name, **given)
-    source = ModelSource(section.get("library", "transformers"), "image-classification", config=section["config"], **given)
+    source = source_for("image-classification", section.get("library", "transformers"), config=section["config"], **given)
     created = create.create_model(source)
     assert shapes(build.on_meta(spec)) == shapes(created.model)
     assert facts(spec) == facts(created.spec)
@@ -430,9 +429,9 @@ def test_without_labels_the_head_is_that_of_the_configuration() -> None:
         ("vit", {"config": {"model_type": "vit", "hidden_size": "wide"}}, "no configuration of a vit"),
         ("vit", {"config": {"model_type": "vit", "hidden_act": "gelo"}}, "hidden_act of this vit is 'gelo'"),
         ("vit", {"config": {"model_type": "vit", "image_size": [16, 32]}}, "not square ones"),
-        ("vit", {"task_kind": "text-classification"}, "no vit for text-classification"),
+        ("vit", {"kind": "text-classification"}, "no vit for text-classification"),
         ("vit", {"name": "/nowhere/model", "config": None}, "there is no folder /nowhere/model"),
-        ("timm-vit", {"task_kind": "text-classification"}, "timm has no models for text-classification"),
+        ("timm-vit", {"kind": "text-classification"}, "timm has no models for text-classification"),
         ("timm-vit", {"config": {}}, "names no timm architecture"),
         ("timm-vit", {"config": {"architecture": "vit_tny_patch16_224"}}, "no architecture 'vit_tny_patch16_224'"),
         ("timm-vit", {"config": {"architecture": "vit_tiny_patch16_224", "depht": 1}}, "depht"),

@@ -12,15 +12,14 @@ from recap_cli.models import build, checkpoints, transformers_models, unexpected
 from recap_cli.models.build import ModelSpec
 from recap_cli.models.create import Created, create_model
 from recap_cli.models.pos_embed import resample
-from recap_cli.models.source import ModelSource
-from tests.pico import LABELS, PICO, WORDS, pico, write_tokenizer
+from tests.pico import LABELS, PICO, WORDS, logits_for, pico, source_for, write_tokenizer
 
-VISION = {"task_kind": "image-classification", "label_names": LABELS}
-TEXT = {"task_kind": "text-classification", "label_names": LABELS}
+VISION = {"kind": "image-classification", "label_names": LABELS}
+TEXT = {"kind": "text-classification", "label_names": LABELS}
 
 
 def made(**source) -> Created:
-    return create_model(ModelSource(**source))
+    return create_model(source_for(**source))
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def saved(tmp_path):
 
 def logits(model, spec, batch=None):
     with torch.no_grad():
-        return build.forward(spec)(model, batch or build.example_batch(spec))
+        return logits_for(spec)(model, batch or build.example_batch(spec))
 
 
 @pytest.mark.parametrize("name", PICO)
@@ -78,7 +77,7 @@ def test_checkpointing_leaves_the_gradients_as_they_are(name):
         for module in model.train().modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        build.forward(spec)(model, build.example_batch(spec)).square().sum().backward()
+        logits_for(spec)(model, build.example_batch(spec)).square().sum().backward()
         gradients.append({name: param.grad for name, param in model.named_parameters()})
     for param, grad in gradients[0].items():
         torch.testing.assert_close(grad, gradients[1][param])
@@ -351,9 +350,9 @@ def test_positions_are_those_that_the_model_runs_with(name, wanted):
     assert build.positions(spec) == wanted
     if wanted is not None:
         ids = torch.full((1, wanted), 7)
-        assert build.forward(spec)(model, {"input_ids": ids}).shape == (1, 3)
+        assert logits_for(spec)(model, {"input_ids": ids}).shape == (1, 3)
         with pytest.raises((IndexError, RuntimeError)):
-            build.forward(spec)(model, {"input_ids": torch.full((1, wanted + 1), 7)})
+            logits_for(spec)(model, {"input_ids": torch.full((1, wanted + 1), 7)})
 
 
 def test_a_model_for_another_task_is_refused(saved):

@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 import recap_cli
 from recap_cli.errors import ModelError
 from recap_cli.models import build, conformance, create
-from recap_cli.models.source import ModelSource
 from tests.models.test_export import Small, uniform
-from tests.pico import LABELS, pico, write_tokenizer
+from tests.pico import LABELS, pico, source_for, write_tokenizer
 
 SECONDS = 120  # against a test that waits for ever; each takes below one
 DEEP = "[" * 100_000
@@ -93,7 +92,7 @@ def config(**given: Any) -> Change:
 def made(folder: Path, name: str) -> create.Created:
     kind = "text-classification" if name == "bert" else "image-classification"
     library = "timm" if name == "timm-vit" else "transformers"
-    created = create.create_model(ModelSource(library, kind, str(folder), label_names=LABELS))  # type: ignore[arg-type]
+    created = create.create_model(source_for(kind, library, name=str(folder), label_names=LABELS))  # type: ignore[arg-type]
     conformance.check(created.model, build.adapter_of(created.spec), created.spec)
     return created
 

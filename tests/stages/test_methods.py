@@ -70,7 +70,7 @@ def test_a_run_takes_the_steps_of_the_recipe_and_ends_in_a_product_that_scores_w
     assert context.round_plans[best["round"] - 1].product
     model = context.model(state.load_tensors(f"{best['folder']}/{WEIGHTS}"), counts(context.plan(best["folder"])))
     _, validation = context.splits(lambda items, label, total=None: iter(items))
-    scored = evaluate(forward_of(context.spec, model), validation, context.task, how=Pass(batch_size=64))
+    scored = evaluate(forward_of(context.spec, model), validation, context.objective, how=Pass(batch_size=64))
     assert scored["accuracy"] == pytest.approx(best["value"])
 
 
