@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, is_transposed
-    from recap_cli.core.axes import Axis, Cut, UnitMask, refine
+    from recap_cli.core.axes import Axis, Cut, UnitMask, mask_axes
     from recap_cli.core.criterion import Criterion, GroupScores
+    from recap_cli.core.frozen_weight import FrozenWeight
     from recap_cli.core.method import Method, RoundPlan, Settings, TrainContext, TrainerHook
     from recap_cli.core.ragged import Ragged
     from recap_cli.core.surgery import owner_of
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "recap_cli.core.adapter": ("Adapter", "Heads", "Neurons", "find_axes", "is_transposed"),
-    "recap_cli.core.axes": ("Axis", "Cut", "UnitMask", "refine"),
+    "recap_cli.core.axes": ("Axis", "Cut", "UnitMask", "mask_axes"),
     "recap_cli.core.criterion": ("Criterion", "GroupScores"),
+    "recap_cli.core.frozen_weight": ("FrozenWeight",),
     "recap_cli.core.method": ("Method", "RoundPlan", "Settings", "TrainContext", "TrainerHook"),
     "recap_cli.core.ragged": ("Ragged",),
     "recap_cli.core.surgery": ("owner_of",),
@@ -40,6 +42,7 @@ __all__ = [
     "Criterion",
     "Cut",
     "DataError",
+    "FrozenWeight",
     "GroupScores",
     "Heads",
     "LabelColumn",
@@ -62,11 +65,11 @@ __all__ = [
     "find_axes",
     "is_transposed",
     "label_numbers",
+    "mask_axes",
     "may_be_classes",
     "names_of",
     "owner_of",
     "read_labels",
-    "refine",
     "repeats",
 ]
 

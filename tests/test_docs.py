@@ -22,7 +22,7 @@ from recap_cli.compare import processes
 from recap_cli.compare.grid import plan
 from recap_cli.compare.runner import compare
 from recap_cli.core.adapter import find_axes
-from recap_cli.core.axes import refine
+from recap_cli.core.axes import mask_axes
 from recap_cli.core.importance import group_scores
 from recap_cli.errors import PipeError
 from recap_cli.models import build
@@ -390,7 +390,7 @@ def test_the_activation_criterion_of_the_documentation_scores_groups_of_both_siz
 
     model, spec = pico("vit")
     axes = find_axes(build.adapter_of(spec), model)
-    for sizes in (axes, [refine(axis) for axis in axes]):
+    for sizes in (axes, mask_axes(axes)):
         scores = group_scores(model, sizes, recap_activation.ACTIVATION, losses_of(model, spec))
         assert all(scores[axis.name].shape == (axis.size,) and bool((scores[axis.name] > 0).all()) for axis in sizes)
 

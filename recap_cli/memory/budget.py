@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
+import torch
+
 from recap_cli.errors import BudgetError
 from recap_cli.memory import meta_model
 from recap_cli.memory.meta_model import MetaModel, anew, with_token_rows
@@ -19,6 +21,7 @@ from recap_cli.progress import Track, silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.examples import read_raw
+from recap_cli.rounds.frozen_weights import frozen_weight_of, smaller_quantized
 from recap_cli.rounds.run_context import Context
 from recap_cli.state.store import State
 
@@ -85,7 +88,7 @@ LADDER = (
         "finetune.weights",
         "bf16",
         "nothing but the forward's precision: masters stay fp32",
-        lambda r: r.finetune.weights == "fp32",
+        lambda r: not (weights := frozen_weight_of(r.finetune.weights)).quantizes and weights.dtype == torch.float32,
     ),
     _switch("finetune.checkpointing", True, "time: each block runs twice", lambda r: not r.finetune.checkpointing),
     Rung("finetune.micro_batch_size", _micro_batches, float, "time: the same batch in smaller parts"),
@@ -101,7 +104,7 @@ LADDER = (
 SCORING = "evaluate.batch_size"
 MICRO = "finetune.micro_batch_size"
 IMPORTANCE = "importance.device"
-INT8 = {"finetune.weights": "int8"}  # quantized weights are for a user to choose
+WEIGHTS = "finetune.weights"  # quantized ones are for a user to choose
 
 
 def fit(
@@ -229,13 +232,13 @@ def savings(context: Context) -> list[tuple[str, int]]:
 
 
 def single_changes(recipe: Recipe) -> Iterable[tuple[str, Any]]:
-    """One value for each rung: the next smaller micro-batch, ratios half-way to their ends; and int8."""
+    """One value for each rung: the next smaller micro-batch, ratios half-way to their ends; and quantized weights."""
     for rung in LADDER:
         values = rung.values(recipe)
         if values:
             yield rung.key, values[len(values) // 2] if rung.key.endswith("ratio") else values[0]
-    if recipe.finetune.weights != "int8":
-        yield from INT8.items()
+    for name in smaller_quantized(recipe.finetune.weights):
+        yield WEIGHTS, name
 
 
 def _climb(model: MetaModel, now: Prediction, rung: Rung, allowed: int) -> Prediction:
@@ -334,10 +337,10 @@ def _nothing_fits(model: MetaModel, least: Prediction, budget_bytes: int, may_ch
     keys = [rung.key for rung in LADDER if may_change(rung.key)]
     settings = ", ".join(f"{key}={value_text(_current(least.recipe, key))}" for key in keys)
     hint = f"a budget of {_enough(needed)} fits"
-    if may_change("finetune.weights") and least.recipe.finetune.weights != "int8":
-        int8 = least_bytes(recipes.changed(least.recipe, INT8))
-        if int8 <= needed - 1e5:
-            hint += f"; with --set finetune.weights=int8, which is not chosen here, one of {_enough(int8)}"
+    for name in smaller_quantized(least.recipe.finetune.weights) if may_change(WEIGHTS) else ():
+        quantized = least_bytes(recipes.changed(least.recipe, {WEIGHTS: name}))
+        if quantized <= needed - 1e5:
+            hint += f"; with --set {WEIGHTS}={name}, which is not chosen here, one of {_enough(quantized)}"
     if fixed := [rung.key for rung in LADDER if not may_change(rung.key)]:
         hint += f"; a new state may have another {' and '.join(fixed)}, too: ask with its recipe"
     return BudgetError(

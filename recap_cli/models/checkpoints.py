@@ -24,7 +24,7 @@ CONFIGS = ("config.json", "preprocessor_config.json")
 TIMEOUT_SECONDS = 5.0
 LFS_POINTER = b"version https://git-lfs"  # how the file begins that git has instead of a large one
 FLOATS = ("F64", "F32", "F16", "BF16")
-QUANTIZED_HINT = "name the model without quantization; RECAP quantizes it with --set finetune.weights=int8"
+QUANTIZED_HINT = "name the model without quantization; RECAP quantizes it with --set finetune.weights=int8 (or nf4)"
 FOLDER_HINT = "name a local folder with config.json and model.safetensors: --set model.name=DIR"
 CONFIG_HINT = "copy or download config.json again, or name another folder: --set model.name=DIR"
 

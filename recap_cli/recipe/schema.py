@@ -119,6 +119,7 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "Ki": 2**10
 _AMOUNT = r"^([0-9]{1,12}(?:\.[0-9]{1,12})?) ?([KMGT]i?|)B$"
 Bytes = Annotated[str, Field(strict=True, pattern=_AMOUNT, examples=["2GiB", "1500MB", "0.5GB"])]
 Scope = Literal["per-kind", "global", "per-layer"]
+RankBy = Literal["sum", "parameter", "layer", "size"]
 MAX_HEAD_LR_RATIO = 10.0  # to `lr`, with `auto`: larger ratios were not measured
 
 
@@ -231,6 +232,11 @@ class Prune(BaseModel):
     scope: Scope = Field(
         default="per-kind", description="What is ranked together: groups of one kind, all, or those of one layer."
     )
+    rank_by: RankBy = Field(
+        default="parameter",
+        description="How groups of different size compete: by importance per parameter, by the sum over the group (the "
+        "paper's), in relation to the mean of their layer, or only with groups of their size.",
+    )
     floor: Share = Field(default=0.15, description="Share of each layer's heads and neurons that is always kept.")
     hold_plan: Share = Field(
         default=0.5, description="Share of the rounds, at the end, that keep the plan of the round before; the paper has 0."
@@ -263,6 +269,7 @@ class Mask(BaseModel):
         description="What is ranked together, as in `prune.scope`. With per-layer, the same share of every layer is trainable. "
         "The paper has per-kind.",
     )
+    rank_by: RankBy = Field(default="parameter", description="How units of different size compete, as in `prune.rank_by`.")
     random: Share = Field(
         default=0.0,
         description="Share of the trainable parameters that is chosen at random, not by importance; the paper has 0.",
@@ -307,10 +314,10 @@ class Finetune(BaseModel):
         default=None,
         description="The device memory to use, as in 2GiB: `init` changes settings until the prediction fits, and lists them.",
     )
-    weights: Literal["fp32", "bf16", "int8"] = Field(
+    weights: Text = Field(
         default="fp32",
-        description="Type of the weights on the device. With int8, frozen matrices are int8 and the rest is bf16. "
-        "Trainable weights have fp32 masters.",
+        description="Plugin that holds the weights on the device. With int8 and nf4, frozen matrices are quantized and the "
+        "rest is bf16. Trainable weights have fp32 masters.",
     )
     checkpointing: Flag = Field(default=False, description="True recomputes activations in the backward pass.")
     fused_backward: Flag = Field(default=False, description="True updates each tensor as soon as its gradient is complete.")

@@ -11,6 +11,7 @@ from recap_cli.machine import devices, threads
 from recap_cli.progress import Track
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.examples import read_raw, splits_of
+from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.rounds.full_model import FullModel, fitting_threads, make_full_model, model_facts
 from recap_cli.rounds.importance import load_criterion
 from recap_cli.rounds.plans import check_steps, steps_in_round
@@ -25,7 +26,7 @@ class Beginning:
     Attributes:
         full: the full model, its head warmed up.
         facts: what `init` notes.
-        plugins: the method, the task, the criteria and the adapter that were used, and where each comes from.
+        plugins: the method, the task, the frozen weight, the criteria and the adapter, and where each comes from.
     """
 
     full: FullModel
@@ -73,10 +74,17 @@ def _chance(recipe: Recipe, full: FullModel, validation: Split) -> dict[str, flo
 
 
 def _plugins(recipe: Recipe) -> list[dict[str, str]]:
-    """The method, the task and the criteria of a recipe, and where each comes from. Criteria are loaded, to see that they can
-    be.
+    """The method, the task, the frozen weight and the criteria of a recipe, and where each comes from.
+
+    The last two are loaded, to see that they can be.
     """
-    plugins = [registry.used("methods", recipe.method), registry.used("tasks", recipe.task.kind)]
+    weights = recipe.finetune.weights
+    frozen_weight_of(weights)
+    plugins = [
+        registry.used("methods", recipe.method),
+        registry.used("tasks", recipe.task.kind),
+        registry.used("weights", weights),
+    ]
     for name in (recipe.prune.criterion, recipe.mask.criterion):
         plugins.append(registry.used("criteria", name))
         load_criterion(name)

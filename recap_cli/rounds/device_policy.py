@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from recap_cli.core.adapter import block_paths
 from recap_cli.core.axes import Axis
+from recap_cli.core.blocks import block_paths
 from recap_cli.core.streaming import streamed
 from recap_cli.errors import PluginError
 from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds.frozen_weights import frozen_weight_of
 
 
 def on_device(model: nn.Module, axes: Sequence[Axis], device: torch.device, adapter: str) -> AbstractContextManager[None]:
@@ -42,5 +43,6 @@ def importance_batch_size(recipe: Recipe, device: torch.device) -> int:
     if device.type == "cpu":
         return recipe.importance.batch_size
     tune = recipe.finetune
-    size = (tune.micro_batch_size or tune.batch_size) // (1 + (tune.weights != "fp32")) // (1 + tune.checkpointing)
+    is_half = frozen_weight_of(tune.weights).dtype.itemsize < torch.float32.itemsize
+    size = (tune.micro_batch_size or tune.batch_size) // (1 + is_half) // (1 + tune.checkpointing)
     return min(recipe.importance.batch_size, max(1, size))

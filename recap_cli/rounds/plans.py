@@ -9,6 +9,7 @@ from recap_cli import extras, registry
 from recap_cli.core.method import Method, Option, Plan, RoundPlan, Settings, Trains
 from recap_cli.errors import PluginError, RecipeError
 from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.state.store import Manifest
 from recap_cli.tasks.calls import task_named
 from recap_cli.untrusted.code import guarded
@@ -135,18 +136,17 @@ def steps_of(round_plans: Sequence[RoundPlan], total: int) -> list[int]:
 def _entry_cost(recipe: Recipe) -> float:
     """What a trainable entry holds on the device more than a frozen one, in weights of frozen ones.
 
-    That is its gradient, its moments and, unless the weight is fp32, its master; an int8 code is no longer there.
+    That is its gradient, its moments and, unless the weight is fp32, its master; a code of a quantized one is no longer there.
     """
-    tune = recipe.finetune
+    tune, weights = recipe.finetune, frozen_weight_of(recipe.finetune.weights)
     moments = 2 if tune.optimizer == "adamw" else int(tune.momentum > 0)
     held_bytes = 0 if tune.fused_backward else 4
     held_bytes += 0 if tune.offload else 4 * moments
-    weight_bytes = {"fp32": 4, "bf16": 2, "int8": 1}[tune.weights]
-    if not tune.offload and tune.weights != "fp32":
+    if weights.quantizes:  # with `offload` the trainable entries are on the device in the type of the forward
+        return (held_bytes + (weights.dtype.itemsize if tune.offload else 4) - weights.entry_bytes) / weights.entry_bytes
+    if not tune.offload and weights.dtype.itemsize < 4:
         held_bytes += 4
-    if tune.weights == "int8":
-        held_bytes += (2 if tune.offload else 0) - 1  # with `offload` the trainable entries are bf16 on the device
-    return held_bytes / weight_bytes
+    return held_bytes / weights.entry_bytes
 
 
 def steps_in_round(recipe: Recipe, examples: int) -> int:

@@ -88,6 +88,8 @@ class InitFacts(BaseModel):
     adapter: str
     notes: list[str]
     not_pruned: list[str]
+    whole_trained: list[str]
+    whole_frozen: list[str]
     parameters: Size
     prunable_parameters: Size
     train_examples: Size

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from recap_cli.core.adapter import Adapter
-from recap_cli.core.axes import Shape, UnitMask, check_axes, refine, shrink
+from recap_cli.core.axes import Shape, UnitMask, check_axes, mask_axes, shrink
 from recap_cli.core.method import RoundPlan
 from recap_cli.core.surgery import IndexMap, indices
 from recap_cli.core.task import Objective
@@ -107,6 +107,7 @@ class Context:
         shapes = self._shapes_by_name.shapes
         known = {**layout.shapes, **{name: shapes.get(name, ()) for name in (*layout.embeddings, *layout.head)}}
         problems += [f"{name} is no such parameter of the model" for name, shape in known.items() if shapes.get(name) != shape]
+        problems += [f"{name} is whole, and no axis cuts it" for name in sorted(layout.whole - layout.shapes.keys())]
         if not layout.axes or problems:
             raise stored.corrupt(path, problems[0] if problems else "it has no axes")
         return layout
@@ -160,7 +161,7 @@ class Context:
 
     def mask(self, folder: str, plan: UnitMask) -> UnitMask:
         """Which hidden dimensions of the small model that `plan` leaves are trainable in a round."""
-        axes = [refine(axis) for axis in shrink(self.layout.axes, plan)]
+        axes = mask_axes(shrink(self.layout.axes, plan), self.layout.whole)
         return stored.unit_mask(self.state, f"{folder}/{MASK}", axes)
 
     def small_shapes(self, plan: UnitMask) -> dict[str, Shape]:

@@ -11,6 +11,7 @@ from recap_cli.errors import DataError, ModelError
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import record
+from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.rounds.plans import check_steps, require_extras, round_plans_for, round_plans_of
 from recap_cli.rounds.verdict import start_of, warning
 from recap_cli.state.store import Manifest, State
@@ -44,11 +45,11 @@ def next_stage(recipe: Recipe, state: State) -> str | None:
 
 
 def check(recipe: Recipe) -> None:
-    """Look, without reading any data, whether what the recipe names is there: criteria, the model's folder, local files, the
-    validation data. Plugins that are not ours are imported.
+    """Look, without reading any data, whether what the recipe names is there: criteria, frozen weights, the model's folder,
+    local files, the validation data. Plugins that are not ours are imported.
 
     Raises:
-        PluginError: a method or a criterion is not registered or cannot be imported.
+        PluginError: a method, a criterion or a frozen weight is not registered or cannot be imported.
         RecipeError: the method does not have an option.
         MissingExtraError: the method needs an extra that is not installed.
         ModelError, DataError: a folder, or a file, is missing.
@@ -56,6 +57,7 @@ def check(recipe: Recipe) -> None:
     for name in (recipe.prune.criterion, recipe.mask.criterion):
         if registry.used("criteria", name)["distribution"] != registry.OURS:  # ours would only bring torch, which takes seconds
             registry.load("criteria", name)
+    frozen_weight_of(recipe.finetune.weights)
     round_plans_for(recipe)
     require_extras(recipe)
     _check_folder(recipe.model.name)

@@ -134,7 +134,14 @@ class State:
                 yield transaction
             self.manifest = read_manifest(self.path)
 
-    def amend(self, recipe_text: str, digest: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    def amend(
+        self,
+        recipe_text: str,
+        digest: str,
+        before: Mapping[str, Any],
+        after: Mapping[str, Any],
+        plugins: Mapping[str, Any] | None = None,
+    ) -> None:
         """Commit another recipe. A kill at any moment leaves the old recipe or the new one.
 
         Args:
@@ -142,6 +149,7 @@ class State:
             digest: Its digest.
             before: The old values by key, for the record of changes.
             after: The new values by key.
+            plugins: Those of the new recipe; None where they stay the same.
 
         Raises:
             StateError: Another process has changed the recipe in the meantime.
@@ -153,6 +161,7 @@ class State:
             self._make_room()
             with in_transaction(self.path, self.manifest, self.manifest.stage) as transaction:
                 transaction.amend(recipe_text, digest, before, after)
+                transaction.amend_plugins(plugins)
             self.manifest = read_manifest(self.path)
             self.recipe_text = recipe_text
 

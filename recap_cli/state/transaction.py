@@ -131,6 +131,11 @@ class Transaction:
         change = {"changed": _now(), "round": old.round, "stage": old.stage, "before": dict(before), "after": dict(after)}
         self._amended = {"recipe": name, "recipe_digest": digest, "changes": [*old.changes, change]}
 
+    def amend_plugins(self, plugins: Mapping[str, Any] | None) -> None:
+        """Replace the record of plugins in a change of the recipe; None leaves it as it is."""
+        if plugins is not None:
+            self._amended["plugins"] = dict(plugins)
+
     def save_recipe(self, text: str) -> None:
         """Write the recipe of a new state."""
         storage.write_text(self._announce(RECIPE), text)

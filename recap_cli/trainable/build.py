@@ -3,24 +3,34 @@
 No trainable entry is held twice where the weight that the forward reads is fp32. Where the chosen rows stand side by side, the
 compact parameter is a *view* of that weight; `bring_forward` permutes each feedforward block, whose neurons may stand in any
 order, so that they do. Where they do not, it is a proxy parameter: a shape for autograd, without memory, and the optimizer
-reads and writes the weight's entries. Where the forward reads bf16 or int8, the compact parameter holds the fp32 masters.
+reads and writes the weight's entries. Where the forward reads another type, the compact parameter holds the fp32 masters.
 
 A parameter that several layers hold stays one: one weight, one compact parameter, one `Trainable`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear  # read by `nn.MultiheadAttention`, not called
 
 from recap_cli.core.adapter import is_transposed
-from recap_cli.core.axes import Axis, UnitMask
+from recap_cli.core.axes import Axis, Cut, UnitMask
+from recap_cli.core.frozen_weight import FrozenWeight
 from recap_cli.core.surgery import IndexMap, owner_of, put, take
 from recap_cli.core.ties import Once, first_names, names_of
 from recap_cli.trainable.embedding import PartialEmbedding, is_hooked, is_plain, places
-from recap_cli.trainable.frozen_weights import Partition, Place, QuantizedEmbedding, place_of, quantize, rest_of
+from recap_cli.trainable.frozen_weights import (
+    Partition,
+    Place,
+    QuantizedEmbedding,
+    QuantizedMatrix,
+    hold,
+    place_of,
+    rest_of,
+)
 from recap_cli.trainable.linear import PartialLinear
 from recap_cli.trainable.placement import FP32_ON_CPU, Placement
 
@@ -82,10 +92,12 @@ class _Build:
     index_map: IndexMap
     used_rows: Mapping[str, Tensor]
 
-    def becomes_codes(self, module: nn.Module, weight: Tensor) -> bool:
-        """Whether a frozen weight becomes int8 codes: of one that several layers hold, only if all of them read the same."""
-        forms = {_form(*holder) for holder in self.once.holders(weight)} or {_form(module, "weight")}
-        return self.placement.int8 and len(forms) == 1 and forms != {"dense"}
+    def is_quantized(self, module: nn.Module, weight: Tensor) -> bool:
+        """Whether a weight that is frozen whole is quantized: of one that several layers hold, only if all read the same."""
+        weights = self.placement.weights
+        forms = {_form(*holder, weights) for holder in self.once.holders(weight)} or {_form(module, "weight", weights)}
+        rows, columns = weight.t().shape if is_transposed(module) else weight.shape
+        return len(forms) == 1 and forms != {"dense"} and weights.holds((rows, columns))
 
 
 def make_partial(
@@ -132,7 +144,7 @@ def make_partial(
             owner, attribute = owner_of(model, place)
             setattr(owner, attribute, made)
     for module in model.modules():
-        if isinstance(module, PartialLinear | PartialEmbedding | QuantizedEmbedding):
+        if isinstance(module, PartialLinear | PartialEmbedding | QuantizedEmbedding | QuantizedMatrix):
             continue  # made where it lives, and its parameter may be a view of its weight
         for attribute, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             setattr(module, attribute, build.once.make(buffer, "a buffer", partial(buffer.to, placement.device)))
@@ -154,7 +166,7 @@ def _made(
     trainables: list[Trainable] = []
     made: nn.Module | None = None
     if _is_linear(module) and (
-        "weight" in partly or ("weight" not in trained and build.becomes_codes(module, module.get_parameter("weight")))
+        "weight" in partly or ("weight" not in trained and build.is_quantized(module, module.get_parameter("weight")))
     ):
         made, trainables = _partial_layer(module, names, trained, build)
     elif (
@@ -165,7 +177,7 @@ def _made(
         made, trainables = _partial_embedding(module, names["weight"], build, is_trained=bool(trained))
     elif partly:
         raise TypeError(f"{names[min(partly)]} would be trainable in part, but {type(module).__name__} is no linear layer")
-    elif isinstance(module, nn.Embedding) and not trained and build.becomes_codes(module, module.weight):
+    elif isinstance(module, nn.Embedding) and not trained and build.is_quantized(module, module.weight):
         made = _quantized_embedding(module, names["weight"], build)
     else:
         for attribute, name in names.items():
@@ -173,30 +185,44 @@ def _made(
     return None if made is None else made.train(module.training), trainables
 
 
-def tied_otherwise(model: nn.Module, params: Iterable[str]) -> list[str]:
-    """Those of `params` that are tied to something else than the same matrix or bias of another linear layer of the same form,
-    so that they cannot be trainable in part.
+def whole_parameters(model: nn.Module, axes: Iterable[Axis]) -> list[str]:
+    """The parameters that `axes` cut and that cannot be trainable in part.
+
+    Trainable in part are matrices of linear layers; biases of those whose rows are cut as the bias is; and rows of a plain
+    embedding that nothing else holds. A parameter that several layers hold must be the same in each of them.
     """
-    once, called = Once(model), names_of(model)
+    once, name_of = Once(model), {id(param): name for name, param in model.named_parameters()}
+    cuts: dict[str, set[tuple[str, Cut]]] = {}
+    for axis in axes:
+        for cut in axis.cuts:
+            cuts.setdefault(cut.param, set()).add((axis.name, replace(cut, param="")))
 
-    def wrong(name: str) -> bool:
-        held = once.holders(model.get_parameter(name))
-        kinds = {(attribute, is_transposed(module)) for module, attribute in held}
-        return len(kinds) > 1 or any(attribute not in ("weight", "bias") or not _is_linear(m) for m, attribute in held)
+    def in_part(name: str) -> bool:
+        held = once.holders(model.get_parameter(name)) or [owner_of(model, name)]
+        forms = {(attribute, is_transposed(module)) for module, attribute in held}
+        if len(forms) > 1 or not all(_is_linear(module) for module, _ in held):
+            return len(held) == 1 and is_plain(held[0][0]) and {cut.dim for _, cut in cuts[name]} == {0}
+        ((attribute, transposed),) = forms
+        weights = {name_of[id(module.get_parameter("weight"))] for module, _ in held}
+        rows = {(axis, replace(cut, dim=1 if transposed else 0)) for axis, cut in cuts[name]}
+        return attribute == "weight" or (
+            attribute == "bias" and all(cuts.get(weight) == rows and in_part(weight) for weight in weights)
+        )
 
-    return [" and ".join(called[name]) for name in dict.fromkeys(params) if wrong(name)]
+    return [name for name in cuts if not in_part(name)]
 
 
 def bring_forward(model: nn.Module, axes: Iterable[Axis], mask: UnitMask, index_map: IndexMap) -> IndexMap:
     """Permute the neurons of each feedforward block, in place, so that the trainable ones come first.
 
-    The block computes the same function, as its neurons have no order. The chosen ones keep their order among themselves, so a
-    compact tensor means the same entries before and after.
+    The block computes the same function, as its neurons have no order, and all that they own is permuted. The chosen ones keep
+    their order among themselves, so a compact tensor means the same entries before and after. Neurons stay in their order where
+    the mask's units are others than theirs.
 
     Args:
         model: is changed.
-        axes: the axes of `mask`; those of neurons are permuted.
-        mask: which units are trainable.
+        axes: those of pruning; neurons are permuted.
+        mask: which units of the mask are trainable.
         index_map: where their entries stand in the model as it was.
 
     Returns:
@@ -205,8 +231,10 @@ def bring_forward(model: nn.Module, axes: Iterable[Axis], mask: UnitMask, index_
     permuted: IndexMap = dict(index_map)
     params = dict(model.named_parameters())
     for axis in axes:
-        chosen = mask[axis.name]
-        if axis.kind != "neurons" or chosen.all() or not chosen.any():
+        chosen = mask.get(axis.name)
+        if axis.kind != "neurons" or chosen is None or chosen.all() or not chosen.any():
+            continue
+        if not all(cut.width == 1 and not cut.couple and cut.param in index_map for cut in axis.cuts):
             continue
         order = torch.cat([chosen.nonzero().flatten(), (~chosen).nonzero().flatten()])  # (axis.size,)
         for name, dim in {(cut.param, cut.dim) for cut in axis.cuts}:
@@ -217,7 +245,7 @@ def bring_forward(model: nn.Module, axes: Iterable[Axis], mask: UnitMask, index_
                     whole[cut.offset : cut.offset + axis.size] = order + cut.offset
             with torch.no_grad():
                 param.copy_(param.index_select(dim, whole))
-            permuted[name] = {dim: torch.isin(whole, index_map[name][dim]).nonzero().flatten()}
+            permuted[name] = {dim: torch.isin(whole, permuted[name][dim]).nonzero().flatten()}
     return permuted
 
 
@@ -232,19 +260,22 @@ def _partial_layer(
     out_dim = 1 - dim if transposed else dim
     place = place_of(index, placement.device)
     bias, bias_part, trainables = _bias(layer, names, trained, build, (index, place) if out_dim == 0 else None)
-    if placement.int8:
+    trainable: Trainable | None
+    forward_weight: Tensor | QuantizedMatrix
+    if placement.weights.holds(_frozen_shape(weight, dim, index, transposed)):
         form = f"codes of {'columns' if transposed else 'rows'}"
-        trainable, codes, scale = once.make(param, form, lambda: _quantized(name, weight, dim, index, transposed, placement))
+        trainable, forward_weight = once.make(
+            param, form, lambda: _quantized(name, weight, {dim: index}, transposed, placement)
+        )
         rest = place_of(rest_of(index, weight.shape[dim]), placement.device) if trainable else None
-        forward_weight = codes
     else:
         trainable, forward_weight = once.make(
             param, "partly trained", lambda: _compact(name, weight, dim, (index, place), placement)
         )
-        scale, rest = None, None
+        rest = None
     partition = Partition(out_dim, place if trainable else None, rest, transposed)
     part = trainable.grad_param if trainable else None
-    made = PartialLinear(forward_weight, part, bias, bias_part, partition, scale)
+    made = PartialLinear(forward_weight, part, bias, bias_part, partition)
     return made, [trainable, *trainables] if trainable else trainables
 
 
@@ -260,11 +291,11 @@ def _partial_embedding(
     if len(frozen_rows) + len(trained_rows) != len(held):
         raise ValueError(f"{name}: a row would be trainable that is never looked up")
     place = places(len(weight), torch.cat([trained_rows, frozen_rows])).to(placement.device)  # (ids,)
-    if placement.int8:
-        codes, scale = (t.to(placement.device) for t in quantize(take(weight, {0: frozen_rows})))  # (frozen, width)
+    if placement.weights.rows is not None and placement.weights.holds((len(frozen_rows), weight.shape[1])):
+        matrix = hold(placement.weights, name, take(weight, {0: frozen_rows}), placement.device)  # (frozen, width)
         trainables = [_mastered(name, take(weight, {0: trained_rows}), placement)] if is_trained else []
         return PartialEmbedding(
-            codes, trainables[0].grad_param if is_trained else None, place, dtype=placement.dtype, scale=scale
+            matrix, trainables[0].grad_param if is_trained else None, place, dtype=placement.dtype
         ), trainables
     rows = take(weight, {0: torch.cat([trained_rows, frozen_rows])})  # (held, width)
     if not is_trained:
@@ -277,9 +308,9 @@ def _partial_embedding(
 def _quantized_embedding(module: nn.Embedding, name: str, build: _Build) -> QuantizedEmbedding:
     """The frozen table, as codes of its rows."""
     weight, none = module.weight, torch.empty(0, dtype=torch.int64)
-    quantized = partial(_quantized, name, weight.detach(), 0, none, False, build.placement)
-    _, codes, scale = build.once.make(weight, "codes of rows", quantized)
-    return QuantizedEmbedding(codes, scale, build.placement.dtype)
+    quantized = partial(_quantized, name, weight.detach(), {0: none}, False, build.placement)
+    _, matrix = build.once.make(weight, "codes of rows", quantized)
+    return QuantizedEmbedding(matrix, build.placement.dtype)
 
 
 def _bias(
@@ -324,14 +355,19 @@ def _proxy(forward_weight: Tensor, dim: int, length: int) -> nn.Parameter:
 
 
 def _quantized(
-    name: str, weight: Tensor, dim: int, index: Tensor, transposed: bool, placement: Placement
-) -> tuple[Trainable | None, Tensor, Tensor]:
-    """The record of what is trainable, if anything is, and the codes, (out, in), and scales of what is frozen."""
+    name: str, weight: Tensor, dims: dict[int, Tensor], transposed: bool, placement: Placement
+) -> tuple[Trainable | None, QuantizedMatrix]:
+    """The record of what is trainable, the entries at `dims`, if there are any; and the matrix of what is frozen."""
+    ((dim, index),) = dims.items()
     frozen = take(weight, {dim: rest_of(index, weight.shape[dim])})  # without the entries at `index` along `dim`
-    codes, scale = (t.to(placement.device) for t in quantize(frozen.t() if transposed else frozen))  # (out, in), (out, 1)
-    if len(index) == 0:
-        return None, codes, scale
-    return _mastered(name, take(weight, {dim: index}), placement), codes, scale
+    matrix = hold(placement.weights, name, frozen.t() if transposed else frozen, placement.device)  # (out, in)
+    return _mastered(name, take(weight, dims), placement) if len(index) > 0 else None, matrix
+
+
+def _frozen_shape(weight: Tensor, dim: int, index: Tensor, transposed: bool) -> tuple[int, int]:
+    """(out, in) of what is left of a weight without the entries at `index` along `dim`."""
+    first, second = (size - len(index) if d == dim else size for d, size in enumerate(weight.shape))
+    return (second, first) if transposed else (first, second)
 
 
 def _mastered(name: str, values: Tensor, placement: Placement, dtype: torch.dtype = torch.float32) -> Trainable:
@@ -358,15 +394,17 @@ def _dense(module: nn.Module, attribute: str, name: str, build: _Build, *, is_tr
     return [trainable]
 
 
-def _form(module: nn.Module, attribute: str) -> str:
-    """How a layer reads a frozen tensor: as rows that have a scale each, as columns, or dense."""
+def _form(module: nn.Module, attribute: str, weights: FrozenWeight) -> str:
+    """How a layer reads a frozen tensor: as a matrix of its rows, of its columns, or dense."""
     if attribute == "weight" and isinstance(module, nn.Embedding):
-        return "dense" if is_hooked(module) else "rows"
+        return "dense" if is_hooked(module) or weights.rows is None else "rows"
     return ("columns" if is_transposed(module) else "rows") if attribute == "weight" and _is_linear(module) else "dense"
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_transposed(module)
+    """Whether a module is a linear layer that is called, and computes what a linear layer does."""
+    plain = type(module).forward is nn.Linear.forward and not isinstance(module, NonDynamicallyQuantizableLinear)
+    return (isinstance(module, nn.Linear) and plain) or is_transposed(module)
 
 
 def _nothing(dims: dict[int, Tensor] | None) -> bool:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from recap_cli.trainable.frozen_weights import Partition, Place, dequantize
+from recap_cli.trainable.frozen_weights import Partition, Place, QuantizedMatrix, dense_weight
 
 
 class PartialLinear(nn.Module):
@@ -22,32 +22,30 @@ class PartialLinear(nn.Module):
     Build it with `make_partial`.
     """
 
-    weight: Tensor
+    weight: Tensor  # None where there is a `matrix`
+    matrix: QuantizedMatrix | None
     bias: Tensor | None
     place: Tensor | None
-    scale: Tensor | None
     rest: Tensor | None
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | QuantizedMatrix,
         part: nn.Parameter | None,
         bias: Tensor | None,
         bias_part: nn.Parameter | None,
         partition: Partition,
-        scale: Tensor | None = None,
     ) -> None:
         """A layer of these tensors, which are not copied.
 
         Args:
-            weight: what the forward reads, (out, in), or (in, out) for a transposed layer. With a `scale` it holds int8
-                codes, (out, in), of the frozen entries only: each forward and backward makes the dense weight of this one
-                layer from them and from `part`, and drops it again.
+            weight: what the forward reads, (out, in), or (in, out) for a transposed layer. A quantized one, (out, in), is of
+                the frozen entries only: each forward and backward makes the dense weight of this one layer from it and
+                from `part`, and drops it again.
             part: the trainable entries in fp32, (rows, in) or (out, columns), or the transpose of that as `weight`.
             bias: (out,).
             bias_part: the trainable rows of the bias, (rows,), where these are the rows of `part`.
             partition: which entries of the weight are trainable.
-            scale: fp32, (out, 1), of int8 codes.
         """
         super().__init__()
         self.dim, self.transposed = partition.dim, partition.transposed
@@ -55,8 +53,8 @@ class PartialLinear(nn.Module):
         self.span, self.rest_span = (p if isinstance(p, slice) else None for p in (place, rest))
         self.register_buffer("place", place if isinstance(place, Tensor) else None, persistent=False)
         self.register_buffer("rest", rest if isinstance(rest, Tensor) else None, persistent=False)
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
+        self.matrix = weight if isinstance(weight, QuantizedMatrix) else None
+        self.register_buffer("weight", weight if isinstance(weight, Tensor) else None)
         self.part, self.bias_part = part, bias_part
         if isinstance(bias, nn.Parameter):
             self.register_parameter("bias", bias)
@@ -64,16 +62,16 @@ class PartialLinear(nn.Module):
             self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (…, in) → (…, out)
-        weight = self.weight.t() if self.transposed and self.scale is None else self.weight  # (out, in)
+        weight = self.matrix if self.matrix is not None else self.weight.t() if self.transposed else self.weight  # (out, in)
         partition = Partition(self.dim, self.span or self.place, self.rest_span or self.rest, self.transposed)
         if not torch.is_grad_enabled():
-            return F.linear(x, _whole(weight, self.scale, self.part, partition, x.dtype), self.bias)  # (…, out)
+            return F.linear(x, _whole(weight, self.part, partition, x.dtype), self.bias)  # (…, out)
         # A bias of which only the chosen rows are trainable is read from its buffer; its gradient goes to `bias_part`.
-        out: Tensor = _Partial.apply(x, self.part, self.bias_part, weight, self.scale, self.bias, partition)  # (…, out)
+        out: Tensor = _Partial.apply(x, self.part, self.bias_part, weight, self.bias, partition)  # (…, out)
         return out
 
     def extra_repr(self) -> str:
-        kind = "int8" if self.scale is not None else str(self.weight.dtype).removeprefix("torch.")
+        kind = str(self.weight.dtype).removeprefix("torch.") if self.matrix is None else self.matrix.weights.name
         if self.part is None:
             return f"{kind}, frozen"
         trainable = self.part.shape[1 - self.dim if self.transposed else self.dim]
@@ -89,24 +87,27 @@ class _Partial(torch.autograd.Function):
         x: Tensor,
         part: Tensor | None,
         bias_part: Tensor | None,
-        weight: Tensor,
-        scale: Tensor | None,
+        weight: Tensor | QuantizedMatrix,
         bias: Tensor | None,
         partition: Partition,
     ) -> Tensor:
         saved = None
         if ctx.needs_input_grad[1]:
             saved = x if partition.dim == 0 else _at(x, partition.trainable, keep=False)  # (…, in) or (…, columns)
-        kept = (weight, scale, part if scale is not None else None) if ctx.needs_input_grad[0] else (None, None, None)
-        ctx.save_for_backward(saved, *kept)
-        ctx.partition = partition
-        return F.linear(x, _whole(weight, scale, part, partition, x.dtype), bias)  # (…, out)
+        matrix = weight if isinstance(weight, QuantizedMatrix) else None
+        dense, masters = (weight, None) if matrix is None else (None, part)
+        if not ctx.needs_input_grad[0]:
+            matrix, dense, masters = None, None, None
+        ctx.save_for_backward(saved, dense, masters)
+        ctx.matrix, ctx.partition = matrix, partition  # the parts of a matrix are never written to
+        return F.linear(x, _whole(weight, part, partition, x.dtype), bias)  # (…, out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale, part = ctx.saved_tensors
-        needs_part, needs_rows, needs_bias = (ctx.needs_input_grad[i] for i in (1, 2, 5))
+        x, dense, part = ctx.saved_tensors
+        weight = dense if ctx.matrix is None else ctx.matrix
+        needs_part, needs_rows, needs_bias = (ctx.needs_input_grad[i] for i in (1, 2, 4))
         partition = ctx.partition
         flat = grad_out.reshape(-1, grad_out.shape[-1])  # (tokens, out)
         rows = flat  # (tokens, rows), which are all rows where columns are trainable
@@ -118,8 +119,8 @@ class _Partial(torch.autograd.Function):
         grad_rows = rows.sum(0).float() if needs_rows else None  # (rows,)
         grad_bias = flat.sum(0) if needs_bias else None  # (out,)
         if weight is not None:
-            grad_x = grad_out @ _whole(weight, scale, part, partition, grad_out.dtype)  # (…, in)
-        return grad_x, grad_part, grad_rows, None, None, grad_bias, None
+            grad_x = grad_out @ _whole(weight, part, partition, grad_out.dtype)  # (…, in)
+        return grad_x, grad_part, grad_rows, None, grad_bias, None
 
 
 def _product(rows: Tensor, x: Tensor, transposed: bool) -> Tensor:
@@ -133,12 +134,12 @@ def _product(rows: Tensor, x: Tensor, transposed: bool) -> Tensor:
     return (x.t() @ rows if transposed else rows.t() @ x).float()  # (columns, rows) or (rows, columns)
 
 
-def _whole(weight: Tensor, scale: Tensor | None, part: Tensor | None, partition: Partition, dtype: torch.dtype) -> Tensor:
-    """The whole weight, (out, in): the dense one itself, or a new tensor made of int8 codes and masters."""
-    if scale is None:
+def _whole(weight: Tensor | QuantizedMatrix, part: Tensor | None, partition: Partition, dtype: torch.dtype) -> Tensor:
+    """The whole weight, (out, in): the dense one itself, or a new tensor made of quantized entries and masters."""
+    if isinstance(weight, Tensor):
         return weight
     upright = part.t() if partition.transposed and part is not None else part  # (rows, in) or (out, columns)
-    return dequantize(weight, scale, upright, partition, dtype=dtype)
+    return dense_weight(weight, upright, partition, dtype=dtype)
 
 
 def _at(x: Tensor, place: Place | None, *, keep: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the tensors of a model live while it is trained, and in which type the forward reads them."""
+"""Where the tensors of a model live while it is trained, and in which form the forward reads them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recap_cli.core.frozen_weight import FrozenWeight
 from recap_cli.core.surgery import take
+
+FP32 = FrozenWeight(name="fp32")
 
 
 @dataclass(frozen=True)
@@ -15,15 +18,19 @@ class Placement:
 
     Attributes:
         device: where the forward runs.
-        dtype: the type of the weights that the forward reads; trainable entries have fp32 masters besides, if it is another.
-        int8: True makes frozen matrices int8 codes, dense in `dtype` only while one layer is read.
+        weights: how frozen weights are held; a quantized matrix is dense only while one layer is read. Trainable entries have
+            fp32 masters besides, if the forward computes in another type.
         offload: True keeps the fp32 masters of all trainable entries on the CPU.
     """
 
     device: torch.device | str = "cpu"
-    dtype: torch.dtype = torch.float32
-    int8: bool = False
+    weights: FrozenWeight = FP32
     offload: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights that the forward reads."""
+        return self.weights.dtype
 
     def forward_weight(self, tensor: Tensor) -> Tensor:
         """A tensor as the forward reads it: on the device, in `dtype` if it holds floating-point numbers."""

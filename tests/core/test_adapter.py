@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from recap_cli.core.adapter import Adapter, Heads, Neurons, block_paths, find_axes, matches, names_found, resize
+from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, matches, names_found, resize
 from recap_cli.core.axes import Axis, Cut, check_axes, shapes_of
+from recap_cli.core.blocks import block_paths
 from recap_cli.plugins.adapters.bert import BERT, DISTILBERT
 from recap_cli.plugins.adapters.timm_vit import TIMM_VIT
 from recap_cli.plugins.adapters.vit import DINOV2, VIT
@@ -193,7 +194,7 @@ def test_a_block_that_is_named_without_a_number_is_layer_0() -> None:
 def test_an_axis_that_no_block_holds_is_named_with_what_it_cuts() -> None:
     model = tree({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
     cuts = tuple(Cut(f"{name}.weight", 0) for name in "abc")
-    with pytest.raises(LookupError, match=r"holds all that it cuts \(a\.weight, b\.weight and 1 more\)$"):
+    with pytest.raises(LookupError, match=r"holds what it cuts \(a\.weight, b\.weight and 1 more\)$"):
         block_paths(model, [Axis("units", "units", 0, 4, cuts)])
-    with pytest.raises(LookupError, match=r"holds all that it cuts \(a\.weight, b\.weight\)$"):
+    with pytest.raises(LookupError, match=r"holds what it cuts \(a\.weight, b\.weight\)$"):
         block_paths(model, [Axis("units", "units", 0, 4, cuts[:2])])

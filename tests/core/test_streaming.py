@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recap_cli import registry
-from recap_cli.core.adapter import block_paths, find_axes
+from recap_cli.core.adapter import find_axes
 from recap_cli.core.axes import Axis, Cut
+from recap_cli.core.blocks import block_paths
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.importance import group_scores
 from recap_cli.core.streaming import streamed
@@ -437,7 +438,15 @@ def test_the_smallest_entry_that_holds_every_cut_of_an_axis_is_its_block() -> No
     assert block_paths(model, [axis_of("an expert", "experts.a.weight")]) == ["experts.a"]
 
 
-@pytest.mark.parametrize("params", [("head.weight",), ("blocks.0.first.weight", "blocks.1.second.bias")])
+def test_the_blocks_of_an_axis_of_several_blocks_are_those_of_its_cuts() -> None:
+    axes = [
+        axis_of("blocks.0.neurons", "blocks.0.first.weight"),
+        axis_of("mine", "blocks.1.second.bias", "blocks.0.first.bias"),
+    ]
+    assert block_paths(toy(), axes) == ["blocks.0", "blocks.1"]
+
+
+@pytest.mark.parametrize("params", [("head.weight",), ("head.weight", "blocks.1.second.bias")])
 def test_an_axis_that_no_entry_holds_is_an_error_and_never_the_whole_model(params: tuple[str, ...]) -> None:
     with pytest.raises(LookupError, match=rf"the axis 'mine' is no module's.*{params[0]}"):
         block_paths(toy(), [axis_of("blocks.0.heads", "blocks.0.first.weight"), axis_of("mine", *params)])

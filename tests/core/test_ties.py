@@ -15,18 +15,18 @@ from recap_cli.core.surgery import IndexMap, cut_model, indices, put, take
 from recap_cli.core.ties import Once, names_of
 from recap_cli.machine.accounting import storage_bytes
 from recap_cli.plugins.tasks.classification import TEXT_CLASSIFICATION
-from recap_cli.trainable.build import Trainable, make_partial, tied_otherwise
+from recap_cli.trainable.build import Trainable, make_partial, whole_parameters
 from recap_cli.trainable.frozen_weights import QuantizedEmbedding
 from recap_cli.trainable.linear import PartialLinear
 from recap_cli.trainable.optim import Optimizer, adamw, sgd
 from recap_cli.trainable.placement import Placement
 from recap_cli.training.loop import Steps, train
 from tests.trainable.test_build import Conv1D
+from tests.weights import QUANTIZED, WEIGHTS
 
 WORDS, WIDTH = 12, 8
 TABLE, UP = ["table.weight", "out.weight"], ["blocks.0.up.weight", "blocks.1.up.weight"]
 ROWS = torch.tensor([1, 2, 5])
-DTYPES = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 
 
 class Block(nn.Module):
@@ -126,12 +126,12 @@ def test_i11_a_tied_parameter_steps_once_as_torchs_own_optimizer_steps_it(form: 
         torch.testing.assert_close(trainable.master, wanted[trainable.name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("name", ["bf16", "int8"])
 @pytest.mark.parametrize("form", INDEX_MAPS)
-def test_i11_holds_with_weights_in_bf16_and_int8(form: str, int8: bool) -> None:
+def test_i11_holds_with_weights_in_bf16_and_int8(form: str, name: str) -> None:
     index_map = INDEX_MAPS[form]
     wanted = stepped_by_torch(index_map, lambda p: torch.optim.SGD(p, lr=0.05), torch.bfloat16)
-    trainables = stepped(index_map, sgd(momentum=0.0), dtype=torch.bfloat16, int8=int8)
+    trainables = stepped(index_map, sgd(momentum=0.0), weights=WEIGHTS[name])
     start = dict(tied().named_parameters())
     assert [trainable.name for trainable in trainables] == list(wanted)
     for trainable in trainables:
@@ -143,11 +143,11 @@ def test_i11_holds_with_weights_in_bf16_and_int8(form: str, int8: bool) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize(("dtype", "int8"), DTYPES)
+@pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("form", INDEX_MAPS)
-def test_it_is_held_once_on_every_device(form: str, dtype: torch.dtype, int8: bool, device: str) -> None:
+def test_it_is_held_once_on_every_device(form: str, name: str, device: str) -> None:
     model = tied()
-    make_partial(model, INDEX_MAPS[form], placement=Placement(device=device, dtype=dtype, int8=int8), frozen=lambda _: False)
+    make_partial(model, INDEX_MAPS[form], placement=Placement(device, WEIGHTS[name]), frozen=lambda _: False)
     first, second = (block.up for block in model.blocks)
     assert model.table.weight is model.out.weight
     if form == "whole":
@@ -156,7 +156,7 @@ def test_it_is_held_once_on_every_device(form: str, dtype: torch.dtype, int8: bo
         assert isinstance(first, PartialLinear)
         assert first.part is second.part
         assert first.weight is second.weight
-        assert first.scale is second.scale
+        assert first.matrix is second.matrix
         assert first.bias_part is second.bias_part
     assert first.bias is second.bias
     assert model.blocks[0].scale is model.blocks[1].scale
@@ -169,18 +169,17 @@ def test_it_is_frozen_only_if_all_of_its_names_are(names: list[str], trains: boo
     assert "out.weight" not in [trainable.name for trainable in trainables]
 
 
-def test_frozen_in_int8_it_has_one_set_of_codes() -> None:
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_frozen_and_quantized_it_has_one_set_of_parts(name: str) -> None:
     model, ids = tied(), torch.arange(WORDS)
     wanted = model(ids).detach()
-    make_partial(model, {}, placement=Placement(dtype=torch.bfloat16, int8=True), frozen=lambda _: True)
+    make_partial(model, {}, placement=Placement(weights=WEIGHTS[name]), frozen=lambda _: True)
     assert isinstance(model.table, QuantizedEmbedding)
     assert isinstance(model.out, PartialLinear)
-    assert model.table.codes is model.out.weight
-    assert model.table.scale is model.out.scale
-    assert float((model(ids) - wanted).norm() / wanted.norm()) < 0.05
-    held = (
-        WORDS * WIDTH + 3 * 6 * WIDTH + 4 * (WORDS + 6 + 2 * WIDTH) + 2 * (6 + 2 * WIDTH) + 4
-    )  # codes, scales, biases, buffer
+    assert model.table.matrix is model.out.matrix
+    assert float((model(ids) - wanted).norm() / wanted.norm()) < {"int8": 0.05, "nf4": 0.3}[name]
+    shapes = [(WORDS, WIDTH), (6, WIDTH), (WIDTH, 6), (WIDTH, 6)]  # of the table, of both ups, of each down
+    held = sum(WEIGHTS[name].nbytes(shape) for shape in shapes) + 2 * (6 + 2 * WIDTH) + 4  # type: ignore[misc]  # biases, buffer
     assert storage_bytes([*model.parameters(), *model.buffers()]) == held
 
 
@@ -197,24 +196,28 @@ def test_what_not_all_of_its_layers_can_read_as_codes_is_held_dense_in_all(order
     layer = nn.Linear(4, 4)
     other = Other(layer.weight)
     model = nn.Sequential(*([layer, other] if order == "first" else [other, layer]))
-    make_partial(model, {}, placement=Placement(dtype=torch.bfloat16, int8=True), frozen=lambda _: True)
+    make_partial(model, {}, placement=Placement(weights=WEIGHTS["int8"]), frozen=lambda _: True)
     assert model[0].weight is model[1].weight
     assert model[0].weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("other", ["table", "layer", "transposed"])
-def test_a_part_of_what_other_layers_read_otherwise_is_refused(other: str) -> None:
+def test_of_what_other_layers_read_otherwise_no_part_is_trainable(other: str) -> None:
     layer, transposed = nn.Linear(4, 4), Conv1D(4, 4)
     table = nn.Embedding(4, 4)
     held: dict[str, Any] = {"table": table, "layer": Other(layer.weight), "transposed": transposed}
     held[other].weight = layer.weight
     model = nn.Sequential(layer, held[other])
-    assert tied_otherwise(model, ["0.weight", "0.bias"]) == ["0.weight and 1.weight"]
+    axes = [Axis("rows", "neurons", 0, 4, (Cut("0.weight", 0), Cut("0.bias", 0)))]
+    assert whole_parameters(model, axes) == ["0.weight", "0.bias"]  # the bias is trainable with its rows only
+    held[other].weight = nn.Parameter(torch.zeros(4, 4))
+    assert whole_parameters(model, axes) == []
+    held[other].weight = layer.weight
     with pytest.raises(TypeError, match="would"):
         make_partial(
             model,
             {"0.weight": {0: torch.tensor([1])}},
-            placement=Placement(dtype=torch.bfloat16, int8=True),
+            placement=Placement(weights=WEIGHTS["int8"]),
             frozen=lambda _: False,
         )
 
@@ -285,12 +288,12 @@ def test_streamed_it_has_one_gradient_and_comes_back_as_one() -> None:
     assert names_of(model) == before
 
 
-@pytest.mark.parametrize(("dtype", "int8"), DTYPES)
-def test_buffers_keep_their_type(dtype: torch.dtype, int8: bool) -> None:
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_buffers_keep_their_type(name: str) -> None:
     model = tied()
     model.register_buffer("round_plans", 1.0 / 10_000 ** (torch.arange(0, 64, 2) / 64))
     round_plans = model.round_plans.clone()
-    make_partial(model, {}, placement=Placement(dtype=dtype, int8=int8), frozen=lambda _: True)
+    make_partial(model, {}, placement=Placement(weights=WEIGHTS[name]), frozen=lambda _: True)
     assert torch.equal(model.round_plans, round_plans)  # in bf16 RoPE would be 1.8 rad off at position 4,095
     assert model.blocks[0].scale.dtype == torch.float32
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recap_cli import registry
-from recap_cli.core.axes import chosen_params, counts, prunable_params, refine, shapes_of, shrink, unit_params
+from recap_cli.core.axes import chosen_params, counts, mask_axes, prunable_params, shapes_of, shrink, unit_params
 from recap_cli.core.surgery import compose_index_maps, gather, indices, scatter, take
 from recap_cli.data.sampling import batches, order, seed_for
 from recap_cli.rounds import training_round
@@ -31,9 +31,15 @@ from recap_cli.tasks.losses import mean_loss
 from recap_cli.trainable.build import bring_forward, make_partial
 from recap_cli.trainable.moments import COUNT
 from tests.pico import PICO, logits_for
+from tests.strange import STRANGE, register
 from tests.tiny import tiny
 
 STEPWISE = {"prune": prune, "mask": mask, "finetune": finetune, "merge": merge}
+
+
+@pytest.fixture(autouse=True)
+def _strangers(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def rounds_of(name: str) -> Rounds:
     return Rounds(root)
 
 
-@pytest.fixture(params=sorted(PICO))
+@pytest.fixture(params=[*sorted(PICO), *STRANGE])
 def rounds(request: pytest.FixtureRequest) -> Rounds:
     return rounds_of(request.param)
 
@@ -91,8 +97,7 @@ def test_i2_compact_gradients_are_the_dense_gradients_at_those_entries(rounds: R
     dense, partial = (context.model({n: t.clone() for n, t in small.items()}, counts(plan)) for _ in range(2))
     forward, task = logits_for(context.spec), context.objective.task
     mean_loss(task, forward(dense, batch), batch)[0].backward()
-    fine = [refine(axis) for axis in shrink(context.layout.axes, plan)]
-    there = bring_forward(partial, fine, chosen, index_map)
+    there = bring_forward(partial, shrink(context.layout.axes, plan), chosen, index_map)
     trainables = make_partial(partial, there, frozen=lambda n: frozen_whole(context.layout, context.round_plans[0], n))
     mean_loss(task, forward(partial, batch), batch)[0].backward()
     wanted = dict(dense.named_parameters())
@@ -168,7 +173,7 @@ def test_i9_what_is_pruned_and_what_trains_is_within_one_group_of_the_budget(rou
     recipe, axes, shapes = context.recipe, context.layout.axes, shapes_of(context.full_tensors())
     folder = str(context.state.manifest.small)
     plan, chosen = context.plan(folder), chosen_in(context, folder)
-    small_axes = [refine(axis) for axis in shrink(axes, plan)]
+    small_axes = mask_axes(shrink(axes, plan), context.layout.whole)
     small_shapes = shapes_of(context.state.load_tensors(f"{folder}/{SMALL}"))
     for kind in ("heads", "neurons"):
         pool = [axis for axis in axes if axis.kind == kind]
@@ -208,7 +213,7 @@ def test_weights_held_are_the_small_model_and_the_scattered_entries_of_attention
     assert packed or neurons > 0  # these are views of the residents, and cost nothing
 
 
-@pytest.mark.parametrize("name", sorted(PICO))
+@pytest.mark.parametrize("name", [*sorted(PICO), *STRANGE])
 def test_i5_both_ratios_zero_in_one_round_is_plain_finetuning_to_the_bit(name: str, tmp_path: Path) -> None:
     recipe = tiny(
         name, rounds=1, prune={"ratio": 0.0}, mask={"ratio": 0.0, "train_embeddings": True}, finetune={"weight_decay": 0.1}

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from recap_cli.core.adapter import block_paths
 from recap_cli.core.axes import Axis, Cut
+from recap_cli.core.blocks import block_paths
 from recap_cli.core.streaming import streamed
 from recap_cli.errors import PluginError
 from recap_cli.memory import meta_model, predict

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recap_cli.core.axes import Axis, Cut, refine, shapes_of
+from recap_cli.core.axes import Axis, Cut, mask_axes, shapes_of
 from recap_cli.core.surgery import IndexMap, indices, put, take
 from recap_cli.models import build
 from recap_cli.rounds.layout import Layout
 from recap_cli.trainable.build import Trainable, bring_forward, make_partial
-from recap_cli.trainable.frozen_weights import QuantizedEmbedding, quantize, rest_of
+from recap_cli.trainable.frozen_weights import QuantizedEmbedding, rest_of
 from recap_cli.trainable.linear import PartialLinear
 from recap_cli.trainable.optim import Optimizer, UpdateRule, adamw, sgd
 from recap_cli.trainable.placement import Placement
 from tests.pico import pico
+from tests.weights import QUANTIZED, WEIGHTS, weights_of
 
 ROWS = torch.tensor([1, 4, 5, 11])
 
@@ -210,7 +211,7 @@ def test_bf16_weights_are_trained_by_fp32_masters() -> None:
     model, _, _, index_map = feedforward()
     full = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = Optimizer(
-        make_partial(model, index_map, placement=Placement(dtype=torch.bfloat16), frozen=lambda _: False),
+        make_partial(model, index_map, placement=Placement(weights=WEIGHTS["bf16"]), frozen=lambda _: False),
         adamw(betas=(0.9, 0.999), eps=1e-8),
     )
     optimizer.lr = 1e-6  # below what bf16 can tell apart at these weights
@@ -233,36 +234,39 @@ def test_what_is_no_linear_layer_cannot_move_in_part() -> None:
         make_partial(model, {"0.weight": {0: ROWS}}, frozen=lambda _: False)
 
 
-def dequantized(weight: Tensor, dims: dict[int, Tensor], dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
+def dequantized(weight: Tensor, dims: dict[int, Tensor], dtype: torch.dtype, *, name: str, transposed: bool = False) -> Tensor:
     """A copy of `weight` whose entries at `dims` are exact, and all others what their code says, before `dtype` rounds both."""
     dense = weight.detach().clone()
     rest = {dim: rest_of(index, weight.shape[dim]) for dim, index in dims.items()}
     still = take(dense, rest)
-    codes, scale = quantize(still.t() if transposed else still)
-    near = codes.float() * scale
+    upright = still.t() if transposed else still
+    near, weights = torch.empty(upright.shape), WEIGHTS[name]
+    weights.dense(weights.quantize(upright), near)  # type: ignore[misc]
     put(dense, near.t() if transposed else near, rest)
     return dense.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.parametrize("form", FORMS)
-def test_int8_weights_compute_what_the_dequantized_weight_does(form: str, dtype: torch.dtype) -> None:
+def test_quantized_weights_compute_what_the_dequantized_weight_does(form: str, name: str, dtype: torch.dtype) -> None:
     model, index_map = model_and_index_map(form)
     transposed = form.startswith("transposed")
     full = {name: param.detach().clone() for name, param in model.named_parameters()}
-    weight = dequantized(full["0.weight"], index_map["0.weight"], dtype, transposed=transposed).requires_grad_()
+    weight = dequantized(full["0.weight"], index_map["0.weight"], dtype, name=name, transposed=transposed).requires_grad_()
     bias = full["0.bias"].to(dtype).requires_grad_()
-    trainables = make_partial(model, index_map, placement=Placement(dtype=dtype, int8=True), frozen=lambda _: False)
-    assert model[0].weight.dtype == torch.int8  # type: ignore[index]
+    placement = Placement(weights=weights_of(name, dtype))
+    trainables = make_partial(model, index_map, placement=placement, frozen=lambda _: False)
+    assert model[0].matrix.weights.name == name  # type: ignore[index]
     x = torch.randn(2, 3, 12 if "columns" in form else 8).to(dtype)
-    x_int8, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
-    out, expected = model(x_int8), F.linear(x_dense, weight.t() if transposed else weight, bias)
+    x_partial, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, expected = model(x_partial), F.linear(x_dense, weight.t() if transposed else weight, bias)
     torch.testing.assert_close(out, expected)
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected)  # scoring makes the same weight
     out.float().sin().sum().backward()
     expected.float().sin().sum().backward()
-    torch.testing.assert_close(x_int8.grad, x_dense.grad)
+    torch.testing.assert_close(x_partial.grad, x_dense.grad)
     wanted = {"0.weight": weight.grad, "0.bias": bias.grad}
     assert {trainable.name for trainable in trainables} == set(wanted)
     for trainable in trainables:
@@ -273,84 +277,85 @@ def test_int8_weights_compute_what_the_dequantized_weight_does(form: str, dtype:
         torch.testing.assert_close(trainable.grad_param.grad.to(dtype), take(gradient, index_map.get(trainable.name, {})))
 
 
+@pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_step_of_int8_weights_trains_the_masters_and_no_code(form: str) -> None:
+def test_a_step_of_quantized_weights_trains_the_masters_and_no_code(form: str, name: str) -> None:
     model, index_map = model_and_index_map(form)
     transposed = form.startswith("transposed")
     full = {name: param.detach().clone() for name, param in model.named_parameters()}
     optimizer = Optimizer(
-        make_partial(model, index_map, placement=Placement(dtype=torch.bfloat16, int8=True), frozen=lambda _: False),
-        sgd(momentum=0.9),
+        make_partial(model, index_map, placement=Placement(weights=WEIGHTS[name]), frozen=lambda _: False), sgd(momentum=0.9)
     )
     optimizer.lr = 0.1
-    codes = model[0].weight.clone()  # type: ignore[index]
+    parts = {part: tensor.clone() for part, tensor in model[0].matrix.parts.items()}  # type: ignore[index]
     x = torch.randn(2, 12 if "columns" in form else 8).bfloat16()
     model(x).float().square().sum().backward()
     optimizer.step()
     moved = next(trainable.master for trainable in optimizer.trainables if trainable.name == "0.weight")
     assert not torch.equal(moved, take(full["0.weight"], index_map["0.weight"]))
-    assert torch.equal(model[0].weight, codes)  # type: ignore[index]
+    assert all(torch.equal(tensor, parts[part]) for part, tensor in model[0].matrix.parts.items())  # type: ignore[index]
     after = full["0.weight"].clone()
     put(after, moved, index_map["0.weight"])
-    weight = dequantized(after, index_map["0.weight"], torch.bfloat16, transposed=transposed)
+    weight = dequantized(after, index_map["0.weight"], torch.bfloat16, name=name, transposed=transposed)
     bias = model[0].bias  # type: ignore[index]
     torch.testing.assert_close(model(x), F.linear(x, weight.t() if transposed else weight, bias))
 
 
-def test_frozen_layers_and_embeddings_get_codes_and_what_trains_whole_does_not() -> None:
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_frozen_layers_and_embeddings_are_quantized_and_what_trains_whole_is_not(name: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 12), Conv1D(12, 12), nn.LayerNorm(12), nn.Linear(12, 3))
     full = {name: param.detach().clone() for name, param in model.named_parameters()}
     still = {"0.weight", "1.weight", "1.bias", "2.weight"}
-    trainables = make_partial(
-        model, {}, placement=Placement(dtype=torch.bfloat16, int8=True), frozen=lambda name: name in still
-    )
+    trainables = make_partial(model, {}, placement=Placement(weights=WEIGHTS[name]), frozen=lambda n: n in still)
     embedding, linear, transposed, norm, head = model
     assert isinstance(embedding, QuantizedEmbedding)
     assert isinstance(linear, PartialLinear)
     assert isinstance(transposed, PartialLinear)
-    assert (embedding.codes.dtype, linear.weight.dtype, transposed.weight.dtype) == (torch.int8,) * 3
-    assert transposed.weight.shape == (12, 12)
+    matrices = [module.matrix for module in (embedding, linear, transposed)]
+    assert [matrix.shape for matrix in matrices if matrix is not None] == [(20, 8), (12, 8), (12, 12)]
     assert linear.bias is not None
     assert (linear.part, linear.bias.dtype, norm.weight.dtype, head.weight.dtype) == (None, *(torch.bfloat16,) * 3)
     assert {trainable.name for trainable in trainables} == set(full) - still
     assert all(torch.equal(trainable.master, full[trainable.name]) for trainable in trainables)
     ids = torch.randint(0, 20, (2, 5), generator=torch.Generator().manual_seed(1))
-    whole = {
-        n: dequantized(full[n], {0: torch.tensor([], dtype=torch.int64)}, torch.bfloat16) for n in ("0.weight", "1.weight")
-    }
-    whole["2.weight"] = dequantized(full["2.weight"].t(), {0: torch.tensor([], dtype=torch.int64)}, torch.bfloat16)
-    short = {name: param.bfloat16() for name, param in full.items()} | whole
+    none = {0: torch.tensor([], dtype=torch.int64)}
+    whole = {n: dequantized(full[n], none, torch.bfloat16, name=name) for n in ("0.weight", "1.weight")}
+    whole["2.weight"] = dequantized(full["2.weight"].t(), none, torch.bfloat16, name=name)
+    short = {n: param.bfloat16() for n, param in full.items()} | whole
     hidden = F.linear(F.embedding(ids, short["0.weight"]), short["1.weight"], short["1.bias"])
     hidden = F.layer_norm(F.linear(hidden, short["2.weight"], short["2.bias"]), (12,), short["3.weight"], short["3.bias"])
     torch.testing.assert_close(model(ids), F.linear(hidden, short["4.weight"], short["4.bias"]))
 
 
-def test_nothing_of_an_int8_layer_that_is_still_asks_for_a_gradient() -> None:
+def test_nothing_of_a_quantized_layer_that_is_still_asks_for_a_gradient() -> None:
     model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
-    make_partial(model, {}, placement=Placement(int8=True), frozen=lambda name: name.startswith("0"))
+    make_partial(
+        model, {}, placement=Placement(weights=weights_of("int8", torch.float32)), frozen=lambda name: name.startswith("0")
+    )
     assert not model[0](torch.randn(3, 8)).requires_grad
     assert saved_by(model[:1], torch.randn(3, 8)) == []
 
 
 @pytest.mark.parametrize("name", ["bert", "timm-vit", "distilbert", "dinov2-swiglu"])
-@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
-def test_masters_are_the_full_models_values_before_training(name: str, dtype: torch.dtype, int8: bool) -> None:
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_masters_are_the_full_models_values_before_training(name: str, weights: str) -> None:
     model, spec = pico(name)
     layout = Layout.of_model(build.adapter_of(spec), model)
     full = {n: p.detach().clone() for n, p in model.named_parameters()}
-    axes = [refine(axis) for axis in layout.axes]
+    axes = mask_axes(layout.axes)
     generator = torch.Generator().manual_seed(1)
     chosen = {axis.name: torch.rand(axis.size, generator=generator) < 0.3 for axis in axes}
     index_map = indices(axes, chosen, shapes_of(full))
-    trainables = make_partial(
-        model, index_map, placement=Placement(dtype=dtype, int8=int8), frozen=lambda n: n in layout.embeddings
-    )
+    placement = Placement(weights=WEIGHTS[weights])
+    trainables = make_partial(model, index_map, placement=placement, frozen=lambda n: n in layout.embeddings)
     assert {trainable.name for trainable in trainables} == set(full) - set(layout.embeddings)
     for trainable in trainables:
         assert trainable.master.dtype == torch.float32
         assert torch.equal(trainable.master, take(full[trainable.name], index_map.get(trainable.name, {})))
-    assert any(isinstance(module, QuantizedEmbedding) for module in model.modules()) == (int8 and spec.image is None)
+    assert any(isinstance(module, QuantizedEmbedding) for module in model.modules()) == (
+        weights in QUANTIZED and spec.image is None
+    )
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:
@@ -380,18 +385,20 @@ def test_scattered_entries_in_fp32_are_held_once(form: str) -> None:
     assert storage_bytes(held(model, trainables)) == dense_bytes + index_bytes + 4 * len(proxies)
 
 
-@pytest.mark.parametrize(("dtype", "int8", "bytes_of_frozen"), [(torch.bfloat16, False, 2), (torch.bfloat16, True, 1)])
-def test_short_weights_cost_their_own_size_and_the_masters(dtype: torch.dtype, int8: bool, bytes_of_frozen: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "forward_weight"),
+    [  # the whole in bf16; or codes, scales and where the frozen rows belong
+        ("bf16", 2 * 128 * 64),
+        ("int8", 96 * 64 + 4 * 96 + 8 * 96),
+        ("nf4", 96 * 64 // 2 + 96 + 4 + 4 + 8 * 96),
+    ],
+)
+def test_short_weights_cost_their_own_size_and_the_masters(name: str, forward_weight: int) -> None:
     model = nn.Sequential(nn.Linear(64, 128, bias=False))
     index = torch.arange(0, 128, 4)
-    trainables = make_partial(
-        model, {"0.weight": {0: index}}, placement=Placement(dtype=dtype, int8=int8), frozen=lambda _: False
-    )
-    forward_weight = (
-        96 * 64 + 4 * 96 + 8 * 96 if int8 else 2 * 128 * 64
-    )  # codes, scales and where they belong; or the whole in bf16
+    placement = Placement(weights=WEIGHTS[name])
+    trainables = make_partial(model, {"0.weight": {0: index}}, placement=placement, frozen=lambda _: False)
     assert storage_bytes(held(model, trainables)) == forward_weight + 4 * 32 * 64 + 8 * 32
-    assert model[0].weight.element_size() == bytes_of_frozen
 
 
 @pytest.mark.parametrize("form", ["rows", "columns", "transposed rows", "transposed columns"])
@@ -446,15 +453,15 @@ def test_steps_with_proxies_are_those_with_a_compact_copy_to_the_bit(form: str, 
     assert torch.equal(model[0].bias, full["0.bias"])  # type: ignore[index]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("form", FORMS)
-def test_offloaded_masters_take_the_same_steps_to_the_bit(form: str, dtype: str) -> None:
-    settings = {"dtype": torch.float32 if dtype == "fp32" else torch.bfloat16, "int8": dtype == "int8"}
-    x = torch.randn(3, 2, 12 if "columns" in form else 8, dtype=settings["dtype"])  # type: ignore[arg-type]
+def test_offloaded_masters_take_the_same_steps_to_the_bit(form: str, name: str) -> None:
+    x = torch.randn(3, 2, 12 if "columns" in form else 8, dtype=WEIGHTS[name].dtype)
     moved = {}
     for offload in (False, True):
         model, index_map = model_and_index_map(form)
-        trainables = make_partial(model, index_map, placement=Placement(offload=offload, **settings), frozen=lambda _: False)  # type: ignore[arg-type]
+        placement = Placement(weights=WEIGHTS[name], offload=offload)
+        trainables = make_partial(model, index_map, placement=placement, frozen=lambda _: False)
         optimizer = Optimizer(trainables, adamw(betas=(0.9, 0.999), eps=1e-8))
         optimizer.lr = 0.01
         for part in x:
@@ -462,18 +469,20 @@ def test_offloaded_masters_take_the_same_steps_to_the_bit(form: str, dtype: str)
             optimizer.step()
             optimizer.zero_grad()
         moved[offload] = {trainable.name: trainable.master for trainable in trainables} | {"out": model(x[0]).detach()}
-    for name, tensor in moved[False].items():
-        assert torch.equal(moved[True][name], tensor), name
+    for param, tensor in moved[False].items():
+        assert torch.equal(moved[True][param], tensor), param
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(
+    ("name", "fp32_parts"), [("bf16", []), ("int8", ["scale"]), ("nf4", ["largest", "mean"])], ids=["bf16", "int8", "nf4"]
+)
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_offloaded_is_not_on_the_device(form: str, int8: bool) -> None:
+def test_what_is_offloaded_is_not_on_the_device(form: str, name: str, fp32_parts: list[str]) -> None:
     model, index_map = model_and_index_map(form)
     trainables = make_partial(
         model,
         index_map,
-        placement=Placement(device="meta", dtype=torch.bfloat16, int8=int8, offload=True),
+        placement=Placement(device="meta", weights=WEIGHTS[name], offload=True),
         frozen=lambda _: False,
     )
     optimizer = Optimizer(trainables, adamw(betas=(0.9, 0.999), eps=1e-8))
@@ -482,27 +491,26 @@ def test_what_is_offloaded_is_not_on_the_device(form: str, int8: bool) -> None:
         assert (trainable.device.type, trainable.own_master.dtype) == ("cpu", torch.float32)
         assert trainable.grad_param.device.type == "meta"
         assert all(moment.device.type == "cpu" for moment in optimizer.moments[trainable.name].values())
-    fp32 = [
-        name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.dtype == torch.float32 and t.numel() > 1
-    ]
-    holding = [name for name in fp32 if model.get_submodule("0").__getattr__(name[2:]).untyped_storage().nbytes() > 4]
-    assert holding == (["0.scale"] if int8 else [])  # the rest are proxies
+    named = dict([*model.named_parameters(), *model.named_buffers()])
+    fp32 = {n for n, t in named.items() if t.dtype == torch.float32}
+    proxies = {n for n in fp32 if named[n].untyped_storage().nbytes() <= 4 and named[n].numel() > 1}
+    assert fp32 - proxies == {f"0.matrix.part_{part}" for part in fp32_parts}
 
 
 @pytest.mark.parametrize(
-    ("form", "int8", "still", "said"),
+    ("form", "name", "still", "said"),
     [
-        ("rows", False, False, "float32, 4 rows trainable"),
-        ("columns", False, False, "float32, 4 columns trainable"),
-        ("transposed rows", True, False, "int8, 4 rows trainable"),
-        ("rows", True, True, "int8, frozen"),
+        ("rows", "fp32", False, "float32, 4 rows trainable"),
+        ("columns", "fp32", False, "float32, 4 columns trainable"),
+        ("transposed rows", "int8", False, "int8, 4 rows trainable"),
+        ("rows", "nf4", True, "nf4, frozen"),
     ],
 )
 def test_a_layer_says_what_of_it_trains_and_its_indices_are_no_part_of_a_checkpoint(
-    form: str, int8: bool, still: bool, said: str
+    form: str, name: str, still: bool, said: str
 ) -> None:
     model, index_map = model_and_index_map(form)
-    make_partial(model, {} if still else index_map, placement=Placement(int8=int8), frozen=lambda _: still)
+    make_partial(model, {} if still else index_map, placement=Placement(weights=WEIGHTS[name]), frozen=lambda _: still)
     assert model[0].extra_repr() == said  # type: ignore[index]
     assert not {"0.place", "0.rest"} & set(model.state_dict())
 
@@ -519,7 +527,9 @@ def test_masters_have_memory_of_their_own_and_whole_numbers_keep_their_type(offl
     model.register_parameter("steps", nn.Parameter(torch.arange(3), requires_grad=False))
     before = {param.untyped_storage().data_ptr() for param in model.parameters()}
     dtype = torch.float32 if offload else torch.bfloat16
-    trainables = make_partial(model, {}, placement=Placement(dtype=dtype, offload=offload), frozen=lambda name: name == "steps")
+    trainables = make_partial(
+        model, {}, placement=Placement(weights=weights_of("fp32", dtype), offload=offload), frozen=lambda name: name == "steps"
+    )
     masters = {
         trainable.own_master.untyped_storage().data_ptr() for trainable in trainables if trainable.own_master is not None
     }

@@ -10,18 +10,13 @@ from torch import Tensor, nn
 
 from recap_cli.trainable.build import Trainable, make_partial
 from recap_cli.trainable.embedding import PartialEmbedding
-from recap_cli.trainable.frozen_weights import quantize
 from recap_cli.trainable.optim import Optimizer, adamw
 from recap_cli.trainable.placement import Placement
+from tests.weights import QUANTIZED, WEIGHTS
 
 TOKEN_ROWS, WIDTH = 40, 8
 HELD = torch.tensor([0, 3, 4, 9, 17, 18, 30, 39])
 MOVING = torch.tensor([3, 9, 18, 39])
-DTYPES = {
-    "fp32": {},
-    "bf16": {"dtype": torch.bfloat16},
-    "int8": {"dtype": torch.bfloat16, "int8": True},
-}
 
 
 class Words(nn.Module):
@@ -48,35 +43,36 @@ def texts(count: int = 4, ids: Tensor = HELD) -> Tensor:
     return ids[drawn]  # (texts, tokens)
 
 
-def partial(model: Words, trained: Tensor | None = MOVING, held: Tensor = HELD, **settings: Any) -> list[Trainable]:
+def partial(
+    model: Words, trained: Tensor | None = MOVING, held: Tensor = HELD, name: str = "fp32", **settings: Any
+) -> list[Trainable]:
     where = {} if trained is None else {"table.weight": {0: trained}}
     return make_partial(
         model,
         where,
         frozen=lambda n: trained is None and n == "table.weight",
         used_rows={"table.weight": held},
-        placement=Placement(**settings),
+        placement=Placement(weights=WEIGHTS[name], **settings),
     )
 
 
-def as_held(weight: Tensor, trained: Tensor, dtype: str) -> Tensor:
+def as_held(weight: Tensor, trained: Tensor, name: str) -> Tensor:
     """The table that the forward reads: frozen rows as codes have them, moving ones in the type of the forward."""
-    if dtype == "fp32":
-        return weight
-    short = weight.bfloat16()
-    if dtype == "int8":
-        codes, scale = quantize(weight)
-        short = (codes.bfloat16() * scale).bfloat16()
-        short[trained] = weight[trained].bfloat16()
+    weights, short = WEIGHTS[name], weight.to(WEIGHTS[name].dtype)
+    if name in QUANTIZED:
+        frozen = HELD[~torch.isin(HELD, trained)]
+        dense = torch.empty(len(frozen), WIDTH, dtype=weights.dtype)
+        weights.dense(weights.quantize(weight[frozen]), dense)  # type: ignore[misc]
+        short[frozen] = dense
     return short
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("trained", [None, MOVING, HELD], ids=["none", "some", "all"])
-def test_every_row_that_is_held_is_looked_up_as_in_the_whole_table(dtype: str, trained: Tensor | None) -> None:
+def test_every_row_that_is_held_is_looked_up_as_in_the_whole_table(name: str, trained: Tensor | None) -> None:
     model = words()
-    whole = as_held(model.table.weight.detach().clone(), HELD[:0] if trained is None else trained, dtype)
-    partial(model, trained, **DTYPES[dtype])
+    whole = as_held(model.table.weight.detach().clone(), HELD[:0] if trained is None else trained, name)
+    partial(model, trained, name=name)
     moving_rows = 0 if trained is None else len(trained)
     assert model.table.extra_repr() == f"{len(HELD)} of {TOKEN_ROWS} rows, {moving_rows} trainable"
     assert isinstance(model.table, PartialEmbedding)
@@ -86,14 +82,14 @@ def test_every_row_that_is_held_is_looked_up_as_in_the_whole_table(dtype: str, t
         torch.testing.assert_close(model.table(ids), F.embedding(ids, whole), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("trained", [MOVING, HELD], ids=["some", "all"])
-def test_the_gradient_is_the_dense_one_at_the_rows_that_move(dtype: str, trained: Tensor) -> None:
+def test_the_gradient_is_the_dense_one_at_the_rows_that_move(name: str, trained: Tensor) -> None:
     model = words()
-    dense = copy.deepcopy(model).to(torch.float32 if dtype == "fp32" else torch.bfloat16)
+    dense = copy.deepcopy(model).to(WEIGHTS[name].dtype)
     with torch.no_grad():
-        dense.table.weight.copy_(as_held(model.table.weight.detach(), trained, dtype))
-    trainables = partial(model, trained, **DTYPES[dtype])
+        dense.table.weight.copy_(as_held(model.table.weight.detach(), trained, name))
+    trainables = partial(model, trained, name=name)
     for one in (model, dense):
         for ids in (texts(), texts(3).flip(1)):
             F.cross_entropy(one(ids), torch.arange(len(ids)) % 3).backward()
@@ -102,17 +98,17 @@ def test_the_gradient_is_the_dense_one_at_the_rows_that_move(dtype: str, trained
     assert trainable.grad_param.grad.dtype == torch.float32
     assert dense.table.weight.grad is not None
     wanted = dense.table.weight.grad[trained].float()
-    close = {"rtol": 1e-5, "atol": 1e-8} if dtype == "fp32" else {"rtol": 2e-2, "atol": 1e-4}  # the dense sums in bf16
+    close = {"rtol": 1e-5, "atol": 1e-8} if name == "fp32" else {"rtol": 2e-2, "atol": 1e-4}  # the dense sums in bf16
     torch.testing.assert_close(trainable.grad_param.grad, wanted, **close)
     assert wanted.abs().sum() > 0
 
 
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_steps_move_these_rows_alone_and_the_forward_reads_them(dtype: str, offload: bool) -> None:
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_steps_move_these_rows_alone_and_the_forward_reads_them(name: str, offload: bool) -> None:
     model = words()
     before = model.table.weight.detach().clone()
-    trainables = partial(model, offload=offload, **DTYPES[dtype])
+    trainables = partial(model, name=name, offload=offload)
     (trainable,) = (trainable for trainable in trainables if trainable.name == "table.weight")
     assert torch.equal(trainable.master, before[MOVING])
     optimizer = Optimizer(trainables, adamw(betas=(0.9, 0.999), eps=1e-8), weight_decay=0.1)
@@ -124,15 +120,15 @@ def test_steps_move_these_rows_alone_and_the_forward_reads_them(dtype: str, offl
     after = before.clone()
     after[MOVING] = trainable.master
     assert (after[MOVING] - before[MOVING]).abs().min() > 0
-    torch.testing.assert_close(model.table(HELD), as_held(after, MOVING, dtype)[HELD], rtol=0, atol=0)
+    torch.testing.assert_close(model.table(HELD), as_held(after, MOVING, name)[HELD], rtol=0, atol=0)
     assert {moment.shape for moment in optimizer.moments["table.weight"].values()} == {(len(MOVING), WIDTH)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("offload", [False, True])
-def test_rows_that_are_not_looked_up_are_not_held(dtype: str, offload: bool) -> None:
+def test_rows_that_are_not_looked_up_are_not_held(name: str, offload: bool) -> None:
     model = words()
-    trainables = partial(model, offload=offload, **DTYPES[dtype])
+    trainables = partial(model, name=name, offload=offload)
     table = model.table
     tensors = [*table.parameters(), *table.buffers()]
     if not offload:
@@ -150,11 +146,13 @@ def test_rows_that_are_not_looked_up_are_not_held(dtype: str, offload: bool) -> 
         ("bf16", True): 2 * WIDTH * rows + 4,
         ("int8", False): (WIDTH + 4) * (rows - trained) + 4 * WIDTH * trained,
         ("int8", True): (WIDTH + 4) * (rows - trained) + 2 * WIDTH * trained,
+        ("nf4", False): WIDTH * (rows - trained) // 2 + 1 + 4 + 4 + 4 * WIDTH * trained,  # less than a block
+        ("nf4", True): WIDTH * (rows - trained) // 2 + 1 + 4 + 4 + 2 * WIDTH * trained,
     }
-    assert held_bytes == wanted[dtype, offload] + ids
+    assert held_bytes == wanted[name, offload] + ids
     assert isinstance(table, PartialEmbedding)
     assert table.absent == (TOKEN_ROWS - rows) * WIDTH
-    assert repr(table) == f"PartialEmbedding({rows} of {TOKEN_ROWS} rows, {trained} trainable)"
+    assert table.extra_repr() == f"{rows} of {TOKEN_ROWS} rows, {trained} trainable"
 
 
 def test_nothing_of_a_table_that_is_still_asks_for_a_gradient() -> None:

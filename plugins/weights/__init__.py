@@ -1,0 +1,1 @@
+"""The frozen weights that recap-cli ships."""
