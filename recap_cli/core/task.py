@@ -88,7 +88,8 @@ class Target:
     Attributes:
         holds: what stands in such a column, in the plural, for messages.
         learn: the labels of training columns. Raises `DataError`.
-        encode: a value per example, of any data: int64 or float64, or lists of these. Raises `DataError` that names the row.
+        encode: a value per example, of any data: int64 or float64, lists of one length of float64, or lists of int64. Raises
+            `DataError` that names the row.
         can_be: whether a column of this type may hold it.
         is_likely: whether the values of a column look like it, among those of a type that may.
         blank: the value of an example (or word) without labels, for a head of so many outputs.

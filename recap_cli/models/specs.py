@@ -86,7 +86,7 @@ def _problems(spec: ModelSpec) -> Iterator[str]:
         yield "label_names is no list of names"
     if type(spec.num_labels) is not int or spec.num_labels != len(spec.label_names):
         yield f"num_labels is {spec.num_labels!r}, for {len(spec.label_names)} label_names"
-    if spec.library == "timm" and spec.image is None:
+    if spec.image is None and "vocab_size" not in spec.config:  # nothing that embeds tokens
         yield "image is missing"
     if spec.image is not None:
         yield from _image_problems(spec.image)

@@ -44,6 +44,7 @@ from recap_cli.rounds.record import (
 from recap_cli.rounds.status import finished
 from recap_cli.state.manifest import below, quoted
 from recap_cli.state.store import State
+from recap_cli.tasks.calls import task_named
 from recap_cli.trainable.token_rows import TokenRows
 
 
@@ -85,7 +86,11 @@ class Context:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        return stored.spec(self.state, f"{self.full}/{SPEC}")
+        rel, task = f"{self.full}/{SPEC}", task_named(self.recipe.task.kind)
+        spec = stored.spec(self.state, rel)
+        if spec.task_kind != self.recipe.task.kind or (spec.image is None) == (task.inputs == "image"):
+            raise stored.corrupt(self.state.path / rel, f"it is no model for {self.recipe.task.kind}")
+        return spec
 
     @cached_property
     def adapter(self) -> Adapter:

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from numbers import Real
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, get_args
 
 from recap_cli import registry
-from recap_cli.core.task import Batch, LabelColumn, Labels, Outputs, Target, Task
+from recap_cli.core.task import LOSS, Batch, Better, Inputs, LabelColumn, Labels, Metric, Outputs, Target, Task
 from recap_cli.errors import PluginError
 from recap_cli.untrusted.code import guarded
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HINT = "repair the task, see docs/plugins/task.md, or choose another with --set task.kind=NAME"
+LISTS = ", lists of one length of double, or lists of int64"
 DEFAULTS = Task.__module__
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,20 +37,47 @@ def known(kind: str) -> bool:
 
 
 def guarding(task: Task, name: str) -> Task:
-    """Return a task whose functions raise `PluginError` if they fail, or give something else than they should."""
+    """Return a task whose functions raise `PluginError` if they fail, or give something else than they should.
+
+    Raises:
+        PluginError: A field of the record is not what it should be.
+    """
     who = f"the task {name!r}"
+    if problem := _problem(task):
+        raise PluginError(f"{who} {problem}", hint="see Task in docs/plugins/task.md")
     safe = _Guard(who)
     return replace(
         task,
         target=_guarded_target(task.target, safe),
         loss=_loss(safe(task.loss), who),
-        count=safe(task.count),
+        count=safe.checked(task.count, "a count that is no number", _is_count),
         read=safe(task.read),
-        part=safe(task.part),
+        part=safe.checked(task.part, "no part of a batch", lambda part: isinstance(part, dict) and "labels" in part),
         score=_score(task, who),
         predict=_predict(safe(task.predict), who),
-        constant=None if task.constant is None else safe(task.constant),
+        constant=None if task.constant is None else _constant(task, safe),
     )
+
+
+def _problem(task: Task) -> str | None:
+    """What is wrong with the fields of a task, or None."""
+    functions = {"loss": task.loss, "score": task.score, "predict": task.predict, "count": task.count, "read": task.read}
+    functions |= {"part": task.part} | ({} if task.constant is None else {"constant": task.constant})
+    if isinstance(target := task.target, Target):
+        functions |= {f"target.{name}": getattr(target, name) for name in ("learn", "encode", "can_be", "is_likely", "blank")}
+    else:
+        return f"has a target of type {type(target).__name__}, not Target"
+    if odd := [name for name, function in functions.items() if not callable(function)]:
+        return f"has no function as {', '.join(odd)}"
+    if task.inputs not in get_args(Inputs):
+        return f"has inputs={task.inputs!r}, which is none of {', '.join(get_args(Inputs))}"
+    if not all(isinstance(metric, Metric) and metric.better in get_args(Better) for metric in task.metrics):
+        return "has metrics that are no Metric, or better neither by more nor by less"
+    return None
+
+
+def _is_count(found: Any) -> bool:
+    return isinstance(found, int) or getattr(found, "ndim", None) == 0
 
 
 class _Guard:
@@ -68,6 +97,19 @@ class _Guard:
 
         return safe
 
+    def checked(self, function: Callable[P, R], what: str, fits: Callable[[Any], bool]) -> Callable[P, R]:
+        """Refuse a result that does not fit, which the message calls `what`."""
+        safe = self(function)
+
+        @wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            found = safe(*args, **kwargs)
+            if not fits(found):
+                raise PluginError(f"{self.who} gave {what}: {found!r:.80}", hint=HINT)
+            return found
+
+        return checked
+
 
 def _guarded_target(target: Target, safe: _Guard) -> Target:
     plain_learn, plain_encode = safe(target.learn), safe(target.encode)
@@ -80,9 +122,8 @@ def _guarded_target(target: Target, safe: _Guard) -> Target:
 
     def encode(columns: Sequence[LabelColumn], labels: Labels) -> "pa.ChunkedArray":
         values = plain_encode(columns, labels)
-        rows = len(columns[0].values)
-        if len(values) != rows or values.null_count:
-            raise PluginError(f"{safe.who} made {len(values)} targets of {rows} rows, {values.null_count} missing", hint=HINT)
+        if problem := _odd_targets(values, len(columns[0].values), stratified=target.stratified):
+            raise PluginError(f"{safe.who} {problem}", hint=HINT)
         return values
 
     return replace(
@@ -93,6 +134,33 @@ def _guarded_target(target: Target, safe: _Guard) -> Target:
         is_likely=safe(target.is_likely),
         blank=safe(target.blank),
     )
+
+
+def _odd_targets(values: Any, rows: int, *, stratified: bool) -> str | None:
+    """What is wrong with encoded targets, or None."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not isinstance(values, pa.Array | pa.ChunkedArray):
+        return f"made targets of type {type(values).__name__}, not arrays of pyarrow"
+    kinds = [pa.int64()] if stratified else [pa.int64(), pa.float64()]
+    is_set = pa.types.is_fixed_size_list(values.type) and values.type.value_type == pa.float64()
+    is_row = pa.types.is_list(values.type) and values.type.value_type == pa.int64()
+    if values.type not in kinds and (stratified or not (is_set or is_row)):
+        return f"made targets of type {values.type}; expected {' or '.join(map(str, kinds))}{'' if stratified else LISTS}"
+    inner = pc.list_flatten(values) if is_set or is_row else values
+    if len(values) != rows or values.null_count or inner.null_count:
+        return f"made {len(values)} targets of {rows} rows, {values.null_count + inner.null_count} missing"
+    return None
+
+
+def _constant(task: Task, safe: _Guard) -> Callable[[Any, Sequence[str]], dict[str, float]]:
+    wanted = {LOSS.name, *(metric.name for metric in task.metrics)}
+
+    def fits(found: Any) -> bool:
+        return isinstance(found, dict) and all(isinstance(found.get(name), Real) for name in wanted)
+
+    return safe.checked(cast(Any, task.constant), f"no {' and '.join(sorted(wanted))} of a constant answer", fits)
 
 
 def _loss(plain: "Callable[[Outputs, Batch], Tensor]", who: str) -> "Callable[[Outputs, Batch], Tensor]":
@@ -111,10 +179,15 @@ def _loss(plain: "Callable[[Outputs, Batch], Tensor]", who: str) -> "Callable[[O
 def _score(task: Task, who: str) -> Callable[[Iterable[tuple[Outputs, Batch]], Sequence[str]], dict[str, float]]:
     def score(stream: Iterable[tuple[Outputs, Batch]], labels: Sequence[str]) -> dict[str, float]:
         failed: list[BaseException] = []  # of the model or the data, not of the task
+        ended = False
 
         def passed_on() -> Iterator[tuple[Outputs, Batch]]:
+            nonlocal ended
             try:
                 yield from stream
+                ended = True
+            except GeneratorExit:
+                raise
             except BaseException as error:
                 failed.append(error)
                 raise
@@ -126,10 +199,15 @@ def _score(task: Task, who: str) -> Callable[[Iterable[tuple[Outputs, Batch]], S
             if failed:
                 raise failed[0]  # noqa: B904  (it is not the plugin's)
             raise
-        lacking = [m.name for m in task.metrics if m.name != "loss" and not isinstance(found.get(m.name), float | int)]
-        if lacking:
+        if failed:  # the task has hidden it
+            raise failed[0]
+        if not ended:
+            raise PluginError(f"{who} has not scored all examples", hint=HINT)
+        values = found if isinstance(found, dict) else {}
+        wanted = [metric.name for metric in task.metrics if metric.name != LOSS.name]
+        if lacking := [name for name in wanted if not isinstance(values.get(name), Real)]:
             raise PluginError(f"{who} gave no {' and no '.join(lacking)}", hint=HINT)
-        return {name: float(value) for name, value in found.items()}
+        return {name: float(values[name]) for name in wanted}
 
     return score
 
@@ -139,6 +217,8 @@ def _predict(
 ) -> Callable[[Outputs, Batch, Sequence[str]], dict[str, list[Any]]]:
     def predict(outputs: Outputs, batch: Batch, labels: Sequence[str]) -> dict[str, list[Any]]:
         columns = plain(outputs, batch, labels)
+        if not isinstance(columns, dict):
+            raise PluginError(f"{who} gave predictions of type {type(columns).__name__}, not columns", hint=HINT)
         lengths = {name: len(values) for name, values in columns.items()}
         if not {"label", "predicted", "loss"} <= columns.keys() or set(lengths.values()) != {len(batch["labels"])}:
             raise PluginError(f"{who} gave predictions of {_said(lengths)} for {len(batch['labels'])} examples", hint=HINT)

@@ -333,7 +333,7 @@ def test_configurations_with_mistakes_are_refused():
     refused("weights of a vit are float32, not float16", config={"model_type": "vit", "torch_dtype": "float16"})
     refused("dtype of this vit is 'nope'", config={"model_type": "vit", "dtype": "nope"})
     refused("num_hidden_layers of this vit is 1,000,000", config={"model_type": "vit", "num_hidden_layers": 10**6})
-    refused("two labels at least", config={"model_type": "vit"}, label_names=["a"])
+    refused("image-classification needs 2 labels at least", config={"model_type": "vit"}, label_names=["a"])
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "intermediate_size", "patch_size", "num_channels"])

@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from recap_cli.core.task import Objective
+from recap_cli.core.ragged import Ragged
+from recap_cli.core.task import IGNORED, Objective
 from recap_cli.data.split import Split
 from recap_cli.errors import DataError
 from recap_cli.plugins.tasks.classification import metrics_of
@@ -78,6 +79,22 @@ def test_no_graph_is_recorded() -> None:
 def test_labels_beyond_the_head_are_refused_before_the_first_batch() -> None:
     with pytest.raises(DataError, match="but the head has 2 outputs"):
         evaluate(forward, logits_split(20, 4), objective(2), how=Pass(batch_size=5))
+
+
+def test_the_loss_is_the_mean_over_all_words_however_they_are_batched() -> None:
+    tags = [[0, 1, 1, 0, 1], [1], [IGNORED, 0], [IGNORED], [1, 0]]
+    logits = torch.randn(5, 5, 2, generator=torch.Generator().manual_seed(0))
+    split = Split("made", Ragged.of(tags), lambda indices, _: {"inputs": logits[indices, : max(len(tags[i]) for i in indices)]})
+    task = task_named("token-classification")
+    whole = split.batch(torch.arange(5))
+    wanted = torch.nn.functional.cross_entropy(whole["inputs"].flatten(0, 1), whole["labels"].flatten())
+    for size in (1, 2, 5):
+        seen = Predictions()
+        found = evaluate(forward, split, Objective(task, ("O", "B-x"), task.metrics[0]), Pass(batch_size=size), seen)
+        assert found["loss"] == pytest.approx(float(wanted), rel=1e-6)
+        assert list(found) == ["loss", "f1", "precision", "recall", "accuracy"]
+        assert seen.columns["label"] == ["O B-x B-x O B-x", "B-x", "O", "", "B-x O"]
+        assert list(map(len, seen.columns.values())) == [5, 5, 5]
 
 
 def test_progress_hears_of_every_batch() -> None:
