@@ -14,7 +14,7 @@ from recap_cli.errors import DataError
 from recap_cli.plugins.tasks.classification import metrics_of
 from recap_cli.tasks.calls import task_named
 from recap_cli.tasks.losses import mean_loss
-from recap_cli.training.evaluation import Pass, evaluate
+from recap_cli.training.evaluation import Pass, Predictions, evaluate
 
 TASK = task_named("text-classification")
 
