@@ -155,7 +155,7 @@ class Task(BaseModel):
         json_schema_extra={"plugins": "tasks"},
         description="Plugin that says what the model learns; `recap plugins` lists them.",
     )
-    metric: Text | None = Field(
+    metric: Annotated[Text, Field(examples=["accuracy", "f1", "pearson", "loss"])] | None = Field(
         default=None,
         description="The validation metric that selects the best round; null is the first of the task. "
         "docs/guide/tasks.md lists them. loss is a metric of every task, and less of it is better.",
