@@ -148,19 +148,25 @@ def _odd_targets(values: Any, rows: int, *, stratified: bool) -> str | None:
     is_row = pa.types.is_list(values.type) and values.type.value_type == pa.int64()
     if values.type not in kinds and (stratified or not (is_set or is_row)):
         return f"made targets of type {values.type}; expected {' or '.join(map(str, kinds))}{'' if stratified else LISTS}"
-    inner = pc.list_flatten(values) if is_set or is_row else values
-    if len(values) != rows or values.null_count or inner.null_count:
-        return f"made {len(values)} targets of {rows} rows, {values.null_count + inner.null_count} missing"
-    return None
+    missing = values.null_count + (pc.list_flatten(values).null_count if is_set or is_row else 0)
+    return f"made {len(values)} targets of {rows} rows, {missing} missing" if len(values) != rows or missing else None
 
 
 def _constant(task: Task, safe: _Guard) -> Callable[[Any, Sequence[str]], dict[str, float]]:
-    wanted = {LOSS.name, *(metric.name for metric in task.metrics)}
+    plain = safe(cast(Any, task.constant))
 
-    def fits(found: Any) -> bool:
-        return isinstance(found, dict) and all(isinstance(found.get(name), Real) for name in wanted)
+    def constant(targets: Any, labels: Sequence[str]) -> dict[str, float]:
+        return _numbers(plain(targets, labels), (LOSS, *task.all_metrics[:-1]), f"{safe.who} gave, of a constant answer,")
 
-    return safe.checked(cast(Any, task.constant), f"no {' and '.join(sorted(wanted))} of a constant answer", fits)
+    return constant
+
+
+def _numbers(found: Any, metrics: Iterable[Metric], who_gave: str) -> dict[str, float]:
+    """Return the values of metrics as numbers of Python. Raises `PluginError` if one is lacking."""
+    values, wanted = found if isinstance(found, dict) else {}, [metric.name for metric in metrics]
+    if lacking := [name for name in wanted if not isinstance(values.get(name), Real)]:
+        raise PluginError(f"{who_gave} no {' and no '.join(lacking)}", hint=HINT)
+    return {name: float(values[name]) for name in wanted}
 
 
 def _loss(plain: "Callable[[Outputs, Batch], Tensor]", who: str) -> "Callable[[Outputs, Batch], Tensor]":
@@ -203,11 +209,7 @@ def _score(task: Task, who: str) -> Callable[[Iterable[tuple[Outputs, Batch]], S
             raise failed[0]
         if not ended:
             raise PluginError(f"{who} has not scored all examples", hint=HINT)
-        values = found if isinstance(found, dict) else {}
-        wanted = [metric.name for metric in task.metrics if metric.name != LOSS.name]
-        if lacking := [name for name in wanted if not isinstance(values.get(name), Real)]:
-            raise PluginError(f"{who} gave no {' and no '.join(lacking)}", hint=HINT)
-        return {name: float(values[name]) for name in wanted}
+        return _numbers(found, (metric for metric in task.metrics if metric.name != LOSS.name), f"{who} gave")
 
     return score
 
