@@ -1,6 +1,6 @@
 """All that a plugin may import: the records that plugins are made of, and the errors they may raise."""
 
-from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, is_transposed
+from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, is_linear, is_transposed
 from recap_cli.core.axes import Axis, Cut, UnitMask, mask_axes
 from recap_cli.core.criterion import Criterion, GroupScores
 from recap_cli.core.method import Method, RoundPlan, Settings, TrainContext, TrainerHook
@@ -25,6 +25,7 @@ __all__ = [
     "TrainerHook",
     "UnitMask",
     "find_axes",
+    "is_linear",
     "is_transposed",
     "mask_axes",
     "names_of",
