@@ -30,9 +30,9 @@ from recap_cli.plugins.criteria.taylor import TAYLOR
 
 RULES: tuple[RankBy, ...] = get_args(RankBy)
 RATIOS = (1 / 3, 0.5)
-CLASSES, BATCH, RATE = 20, 64, 1e-3
+CLASSES, BATCH, RATE = 10, 64, 1e-3
 SIZES: dict[str, Any] = {
-    **{"image_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 32, "depths": [2, 2, 2], "num_heads": [4, 8, 16]},
+    **{"image_size": 32, "patch_size": 4, "window_size": 2, "embed_dim": 32, "depths": [2, 2, 2], "num_heads": [4, 8, 16]},
     **{"drop_path_rate": 0.0, "num_labels": CLASSES},
 }
 SWIN = Adapter(
@@ -180,7 +180,7 @@ def main() -> None:
     made: argparse.ArgumentParser = parser(__doc__, "ranking")
     made.add_argument("--data", type=Path, required=True, help="the folder of CIFAR-100: train.parquet and test.parquet")
     made.add_argument("--work", type=Path, required=True, help="where trained models are kept")
-    made.add_argument("--epochs", type=int, default=10, help="of training from scratch")
+    made.add_argument("--epochs", type=int, default=16, help="of training from scratch")
     made.add_argument("--seeds", type=int, default=3)
     args = made.parse_args()
     torch.set_num_threads(1)

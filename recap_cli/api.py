@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, is_transposed
+    from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, is_linear, is_transposed
     from recap_cli.core.axes import Axis, Cut, UnitMask, mask_axes
     from recap_cli.core.criterion import Criterion, GroupScores
     from recap_cli.core.frozen_weight import FrozenWeight
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from recap_cli.tasks.labels import label_numbers, may_be_classes, read_labels, repeats
 
 _HOMES = {
-    "recap_cli.core.adapter": ("Adapter", "Heads", "Neurons", "find_axes", "is_transposed"),
+    "recap_cli.core.adapter": ("Adapter", "Heads", "Neurons", "find_axes", "is_linear", "is_transposed"),
     "recap_cli.core.axes": ("Axis", "Cut", "UnitMask", "mask_axes"),
     "recap_cli.core.criterion": ("Criterion", "GroupScores"),
     "recap_cli.core.frozen_weight": ("FrozenWeight",),
@@ -63,6 +63,7 @@ __all__ = [
     "TrainerHook",
     "UnitMask",
     "find_axes",
+    "is_linear",
     "is_transposed",
     "label_numbers",
     "mask_axes",

@@ -142,9 +142,14 @@ class T5EncoderForSequenceClassification(T5PreTrainedModel):  # type: ignore[mis
         self.classifier = nn.Linear(config.d_model, config.num_labels)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.shared
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (batch, tokens, width)
-        weight = attention_mask.unsqueeze(-1) / attention_mask.sum(1)[:, None, None]  # (batch, tokens, 1)
+        weight = (attention_mask.unsqueeze(-1) / attention_mask.sum(1).clamp(min=1)[:, None, None]).to(
+            hidden.dtype
+        )  # (batch, tokens, 1)
         return SequenceClassifierOutput(logits=self.classifier((hidden * weight).sum(1)))
 
 

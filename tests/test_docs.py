@@ -221,7 +221,8 @@ def test_the_page_of_plugins_names_every_one_of_ours_and_that_of_methods_every_m
 def test_the_papers_figures_on_the_page_of_recipes_are_those_of_the_recipes():
     row_form = r"^\| `(\w+)` \| Table \d \| (.+) \| ([\d.]+), (\d+) MB \| ([\d.]+), (\d+) MB \|$"
     rows = re.findall(row_form, text_of("docs/guide/paper.md"), re.MULTILINE)
-    assert len(rows) == len([recipe for recipe in shipped() if not recipe.name.endswith(("ft", "movement"))]) - 1
+    of_paper = [recipe.name for recipe in shipped() if "Table" in (ROOT / "recipes" / f"{recipe.name}.yaml").read_text("utf-8")]
+    assert {row[0] for row in rows} == {name for name in of_paper if not name.endswith(("ft", "movement"))}
     for row in rows:
         name, metric, value, memory, full_value, full_memory = row
         head = (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")

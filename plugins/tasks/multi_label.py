@@ -175,7 +175,7 @@ def predict(logits: "Tensor", batch: Batch, labels: Sequence[str]) -> dict[str, 
 
 
 CLASSES = Target(
-    "lists of labels, or 0 and 1",
+    "lists of labels (jsonl, parquet), or 0 and 1",
     learn,
     encode,
     can_be=may_be_sets,

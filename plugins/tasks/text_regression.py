@@ -1,5 +1,6 @@
 """A number for each text, or pair of texts: mean squared error, Pearson's and Spearman's correlation."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,19 +10,22 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
+LARGEST = 3.4e38  # of float32, rounded down
 CHOOSE = "choose the column of the numbers with --set data.label=NAME"
 
 
 def may_be_numbers(kind: "pa.DataType") -> bool:
-    """Whether a column of this type holds numbers."""
+    """Whether a column of this type may hold numbers: as such, or as texts, which csv files have if one row is odd."""
     from pyarrow import types
 
-    return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind))
+    number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
+    return bool(number or types.is_string(kind) or types.is_large_string(kind))
 
 
 def vary(column: "pa.ChunkedArray") -> bool:
-    """Whether a column has more than two different values, as measurements do."""
-    return len(column.slice(0, 2000).unique()) > 2
+    """Whether a column has more than two different values that are numbers, as measurements do."""
+    found = column.slice(0, 2000).unique().to_pylist()
+    return len(found) > 2 and all(value is not None and math.isfinite(_number(value)) for value in found)
 
 
 def learn(columns: Sequence[LabelColumn]) -> Labels:
@@ -42,19 +46,27 @@ def encode(columns: Sequence[LabelColumn], _: Labels) -> "pa.ChunkedArray":
 
 
 def numbers_of(column: LabelColumn) -> list[float]:
-    """Return the numbers of a column. Raises `DataError` for one that is not finite, and for other types."""
-    import pyarrow as pa
-
+    """Return the numbers of a column. Raises `DataError` for a value that is none, or not finite; the message names the row."""
     if not may_be_numbers(column.values.type):
         raise DataError(f"{column.place} holds values of type {column.values.type}; expected numbers", hint=CHOOSE)
-    values: list[float] = column.values.cast(pa.float64()).to_pylist()
-    bad = next((row for row, value in enumerate(values, 1) if not -3.4e38 < value < 3.4e38), None)
-    if bad is not None:
-        raise DataError(
-            f"{column.place} holds {values[bad - 1]} in row {bad}, which is no finite number of 32 bits",
-            hint="correct the row, or remove it",
-        )
+    written = column.values.to_pylist()
+    values = [_number(value) for value in written]
+    for row, (value, text) in enumerate(zip(values, written, strict=True), 1):
+        if not -LARGEST < value < LARGEST:
+            odd = isinstance(text, str) and math.isnan(value)
+            raise DataError(
+                f"{column.place} holds {text!r} in row {row}, which is no {'number' if odd else 'finite number of 32 bits'}",
+                hint=f"correct the row, or remove it; or {CHOOSE}" if odd else "correct the row, or remove it",
+            )
     return values
+
+
+def _number(value: Any) -> float:
+    """Return a number, or that of a text; NaN if the text is none."""
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
 
 
 def loss(logits: "Tensor", batch: Batch) -> "Tensor":

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.ties import first_names
@@ -281,6 +282,15 @@ def _features(layer: nn.Module) -> tuple[int, int]:
 def is_transposed(layer: nn.Module) -> bool:
     """Whether the layer keeps its weight as (in, out), as GPT-2's Conv1D does, and not as (out, in)."""
     return not isinstance(layer, nn.Linear) and hasattr(layer, "nf")
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a module is a linear layer, also a transposed one, that is called and computes what a linear layer does.
+
+    The output layer of `nn.MultiheadAttention` is none: the attention reads its weight itself.
+    """
+    plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    return (plain and not isinstance(layer, NonDynamicallyQuantizableLinear)) or is_transposed(layer)
 
 
 def _resize_heads(table: Heads, attention: nn.Module, units: int, form: _Form) -> None:

@@ -73,11 +73,11 @@ def _hint(table: "pa.Table", roles: Sequence[Role], wrong: list[Role]) -> str:
         return f"the file is separated by {mark!r}; save it with commas, or as .tsv with tabs"
     fits = _fitting(table, wrong, {role.name for role in roles})
     sets = " ".join(_settings(roles, fits))
-    choices = [
+    choices = dict.fromkeys(  # columns of one key may lack the same
         f"data.{role.key} is one of {', '.join(fits[role])}" if fits[role] else f"no column of it holds {role.holds}"
         for role in wrong
         if len(fits[role]) != 1
-    ]
+    )
     hint = f"name the column{'s' if len(wrong) > 1 else ''} with {sets}{', where ' if choices else ''}{', and '.join(choices)}"
     return hint if all(fits[role] for role in wrong) else f"{hint}; or choose another task.kind"
 

@@ -136,6 +136,11 @@ def _read_path(path: Path, key: str, roles: Roles) -> Found:
         if roles.task.inputs != "image":
             raise _folder_for_texts(path, key)
         table, notes = read_folder(path, key=key)
+        if not roles.task.target.can_be(table.column("label").type):
+            raise DataError(
+                f"{path} is a folder of class folders: one class for each image. The task reads {roles.labels[0].holds}",
+                hint=f"name a file that has them beside the paths of the images: --set {key}=FILE",
+            )
         return Found(table, str(path), classes=True, notes=(*_unused(roles), *notes))
     return Found(read_file(path, key=key, text_columns=roles.texts), str(path), folder=path.parent)
 

@@ -89,7 +89,7 @@ def words_split(dataset: "Dataset", inputs: TextInputs, *, origin: str, track: T
 
     Raises:
         ModelError: As `text_split`; or the tokenizer does not say which word a token is from.
-        DataError: An example has more words than labels, or fewer. The message names its row.
+        DataError: An example has more words than labels, or fewer: the message names its row. Or no word makes a token.
     """
     _check_tokenizer(inputs)
     if not inputs.tokenizer.is_fast:
@@ -97,7 +97,7 @@ def words_split(dataset: "Dataset", inputs: TextInputs, *, origin: str, track: T
             f"the tokenizer of {inputs.tokenizer.name_or_path} does not say which word a token is from",
             hint="save a fast tokenizer (tokenizer.json) beside the model",
         )
-    found, lost = Tokens(), 0
+    found, lost, words_found = Tokens(), 0, 0
     labels: list[list[int]] = []
     for chunk in chunks(len(dataset), track, f"tokenize {origin}"):
         examples = dataset[chunk.start : chunk.stop]
@@ -109,8 +109,14 @@ def words_split(dataset: "Dataset", inputs: TextInputs, *, origin: str, track: T
         tokens = inputs.tokenizer(examples["text"], is_split_into_words=True, truncation=True, max_length=inputs.max_length)
         found.add(tokens)
         of_chunk = [_at_first_tokens(tokens.word_ids(i), tags) for i, tags in enumerate(examples["label"])]
-        lost += sum(map(len, examples["label"])) - sum(label != IGNORED for row in of_chunk for label in row)
+        words_found += (count := sum(map(len, examples["label"])))
+        lost += count - sum(label != IGNORED for row in of_chunk for label in row)
         labels += of_chunk
+    if len(dataset) and lost == words_found:
+        raise DataError(
+            f"no word of {origin} makes a token within data.max_length ({inputs.max_length} tokens)",
+            hint="raise it, as in --set data.max_length=128",
+        )
     made = found.split(inputs.tokenizer, origin, Ragged.of(labels, left=inputs.tokenizer.padding_side == "left"))
     note = f"{origin}: {lost:,} words are beyond data.max_length ({inputs.max_length} tokens), or make no token; none is scored"
     return replace(made, notes=(note,)) if lost else made

@@ -14,9 +14,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear  # read by `nn.MultiheadAttention`, not called
 
-from recap_cli.core.adapter import is_transposed
+from recap_cli.core.adapter import is_linear, is_transposed
 from recap_cli.core.axes import Axis, Cut, UnitMask
 from recap_cli.core.frozen_weight import FrozenWeight
 from recap_cli.core.surgery import IndexMap, owner_of, put, take
@@ -165,7 +164,7 @@ def _made(
     partly = {a for a in trained if build.index_map.get(names[a])}
     trainables: list[Trainable] = []
     made: nn.Module | None = None
-    if _is_linear(module) and (
+    if is_linear(module) and (
         "weight" in partly or ("weight" not in trained and build.is_quantized(module, module.get_parameter("weight")))
     ):
         made, trainables = _partial_layer(module, names, trained, build)
@@ -200,7 +199,7 @@ def whole_parameters(model: nn.Module, axes: Iterable[Axis]) -> list[str]:
     def in_part(name: str) -> bool:
         held = once.holders(model.get_parameter(name)) or [owner_of(model, name)]
         forms = {(attribute, is_transposed(module)) for module, attribute in held}
-        if len(forms) > 1 or not all(_is_linear(module) for module, _ in held):
+        if len(forms) > 1 or not all(is_linear(module) for module, _ in held):
             return len(held) == 1 and is_plain(held[0][0]) and {cut.dim for _, cut in cuts[name]} == {0}
         ((attribute, transposed),) = forms
         weights = {name_of[id(module.get_parameter("weight"))] for module, _ in held}
@@ -398,13 +397,7 @@ def _form(module: nn.Module, attribute: str, weights: FrozenWeight) -> str:
     """How a layer reads a frozen tensor: as a matrix of its rows, of its columns, or dense."""
     if attribute == "weight" and isinstance(module, nn.Embedding):
         return "dense" if is_hooked(module) or weights.rows is None else "rows"
-    return ("columns" if is_transposed(module) else "rows") if attribute == "weight" and _is_linear(module) else "dense"
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that is called, and computes what a linear layer does."""
-    plain = type(module).forward is nn.Linear.forward and not isinstance(module, NonDynamicallyQuantizableLinear)
-    return (isinstance(module, nn.Linear) and plain) or is_transposed(module)
+    return ("columns" if is_transposed(module) else "rows") if attribute == "weight" and is_linear(module) else "dense"
 
 
 def _nothing(dims: dict[int, Tensor] | None) -> bool:

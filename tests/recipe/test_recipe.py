@@ -561,11 +561,11 @@ def test_the_reference_page_is_what_the_script_writes() -> None:
 
 
 def test_the_shipped_recipes_are_all_there() -> None:
-    glue = [f"bert_base_{task}" for task in ("cola", "mrpc", "qnli", "qqp", "rte", "sst2")]
+    texts = [f"bert_base_{task}" for task in ("cola", "go_emotions", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wikiann")]
     baselines = [f"vit_base_cifar100_{method}_ft" for method in ("full", "head", "lora")]
     baselines += [f"vit_base_cifar100_{method}" for method in ("movement", "post_ft", "pre_ft")]
     vision = ["vit_base_cifar100", *baselines, "vit_base_tinyimagenet", "vit_large_cifar100"]
-    assert [*glue, "quickstart", *vision] == SHIPPED
+    assert [*texts, "quickstart", *vision] == SHIPPED
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -588,8 +588,8 @@ def test_a_shipped_recipe_has_the_settings_of_the_paper(name: str) -> None:
     assert (got.prune.ratio, got.mask.ratio, got.finetune.lr) == ((0.5, 0.5, 2e-5) if text else (0.333, 0.875, 1e-4))
     assert (got.rounds, got.prune.steps, got.finetune.epochs, got.finetune.batch_size) == (10, 4, 2, 32)
     assert (got.finetune.schedule, got.prune.criterion, got.mask.criterion) == ("linear", "taylor", "fisher")
-    metric = {"bert_base_cola": "matthews", "bert_base_mrpc": "f1"}.get(name, "accuracy")
-    assert got.task.metric == metric
+    metrics = {"cola": "matthews", "mrpc": "f1", "stsb": "pearson", "go_emotions": "f1", "wikiann": "f1"}
+    assert got.task.metric == metrics.get(name.removeprefix("bert_base_"), "accuracy")
 
 
 def test_quickstart_needs_no_download() -> None:
