@@ -16,6 +16,7 @@ from recap_cli.core.task import IGNORED
 from recap_cli.data.splits import TextInputs, make_split
 from recap_cli.errors import DataError, MissingExtraError
 from recap_cli.plugins.tasks.token_classification import TOKEN_CLASSIFICATION, constant, metrics_of
+from recap_cli.progress import silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.rounds.examples import read_raw
 from recap_cli.rounds.run_context import Context
@@ -93,7 +94,7 @@ def test_the_figures_are_those_of_seqeval_on_what_the_exported_model_says_of_eac
 
 def test_a_loss_weighs_each_word_alike_however_the_examples_are_batched(state: State) -> None:
     context = Context(state)
-    split, task = context.splits()[1], context.objective.task
+    split, task = context.splits(silent)[1], context.objective.task
     torch.manual_seed(0)
     batch = split.batch(torch.arange(6))
     logits = torch.randn(*batch["labels"].shape, 4)
