@@ -29,6 +29,7 @@ from recap_cli.models import build
 from recap_cli.recipe.recipe import dump, json_schema, parse, read, shipped
 from recap_cli.rounds.examples import read_raw
 from recap_cli.rounds.plans import round_plans_for
+from recap_cli.rounds.run_context import Context
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
 from recap_cli.tasks.calls import task_named
@@ -310,12 +311,17 @@ def extra(tmp_path, monkeypatch) -> Path:
     (tmp_path / "recap_extra.py").write_text(files["recap_extra.py"], encoding="utf-8")
     (tmp_path / "recap_activation.py").write_text(files["recap_activation.py"], encoding="utf-8")
     (tmp_path / "recap_headstart.py").write_text(files["recap_headstart.py"], encoding="utf-8")
+    (tmp_path / "recap_decoders.py").write_text(files["recap_decoders.py"], encoding="utf-8")
+    _, decoders = map(tomllib.loads, blocks("docs/plugins/adapter.md", "toml"))
+    adapters = {
+        "recap.adapters": decoders["project"]["entry-points"]["recap.adapters"] | project["entry-points"]["recap.adapters"]
+    }
     info = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     points = "".join(
         f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in named.items())
-        for group, named in {**project["entry-points"], **method["project"]["entry-points"]}.items()
+        for group, named in {**project["entry-points"], **method["project"]["entry-points"], **adapters}.items()
     )
     (info / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -422,6 +428,29 @@ def test_the_plugins_of_the_documentation_run_a_round(extra, tmp_path):
         ("adapters", "megatron-bert", "recap-extra"),
     }
     assert state.manifest.best is not None
+
+
+GROUPED = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 48},
+    **{"vocab_size": 80, "max_position_embeddings": 40, "pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_the_adapter_for_decoders_of_the_documentation_prunes_whole_groups_of_queries(extra, tmp_path, model_type):
+    config = {"model_type": model_type, **GROUPED, "tokenizer": str(data_folder() / "tokenizer")}
+    state: State = run(tiny("bert", rounds=1, model={"config": config}), tmp_path / "state")
+    context = Context(state)
+    plan, small = context.plan("best-001"), state.load_tensors("best-001/model.safetensors")
+    for layer in (0, 1):
+        kept, attention = int(plan[f"model.layers.{layer}.heads"].sum()), f"model.layers.{layer}.self_attn"
+        assert 0 < kept < 4 or plan["model.layers.0.heads"].sum() + plan["model.layers.1.heads"].sum() < 8
+        rows = {name: small[f"{attention}.{name}_proj.weight"].shape[0] for name in "qkv"}
+        assert rows == {"q": 8 * kept, "k": 4 * kept, "v": 4 * kept}
+    assert context.layout.whole == frozenset()
+    assert ("adapters", model_type, "recap-extra") in {
+        (plugin["kind"], plugin["name"], plugin["distribution"]) for plugin in state.manifest.plugins["used"]
+    }
 
 
 def test_the_short_examples_of_criterion_and_adapter_are_plugins():

@@ -120,8 +120,8 @@ FAULTS = (
     Fault(
         "the ranking is by importance, not by importance per parameter",
         "recap_cli/core/ranking.py",
-        'if rank_by == "parameter" and',
-        'if rank_by == "none" and',
+        'if rank_by == "parameter" and len(set(params)) > 1:',
+        'if rank_by == "parameter" and len(set(params)) > len(params):',
         ("tests/core/test_ranking.py::test_global_ranks_by_importance_per_parameter",),
     ),
     Fault(
@@ -312,6 +312,20 @@ FAULTS = (
         "chosen if kept is None else kept[chosen]",
         "chosen",
         (ADAMW,),
+    ),
+    Fault(
+        "cuts of every width share the units of the mask",
+        "recap_cli/core/axes.py",
+        '("" if cut.width == default_width else f"{cut.width}-wide")',
+        '""',
+        ("tests/core/test_axes.py::test_cuts_of_another_width_or_word_have_units_of_their_own",),
+    ),
+    Fault(
+        "what is trained or frozen whole has units of the mask too",
+        "recap_cli/core/axes.py",
+        "[cut for cut in axis.cuts if cut.param not in whole]",
+        "list(axis.cuts)",
+        ("tests/core/test_axes.py::test_what_is_whole_has_no_units",),
     ),
     Fault(
         "what a prune step removed does not move later offsets up",
