@@ -65,6 +65,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "higher-floor": {"prune.floor": 0.3},
     "bf16": {"finetune.weights": "bf16", "finetune.checkpointing": True},
     "int8": {"finetune.weights": "int8", "finetune.checkpointing": True},
+    "nf4": {"finetune.weights": "nf4", "finetune.checkpointing": True},
 }
 RATIOS = (0.333, 0.5)
 SAVING: dict[str, dict[str, Any]] = {

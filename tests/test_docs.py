@@ -28,6 +28,7 @@ from recap_cli.errors import PipeError
 from recap_cli.models import build
 from recap_cli.recipe.recipe import dump, json_schema, parse, read, shipped
 from recap_cli.rounds.examples import read_raw
+from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.rounds.plans import round_plans_for
 from recap_cli.rounds.run_context import Context
 from recap_cli.stages.run import run
@@ -213,7 +214,7 @@ def test_the_stages_of_the_guide_run_one_by_one_as_they_stand_there(tmp_path, mo
 
 def test_the_page_of_plugins_names_every_one_of_ours_and_that_of_methods_every_method():
     ours = {kind: {each.name for each in registry.entries(kind) if each.distribution == "recap-cli"} for kind in registry.KINDS}
-    rows = re.findall(r"^\| (criteria|adapters|methods) \| (.+) \|$", text_of("docs/plugins/index.md"), re.MULTILINE)
+    rows = re.findall(r"^\| (criteria|adapters|methods|weights) \| (.+) \|$", text_of("docs/plugins/index.md"), re.MULTILINE)
     assert {kind: set(re.findall(r"`([a-z0-9-]+)`", names)) for kind, names in rows} == ours
     table = text_of("docs/guide/compare.md").partition("## The methods")[2].partition("\n\n**")[0]
     assert set(re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)) == ours["methods"]
@@ -299,7 +300,7 @@ def test_the_table_of_exit_codes_is_that_of_the_errors():
     assert [int(row[0]) for row in rows] == sorted([0, INTERRUPTED, *(kind.exit_code for kind in kinds_of_error())])
 
 
-PLUGINS = [f"docs/plugins/{page}.md" for page in ("index", "criterion", "adapter", "method")]
+PLUGINS = [f"docs/plugins/{page}.md" for page in ("index", "criterion", "adapter", "method", "weights")]
 
 
 @pytest.fixture
@@ -307,21 +308,21 @@ def extra(tmp_path, monkeypatch) -> Path:
     """The package of docs/plugins, its files as they stand there, installed in a folder of its own."""
     files = {file: block for page in PLUGINS for file, block in named_blocks(page).items()}
     project = tomllib.loads(files["pyproject.toml"])["project"]
-    (method,) = map(tomllib.loads, blocks("docs/plugins/method.md", "toml"))
-    (tmp_path / "recap_extra.py").write_text(files["recap_extra.py"], encoding="utf-8")
-    (tmp_path / "recap_activation.py").write_text(files["recap_activation.py"], encoding="utf-8")
-    (tmp_path / "recap_headstart.py").write_text(files["recap_headstart.py"], encoding="utf-8")
-    (tmp_path / "recap_decoders.py").write_text(files["recap_decoders.py"], encoding="utf-8")
+    others = [tomllib.loads(block) for page in ("method", "weights") for block in blocks(f"docs/plugins/{page}.md", "toml")]
     _, decoders = map(tomllib.loads, blocks("docs/plugins/adapter.md", "toml"))
-    adapters = {
-        "recap.adapters": decoders["project"]["entry-points"]["recap.adapters"] | project["entry-points"]["recap.adapters"]
-    }
+    others.append(decoders)
+    modules = ("extra", "activation", "headstart", "decoders", "int4")
+    for name in (f"recap_{module}.py" for module in modules):
+        (tmp_path / name).write_text(files[name], encoding="utf-8")
     info = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    groups: dict[str, dict[str, str]] = {}
+    for one in (project, *(other["project"] for other in others)):
+        for group, named in one["entry-points"].items():
+            groups.setdefault(group, {}).update(named)
     points = "".join(
-        f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in named.items())
-        for group, named in {**project["entry-points"], **method["project"]["entry-points"], **adapters}.items()
+        f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in named.items()) for group, named in groups.items()
     )
     (info / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -418,16 +419,29 @@ def test_the_plugins_of_the_documentation_run_a_round(extra, tmp_path):
         "importance": {"batches": 1, "batch_size": 8},
         "prune": {"criterion": "abs-taylor", "ratio": 0.5, "steps": 2},
         "mask": {"criterion": "abs-taylor", "ratio": 0.5},
-        "finetune": {"steps": 2, "batch_size": 8},
+        "finetune": {"steps": 2, "batch_size": 8, "weights": "int4"},
     }
     state: State = run(parse(yaml.safe_dump(recipe), "docs/plugins/index.md"), tmp_path / "state")
     used = {(plugin["kind"], plugin["name"], plugin["distribution"]) for plugin in state.manifest.plugins["used"]}
     assert used == {
         ("methods", "recap", "recap-cli"),
+        ("weights", "int4", "recap-extra"),
         ("criteria", "abs-taylor", "recap-extra"),
         ("adapters", "megatron-bert", "recap-extra"),
     }
     assert state.manifest.best is not None
+    entry = next(entry for entry in state.manifest.history if entry["stage"] == "finetune")
+    assert entry["evaluated_in"] == "int4"
+
+
+def test_the_frozen_weight_of_the_documentation_is_near_the_weight(extra):
+    weights = frozen_weight_of("int4")
+    matrix = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    out = torch.empty(40, 64)
+    weights.dense(weights.quantize(matrix), out)
+    assert float((out - matrix).norm() / matrix.norm()) < 0.12
+    assert weights.entry_bytes == 0.5 + 2 / 32
+    assert not weights.holds((40, 50))
 
 
 GROUPED = {

@@ -16,10 +16,13 @@ from recap_cli.cli import main
 from recap_cli.core.adapter import Adapter
 from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.criterion import Criterion
+from recap_cli.core.frozen_weight import FrozenWeight
 from recap_cli.core.importance import group_scores
 from recap_cli.core.method import Method
 from recap_cli.core.task import Task
 from recap_cli.errors import PluginError
+
+TYPES = {"criteria": Criterion, "adapters": Adapter, "methods": Method, "tasks": Task, "weights": FrozenWeight}
 
 
 @pytest.fixture
@@ -52,9 +55,7 @@ KINDS = {"criteria": Criterion, "adapters": Adapter, "methods": Method, "tasks":
 @pytest.mark.parametrize("kind", registry.KINDS)
 def test_every_registered_plugin_loads_and_is_of_its_kind(kind):
     for name in registry.names(kind):
-        assert isinstance(
-            registry.load(kind, name), {"criteria": Criterion, "adapters": Adapter, "methods": Method, "tasks": Task}[kind]
-        )
+        assert isinstance(registry.load(kind, name), TYPES[kind])
 
 
 def test_listing_imports_neither_torch_nor_a_plugin():

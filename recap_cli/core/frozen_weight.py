@@ -118,8 +118,8 @@ def check(weights: FrozenWeight) -> None:
 
 def _wrong_parts(parts: Parts, matrix: Tensor) -> str | None:
     """What of the parts is no tensor as it should be, or None."""
-    if not isinstance(parts, Mapping) or not parts:
-        return f"quantize gives tensors by name, not {type(parts).__name__ if parts else 'nothing'}"
+    if not isinstance(parts, Mapping) or len(parts) == 0:
+        return f"quantize gives tensors by name, not {type(parts).__name__ if not isinstance(parts, Mapping) else 'none'}"
     for name, part in parts.items():
         if not isinstance(name, str) or not name.isidentifier():
             return f"the name {name!r} of a part is no identifier"

@@ -1,5 +1,6 @@
 """Budgets: what the solver chooses, in how few predictions, what it says, and that `init` and `run` keep to it."""
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +34,7 @@ Peak = Callable[[Recipe], float]
 def straight(recipe: Recipe) -> float:
     """The peak, in MB, of a made-up model: weights, what moves with its state, and the activations of a micro-batch."""
     tune = recipe.finetune
-    kept, each = 1 - recipe.prune.ratio, {"fp32": 4, "bf16": 2, "int8": 1}[tune.weights]
+    kept, each = 1 - recipe.prune.ratio, {"fp32": 4, "bf16": 2, "int8": 1, "nf4": 0.5}[tune.weights]
     trained = 100 * kept * (1 - recipe.mask.ratio)
     state = 0 if tune.offload else 3 * trained
     gradients = trained if not tune.fused_backward or tune.micro_batch_size not in (None, tune.batch_size) else 0.1 * trained
@@ -230,9 +231,10 @@ def test_the_least_that_is_named_fits_and_less_does_not(peak: Peak, made_up: Cal
     fit(NO_MODEL, LARGE, recipes.bytes_of(least))
     with pytest.raises(BudgetError):
         fit(NO_MODEL, LARGE, recipes.bytes_of(least) - 2 * 10**5)
-    int8 = hint.rsplit(maxsplit=1)[-1]
-    assert "--set finetune.weights=int8" in hint
-    fit(NO_MODEL, recipes.changed(LARGE, {"finetune.weights": "int8"}), recipes.bytes_of(int8))
+    quantized = re.findall(r"; with --set finetune\.weights=(\w+), which is not chosen here, one of (\S+?MB)", hint)
+    assert [name for name, _ in quantized] == ["int8", "nf4"]
+    for name, enough in quantized:
+        fit(NO_MODEL, recipes.changed(LARGE, {"finetune.weights": name}), recipes.bytes_of(enough))
 
 
 def test_only_what_may_change_is_changed(made_up: Callable[..., list[Recipe]]) -> None:
@@ -313,7 +315,7 @@ def test_savings_are_those_of_each_setting_alone(tmp_path: Path, monkeypatch: py
     model = meta_model.of_state(context)
     now = profile.predict(model, context.recipe, "recap").usage.peak_bytes
     assert "finetune.weights=int8" in found
-    for unit_mask in ("finetune.weights=int8", "finetune.micro_batch_size=4"):
+    for unit_mask in ("finetune.weights=int8", "finetune.weights=nf4", "finetune.micro_batch_size=4"):
         recipe = recipe_of(state, [unit_mask])
         assert found.get(unit_mask, 0) == max(0, now - profile.predict(model, recipe, "recap").usage.peak_bytes)
     assert all(count > 0 for count in found.values())

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
+from recap_cli import registry
 from recap_cli.errors import ModelError
 from recap_cli.machine import accounting
 from recap_cli.memory import fake_step, meta_model, predict
 from recap_cli.memory.fake_cuda import Answers, cuda_kernels
 from recap_cli.memory.fake_step import Fakes, Step
-from recap_cli.memory.tracker import GRANULE_BYTES, KINDS, Tracker, Usage
+from recap_cli.memory.tracker import GRANULE_BYTES, KINDS, Kind, Tracker, Usage
 from recap_cli.models import build, create, spec_from_config
 from recap_cli.models.build import ModelSpec
 from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds.frozen_weights import frozen_weight_of
+from recap_cli.trainable.frozen_weights import QuantizedMatrix
 from recap_cli.training.loop import Steps, train
 from tests.pico import LABELS, PICO, pico, source_for
 from tests.tiny import is_text, model_section, tiny
@@ -33,6 +36,7 @@ LARGER: dict[str, dict[str, Any]] = {  # where 512 bytes are little
     "vit": {"model_type": "vit", **HF, "image_size": 48, "patch_size": 8},
 }
 NEAR = 0.01
+HELD: tuple[Kind, ...] = ("weights", "gradients", "optimizer")
 METHODS = ("full", "head", "lora", "pre-ft", "post-ft", "movement", "recap")
 
 
@@ -97,7 +101,7 @@ def test_a_step_is_predicted_within_one_percent(case: Case) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "recap", "lora"])
-@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("weights", registry.names("weights"))
 def test_weights_and_optimizer_state_are_those_that_finetuning_reports(method: str, weights: str) -> None:
     recipe = recipe_of("bert", larger=True, finetune={"weights": weights})
     step = real_step(recipe, method)
@@ -112,6 +116,23 @@ def test_weights_and_optimizer_state_are_those_that_finetuning_reports(method: s
     assert 0 <= counted.maxima["weights"] - known["weights_bytes"] < rounding
     assert 0 <= counted.maxima["optimizer"] - known["optimizer_bytes"] < rounding
     assert counted.maxima["other"] >= sum(tensor.nbytes for tensor in step.batch.values())
+
+
+@pytest.mark.parametrize("name", ["bert", "dinov2", "timm-vit-packed-glu"])
+@pytest.mark.parametrize("weights", registry.names("weights"))
+def test_what_is_predicted_of_weights_and_state_is_held_to_the_byte(weights: str, name: str) -> None:
+    recipe, fakes = recipe_of(name, finetune={"weights": weights}), Fakes()
+    of_recipe = meta_model.of_recipe(recipe, LABELS)
+    for method in ("recap", "lora"):  # with nf4 the second is QLoRA
+        predicted = fakes.usage(predict.prepare(of_recipe, recipe, method, fakes.like)[0], "cpu").maxima
+        step = real_step(recipe, method)
+        assert standing_bytes(step) == predicted["weights"] + predicted["optimizer"] + batch_bytes(step)
+        counted = fake_step.usage(step).maxima
+        assert {kind: predicted[kind] for kind in HELD} == {kind: counted[kind] for kind in HELD}
+        matrices = [module for module in step.model.modules() if isinstance(module, QuantizedMatrix)]
+        assert bool(matrices) == frozen_weight_of(weights).quantizes
+        for matrix in matrices:
+            assert sum(part.nbytes for part in matrix.parts.values()) == matrix.weights.nbytes(matrix.shape)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("method", "name", "weights"), [("recap", "vit", "int8"), ("full", "bert", "fp32")])
@@ -186,6 +207,11 @@ def standing_bytes(step: Step) -> int:
     return sum(-(-size // GRANULE_BYTES) * GRANULE_BYTES for size in sizes.values())
 
 
+def batch_bytes(step: Step) -> int:
+    """The batch, each tensor rounded up."""
+    return sum(-(-tensor.nbytes // GRANULE_BYTES) * GRANULE_BYTES for tensor in step.batch.values())
+
+
 @pytest.mark.parametrize(
     ("method", "name", "finetune", "bound"),
     [
@@ -199,6 +225,7 @@ def standing_bytes(step: Step) -> int:
         ("head", "bert", {}, 1e-4),
         ("recap", "vit", {"weights": "int8"}, 0.1),  # and operations on mixed types: on the CPU, they convert their inputs
         ("recap", "bert", {"weights": "bf16"}, 0.01),
+        ("recap", "bert", {"weights": "nf4"}, 0.1),  # likewise
     ],
 )
 def test_a_prediction_is_what_the_allocator_hands_out_in_a_real_step(

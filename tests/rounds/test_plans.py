@@ -114,6 +114,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"weights": "bf16", "offload": True, **FUSED},
     {"weights": "int8", **FUSED},
     {"weights": "int8", "offload": True, **FUSED},
+    {"weights": "nf4", **FUSED},
     {"offload": True, **FUSED},
 ]
 

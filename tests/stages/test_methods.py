@@ -277,7 +277,9 @@ def test_the_product_of_every_method_is_exported_and_loads(method: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    "settings", [{"weights": "bf16", "fused_backward": True}, {"weights": "int8"}, {"offload": True}], ids=str
+    "settings",
+    [{"weights": "bf16", "fused_backward": True}, {"weights": "int8"}, {"weights": "nf4"}, {"offload": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("method", ["head-ft", "lora-ft", "movement", "post-ft"])
 def test_methods_run_with_the_settings_of_memory(method: str, settings: dict[str, Any], tmp_path: Path) -> None:

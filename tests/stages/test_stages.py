@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import recap_cli.stages.finetune as finetuning
+from recap_cli import registry
 from recap_cli.core.axes import counts
 from recap_cli.errors import (
     DeviceMemoryError,
@@ -140,18 +141,22 @@ def test_fused_backward_trains_the_same_and_holds_fewer_gradients(tmp_path: Path
     assert held[1] < held[0] / 2
 
 
-@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("weights", registry.names("weights"))
 def test_offloading_trains_the_same(weights: str, tmp_path: Path) -> None:
     plain = change_of(tmp_path / "plain", finetune={"weights": weights})
     offloaded = change_of(tmp_path / "offloaded", finetune={"weights": weights, "offload": True, "fused_backward": True})
     assert all(torch.equal(plain[name], offloaded[name]) for name in plain)
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "timm-vit"])
-def test_int8_rounds_go_through_and_the_full_model_keeps_what_did_not_move(name: str, tmp_path: Path) -> None:
-    recipe = tiny(name, finetune={"weights": "int8", "checkpointing": True, "fused_backward": True})
+@pytest.mark.parametrize(("name", "weights"), [("bert", "int8"), ("vit", "nf4"), ("timm-vit", "int8"), ("bert", "nf4")])
+def test_quantized_rounds_go_through_and_the_full_model_keeps_what_did_not_move(
+    name: str, weights: str, tmp_path: Path
+) -> None:
+    recipe = tiny(name, finetune={"weights": weights, "checkpointing": True, "fused_backward": True})
     state = run(recipe, tmp_path / "state")
-    assert state.manifest.history[-2]["evaluated_in"] == "int8"
+    assert state.manifest.history[-2]["evaluated_in"] == weights
+    used = {plugin["kind"]: plugin["name"] for plugin in state.manifest.plugins["used"]}
+    assert used["weights"] == weights
     plain = init(tiny(name), tmp_path / "plain")
     before, after = (Context(s).full_tensors() for s in (plain, state))
     trained = sum(not torch.equal(before[n], after[n]) for n in before)

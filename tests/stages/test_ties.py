@@ -140,7 +140,7 @@ def test_its_bytes_are_counted_once(tmp_path: Path) -> None:
     assert len(names_of(model)) == len(list(model.named_parameters(remove_duplicate=False))) - len(TIES)
 
 
-@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "nf4"])
 def test_predicted_weights_are_those_that_are_held_to_the_byte(weights: str) -> None:
     wanted, fakes = recipe(finetune={"weights": weights}), Fakes()
     of_recipe = meta_model.of_recipe(wanted, LABELS)
