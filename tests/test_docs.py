@@ -214,7 +214,7 @@ def test_the_stages_of_the_guide_run_one_by_one_as_they_stand_there(tmp_path, mo
 
 def test_the_page_of_plugins_names_every_one_of_ours_and_that_of_methods_every_method():
     ours = {kind: {each.name for each in registry.entries(kind) if each.distribution == "recap-cli"} for kind in registry.KINDS}
-    rows = re.findall(r"^\| (criteria|adapters|methods|weights) \| (.+) \|$", text_of("docs/plugins/index.md"), re.MULTILINE)
+    rows = re.findall(r"^\| (criteria|adapters|methods|tasks|weights) \| (.+) \|$", text_of("docs/plugins/index.md"), re.MULTILINE)
     assert {kind: set(re.findall(r"`([a-z0-9-]+)`", names)) for kind, names in rows} == ours
     table = text_of("docs/guide/compare.md").partition("## The methods")[2].partition("\n\n**")[0]
     assert set(re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)) == ours["methods"]
@@ -425,6 +425,7 @@ def test_the_plugins_of_the_documentation_run_a_round(extra, tmp_path):
     used = {(plugin["kind"], plugin["name"], plugin["distribution"]) for plugin in state.manifest.plugins["used"]}
     assert used == {
         ("methods", "recap", "recap-cli"),
+        ("tasks", "text-classification", "recap-cli"),
         ("weights", "int4", "recap-extra"),
         ("criteria", "abs-taylor", "recap-extra"),
         ("adapters", "megatron-bert", "recap-extra"),
