@@ -34,6 +34,7 @@ from recap_cli.stages.run import run
 from recap_cli.state.store import State
 from recap_cli.tasks import task
 from tests.pico import TEXT, pico
+from tests.strange import ADAPTERS, strange
 from tests.tiny import data_folder, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -384,10 +385,17 @@ def test_the_criterion_of_the_documentation_scores_groups(extra):
 def test_the_activation_criterion_of_the_documentation_scores_groups_of_both_sizes(extra):
     import recap_activation
 
-    model, spec = pico("vit")
-    axes = find_axes(build.adapter_of(spec), model)
+    vit, llama = pico("vit"), strange("llama-grouped")
+    for model, spec, axes in (
+        (*vit, find_axes(build.adapter_of(vit[1]), vit[0])),
+        (*llama, find_axes(ADAPTERS["llama-grouped"], llama[0])),
+    ):
+        scored_in_both_sizes(model, spec, axes, recap_activation.ACTIVATION)
+
+
+def scored_in_both_sizes(model, spec, axes, criterion):
     for sizes in (axes, mask_axes(axes)):
-        scores = group_scores(model, sizes, recap_activation.ACTIVATION, losses_of(model, spec))
+        scores = group_scores(model, sizes, criterion, losses_of(model, spec))
         assert all(scores[axis.name].shape == (axis.size,) and bool((scores[axis.name] > 0).all()) for axis in sizes)
 
 
