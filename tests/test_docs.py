@@ -450,6 +450,15 @@ def test_the_adapter_for_decoders_of_the_documentation_prunes_whole_groups_of_qu
     }
 
 
+def test_the_table_for_swin_of_the_documentation_is_the_one_that_is_tested():
+    from recap_cli import api
+
+    (text,) = [
+        block for block in blocks("docs/plugins/adapter.md", "python") if block.startswith("Heads(") and "blocks" in block
+    ]
+    assert eval(text, dict(vars(api))) == ADAPTERS["swin"].tables[0]
+
+
 def test_the_short_examples_of_criterion_and_adapter_are_plugins():
     made: dict[str, Any] = {}
     points: dict[str, Any] = {}
