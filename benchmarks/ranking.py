@@ -2,8 +2,8 @@
 
 A small Swin (three stages of 32, 64 and 128 channels) is trained from scratch on a part of CIFAR-100. It is pruned by each
 rule, in four gradual steps by eq. (1), at each ratio. Its accuracy is measured right after the cut, and after all that is left
-was finetuned on half of the training images. Every seed is another model, another D_s and another order of the examples; the
-rules of a seed start from the same model and see the same examples.
+was finetuned on half of the training images. A seed is another D_s and another order of the examples; all rules of a seed start
+from the same model and see the same examples.
 
     python benchmarks/ranking.py --data cifar100/ --work /tmp/ranking
 """
@@ -160,7 +160,7 @@ def one_run(
 
 
 def summary(runs: list[dict[str, Any]]) -> str:
-    """Means over the seeds, in percent."""
+    """Means over models and seeds, in percent, and each figure."""
     rows = []
     for ratio in sorted({run["ratio"] for run in runs}):
         for rule in RULES:
@@ -181,21 +181,24 @@ def main() -> None:
     made.add_argument("--data", type=Path, required=True, help="the folder of CIFAR-100: train.parquet and test.parquet")
     made.add_argument("--work", type=Path, required=True, help="where trained models are kept")
     made.add_argument("--epochs", type=int, default=16, help="of training from scratch")
-    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--models", type=int, default=2, help="trained from scratch")
+    made.add_argument("--seeds", type=int, default=2, help="of pruning and finetuning, for each model")
     args = made.parse_args()
     torch.set_num_threads(1)
     train_data, test_data = read(args.data, "train"), read(args.data, "test")
     figures: Mapping[str, Any] = {"sizes": SIZES, "train": len(train_data[1]), "test": len(test_data[1]), "epochs": args.epochs}
     full, runs = [], list[dict[str, Any]]()
-    for seed in range(args.seeds):
-        model = trained(args.work, train_data, args.epochs, seed)
+    for number in range(args.models):
+        model = trained(args.work, train_data, args.epochs, number)
         full.append(accuracy(model, test_data))
-        print(f"seed {seed}: {full[-1]:.3f} unpruned, {cpu_seconds():.0f} s", flush=True)
-        for ratio in RATIOS:
-            for rule in RULES:
-                runs.append(one_run(model, train_data, test_data, rule, ratio, seed))
-                print(json.dumps(runs[-1]), flush=True)
-        write(args.out, "ranking", {**figures, "unpruned": full, "runs": runs}, how="measured: accuracy on the test images")
+        print(f"model {number}: {full[-1]:.3f} unpruned, {cpu_seconds():.0f} s", flush=True)
+        for seed in range(args.seeds):
+            for ratio in RATIOS:
+                for rule in RULES:
+                    run = one_run(model, train_data, test_data, rule, ratio, seed)
+                    runs.append({"model": number, **run})
+                    print(json.dumps(runs[-1]), flush=True)
+            write(args.out, "ranking", {**figures, "unpruned": full, "runs": runs}, how="measured: accuracy on the test images")
     print(summary(runs))
 
 

@@ -36,6 +36,7 @@ from recap_cli.state.store import State
 from recap_cli.tasks.calls import task_named
 from recap_cli.tasks.losses import mean_loss
 from tests.pico import TEXT, logits_for, pico
+from tests.strange import ADAPTERS, strange
 from tests.tiny import data_folder, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -214,7 +215,9 @@ def test_the_stages_of_the_guide_run_one_by_one_as_they_stand_there(tmp_path, mo
 
 def test_the_page_of_plugins_names_every_one_of_ours_and_that_of_methods_every_method():
     ours = {kind: {each.name for each in registry.entries(kind) if each.distribution == "recap-cli"} for kind in registry.KINDS}
-    rows = re.findall(r"^\| (criteria|adapters|methods|tasks|weights) \| (.+) \|$", text_of("docs/plugins/index.md"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (criteria|adapters|methods|tasks|weights) \| (.+) \|$", text_of("docs/plugins/index.md"), re.MULTILINE
+    )
     assert {kind: set(re.findall(r"`([a-z0-9-]+)`", names)) for kind, names in rows} == ours
     table = text_of("docs/guide/compare.md").partition("## The methods")[2].partition("\n\n**")[0]
     assert set(re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)) == ours["methods"]
@@ -396,10 +399,17 @@ def test_the_criterion_of_the_documentation_scores_groups(extra):
 def test_the_activation_criterion_of_the_documentation_scores_groups_of_both_sizes(extra):
     import recap_activation
 
-    model, spec = pico("vit")
-    axes = find_axes(build.adapter_of(spec), model)
+    vit, llama = pico("vit"), strange("llama-grouped")
+    for model, spec, axes in (
+        (*vit, find_axes(build.adapter_of(vit[1]), vit[0])),
+        (*llama, find_axes(ADAPTERS["llama-grouped"], llama[0])),
+    ):
+        scored_in_both_sizes(model, spec, axes, recap_activation.ACTIVATION)
+
+
+def scored_in_both_sizes(model, spec, axes, criterion):
     for sizes in (axes, mask_axes(axes)):
-        scores = group_scores(model, sizes, recap_activation.ACTIVATION, losses_of(model, spec))
+        scores = group_scores(model, sizes, criterion, losses_of(model, spec))
         assert all(scores[axis.name].shape == (axis.size,) and bool((scores[axis.name] > 0).all()) for axis in sizes)
 
 
@@ -466,6 +476,15 @@ def test_the_adapter_for_decoders_of_the_documentation_prunes_whole_groups_of_qu
     assert ("adapters", model_type, "recap-extra") in {
         (plugin["kind"], plugin["name"], plugin["distribution"]) for plugin in state.manifest.plugins["used"]
     }
+
+
+def test_the_table_for_swin_of_the_documentation_is_the_one_that_is_tested():
+    from recap_cli import api
+
+    (text,) = [
+        block for block in blocks("docs/plugins/adapter.md", "python") if block.startswith("Heads(") and "blocks" in block
+    ]
+    assert eval(text, dict(vars(api))) == ADAPTERS["swin"].tables[0]
 
 
 def test_the_short_examples_of_criterion_and_adapter_are_plugins():

@@ -209,9 +209,9 @@ def _head_axis(table: Heads, model: nn.Module, block: _Block) -> Axis | None:
     cuts = _row_cuts(model, _join(path, q), wide, 0, own)
     for name, start in zip(others, starts, strict=True):
         cuts += _row_cuts(model, _join(path, name), form.head_dim, start, kv)
-    cuts.append(_column_cut(model, _join(path, table.out), wide, own))
     for name, dim in table.extra:
         cuts += _extra_cuts(model, _join(path, name), dim, size, _words(own, name))
+    cuts.append(_column_cut(model, _join(path, table.out), wide, own))
     return Axis(_heads_name(table, block), "heads", block.layer, size, tuple(cuts))
 
 

@@ -27,7 +27,7 @@ FAITHFUL: dict[str, Any] = {
     "finetune.lr_schedule_span": "round",
 }
 # Defaults of the paper that differ from ours. A recipe may set another value.
-FAITHFUL_DEFAULTS: dict[str, Any] = {"mask.scope": "per-kind"}
+FAITHFUL_DEFAULTS: dict[str, Any] = {"mask.scope": "per-kind", "prune.rank_by": "sum", "mask.rank_by": "sum"}
 FAITHFUL_IMAGE_DEFAULTS: dict[str, Any] = {"mask.ratio": 0.875}  # for texts the paper has our default
 OTHER_KEYS = {  # of `data`, that mean nothing for a task with these inputs
     "text": ("image", "image_size"),

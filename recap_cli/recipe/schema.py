@@ -353,7 +353,7 @@ class Recipe(BaseModel):
     faithful: Flag = Field(
         default=False,
         description="True runs the paper's plain algorithm: settings that it does not have are off (`FAITHFUL`). "
-        "The defaults of `mask.scope` and, for images, of `mask.ratio` are the paper's.",
+        "The defaults of `mask.scope`, of both `rank_by` and, for images, of `mask.ratio` are the paper's.",
     )
     seed: Seed = Field(default=0, description="Seed of all random numbers.")
     rounds: Rounds = Field(

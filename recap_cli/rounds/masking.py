@@ -55,6 +55,8 @@ def choose_fine_units(
         return best
     generator = generator_for(recipe.seed, round, "mask at random")
     drawn = {name: kept + torch.rand(len(kept), generator=generator) for name, kept in best.items()}  # those kept are above 1
+    if limits.scope == "global":  # which ranks by score per parameter
+        drawn = {name: score * params[name] for name, score in drawn.items()}
     return choose(drawn, keep_share=share, limits=replace(limits, rank_by="sum"))
 
 

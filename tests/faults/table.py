@@ -120,8 +120,8 @@ FAULTS = (
     Fault(
         "the ranking is by importance, not by importance per parameter",
         "recap_cli/core/ranking.py",
-        'if rank_by == "parameter" and len(set(params)) > 1:',
-        'if rank_by == "parameter" and len(set(params)) > len(params):',
+        'by_parameter = limits.scope == "global" or (',
+        "by_parameter = False and (",
         ("tests/core/test_ranking.py::test_global_ranks_by_importance_per_parameter",),
     ),
     Fault(
