@@ -215,9 +215,8 @@ def test_the_stages_of_the_guide_run_one_by_one_as_they_stand_there(tmp_path, mo
 
 def test_the_page_of_plugins_names_every_one_of_ours_and_that_of_methods_every_method():
     ours = {kind: {each.name for each in registry.entries(kind) if each.distribution == "recap-cli"} for kind in registry.KINDS}
-    rows = re.findall(
-        r"^\| (criteria|adapters|methods|tasks|weights) \| (.+) \|$", text_of("docs/plugins/index.md"), re.MULTILINE
-    )
+    kinds = "|".join(registry.KINDS)
+    rows = re.findall(rf"^\| ({kinds}) \| (.+) \|$", text_of("docs/plugins/index.md"), re.MULTILINE)
     assert {kind: set(re.findall(r"`([a-z0-9-]+)`", names)) for kind, names in rows} == ours
     table = text_of("docs/guide/compare.md").partition("## The methods")[2].partition("\n\n**")[0]
     assert set(re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)) == ours["methods"]
@@ -484,7 +483,7 @@ def test_the_table_for_swin_of_the_documentation_is_the_one_that_is_tested():
     (text,) = [
         block for block in blocks("docs/plugins/adapter.md", "python") if block.startswith("Heads(") and "blocks" in block
     ]
-    assert eval(text, dict(vars(api))) == ADAPTERS["swin"].tables[0]
+    assert eval(text, {name: getattr(api, name) for name in api.__all__}) == ADAPTERS["swin"].tables[0]
 
 
 def test_the_short_examples_of_criterion_and_adapter_are_plugins():
