@@ -1,6 +1,6 @@
 """What each finished stage has noted in `state.yaml`, and which files it has written: checked as a whole.
 
-`state.yaml` by itself (`manifest_schema`) knows stages and folders; here it is known what is in them. Of files it reads the recipe.
+`state.yaml` by itself (`manifest_schema`) knows stages and folders; here it is known what is in them. Reads the recipe alone.
 """
 
 from collections.abc import Iterator, Mapping
