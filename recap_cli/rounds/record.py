@@ -1,6 +1,6 @@
 """What each finished stage has noted in `state.yaml`, and which files it has written: checked as a whole.
 
-`state.yaml` by itself (`manifest_schema`) knows stages and folders; here it is known what is in them. Reads no file.
+`state.yaml` by itself (`manifest_schema`) knows stages and folders; here it is known what is in them. Reads the recipe alone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from recap_cli.core.method import Embeddings, Plan, Trains
+from recap_cli.core.task import LOSS
 from recap_cli.errors import CorruptStateError
+from recap_cli.recipe import recipe as recipes
 from recap_cli.state.manifest import COMMIT, START_OVER, Manifest
 from recap_cli.state.names import folder_of
 from recap_cli.state.store import State
@@ -76,7 +78,7 @@ class Budget(BaseModel):
     changes: list[Setting]
 
 
-Figures = Annotated[dict[str, float], Field(min_length=2)]  # the loss and all metrics of an evaluation
+Figures = dict[str, float]  # the loss and all metrics of an evaluation
 
 
 class InitFacts(BaseModel):
@@ -176,13 +178,14 @@ def check(state: State) -> None:
     Raises:
         CorruptStateError: a stage's facts, or a file that it must have written, are missing or not what they should be.
     """
-    if problem := next(_problems(state.manifest), None):
+    metric = recipes.parse(state.recipe_text, str(state.path / state.manifest.recipe)).metric.name
+    if problem := next(_problems(state.manifest, metric), None):
         raise CorruptStateError(f"{state.path / COMMIT}: {problem}", hint=START_OVER)
 
 
-def _problems(manifest: Manifest) -> Iterator[str]:
+def _problems(manifest: Manifest, metric: str) -> Iterator[str]:
     for number, entry in enumerate(manifest.history):
-        if wrong := _wrong_facts(entry):
+        if wrong := _wrong_facts(entry, metric):
             yield f"history[{number}].{wrong} is missing or not what it should be"
     if manifest.round > len(manifest.history[0]["round_plans"]):
         yield f"round {manifest.round} is more than were planned"
@@ -196,15 +199,18 @@ def _problems(manifest: Manifest) -> Iterator[str]:
             yield f"{file} is not in files"
 
 
-def _wrong_facts(entry: Mapping[str, Any]) -> str | None:
-    """The place of the first fact of a stage that is not what it should be, or None."""
+def _wrong_facts(entry: Mapping[str, Any], metric: str) -> str | None:
+    """The place of the first fact of a stage that is not what it should be, or None. `metric` is that of the recipe."""
     try:
         FACTS[entry["stage"]].model_validate(entry)
         if entry["stage"] == "finetune":
             NUMBER.validate_python(entry.get(entry["metric"]))
+        if entry.get("metric", metric) != metric:
+            return "metric"
         for name in ("chance", "warmed_up") if entry["stage"] == "init" else ():
-            if (figures := entry.get(name)) is not None and not {"loss", entry["metric"]} <= figures.keys():
-                return name
+            figures = entry.get(name)
+            if lacking := [of for of in (LOSS.name, metric) if figures is not None and of not in figures]:
+                return f"{name}.{lacking[0]}"
     except ValidationError as error:
         where = error.errors(include_url=False)[0]["loc"] or (entry.get("metric"),)
         return ".".join(map(str, where))

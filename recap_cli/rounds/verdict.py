@@ -9,7 +9,7 @@ TRY = (
     "try another --set finetune.lr=…, more steps (--set finetune.epochs=…) or, where it prunes, a lower --set prune.ratio=…, "
     "in a new state"
 )
-ROUNDING = 1e-5  # share of a loss: a float32 mean over batches is this near to the same mean in float64
+ROUNDING = 1e-5  # share of a figure: a float32 mean over batches is this near to the same mean in float64
 
 
 class Start(TypedDict):
@@ -32,8 +32,7 @@ def start_of(manifest: Manifest, metric: str) -> Start:
 
 def warning(metric: Metric, value: float, *, warm_up: float | None, chance: float | None) -> str | None:
     """What is to be said of a product with this value of the metric, and what to try; None where it is a gain."""
-    rounding = ROUNDING if metric.better == "less" else 0.0  # metrics of counts are computed alike, to the bit
-    if chance is not None and not metric.is_better(value, chance * (1 - rounding)):
+    if chance is not None and not metric.goodness(value) > metric.goodness(chance) + ROUNDING * abs(chance):
         return f"{metric.name} {value:.4f} is no better than chance, one answer for every example ({chance:.4f}); {TRY}"
     if warm_up is not None and metric.is_better(warm_up, value):
         return (

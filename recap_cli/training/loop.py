@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +105,7 @@ def _accumulate(
         mean, _ = mean_loss(task, forward(batch), batch)
         mean.backward()  # type: ignore[no-untyped-call]
         return mean.detach()
-    total, counted = None, task.count(batch)
+    total, counted = torch.zeros((), device=batch["labels"].device), task.count(batch)
     for start in range(0, examples, size):
         if complete is not None:
             complete.last = start + size >= examples
@@ -114,9 +113,8 @@ def _accumulate(
         mean, count = mean_loss(task, forward(part), part)
         share = count / (max(counted, 1) if isinstance(counted, int) else counted.clamp(min=1))
         (mean * share).backward()  # type: ignore[no-untyped-call]
-        part_loss = mean.detach() * share
-        total = part_loss if total is None else total + part_loss
-    return cast(Tensor, total)
+        total += mean.detach() * share  # in its place: each micro-batch holds what the others do
+    return total
 
 
 @dataclass

@@ -332,7 +332,7 @@ def test_the_librarys_own_functions_come_back_whatever_happens() -> None:
     recipe, fakes = recipe_of("vit"), Fakes()
     step, _ = predict.prepare(meta_model.of_recipe(recipe, LABELS), recipe, "head", fakes.like)
     with pytest.raises(RuntimeError, match="no forward"):
-        fakes.usage(Step(step.model, step.optimizer, fails, step.loss, step.batch))
+        fakes.usage(Step(step.model, step.optimizer, fails, step.task, step.batch))
     assert (F.scaled_dot_product_attention, F.dropout) == own_master
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
     assert torch.zeros(3).tolist() == [0, 0, 0]  # real again

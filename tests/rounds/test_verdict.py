@@ -152,6 +152,11 @@ def test_without_a_warm_up_nothing_is_measured_and_chance_is_known(tmp_path: Pat
         ("loss", 0.7, 0.6, 0.7, "0.7000 is no better than chance"),
         ("loss", 0.699, None, 0.7, None),
         ("matthews", 0.0, -0.1, 0.0, "0.0000 is no better than chance"),
+        ("matthews", 1e-9, None, 0.0, None),
+        ("f1", 0.25000002, None, 0.25, "0.2500 is no better than chance"),  # as far as float32 tells
+        ("f1", 0.2501, None, 0.25, None),
+        ("loss", -2.00001, None, -2.0, "-2.0000 is no better than chance"),
+        ("loss", -2.1, None, -2.0, None),
     ],
 )
 def test_a_product_is_measured_against_chance_and_against_the_warmed_up_head(

@@ -440,7 +440,10 @@ def test_every_criterion_prunes_and_masks(criterion: str, tmp_path: Path) -> Non
     state = init(recipe, tmp_path / "state")
     assert prune(state)["kept_share_of_prunable"] == pytest.approx(0.6, abs=0.06)
     assert mask(state)["trainable_share_of_prunable"] == pytest.approx(0.4, abs=0.05)
-    assert [plugin["name"] for plugin in state.manifest.plugins["used"]] == ["recap", criterion, criterion, "vit"]
+    assert [plugin["name"] for plugin in state.manifest.plugins["used"]] == [
+        *("recap", "image-classification", "fp32"),
+        *(criterion, criterion, "vit"),
+    ]
 
 
 def test_a_checkpoint_with_values_that_are_not_finite_is_refused(tmp_path: Path) -> None:

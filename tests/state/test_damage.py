@@ -167,6 +167,7 @@ def test_another_state_yaml_under_a_right_checksum_is_refused_or_works_and_not_o
         (3, {"weights_bytes": [1]}, r"history\[3\]\.weights_bytes is"),
         (3, {"accuracy": "high"}, r"history\[3\]\.accuracy is"),
         (3, {"metric": "beauty"}, r"history\[3\]\.beauty is"),
+        (3, {"metric": "f1"}, r"history\[3\]\.metric is"),
         (3, {"full_finetuning": {}}, r"history\[3\]\.full_finetuning\.weights_bytes is"),
     ],
 )
