@@ -1,7 +1,7 @@
 # The commands that people and CI share. PYTHON is the interpreter of the environment the project is installed in.
 PYTHON ?= python
 
-.PHONY: check format lint types test site docs pages mutants fuzz
+.PHONY: check format lint types test site docs pages bench mutants fuzz
 
 check: lint types test site
 
@@ -30,6 +30,18 @@ docs:
 pages:  # the generated pages of the reference; tests compare them
 	$(PYTHON) scripts/cli_reference.py
 	$(PYTHON) scripts/recipe_reference.py
+
+# The benchmarks of minutes that need no data, half an hour in all; see benchmarks/README.md. Into the committed figures:
+# make bench BENCH_OUT=benchmarks/results
+BENCHMARKS = partial_memory merge_speed step_speed partial_speed predictor settings_speed memory
+BENCH_OUT ?= build/benchmarks
+bench: export OMP_NUM_THREADS = 2
+bench: export OMP_WAIT_POLICY = passive
+bench:
+	@for name in $(BENCHMARKS); do \
+	  echo "$(PYTHON) benchmarks/$$name.py --out $(BENCH_OUT)/$$name.json"; \
+	  $(PYTHON) benchmarks/$$name.py --out $(BENCH_OUT)/$$name.json || exit 1; \
+	done
 
 mutants:  # wants the extra: pip install -e '.[dev,mutants]'
 	$(PYTHON) benchmarks/mutants.py

@@ -21,7 +21,8 @@ from record import command_line, parser, write
 
 from recap_cli.core.axes import counts, shapes_of
 from recap_cli.core.surgery import gather, indices
-from recap_cli.data.splits import Split, make_split
+from recap_cli.data.split import Split
+from recap_cli.data.splits import make_split
 from recap_cli.models import build
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
@@ -81,7 +82,7 @@ def score(context: Context, split: Split) -> dict[str, float]:
     """The metrics of the small model of a state's last round."""
     full, plan = context.full_tensors(), context.plan(str(context.state.manifest.small))
     model = context.model(gather(full, indices(context.layout.axes, plan, shapes_of(full))), counts(plan))
-    return evaluate(forward_of(context.spec, model), split, context.task, how=Pass(batch_size=64))
+    return evaluate(forward_of(context.spec, model), split, context.objective, how=Pass(batch_size=64))
 
 
 def split_of(context: Context, task: str) -> Split:

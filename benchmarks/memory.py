@@ -24,7 +24,8 @@ from recap_cli.models import build
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.small_model import placement_of
-from recap_cli.tasks import task
+from recap_cli.tasks.calls import task_named
+from recap_cli.tasks.losses import mean_loss
 
 LEAN = {"finetune.fused_backward": True, "finetune.checkpointing": True}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -177,13 +178,14 @@ def _plain(model: MetaModel, recipe: Recipe, *, offload: bool) -> dict[str, Any]
         build.enable_checkpointing(built)
     shown = predict.batch_of(model.spec, recipe, recipe.finetune.batch_size)
     batch = fakes.like({n: t.to(dtype) if t.is_floating_point() else t for n, t in shown.items()})
-    params, call = dict(built.named_parameters()), build.forward(model.spec)
+    params, call, task = dict(built.named_parameters()), build.forward(model.spec), task_named(model.spec.task_kind)
     tracker, moments = Tracker(built), list[Tensor]()
     with fakes.pretending("cuda"):
         optimizer = None if offload else optim.AdamW(params.values(), foreach=False)
 
         def step() -> None:
-            task.loss(call(built, batch), batch["labels"]).backward()
+            mean, _ = mean_loss(task, task.read(call(built, batch)), batch)
+            mean.backward()
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()

@@ -11,6 +11,7 @@ mask selects.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.surgery import indices
 from recap_cli.memory.fake_step import Fakes
 from recap_cli.memory.tracker import Tracker
+from recap_cli.plugins.tasks.classification import TEXT_CLASSIFICATION
 from recap_cli.trainable.build import Trainable, bring_forward, make_partial
 from recap_cli.trainable.linear import PartialLinear
 from recap_cli.trainable.optim import Optimizer, sgd
@@ -30,6 +32,7 @@ from recap_cli.training.loop import Steps, train
 BLOCKS, WIDTH, HIDDEN, TOKENS = 12, 768, 3072, 197
 BAR_MB = 327
 MOMENTUM, RATE = 0.9, 1e-3
+MEAN_SQUARE = replace(TEXT_CLASSIFICATION, loss=lambda out, _: out.square().mean(), count=lambda _: 1)
 COLUMNS = ("activations", "gradients", "optimizer", "weights")
 Making = AbstractContextManager[Any]  # the mode that makes fake tensors, or nothing
 
@@ -98,7 +101,7 @@ def our_sgd(*, fused: bool) -> Callable[[nn.Module, Tensor], tuple[list[Tensor],
         def step() -> None:
             train(
                 lambda inputs: model(inputs["x"]),
-                lambda out, _: out.square().mean(),
+                MEAN_SQUARE,
                 optimizer,
                 [batch],
                 steps=Steps(rate=lambda _: RATE, fused_backward=fused),

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from recap_cli.memory import measure, predict
 from recap_cli.memory.fake_step import Fakes, Step, usage
 from recap_cli.models.build import tensors_of
+from recap_cli.plugins.tasks.classification import TEXT_CLASSIFICATION
 from recap_cli.recipe import recipe as recipes
 from recap_cli.trainable.build import make_partial
 from recap_cli.trainable.optim import Optimizer, adamw
@@ -66,7 +68,7 @@ def mask2former() -> Step:
         model.train(),
         Optimizer(trainables, adamw(betas=(0.9, 0.999), eps=1e-8)),
         forward,
-        lambda x, _: x.square().mean(),
+        replace(TEXT_CLASSIFICATION, loss=lambda x, _: x.square().mean(), count=lambda _: 1),
         batch,
     )
 

@@ -12,16 +12,16 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from record import parser, ratio, table, write
 from torch import Tensor, nn
 
 from recap_cli.core.adapter import Adapter, find_axes, matches, resize
-from recap_cli.core.axes import UnitMask, chosen_params, counts, prunable_params, refine, shapes_of, shrink, unit_params
+from recap_cli.core.axes import UnitMask, chosen_params, counts, mask_axes, prunable_params, shapes_of, shrink, unit_params
 from recap_cli.core.ranking import Limits, select
 from recap_cli.core.surgery import cut_model, indices
 from recap_cli.plugins.adapters.bert import BERT
 from recap_cli.plugins.adapters.vit import VIT
+from recap_cli.plugins.tasks.classification import TEXT_CLASSIFICATION
 from recap_cli.trainable.build import bring_forward, make_partial
 from recap_cli.trainable.optim import Optimizer, adamw
 from recap_cli.training.loop import Steps, train
@@ -53,7 +53,7 @@ class Side(NamedTuple):
             return logits
 
         started = time.process_time()
-        train(forward, F.cross_entropy, self.optimizer, [batch], steps=Steps(rate=lambda _: 1e-5))
+        train(forward, TEXT_CLASSIFICATION, self.optimizer, [batch], steps=Steps(rate=lambda _: 1e-5))
         return time.process_time() - started
 
 
@@ -98,7 +98,7 @@ def small_side(case: Case) -> tuple[Side, dict[str, float]]:
     cut_model(model, indices(axes, plan, shapes))
     resize(case.adapter, model, counts(plan))
     small = shapes_of(model.named_parameters())
-    fine = [refine(axis) for axis in shrink(axes, plan)]
+    fine = mask_axes(shrink(axes, plan))
     mask = random_choice(fine, small, 1 - case.frozen, least=0)
     index_map = bring_forward(model, fine, mask, indices(fine, mask, small))
     trainables = make_partial(model, index_map, frozen=lambda name: matches(name, case.adapter.embeddings))

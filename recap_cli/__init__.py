@@ -15,7 +15,8 @@ __version__: str
 def load(folder: "str | Path") -> "nn.Module":
     """The model that `recap export` wrote into `folder`, in eval mode, with the ordinary forward of its library.
 
-    Raises `ModelError` if the folder holds no such model, or its files do not fit together.
+    Raises:
+        ModelError: The folder holds no such model, or its files do not fit together.
     """
     from recap_cli.models.export import load as load_product
 

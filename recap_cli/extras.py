@@ -25,6 +25,7 @@ EXTRAS: Mapping[str, Extra] = MappingProxyType(
         "lora": Extra("finetune with LoRA: the method lora-ft", ("peft",)),
         "plots": Extra("pictures of recap compare and recap profile-memory --plot", ("matplotlib",)),
         "report": Extra("pages for a browser: recap report", ("jinja2", "matplotlib")),
+        "tokens": Extra("metrics of the task token-classification", ("seqeval",)),
     }
 )
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"

@@ -1,7 +1,7 @@
 """Plugins by kind and name: entry points that are listed without loading them, and loaded one at a time.
 
-Shipped and third-party plugins register through the same groups: `recap.criteria`, `recap.adapters`, `recap.methods` and
-`recap.weights`.
+Shipped and third-party plugins register through the same groups: `recap.criteria`, `recap.adapters`, `recap.methods`,
+`recap.tasks` and `recap.weights`.
 """
 
 import os
@@ -19,15 +19,16 @@ from typing import Any, Literal, cast
 from recap_cli.errors import PluginError
 from recap_cli.untrusted.code import guarded
 
-Kind = Literal["criteria", "adapters", "methods", "weights"]
+Kind = Literal["criteria", "adapters", "methods", "tasks", "weights"]
 OURS = "recap-cli"
 UNKNOWN, FILE = "unknown", "entry_points.txt"
 MOST_BYTES = 2**20  # of an entry_points.txt; the longest known have a few thousand
-KINDS: tuple[Kind, ...] = ("criteria", "adapters", "methods", "weights")
+KINDS: tuple[Kind, ...] = ("criteria", "adapters", "methods", "tasks", "weights")
 SINGULAR: dict[Kind, str] = {
     "criteria": "criterion",
     "adapters": "adapter",
     "methods": "method",
+    "tasks": "task",
     "weights": "frozen weight",
 }
 ADD_ADAPTER = (
@@ -96,7 +97,9 @@ def used(kind: Kind, name: str) -> dict[str, str]:
 
 
 def load(kind: Kind, name: str) -> object:
-    """Return a plugin (a `Criterion`, an `Adapter`, a `Method` or a `FrozenWeight`). Imports its module and no other plugin's.
+    """Return a plugin: a `Criterion`, an `Adapter`, a `Method`, a `Task` or a `FrozenWeight`.
+
+    Imports its module and no other plugin's.
 
     Raises:
         PluginError: There is no such name, or two distributions claim it. Or its module cannot be imported, or its type is not
@@ -226,7 +229,7 @@ def _name_of(distribution: Distribution) -> tuple[str, str]:
 
 
 def _type_of(kind: Kind) -> type:
-    """Return the type that a plugin of a kind must have. Importing it imports torch."""
+    """Return the type that a plugin of a kind must have. Importing it imports torch, but for methods and tasks."""
     if kind == "criteria":
         from recap_cli.core.criterion import Criterion
 
@@ -235,6 +238,10 @@ def _type_of(kind: Kind) -> type:
         from recap_cli.core.method import Method
 
         return Method
+    if kind == "tasks":
+        from recap_cli.core.task import Task
+
+        return Task
     if kind == "weights":
         from recap_cli.core.frozen_weight import FrozenWeight
 

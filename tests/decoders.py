@@ -27,8 +27,8 @@ SIZES: dict[str, dict[str, Any]] = {
 def printed_tables() -> tuple[Heads | Neurons, ...]:
     """The tables for GPT-2 as docs/plugins/adapter.md has them: that very text, executed."""
     blocks = re.findall(r"^```python\n(.*?)^```$", PLUGINS.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    (text,) = [block for block in blocks if block.startswith("Heads(")]
-    return tuple(eval(ast.unparse(line), dict(vars(api))) for line in ast.parse(text).body)
+    (text,) = [block for block in blocks if block.startswith("Heads(") and "transformer.h" in block]
+    return tuple(eval(ast.unparse(line), {name: getattr(api, name) for name in api.__all__}) for line in ast.parse(text).body)
 
 
 ADAPTERS = {

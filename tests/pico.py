@@ -1,15 +1,19 @@
 """The smallest models there are of every registered adapter: hidden 32, two layers, four heads, fixed weights, no network."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from recap_cli.core.task import logits_of
 from recap_cli.models import build
-from recap_cli.models.specs import ModelSpec, image_facts
+from recap_cli.models.source import ModelSource
+from recap_cli.models.specs import Library, ModelSpec, image_facts
+from recap_cli.tasks.calls import task_named
 
 LABELS = ["cat", "dog", "newt"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(59))]
@@ -32,18 +36,12 @@ def _hf(model_type: str, values: dict[str, Any]) -> ModelSpec:
     from recap_cli.models import transformers_models
 
     config = transformers_models.configure({"model_type": model_type, **values}, strict=True)
-    transformers_models.set_labels(config, LABELS)
     image = image_facts(16, 3) if "patch_size" in values else None
     kind = "text-classification" if image is None else "image-classification"
-    return ModelSpec(
-        "transformers",
-        model_type,
-        transformers_models.to_dict(transformers_models.from_config(config, kind)),
-        len(LABELS),
-        LABELS,
-        kind,
-        image,
-    )
+    task = task_named(kind)
+    transformers_models.set_labels(config, LABELS, task.problem_type)
+    spec = ModelSpec("transformers", model_type, {}, len(LABELS), LABELS, kind, image, auto_class=task.auto_class)
+    return replace(spec, config=transformers_models.to_dict(transformers_models.from_config(config, spec)))
 
 
 def _timm(architecture: str, **args: Any) -> ModelSpec:
@@ -73,6 +71,17 @@ def pico(name: str, seed: int = 0) -> tuple[nn.Module, ModelSpec]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build._build(spec), spec
+
+
+def source_for(kind: str, library: Library = "transformers", **given: Any) -> ModelSource:
+    """What a model for a task of this kind is made from."""
+    return ModelSource(library, task_named(kind), kind, **given)
+
+
+def logits_for(spec: ModelSpec) -> Callable[[nn.Module, dict[str, Any]], Tensor]:
+    """From a model of a spec and a batch to its logits."""
+    forward = build.forward(spec)
+    return lambda model, batch: logits_of(forward(model, batch))
 
 
 def write_tokenizer(folder: Path) -> Any:

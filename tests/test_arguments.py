@@ -12,19 +12,12 @@ PACKAGE = Path(recap_cli.__file__).parent
 PLUGINS = Path(next(iter(import_module("recap_cli.plugins").__path__)))
 MOST_ARGUMENTS, MOST_MODULES = 6, 12
 OPTIONS = "an argument for each option of the command, as typer reads them"
-KEYS = "an argument for each key of a section of the recipe"
 EXCEPTIONS = {  # file:function, and why it takes more
     "commands/compare.py:compare": OPTIONS,
     "commands/eval.py:evaluate": OPTIONS,
     "commands/profile_memory.py:profile_memory": OPTIONS,
-    "data/sources.py:read_splits": KEYS,
-    "models/create.py:create_model": KEYS,
-    "models/spec_from_config.py:of_recipe": KEYS,
     "memory/fake_cuda.py:_attention": "stands in for F.scaled_dot_product_attention",
     "trainable/linear.py:forward": "torch.autograd.Function: each tensor is an argument of its own",
-    "models/create.py:_new_head": "what two libraries report of a checkpoint, each in its own way",
-    "models/export.py:export": "the product, part by part: a plan, its tensors and what describes them",
-    "models/export.py:_write_small": "likewise",
 }
 
 

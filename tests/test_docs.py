@@ -22,7 +22,7 @@ from recap_cli.compare import processes
 from recap_cli.compare.grid import plan
 from recap_cli.compare.runner import compare
 from recap_cli.core.adapter import find_axes
-from recap_cli.core.axes import refine
+from recap_cli.core.axes import mask_axes
 from recap_cli.core.importance import group_scores
 from recap_cli.errors import PipeError
 from recap_cli.models import build
@@ -30,10 +30,13 @@ from recap_cli.recipe.recipe import dump, json_schema, parse, read, shipped
 from recap_cli.rounds.examples import read_raw
 from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.rounds.plans import round_plans_for
+from recap_cli.rounds.run_context import Context
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
-from recap_cli.tasks import task
-from tests.pico import TEXT, pico
+from recap_cli.tasks.calls import task_named
+from recap_cli.tasks.losses import mean_loss
+from tests.pico import TEXT, logits_for, pico
+from tests.strange import ADAPTERS, strange
 from tests.tiny import data_folder, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -212,7 +215,8 @@ def test_the_stages_of_the_guide_run_one_by_one_as_they_stand_there(tmp_path, mo
 
 def test_the_page_of_plugins_names_every_one_of_ours_and_that_of_methods_every_method():
     ours = {kind: {each.name for each in registry.entries(kind) if each.distribution == "recap-cli"} for kind in registry.KINDS}
-    rows = re.findall(r"^\| (criteria|adapters|methods|weights) \| (.+) \|$", text_of("docs/plugins/index.md"), re.MULTILINE)
+    kinds = "|".join(registry.KINDS)
+    rows = re.findall(rf"^\| ({kinds}) \| (.+) \|$", text_of("docs/plugins/index.md"), re.MULTILINE)
     assert {kind: set(re.findall(r"`([a-z0-9-]+)`", names)) for kind, names in rows} == ours
     table = text_of("docs/guide/compare.md").partition("## The methods")[2].partition("\n\n**")[0]
     assert set(re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)) == ours["methods"]
@@ -221,7 +225,8 @@ def test_the_page_of_plugins_names_every_one_of_ours_and_that_of_methods_every_m
 def test_the_papers_figures_on_the_page_of_recipes_are_those_of_the_recipes():
     row_form = r"^\| `(\w+)` \| Table \d \| (.+) \| ([\d.]+), (\d+) MB \| ([\d.]+), (\d+) MB \|$"
     rows = re.findall(row_form, text_of("docs/guide/paper.md"), re.MULTILINE)
-    assert len(rows) == len([recipe for recipe in shipped() if not recipe.name.endswith(("ft", "movement"))]) - 1
+    of_paper = [recipe.name for recipe in shipped() if "Table" in (ROOT / "recipes" / f"{recipe.name}.yaml").read_text("utf-8")]
+    assert {row[0] for row in rows} == {name for name in of_paper if not name.endswith(("ft", "movement"))}
     for row in rows:
         name, metric, value, memory, full_value, full_memory = row
         head = (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
@@ -261,6 +266,15 @@ def test_the_one_table_of_the_readme_is_from_the_results_page():
         assert re.search(rf"{accuracy}\W[^|]*\| {held}", results), (accuracy, held)
 
 
+def test_make_bench_runs_benchmarks_that_are_there_and_the_page_names_them():
+    names = re.search(r"^BENCHMARKS = (.+)$", text_of("Makefile"), re.MULTILINE)[1].split()
+    page = text_of("benchmarks/README.md")
+    for name in names:
+        assert (ROOT / "benchmarks" / f"{name}.py").is_file(), name
+        assert f"`python benchmarks/{name}.py" in page, name
+        assert f"`{name}`" in page.partition("| command")[0], name
+
+
 def test_the_readme_is_a_front_door():
     assert 120 <= len(text_of("README.md").splitlines()) <= 150
 
@@ -297,15 +311,20 @@ def extra(tmp_path, monkeypatch) -> Path:
     files = {file: block for page in PLUGINS for file, block in named_blocks(page).items()}
     project = tomllib.loads(files["pyproject.toml"])["project"]
     others = [tomllib.loads(block) for page in ("method", "weights") for block in blocks(f"docs/plugins/{page}.md", "toml")]
-    for name in ("recap_extra.py", "recap_activation.py", "recap_headstart.py", "recap_int4.py"):
+    _, decoders = map(tomllib.loads, blocks("docs/plugins/adapter.md", "toml"))
+    others.append(decoders)
+    modules = ("extra", "activation", "headstart", "decoders", "int4")
+    for name in (f"recap_{module}.py" for module in modules):
         (tmp_path / name).write_text(files[name], encoding="utf-8")
     info = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    groups: dict[str, dict[str, str]] = {}
+    for one in (project, *(other["project"] for other in others)):
+        for group, named in one["entry-points"].items():
+            groups.setdefault(group, {}).update(named)
     points = "".join(
-        f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in named.items())
-        for one in (project, *(other["project"] for other in others))
-        for group, named in one["entry-points"].items()
+        f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in named.items()) for group, named in groups.items()
     )
     (info / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -354,12 +373,12 @@ def test_the_method_of_the_documentation_is_compared_on_texts(extra, tmp_path, m
 
 def losses_of(model, spec):
     """A D_s of two batches."""
-    forward = build.forward(spec)
+    forward, task = logits_for(spec), task_named(spec.task_kind)
 
     def losses(each):
         for seed in (0, 1):
             batch = build.example_batch(spec, seed=seed)
-            yield task.loss(forward(model, batch), torch.tensor([0, 2])), 0.5
+            yield mean_loss(task, forward(model, batch), {"labels": torch.tensor([0, 2])})[0], 0.5
 
     return losses
 
@@ -379,10 +398,17 @@ def test_the_criterion_of_the_documentation_scores_groups(extra):
 def test_the_activation_criterion_of_the_documentation_scores_groups_of_both_sizes(extra):
     import recap_activation
 
-    model, spec = pico("vit")
-    axes = find_axes(build.adapter_of(spec), model)
-    for sizes in (axes, [refine(axis) for axis in axes]):
-        scores = group_scores(model, sizes, recap_activation.ACTIVATION, losses_of(model, spec))
+    vit, llama = pico("vit"), strange("llama-grouped")
+    for model, spec, axes in (
+        (*vit, find_axes(build.adapter_of(vit[1]), vit[0])),
+        (*llama, find_axes(ADAPTERS["llama-grouped"], llama[0])),
+    ):
+        scored_in_both_sizes(model, spec, axes, recap_activation.ACTIVATION)
+
+
+def scored_in_both_sizes(model, spec, axes, criterion):
+    for sizes in (axes, mask_axes(axes)):
+        scores = group_scores(model, sizes, criterion, losses_of(model, spec))
         assert all(scores[axis.name].shape == (axis.size,) and bool((scores[axis.name] > 0).all()) for axis in sizes)
 
 
@@ -408,6 +434,7 @@ def test_the_plugins_of_the_documentation_run_a_round(extra, tmp_path):
     used = {(plugin["kind"], plugin["name"], plugin["distribution"]) for plugin in state.manifest.plugins["used"]}
     assert used == {
         ("methods", "recap", "recap-cli"),
+        ("tasks", "text-classification", "recap-cli"),
         ("weights", "int4", "recap-extra"),
         ("criteria", "abs-taylor", "recap-extra"),
         ("adapters", "megatron-bert", "recap-extra"),
@@ -425,6 +452,38 @@ def test_the_frozen_weight_of_the_documentation_is_near_the_weight(extra):
     assert float((out - matrix).norm() / matrix.norm()) < 0.12
     assert weights.entry_bytes == 0.5 + 2 / 32
     assert not weights.holds((40, 50))
+
+
+GROUPED = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 48},
+    **{"vocab_size": 80, "max_position_embeddings": 40, "pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_the_adapter_for_decoders_of_the_documentation_prunes_whole_groups_of_queries(extra, tmp_path, model_type):
+    config = {"model_type": model_type, **GROUPED, "tokenizer": str(data_folder() / "tokenizer")}
+    state: State = run(tiny("bert", rounds=1, model={"config": config}), tmp_path / "state")
+    context = Context(state)
+    plan, small = context.plan("best-001"), state.load_tensors("best-001/model.safetensors")
+    for layer in (0, 1):
+        kept, attention = int(plan[f"model.layers.{layer}.heads"].sum()), f"model.layers.{layer}.self_attn"
+        assert 0 < kept < 4 or plan["model.layers.0.heads"].sum() + plan["model.layers.1.heads"].sum() < 8
+        rows = {name: small[f"{attention}.{name}_proj.weight"].shape[0] for name in "qkv"}
+        assert rows == {"q": 8 * kept, "k": 4 * kept, "v": 4 * kept}
+    assert context.layout.whole == frozenset()
+    assert ("adapters", model_type, "recap-extra") in {
+        (plugin["kind"], plugin["name"], plugin["distribution"]) for plugin in state.manifest.plugins["used"]
+    }
+
+
+def test_the_table_for_swin_of_the_documentation_is_the_one_that_is_tested():
+    from recap_cli import api
+
+    (text,) = [
+        block for block in blocks("docs/plugins/adapter.md", "python") if block.startswith("Heads(") and "blocks" in block
+    ]
+    assert eval(text, {name: getattr(api, name) for name in api.__all__}) == ADAPTERS["swin"].tables[0]
 
 
 def test_the_short_examples_of_criterion_and_adapter_are_plugins():

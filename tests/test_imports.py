@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import recap_cli
 PACKAGE = Path(recap_cli.__file__).parent
 PLUGINS = Path(next(iter(import_module("recap_cli.plugins").__path__)))
 
-# Which rooms a room may see, besides itself. A module of the package's top level is a room of its own.
+# Which rooms a room may see, besides itself, or which modules of one. A module of the package's top level is a room of its own.
 TABLE = {
     "printable": set(),
     "progress": set(),
@@ -25,16 +26,16 @@ TABLE = {
     "untrusted": {"errors"},
     "core": {"untrusted", "errors"},
     "trainable": {"core"},
-    "api": {"core", "errors"},
+    "api": {"core", "tasks.labels", "errors"},
     "plugins": {"api"},
     "registry": {"core", "untrusted", "errors"},
-    "recipe": {"untrusted", "errors"},
+    "recipe": {"tasks.calls", "core.task", "registry", "untrusted", "errors"},
     "state": {"process", "errors"},  # a commit is told there: after it, Ctrl-C has another word
-    "tasks": {"errors"},
-    "data": {"tasks", "recipe", "state", "untrusted", "errors", "progress"},
-    "models": {"trainable", "core", "data", "state", "registry", "untrusted", "extras", "errors"},
+    "tasks": {"core.task", "core.ragged", "registry", "untrusted", "errors"},
+    "data": {"core.task", "core.ragged", "recipe", "state", "untrusted", "errors", "progress"},
+    "models": {"trainable", "core", "tasks.labels", "state", "registry", "untrusted", "extras", "errors"},
     "machine": {"trainable", "errors"},
-    "training": {"machine", "trainable", "data", "tasks", "errors", "progress"},
+    "training": {"machine", "trainable", "data", "tasks.losses", "core.task", "errors", "progress"},
     "console": {"errors", "printable", "progress"},
     "commands": {
         "compare",
@@ -63,7 +64,7 @@ TABLE |= {
     "compare": BELOW | {"rounds", "memory", "stages", "process"},
     "report": BELOW | {"rounds", "memory", "compare"},
 }
-TABLE["commands"] |= {"progress"}
+TABLE["commands"] |= {"progress", "tasks.calls"}
 LIGHT = {
     "__init__",
     "__main__",
@@ -80,9 +81,11 @@ LIGHT = {
     "state",
     "untrusted",
 }
+LIGHT_MODULES = {"core.task", "tasks.calls", "tasks.labels"}  # of other rooms: reading a recipe looks at its task
 HEAVY = {"torch", "transformers", "timm", "datasets", "sklearn", "torchvision", "torchmetrics", "matplotlib", "peft", "jinja2"}
 
 
+EXTRA_OF = {"lora.py": {"peft"}, "token_classification.py": {"seqeval"}}  # what a plugin's own extra brings
 PACKAGES = {"recap_cli", *(f"recap_cli.{folder.name}" for folder in PACKAGE.iterdir() if folder.is_dir())}
 
 
@@ -90,22 +93,23 @@ class Import(NamedTuple):
     module: str
     line: int
     at_start: bool  # True: runs when the file is imported, so neither in a function nor for types only
+    for_types: bool = False  # True: does not run at all
 
 
 def imports(file: Path) -> Iterator[Import]:
-    def walk(node: ast.AST, at_start: bool) -> Iterator[Import]:
+    def walk(node: ast.AST, at_start: bool, for_types: bool = False) -> Iterator[Import]:
         if isinstance(node, ast.Import):
-            yield from (Import(name.name, node.lineno, at_start) for name in node.names)
+            yield from (Import(name.name, node.lineno, at_start, for_types) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
             names = [node.module or ""]
             if node.module in PACKAGES:
                 names = [f"{node.module}.{name.name}" for name in node.names]
-            yield from (Import(name, node.lineno, at_start) for name in names)
+            yield from (Import(name, node.lineno, at_start, for_types) for name in names)
         inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
         types_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
         for child in ast.iter_child_nodes(node):
-            yield from walk(child, at_start and not inside and not types_only)
+            yield from walk(child, at_start and not inside and not types_only, for_types or types_only)
 
     yield from walk(ast.parse(file.read_text(encoding="utf-8")), True)
 
@@ -135,24 +139,44 @@ def test_every_module_has_a_room() -> None:
 
 def wrong_ways(room: str, found: Import) -> Iterator[str]:
     """Imports run one way."""
-    if found.module.split(".")[0] == "recap_cli" and (target := room_of(found.module)) not in TABLE[room] | {room}:
+    if found.module.split(".")[0] != "recap_cli":
+        return
+    target, module = room_of(found.module), found.module.removeprefix("recap_cli.")
+    if target != room and not {target, module} & TABLE[room]:
         yield f"{room} may not import {target} ({found.module})"
 
 
-def heavy_at_start(room: str, found: Import) -> Iterator[str]:
-    """Heavy libraries wait until they are needed, and light rooms see light rooms only."""
+def is_light(room: str, file: Path) -> bool:
+    """Whether printing help, listing what there is or reading a recipe imports a file."""
+    return room in LIGHT or f"{room}.{file.stem}" in LIGHT_MODULES or is_task(room, file)
+
+
+def is_task(room: str, file: Path) -> bool:
+    return room == "plugins" and file.parent.name == "tasks"
+
+
+def heavy_at_start(room: str, found: Import, file: Path) -> Iterator[str]:
+    """Heavy libraries wait until they are needed, and what is light sees what is light only."""
     if not found.at_start:
         return
-    top = found.module.split(".")[0]
-    unseen = room in LIGHT and top == "recap_cli" and room_of(found.module) not in LIGHT
-    if unseen or top in (HEAVY if room in LIGHT else HEAVY - {"torch"}):
+    top, light = found.module.split(".")[0], is_light(room, file)
+    seen = LIGHT | ({"api"} if is_task(room, file) else set())  # `api` itself imports a name when it is asked for
+    unseen = room_of(found.module) not in seen and found.module.removeprefix("recap_cli.") not in LIGHT_MODULES
+    if (light and top == "recap_cli" and unseen) or top in (HEAVY if light else HEAVY - {"torch"}):
         yield f"import {found.module} inside a function"
 
 
-def foreign(room: str, found: Import, file: str) -> Iterator[str]:
-    """`core` and plugins see torch and the standard library only, and nobody unpickles or knows click."""
+def foreign(room: str, found: Import, file: Path) -> Iterator[str]:
+    """`core` and plugins see torch and the standard library only, and nobody unpickles or knows click.
+
+    A task reads labels from tables, so it sees pyarrow and numpy, and torchmetrics; its record names the types of pyarrow.
+    """
     top = found.module.split(".")[0]
-    allowed = {"torch", "recap_cli"} | sys.stdlib_module_names | ({"peft"} if file == "lora.py" else set())
+    allowed = {"torch", "recap_cli"} | sys.stdlib_module_names | EXTRA_OF.get(file.name, set())
+    if is_task(room, file):
+        allowed |= {"pyarrow", "numpy", "torchmetrics"}
+    if (room, file.name) == ("core", "task.py") and found.for_types:
+        allowed |= {"pyarrow"}
     if top in ("click", "pickle"):
         yield f"no {top} anywhere"
     if room in ("core", "plugins") and top not in allowed:
@@ -164,7 +188,7 @@ def complaints(room: str, file: Path) -> list[str]:
     return [
         f"{file}:{found.line}: {text}"
         for found in imports(file)
-        for text in (*wrong_ways(room, found), *heavy_at_start(room, found), *foreign(room, found, file.name))
+        for text in (*wrong_ways(room, found), *heavy_at_start(room, found, file), *foreign(room, found, file))
     ]
 
 
@@ -184,6 +208,11 @@ def test_no_file_imports_what_its_room_may_not() -> None:
         ("commands", "from recap_cli.stages.prune import prune", "import recap_cli.stages.prune inside a function"),
         ("core", "import numpy", "core may not import numpy"),
         ("data", "def f():\n    import pickle", "no pickle anywhere"),
+        ("core", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pyarrow", "core may not import pyarrow"),
+        ("recipe", "from recap_cli.tasks.losses import mean_loss", "recipe may not import tasks (recap_cli.tasks.losses)"),
+        ("recipe", "from recap_cli.core.ragged import Ragged", "recipe may not import core (recap_cli.core.ragged)"),
+        ("recipe", "from recap_cli.core.ragged import Ragged", "import recap_cli.core.ragged inside a function"),
+        ("tasks", "from recap_cli.data import split", "tasks may not import data"),
     ],
 )
 def test_each_rule_is_seen_to_be_broken(room: str, line: str, text: str, tmp_path: Path) -> None:
@@ -192,6 +221,57 @@ def test_each_rule_is_seen_to_be_broken(room: str, line: str, text: str, tmp_pat
     assert any(text in complaint for complaint in complaints(room, file)), complaints(room, file)
     file.write_text("def f():\n    import math\n", encoding="utf-8")
     assert complaints(room, file) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "name", "line", "text"),
+    [
+        ("core", "task.py", "import torch", "import torch inside a function"),
+        ("core", "task.py", "import pyarrow", "core may not import pyarrow"),
+        ("tasks", "calls.py", "import torch", "import torch inside a function"),
+        ("tasks", "labels.py", "from recap_cli.core.ragged import Ragged", "import recap_cli.core.ragged inside a function"),
+        ("plugins", "tasks/a.py", "import torch", "import torch inside a function"),
+        ("plugins", "tasks/a.py", "import torchmetrics", "import torchmetrics inside a function"),
+        ("plugins", "tasks/a.py", "def f():\n    import seqeval", "plugins may not import seqeval"),
+        ("plugins", "criteria/a.py", "def f():\n    import pyarrow", "plugins may not import pyarrow"),
+    ],
+)
+def test_what_a_recipe_looks_at_is_light(room: str, name: str, line: str, text: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(line, encoding="utf-8")
+    assert any(text in complaint for complaint in complaints(room, file)), complaints(room, file)
+    file.write_text("from recap_cli.api import Task\n" if room == "plugins" else "import math\n", encoding="utf-8")
+    assert complaints(room, file) == []
+
+
+def test_the_table_has_no_circle() -> None:
+    graph = {room: {each.partition(".")[0] for each in may} - {room} for room, may in TABLE.items()}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert order.index("core") < order.index("tasks") < order.index("recipe") < order.index("models")
+
+
+def test_what_a_plugin_imports_when_it_asks_for_it_stands_in_the_table_too() -> None:
+    from recap_cli import api
+
+    for_types = {found.module for found in imports(PACKAGE / "api.py") if found.for_types}
+    assert for_types == set(api._HOMES), "the types that are named, and where they are, are the same"
+    assert sorted(api.__all__) == sorted(api._HOME_OF)
+    assert all(getattr(api, name) is not None for name in api.__all__)
+
+
+def test_reading_a_recipe_and_its_task_imports_nothing_heavy() -> None:
+    program = (
+        "import sys\n"
+        "from recap_cli import registry\n"
+        "from recap_cli.recipe import recipe\n"
+        "from recap_cli.tasks.calls import task_named\n"
+        "metric = recipe.read('quickstart').metric\n"
+        "tasks = [task_named(entry.name) for entry in registry.entries('tasks') if entry.distribution == registry.OURS]\n"
+        f"print(metric.name, len(tasks), sorted({HEAVY | {'numpy', 'pyarrow'}!r} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "accuracy 6 []", done.stderr
 
 
 def test_help_and_lists_import_nothing_heavy() -> None:

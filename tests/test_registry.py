@@ -19,9 +19,10 @@ from recap_cli.core.criterion import Criterion
 from recap_cli.core.frozen_weight import FrozenWeight
 from recap_cli.core.importance import group_scores
 from recap_cli.core.method import Method
+from recap_cli.core.task import Task
 from recap_cli.errors import PluginError
 
-TYPES = {"criteria": Criterion, "adapters": Adapter, "methods": Method, "weights": FrozenWeight}
+TYPES = {"criteria": Criterion, "adapters": Adapter, "methods": Method, "tasks": Task, "weights": FrozenWeight}
 
 
 @pytest.fixture
@@ -46,6 +47,9 @@ def test_ours_are_listed_as_a_strangers_would_be():
     assert set(registry.names("adapters")) >= {"bert", "roberta", "electra", "distilbert", "vit", "deit", "dinov2", "timm-vit"}
     entry = next(entry for entry in registry.entries("criteria") if entry.name == "taylor")
     assert (entry.distribution, entry.target) == ("recap-cli", "recap_cli.plugins.criteria.taylor:TAYLOR")
+
+
+KINDS = {"criteria": Criterion, "adapters": Adapter, "methods": Method, "tasks": Task}
 
 
 @pytest.mark.parametrize("kind", registry.KINDS)

@@ -40,13 +40,19 @@ def data_folder() -> Path:
 
 
 def model_section(name: str) -> dict[str, Any]:
-    """The `model` of a recipe that builds the pico model of that name, with random weights."""
-    made: Any = PICO[name]
+    """The `model` of a recipe that builds the pico or strange model of that name, with random weights."""
+    made: Any = PICO[name] if name in PICO else _strange(name)
     if made.args[0].startswith(("vit_", "deit_")):
         return {"library": "timm", "config": {"architecture": made.args[0], **TIMM, **made.keywords}}
     model_type, values = made.args
     text = {} if "patch_size" in values else {"tokenizer": str(data_folder() / "tokenizer")}
     return {"config": {"model_type": model_type, **values, **text}}
+
+
+def _strange(name: str) -> Any:
+    from tests.strange import STRANGE  # which imports transformers
+
+    return STRANGE[name]
 
 
 def is_text(name: str) -> bool:

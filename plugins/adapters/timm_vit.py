@@ -24,8 +24,10 @@ SEPARATE = Heads(
     v="attn.v_proj",
     out="attn.proj",
     head_dim="head_dim",
-    count=("num_heads", "num_kv_heads"),
-    width=("attn_dim", "kv_dim"),
+    count=("num_heads",),
+    width=("attn_dim",),
+    kv_count=("num_kv_heads",),
+    kv_width=("kv_dim",),
 )
 
 TIMM_VIT = Adapter(

@@ -2,11 +2,23 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from recap_cli.api import Axis, Method, RoundPlan, Settings, TrainContext, TrainerHook, is_transposed, names_of
+from recap_cli.api import (
+    Axis,
+    Method,
+    RoundPlan,
+    Settings,
+    TrainContext,
+    TrainerHook,
+    is_linear,
+    is_transposed,
+    names_of,
+    owner_of,
+)
 
 MARK = ".lora_"  # in the names that peft gives
 HEADS = ("query", "key", "value")
@@ -28,8 +40,9 @@ def attach(context: TrainContext) -> TrainerHook:
     rank, alpha = context.options["rank"], context.options["alpha"]
     called, places = names_of(context.model), context.options["targets"]
     if set(places) & set(HEADS):  # first: `targets` counts the matrices, and would miss tied ones
-        _refuse_ties(called, [path for axis in context.axes if not _is_known(axis) for path in _layers(axis)[0]])
-    paths = targets(context.axes, places)
+        blocks = [block for axis in context.axes for block in _blocks(context.model, axis)]
+        _refuse_ties(called, [path for block in blocks if not block.is_known for path in block.rows])
+    paths = targets(context.model, context.axes, places)
     _refuse_ties(called, paths)
     transposed = {path: is_transposed(context.model.get_submodule(path)) for path in paths}
     config = LoraConfig(r=_count("rank", rank), lora_alpha=_count("alpha", alpha), target_modules=paths)
@@ -50,32 +63,56 @@ def attach(context: TrainContext) -> TrainerHook:
     return TrainerHook(trains=lambda name: name in head or MARK in name, result=result, keeps_tokens=True)
 
 
-def targets(axes: Sequence[Axis], places: Any) -> list[str]:
+def targets(model: nn.Module, axes: Sequence[Axis], places: Any) -> list[str]:
     """Return the paths of the layers at `places`. A layer of several places (a fused qkv) occurs once."""
     found: list[str] = []
     for axis in axes:
-        rows, last = _layers(axis)
-        if axis.kind != "heads":
-            layers = {"up": rows, "down": [last]}
-        elif _is_known(axis):
-            query, key, value = rows if len(rows) == 3 else rows * 3
-            layers = {"query": [query], "key": [key], "value": [value], "output": [last]}
-        elif set(_places(places)) & set(HEADS):
-            raise ValueError(f"{axis.name} has {len(rows)} matrices before the last; LoRA expects query, key and value")
-        else:
-            layers = {"output": [last]}
-        found += [path for place in _places(places) for path in layers.get(place, [])]
+        for block in _blocks(model, axis):
+            if axis.kind != "heads":
+                layers = {"up": block.rows, "down": [block.last]}
+            elif block.is_known:
+                query, key, value = block.rows if len(block.rows) == 3 else block.rows * 3
+                layers = {"query": [query], "key": [key], "value": [value], "output": [block.last]}
+            elif set(_places(places)) & set(HEADS):
+                raise ValueError(
+                    f"{axis.name} has {len(block.rows)} matrices before the last; LoRA expects query, key and value"
+                )
+            else:
+                layers = {"output": [block.last]}
+            found += [path for place in _places(places) for path in layers.get(place, [])]
     return list(dict.fromkeys(found))
 
 
-def _layers(axis: Axis) -> tuple[list[str], str]:
-    """Return the paths of the layers before an axis, and of the one after it."""
-    *rows, last = [cut.param.removesuffix(".weight") for cut in axis.cuts if cut.param.endswith(".weight")]
-    return rows, last
+@dataclass(frozen=True)
+class _Block:
+    """The linear layers that an axis cuts in one block: the paths of those before it, and of the one after it."""
+
+    kind: str
+    rows: list[str]
+    last: str
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the layers before are query, key and value, or one that is all of them, where the axis is of heads."""
+        return self.kind != "heads" or len(self.rows) in (1, 3)
 
 
-def _is_known(axis: Axis) -> bool:
-    return axis.kind != "heads" or len(_layers(axis)[0]) in (1, 3)
+def _blocks(model: nn.Module, axis: Axis) -> list[_Block]:
+    """Return the blocks of an axis: one, or each of those that it spans."""
+    found, rows = list[_Block](), list[str]()
+    for cut in axis.cuts:
+        layer, attribute = owner_of(model, cut.param)
+        if attribute != "weight" or not is_linear(layer):
+            continue
+        path = cut.param.removesuffix(".weight")
+        if cut.dim == (0 if is_transposed(layer) else 1):
+            found.append(_Block(axis.kind, list(dict.fromkeys(rows)), path))
+            rows = []
+        else:
+            rows.append(path)
+    if not found:
+        raise ValueError(f"{axis.name} ({axis.kind}) cuts the input of no linear layer; LoRA expects one")
+    return found
 
 
 def _refuse_ties(called: Mapping[str, Sequence[str]], paths: Sequence[str]) -> None:

@@ -7,12 +7,25 @@ matrix). There, closing a gate is the same as cutting the group.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recap_cli.api import Axis, Cut, Method, RoundPlan, Settings, TrainContext, TrainerHook, is_transposed, names_of, owner_of
+from recap_cli.api import (
+    Axis,
+    Cut,
+    Method,
+    RoundPlan,
+    Settings,
+    TrainContext,
+    TrainerHook,
+    is_linear,
+    is_transposed,
+    names_of,
+    owner_of,
+)
 
 SCORES = "movement_scores"
 
@@ -61,26 +74,31 @@ def keep_share(step: int, steps: int, *, ratio: float, warmup: float) -> float:
 
 
 class _Gates:
-    """The gates of one axis: a score for each group, as a parameter of the output layer."""
+    """The gates of one axis: a score for each group, as one parameter of all of its output layers."""
 
     def __init__(self, model: nn.Module, axis: Axis) -> None:
-        self.layer, self.cut, self.name = _output_layer(model, axis)
-        size = self.layer.get_parameter("weight").shape[self.cut.dim]
-        self.layer.register_parameter(SCORES, nn.Parameter(torch.zeros(axis.size)))
-        self.layer.register_buffer("movement_gate", torch.ones(size), persistent=False)
-        self.layer.register_forward_pre_hook(self._close)
+        self.outputs = _output_layers(model, axis)
+        scores = nn.Parameter(torch.zeros(axis.size))
+        for layer, cut in self.outputs:
+            layer.register_parameter(SCORES, scores)
+            size = layer.get_parameter("weight").shape[cut.dim]
+            layer.register_buffer("movement_gate", torch.ones(size), persistent=False)
+            layer.register_forward_pre_hook(partial(_close, cut))
+        self.name = next(name for name, param in model.named_parameters() if param is scores)
 
     def keep(self, kept: Tensor) -> None:
         """Open the gates of the kept groups, (axis.size,) bool, and close all others."""
-        gate = self.layer.get_buffer("movement_gate")
-        wide = kept.repeat_interleave(self.cut.width).to(gate)
-        gate[self.cut.offset : self.cut.offset + len(wide)] = wide
+        for layer, cut in self.outputs:
+            gate = layer.get_buffer("movement_gate")
+            wide = kept.repeat_interleave(cut.width).to(gate)
+            gate[cut.offset : cut.offset + len(wide)] = wide
 
-    def _close(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, *others = inputs
-        gate = layer.get_buffer("movement_gate").to(x.dtype)  # buffers are fp32 for every type of weights
-        gated: Tensor = _StraightThrough.apply(x, layer.get_parameter(SCORES), gate, self.cut)
-        return (gated, *others)
+
+def _close(cut: Cut, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x, *others = inputs
+    gate = layer.get_buffer("movement_gate").to(x.dtype)  # buffers are fp32 for every type of weights
+    gated: Tensor = _StraightThrough.apply(x, layer.get_parameter(SCORES), gate, cut)
+    return (gated, *others)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -100,18 +118,22 @@ class _StraightThrough(torch.autograd.Function):
         return grad * gate, along.view(size, cut.width).sum(1), None, None
 
 
-def _output_layer(model: nn.Module, axis: Axis) -> tuple[nn.Module, Cut, str]:
-    """Return the layer whose input features an axis cuts, that cut, and the name of the scores."""
+def _output_layers(model: nn.Module, axis: Axis) -> list[tuple[nn.Module, Cut]]:
+    """Return the layers whose input features an axis cuts, each with that cut: one, or one in each layer that it spans."""
+    found = []
     for cut in axis.cuts:
-        path, _, attribute = cut.param.rpartition(".")
-        layer, _ = owner_of(model, cut.param)
-        if attribute == "weight" and cut.dim == (0 if is_transposed(layer) else 1):
+        layer, attribute = owner_of(model, cut.param)
+        if attribute == "weight" and is_linear(layer) and cut.dim == (0 if is_transposed(layer) else 1):
             if len(called := names_of(model)[cut.param]) > 1:
                 raise ValueError(
                     f"{' and '.join(called)} are one parameter, and movement pruning would gate only one use of it"
                 )
-            return layer, cut, f"{path}.{SCORES}"
-    raise ValueError(f"{axis.name} cuts the input of no linear layer, so movement pruning has no place for its gates")
+            found.append((layer, cut))
+    if not found:
+        raise ValueError(
+            f"{axis.name} ({axis.kind}) cuts the input of no linear layer, so movement pruning has no place for its gates"
+        )
+    return found
 
 
 def _share(name: str, value: Any) -> float:

@@ -53,13 +53,14 @@ def evaluate(
     if force and predictions is None:
         raise UsageError("--force: there is no --predictions to write", hint="add --predictions FILE, or leave out --force")
     state = open_state(folder)
-    from recap_cli.stages import eval as stage
+    from recap_cli.rounds.scoring import OtherData, PredictionFile
+    from recap_cli.stages.eval import evaluate as score
 
-    rows = stage.evaluate(
+    rows = score(
         state,
         which=wanted or _present(state),
-        other=None if data is None and split is None else stage.OtherData(data, split),
-        predictions=None if predictions is None else stage.PredictionFile(predictions, force),
+        other=None if data is None and split is None else OtherData(data, split),
+        predictions=None if predictions is None else PredictionFile(predictions, force),
         say=console.say,
         track=console.track,
     )

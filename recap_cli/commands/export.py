@@ -16,10 +16,6 @@ FORMS = {
     "dense": "a plain checkpoint of the original shapes, zero where it was pruned",
     "ragged": "a checkpoint whose layers differ in size",
 }
-AUTO = {
-    "text-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-}
 STATE = typer.Argument(metavar="DIR", help="The state's folder.", show_default=False)
 OUT = typer.Argument(metavar="OUT", help="The new folder for the model.", show_default=False)
 DENSE = typer.Option("--dense", help="Write the original shapes, filled with zeros: the same logits in a plain checkpoint.")
@@ -54,10 +50,11 @@ def export(
 def _load_lines(state: "State", out: str, form: str) -> list[str]:
     """Return the lines of Python that load the export: with RECAP always, with the library if it can load the form."""
     from recap_cli.recipe.recipe import parse
+    from recap_cli.tasks.calls import task_named
 
     lines = ["import recap_cli", f"model = recap_cli.load({out!r})"]
     recipe = parse(state.recipe_text, str(state.path / "recipe.yaml"))
     if form == "ragged" or recipe.model.library != "transformers":
         return lines
-    auto = AUTO[recipe.task.kind]
+    auto = task_named(recipe.task.kind).auto_class
     return [*lines, f"# or without recap: transformers.{auto}.from_pretrained({out!r})"]

@@ -1,13 +1,13 @@
-"""`recap plugins`: list the installed criteria, adapters, methods and frozen weights, without importing any."""
+"""`recap plugins`: list the installed criteria, adapters, methods, tasks and frozen weights, without importing any."""
 
 from recap_cli import console
 from recap_cli.commands.arguments import JsonOption
 
 
 def plugins(as_json: JsonOption = False) -> None:
-    """List the installed criteria, model adapters, methods and frozen weights, those of recap-cli and of other packages.
+    """List the installed criteria, model adapters, methods, tasks and frozen weights, those of recap-cli and of other packages.
 
-    Recipes name criteria, methods and frozen weights. An adapter's name is the model type that it is for.
+    Recipes name criteria, methods, tasks and frozen weights. An adapter's name is the model type that it is for.
     Standard error names the extras of recap-cli that are not installed.
 
     Example: [bold]recap plugins[/bold]

@@ -12,6 +12,11 @@ from typing import Any
 from recap_cli import console
 
 STAGES = ("prune", "mask", "finetune", "merge")
+LISTED = {  # of the facts of `init`
+    "not_pruned": "not pruned",
+    "whole_trained": "pruned, and trained whole beside the mask",
+    "whole_frozen": "pruned, and frozen whole where a mask freezes anything",
+}
 HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]  # headings, cells
@@ -28,8 +33,9 @@ def say_stage(facts: Mapping[str, Any]) -> None:
         console.say(f"  head warmed up: {metric} {value} (chance {chance})")
     for note in facts.get("notes", ()):
         console.say(f"  note: {note}")
-    if skipped := facts.get("not_pruned"):
-        console.say(f"  not pruned: {', '.join(skipped)}")
+    for key, text in LISTED.items():
+        if names := facts.get(key):
+            console.say(f"  {text}: {', '.join(names)}")
 
 
 def _init_text(facts: Mapping[str, Any]) -> str:

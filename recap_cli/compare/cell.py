@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recap_cli.compare.schema import STAGES
 from recap_cli.compare.store import finite
+from recap_cli.core.task import Batch
 from recap_cli.data.sampling import batches
 from recap_cli.errors import RecapError
 from recap_cli.machine import devices
@@ -26,9 +27,8 @@ from recap_cli.rounds import record, status, stored
 from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.record import MEMORY
 from recap_cli.rounds.run_context import Context
-from recap_cli.stages.eval import best_tensors
+from recap_cli.rounds.scoring import best_tensors
 from recap_cli.state.store import State
-from recap_cli.training.loop import Batch
 
 BATCH, WARM_UPS, TIMINGS = 32, 2, 7
 
@@ -57,7 +57,8 @@ def is_finished(recipe: Recipe, path: Path) -> bool:
 def figures(path: Path) -> dict[str, Any]:
     """Return the figures of a finished state: metrics, steps, seconds, and the memory of the round that holds most.
 
-    Raises what `State.open` raises.
+    Raises:
+        StateError: As in `State.open`.
     """
     state = State.open(path)
     facts, best = status.summary(state), state.manifest.best
@@ -99,7 +100,8 @@ def measured_product(path: Path) -> dict[str, Any]:
     The forward runs on the recipe's `finetune.device`. On a CPU it uses one thread: on a busy machine, several wait for each
     other (measured: 600 ms instead of 12).
 
-    Raises what reading the state, the data or the model raises.
+    Raises:
+        RecapError: The state, the data or the model cannot be read.
     """
     context = Context(State.open(path))
     tensors, sizes, _ = best_tensors(context)

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from recap_cli.compare.metric_plots import SYMBOLS, Comparison, Row, name_of, ratio_texts
+from recap_cli.core.task import Metric
 from recap_cli.memory.picture import FILE, Picture, picture
 from recap_cli.memory.plot_bars import Part, Stack, peaks, stack, stack_page
 from recap_cli.memory.plot_parts import legend_below, megabytes, numbers, title
 from recap_cli.memory.plot_style import KINDS, STAGES
 from recap_cli.memory.tracker import Kind
-from recap_cli.tasks.task import is_better
 
 COMPONENTS: tuple[Kind, ...] = ("weights", "gradients", "optimizer", "activations")
 PEAKS = {"peak_bytes": "peak, predicted", "device_peak_bytes": "peak, measured"}
@@ -33,7 +33,7 @@ def parts(found: Comparison) -> Picture:
         numbers(right.xaxis, "time of a run (seconds)")
         for axes, place in ((left, "lower left"), (right, "lower right")):
             legend_below(drawn, axes, place=place, columns=2)
-        note = f"each method at the ratios of its best {found.metric}" if len(best) < len(found.costed) else ""
+        note = f"each method at the ratios of its best {found.metric.name}" if len(best) < len(found.costed) else ""
         title(drawn, "; ".join(filter(None, [f"{found.name}: memory and time", note])))
     return drawn
 
@@ -53,11 +53,11 @@ def time_bars(rows: Sequence[Row], text: Callable[[float], str]) -> Picture | No
     return stack_page(Stack([name_of(row) for row in known], _stages(known), text), above=True) if known else None
 
 
-def best_rows(rows: Iterable[Row], metric: str) -> list[Row]:
+def best_rows(rows: Iterable[Row], metric: Metric) -> list[Row]:
     """For each method the row of its best mean."""
     found: dict[str, Row] = {}
     for row in rows:
-        if row["method"] not in found or is_better(metric, row["value"], found[row["method"]]["value"]):
+        if row["method"] not in found or metric.is_better(row["value"], found[row["method"]]["value"]):
             found[row["method"]] = row
     return list(found.values())
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recap_cli.compare.pareto import front
+from recap_cli.core.task import Metric
 from recap_cli.memory.picture import Medium, Picture, picture
 from recap_cli.memory.plot_parts import (
     EDGE,
@@ -24,7 +25,6 @@ from recap_cli.memory.plot_parts import (
     y_label,
 )
 from recap_cli.memory.plot_style import DASHES, SOFT, Look, looks_of
-from recap_cli.tasks.task import LESS_IS_BETTER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +48,7 @@ class Comparison:
     """All rows of a comparison, those without a result too, with the metric and the name of the recipe."""
 
     rows: Sequence[Row]
-    metric: str
+    metric: Metric
     name: str
 
     @property
@@ -100,7 +100,7 @@ def over_ratio(found: Comparison, by: str, medium: Medium) -> Picture:
         if len(ratios) <= 9:
             axes.set_xticks(ratios)
         _finish(drawn, axes, found, AXES[by])
-        title(drawn, f"{found.name}: {found.metric}, mean {_seeds(found.done)}")
+        title(drawn, f"{found.name}: {found.metric.name}, mean {_seeds(found.done)}")
     return drawn
 
 
@@ -128,7 +128,7 @@ def over_memory(found: Comparison, medium: Medium) -> Picture:
         axes.set_xlim(0, most)
         numbers(axes.xaxis, "")
         _finish(drawn, axes, found, f"{words} (MB)" if medium.page else f"{words} (MB = 10^6 bytes)")
-        title(drawn, f"{found.name}: {found.metric} against memory, mean {_seeds(rows)}")
+        title(drawn, f"{found.name}: {found.metric.name} against memory, mean {_seeds(rows)}")
     return drawn
 
 
@@ -217,8 +217,9 @@ def _name_points(axes: "Axes", rows: Sequence[Row], points: Sequence[tuple[float
 
 def _finish(drawn: Picture, axes: "Axes", found: Comparison, x_label: str) -> None:
     """Name the axes and explain the lines."""
+    name = found.metric.name
     axes.set_xlabel(x_label)
-    y_label(drawn, axes, f"{found.metric} (less is better)" if found.metric in LESS_IS_BETTER else found.metric)
+    y_label(drawn, axes, f"{name} (less is better)" if found.metric.better == "less" else name)
     grid(axes.yaxis)
     legend(drawn, axes)
 

@@ -5,13 +5,15 @@ from pathlib import Path
 
 from recap_cli.compare.cost_plots import parts
 from recap_cli.compare.metric_plots import Comparison, Row, over_memory, over_ratio, ratios_of
+from recap_cli.core.task import Metric
 from recap_cli.memory.picture import FILE, Picture, save
 
 
-def draw(rows: Sequence[Row], folder: Path, *, metric: str, title: str) -> list[str]:
+def draw(rows: Sequence[Row], folder: Path, *, metric: Metric, title: str) -> list[str]:
     """Write every figure that the rows have values for, as PNG into `folder`; returns the files' names.
 
-    Raises `StorageError` if one cannot be written, and whatever matplotlib raises.
+    Raises:
+        StorageError: One cannot be written. matplotlib may raise anything else.
     """
     found = Comparison(rows, metric, title)
     figures: dict[str, Callable[[], Picture]] = {}

@@ -14,7 +14,7 @@ from recap_cli import extras
 from recap_cli.compare import cell as cells
 from recap_cli.compare import plots, processes, store
 from recap_cli.compare.grid import Cell, Plan
-from recap_cli.compare.schema import groups
+from recap_cli.compare.schema import groups, metric_of
 from recap_cli.compare.store import Record, Results
 from recap_cli.errors import MissingExtraError, RecapError
 from recap_cli.progress import Track, silent
@@ -185,7 +185,7 @@ def _draw(out: Path, results: Results) -> None:
     rows = groups(results["cells"])
     try:
         extras.require("plots")
-        results["pictures"] = plots.draw(rows, out, metric=results["metric"], title=results["recipe"])
+        results["pictures"] = plots.draw(rows, out, metric=metric_of(results), title=results["recipe"])
     except Exception as error:  # noqa: BLE001  (matplotlib's errors, of fonts and files; the results need no pictures)
         _note(results, f"no pictures were drawn: {_message(error)}")
     store.write(out, results)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from recap_cli.core.task import Better, Metric
 from recap_cli.errors import DataError
 
 Status = Literal["done", "failed", "impossible", "waiting"]
@@ -112,10 +113,16 @@ class Outcome(_Part):
     product: Product | None = None
 
 
+def metric_of(found: Mapping[str, Any]) -> Metric:
+    """The metric that results compare by."""
+    return Metric(found["metric"], found["better"])
+
+
 class Contents(_Part):
     """All of `results.json`: the cells, and what they have in common."""
 
     metric: str
+    better: Better
     recipe: str
     task: str
     command: str

@@ -11,18 +11,36 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from recap_cli.core.axes import Axis, Cut
-from recap_cli.core.ties import first_names, names_of
+from recap_cli.core.ties import first_names
 
 
 @dataclass(frozen=True)
 class Heads:
     """One attention block: module names relative to `block`, a path in which `*` stands for the layer's number.
 
-    Give `q`, `k`, `v`, or `fused` where one matrix holds all three one after another. `head_dim` names the attribute that
-    holds the width of a head, on the module `attention`; `count` the attributes that hold the number of heads and `width`
-    those that hold heads · head_dim, which a cut must make true again.
+    Where several query heads share a head of key and value (grouped queries), the unit is such a group: its query heads, its
+    key and its value. How many there are is read from the weights.
+
+    Attributes:
+        block: what all other names are relative to.
+        out: the output layer.
+        attention: the module that has the attributes below.
+        head_dim: the attribute that holds the width of a head.
+        q: the query layer.
+        k: the key layer, of as many rows as the value layer; a divisor of those of the query layer.
+        v: the value layer.
+        fused: in the place of the three, one layer that holds them one after another.
+        count: the attributes that hold the number of query heads, and must be made true after a cut.
+        width: those that hold query heads · head_dim.
+        kv_count: those that hold the number of heads of key and value.
+        kv_width: those that hold that number · head_dim.
+        extra: other parameters that have entries for each query head, each with its dimension (the columns of a bias table, or
+            the entries of a scale); where a block has them.
+        shared: True where something is common to the heads of all blocks, as T5's position bias is, so that they are cut alike:
+            the heads of all blocks are one axis. The mask's units are each block's own.
     """
 
     block: str
@@ -35,11 +53,15 @@ class Heads:
     fused: str = ""
     count: tuple[str, ...] = ()
     width: tuple[str, ...] = ()
+    kv_count: tuple[str, ...] = ()
+    kv_width: tuple[str, ...] = ()
+    extra: tuple[tuple[str, int], ...] = ()
+    shared: bool = False
 
     @property
-    def inputs(self) -> tuple[tuple[str, int], ...]:
-        """The layers whose rows are heads, each with its section number in a fused matrix."""
-        return ((self.fused, 0), (self.fused, 1), (self.fused, 2)) if self.fused else ((self.q, 0), (self.k, 0), (self.v, 0))
+    def inputs(self) -> tuple[str, ...]:
+        """The layers whose rows are heads."""
+        return (self.fused,) if self.fused else (self.q, self.k, self.v)
 
 
 @dataclass(frozen=True)
@@ -78,7 +100,10 @@ def find_axes(adapter: Adapter, model: nn.Module) -> list[Axis]:
     """The axes of `model`, heads before neurons in each layer, in the order of the layers.
 
     Cuts have the first name of each parameter, whichever of them an adapter gives. Of an adapter with tables of one kind only,
-    the model has that kind only. Raises `LookupError` if no table of a kind matches, naming what was looked for.
+    the model has that kind only.
+
+    Raises:
+        LookupError: no table of a kind matches; the message names what was looked for.
     """
     if adapter.axes is not None:
         return _by_first_names(model, adapter.axes(model))
@@ -97,59 +122,10 @@ def resize(adapter: Adapter, model: nn.Module, sizes: dict[str, int]) -> None:
         return
     for table in adapter.tables:
         if isinstance(table, Heads):
-            for path, _ in _blocks(table.block, model):
-                known = _has(model, path, table.out, *(name for name, _ in table.inputs))
-                if known and (name := f"{path}.heads") in sizes:
-                    _resize_heads(table, model.get_submodule(_join(path, table.attention)), sizes[name])
-
-
-def block_paths(model: nn.Module, axes: Sequence[Axis]) -> list[str]:
-    """The paths of the blocks that hold all that `axes` cut, the outermost only, in their order.
-
-    A table names its axes `<block>.heads` and `<block>.neurons`. The functions of an adapter may choose any names: where they
-    say no block, it is the smallest entry of a list of modules (`ModuleList`, `Sequential`, `ModuleDict`) that holds every cut
-    of the axis. Raises `LookupError` for an axis that no entry holds.
-    """
-    names, modules = names_of(model), dict(model.named_modules())
-
-    def holds(path: str, axis: Axis) -> bool:
-        return all(any(name.startswith(f"{path}.") for name in names.get(cut.param, [cut.param])) for cut in axis.cuts)
-
-    entries = sorted(_entries(model), key=lambda path: path.count("."), reverse=True)
-    paths = []
-    for axis in axes:
-        path = axis.name.rpartition(".")[0]
-        is_block = path in modules and _is_called(modules[path]) and holds(path, axis)
-        paths.append(path if is_block else _smallest(axis, entries, holds))
-    paths = list(dict.fromkeys(paths))
-    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
-
-
-def _smallest(axis: Axis, entries: Sequence[str], holds: Callable[[str, Axis], bool]) -> str:
-    """The first of `entries`, the deepest before the others, that holds all that an axis cuts."""
-    found = next((path for path in entries if holds(path, axis)), None)
-    if found is None:
-        cut = sorted({cut.param for cut in axis.cuts})
-        more = f" and {len(cut) - 2} more" if len(cut) > 2 else ""
-        raise LookupError(
-            f"the name of the axis {axis.name!r} is no module's, and no entry of a ModuleList holds all that it cuts "
-            f"({', '.join(cut[:2])}{more})"
-        )
-    return found
-
-
-def _entries(model: nn.Module) -> list[str]:
-    """The paths of the modules that stand in a list of modules and have a forward."""
-    lists = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-    inside = ((path, module) for path, module in model.named_modules() if isinstance(module, lists))
-    return [
-        _join(path, name) if path else name for path, of in inside for name, entry in of.named_children() if _is_called(entry)
-    ]
-
-
-def _is_called(module: nn.Module) -> bool:
-    """Whether a module has a forward; a ModuleList has none."""
-    return type(module).forward is not nn.Module.forward
+            for block in _blocks(table.block, model):
+                form = _form_of(table, model, block.path)
+                if form is not None and (name := _heads_name(table, block)) in sizes:
+                    _resize_heads(table, model.get_submodule(_join(block.path, table.attention)), sizes[name], form)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -175,29 +151,101 @@ def _by_first_names(model: nn.Module, axes: Sequence[Axis]) -> list[Axis]:
     ]
 
 
+@dataclass(frozen=True)
+class _Block:
+    """A module that a table's `block` matches: its path, the number of its layer, and the path of the stack that it is in."""
+
+    path: str
+    layer: int
+    stack: str
+
+
 def _axes_of(table: Heads | Neurons, model: nn.Module) -> list[Axis]:
     walk = _head_axis if isinstance(table, Heads) else _neuron_axis
-    axes = [walk(table, model, path, layer) for path, layer in _blocks(table.block, model)]  # type: ignore[arg-type]
-    return [axis for axis in axes if axis is not None]
+    axes = [walk(table, model, block) for block in _blocks(table.block, model)]  # type: ignore[arg-type]
+    found = [axis for axis in axes if axis is not None]
+    return _one_axis_each(found) if isinstance(table, Heads) and table.shared else found
 
 
-def _head_axis(table: Heads, model: nn.Module, path: str, layer: int) -> Axis | None:
-    if not _has(model, path, table.out, table.attention, *(name for name, _ in table.inputs)):
+@dataclass(frozen=True)
+class _Form:
+    """The sizes of an attention block: rows of the query, of key and of value, and the width of a head."""
+
+    q_rows: int
+    kv_rows: int
+    head_dim: int
+
+    @property
+    def queries(self) -> int:
+        """How many query heads share a head of key and value."""
+        return self.q_rows // self.kv_rows
+
+
+def _form_of(table: Heads, model: nn.Module, path: str) -> _Form | None:
+    """The sizes of a block, which may have been cut; None if its modules or their shapes are not those of the table."""
+    if not _has(model, path, table.out, table.attention, *table.inputs):
         return None
-    out = model.get_submodule(_join(path, table.out))
     head_dim = int(getattr(model.get_submodule(_join(path, table.attention)), table.head_dim))
-    features = _features(out)[1]
-    sections = 3 if table.fused else 1
-    if any(_features(model.get_submodule(_join(path, name)))[0] != sections * features for name, _ in table.inputs):
+    q_rows = _features(model.get_submodule(_join(path, table.out)))[1]
+    rows = [_features(model.get_submodule(_join(path, name)))[0] for name in table.inputs]
+    if table.fused:
+        rest = rows[0] - q_rows
+        rows = [q_rows, rest // 2, rest - rest // 2]
+    fits = rows[0] == q_rows and rows[1] == rows[2] > 0 and head_dim > 0
+    if not fits or q_rows % rows[1] != 0 or rows[1] % head_dim != 0:
         return None
-    cuts = []
-    for name, section in table.inputs:
-        cuts += _row_cuts(model, _join(path, name), head_dim, section * features)
-    cuts.append(_column_cut(model, _join(path, table.out), head_dim))
-    return Axis(f"{path}.heads", "heads", layer, features // head_dim, tuple(cuts))
+    return _Form(q_rows, rows[1], head_dim)
 
 
-def _neuron_axis(table: Neurons, model: nn.Module, path: str, layer: int) -> Axis | None:
+def _head_axis(table: Heads, model: nn.Module, block: _Block) -> Axis | None:
+    path, form = block.path, _form_of(table, model, block.path)
+    if form is None:
+        return None
+    size, wide = form.kv_rows // form.head_dim, form.queries * form.head_dim
+    own = str(block.layer) if table.shared else ""  # the mask's units are those of one block
+    kv = _words(own, "kv" if form.queries > 1 else "")
+    q, *others = table.inputs * (3 if table.fused else 1)
+    starts = (form.q_rows, form.q_rows + form.kv_rows) if table.fused else (0, 0)
+    cuts = _row_cuts(model, _join(path, q), wide, 0, own)
+    for name, start in zip(others, starts, strict=True):
+        cuts += _row_cuts(model, _join(path, name), form.head_dim, start, kv)
+    for name, dim in table.extra:
+        cuts += _extra_cuts(model, _join(path, name), dim, size, _words(own, name))
+    cuts.append(_column_cut(model, _join(path, table.out), wide, own))
+    return Axis(_heads_name(table, block), "heads", block.layer, size, tuple(cuts))
+
+
+def _words(*words: str) -> str:
+    return "/".join(filter(None, words))
+
+
+def _heads_name(table: Heads, block: _Block) -> str:
+    return f"{block.stack if table.shared else block.path}.heads"
+
+
+def _one_axis_each(axes: Sequence[Axis]) -> list[Axis]:
+    """The axes, those of one name (of one stack) joined. Raises `LookupError` if these differ in size."""
+    joined: dict[str, Axis] = {}
+    for axis in axes:
+        first = joined.setdefault(axis.name, replace(axis, cuts=()))
+        if axis.size != first.size:
+            raise LookupError(f"{axis.name}: blocks that share their heads have {first.size} of them, and {axis.size}")
+        joined[axis.name] = replace(first, cuts=(*first.cuts, *axis.cuts))
+    return list(joined.values())
+
+
+def _extra_cuts(model: nn.Module, name: str, dim: int, size: int, couple: str) -> list[Cut]:
+    """The cut of a parameter that has entries for each head; none where the block has no such parameter."""
+    param = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    if param is None:
+        return []
+    if not 0 <= dim < param.ndim or param.shape[dim] % size != 0:
+        raise LookupError(f"{name} of shape {tuple(param.shape)} has no entries for each of {size} heads along dimension {dim}")
+    return [Cut(name, dim, param.shape[dim] // size, 0, couple)]
+
+
+def _neuron_axis(table: Neurons, model: nn.Module, block: _Block) -> Axis | None:
+    path = block.path
     if not _has(model, path, table.down, *table.up):
         return None
     size = _features(model.get_submodule(_join(path, table.down)))[1]
@@ -210,19 +258,19 @@ def _neuron_axis(table: Neurons, model: nn.Module, path: str, layer: int) -> Axi
         for cut in _row_cuts(model, _join(path, name), 1, chunk * size)
     ]
     cuts.append(_column_cut(model, _join(path, table.down), 1))
-    return Axis(f"{path}.neurons", "neurons", layer, size, tuple(cuts))
+    return Axis(f"{path}.neurons", "neurons", block.layer, size, tuple(cuts))
 
 
-def _row_cuts(model: nn.Module, path: str, width: int, offset: int) -> list[Cut]:
+def _row_cuts(model: nn.Module, path: str, width: int, offset: int, couple: str = "") -> list[Cut]:
     layer = model.get_submodule(path)
-    cuts = [Cut(f"{path}.weight", 1 if is_transposed(layer) else 0, width, offset)]
+    cuts = [Cut(f"{path}.weight", 1 if is_transposed(layer) else 0, width, offset, couple)]
     if isinstance(getattr(layer, "bias", None), Tensor):
-        cuts.append(Cut(f"{path}.bias", 0, width, offset))
+        cuts.append(Cut(f"{path}.bias", 0, width, offset, couple))
     return cuts
 
 
-def _column_cut(model: nn.Module, path: str, width: int) -> Cut:
-    return Cut(f"{path}.weight", 0 if is_transposed(model.get_submodule(path)) else 1, width)
+def _column_cut(model: nn.Module, path: str, width: int, couple: str = "") -> Cut:
+    return Cut(f"{path}.weight", 0 if is_transposed(model.get_submodule(path)) else 1, width, 0, couple)
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:
@@ -236,20 +284,42 @@ def is_transposed(layer: nn.Module) -> bool:
     return not isinstance(layer, nn.Linear) and hasattr(layer, "nf")
 
 
-def _resize_heads(table: Heads, attention: nn.Module, heads: int) -> None:
-    for name in table.count:
-        if hasattr(attention, name):
-            setattr(attention, name, heads)
-    for name in table.width:
-        if hasattr(attention, name):
-            setattr(attention, name, heads * int(getattr(attention, table.head_dim)))
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a module is a linear layer, also a transposed one, that is called and computes what a linear layer does.
+
+    The output layer of `nn.MultiheadAttention` is none: the attention reads its weight itself.
+    """
+    plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    return (plain and not isinstance(layer, NonDynamicallyQuantizableLinear)) or is_transposed(layer)
 
 
-def _blocks(pattern: str, model: nn.Module) -> list[tuple[str, int]]:
-    """The paths of the modules named like `pattern`, each with the number its (last) `*` stands for, or 0."""
+def _resize_heads(table: Heads, attention: nn.Module, units: int, form: _Form) -> None:
+    heads = units * form.queries
+    for names, value in (
+        (table.count, heads),
+        (table.width, heads * form.head_dim),
+        (table.kv_count, units),
+        (table.kv_width, units * form.head_dim),
+    ):
+        for name in names:
+            if hasattr(attention, name):
+                setattr(attention, name, value)
+
+
+def _blocks(pattern: str, model: nn.Module) -> list[_Block]:
+    """The modules named like `pattern`, in their order.
+
+    The layer is the number that a `*` stands for, or 0. Where a pattern has several, as for the blocks of stages, it is the
+    place in that order.
+    """
     form = re.compile(re.escape(pattern).replace(r"\*\*", r"(?:[\w.]*\.)?").replace(r"\*", r"(\d+)"))
-    found = ((path, form.fullmatch(path)) for path, _ in model.named_modules())
-    return [(path, int(match[match.lastindex]) if match.lastindex else 0) for path, match in found if match]
+    matches = [match for path, _ in model.named_modules() if (match := form.fullmatch(path))]
+    if form.groups == 0:
+        return [_Block(match[0], 0, match[0]) for match in matches]
+    return [
+        _Block(match[0], place if form.groups > 1 else int(match[1]), match[0][: match.start(form.groups)].rstrip("."))
+        for place, match in enumerate(matches)
+    ]
 
 
 def _has(model: nn.Module, path: str, *names: str) -> bool:

@@ -10,9 +10,9 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from recap_cli.core.axes import Axis, Cut
+from recap_cli.core.axes import Axis, Cut, kinds_of
 from recap_cli.core.criterion import Criterion, Losses
-from recap_cli.errors import PluginError
+from recap_cli.errors import PluginError, SelectionError
 from recap_cli.untrusted.code import guarded
 
 SCORE_HINT = (
@@ -21,6 +21,7 @@ SCORE_HINT = (
 GROUPS_HINT = (
     "`score_groups` returns a tensor for every axis, by its name; see docs/plugins/criterion.md, or choose another criterion"
 )
+UNRANKED_HINT = "let the adapter leave them out, or choose a criterion that needs no gradient, as magnitude"
 Scores = dict[str, Tensor]  # axis name → importance, float32, shape (axis.size,)
 
 
@@ -45,16 +46,19 @@ def group_scores(
 
     Raises:
         PluginError: the criterion fails, gives something else than scores, or writes to the model.
+        SelectionError: of a kind of groups, no weight has a gradient: nothing would rank them.
     """
     who = "the criterion" if named is None else f"the criterion {named!r}"
     if criterion.score_groups is not None:
         return _scored_groups(criterion, who, model, axes, losses)
     owners = _owners(axes)
     params = {name: param for name, param in model.named_parameters() if name in owners}
+    reached = set[str]()
     totals = {axis.name: torch.zeros(axis.size, device=next(iter(params.values())).device) for axis in axes}  # (size,)
 
     def add(name: str, grad: Tensor, share: float) -> None:
         param = params[name].detach()
+        reached.update(axis.kind for axis, _ in owners[name])
         for axis, along in _reduced(criterion, who, param, grad, owners[name]):
             totals[axis.name] += share * along  # (axis.size,)
 
@@ -63,6 +67,10 @@ def group_scores(
             add(name, torch.zeros((), device=param.device, dtype=param.dtype).expand_as(param), 1.0)
     else:
         _collect(model, params, losses, each=criterion.needs == "each", add=add)
+    if unranked := [kind for kind in kinds_of(axes) if kind not in reached]:
+        raise SelectionError(
+            f"{who} ranks no {unranked[0]}: the loss has no gradient for any of their weights", hint=UNRANKED_HINT
+        )
     return {name: total.cpu() for name, total in totals.items()}
 
 

@@ -6,7 +6,7 @@ scores of movement pruning) brings a training too.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # so that `recap status` reads rounds without torch
@@ -52,10 +52,12 @@ class RoundPlan:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "RoundPlan":
-        known = {f.name for f in fields(cls)}
-        return cls(
-            **{**{name: value for name, value in found.items() if name in known}, "lr_window": tuple(found["lr_window"])}
-        )
+        """The round that `to_json` wrote.
+
+        Raises:
+            TypeError: a key is none of a round's. Of a state `rounds.record.check` has refused it before.
+        """
+        return cls(**{**found, "lr_window": tuple(found["lr_window"])})
 
 
 @dataclass(frozen=True)

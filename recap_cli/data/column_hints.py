@@ -1,21 +1,41 @@
 """Whether a table has the columns that a recipe names, and if not, which of its columns may have been meant."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from recap_cli.data.class_folders import IMAGE_SUFFIXES
 from recap_cli.errors import DataError
 from recap_cli.recipe.yaml import setting
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SEEN = 2000  # rows that are read to distinguish labels from texts
-WANTED = {"text": "text", "text_pair": "text", "image": "images or paths of images", "label": "labels"}
+
+@dataclass(frozen=True)
+class Role:
+    """A column that a task reads.
+
+    Attributes:
+        key: What it is for: `text`, `text_pair`, `image` or `label`, the key of the recipe's section `data`.
+        name: Of the column.
+        holds: What stands in it, in the plural, for messages.
+        can_be: Whether a column of a type may have the role.
+        is_likely: Whether the values of a column, of such a type, look like it.
+    """
+
+    key: str
+    name: str
+    holds: str
+    can_be: "Callable[[pa.DataType], bool]"
+    is_likely: "Callable[[pa.ChunkedArray], bool]"
+
+    def named(self, name: str) -> "Role":
+        """The same role for another column."""
+        return replace(self, name=name)
 
 
-def check_columns(table: "pa.Table", roles: Mapping[str, str], origin: str) -> None:
+def check_columns(table: "pa.Table", roles: Sequence[Role], origin: str) -> None:
     """Check that each role has exactly one column, of a type that fits.
 
     Raises:
@@ -31,14 +51,14 @@ def check_columns(table: "pa.Table", roles: Mapping[str, str], origin: str) -> N
     )
 
 
-def _wrong(table: "pa.Table", roles: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _wrong(table: "pa.Table", roles: Sequence[Role]) -> Iterator[tuple[Role, str]]:
     """Yield each role without a column that fits, and what is wrong with it."""
-    for role, name in roles.items():
-        there = table.column_names.count(name)
+    for role in roles:
+        there = table.column_names.count(role.name)
         if there != 1:
-            yield role, f"has {'no' if there == 0 else 'more than one'} column {name!r}"
-        elif not _can_be(role, table.column(name)):
-            yield role, f"has values of type {table.column(name).type} in column {name!r}, not {WANTED[role]}"
+            yield role, f"has {'no' if there == 0 else 'more than one'} column {role.name!r}"
+        elif not role.can_be(kind := table.column(role.name).type):
+            yield role, f"has values of type {kind} in column {role.name!r}, not {role.holds}"
 
 
 def _listed(parts: list[str]) -> str:
@@ -47,86 +67,40 @@ def _listed(parts: list[str]) -> str:
     return " and ".join(part for part in (", ".join([parts[0], *rest[:-1]]), *rest[-1:]) if part)
 
 
-def _hint(table: "pa.Table", roles: Mapping[str, str], wrong: list[str]) -> str:
+def _hint(table: "pa.Table", roles: Sequence[Role], wrong: list[Role]) -> str:
     names = table.column_names
     if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
         return f"the file is separated by {mark!r}; save it with commas, or as .tsv with tabs"
-    fits = _fitting(table, {role: name for role, name in roles.items() if role in wrong}, set(roles.values()))
-    sets = " ".join(setting(f"data.{role}", fits[role][0] if len(fits[role]) == 1 else "COLUMN") for role in wrong)
-    open_roles = [role for role in wrong if len(fits[role]) != 1]
-    choices = [
-        f"data.{role} is one of {', '.join(fits[role])}" if fits[role] else f"no column of it holds {WANTED[role]}"
-        for role in open_roles
-    ]
+    fits = _fitting(table, wrong, {role.name for role in roles})
+    sets = " ".join(_settings(roles, fits))
+    choices = dict.fromkeys(  # columns of one key may lack the same
+        f"data.{role.key} is one of {', '.join(fits[role])}" if fits[role] else f"no column of it holds {role.holds}"
+        for role in wrong
+        if len(fits[role]) != 1
+    )
     hint = f"name the column{'s' if len(wrong) > 1 else ''} with {sets}{', where ' if choices else ''}{', and '.join(choices)}"
     return hint if all(fits[role] for role in wrong) else f"{hint}; or choose another task.kind"
 
 
-def _fitting(table: "pa.Table", wrong: Mapping[str, str], taken: set[str]) -> dict[str, list[str]]:
+def _settings(roles: Sequence[Role], fits: dict[Role, list[str]]) -> Iterator[str]:
+    """Yield a `--set` for each key that is wrong; of a key with several columns it names all of them."""
+    for key in dict.fromkeys(role.key for role in fits):
+        of_key = [role for role in roles if role.key == key]
+        named = [role.name if role not in fits else fits[role][0] if len(fits[role]) == 1 else "COLUMN" for role in of_key]
+        yield setting(f"data.{key}", named[0] if len(named) == 1 else named)
+
+
+def _fitting(table: "pa.Table", wrong: Sequence[Role], taken: set[str]) -> dict[Role, list[str]]:
     """Return the columns that may be meant by each role: one alone if its name or its type decides."""
     free = [name for name in table.column_names if name not in taken and table.column_names.count(name) == 1]
-    left: dict[str, list[str]] = {}
-    for role, name in wrong.items():
-        can = [column for column in free if _can_be(role, table.column(column))]
-        near = get_close_matches(name, can, n=1, cutoff=0.8)
-        likely = [column for column in can if _is_likely(role, table.column(column))]
+    left: dict[Role, list[str]] = {}
+    for role in wrong:
+        can = [column for column in free if role.can_be(table.column(column).type)]
+        near = get_close_matches(role.name, can, n=1, cutoff=0.8)
+        likely = [column for column in can if role.is_likely(table.column(column))]
         left[role] = near or likely or can
     for _ in wrong:  # a column that only one role can have is no choice for the others
         for role, columns in left.items():
             others = {found[0] for other, found in left.items() if other != role and len(found) == 1}
             left[role] = [column for column in columns if column not in others] or columns
     return left
-
-
-def _can_be(role: str, column: "pa.ChunkedArray") -> bool:
-    """Whether the type of a column allows the role."""
-    from pyarrow import types
-
-    kind = column.type
-    if role == "label":
-        number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
-        return bool(_is_text(kind) or number or types.is_boolean(kind))
-    if role == "image":
-        return _is_text(kind) or _is_encoded(kind) or _is_stored(kind)
-    return _is_text(kind)
-
-
-def _is_text(kind: "pa.DataType") -> bool:
-    from pyarrow import types
-
-    return bool(types.is_string(kind) or types.is_large_string(kind))
-
-
-def _is_encoded(kind: "pa.DataType") -> bool:
-    from pyarrow import types
-
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
-
-
-def _is_stored(kind: "pa.DataType") -> bool:
-    """Whether values are structs as `datasets` stores images: bytes, a path, or both."""
-    from pyarrow import types
-
-    if not types.is_struct(kind):
-        return False
-    fields = {field.name: field.type for field in kind if field.name in ("bytes", "path")}
-    fits = {"bytes": _is_encoded, "path": _is_text}
-    return bool(fields) and all(types.is_null(field) or fits[name](field) for name, field in fields.items())
-
-
-def _is_likely(role: str, column: "pa.ChunkedArray") -> bool:
-    """Whether the values of a column look like the role: labels repeat, texts do not, paths of images end in .png."""
-    from pyarrow import types
-
-    first = column.slice(0, SEEN)
-    if role == "image":
-        return not _is_text(column.type) or all(
-            value is not None and value.lower().endswith(tuple(IMAGE_SUFFIXES)) for value in first.to_pylist()
-        )
-    repeats = len(first.unique()) <= max(2, len(first) / 2)
-    if role == "label":
-        whole = not types.is_floating(column.type) or all(
-            value is not None and value == value // 1 for value in first.to_pylist()
-        )
-        return bool(repeats and whole)
-    return bool(not repeats)

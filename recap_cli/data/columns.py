@@ -1,19 +1,46 @@
-"""From the columns of a source to the ones that a task reads: text, text_pair, image, label."""
+"""From the columns of a source to the ones that a task reads: text, text_pair, words or image, and labels."""
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from recap_cli.data.column_hints import check_columns
+from recap_cli.core.task import LabelColumn, Task
+from recap_cli.data import column_types
+from recap_cli.data.column_hints import Role, check_columns
 from recap_cli.errors import DataError
-from recap_cli.tasks.task import Kind
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Roles = dict[str, str]  # text, text_pair, image or label → the column that has it
+TEXT = ("text", column_types.is_text, column_types.is_prose)
+WORDS = ("lists of words, or texts", column_types.may_be_words, column_types.is_prose)
+IMAGE = ("images or paths of images", column_types.may_be_images, column_types.are_images)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The columns that a task reads.
+
+    Attributes:
+        task: The task.
+        inputs: Those of its inputs.
+        labels: Those of its labels: one, or several of 0 and 1.
+    """
+
+    task: Task
+    inputs: tuple[Role, ...]
+    labels: tuple[Role, ...]
+
+    @property
+    def all(self) -> tuple[Role, ...]:
+        return (*self.inputs, *self.labels)
+
+    @property
+    def texts(self) -> list[str]:
+        """The names of the columns of texts, which a csv file may not read as numbers."""
+        return [role.name for role in self.inputs if role.key != "image"]
 
 
 @dataclass(frozen=True)
@@ -34,42 +61,75 @@ class Found:
     classes: bool = False
     notes: tuple[str, ...] = ()
 
-    def column(self, role: str, roles: Roles) -> str:
+    def column(self, role: Role) -> str:
         """The column of this table that has a role."""
-        return role if self.classes else roles[role]
+        return role.key if self.classes else role.name
 
     def place(self, column: str) -> str:
         """The name of a column and its source, for messages."""
         return f"the folder {self.origin}" if self.classes else f"column {column!r} of {self.origin}"
 
 
-def roles_for(kind: Kind, *, text: str | None, text_pair: str | None, image: str | None, label: str) -> Roles:
-    """Return the columns that a task of this kind reads. One that the recipe does not name has the name of its role."""
-    if kind == "image-classification":
-        return {"image": image or "image", "label": label}
-    pair = {} if text_pair is None else {"text_pair": text_pair}
-    return {"text": text or "text", **pair, "label": label}
+def roles_for(task: Task, data: Mapping[str, Any]) -> Roles:
+    """Return the columns that a task reads, by the keys `text`, `text_pair`, `image` and `label` of a recipe's section `data`.
+
+    A column that the recipe does not name has the name of its role.
+    """
+    label, target = data["label"], task.target
+    labels = tuple(
+        Role("label", name, target.holds, target.can_be, target.is_likely)
+        for name in ([label] if isinstance(label, str) else label)
+    )
+    if task.inputs == "image":
+        return Roles(task, (Role("image", data["image"] or "image", *IMAGE),), labels)
+    first = Role("text", data["text"] or "text", *(WORDS if task.inputs == "words" else TEXT))
+    pair = () if data["text_pair"] is None else (Role("text_pair", data["text_pair"], *TEXT),)
+    return Roles(task, (first, *pair), labels)
 
 
-def pick(found: Found, roles: Roles) -> "dict[str, pa.ChunkedArray]":
-    """Return the column of each role: texts as strings, images as `datasets` stores them.
+class Picked(NamedTuple):
+    """The columns of a task.
+
+    Attributes:
+        inputs: By key: texts as strings, words as lists of strings, images as `datasets` stores them.
+        labels: As they stand; none of data that are picked without labels.
+        notes: What a user should know of them.
+    """
+
+    inputs: "dict[str, pa.ChunkedArray]"
+    labels: tuple[LabelColumn, ...]
+    notes: tuple[str, ...]
+
+
+def pick(found: Found, roles: Roles, *, labelled: bool = True) -> Picked:
+    """Return the columns of a task.
 
     Raises:
         DataError: Columns are missing, doubled or of another type; the message names all of them. Or a value is missing; the
             message names its row.
     """
-    columns = {role: found.column(role, roles) for role in roles}
-    check_columns(found.table, columns, found.origin)
-    return {role: _PICKERS[role](_complete(found, name), found) for role, name in columns.items()}
+    wanted = roles.all if labelled else roles.inputs
+    check_columns(found.table, [role.named(found.column(role)) for role in wanted], found.origin)
+    form = FORMS[roles.task.inputs]
+    inputs = {role.key: form(_complete(found, found.column(role)), found) for role in roles.inputs}
+    labels, notes = [], []
+    for role in roles.labels if labelled else ():
+        name = found.column(role)
+        names, more = class_names(found, name)
+        labels.append(LabelColumn(_complete(found, name), name, found.place(name), names, words=not found.classes))
+        notes += more
+    return Picked(inputs, tuple(labels), tuple(notes))
 
 
 def class_names(found: Found, column: str) -> tuple[list[str] | None, list[str]]:
-    """Return the names of the labels if the source has them (a `ClassLabel` of `datasets`), and notes."""
+    """Return the names of the labels if the source has them (a `ClassLabel` of `datasets`, or a list of such), and notes."""
     stored = (found.table.schema.metadata or {}).get(b"huggingface")
     if stored is None:
         return None, []
     try:
         feature = json.loads(stored)["info"]["features"][column]
+        if feature["_type"] in ("Sequence", "List"):
+            feature = feature["feature"]
         if feature["_type"] != "ClassLabel":
             return None, []
         names = feature["names"]
@@ -93,13 +153,27 @@ def _complete(found: Found, name: str) -> "pa.ChunkedArray":
     return column
 
 
-def _pick_text(column: "pa.ChunkedArray", _: Found) -> "pa.ChunkedArray":
+def _text(column: "pa.ChunkedArray", _: Found) -> "pa.ChunkedArray":
     import pyarrow as pa
 
     return column.cast(pa.string())
 
 
-def _pick_image(column: "pa.ChunkedArray", found: Found) -> "pa.ChunkedArray":
+def _words(column: "pa.ChunkedArray", found: Found) -> "pa.ChunkedArray":
+    """Return lists of strings; a text is split at its blanks."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if column_types.is_text(column.type):
+        return pc.utf8_split_whitespace(pc.utf8_trim_whitespace(column.cast(pa.string())))
+    words = column.cast(pa.list_(pa.string()))
+    for row, each in enumerate(words, 1):
+        if any(not (word or "").strip() for word in each.as_py()):
+            raise DataError(f"row {row} of {found.origin} has a word that is empty", hint="remove the word and its label")
+    return words
+
+
+def _image(column: "pa.ChunkedArray", found: Found) -> "pa.ChunkedArray":
     """Return images as (bytes, path) structs. Relative paths start at the folder of the file that has them."""
     import datasets
     import pyarrow as pa
@@ -129,13 +203,4 @@ def _existing(path: str, row: int, found: Found, folder: Path) -> str:
     return str(file)
 
 
-def _pick_label(column: "pa.ChunkedArray", _: Found) -> "pa.ChunkedArray":
-    return column
-
-
-_PICKERS: Mapping[str, Callable[["pa.ChunkedArray", Found], "pa.ChunkedArray"]] = {
-    "text": _pick_text,
-    "text_pair": _pick_text,
-    "image": _pick_image,
-    "label": _pick_label,
-}
+FORMS: Mapping[str, Callable[["pa.ChunkedArray", Found], "pa.ChunkedArray"]] = {"text": _text, "words": _words, "image": _image}

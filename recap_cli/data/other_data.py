@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recap_cli.core.task import Labels, Task
 from recap_cli.data import sources
 from recap_cli.data.class_folders import IMAGE_SUFFIXES, checked, is_junk_name
-from recap_cli.data.columns import Found, Roles, class_names, pick, roles_for
-from recap_cli.data.labels import Labels, label_numbers
+from recap_cli.data.columns import Found, Roles, pick, roles_for
 from recap_cli.data.tables import READERS
 from recap_cli.errors import DataError
-from recap_cli.tasks.task import Kind
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,7 +22,7 @@ KEY = "data.other"  # a key for the hints of the readers, which `_with_options` 
 
 @dataclass(frozen=True)
 class Other:
-    """Examples with their labels as numbers, all 0 if they are not `labelled`."""
+    """Examples with their targets, which mean nothing if they are not `labelled`."""
 
     examples: "Dataset"
     origin: str
@@ -40,13 +39,13 @@ class Other:
         return files_of(self.examples)
 
 
-def read_other(kind: Kind, place: Path | None, split: str | None, labels: Labels, data: Mapping[str, Any]) -> Other:
+def read_other(task: Task, place: Path | None, split: str | None, labels: Labels, data: Mapping[str, Any]) -> Other:
     """Read other data than those of the recipe.
 
     The examples are unlabelled if the column of labels is missing, is empty, or holds only −1.
 
     Args:
-        kind: The kind of task.
+        task: The task.
         place: A file or a folder. None: the recipe's data set on the hub.
         split: A split of either.
         labels: The labels of the training data.
@@ -55,7 +54,7 @@ def read_other(kind: Kind, place: Path | None, split: str | None, labels: Labels
     Raises:
         DataError: Data are missing, cannot be read, do not fit, or have a label that the model does not have.
     """
-    roles = roles_for(kind, **{role: data[role] for role in ("text", "text_pair", "image", "label")})
+    roles = roles_for(task, data)
     try:
         found = _find(roles, place, split, data)
         return _labelled(found, roles, labels)
@@ -90,8 +89,8 @@ def _find(roles: Roles, place: Path | None, split: str | None, data: Mapping[str
     if not place.exists():
         raise DataError(f"there is no file or folder {place}", hint="name one that exists: --data FILE")
     if split is not None:
-        place = _split_of(place, split, folders="image" in roles)
-    if place.is_dir() and "image" in roles and (flat := _flat(place)):
+        place = _split_of(place, split, folders=roles.task.inputs == "image")
+    if place.is_dir() and roles.task.inputs == "image" and (flat := _flat(place)):
         return _unlabelled_images(place, flat)
     return sources._read_path(place, KEY, roles)
 
@@ -129,19 +128,23 @@ def _unlabelled_images(folder: Path, images: Sequence[Path]) -> Found:
 
 def _labelled(found: Found, roles: Roles, labels: Labels) -> Other:
     """Read the labels like those of validation data."""
+    task = roles.task
+    labelled = not any(_is_unlabelled(found.table, found.column(role)) for role in roles.labels)
+    picked = pick(found, roles, labelled=labelled)
+    targets = task.target.encode(picked.labels, labels) if labelled else _blank(picked.inputs, task, labels)
+    examples = sources.as_dataset(picked.inputs, targets, task, labels)
+    return Other(examples, found.origin, labelled, (*found.notes, *picked.notes))
+
+
+def _blank(inputs: "Mapping[str, pa.ChunkedArray]", task: Task, labels: Labels) -> "pa.ChunkedArray":
+    """Return targets that mean nothing: one for each example, or each word of it."""
     import pyarrow as pa
 
-    name = found.column("label", roles)
-    inputs = {role: column for role, column in roles.items() if role != "label"}
-    labelled = not _is_unlabelled(found.table, name)
-    columns = pick(found, roles if labelled else inputs)
-    notes: list[str] = []
-    if labelled:
-        names, notes = class_names(found, name)
-        columns["label"] = label_numbers(columns["label"], labels, names, found.place(name))
-    else:
-        columns["label"] = pa.chunked_array([pa.array([0] * found.table.num_rows, pa.int64())])
-    return Other(sources._dataset(columns, labels.names), found.origin, labelled, (*found.notes, *notes))
+    blank, first = task.target.blank(len(labels.names)), next(iter(inputs.values()))
+    if task.inputs == "words":
+        return pa.chunked_array([pa.array([[blank] * len(words) for words in first.to_pylist()], pa.list_(pa.int64()))])
+    kind = pa.list_(pa.float64(), len(blank)) if isinstance(blank, list) else None
+    return pa.chunked_array([pa.array([blank] * len(first), kind)])
 
 
 def _is_unlabelled(table: "pa.Table", name: str) -> bool:
@@ -170,5 +173,5 @@ def _with_options(hint: str | None, roles: Roles) -> str | None:
         return hint.replace(f"--set {KEY}=", "--data ")
     if "--set data.train=" in hint:
         return "name one of its splits with --split"
-    columns = ", ".join(f"{role} in {shlex.quote(column)}" for role, column in roles.items())
+    columns = ", ".join(f"{role.key} in {shlex.quote(role.name)}" for role in roles.all)
     return f"columns are read as in training ({columns}): rename those of the file"

@@ -93,8 +93,10 @@ def _parquet(columns: Columns) -> bytes:
     import pyarrow as pa
     from pyarrow import parquet
 
-    kinds = {"index": pa.int64(), "probability": pa.float64(), "loss": pa.float64()}
-    table = pa.table({name: pa.array(values, kinds.get(name, pa.string())) for name, values in columns.items()})
+    known = {name: next((value for value in values if value is not None), "") for name, values in columns.items()}
+    kinds = {name: {float: pa.float64(), int: pa.int64()}.get(type(value), pa.string()) for name, value in known.items()}
+    kinds["loss"] = pa.float64()  # also of data without labels
+    table = pa.table({name: pa.array(values, kinds[name]) for name, values in columns.items()})
     written = BytesIO()
     parquet.write_table(table, written)
     return written.getvalue()

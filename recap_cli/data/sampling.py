@@ -5,8 +5,10 @@ from hashlib import blake2b
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from recap_cli.data.splits import Split
+from recap_cli.core.task import Batch
+from recap_cli.data.split import Split
 
 
 def seed_for(seed: int, round: int, stage: str) -> int:
@@ -44,7 +46,7 @@ def batches(
     *,
     augment_seed: int | None = None,
     device: torch.device | str = "cpu",
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[Batch]:
     """Yield the examples at `indices`, in that order, in batches on `device`. The last batch may be smaller.
 
     Args:
@@ -61,4 +63,4 @@ def batches(
     generator = None if augment_seed is None else torch.Generator().manual_seed(augment_seed)
     for chosen in torch.split(indices, batch_size):
         batch = split.batch(chosen, generator=generator)
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+        yield tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)

@@ -4,25 +4,24 @@ The examples have the columns `text` (and `text_pair`) or `image`, then `label`,
 """
 
 import gzip
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from recap_cli.core.task import Labels, Task
 from recap_cli.data.class_folders import holds_images, read_folder
-from recap_cli.data.columns import Found, Roles, class_names, pick, roles_for
+from recap_cli.data.columns import Found, Roles, pick, roles_for
 from recap_cli.data.hub import read_hub
-from recap_cli.data.labels import Labels, label_numbers, read_labels
 from recap_cli.data.sampling import generator_for
 from recap_cli.data.tables import read_file
 from recap_cli.errors import DataError
-from recap_cli.tasks.task import Kind
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,7 +33,7 @@ DIGITS_SHARE = 0.2  # of the digits are for validation, unless the recipe sets a
 
 @dataclass(frozen=True)
 class Raw:
-    """Training and validation examples, not yet tensors. `label` is an index into the names of `labels`.
+    """Training and validation examples, not yet tensors. `label` is what the task's target has encoded.
 
     `notes` is what a user should know of how they were read.
     """
@@ -51,51 +50,39 @@ class Raw:
         return list(self.labels.names)
 
 
-def read_splits(
-    kind: Kind,
-    *,
-    seed: int,
-    name: str | None = None,
-    subset: str | None = None,
-    builtin: str | None = None,
-    train: str | Path | None = None,
-    validation: str | Path | None = None,
-    train_split: str = "train",
-    validation_split: str = "validation",
-    validation_share: float | None = None,
-    text: str | None = None,
-    text_pair: str | None = None,
-    image: str | None = None,
-    label: str = "label",
-    train_samples: int | None = None,
-    validation_samples: int | None = None,
-) -> Raw:
-    """Read the examples of a task of this kind. The other arguments are keys of a recipe: `seed`, and those of `data`.
+def read_splits(task: Task, data: Mapping[str, Any], *, seed: int) -> Raw:
+    """Read the examples of a task.
 
-    `train` has priority over `builtin`, and that over `name`. With `validation_share`, that share of the training examples of
-    each label is held out for validation. `train_samples` and `validation_samples` keep the first examples after a shuffle.
+    `train` has priority over `builtin`, and that over `name`. With `validation_share`, that share of the training examples is
+    held out for validation; of each label, if the task has one for each example. `train_samples` and `validation_samples` keep
+    the first examples after a shuffle.
+
+    Args:
+        task: The task.
+        data: The section `data` of a recipe.
+        seed: Of the recipe.
 
     Raises:
         DataError: Data are missing, cannot be read, or do not fit. The message names the file, the column and the row.
     """
-    roles = roles_for(kind, text=text, text_pair=text_pair, image=image, label=label)
-    if train is not None:
-        first, second = _read_files(roles, Path(train), None if validation is None else Path(validation), validation_share)
-    elif builtin is not None:
-        first, second, validation_share = _read_builtin(builtin, roles), None, validation_share or DIGITS_SHARE
-    elif name is not None:
-        splits = [train_split] if validation_share is not None else [train_split, validation_split]
-        first, second = _read_hub(name, subset, splits)
+    roles, share = roles_for(task, data), data["validation_share"]
+    if data["train"] is not None:
+        first, second = _read_files(roles, Path(data["train"]), data["validation"] and Path(data["validation"]), share)
+    elif data["builtin"] is not None:
+        first, second, share = _read_builtin(data["builtin"], roles), None, share or DIGITS_SHARE
+    elif data["name"] is not None:
+        splits = [data["train_split"]] if share is not None else [data["train_split"], data["validation_split"]]
+        first, second = _read_hub(data["name"], data["subset"], splits)
     else:
         raise DataError("the recipe names no data", hint="name a file with --set data.train=FILE, or try the recipe quickstart")
     labels, examples, notes = _labelled(first, second, roles)
     if second is None:
-        share = validation_share or 0.0
-        kept, held_out = hold_out(torch.tensor(examples[0]["label"]), share, seed=seed, origin=first.origin)
+        strata = torch.tensor(examples[0]["label"]) if task.target.stratified else torch.zeros(len(examples[0])).long()
+        kept, held_out = hold_out(strata, share or 0.0, seed=seed, origin=first.origin)
         examples = [examples[0].select(kept.tolist()), examples[0].select(held_out.tolist())]
     return Raw(
-        train=_first(examples[0], train_samples, seed, "training"),
-        validation=_first(examples[1], validation_samples, seed, "validation"),
+        train=_first(examples[0], data["train_samples"], seed, "training"),
+        validation=_first(examples[1], data["validation_samples"], seed, "validation"),
         labels=labels,
         train_origin=first.origin,
         validation_origin=f"{first.origin} (held out)" if second is None else second.origin,
@@ -107,7 +94,7 @@ def hold_out(labels: Tensor, share: float, *, seed: int, origin: str) -> tuple[T
     """Split examples into training and held-out ones.
 
     Args:
-        labels: Shape (examples,), int64.
+        labels: Of which each is to give its share, (examples,), int64.
         share: The share to hold out.
         seed: The seed of the shuffle.
         origin: The source, for messages.
@@ -146,17 +133,21 @@ def _read_files(roles: Roles, train: Path, validation: Path | None, share: float
 def _read_path(path: Path, key: str, roles: Roles) -> Found:
     path = path.expanduser()
     if path.is_dir():
-        if "image" not in roles:
+        if roles.task.inputs != "image":
             raise _folder_for_texts(path, key)
         table, notes = read_folder(path, key=key)
+        if not roles.task.target.can_be(table.column("label").type):
+            raise DataError(
+                f"{path} is a folder of class folders: one class for each image. The task reads {roles.labels[0].holds}",
+                hint=f"name a file that has them beside the paths of the images: --set {key}=FILE",
+            )
         return Found(table, str(path), classes=True, notes=(*_unused(roles), *notes))
-    texts = [roles[role] for role in ("text", "text_pair") if role in roles]
-    return Found(read_file(path, key=key, text_columns=texts), str(path), folder=path.parent)
+    return Found(read_file(path, key=key, text_columns=roles.texts), str(path), folder=path.parent)
 
 
 def _unused(roles: Roles) -> list[str]:
     """Return a note on columns that a recipe names for a folder, which has none."""
-    named = [f"data.{role} ({name})" for role, name in roles.items() if name != role]
+    named = [f"data.{role.key} ({role.name})" for role in roles.all if role.name != role.key]
     return [f"a folder of class folders has no columns: ignored {' and '.join(named)}"] if named else []
 
 
@@ -164,7 +155,7 @@ def _folder_for_texts(path: Path, key: str) -> DataError:
     file = f"name a file of texts with --set {key}=FILE"
     if holds_images(path):
         return DataError(
-            f"task.kind is text-classification, but the folder {path} holds images",
+            f"the task reads texts, but the folder {path} holds images",
             hint=f"--set task.kind=image-classification, or {file}",
         )
     return DataError(f"{path} is a folder, but texts are read from a file", hint=file)
@@ -192,41 +183,38 @@ def _read_builtin(name: str, roles: Roles) -> Found:
         png = BytesIO()
         PIL.Image.fromarray(shades).save(png, "png")
         images.append(png.getvalue())
-    table = pa.table({roles.get("image", "image"): pa.array(images), roles["label"]: pa.array(labels)})
+    image = next((role.name for role in roles.inputs if role.key == "image"), "image")
+    table = pa.table({image: pa.array(images), roles.labels[0].name: pa.array(labels)})
     return Found(table, "the digits of recap")
 
 
 def _labelled(first: Found, second: Found | None, roles: Roles) -> "tuple[Labels, list[Dataset], list[str]]":
-    """Return the labels, each source with its labels as numbers and its columns named by role, and notes."""
-    labels = _labels_of(first, roles)
-    examples, notes = [], []
-    for found in (first, second):
-        if found is None:
-            continue
-        columns, column = pick(found, roles), found.column("label", roles)
-        names, names_notes = class_names(found, column)
-        numbers = label_numbers(columns["label"], labels, names, found.place(column))
-        examples.append(_dataset({**columns, "label": numbers}, labels.names))
-        notes += [*found.notes, *names_notes]
-    return labels, examples, list(dict.fromkeys(notes))
+    """Return the labels, each source with its targets and its inputs by their key, and notes."""
+    target = roles.task.target
+    picked = [(found, pick(found, roles)) for found in (first, second) if found is not None]
+    labels = target.learn(picked[0][1].labels)
+    examples = [as_dataset(one.inputs, target.encode(one.labels, labels), roles.task, labels) for _, one in picked]
+    return labels, examples, list(dict.fromkeys(note for found, one in picked for note in (*found.notes, *one.notes)))
 
 
-def _labels_of(found: Found, roles: Roles) -> Labels:
-    column = found.column("label", roles)
-    names, _ = class_names(found, column)
-    return read_labels(pick(found, roles)["label"], names, found.place(column), words=not found.classes)
-
-
-def _dataset(columns: "Mapping[str, pa.ChunkedArray]", names: Sequence[str]) -> "Dataset":
+def as_dataset(inputs: "Mapping[str, pa.ChunkedArray]", targets: "pa.ChunkedArray", task: Task, labels: Labels) -> "Dataset":
+    """Return examples with the columns of their inputs, `label` and `row`."""
     import datasets
     import pyarrow as pa
 
-    kinds = {"text": datasets.Value("string"), "text_pair": datasets.Value("string"), "image": datasets.Image()}
+    kinds = {
+        "text": datasets.Value("string"),
+        "words": datasets.List(datasets.Value("string")),
+        "image": datasets.Image(),
+    }
+    label = datasets.Features.from_arrow_schema(pa.schema([("label", targets.type)]))["label"]
+    if task.target.stratified:
+        label = datasets.ClassLabel(names=list(labels.names))
     features = datasets.Features(
-        {role: kinds.get(role, datasets.ClassLabel(names=list(names))) for role in columns} | {"row": datasets.Value("int64")}
+        dict.fromkeys(inputs, kinds[task.inputs]) | {"label": label} | {"row": datasets.Value("int64")}
     )
-    rows = pa.array(range(1, len(columns["label"]) + 1), pa.int64())
-    return datasets.Dataset(pa.table([*columns.values(), rows], schema=features.arrow_schema))
+    rows = pa.array(range(1, len(targets) + 1), pa.int64())
+    return datasets.Dataset(pa.table([*inputs.values(), targets, rows], schema=features.arrow_schema))
 
 
 def _first(examples: "Dataset", count: int | None, seed: int, which: str) -> "Dataset":

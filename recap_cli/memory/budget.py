@@ -6,8 +6,8 @@ around that, as far as the peak is no straight line, until the first value that 
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -118,7 +118,8 @@ def fit(
     """The settings nearest to the recipe's with which training, scoring and importance, if it is computed on an accelerator,
     are predicted to fit in `budget_bytes` with cuBLAS's workspace.
 
-    Raises `BudgetError` with the least that the rungs can do, if that is more.
+    Raises:
+        BudgetError: the least that the rungs can do, which it names, is more.
     """
     allowed = budget_bytes - WORKSPACE_BYTES
     changes: list[Change] = []
@@ -154,8 +155,12 @@ def fit(
 def solved(recipe: Recipe, track: Track = silent) -> tuple[Recipe, tuple[Change, ...]]:
     """A recipe with settings that fit its `finetune.memory_budget`, and what was changed; as it is, if it has none.
 
-    Reads the data for their labels, whose number is that of the head's rows, and for their tokens. Raises `DataError` if it
-    cannot, `ModelError` if there is no tokenizer.
+    Reads the data for their labels, whose number is that of the head's rows, and for their tokens.
+
+    Raises:
+        DataError: they cannot be read.
+        ModelError: there is no tokenizer.
+        BudgetError: nothing fits.
     """
     if recipe.finetune.memory_budget is None:
         return recipe, ()
@@ -163,6 +168,15 @@ def solved(recipe: Recipe, track: Track = silent) -> tuple[Recipe, tuple[Change,
     model = with_token_rows(meta_model.of_recipe(recipe, raw.label_names), recipe, raw, track)
     found = fit(model, recipe, recipes.bytes_of(recipe.finetune.memory_budget), track=track)
     return found.recipe, found.changes
+
+
+def with_budget(facts: Mapping[str, Any], recipe: Recipe, changes: Sequence[Change]) -> dict[str, Any]:
+    """The facts of `init`, and what was changed for a memory budget, if there is one; its notes come first."""
+    amount = recipe.finetune.memory_budget
+    if amount is None:
+        return dict(facts)
+    found = {"memory_budget": amount, "changes": [asdict(change) for change in changes]}
+    return {"budget": found, **facts, "notes": [*budget_notes(amount, changes), *facts["notes"]]}
 
 
 def budget_notes(amount: str, changes: Sequence[Change]) -> Iterator[str]:

@@ -13,11 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from recap_cli.core.task import Batch, Task
 from recap_cli.errors import ModelError
 from recap_cli.memory.fake_cuda import Answers, cuda_kernels
 from recap_cli.memory.tracker import Tracker, Usage
+from recap_cli.tasks.losses import mean_loss
 from recap_cli.trainable.optim import Optimizer
-from recap_cli.training.loop import Batch, Steps, train
+from recap_cli.training.loop import Forward, Steps, train
 
 Kernels = Literal["cuda", "cpu"]
 WITHOUT = "training needs no prediction: recap run goes on without one, if the recipe has no finetune.memory_budget"
@@ -25,12 +27,12 @@ WITHOUT = "training needs no prediction: recap run goes on without one, if the r
 
 @dataclass(frozen=True)
 class Step:
-    """What takes part in one optimizer step. `batch` is the whole one, with `labels`; `loss` as in `training.loop.train`."""
+    """What takes part in one optimizer step. `batch` is the whole one, with `labels`."""
 
     model: nn.Module
     optimizer: Optimizer
-    forward: Callable[[Batch], Tensor]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    forward: Forward
+    task: Task
     batch: Batch
     micro_batch_size: int | None = None
     fused_backward: bool = False
@@ -79,7 +81,8 @@ class Fakes:
     def pretending(self, kernels: Kernels) -> Iterator[None]:
         """Inside, tensors that are made are fake, and attention and dropout are those of `kernels`.
 
-        Raises `ModelError` for a model whose shapes depend on the values of its tensors, which fake ones do not have.
+        Raises:
+            ModelError: the shapes of a model depend on the values of its tensors, which fake ones do not have.
         """
         with ExitStack() as stack:
             stack.enter_context(self.mode)
@@ -106,7 +109,7 @@ def take_step(step: Step) -> None:
     """Take the step, at a learning rate that changes next to nothing."""
     train(
         step.forward,
-        step.loss,
+        step.task,
         step.optimizer,
         [step.batch],
         steps=Steps(rate=lambda _: 1e-6, micro_batch_size=step.micro_batch_size, fused_backward=step.fused_backward),
@@ -118,7 +121,7 @@ def evaluation_bytes(step: Step, batch: Batch) -> int:
     tracker = _tracker(step, batch)
     step.model.eval()
     with torch.no_grad(), tracker.watch([]):
-        step.loss(step.forward(batch), batch["labels"])
+        mean_loss(step.task, step.forward(batch), batch)
     return tracker.usage().peak_bytes
 
 

@@ -39,8 +39,10 @@ def measure(
 
     `snapshot_to` gets torch's record of CUDA's allocator over all of them.
 
-    Raises `RecipeError` if the device is not there, `StorageError` if the tensors would not fit into this machine's memory,
-    `DeviceMemoryError` if the step would not fit into that of the GPU.
+    Raises:
+        RecipeError: the device is not there.
+        StorageError: the tensors would not fit into this machine's memory.
+        DeviceMemoryError: the step would not fit into that of the GPU.
     """
     device = devices.pick(recipe.finetune.device)
     failed: list[str] = []

@@ -44,17 +44,23 @@ class MetaModel:
 
 
 def of_recipe(recipe: Recipe, label_names: Sequence[str] = ()) -> MetaModel:
-    """The meta model of a recipe; reads its configuration and nothing else. Raises `ModelError`, `PluginError`."""
-    spec = spec_from_config.of_recipe(**source_of(recipe), label_names=label_names)
-    adapter, skeleton = build.adapter_of(spec), build.skeleton(spec)
+    """The meta model of a recipe; reads its configuration and nothing else.
+
+    Raises:
+        ModelError: the configuration cannot be read, or does not fit.
+        PluginError: its adapter cannot be loaded.
+        ConformanceError: the adapter does not describe it.
+    """
+    spec = spec_from_config.spec_of(source_of(recipe, label_names))
+    adapter, model = build.adapter_of(spec), build.on_meta(spec)
     try:
-        layout = Layout.of_model(adapter, skeleton)
+        layout = Layout.of_model(adapter, model)
     except LookupError as error:  # the adapter's, as in `conformance`: a model without layers, or of another layout
         raise ConformanceError(
             f"the adapter {spec.model_type!r} does not describe this model ({spec.library}): {error}",
             hint="look at the number of layers in model.config, or in the config.json of the model's folder",
         ) from error
-    return MetaModel(spec, adapter, layout, build.tensors_of(skeleton))
+    return MetaModel(spec, adapter, layout, build.tensors_of(model))
 
 
 def anew(model: MetaModel) -> MetaModel:
@@ -71,7 +77,8 @@ def labels_of(recipe: Recipe) -> tuple[list[str], list[str]]:
 def of_recipe_with_data(recipe: Recipe, track: Track = silent) -> tuple[MetaModel, list[str]]:
     """The meta model of a recipe as far as local data and a local tokenizer say more of it, and notes where they do not.
 
-    Raises as `of_recipe` does.
+    Raises:
+        ModelError, PluginError, ConformanceError: as in `of_recipe`.
     """
     raw, notes = _local_data(recipe)
     model = of_recipe(recipe, [] if raw is None else list(raw.label_names))
@@ -89,14 +96,16 @@ def of_recipe_with_data(recipe: Recipe, track: Track = silent) -> tuple[MetaMode
 def with_token_rows(model: MetaModel, recipe: Recipe, raw: sources.Raw, track: Track = silent) -> MetaModel:
     """The same with the rows of the token table that the data look up; of images as it is.
 
-    Raises `ModelError` if there is no tokenizer, `DataError` if the texts cannot be read.
+    Raises:
+        ModelError: there is no tokenizer.
+        DataError: the texts cannot be read.
     """
     if model.spec.image is not None:
         return model
     source = recipe.model
     tokenizer = create.tokenizer_of(source.name, source.config, source.revision, model.spec.config["vocab_size"])
     train, validation = splits_of(recipe, model.spec, tokenizer, track, raw)
-    return replace(model, token_rows=used_token_rows(build.skeleton(model.spec), train, validation))
+    return replace(model, token_rows=used_token_rows(build.on_meta(model.spec), train, validation))
 
 
 def _is_local(recipe: Recipe) -> bool:
@@ -122,7 +131,7 @@ def of_state(context: Context, track: Track = silent) -> MetaModel:
     mask = None
     if folder and plan is not None and f"{folder}/{MASK}" in files:
         mask = context.mask(folder, plan)
-    tensors = build.tensors_of(build.skeleton(context.spec))
+    tensors = build.tensors_of(build.on_meta(context.spec))
     round_plan = context.round_plans[state.manifest.round - 1] if plan is not None else None
     return MetaModel(
         context.spec,
@@ -146,6 +155,6 @@ def _token_rows_of(context: Context, track: Track) -> TokenRows | None:
     if context.spec.image is not None or not (are_read(context.recipe, context.spec) or _is_local(context.recipe)):
         return None
     try:
-        return used_token_rows(build.skeleton(context.spec), *context.splits(track))
+        return used_token_rows(build.on_meta(context.spec), *context.splits(track))
     except DataError:  # its files are gone, and `finetune` will say so
         return None

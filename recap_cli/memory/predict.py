@@ -19,6 +19,7 @@ from recap_cli.core.method import RoundPlan, TrainerHook
 from recap_cli.core.ranking import Limits, select
 from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import indices, owner_of
+from recap_cli.core.task import Batch
 from recap_cli.core.ties import names_of
 from recap_cli.memory.fake_step import Fakes, Kernels, Step
 from recap_cli.memory.meta_model import MetaModel, anew
@@ -31,13 +32,14 @@ from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.custom_training import attach, make_hook_trainable
 from recap_cli.rounds.device_policy import blocks_of, importance_batch_size
 from recap_cli.rounds.plans import method_of_name, round_plans_for
+from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.selection import limits_of
 from recap_cli.rounds.small_model import SmallModel, fine_axes, in_dtype, make_trainable, placement_of, rule_of
-from recap_cli.tasks import task
+from recap_cli.tasks.calls import task_named
+from recap_cli.tasks.losses import mean_loss
 from recap_cli.trainable.embedding import PartialEmbedding
 from recap_cli.trainable.optim import Optimizer
 from recap_cli.trainable.token_rows import all_token_rows
-from recap_cli.training.loop import Batch
 
 SHORT = {"full": "full-ft", "head": "head-ft", "lora": "lora-ft"}  # what is written most is written short
 Like = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -98,7 +100,10 @@ class Prediction:
 def predict(model: MetaModel, recipe: Recipe, method: str, *, kernels: Kernels = "cuda") -> Prediction:
     """What finetuning by a method holds with the settings of a recipe; the other methods use them too, as far as they can.
 
-    Of rounds that differ, the one that holds most counts. Raises `PluginError` if there is no such method.
+    Of rounds that differ, the one that holds most counts.
+
+    Raises:
+        PluginError: there is no such method.
     """
     found = [
         _predicted(model, recipe, method, round_plans, kernels) for round_plans in distinct(planned(model, recipe, method))
@@ -151,7 +156,7 @@ def _predicted(model: MetaModel, recipe: Recipe, method: str, round_plans: Seque
         fakes.usage(step, kernels), _held_bytes(model, recipe, tune.batch_size) - _held_bytes(model, recipe, size)
     )
     evaluation = _scored(fakes, model, recipe, step, kernels)
-    parameters = {name for name, _ in build.skeleton(model.spec).named_parameters()}
+    parameters = {name for name, _ in build.on_meta(model.spec).named_parameters()}
     total = sum(model.tensors[name].numel() for name in parameters)
     return Prediction(method, recipe, round_plans, usage, evaluation, total, weights, trainable)
 
@@ -217,12 +222,12 @@ def importance_bytes(model: MetaModel, recipe: Recipe, kernels: Kernels = "cuda"
     size = importance_batch_size(recipe, torch.device("cuda"))
     batch = fakes.like(batch_of(model.spec, recipe, size))
     built = build.assemble(model.spec, fakes.like(model.tensors), model.adapter, {})
-    call, axes = build.forward(model.spec), model.layout.axes
+    call, axes, task = forward_of(model.spec, built), model.layout.axes, task_named(recipe.task.kind)
     blocks = blocks_of(built, axes, model.spec.model_type)
 
     def score() -> None:
         with streamed(built, blocks, "cpu"):
-            group_scores(built, axes, TAYLOR, lambda _: iter([(task.loss(call(built, batch), batch["labels"]), 1.0)]))
+            group_scores(built, axes, TAYLOR, lambda _: iter([(mean_loss(task, call(batch), batch)[0], 1.0)]))
 
     return fakes.peak_bytes(score, host=[*built.parameters(), *built.buffers()], inputs=batch, kernels=kernels)
 
@@ -277,12 +282,12 @@ def prepare(
     trainables = make_trainable(small, placement) if hook is None else make_hook_trainable(small, hook, placement)
     weights -= sum(module.absent for module in built.modules() if isinstance(module, PartialEmbedding))
     optimizer = Optimizer(trainables, rule_of(tune), weight_decay=tune.weight_decay)
-    call = build.forward(model.spec)
-    forward = in_dtype(lambda inputs: call(built, inputs), placement.dtype)
+    forward = in_dtype(forward_of(model.spec, built), placement.dtype)
     batch = {name: tensor.to(device) for name, tensor in like(batch_of(model.spec, recipe, tune.batch_size)).items()}
     if token_rows is not None:
         batch["input_ids"] += int(token_rows.held[0])  # real ones are zeros, which may be no row that is held
-    step = Step(built.train(), optimizer, forward, task.loss, batch, tune.micro_batch_size, tune.fused_backward, tune.offload)
+    task = task_named(recipe.task.kind)
+    step = Step(built.train(), optimizer, forward, task, batch, tune.micro_batch_size, tune.fused_backward, tune.offload)
     return step, weights
 
 
@@ -291,13 +296,16 @@ def batch_of(spec: ModelSpec, recipe: Recipe, size: int) -> Batch:
 
     Texts of more than one example are padded, so that there is a mask.
     """
+    task = task_named(recipe.task.kind)
     with torch.device("meta"):
-        labels = torch.zeros(size, dtype=torch.int64)
+        blank = torch.as_tensor(task.target.blank(spec.num_labels))  # (), or (labels,)
+        labels = torch.zeros(size, *blank.shape, dtype=blank.dtype)  # (size,) or (size, labels)
         if spec.image is not None:
             side = spec.image["size"]
             return {"pixel_values": torch.zeros(size, spec.image["channels"], side, side), "labels": labels}
         ids = torch.zeros(size, min(recipe.data.max_length, build.positions(spec) or recipe.data.max_length), dtype=torch.int64)
         mask = {"attention_mask": torch.zeros_like(ids)} if size > 1 else {}
+        labels = torch.zeros_like(ids) if task.inputs == "words" else labels  # one for each token
         return {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), **mask, "labels": labels}
 
 

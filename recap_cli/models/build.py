@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from recap_cli import registry
 from recap_cli.core import adapter as adapters
@@ -19,25 +20,32 @@ from recap_cli.untrusted.files import some
 
 __all__ = [
     "ModelSpec",
+    "adapter_named",
     "adapter_of",
     "assemble",
     "describe",
     "embedding_names",
     "enable_checkpointing",
     "example_batch",
+    "flat_outputs",
     "forward",
     "head_names",
     "load_processor",
+    "on_meta",
     "positions",
-    "skeleton",
     "tensors_of",
 ]
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 EXAMPLE_TOKENS = 12
 
 
 def adapter_of(spec: ModelSpec) -> Adapter:
+    """Return the adapter of a model, as `adapter_named`."""
+    return adapter_named(spec.model_type)
+
+
+def adapter_named(model_type: str) -> Adapter:
     """Return the adapter of a model type.
 
     Raises:
@@ -45,13 +53,13 @@ def adapter_of(spec: ModelSpec) -> Adapter:
         PluginError: It cannot be loaded.
     """
     known = registry.names("adapters")
-    if spec.model_type not in known:
-        message, hint = registry.unknown("adapters", spec.model_type, known)
-        raise ModelError(f"the model type {spec.model_type!r} is unknown: {message}", hint=hint)
-    return adapter_calls.guarding(cast(Adapter, registry.load("adapters", spec.model_type)), spec.model_type)
+    if model_type not in known:
+        message, hint = registry.unknown("adapters", model_type, known)
+        raise ModelError(f"the model type {model_type!r} is unknown: {message}", hint=hint)
+    return adapter_calls.guarding(cast(Adapter, registry.load("adapters", model_type)), model_type)
 
 
-def skeleton(spec: ModelSpec) -> nn.Module:
+def on_meta(spec: ModelSpec) -> nn.Module:
     """Return the model on the meta device: names and original shapes without memory."""
     with torch.device("meta"):
         return _build(spec)
@@ -75,7 +83,7 @@ def assemble(spec: ModelSpec, tensors: Mapping[str, Tensor], adapter: Adapter, s
     Raises:
         ModelError: A tensor is missing, or the model does not have one.
     """
-    model = skeleton(spec)
+    model = on_meta(spec)
     aliases = _aliases(model)
     for names, is_parameter in aliases:
         given = next((tensors[name] for name in names if name in tensors), None)
@@ -87,18 +95,24 @@ def assemble(spec: ModelSpec, tensors: Mapping[str, Tensor], adapter: Adapter, s
     return model.eval()
 
 
-def forward(spec: ModelSpec) -> Callable[[nn.Module, Batch], Tensor]:
-    """Return a function from a model of this spec and a batch to logits, (batch, num_labels). It ignores labels."""
+def forward(spec: ModelSpec) -> Callable[[nn.Module, Batch], Any]:
+    """Return a function from a model of this spec and a batch to what its forward returns. It ignores labels."""
     if spec.library == "timm":
         return lambda model, batch: model(batch["pixel_values"], **spec.forward)
 
-    def logits(model: nn.Module, batch: Batch) -> Tensor:
+    def run(model: nn.Module, batch: Batch) -> Any:
         wanted = transformers_models.inputs_of(cast(Hashable, type(model))) - {"labels"}
         inputs = {name: tensor for name, tensor in batch.items() if name in wanted}
         no_cache = {"use_cache": False} if "use_cache" in wanted else {}
-        return cast(Tensor, model(**{**inputs, **spec.forward, **no_cache}).logits)
+        return model(**{**inputs, **spec.forward, **no_cache})
 
-    return logits
+    return run
+
+
+def flat_outputs(spec: ModelSpec, model: nn.Module, batch: Batch) -> Tensor:
+    """Return all numbers that a model gives for a batch, one tensor after another, (numbers,)."""
+    leaves = tree_leaves(forward(spec)(model, batch))
+    return torch.cat([leaf.flatten() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()])
 
 
 def enable_checkpointing(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -27,6 +27,14 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 QUANTIZED_HINT = "name the model without quantization; RECAP quantizes it with --set finetune.weights=int8 (or nf4)"
 FOLDER_HINT = "name a local folder with config.json and model.safetensors: --set model.name=DIR"
 CONFIG_HINT = "copy or download config.json again, or name another folder: --set model.name=DIR"
+
+
+class LoadReport(NamedTuple):
+    """The names of weights that a checkpoint lacks, has with another shape, and has in addition to its model's."""
+
+    missing: set[str]
+    mismatched: set[str]
+    unexpected: set[str]
 
 
 @contextmanager

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli.core.adapter import Adapter, find_axes, is_transposed, names_found, resize
-from recap_cli.core.axes import Axis, UnitMask, check_axes, counts, refine, shapes_of
+from recap_cli.core.axes import Axis, UnitMask, check_axes, counts, shapes_of
 from recap_cli.core.surgery import cut_model, indices, zero_groups
 from recap_cli.errors import ConformanceError, ModelError
 from recap_cli.models import build
 from recap_cli.models.specs import ModelSpec
-from recap_cli.trainable.build import tied_otherwise
 
 TOLERANCE = 1e-5  # of the largest logit
 SEED = 2024
@@ -123,18 +122,13 @@ def _check_layers(spec: ModelSpec) -> None:
 def _axes(model: nn.Module, adapter: Adapter, spec: ModelSpec) -> list[Axis]:
     try:
         axes = find_axes(adapter, model)
-        for axis in axes:
-            refine(axis)
+        problems = check_axes(axes, shapes_of(model.named_parameters()))
     except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise ConformanceError(f"{_who(spec)}: {error}", hint=HINT) from error
-    problems = check_axes(axes, shapes_of(model.named_parameters()))
-    if problems:
+    if not axes or problems:
+        problems = problems or ["it finds nothing to prune"]
         more = f" (and {len(problems) - LISTED} more)" if len(problems) > LISTED else ""
         raise ConformanceError(f"{_who(spec)}: {'; '.join(problems[:LISTED])}{more}", hint=HINT)
-    if tied := tied_otherwise(model, [cut.param for axis in axes for cut in axis.cuts]):
-        raise ConformanceError(
-            f"{_who(spec)}: {tied[0]} are one parameter, which cannot be pruned or trained in part", hint=HINT
-        )
     return axes
 
 
@@ -168,12 +162,12 @@ def _differences(
 
 
 def _logits_of(spec: ModelSpec) -> Callable[[nn.Module], Tensor]:
-    batch, forward = build.example_batch(spec), build.forward(spec)
+    batch = build.example_batch(spec)
 
     @torch.no_grad()
     def logits(model: nn.Module) -> Tensor:
         try:
-            return forward(model, batch).double()
+            return build.flat_outputs(spec, model, batch).double()
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # of the library, on a cut model
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise _Failure(first_line) from error

@@ -1,6 +1,6 @@
 """New models: made from the hub, a folder or a configuration, with a head for the task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,14 +10,14 @@ from torch import nn
 
 from recap_cli.core.adapter import Adapter, matches
 from recap_cli.errors import ModelError
-from recap_cli.extras import torchvision_problem
 from recap_cli.models import timm_models, transformers_models, unexpected_weights
 from recap_cli.models.build import adapter_of, assemble, tensors_of
-from recap_cli.models.checkpoints import FOLDER_HINT, count_weights, locate, read_config, read_weights
+from recap_cli.models.checkpoints import LoadReport, count_weights, locate, read_weights
 from recap_cli.models.config_checks import check_limits
 from recap_cli.models.head_labels import places_of, reorder_output
 from recap_cli.models.pos_embed import resample
-from recap_cli.models.specs import Library, ModelSpec, TaskKind
+from recap_cli.models.source import ModelSource, check_source, read_timm, read_transformers
+from recap_cli.models.specs import ModelSpec
 from recap_cli.untrusted.files import named, some
 
 
@@ -39,58 +39,27 @@ class Created(NamedTuple):
     notes: tuple[str, ...]
 
 
-def create_model(
-    *,
-    library: Library,
-    name: str | None,
-    config: dict[str, Any] | None,
-    revision: str | None = None,
-    task_kind: TaskKind,
-    label_names: Sequence[str],
-    image_size: int | None = None,
-) -> Created:
+def create_model(source: ModelSource) -> Created:
     """Return the full model for a task, in float32 on the CPU.
 
     Random weights, also those of a new head, come from torch's global generator: seed it before. Only weights that the
     adapter's `head` names may be new. The head is also new if the checkpoint has other labels.
 
-    Args:
-        library: The library that builds the model.
-        name: A hub id or a folder.
-        config: Instead of `name`: a configuration, for random weights.
-        revision: A branch, tag or commit on the hub.
-        task_kind: The kind of task.
-        label_names: The labels of the data.
-        image_size: Side in pixels. Position embeddings are resampled once for another size than the checkpoint's.
-
     Raises:
         ModelError: Something does not fit; the message names it.
     """
-    if len(label_names) < 2:
-        raise ModelError(f"a classification needs two labels at least; the data have {len(label_names)}", hint="see data.label")
-    check_source(library, name, config, task_kind)
-    make = _create_timm if library == "timm" else _create_hf
-    with named(name):
-        return make(name, config, revision, task_kind, list(label_names), image_size)
-
-
-def check_source(library: Library, name: str | None, config: dict[str, Any] | None, task_kind: TaskKind) -> None:
-    """Check that the model has exactly one source, and that its library has models for the task and can be imported.
-
-    Raises:
-        ModelError: It has not.
-    """
-    if library == "timm" and task_kind != "image-classification":
-        raise ModelError(f"timm has no models for {task_kind}", hint="--set model.library=transformers")
-    if (name is None) == (config is None):
-        raise ModelError("give exactly one of model.name and model.config", hint=FOLDER_HINT)
-    if problem := torchvision_problem():
-        message, hint = problem
-        raise ModelError(f"no model can be built: {message}", hint=hint)
+    if len(source.label_names) < source.task.fewest:
+        raise ModelError(
+            f"{source.task_kind} needs {source.task.fewest} labels at least; the data have {len(source.label_names)}",
+            hint="see data.label",
+        )
+    check_source(source)
+    with named(source.name):
+        return _create_timm(source) if source.library == "timm" else _create_transformers(source)
 
 
 def tokenizer_of(name: str | None, config: Mapping[str, Any] | None, revision: str | None, vocab_size: int) -> Any:
-    """Return the tokenizer of a text model, as `create` does, from a folder or the hub.
+    """Return the tokenizer of a text model, as `create_model` does, from a folder or the hub.
 
     Raises:
         ModelError: There is none.
@@ -98,73 +67,47 @@ def tokenizer_of(name: str | None, config: Mapping[str, Any] | None, revision: s
     return _tokenizer(None if name is None else locate(name, revision), config or {}, vocab_size)
 
 
-def _create_hf(
-    name: str | None,
-    values: dict[str, Any] | None,
-    revision: str | None,
-    task_kind: TaskKind,
-    labels: list[str],
-    image_size: int | None,
-) -> Created:
-    folder = None if name is None else locate(name, revision)
-    given = values or {} if folder is None else read_config(folder)
-    origin = "model.config" if folder is None else str(folder / "config.json")
-    spec = ModelSpec("transformers", transformers_models.model_type(given, origin), {}, len(labels), labels, task_kind)
-    adapter = adapter_of(spec)
-    config = transformers_models.configure(given, strict=folder is None)
-    transformers_models.check_task(config, task_kind)
-    processor = None if task_kind == "image-classification" else _tokenizer(folder, given, config.vocab_size)
+def _create_transformers(source: ModelSource) -> Created:
+    model_type, folder, given, config, adapter = read_transformers(source)
+    processor = None if source.is_image else _tokenizer(folder, given, config.vocab_size)
     checkpoint_labels = transformers_models.label_names(config)
-    transformers_models.set_labels(config, labels)
-    image, note = transformers_models.read_image_facts(folder, config) if task_kind == "image-classification" else (None, None)
-    if folder is None and image is not None and image_size is not None:
-        config.image_size = image["size"] = image_size
+    transformers_models.set_labels(config, source.labels, source.task.problem_type)
+    image, note = transformers_models.read_image_facts(folder, config) if source.is_image else (None, None)
+    if folder is None and image is not None and source.image_size is not None:
+        config.image_size = image["size"] = source.image_size
     new: list[str] = []
     if folder is None:
-        transformers_models.check_size(config, task_kind)
-        model = transformers_models.from_config(config, task_kind)
+        transformers_models.check_size(config, source)
+        model = transformers_models.from_config(config, source)
         notes = ["random weights, from a configuration"]
     else:
-        model, missing, mismatched, unexpected = transformers_models.from_folder(folder, task_kind, config)
-        new, notes = _new_head(model, adapter, missing, mismatched, checkpoint_labels, labels, str(folder))
-        notes += unexpected_weights.notes(model, unexpected, str(folder))
-    spec = replace(spec, config=transformers_models.to_dict(model), image=image)
+        model, report = transformers_models.from_folder(folder, source, config)
+        new, notes = _settle_head(model, adapter, report, checkpoint_labels, source, folder)
+    values, labels = transformers_models.to_dict(model), source.labels
+    spec = ModelSpec(
+        "transformers", model_type, values, len(labels), labels, source.task_kind, image, auto_class=source.auto_class
+    )
     transformers_models.keep_no_cache(model)
-    if image is not None and image_size not in (None, image["size"]):
-        model, spec = _resized(model, spec, adapter, image_size)
-        notes.append(f"position embeddings resampled from {image['size']} to {image_size} pixels")
+    if image is not None and source.image_size not in (None, image["size"]):
+        model, spec = _resized(model, spec, adapter, source.image_size)
+        notes.append(f"position embeddings resampled from {image['size']} to {source.image_size} pixels")
     return Created(model, spec, processor, tuple(new), (*notes, *([note] if note else [])))
 
 
-def _create_timm(
-    name: str | None,
-    values: dict[str, Any] | None,
-    revision: str | None,
-    task_kind: TaskKind,
-    labels: list[str],
-    image_size: int | None,
-) -> Created:
-    folder = None
-    if name is not None:
-        folder, architecture, args = timm_models.find(name, revision)
-    else:
-        args = dict(values or {})
-        architecture = timm_models.architecture_of(args, "model.config")
-        args.pop("architecture")
+def _create_timm(source: ModelSource) -> Created:
+    folder, architecture, args = read_timm(source)
     check_limits(architecture, args)
-    config = timm_models.config_of(architecture, args, labels, image_size)
+    labels = source.labels
+    config = timm_models.config_of(architecture, args, labels, source.image_size)
     held = None if folder is None else count_weights(folder)
     model = timm_models.build(architecture, config["args"], held)
     image = timm_models.read_image_facts(model, config["args"], folder)
-    spec = ModelSpec("timm", timm_models.model_type(model), config, len(labels), labels, task_kind, image)
+    spec = ModelSpec("timm", timm_models.model_type(model), config, len(labels), labels, source.task_kind, image)
     adapter = adapter_of(spec)
     if folder is None:
         return Created(model, spec, None, (), ("random weights, from a configuration",))
-    tensors = timm_models.filtered(model, read_weights(folder))
-    missing, mismatched, unexpected = timm_models.load_into(model, tensors)
-    checkpoint_labels = timm_models.label_names(folder)
-    new, notes = _new_head(model, adapter, missing, mismatched, checkpoint_labels, labels, str(folder))
-    notes += unexpected_weights.notes(model, unexpected, str(folder))
+    report = timm_models.load_into(model, timm_models.filtered(model, read_weights(folder)))
+    new, notes = _settle_head(model, adapter, report, timm_models.label_names(folder), source, folder)
     return Created(model, spec, None, tuple(new), tuple(notes))
 
 
@@ -179,33 +122,46 @@ def _tokenizer(folder: Path | None, given: Mapping[str, Any], vocab_size: int) -
     return transformers_models.read_tokenizer(locate(str(given["tokenizer"])), vocab_size)
 
 
-def _new_head(
+def _settle_head(
     model: nn.Module,
     adapter: Adapter,
-    missing: set[str],
-    mismatched: set[str],
+    report: LoadReport,
     checkpoint_labels: list[str] | None,
-    labels: list[str],
-    origin: str,
+    source: ModelSource,
+    folder: Path,
 ) -> tuple[list[str], list[str]]:
-    """Return which head weights are new, and notes. Raises `ModelError` if any other weight is new."""
-    backbone = sorted(name for name in missing | mismatched if not matches(name, adapter.head))
+    """Make the head of a checkpoint's model one for the labels of the data, in their order.
+
+    Returns:
+        The head weights that are new, and notes.
+
+    Raises:
+        ModelError: Another weight is new, or the checkpoint has weights of layers that the model lacks.
+    """
+    backbone = sorted(name for name in report.missing | report.mismatched if not matches(name, adapter.head))
     if backbone:
-        how = "of another shape" if backbone[0] in mismatched else "missing"
+        how = "of another shape" if backbone[0] in report.mismatched else "missing"
         raise ModelError(
-            f"{origin} does not fit its config.json: {some(backbone)} is {how}",
+            f"{folder} does not fit its config.json: {some(backbone)} is {how}",
             hint="only the head may be new; check that weights and config.json belong together",
         )
-    new = sorted(missing | mismatched)
+    new, note = _head_for(model, adapter, sorted(report.missing | report.mismatched), checkpoint_labels, source.labels)
+    return new, [note, *unexpected_weights.notes(model, report.unexpected, str(folder))]
+
+
+def _head_for(
+    model: nn.Module, adapter: Adapter, new: list[str], checkpoint_labels: list[str] | None, labels: list[str]
+) -> tuple[list[str], str]:
+    """Keep, reorder or renew the head, `new` weights of which are random already. Return all that are new, and a note."""
     if new:
-        return new, [f"new head: {', '.join(new)}"]
+        return new, f"new head: {', '.join(new)}"
     places = places_of(labels, checkpoint_labels)
     if places == list(range(len(labels))):
-        return new, ["the head of the checkpoint is kept"]
+        return [], "the head of the checkpoint is kept"
     if places and reorder_output(model, adapter, places):
-        return new, [f"the head of the checkpoint is kept, its labels in the order of the data: {some(labels)}"]
+        return [], f"the head of the checkpoint is kept, its labels in the order of the data: {some(labels)}"
     new = _renew_output(model, adapter, len(labels))
-    return new, [f"the head of the checkpoint is for other labels ({some(checkpoint_labels or [])}): {some(new)} is new"]
+    return new, f"the head of the checkpoint is for other labels ({some(checkpoint_labels or [])}): {some(new)} is new"
 
 
 def _renew_output(model: nn.Module, adapter: Adapter, num_labels: int) -> list[str]:

@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
@@ -41,27 +41,37 @@ from recap_cli.untrusted.files import named
 TOLERANCE = 1e-5  # of the largest logit
 
 
-def export(
-    spec: ModelSpec,
-    processor: Any,
-    adapter: Adapter,
-    tensors: Mapping[str, Tensor],
-    axes: Sequence[Axis],
-    plan: UnitMask,
-    out: Path | str,
-    *,
-    dense: bool = False,
-    facts: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write a small model to a new folder.
+@dataclass(frozen=True)
+class Product:
+    """A small model with what describes it.
 
-    Args:
+    Attributes:
         spec: The spec of the full model.
         processor: Its tokenizer; None for images.
         adapter: Its adapter.
         tensors: The tensors of the small model.
         axes: The axes of the full model.
         plan: The groups that are kept; nothing is pruned if it is empty.
+    """
+
+    spec: ModelSpec
+    processor: Any
+    adapter: Adapter
+    tensors: Mapping[str, Tensor]
+    axes: Sequence[Axis]
+    plan: UnitMask
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The units kept per axis."""
+        return counts(self.plan or all_units(self.axes))
+
+
+def export(product: Product, out: Path | str, *, dense: bool = False, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Write a small model to a new folder.
+
+    Args:
+        product: The small model.
         out: The new folder.
         dense: True writes the original shapes.
         facts: Further facts for recap.json.
@@ -74,24 +84,23 @@ def export(
         ModelError: The export does not have the logits of the small model.
     """
     check_out(Path(out))
-    plan = plan or all_units(axes)
-    small = build.assemble(spec, tensors, adapter, counts(plan))
-    logits = _logits(spec, small)
+    small = build.assemble(product.spec, product.tensors, product.adapter, product.sizes)
+    logits = _logits(product.spec, small)
     about: dict[str, Any] = {
         "schema": export_manifest.SCHEMA,
-        "sizes": counts(plan),
-        "adapter": registry.used("adapters", spec.model_type),
+        "sizes": product.sizes,
+        "adapter": registry.used("adapters", product.spec.model_type),
         "versions": {name: version(name) for name in ("recap-cli", "torch", "transformers", "timm", "safetensors")},
         "facts": dict(facts or {}),
     }
     with _new_folder(Path(out)) as folder:
         if dense:
-            full = _zero_filled(spec, tensors, axes, plan)
-            _write_stock(folder, spec, processor, adapter, full)
-            _prove(folder, spec, full, logits)
+            full = replace(product, tensors=_zero_filled(product), plan={})
+            _write_stock(folder, full)
+            _prove(folder, full, logits)
             about |= {"form": "dense", "reason": None}
         else:
-            about |= _write_small(folder, spec, processor, adapter, tensors, axes, plan, logits)
+            about |= _write_small(folder, product, logits)
         about["files"] = {path.name: asdict(files.checksum(path)) for path in sorted(folder.iterdir())}
         _write_json(folder / export_manifest.FACTS, about)
     return {**about, "path": str(out)}
@@ -138,7 +147,7 @@ def load(folder: Path | str) -> nn.Module:
 
 def _open_ragged(folder: Path, spec: ModelSpec, sizes: dict[str, int]) -> nn.Module:
     """Return the model cut to `sizes` and filled. Raises `ModelError` if the sizes or the shapes do not fit it."""
-    tensors, adapter, full = _read_tensors(folder), build.adapter_of(spec), build.skeleton(spec)
+    tensors, adapter, full = _read_tensors(folder), build.adapter_of(spec), build.on_meta(spec)
     shapes = shapes_of(build.tensors_of(full))
     try:
         axes = find_axes(adapter, full)
@@ -157,46 +166,42 @@ def _open_ragged(folder: Path, spec: ModelSpec, sizes: dict[str, int]) -> nn.Mod
     return build.assemble(spec, tensors, adapter, sizes)
 
 
-def _write_small(
-    folder: Path,
-    spec: ModelSpec,
-    processor: Any,
-    adapter: Adapter,
-    tensors: Mapping[str, Tensor],
-    axes: Sequence[Axis],
-    plan: UnitMask,
-    logits: Tensor,
-) -> dict[str, Any]:
+def _write_small(folder: Path, product: Product, logits: Tensor) -> dict[str, Any]:
     """Write the stock form if it opens with the same logits, else the ragged form. Return the form and why it is not stock."""
-    stock, reason = stock_config.stock_spec(spec, axes, plan, shapes_of(tensors))
+    spec, axes = product.spec, product.axes
+    stock, reason = stock_config.stock_spec(spec, axes, product.plan or all_units(axes), shapes_of(product.tensors))
     if stock is not None:
+        whole = replace(product, spec=stock, plan={})
         try:
-            _write_stock(folder, stock, processor, adapter, tensors)
-            _prove(folder, stock, tensors, logits)
+            _write_stock(folder, whole)
+            _prove(folder, whole, logits)
             return {"form": "stock", "reason": None}
         except ModelError as error:
             reason = error.message
             _empty(folder)
-    _describe(folder, spec, processor)
-    _save(tensors, folder)
-    reloaded = build.assemble(spec, _read_tensors(folder), adapter, counts(plan))
+    _describe(folder, product)
+    _save(product.tensors, folder)
+    reloaded = build.assemble(spec, _read_tensors(folder), product.adapter, product.sizes)
     _compare(_logits(spec, reloaded), logits)
     return {"form": "ragged", "reason": reason}
 
 
-def _write_stock(folder: Path, spec: ModelSpec, processor: Any, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    """Write what the library writes (transformers: with the names of published checkpoints), and spec.json."""
-    _describe(folder, spec, processor)
-    model: Any = build.assemble(spec, tensors, adapter, {})
-    if spec.library == "timm":
+def _write_stock(folder: Path, product: Product) -> None:
+    """Write what the library writes (transformers: with the names of published checkpoints), and spec.json.
+
+    The tensors have the shapes of the spec: nothing of it is pruned.
+    """
+    _describe(folder, product)
+    model: Any = build.assemble(product.spec, product.tensors, product.adapter, {})
+    if product.spec.library == "timm":
         tied = {name for name, first in first_names(model).items() if name != first}  # a file has no ties
         _save({name: tensor.clone() if name in tied else tensor for name, tensor in model.state_dict().items()}, folder)
     else:
-        transformers_models.save(model, spec, folder)
+        transformers_models.save(model, product.spec, folder)
 
 
-def _describe(folder: Path, spec: ModelSpec, processor: Any) -> None:
-    for name, content in build.describe(spec, processor).items():
+def _describe(folder: Path, product: Product) -> None:
+    for name, content in build.describe(product.spec, product.processor).items():
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
@@ -204,14 +209,14 @@ def _save(tensors: Mapping[str, Tensor], folder: Path) -> None:
     files.save_tensors(folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
 
 
-def _prove(folder: Path, spec: ModelSpec, tensors: Mapping[str, Tensor], logits: Tensor) -> None:
+def _prove(folder: Path, product: Product, logits: Tensor) -> None:
     """Open the folder with its library. Raises `ModelError` if names, shapes or logits differ from those written."""
-    model = _open_stock(folder, spec)
-    wanted, first = shapes_of(tensors), first_names(model)
+    model = _open_stock(folder, product.spec)
+    wanted, first = shapes_of(product.tensors), first_names(model)
     for name, shape in shapes_of(model.state_dict()).items():
         if (given := wanted.get(first.get(name, name))) != shape:
             raise ModelError(f"{folder.name}: the library makes {name} of shape {shape}, not {given}")
-    _compare(_logits(spec, model), logits)
+    _compare(_logits(product.spec, model), logits)
 
 
 def _compare(found: Tensor, wanted: Tensor) -> None:
@@ -224,29 +229,29 @@ def _open_stock(folder: Path, spec: ModelSpec) -> nn.Module:
     """Open the folder with a public call of its library. Raises `ModelError` if a weight does not fit."""
     if spec.library == "timm":
         timm_models.check_config(folder, spec)
-        transformers_models.check_fit(spec.model_type, build.skeleton(spec), count_weights(folder))
+        transformers_models.check_fit(spec.model_type, build.on_meta(spec), count_weights(folder))
         return cast(nn.Module, timm_models.open_folder(folder))
     config = transformers_models.configure(read_config(folder))
     if config.model_type != spec.model_type:
         raise ModelError(f"{folder}: model_type in config.json is not that of spec.json", hint=export_manifest.HINT)
-    transformers_models.check_task(config, spec.task_kind)
-    model, missing, mismatched, unexpected = transformers_models.from_folder(folder, spec.task_kind, config)
-    if wrong := sorted(missing | mismatched | unexpected):
+    transformers_models.check_task(config, spec)
+    model, report = transformers_models.from_folder(folder, spec, config)
+    if wrong := sorted(report.missing | report.mismatched | report.unexpected):
         raise ModelError(f"a plain {type(model).__name__} cannot hold {wrong[0]}", hint=export_manifest.HINT)
     return model
 
 
 @torch.no_grad()
 def _logits(spec: ModelSpec, model: nn.Module) -> Tensor:
-    return build.forward(spec)(model.cpu().eval(), build.example_batch(spec)).double()
+    return build.flat_outputs(spec, model.cpu().eval(), build.example_batch(spec)).double()
 
 
-def _zero_filled(spec: ModelSpec, tensors: Mapping[str, Tensor], axes: Sequence[Axis], plan: UnitMask) -> dict[str, Tensor]:
+def _zero_filled(product: Product) -> dict[str, Tensor]:
     """Return the tensors in their original shapes, zero in place of cut groups: zeroing equals cutting (I1)."""
-    original = build.tensors_of(build.skeleton(spec))
-    index_map = indices(axes, plan, shapes_of(original))
+    original = build.tensors_of(build.on_meta(product.spec))
+    index_map = indices(product.axes, product.plan or all_units(product.axes), shapes_of(original))
     full: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in product.tensors.items():
         if name in index_map:
             full[name] = torch.zeros(original[name].shape, dtype=tensor.dtype)
             put(full[name], tensor, index_map[name])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from recap_cli.core.adapter import Adapter, matches
-from recap_cli.data.labels import finder, key_of
+from recap_cli.tasks.labels import finder, key_of
 
 
 def places_of(labels: Sequence[str], head_labels: Sequence[str] | None) -> list[int] | None:

@@ -1,83 +1,44 @@
 """The spec of a model from its configuration: no weights are read or downloaded."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 from recap_cli.models import timm_models, transformers_models
-from recap_cli.models.build import adapter_of
-from recap_cli.models.checkpoints import locate, read_config
-from recap_cli.models.create import check_source
-from recap_cli.models.specs import Library, ModelSpec, TaskKind
+from recap_cli.models.source import ModelSource, check_source, read_timm, read_transformers
+from recap_cli.models.specs import ModelSpec
 from recap_cli.untrusted.files import named
 
 
-def of_recipe(
-    *,
-    library: Library,
-    name: str | None,
-    config: dict[str, Any] | None,
-    revision: str | None = None,
-    task_kind: TaskKind,
-    label_names: Sequence[str] = (),
-    image_size: int | None = None,
-) -> ModelSpec:
-    """Return the spec that `create` gives, from the configuration alone. Weights are not read or downloaded.
-
-    The arguments are those of `create`. Without `label_names` the head has the labels of the configuration.
+def spec_of(source: ModelSource) -> ModelSpec:
+    """Return the spec that `create_model` gives, from the configuration alone. Weights are not read or downloaded.
 
     Raises:
         ModelError: Something does not fit.
     """
-    check_source(library, name, config, task_kind)
-    make = _from_timm if library == "timm" else _from_transformers
-    with named(name):
-        return make(name, config, revision, task_kind, list(label_names), image_size)
+    check_source(source)
+    with named(source.name):
+        return _of_timm(source) if source.library == "timm" else _of_transformers(source)
 
 
-def _from_transformers(
-    name: str | None,
-    values: dict[str, Any] | None,
-    revision: str | None,
-    task_kind: TaskKind,
-    labels: list[str],
-    image_size: int | None,
-) -> ModelSpec:
-    folder = None if name is None else locate(name, revision, only_config=True)
-    given = values or {} if folder is None else read_config(folder)
-    kind = transformers_models.model_type(given, "model.config" if folder is None else str(folder / "config.json"))
-    adapter_of(ModelSpec("transformers", kind, {}, len(labels), labels, task_kind))
-    config = transformers_models.configure(given, strict=folder is None)
-    transformers_models.check_task(config, task_kind)
-    if labels:
-        transformers_models.set_labels(config, labels)
-    image = transformers_models.read_image_facts(folder, config)[0] if task_kind == "image-classification" else None
-    if image is not None and image_size is not None:
-        config.image_size = image["size"] = image_size
+def _of_transformers(source: ModelSource) -> ModelSpec:
+    model_type, folder, _, config, _ = read_transformers(source, only_config=True)
+    if source.label_names:
+        transformers_models.set_labels(config, source.labels, source.task.problem_type)
+    image = transformers_models.read_image_facts(folder, config)[0] if source.is_image else None
+    if image is not None and source.image_size is not None:
+        config.image_size = image["size"] = source.image_size
     names = [str(label) for label in config.id2label.values()]
-    return ModelSpec("transformers", kind, transformers_models.config_values(config), len(names), names, task_kind, image)
+    values = transformers_models.config_values(config)
+    return ModelSpec(
+        "transformers", model_type, values, len(names), names, source.task_kind, image, auto_class=source.auto_class
+    )
 
 
-def _from_timm(
-    name: str | None,
-    values: dict[str, Any] | None,
-    revision: str | None,
-    task_kind: TaskKind,
-    labels: list[str],
-    image_size: int | None,
-) -> ModelSpec:
-    folder = None
-    if name is None:
-        args = dict(values or {})
-        architecture = timm_models.architecture_of(args, "model.config")
-        args.pop("architecture")
-    else:
-        folder, architecture, args = timm_models.find(name, revision, only_config=True)
+def _of_timm(source: ModelSource) -> ModelSpec:
+    folder, architecture, args = read_timm(source, only_config=True)
     in_folder = None if folder is None else timm_models.label_names(folder)
-    names = labels or in_folder or [f"LABEL_{i}" for i in range(timm_models.classes_of(architecture, args, folder))]
-    config = timm_models.config_of(architecture, args, names, image_size)
+    names = source.labels or in_folder or [f"LABEL_{i}" for i in range(timm_models.classes_of(architecture, args, folder))]
+    config = timm_models.config_of(architecture, args, names, source.image_size)
     with torch.device("meta"):
         model = timm_models.build(architecture, config["args"])
     image = timm_models.read_image_facts(model, config["args"], folder)
-    return ModelSpec("timm", timm_models.model_type(model), config, len(names), names, task_kind, image)
+    return ModelSpec("timm", timm_models.model_type(model), config, len(names), names, source.task_kind, image)

@@ -1,14 +1,15 @@
 """The spec of a model, as plain data: the library, its configuration, the task and the preprocessing."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from recap_cli.errors import ModelError
 
+AUTO = re.compile(r"AutoModelFor\w+")
 Library = Literal["transformers", "timm"]
-TaskKind = Literal["text-classification", "image-classification"]
 MOST_PIXELS = 1 << 16  # of a side
 MOST_VALUE = 1e6  # of a mean or standard deviation of pixels in [0, 1]
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers, 0 … 5
@@ -24,10 +25,12 @@ class ModelSpec:
         config: The configuration of transformers, or `architecture` and `args` of timm's `create_model`.
         num_labels: The width of the head.
         label_names: The names of its outputs.
-        task_kind: The kind of task.
+        task_kind: The name of its task.
         image: `size` (pixels, square), `channels`, `mean`, `std` (per channel, of values in [0, 1]) and `interpolation`; None
             for text.
         forward: Keyword arguments of every forward.
+        auto_class: The class of transformers that builds it, such as `AutoModelForSequenceClassification`; None for timm. With
+            it, a product opens where its task is not installed.
     """
 
     library: Library
@@ -35,9 +38,10 @@ class ModelSpec:
     config: dict[str, Any]
     num_labels: int
     label_names: list[str]
-    task_kind: TaskKind
+    task_kind: str
     image: dict[str, Any] | None = None
     forward: dict[str, Any] = field(default_factory=dict)
+    auto_class: str | None = None
 
     def to_json(self) -> str:
         """Return the spec as JSON text; `from_json` is its inverse."""
@@ -64,8 +68,10 @@ def _problems(spec: ModelSpec) -> Iterator[str]:
     """Yield fields of the wrong type or value. Only the first is certain: checks assume that earlier ones passed."""
     if spec.library not in get_args(Library):
         yield f"library is {spec.library!r}"
-    if spec.task_kind not in get_args(TaskKind):
+    if not isinstance(spec.task_kind, str):
         yield f"task_kind is {spec.task_kind!r}"
+    if not (isinstance(spec.auto_class, str) and AUTO.fullmatch(spec.auto_class) if spec.library == "transformers" else True):
+        yield f"auto_class is {spec.auto_class!r}"
     if not isinstance(spec.model_type, str):
         yield f"model_type is {spec.model_type!r}"
     if not isinstance(spec.config, dict) or not isinstance(spec.forward, dict):
@@ -80,8 +86,8 @@ def _problems(spec: ModelSpec) -> Iterator[str]:
         yield "label_names is no list of names"
     if type(spec.num_labels) is not int or spec.num_labels != len(spec.label_names):
         yield f"num_labels is {spec.num_labels!r}, for {len(spec.label_names)} label_names"
-    if (spec.image is None) != (spec.task_kind == "text-classification"):
-        yield "image does not go with task_kind"
+    if spec.image is None and "vocab_size" not in spec.config:  # nothing that embeds tokens
+        yield "image is missing"
     if spec.image is not None:
         yield from _image_problems(spec.image)
 

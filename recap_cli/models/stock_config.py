@@ -31,7 +31,7 @@ def stock_spec(
             return None, f"a stock configuration has no known key for the number of {axis.kind}"
     stock = replace(spec, config=_with_sizes(spec, axes, alike, shapes))
     try:
-        made = shapes_of(build.tensors_of(build.skeleton(stock)))
+        made = shapes_of(build.tensors_of(build.on_meta(stock)))
     except ModelError as error:
         return None, f"no stock configuration fits: {error.message}"
     for name, shape in shapes.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli.errors import ModelError
-from recap_cli.models.checkpoints import FOLDER_HINT, locate, quiet, read_config
+from recap_cli.models.checkpoints import FOLDER_HINT, LoadReport, locate, quiet, read_config
 from recap_cli.models.config_checks import HINT as CONFIG_HINT
 from recap_cli.models.specs import ModelSpec, image_facts
 from recap_cli.models.transformers_models import check_fit
@@ -162,17 +162,13 @@ def filtered(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors if translate is None else dict(translate(tensors, model))
 
 
-def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str], set[str]]:
-    """Copy the tensors that fit into a model. Other weights of the model stay random.
-
-    Returns:
-        The names that the checkpoint lacks, those with another shape, and those that the model does not have.
-    """
+def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> LoadReport:
+    """Copy the tensors that fit into a model. Other weights of the model stay random."""
     weights = model.state_dict()
     missing = {name for name in weights if name not in tensors}
     mismatched = {name for name in weights if name in tensors and tensors[name].shape != weights[name].shape}
     model.load_state_dict({name: t for name, t in tensors.items() if name in weights and name not in mismatched}, strict=False)
-    return missing, mismatched, set(tensors) - set(weights)
+    return LoadReport(missing, mismatched, set(tensors) - set(weights))
 
 
 def model_type(model: Any) -> str:

@@ -8,16 +8,16 @@ from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from recap_cli.errors import ModelError
-from recap_cli.models.checkpoints import FOLDER_HINT, QUANTIZED_HINT, count_weights, quiet
+from recap_cli.models.checkpoints import FOLDER_HINT, QUANTIZED_HINT, LoadReport, count_weights, quiet
 from recap_cli.models.config_checks import HINT as CONFIG_HINT
 from recap_cli.models.config_checks import check_limits, check_padding
-from recap_cli.models.specs import INTERPOLATIONS, ModelSpec, TaskKind, image_facts
+from recap_cli.models.specs import INTERPOLATIONS, ModelSpec, image_facts
 from recap_cli.untrusted import files
 from recap_cli.untrusted.files import LIBRARY_ERRORS
 
@@ -82,7 +82,7 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
 def build(spec: ModelSpec) -> nn.Module:
     """Return a model of this spec with random weights, on torch's current default device."""
     with quiet():
-        return keep_no_cache(from_config(configure(spec.config), spec.task_kind))
+        return keep_no_cache(from_config(configure(spec.config), spec))
 
 
 def keep_no_cache(model: nn.Module) -> nn.Module:
@@ -101,33 +101,45 @@ def save(model: Any, spec: ModelSpec, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def from_config(config: Any, task_kind: TaskKind) -> nn.Module:
+class ForTask(Protocol):
+    """What says for which task a model is, and which class of transformers builds it: a spec, or a source."""
+
+    @property
+    def task_kind(self) -> str:
+        """The name of the task."""
+
+    @property
+    def auto_class(self) -> str | None:
+        """The class of transformers."""
+
+
+def from_config(config: Any, wanted: ForTask) -> nn.Module:
     """Return a model with random weights from torch's global generator.
 
     Raises:
         ModelError: The architecture has no head for the task.
     """
     try:
-        model: nn.Module = _auto(task_kind).from_config(config)
+        model: nn.Module = _auto(wanted).from_config(config)
     except LIBRARY_ERRORS as error:
         raise ModelError(
-            f"a {config.model_type} cannot be built for {task_kind}: {_first_line(error)}", hint=CONFIG_HINT
+            f"a {config.model_type} cannot be built for {wanted.task_kind}: {_first_line(error)}", hint=CONFIG_HINT
         ) from error
     return model.eval()
 
 
-def check_size(config: Any, task_kind: TaskKind, held: int | None = None) -> None:
+def check_size(config: Any, wanted: ForTask, held: int | None = None) -> None:
     """Check a model of this configuration as `check_fit` does, without allocating it."""
     with quiet(), torch.device("meta"):
-        check_fit(config.model_type, from_config(copy.deepcopy(config), task_kind), held)
+        check_fit(config.model_type, from_config(copy.deepcopy(config), wanted), held)
 
 
-def check_fit(kind: str, skeleton: nn.Module, held: int | None = None) -> None:
+def check_fit(kind: str, on_meta: nn.Module, held: int | None = None) -> None:
     """Check that a model fits into this machine and has the size of its checkpoint.
 
     Args:
         kind: The name of its type, for messages.
-        skeleton: The model on the meta device.
+        on_meta: The model on the meta device.
         held: How many numbers its checkpoint has, if there is one.
 
     Raises:
@@ -135,7 +147,7 @@ def check_fit(kind: str, skeleton: nn.Module, held: int | None = None) -> None:
     """
     import psutil
 
-    wanted = sum(param.numel() for param in skeleton.parameters())
+    wanted = sum(param.numel() for param in on_meta.parameters())
     machine_bytes = psutil.virtual_memory().total + psutil.swap_memory().total
     if 4 * wanted > machine_bytes:
         raise ModelError(
@@ -149,17 +161,8 @@ def check_fit(kind: str, skeleton: nn.Module, held: int | None = None) -> None:
         )
 
 
-class Loaded(NamedTuple):
-    """A model in eval mode, and the names that its folder lacks, has with another shape, and has in addition."""
-
-    model: nn.Module
-    missing: set[str]
-    mismatched: set[str]
-    unexpected: set[str]
-
-
-def from_folder(folder: Path, task_kind: TaskKind, config: Any) -> Loaded:
-    """Return the model with the folder's weights in float32. Weights that the folder lacks are random.
+def from_folder(folder: Path, wanted: ForTask, config: Any) -> tuple[nn.Module, LoadReport]:
+    """Return the model with the folder's weights in float32, in eval mode. Weights that the folder lacks are random.
 
     Raises:
         ModelError: Weights are damaged, pickled, of another architecture, or too large for this machine.
@@ -171,10 +174,10 @@ def from_folder(folder: Path, task_kind: TaskKind, config: Any) -> Loaded:
             f"{folder} holds an adapter of PEFT (adapter_config.json), and transformers would load the model that it names",
             hint="merge it into its model first: model.merge_and_unload().save_pretrained(NEW)",
         )
-    check_size(config, task_kind, held)
+    check_size(config, wanted, held)
     try:
         with quiet():
-            model, info = _auto(task_kind).from_pretrained(
+            model, info = _auto(wanted).from_pretrained(
                 folder,
                 config=config,
                 use_safetensors=True,
@@ -185,9 +188,9 @@ def from_folder(folder: Path, task_kind: TaskKind, config: Any) -> Loaded:
                 dtype="float32",
             )
     except LIBRARY_ERRORS as error:
-        raise ModelError(f"{folder} cannot be loaded for {task_kind}: {_first_line(error)}", hint=FOLDER_HINT) from error
+        raise ModelError(f"{folder} cannot be loaded for {wanted.task_kind}: {_first_line(error)}", hint=FOLDER_HINT) from error
     mismatched = {str(item[0]) for item in info["mismatched_keys"]}
-    return Loaded(model.eval(), set(info["missing_keys"]), mismatched, set(info["unexpected_keys"]))
+    return model.eval(), LoadReport(set(info["missing_keys"]), mismatched, set(info["unexpected_keys"]))
 
 
 def model_type(values: Mapping[str, Any], origin: str) -> str:
@@ -201,21 +204,16 @@ def model_type(values: Mapping[str, Any], origin: str) -> str:
     return str(values["model_type"])
 
 
-def check_task(config: Any, task_kind: TaskKind) -> None:
+def check_task(config: Any, wanted: ForTask) -> None:
     """Check that transformers has a model of this configuration for the task.
 
     Raises:
         ModelError: It has not.
     """
-    import transformers
-
-    text = task_kind == "text-classification"
-    heads = (
-        transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if text else transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-    )
-    if type(config) not in heads:
+    if type(config) not in _auto(wanted)._model_mapping:
         raise ModelError(
-            f"transformers has no {config.model_type} for {task_kind}", hint="do model.name and task.kind fit together?"
+            f"transformers has no {config.model_type} for {wanted.task_kind}",
+            hint="do model.name and task.kind fit together?",
         )
 
 
@@ -224,11 +222,11 @@ def label_names(config: Any) -> list[str]:
     return [config.id2label.get(number, "") for number in range(len(config.id2label))]
 
 
-def set_labels(config: Any, names: Sequence[str]) -> None:
-    """Give a configuration these labels, in this order, and the loss of a single-label classification."""
+def set_labels(config: Any, names: Sequence[str], problem_type: str | None) -> None:
+    """Give a configuration these labels, in this order, and the kind of its loss, as transformers calls it."""
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
-    config.problem_type = "single_label_classification"
+    config.problem_type = problem_type
 
 
 def to_dict(model: Any) -> dict[str, Any]:
@@ -341,12 +339,16 @@ def _restore_cache(config: Any, values: Mapping[str, Any]) -> None:
             _restore_cache(getattr(config, key), value)
 
 
-def _auto(task_kind: TaskKind) -> Any:
+def _auto(wanted: ForTask) -> Any:
+    """Return the class that builds models for a task. Raises `ModelError` if transformers has none of this name."""
     import transformers
 
-    if task_kind == "text-classification":
-        return transformers.AutoModelForSequenceClassification
-    return transformers.AutoModelForImageClassification
+    found = getattr(transformers, wanted.auto_class or "", None)
+    if not hasattr(found, "_model_mapping"):
+        raise ModelError(
+            f"transformers has no class {wanted.auto_class} for {wanted.task_kind}", hint="install a newer transformers"
+        )
+    return found
 
 
 def _check_values(model_type: str, values: Mapping[str, Any]) -> None:

@@ -4,6 +4,10 @@ from collections.abc import Iterator
 from os.path import normpath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from recap_cli import registry
+from recap_cli.core.task import Task
+from recap_cli.recipe.near import did_you_mean, near
+from recap_cli.tasks.calls import known, task_named
 from recap_cli.untrusted.model_limits import beyond
 
 if TYPE_CHECKING:
@@ -23,8 +27,13 @@ FAITHFUL: dict[str, Any] = {
     "finetune.lr_schedule_span": "round",
 }
 # Defaults of the paper that differ from ours. A recipe may set another value.
-FAITHFUL_DEFAULTS: dict[str, Any] = {"mask.scope": "per-kind"}
+FAITHFUL_DEFAULTS: dict[str, Any] = {"mask.scope": "per-kind", "prune.rank_by": "sum", "mask.rank_by": "sum"}
 FAITHFUL_IMAGE_DEFAULTS: dict[str, Any] = {"mask.ratio": 0.875}  # for texts the paper has our default
+OTHER_KEYS = {  # of `data`, that mean nothing for a task with these inputs
+    "text": ("image", "image_size"),
+    "words": ("text_pair", "image", "image_size"),
+    "image": ("text", "text_pair"),
+}
 ALTERNATIVES = (("model.name", "model.config"), ("data.name", "data.builtin", "data.train"))
 NEEDS = {  # key: the key that it requires
     "model.revision": "model.name",
@@ -41,6 +50,13 @@ class Conflict(NamedTuple):
 
     keys: tuple[str, ...]
     text: str
+
+
+def task_of(values: Any) -> Task | None:
+    """Return the task that the values of a recipe name; None if they name none that is known."""
+    section = values.get("task") if isinstance(values, dict) else None
+    kind = section.get("kind") if isinstance(section, dict) else getattr(section, "kind", None)
+    return task_named(kind) if isinstance(kind, str) and known(kind) else None
 
 
 def _value(recipe: "Recipe", key: str) -> Any:
@@ -78,40 +94,55 @@ def conflicts_in(recipe: "Recipe") -> Iterator[Conflict]:
 
 
 def _input_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
-    kind, model, data = recipe.task.kind, recipe.model, recipe.data
-    column = {"text-classification": "text", "image-classification": "image"}[kind]
-    has_columns = data.builtin is None and (data.train is None or column == "text")  # of images, `train` may be a folder
-    if has_columns and getattr(data, column) is None:
-        yield Conflict((f"data.{column}", "task.kind"), f"expected the {column} column, for {kind}; found none")
-    yield from _columns_of_other_kinds(recipe)
-    if data.builtin == "digits" and kind != "image-classification":
-        text = f'expected "image-classification", as data.builtin is digits; found "{kind}"'
+    data = recipe.data
+    if known(recipe.task.kind):
+        yield from _task_conflicts(recipe, task_named(recipe.task.kind))
+    else:
+        kinds = registry.names("tasks")
+        meant = did_you_mean(near(recipe.task.kind, kinds))
+        yield Conflict(("task.kind",), f"expected one of {', '.join(kinds)}; found {recipe.task.kind}{meant}")
+    if data.builtin == "digits" and known(recipe.task.kind) and recipe.task.kind != "image-classification":
+        text = f'expected "image-classification", as data.builtin is digits; found "{recipe.task.kind}"'
         yield Conflict(("task.kind", "data.builtin"), text)
-    if recipe.mask.train_embeddings == "tokens" and kind == "image-classification":
-        keys = ("mask.train_embeddings", "task.kind")
-        yield Conflict(keys, "expected true or false, as images have no tokens; found tokens")
     for name, place in (("train", data.train), ("validation", data.validation)):
         if place is not None and normpath(place) in ("/", "//"):  # as an unset variable before a slash gives it
             yield Conflict((f"data.{name}",), f"expected a file or a folder; found {place}, all of the file system")
     if data.validation is not None and data.validation_share is not None:
         keys = ("data.validation_share", "data.validation")
         yield Conflict(keys, "expected only without data.validation; found both")
-    key = {"transformers": "model_type", "timm": "architecture"}[model.library]
-    if model.config is not None and not isinstance(model.config.get(key), str):
+    key = {"transformers": "model_type", "timm": "architecture"}[recipe.model.library]
+    if recipe.model.config is not None and not isinstance(recipe.model.config.get(key), str):
         keys = ("model.config", "model.library")
-        yield Conflict(keys, f"expected a key `{key}` in it, for library {model.library}; found none")
-    yield from _config_conflicts(model.config or {})
+        yield Conflict(keys, f"expected a key `{key}` in it, for library {recipe.model.library}; found none")
+    yield from _config_conflicts(recipe.model.config or {})
 
 
-def _columns_of_other_kinds(recipe: "Recipe") -> Iterator[Conflict]:
-    """Yield keys of texts in a recipe for images, and keys of images in a recipe for texts."""
+def _task_conflicts(recipe: "Recipe", task: Task) -> Iterator[Conflict]:
+    """Yield what does not fit the task: its metric, and the columns that its examples are read from."""
     kind, data = recipe.task.kind, recipe.data
-    others = {"text-classification": ("image", "image_size"), "image-classification": ("text", "text_pair")}[kind]
-    for name in others:
+    metrics = [metric.name for metric in task.all_metrics]
+    if recipe.task.metric not in metrics:
+        meant = did_you_mean(near(recipe.task.metric or "", metrics))
+        text = f"expected one of {', '.join(metrics)}, for {kind}; found {recipe.task.metric}{meant}"
+        yield Conflict(("task.metric", "task.kind"), text)
+    column = "image" if task.inputs == "image" else "text"
+    has_columns = data.builtin is None and (data.train is None or column == "text")  # of images, `train` may be a folder
+    if has_columns and getattr(data, column) is None:
+        yield Conflict((f"data.{column}", "task.kind"), f"expected the {column} column, for {kind}; found none")
+    for name in OTHER_KEYS[task.inputs]:
         if (found := getattr(data, name)) is not None:
             yield Conflict((f"data.{name}", "task.kind"), f"expected null, for {kind}; found {found}")
-    if kind == "text-classification" and data.augment != "none":
+    if column == "text" and data.augment != "none":
         yield Conflict(("data.augment", "task.kind"), f"expected none, for {kind}; found {data.augment}")
+    if not isinstance(data.label, str):
+        if not task.target.several:
+            text = f"expected one column, for {kind}; found {len(data.label)}: {', '.join(data.label)}"
+            yield Conflict(("data.label", "task.kind"), text)
+        elif len(set(data.label)) < len(data.label):
+            yield Conflict(("data.label",), f"expected different columns; found {', '.join(data.label)}")
+    if recipe.mask.train_embeddings == "tokens" and column == "image":
+        keys = ("mask.train_embeddings", "task.kind")
+        yield Conflict(keys, "expected true or false, as images have no tokens; found tokens")
 
 
 def _config_conflicts(config: dict[str, Any]) -> Iterator[Conflict]:

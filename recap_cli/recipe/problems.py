@@ -4,15 +4,16 @@ They come from pydantic's errors and the JSON Schema. No key of the recipe is na
 """
 
 import copy
-import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
+from recap_cli import registry
 from recap_cli.errors import RecipeError
 from recap_cli.recipe.conflicts import CONFLICTS
+from recap_cli.recipe.near import did_you_mean, near
 from recap_cli.recipe.yaml import Document, KeyPath, Problem, as_typed, overlap, place
 
 _Schema = Mapping[str, Any]
@@ -86,12 +87,6 @@ def without(values: Mapping[str, Any], suspects: Iterable[KeyPath], stand_in: Ma
     return kept | {name: {**keys, **(kept.get(name) or {})} for name, keys in stand_in.items()}
 
 
-def near(word: str, words: Iterable[str]) -> list[str]:
-    """Return the few `words` that `word` may be a misspelling of, best first. Case does not count."""
-    lowered = {known.lower(): known for known in words}
-    return [lowered[found] for found in difflib.get_close_matches(word.lower(), lowered, cutoff=0.65)]
-
-
 def expected(node: _Schema) -> str:
     """Return what a node of the JSON Schema accepts, in words: "a whole number >= 1 or null"."""
     if "anyOf" in node:
@@ -102,7 +97,9 @@ def expected(node: _Schema) -> str:
     if kind in ("integer", "number"):
         return _number(node)
     if kind == "array":
-        return f"a list of {len(node['prefixItems'])}, each {expected(node['prefixItems'][0])}"
+        items = node.get("prefixItems")
+        count, each = (len(items), items[0]) if items else (f"{node['minItems']} or more", node["items"])
+        return f"a list of {count}, each {expected(each)}"
     if kind == "string" and ("$comment" in node or "examples" in node):  # the comment describes it for people
         return str(node.get("$comment") or "text such as " + ", ".join(node["examples"]))
     words = {"string": "text", "boolean": "true or false", "null": "null", "object": "a section (keys with values)"}
@@ -123,11 +120,12 @@ def _mismatch(path: KeyPath, values: Mapping[str, Any], schema: _Schema) -> str:
     """Return "expected ...; found ..." for a value that is missing or wrong."""
     node = _node(schema, path)
     found, missing = _value(values, path)
-    words = expected(node)
+    plugins = registry.names(node["plugins"]) if "plugins" in node else None
+    words = f"one of {', '.join(plugins)}" if plugins else expected(node)
     text = f"expected {words}; found {'nothing' if missing else _shown(found)}"
     if words.startswith("text") and not missing and not isinstance(found, str | dict | list | None):
         return f"{text} (put it in quotes)"
-    return text + _did_you_mean(near(str(found), node.get("enum", ())))
+    return text + did_you_mean(near(str(found), node.get("enum", ())))
 
 
 def _shown(value: object) -> str:
@@ -136,10 +134,6 @@ def _shown(value: object) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
-
-
-def _did_you_mean(words: Sequence[str]) -> str:
-    return f"; did you mean {' or '.join(words)}?" if words else ""
 
 
 def _meant(path: KeyPath, schema: _Schema) -> list[str]:
@@ -160,7 +154,7 @@ def _unknown(path: KeyPath, meant: Sequence[str], schema: _Schema) -> str:
         section, _, name = path[0].rpartition(".")
         return f"unknown key; write `{section}:` and, indented below it, `{name}:`"
     known = ", ".join(_properties(_node(schema, path[:-1]), schema))
-    return "unknown key" + (_did_you_mean(meant) or f"; known keys: {known}")
+    return "unknown key" + (did_you_mean(meant) or f"; known keys: {known}")
 
 
 def _keys(node: _Schema, schema: _Schema, prefix: str = "") -> Iterator[str]:

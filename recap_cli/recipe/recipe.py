@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from recap_cli.errors import RecipeError
 from recap_cli.recipe.bounds import MOST_BYTES
 from recap_cli.recipe.conflicts import ALTERNATIVES, NEEDS, STAND_IN
-from recap_cli.recipe.problems import conflicts, explain, near, recipe_error, without
+from recap_cli.recipe.near import near
+from recap_cli.recipe.problems import conflicts, explain, recipe_error, without
 from recap_cli.recipe.schema import Data, Evaluate, Finetune, Head, Importance, Mask, Model, Prune, Recipe, Task, bytes_of
 from recap_cli.recipe.yaml import Document, KeyPath, Problem, load
 

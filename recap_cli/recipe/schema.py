@@ -23,7 +23,16 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from recap_cli.recipe.conflicts import CONFLICTS, FAITHFUL, FAITHFUL_DEFAULTS, FAITHFUL_IMAGE_DEFAULTS, conflicts_in
+from recap_cli.core.task import Metric
+from recap_cli.recipe.conflicts import (
+    CONFLICTS,
+    FAITHFUL,
+    FAITHFUL_DEFAULTS,
+    FAITHFUL_IMAGE_DEFAULTS,
+    conflicts_in,
+    task_of,
+)
+from recap_cli.tasks.calls import task_named
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 _FROZEN = ConfigDict(extra="forbid", frozen=True)
@@ -52,6 +61,11 @@ def _one_of(value: object, handler: ValidatorFunctionWrapHandler) -> object:
         return handler(value)
     except ValidationError as error:
         raise PydanticCustomError("one_of", "none of the types fits") from error
+
+
+def _tuple(value: object) -> object:
+    """Return a list of YAML as a tuple, which is frozen."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _path_part(name: str) -> str:
@@ -92,6 +106,9 @@ PartialShare = Annotated[float, Field(strict=True, gt=0, lt=1), BeforeValidator(
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1), BeforeValidator(_number)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), BeforeValidator(_number)]
 AutoPositive = Annotated[Positive | Literal["auto"], WrapValidator(_one_of)]
+TextOrTexts = Annotated[
+    Text | Annotated[tuple[Text, ...], Field(min_length=2, max_length=10**4)], BeforeValidator(_tuple), WrapValidator(_one_of)
+]
 FlagOrTokens = Annotated[Flag | Literal["tokens"], WrapValidator(_one_of)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 Device = Annotated[
@@ -102,6 +119,7 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "Ki": 2**10
 _AMOUNT = r"^([0-9]{1,12}(?:\.[0-9]{1,12})?) ?([KMGT]i?|)B$"
 Bytes = Annotated[str, Field(strict=True, pattern=_AMOUNT, examples=["2GiB", "1500MB", "0.5GB"])]
 Scope = Literal["per-kind", "global", "per-layer"]
+RankBy = Literal["sum", "parameter", "layer", "size"]
 MAX_HEAD_LR_RATIO = 10.0  # to `lr`, with `auto`: larger ratios were not measured
 
 
@@ -132,11 +150,15 @@ class Task(BaseModel):
 
     model_config = _FROZEN
 
-    kind: Literal["text-classification", "image-classification"] = Field(description="What the model classifies.")
-    metric: Literal["accuracy", "f1", "matthews", "loss"] = Field(
-        default="accuracy",
-        description="The validation metric that selects the best round. With two labels, f1 is that of label 1, as in GLUE; "
-        "with more it is the mean over the labels (macro F1). matthews is Matthews' correlation. A lower loss is better.",
+    kind: Text = Field(
+        examples=["text-classification", "image-classification", "token-classification"],
+        json_schema_extra={"plugins": "tasks"},
+        description="Plugin that says what the model learns; `recap plugins` lists them.",
+    )
+    metric: Annotated[Text, Field(examples=["accuracy", "f1", "pearson", "loss"])] | None = Field(
+        default=None,
+        description="The validation metric that selects the best round; null is the first of the task. "
+        "docs/guide/tasks.md lists them. loss is a metric of every task, and less of it is better.",
     )
 
 
@@ -162,7 +184,9 @@ class Data(BaseModel):
     text: Text | None = Field(default=None, description="Column of the text, or of the first of two.")
     text_pair: Text | None = Field(default=None, description="Column of the second text.")
     image: Text | None = Field(default=None, description="Column of the image; a folder of class folders has none.")
-    label: Text = Field(default="label", description="Column of the class.")
+    label: TextOrTexts = Field(
+        default="label", description="Column of the label; a list of columns of 0 and 1 for a task with several classes."
+    )
     max_length: Million = Field(default=128, description="The most tokens of a text; longer ones are truncated.")
     image_size: Pixels | None = Field(default=None, description="Side of an image in pixels; null is the model's.")
     train_samples: Count | None = Field(default=None, description="Train on so many examples, after a seeded shuffle.")
@@ -208,6 +232,11 @@ class Prune(BaseModel):
     scope: Scope = Field(
         default="per-kind", description="What is ranked together: groups of one kind, all, or those of one layer."
     )
+    rank_by: RankBy = Field(
+        default="parameter",
+        description="How groups of different size compete: by importance per parameter, by the sum over the group (the "
+        "paper's), in relation to the mean of their layer, or only with groups of their size.",
+    )
     floor: Share = Field(default=0.15, description="Share of each layer's heads and neurons that is always kept.")
     hold_plan: Share = Field(
         default=0.5, description="Share of the rounds, at the end, that keep the plan of the round before; the paper has 0."
@@ -240,6 +269,7 @@ class Mask(BaseModel):
         description="What is ranked together, as in `prune.scope`. With per-layer, the same share of every layer is trainable. "
         "The paper has per-kind.",
     )
+    rank_by: RankBy = Field(default="parameter", description="How units of different size compete, as in `prune.rank_by`.")
     random: Share = Field(
         default=0.0,
         description="Share of the trainable parameters that is chosen at random, not by importance; the paper has 0.",
@@ -323,7 +353,7 @@ class Recipe(BaseModel):
     faithful: Flag = Field(
         default=False,
         description="True runs the paper's plain algorithm: settings that it does not have are off (`FAITHFUL`). "
-        "The defaults of `mask.scope` and, for images, of `mask.ratio` are the paper's.",
+        "The defaults of `mask.scope`, of both `rank_by` and, for images, of `mask.ratio` are the paper's.",
     )
     seed: Seed = Field(default=0, description="Seed of all random numbers.")
     rounds: Rounds = Field(
@@ -350,18 +380,34 @@ class Recipe(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
+    def _first_metric(cls, values: Any) -> Any:
+        """Fill in the first metric of the task, if the recipe names none."""
+        if (task := task_of(values)) is None:
+            return values
+        section = values["task"].model_dump() if isinstance(values["task"], Task) else values["task"]
+        if section.get("metric") is not None:
+            return values
+        return {**values, "task": {**section, "metric": task.all_metrics[0].name}}
+
+    @model_validator(mode="before")
+    @classmethod
     def _faithful(cls, values: Any) -> Any:
         """Fill in the paper's settings that the recipe does not set, if it asks for them."""
         if not isinstance(values, dict) or values.get("faithful") is not True:
             return values
-        filled, task = dict(values), values.get("task")
-        images = isinstance(task, dict) and task.get("kind") == "image-classification"
+        filled, task = dict(values), task_of(values)
+        images = task is not None and task.inputs == "image"
         for key, value in (FAITHFUL | FAITHFUL_DEFAULTS | (FAITHFUL_IMAGE_DEFAULTS if images else {})).items():
             section, name = key.split(".")
             known = filled.get(section) or {}
             if isinstance(known, dict) and name not in known:
                 filled[section] = {**known, name: value}
         return filled
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that decides which round is best."""
+        return task_named(self.task.kind).metric(self.task.metric or "")  # never null: `_first_metric` has filled it in
 
     def head_lr(self, *, new: bool, alone: bool = False) -> float:
         """Return the peak learning rate of the task head while finetuning.

@@ -83,9 +83,11 @@ def load(
     return document
 
 
-def setting(key: str, value: str) -> str:
-    """Return the `--set` of a text as a user types it, with the quotes that YAML and the shell need."""
-    if not _is_itself(value):
+def setting(key: str, value: str | list[str]) -> str:
+    """Return the `--set` of a text, or a list of texts, as a user types it, with the quotes that YAML and the shell need."""
+    if isinstance(value, list):
+        value = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf")).strip()
+    elif not _is_itself(value):
         value = yaml.safe_dump(value, default_style='"', allow_unicode=True, width=float("inf")).strip()
     return f"--set {key}={shlex.quote(value)}"
 

@@ -6,11 +6,12 @@ from typing import Any
 from recap_cli.compare import pareto
 from recap_cli.compare.cost_plots import COMPONENTS, memory_bars, time_bars
 from recap_cli.compare.metric_plots import SYMBOLS, Comparison, memory_of, name_of, over_memory, over_ratio, ratios_of
+from recap_cli.compare.schema import metric_of
+from recap_cli.core.task import Metric
 from recap_cli.memory.picture import PAGE
 from recap_cli.memory.plot_style import KINDS
 from recap_cli.report.inline_svg import glyph, inline
 from recap_cli.report.template import duration
-from recap_cli.tasks.task import LESS_IS_BETTER, goodness
 
 STAGES = ("init", "prune", "mask", "finetune", "merge")
 VARIED = ("method", "seed", "prune.ratio", "mask.ratio")  # by the grid
@@ -22,7 +23,7 @@ def view(found: Mapping[str, Any]) -> dict[str, Any]:
     """The names that `comparison.html` uses beside those of `found`."""
     groups: Sequence[Group] = found["groups"]
     cells: Sequence[Mapping[str, Any]] = found["cells"]
-    comparison = Comparison(groups, found["metric"], found["recipe"])
+    comparison = Comparison(groups, metric_of(found), found["recipe"])
     glyphs = {method: glyph(look) for method, look in comparison.looks.items()}
     front = _front(comparison)
     rows = [_shown(group, glyphs[group["method"]], is_front=_key(group) in front) for group in groups]
@@ -30,8 +31,8 @@ def view(found: Mapping[str, Any]) -> dict[str, Any]:
         "groups": rows,
         "counts": {status: sum(cell["status"] == status for cell in cells) for status in STATUSES},
         "troubles": _troubles(cells),
-        "best": _best(rows, found["metric"]),
-        "better": "less" if found["metric"] in LESS_IS_BETTER else "more",
+        "best": _best(rows, comparison.metric),
+        "better": comparison.metric.better,
         **_figures(comparison),
         "stages": STAGES,
         "memory_kinds": {f"{kind}_bytes": KINDS[kind].label for kind in COMPONENTS},
@@ -43,12 +44,12 @@ def view(found: Mapping[str, Any]) -> dict[str, Any]:
 def _figures(comparison: Comparison) -> dict[str, Any]:
     """The figures that there are values for, as SVG for the page; those over a ratio with their captions."""
     over = [
-        (f"{comparison.metric} over {symbol}", over_ratio(comparison, by, PAGE))
+        (f"{comparison.metric.name} over {symbol}", over_ratio(comparison, by, PAGE))
         for by, symbol in SYMBOLS.items()
         if len(ratios_of(comparison.done, by)) > 1  # else nothing is over anything
     ]
     figures = {
-        "front_figure": (over_memory(comparison, PAGE), f"{comparison.metric} over memory, with the Pareto front")
+        "front_figure": (over_memory(comparison, PAGE), f"{comparison.metric.name} over memory, with the Pareto front")
         if comparison.costed
         else (None, ""),
         "memory_figure": (memory_bars(comparison.rows), "memory by component, of each method at its ratios"),
@@ -66,10 +67,10 @@ def _front(comparison: Comparison) -> set[tuple[Any, ...]]:
     return {_key(row) for row, point in zip(rows, points, strict=True) if point in beaten_by_none}
 
 
-def _best(rows: Sequence[Group], metric: str) -> Group | None:
+def _best(rows: Sequence[Group], metric: Metric) -> Group | None:
     """The row of the best mean, None where none has a result."""
     done = (row for row in rows if row["value"] is not None)
-    return max(done, key=lambda row: goodness(metric, row["value"]), default=None)
+    return max(done, key=lambda row: metric.goodness(row["value"]), default=None)
 
 
 def _own_settings(cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -5,7 +5,7 @@ visited are computed here, afterwards, and exactly: each prunable parameter belo
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,17 @@ import torch
 
 from recap_cli.compare import schema
 from recap_cli.compare.schema import RESULTS
-from recap_cli.core.axes import Axis, Shape, UnitMask, chosen_params, compose, kinds_of, prunable_params, refine
+from recap_cli.core.axes import (
+    Axis,
+    Shape,
+    UnitMask,
+    chosen_params,
+    compose,
+    in_mask_units,
+    kinds_of,
+    mask_axes,
+    prunable_params,
+)
 from recap_cli.errors import StateError, StorageError, UsageError
 from recap_cli.report import pages
 from recap_cli.rounds.layout import Layout
@@ -79,13 +89,13 @@ def overlap(axes: Sequence[Axis], shapes: Mapping[str, Shape], before: UnitMask,
     return chosen_params(axes, shapes, both) / kept if kept else None
 
 
-def visited(axes: Sequence[Axis], plan: UnitMask, mask: UnitMask) -> UnitMask:
-    """The fine groups of the full model (of `refine(axis)`) that a round trains: `mask` chooses among those of the small one.
+def visited(axes: Sequence[Axis], plan: UnitMask, mask: UnitMask, whole: Collection[str] = ()) -> UnitMask:
+    """The groups of the mask in the full model (of `mask_axes`) that a round trains: `mask` is that of the small one.
 
-    `plan` has a boolean per unit of the full model, `mask` one per hidden dimension that the plan leaves.
+    `plan` has a boolean per unit of the full model, `mask` one per hidden dimension that the plan leaves; `whole` are the
+    parameters that no unit of a mask owns.
     """
-    kept = {axis.name: plan[axis.name].repeat_interleave(axis.cuts[0].width) for axis in axes}
-    return compose(kept, mask)
+    return compose(in_mask_units(axes, plan, whole), mask)
 
 
 def _changes(context: Context, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -97,7 +107,7 @@ def _changes(context: Context, numbers: Sequence[int]) -> Iterator[dict[str, Any
     if not numbers:
         return
     layout: Layout = context.layout
-    fine = [refine(axis) for axis in layout.axes]
+    fine = mask_axes(layout.axes, layout.whole)
     prunable = prunable_params(fine, layout.shapes)
     seen: UnitMask | None = {axis.name: torch.zeros(axis.size, dtype=torch.bool) for axis in fine}
     before: UnitMask | None = None
@@ -116,7 +126,8 @@ def _trained(context: Context, number: int, plan: UnitMask) -> UnitMask | None:
     done = {entry["stage"] for entry in context.state.manifest.history if entry["round"] == number}
     if "finetune" not in done or context.round_plans[number - 1].trains == "training":
         return None
-    return visited(context.layout.axes, plan, context.mask(f"round-{number:03d}", plan))
+    layout = context.layout
+    return visited(layout.axes, plan, context.mask(f"round-{number:03d}", plan), layout.whole)
 
 
 def _picture(context: Context, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

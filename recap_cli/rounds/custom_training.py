@@ -24,7 +24,8 @@ HINT = "choose another method, or repair the plugin; see docs/plugins/method.md"
 def attach(small: SmallModel, recipe: Recipe, round_plans: Sequence[RoundPlan]) -> TrainerHook:
     """Let the method of the recipe put its own training into a small model, in place, for the first of `round_plans`.
 
-    Raises `PluginError` if it fails, or gives something else than a `TrainerHook`.
+    Raises:
+        PluginError: it fails, or gives something else than a `TrainerHook`.
     """
     method, axes, model = method_of(recipe), small.axes, small.model
     shapes = {cut.param: tuple(model.get_parameter(cut.param).shape) for axis in axes for cut in axis.cuts}
@@ -78,7 +79,8 @@ def result_of(
 ) -> tuple[dict[str, Tensor], Scores]:
     """What of the small model was trained, as whole tensors, and the scores that were learned for its `axes`.
 
-    Raises `PluginError` for tensors that the model does not have or that are of another shape.
+    Raises:
+        PluginError: the model does not have a tensor of them, or one of another shape.
     """
     with guarded("`result` of a method's training failed", HINT):
         trained, scores = (dict(part) for part in hook.result(values, before))

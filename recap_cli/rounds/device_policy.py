@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from recap_cli.core.adapter import block_paths
 from recap_cli.core.axes import Axis
+from recap_cli.core.blocks import block_paths
 from recap_cli.core.streaming import streamed
 from recap_cli.errors import PluginError
 from recap_cli.recipe.recipe import Recipe
@@ -17,7 +17,8 @@ from recap_cli.rounds.frozen_weights import frozen_weight_of
 def on_device(model: nn.Module, axes: Sequence[Axis], device: torch.device, adapter: str) -> AbstractContextManager[None]:
     """Inside, a model on the CPU runs on `device`, a block at a time; on the CPU it runs as it is, and is not touched.
 
-    Raises `PluginError`, naming the adapter, if its axes do not say what the blocks are.
+    Raises:
+        PluginError: the adapter, which is named, has axes that do not say what the blocks are.
     """
     return nullcontext() if device.type == "cpu" else streamed(model, blocks_of(model, axes, adapter), device)
 

@@ -4,31 +4,28 @@ import json
 from typing import Any
 
 from recap_cli.data import sources
-from recap_cli.data.labels import check_names
 from recap_cli.data.splits import ImageInputs, Split, TextInputs, make_split
 from recap_cli.models import build
 from recap_cli.models.build import ModelSpec
 from recap_cli.progress import Track
 from recap_cli.recipe.recipe import Recipe
+from recap_cli.tasks.calls import task_named
+from recap_cli.tasks.labels import check_names
 
 _SPLITS: dict[str, tuple[Split, Split]] = {}  # of the last recipe: the stages of a run read their data once
 
 
 def read_raw(recipe: Recipe) -> sources.Raw:
     """The examples of a recipe as its source holds them."""
-    data = recipe.data
-    return sources.read_splits(
-        recipe.task.kind,
-        seed=recipe.seed,
-        **data.model_dump(exclude={"max_length", "image_size", "augment", "workers"}),
-    )
+    return sources.read_splits(task_named(recipe.task.kind), recipe.data.model_dump(), seed=recipe.seed)
 
 
 def inputs_of(recipe: Recipe, spec: ModelSpec, processor: Any) -> TextInputs | ImageInputs:
     """How the examples of a recipe become the inputs of a model."""
     image = spec.image
     if image is None:
-        return TextInputs(processor, recipe.data.max_length, build.positions(spec))
+        words = task_named(recipe.task.kind).inputs == "words"
+        return TextInputs(processor, recipe.data.max_length, build.positions(spec), words)
     return ImageInputs(
         size=(image["size"], image["size"]),
         channels=image["channels"],
@@ -50,7 +47,8 @@ def splits_of(
     """The training and the validation examples of a recipe, as tensors for a model; kept for the next call with the same
     data.
 
-    Raises `DataError` if their labels are not those of the model, in its order.
+    Raises:
+        DataError: their labels are not those of the model, in its order.
     """
     key = _split_key(recipe, spec)
     if key not in _SPLITS:

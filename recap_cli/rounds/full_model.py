@@ -10,7 +10,7 @@ from torch import nn
 from recap_cli.core.axes import prunable_params
 from recap_cli.core.method import RoundPlan
 from recap_cli.data.sampling import seed_for
-from recap_cli.data.splits import Split
+from recap_cli.data.split import Split
 from recap_cli.errors import ModelError
 from recap_cli.machine import devices, threads
 from recap_cli.models import build, conformance, create
@@ -37,7 +37,8 @@ class FullModel:
         layout: what is cut of it, and how.
         has_new_head: True where the head, or any weight of it, does not come from a checkpoint.
         notes: what a user should know of how it was made.
-        found: what `init` notes of its check: the layouts that were found, and what is not pruned.
+        found: what `init` notes of its check: the layouts that were found, what is not pruned, and what is cut and trained or
+            frozen whole.
     """
 
     model: nn.Module
@@ -58,7 +59,7 @@ def make_full_model(recipe: Recipe, label_names: Sequence[str], round_plans: Seq
         PluginError: there is no adapter, or importance is for an accelerator and the adapter does not say what the blocks are.
     """
     torch.manual_seed(seed_for(recipe.seed, 0, "weights"))
-    created = create.create_model(**source_of(recipe), label_names=label_names)
+    created = create.create_model(source_of(recipe, label_names))
     model, spec, adapter = created.model, created.spec, build.adapter_of(created.spec)
     _check_weights(model, recipe.model.name)
     _check_tokens(round_plans, model)
@@ -68,7 +69,12 @@ def make_full_model(recipe: Recipe, label_names: Sequence[str], round_plans: Seq
     if devices.pick(recipe.importance.device).type != "cpu":
         blocks_of(model, layout.axes, spec.model_type)
     has_new_head = recipe.model.name is None or bool(created.new)
-    found = {"layouts": report.found, "not_pruned": report.coverage}
+    found = {
+        "layouts": report.found,
+        "not_pruned": report.coverage,
+        "whole_trained": list(layout.whole_trained),
+        "whole_frozen": list(layout.whole_frozen),
+    }
     return FullModel(model, spec, created.processor, layout, has_new_head, created.notes, found)
 
 

@@ -12,14 +12,14 @@ from recap_cli.core.axes import Axis
 from recap_cli.core.criterion import Criterion, Losses
 from recap_cli.core.importance import Scores, group_scores
 from recap_cli.data.sampling import batches, sample
-from recap_cli.data.splits import Split
+from recap_cli.data.split import Split
 from recap_cli.machine import devices
 from recap_cli.progress import Track
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.device_policy import importance_batch_size, on_device
 from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.run_context import Context
-from recap_cli.tasks import task as tasks
+from recap_cli.tasks.losses import mean_loss
 
 
 def load_criterion(name: str) -> Criterion:
@@ -62,15 +62,16 @@ def score_units(
 
 
 def losses_over(context: Context, model: nn.Module, sample: Sample, track: Track) -> Losses:
-    """The losses over D_s: per batch, or per example, each with its share of D_s."""
-    forward, count = forward_of(context.spec, model), len(sample.indices)
+    """The losses over D_s: per batch, or per example, each with its share of all that the task counts in D_s."""
+    forward, task = forward_of(context.spec, model), context.objective.task
+    whole = float(task.count(sample.split.labels(sample.indices)))
 
     def losses(each: bool) -> Iterator[tuple[Tensor, float]]:
         size = 1 if each else sample.batch_size
-        steps = -(-count // size)
+        steps = -(-len(sample.indices) // size)
         for batch in track(batches(sample.split, sample.indices, size, device=sample.device), sample.label, steps):
-            labels = batch["labels"]
-            yield tasks.loss(forward(batch), labels), len(labels) / count
+            mean, count = mean_loss(task, forward(batch), batch)
+            yield mean, float(count) / max(whole, 1.0)
 
     return losses
 

@@ -1,6 +1,7 @@
 """Which fine groups of the small model a round trains (paper, sec. 3.2.1)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from recap_cli.core.axes import (
     UnitMask,
     chosen_params,
     counts,
-    kept_per_layer,
+    dimensions_per_layer,
     prunable_params,
     shapes_of,
     unit_params,
@@ -47,16 +48,16 @@ def choose_fine_units(
     `mask.random` is drawn."""
     params = {axis.name: unit_params(axis, shapes) for axis in axes}
     original = {axis.name: axis.size for axis in axes}
-    scope, random = recipe.mask.scope, recipe.mask.random
-    choose = partial(select, axes, unit_params=params, original=original, limits=Limits(scope=scope, least=0))
-    best = choose(scores, keep_share=share * (1.0 - random))
+    random, limits = recipe.mask.random, Limits(scope=recipe.mask.scope, rank_by=recipe.mask.rank_by, least=0)
+    choose = partial(select, axes, unit_params=params, original=original)
+    best = choose(scores, keep_share=share * (1.0 - random), limits=limits)
     if random == 0.0:
         return best
     generator = generator_for(recipe.seed, round, "mask at random")
     drawn = {name: kept + torch.rand(len(kept), generator=generator) for name, kept in best.items()}  # those kept are above 1
-    if scope == "global":  # which ranks by score per parameter
+    if limits.scope == "global":  # which ranks by score per parameter
         drawn = {name: score * params[name] for name, score in drawn.items()}
-    return choose(drawn, keep_share=share)
+    return choose(drawn, keep_share=share, limits=replace(limits, rank_by="sum"))
 
 
 def mask_facts(context: Context, number: int, plan: UnitMask, mask: UnitMask) -> dict[str, Any]:
@@ -69,5 +70,5 @@ def mask_facts(context: Context, number: int, plan: UnitMask, mask: UnitMask) ->
     return facts | {
         "trainable_prunable": trainable,
         "trainable_share_of_prunable": trainable / prunable,
-        "trainable_dimensions": kept_per_layer(axes, counts(mask)),
+        "trainable_dimensions": dimensions_per_layer(axes, counts(mask)),
     }

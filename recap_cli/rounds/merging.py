@@ -7,12 +7,12 @@ from torch import Tensor
 
 from recap_cli.core.axes import Shape, shapes_of
 from recap_cli.core.surgery import IndexMap, compose_index_maps, gather, indices, scatter
+from recap_cli.core.task import LOSS, Metric
 from recap_cli.rounds.record import MOMENTS, PLAN, WEIGHTS
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import rule_of, trainable_entries
 from recap_cli.rounds.stored import as_bytes
 from recap_cli.state.store import Transaction
-from recap_cli.tasks.task import goodness
 from recap_cli.trainable.moments import put_moments
 
 
@@ -74,7 +74,7 @@ def keep_best(context: Context, transaction: Transaction, tuned: dict[str, Tenso
     """
     if not context.round_plans[transaction.round - 1].product:
         return
-    metrics, metric, best = context.metrics(folder), context.recipe.task.metric, transaction.best
+    metrics, metric, best = context.metrics(folder), context.recipe.metric, transaction.best
     if best is not None:
         before = context.metrics(f"round-{best['round']:03d}")
         if _rank(metrics, metric) < _rank(before, metric):
@@ -83,12 +83,18 @@ def keep_best(context: Context, transaction: Transaction, tuned: dict[str, Tenso
     transaction.save_tensors(f"{place}/{WEIGHTS}", tuned)
     transaction.save_tensors(f"{place}/{PLAN}", as_bytes(context.plan(folder)))
     transaction.set_best(
-        {"round": transaction.round, "metric": metric, "value": metrics[metric], "loss": metrics["loss"], "folder": place}
+        {
+            "round": transaction.round,
+            "metric": metric.name,
+            "value": metrics[metric.name],
+            "loss": metrics["loss"],
+            "folder": place,
+        }
     )
     if best is not None:
         transaction.drop(best["folder"])
 
 
-def _rank(metrics: dict[str, float], metric: str) -> tuple[float, float]:
+def _rank(metrics: dict[str, float], metric: Metric) -> tuple[float, float]:
     """What rounds are compared by, more being better: the metric, then the loss."""
-    return goodness(metric, metrics[metric]), goodness("loss", metrics["loss"])
+    return metric.goodness(metrics[metric.name]), LOSS.goodness(metrics["loss"])

@@ -11,6 +11,7 @@ from recap_cli.errors import PluginError, RecipeError
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.state.store import Manifest
+from recap_cli.tasks.calls import task_named
 from recap_cli.untrusted.code import guarded
 
 MOST = 10_000  # rounds; what gives more has no end
@@ -26,19 +27,41 @@ def method_of_name(name: str) -> Method:
     return cast(Method, registry.load("methods", name))
 
 
-def require_extra(name: str) -> None:
-    """Do nothing if what the training of the method of this name needs is installed. A command asks before it computes.
+def require_extras(recipe: Recipe) -> None:
+    """Do nothing if what the method and the task of a recipe need is installed. A command asks before it computes.
 
     Raises:
         MissingExtraError: the extra that brings it is not installed.
-        PluginError: there is no such method, or it names an extra that recap-cli does not have.
+        PluginError: there is no such method, or one of them names an extra that recap-cli does not have.
     """
-    extra = method_of_name(name).extra
+    require_extra(recipe.method)
+    require_extra_of_task(recipe)
+
+
+def require_extra_of_task(recipe: Recipe) -> None:
+    """Do nothing if what the metrics of a recipe's task need is installed.
+
+    Raises:
+        MissingExtraError, PluginError: as `require_extras`.
+    """
+    _require(task_named(recipe.task.kind).extra, f"the task {recipe.task.kind!r}")
+
+
+def require_extra(name: str) -> None:
+    """Do nothing if what the training of the method of this name needs is installed.
+
+    Raises:
+        MissingExtraError, PluginError: as `require_extras`.
+    """
+    _require(method_of_name(name).extra, f"the method {name!r}")
+
+
+def _require(extra: str | None, who: str) -> None:
     if extra is None:
         return
     if extra not in extras.EXTRAS:
         raise PluginError(
-            f"the method {name!r} needs the extra {extra!r}, which recap-cli does not have",
+            f"{who} needs the extra {extra!r}, which recap-cli does not have",
             hint=f"its extras are {', '.join(extras.EXTRAS)}; what a plugin needs else, its own package depends on",
         )
     extras.require(extra)
@@ -78,7 +101,8 @@ def round_plans_for(recipe: Recipe) -> tuple[RoundPlan, ...]:
 def options_of(recipe: Recipe, method: Method) -> dict[str, Option]:
     """The method's options, with the recipe's in the place of the defaults.
 
-    Raises `RecipeError` for a name that the method does not have, and for a value of another type.
+    Raises:
+        RecipeError: the method has no option of that name, or one of another type.
     """
     for name, value in recipe.options.items():
         if name not in method.options:

@@ -1,31 +1,36 @@
 """The model and the task that a recipe names: what makes them, what they are scored by, and how they are called."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
+from recap_cli.core.task import Objective
 from recap_cli.models import build
 from recap_cli.models.build import ModelSpec
+from recap_cli.models.source import ModelSource
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.tasks.task import Task
+from recap_cli.tasks.calls import task_named
+from recap_cli.training.loop import Forward
 
 
-def source_of(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says of its model, as `models.create.create_model` and `models.spec_from_config.of_recipe` take it."""
-    return {
+def source_of(recipe: Recipe, label_names: Sequence[str] = ()) -> ModelSource:
+    """What a recipe's model is made from, for data with these labels."""
+    kind = recipe.task.kind
+    return ModelSource(
         **recipe.model.model_dump(),
-        "task_kind": recipe.task.kind,
-        "image_size": recipe.data.image_size,
-    }
+        task=task_named(kind),
+        task_kind=kind,
+        label_names=label_names,
+        image_size=recipe.data.image_size,
+    )
 
 
-def task_of(recipe: Recipe, spec: ModelSpec) -> Task:
-    """What the model is trained for."""
-    return Task(recipe.task.kind, recipe.task.metric, spec.num_labels)
+def objective_of(recipe: Recipe, spec: ModelSpec) -> Objective:
+    """What the model is trained and scored for."""
+    return Objective(task_named(recipe.task.kind), tuple(spec.label_names), recipe.metric)
 
 
-def forward_of(spec: ModelSpec, model: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
-    """A function from a batch to logits, (batch, labels)."""
-    call = build.forward(spec)
-    return lambda batch: call(model, batch)
+def forward_of(spec: ModelSpec, model: nn.Module) -> Forward:
+    """A function from a batch to the model's outputs, as its task reads them."""
+    call, read = build.forward(spec), task_named(spec.task_kind).read
+    return lambda batch: read(call(model, batch))

@@ -13,7 +13,6 @@ from recap_cli.errors import CorruptStateError
 from recap_cli.state.manifest import COMMIT, START_OVER, Manifest
 from recap_cli.state.names import folder_of
 from recap_cli.state.store import State
-from recap_cli.tasks.task import Metric
 
 WEIGHTS, BUFFERS, SPEC, LAYOUT, MOMENTS = (
     "model.safetensors",
@@ -44,9 +43,9 @@ Size = Annotated[int, Field(gt=0)]
 
 
 class RoundPlanFacts(BaseModel):
-    """A planned round, as `RoundPlan.to_json` has it."""
+    """A planned round, as `RoundPlan.to_json` has it, with nothing that a later version may mean by other keys."""
 
-    model_config = OPEN
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     prune_ratio: Annotated[float, Field(ge=0, lt=1)]
     mask_ratio: Annotated[float, Field(ge=0, lt=1)]
@@ -77,15 +76,7 @@ class Budget(BaseModel):
     changes: list[Setting]
 
 
-class Figures(BaseModel):
-    """The loss and all metrics of an evaluation."""
-
-    model_config = OPEN
-
-    loss: float
-    accuracy: float
-    f1: float
-    matthews: float
+Figures = Annotated[dict[str, float], Field(min_length=2)]  # the loss and all metrics of an evaluation
 
 
 class InitFacts(BaseModel):
@@ -97,6 +88,8 @@ class InitFacts(BaseModel):
     adapter: str
     notes: list[str]
     not_pruned: list[str]
+    whole_trained: list[str]
+    whole_frozen: list[str]
     parameters: Size
     prunable_parameters: Size
     train_examples: Size
@@ -105,8 +98,8 @@ class InitFacts(BaseModel):
     label_places: bool
     label_words: bool
     threads: Size | None
-    metric: Metric
-    chance: Figures
+    metric: str
+    chance: Figures | None
     warmed_up: Figures | None = None
     budget: Budget | None = None
 
@@ -209,6 +202,9 @@ def _wrong_facts(entry: Mapping[str, Any]) -> str | None:
         FACTS[entry["stage"]].model_validate(entry)
         if entry["stage"] == "finetune":
             NUMBER.validate_python(entry.get(entry["metric"]))
+        for name in ("chance", "warmed_up") if entry["stage"] == "init" else ():
+            if (figures := entry.get(name)) is not None and not {"loss", entry["metric"]} <= figures.keys():
+                return name
     except ValidationError as error:
         where = error.errors(include_url=False)[0]["loc"] or (entry.get("metric"),)
         return ".".join(map(str, where))

@@ -9,10 +9,11 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from recap_cli.core.adapter import Adapter
-from recap_cli.core.axes import Shape, UnitMask, check_axes, refine, shrink
+from recap_cli.core.axes import Shape, UnitMask, check_axes, mask_axes, shrink
 from recap_cli.core.method import RoundPlan
 from recap_cli.core.surgery import IndexMap, indices
-from recap_cli.data.splits import Split
+from recap_cli.core.task import Objective
+from recap_cli.data.split import Split
 from recap_cli.errors import StageOrderError
 from recap_cli.models import build
 from recap_cli.models.build import ModelSpec
@@ -23,7 +24,7 @@ from recap_cli.rounds import record, stored
 from recap_cli.rounds.examples import splits_of
 from recap_cli.rounds.layout import Layout
 from recap_cli.rounds.plans import round_plans_of
-from recap_cli.rounds.recipe_model import task_of
+from recap_cli.rounds.recipe_model import objective_of
 from recap_cli.rounds.record import (
     BUFFERS,
     IMPORTANCE,
@@ -43,7 +44,7 @@ from recap_cli.rounds.record import (
 from recap_cli.rounds.status import finished
 from recap_cli.state.manifest import below, quoted
 from recap_cli.state.store import State
-from recap_cli.tasks.task import Task
+from recap_cli.tasks.calls import task_named
 from recap_cli.trainable.token_rows import TokenRows
 
 
@@ -85,7 +86,11 @@ class Context:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        return stored.spec(self.state, f"{self.full}/{SPEC}")
+        rel, task = f"{self.full}/{SPEC}", task_named(self.recipe.task.kind)
+        spec = stored.spec(self.state, rel)
+        if spec.task_kind != self.recipe.task.kind or (spec.image is None) == (task.inputs == "image"):
+            raise stored.corrupt(self.state.path / rel, f"it is no model for {self.recipe.task.kind}")
+        return spec
 
     @cached_property
     def adapter(self) -> Adapter:
@@ -107,13 +112,15 @@ class Context:
         shapes = self._shapes_by_name.shapes
         known = {**layout.shapes, **{name: shapes.get(name, ()) for name in (*layout.embeddings, *layout.head)}}
         problems += [f"{name} is no such parameter of the model" for name, shape in known.items() if shapes.get(name) != shape]
+        problems += [f"{name} is whole, and no axis cuts it" for name in sorted(layout.whole - layout.shapes.keys())]
         if not layout.axes or problems:
             raise stored.corrupt(path, problems[0] if problems else "it has no axes")
         return layout
 
     @cached_property
-    def task(self) -> Task:
-        return task_of(self.recipe, self.spec)
+    def objective(self) -> Objective:
+        """What the models are trained and scored for."""
+        return objective_of(self.recipe, self.spec)
 
     def head_lr(self, round_plan: RoundPlan) -> float:
         """The peak learning rate of the task head in a round."""
@@ -159,7 +166,7 @@ class Context:
 
     def mask(self, folder: str, plan: UnitMask) -> UnitMask:
         """Which hidden dimensions of the small model that `plan` leaves are trainable in a round."""
-        axes = [refine(axis) for axis in shrink(self.layout.axes, plan)]
+        axes = mask_axes(shrink(self.layout.axes, plan), self.layout.whole)
         return stored.unit_mask(self.state, f"{folder}/{MASK}", axes)
 
     def small_shapes(self, plan: UnitMask) -> dict[str, Shape]:
@@ -213,7 +220,7 @@ class Context:
 
     def metrics(self, folder: str) -> dict[str, float]:
         """Loss and metrics of a round's small model on the validation data."""
-        return stored.metrics(self.state, f"{folder}/{METRICS}", self.recipe.task.metric)
+        return stored.metrics(self.state, f"{folder}/{METRICS}", self.recipe.metric.name)
 
     def memory(self, folder: str) -> dict[str, Any]:
         """Bytes held and measured while finetuning in a round."""

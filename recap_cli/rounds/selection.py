@@ -27,6 +27,7 @@ def limits_of(recipe: Recipe) -> Limits:
     """What a plan must respect, whatever its ratio."""
     return Limits(
         scope=recipe.prune.scope,
+        rank_by=recipe.prune.rank_by,
         floor=recipe.prune.floor,
         uniform=recipe.prune.uniform,
         round_to=recipe.prune.round_to,

@@ -38,7 +38,8 @@ def ignore(_: Change) -> None:
 def recipe_of(state: State, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a state as it is now, with `overrides` (each `section.key=value`) on top.
 
-    Raises `RecipeError` if an override does not fit.
+    Raises:
+        RecipeError: an override does not fit.
     """
     return recipes.parse(state.recipe_text, str(state.path / state.manifest.recipe), overrides)
 
@@ -46,7 +47,9 @@ def recipe_of(state: State, overrides: Sequence[str] = ()) -> Recipe:
 def adopt(state: State, recipe: Recipe, *, on_change: OnChange = ignore) -> None:
     """Make `recipe` that of the state, where it differs in execution settings only; `on_change` hears of the difference.
 
-    Raises `StateError`, with nothing changed, if anything else differs; `PluginError` for a frozen weight that is not there.
+    Raises:
+        StateError: anything else differs; nothing is changed then.
+        PluginError: the frozen weight of the recipe is not there.
     """
     now = recipe_of(state)
     if not (keys := recipes.differences(now, recipe)):

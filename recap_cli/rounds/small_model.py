@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from recap_cli.core.axes import Axis, UnitMask, refine, shapes_of, shrink
+from recap_cli.core.axes import Axis, UnitMask, mask_axes, shapes_of, shrink
 from recap_cli.core.method import RoundPlan
 from recap_cli.core.surgery import IndexMap, indices
+from recap_cli.core.task import Batch, Outputs
 from recap_cli.recipe.recipe import Finetune
 from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.rounds.layout import Layout
@@ -15,7 +17,7 @@ from recap_cli.trainable.build import Trainable, bring_forward, make_partial
 from recap_cli.trainable.optim import UpdateRule, adamw, sgd
 from recap_cli.trainable.placement import Placement
 from recap_cli.trainable.token_rows import TokenRows
-from recap_cli.training.loop import Batch, Forward
+from recap_cli.training.loop import Forward
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def rule_of(settings: Finetune) -> UpdateRule:
 
 def fine_axes(layout: Layout, plan: UnitMask) -> list[Axis]:
     """The groups of the mask: one per hidden dimension of the small model that `plan` leaves."""
-    return [refine(axis) for axis in shrink(layout.axes, plan)]
+    return mask_axes(shrink(layout.axes, plan), layout.whole)
 
 
 def trainable_entries(
@@ -92,12 +94,16 @@ def trainable_entries(
 
 
 def frozen_whole(layout: Layout, round_plan: RoundPlan, name: str, table: str | None = None) -> bool:
-    """Whether a parameter is frozen whole: it is an embedding, or where the head alone is trainable, not of the head.
+    """Whether a parameter is frozen whole.
 
-    `table` is the token table of a text model, if rows of it can be trainable by themselves.
+    It is an embedding, or cut and too large to be trained whole beside a mask (`Layout.whole_frozen`). Where the head alone is
+    trainable, it is what is not of the head. `table` is the token table of a text model, if rows of it can be trainable by
+    themselves.
     """
     if round_plan.trains == "head":
         return name not in layout.head
+    if name in layout.whole_frozen and round_plan.mask_ratio > 0:
+        return True
     return name in layout.embeddings and not (name == table if round_plan.embeddings == "tokens" else round_plan.embeddings)
 
 
@@ -106,8 +112,8 @@ def make_trainable(small: SmallModel, placement: Placement) -> list[Trainable]:
 
     Of its token table no more is held than its token rows say, where these are known.
     """
-    axes, shapes = fine_axes(small.layout, small.plan), shapes_of(small.model.named_parameters())
-    index_map = bring_forward(small.model, axes, small.mask, indices(axes, small.mask, shapes))
+    index_map = indices(fine_axes(small.layout, small.plan), small.mask, shapes_of(small.model.named_parameters()))
+    index_map = bring_forward(small.model, small.axes, small.mask, index_map)
     return make_partial(
         small.model,
         index_map | small.rows,
@@ -122,7 +128,11 @@ def in_dtype(call: Forward, dtype: torch.dtype) -> Forward:
     if dtype == torch.float32:
         return call
 
-    def cast(batch: Batch) -> Tensor:
-        return call({name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()})
+    def cast(batch: Batch) -> Outputs:
+        return call(tree_map(lambda leaf: leaf.to(dtype) if _is_float(leaf) else leaf, batch))
 
     return cast
+
+
+def _is_float(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()

@@ -12,10 +12,9 @@ from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import record
 from recap_cli.rounds.frozen_weights import frozen_weight_of
-from recap_cli.rounds.plans import check_steps, require_extra, round_plans_for, round_plans_of
+from recap_cli.rounds.plans import check_steps, require_extras, round_plans_for, round_plans_of
 from recap_cli.rounds.verdict import start_of, warning
 from recap_cli.state.store import Manifest, State
-from recap_cli.tasks.task import goodness
 
 HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
@@ -32,10 +31,10 @@ def finished(recipe: Recipe, manifest: Manifest) -> str | None:
 
 def _rounds_since_better(recipe: Recipe, manifest: Manifest) -> int:
     """How many rounds ago the metric was better than ever before. A tie is not: the best round may be a later one."""
-    round_plans, metric = round_plans_of(manifest), recipe.task.metric
+    round_plans, metric = round_plans_of(manifest), recipe.metric
     rounds = [entry for entry in manifest.history if entry["stage"] == "finetune" and round_plans[entry["round"] - 1].product]
-    best = max((goodness(metric, entry[metric]) for entry in rounds), default=None)
-    first = next((entry["round"] for entry in rounds if goodness(metric, entry[metric]) == best), 0)
+    best = max((metric.goodness(entry[metric.name]) for entry in rounds), default=None)
+    first = next((entry["round"] for entry in rounds if metric.goodness(entry[metric.name]) == best), 0)
     return int(manifest.round - first)
 
 
@@ -60,7 +59,7 @@ def check(recipe: Recipe) -> None:
             registry.load("criteria", name)
     frozen_weight_of(recipe.finetune.weights)
     round_plans_for(recipe)
-    require_extra(recipe.method)
+    require_extras(recipe)
     _check_folder(recipe.model.name)
     data = recipe.data
     for key, place in (("train", data.train), ("validation", data.validation)):
@@ -154,7 +153,7 @@ def summary(state: State) -> dict[str, Any]:
     record.check(state)
     manifest = state.manifest
     recipe = recipes.parse(state.recipe_text, str(state.path / manifest.recipe))
-    start, following = start_of(manifest, recipe.task.metric), next_stage(recipe, state)
+    start, following = start_of(manifest, recipe.metric.name), next_stage(recipe, state)
     ended = manifest.best if following is None else None
     return {
         "recipe": recipe.name,
@@ -168,7 +167,7 @@ def summary(state: State) -> dict[str, Any]:
         "product": str(state.path / manifest.best["folder"]) if manifest.best else None,
         "best": manifest.best,
         **start,
-        "warning": warning(recipe.task.metric, ended["value"], **start) if ended else None,
+        "warning": warning(recipe.metric, ended["value"], **start) if ended else None,
         "seconds": sum(entry["seconds"] for entry in manifest.history),
         "init": manifest.made or None,
         "changes": manifest.changes,

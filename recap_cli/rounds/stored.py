@@ -82,12 +82,12 @@ def spec(state: State, rel: str) -> ModelSpec:
     with meant(path):
         found = SPEC_OF.validate_json(text, strict=True)
         image = None if found.image is None else Image.model_validate(found.image)
-    if len(found.label_names) != found.num_labels or found.num_labels < 2:
+    if len(found.label_names) != found.num_labels or found.num_labels < 1:
         raise corrupt(path, f"{found.num_labels} labels, and {len(found.label_names)} names of them")
+    if (found.library == "transformers") != (found.auto_class is not None):
+        raise corrupt(path, f"a model of {found.library}, and {found.auto_class} of transformers")
     if image is not None and not len(image.mean) == len(image.std) == image.channels:
         raise corrupt(path, f"{image.channels} channels, {len(image.mean)} means and {len(image.std)} deviations")
-    if (image is None) != (found.task_kind == "text-classification"):
-        raise corrupt(path, f"{found.task_kind}, and {'no' if image is None else 'a'} size of images")
     return found
 
 
@@ -135,7 +135,7 @@ def tensors_of_spec(spec: ModelSpec) -> Tensors:
     """The tensors that a model of this description has; kept for the next call with the same one."""
     key = spec.to_json()
     if key not in _SHAPES:
-        made = Tensors.of_model(build.skeleton(spec))
+        made = Tensors.of_model(build.on_meta(spec))
         _SHAPES.clear()
         _SHAPES[key] = made
     return _SHAPES[key]
@@ -208,8 +208,10 @@ def moments(
 ) -> dict[str, Tensor]:
     """An optimizer's moments of the `kinds` that its rule has, and counts, for tensors of `shapes`.
 
-    `along` is the dimension that a parameter is cut along, or of which some rows are trainable. Raises as `State.verified`, and
-    `CorruptStateError`.
+    `along` is the dimension that a parameter is cut along, or of which some rows are trainable.
+
+    Raises:
+        CorruptStateError: the file was altered, or holds something else.
     """
     path, found = state.path / rel, state.load_tensors(rel)
     wanted: dict[str, Shape] = {}

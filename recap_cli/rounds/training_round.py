@@ -10,8 +10,9 @@ from torch import nn
 from recap_cli.core.axes import counts
 from recap_cli.core.method import TrainerHook
 from recap_cli.core.surgery import IndexMap, compose_index_maps, indices
+from recap_cli.core.task import Batch
 from recap_cli.data.sampling import batches, order, seed_for
-from recap_cli.data.splits import Split
+from recap_cli.data.split import Split
 from recap_cli.errors import TrainingError
 from recap_cli.machine import accounting
 from recap_cli.models import build
@@ -22,12 +23,17 @@ from recap_cli.rounds.plans import lr_window_of, steps_in_round, steps_of
 from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import SmallModel, in_dtype, make_trainable, placement_of, rule_of
-from recap_cli.tasks import task
 from recap_cli.trainable.moments import take_moments
 from recap_cli.trainable.optim import CarriedState, Optimizer, learning_rate
 from recap_cli.trainable.token_rows import used_token_rows
 from recap_cli.training.evaluation import Pass, evaluate
-from recap_cli.training.loop import LOWER_THE_RATE, Batch, Forward, Steps, Training, train
+from recap_cli.training.loop import Forward, Steps, Training, train
+
+NOT_COMMITTED = "the round is not committed"
+LOWER_THE_RATE = (
+    "lower the rate in a new state, and that of the head: "
+    "recap run RECIPE --state NEW --set finetune.lr=… --set finetune.head_lr=null"
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def train_round(context: Context, trainer: Trainer, split: Split, track: Track) 
 
     return train(
         _forward(context, trainer.small.model.train()),
-        task.loss,
+        context.objective.task,
         trainer.optimizer,
         track(_epochs(recipe, split, before, steps, device), f"finetune, round {number}", steps),
         steps=Steps(
@@ -107,6 +113,8 @@ def train_round(context: Context, trainer: Trainer, split: Split, track: Track) 
             max_grad_norm=settings.max_grad_norm,
             fused_backward=settings.fused_backward,
             before_step=stepping(trainer.hook, trainer.optimizer, steps),
+            if_not_finite=NOT_COMMITTED,
+            hint=LOWER_THE_RATE,
         ),
     )
 
@@ -139,7 +147,7 @@ def score_round(context: Context, trainer: Trainer, validation: Split, track: Tr
         TrainingError: the loss, or a trained value, is not finite.
     """
     how = Pass(context.recipe.evaluate.batch_size, trainer.device, track, "validation")
-    metrics = evaluate(_forward(context, trainer.small.model.eval()), validation, context.task, how)
+    metrics = evaluate(_forward(context, trainer.small.model.eval()), validation, context.objective, how)
     _check_finite(metrics["loss"], trainer.optimizer)
     return metrics
 
@@ -153,4 +161,4 @@ def _check_finite(loss: float, optimizer: Optimizer) -> None:
     bad = next((trainable.name for trainable in optimizer.trainables if not bool(trainable.master.isfinite().all())), None)
     if bad is not None or not isfinite(loss):
         what = f"{bad} is not finite" if bad is not None else f"the validation loss is {loss}"
-        raise TrainingError(f"{what} after finetuning; the round is not committed", hint=LOWER_THE_RATE)
+        raise TrainingError(f"{what} after finetuning; {NOT_COMMITTED}", hint=LOWER_THE_RATE)

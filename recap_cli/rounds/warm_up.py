@@ -1,24 +1,28 @@
 """A new task head, trained on frozen features before the first round (paper, Step 1)."""
 
 from collections.abc import Iterator, Sequence
-from math import ceil
+from math import ceil, isfinite
 from typing import Any
 
 from torch import nn
 
+from recap_cli.core.task import Batch
 from recap_cli.data.sampling import batches, order
-from recap_cli.data.splits import Split
+from recap_cli.data.split import Split
+from recap_cli.errors import TrainingError
 from recap_cli.machine import devices
 from recap_cli.progress import Track
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.device_policy import importance_batch_size, on_device
 from recap_cli.rounds.full_model import FullModel
-from recap_cli.rounds.recipe_model import forward_of, task_of
-from recap_cli.tasks import task
+from recap_cli.rounds.recipe_model import forward_of, objective_of
 from recap_cli.trainable.build import Trainable
 from recap_cli.trainable.optim import Optimizer, adamw, learning_rate
 from recap_cli.training.evaluation import Pass, evaluate
-from recap_cli.training.loop import Batch, Steps, train
+from recap_cli.training.loop import Steps, train
+
+NO_STATE = "no state is made"
+LOWER_THE_RATE = "lower the rate of the warm-up: --set head.lr=…, or leave it out: --set head.warmup_epochs=0"
 
 
 def warm_up(recipe: Recipe, full: FullModel, examples: tuple[Split, Split], track: Track) -> dict[str, Any]:
@@ -30,13 +34,16 @@ def warm_up(recipe: Recipe, full: FullModel, examples: tuple[Split, Split], trac
 
     Returns:
         The facts of it; none where there is nothing to do.
+
+    Raises:
+        TrainingError: a loss, of the training or of the validation data, is not finite.
     """
     settings, model, spec = recipe.head, full.model, full.spec
     split, validation = examples
     steps = settings.warmup_epochs * ceil(len(split) / settings.batch_size)
     if steps == 0 or not full.has_new_head:
         return {}
-    device = devices.pick(recipe.importance.device)
+    device, objective = devices.pick(recipe.importance.device), objective_of(recipe, spec)
 
     def epochs() -> Iterator[Batch]:
         for epoch in range(settings.warmup_epochs):
@@ -46,22 +53,26 @@ def warm_up(recipe: Recipe, full: FullModel, examples: tuple[Split, Split], trac
     with on_device(model.eval(), full.layout.axes, device, spec.model_type):
         run = train(
             forward_of(spec, model),
-            task.loss,
+            objective.task,
             Optimizer(_head_trainables(model, full.layout.head), adamw(betas=(0.9, 0.999), eps=1e-8)),
             track(epochs(), "warm up the head", steps),
             steps=Steps(
                 rate=lambda step: learning_rate(step, steps=steps, peak=settings.lr, schedule="linear", warmup_ratio=0.0),
                 micro_batch_size=None if device.type == "cpu" else importance_batch_size(recipe, device),
+                if_not_finite=f"it is the head's warm-up, and {NO_STATE}",
+                hint=LOWER_THE_RATE,
             ),
         )
         found = evaluate(
             forward_of(spec, model),
             validation,
-            task_of(recipe, spec),
+            objective,
             how=Pass(
                 batch_size=recipe.evaluate.batch_size, device=device, track=track, label="validation of the warmed-up head"
             ),
         )
+    if not isfinite(found["loss"]):  # ruined by the last step, which no later one would show
+        raise TrainingError(f"the validation loss is {found['loss']} after the head's warm-up; {NO_STATE}", hint=LOWER_THE_RATE)
     return {"head_steps": run.steps, "head_loss": run.loss, "warmed_up": found}
 
 

@@ -1,60 +1,25 @@
 """`eval`: score the full model, the small model and the best small model on the validation data, or on other data."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from time import perf_counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from recap_cli.core.axes import counts, shapes_of
-from recap_cli.core.surgery import gather, indices, scatter
-from recap_cli.data import other_data, prediction_files
-from recap_cli.data.labels import Labels
-from recap_cli.data.splits import Split, make_split
-from recap_cli.errors import DataError, UsageError
-from recap_cli.machine import devices
+from recap_cli.data import prediction_files
+from recap_cli.errors import DataError
 from recap_cli.progress import Track, silent
-from recap_cli.rounds.device_policy import on_device
-from recap_cli.rounds.examples import inputs_of, read_raw, splits_of
-from recap_cli.rounds.recipe_model import forward_of
-from recap_cli.rounds.record import TRAINED, WEIGHTS
+from recap_cli.rounds.plans import require_extra_of_task
 from recap_cli.rounds.run_context import Context
-from recap_cli.rounds.small_model import trainable_entries
+from recap_cli.rounds.scoring import (
+    OtherData,
+    PredictionFile,
+    check_made,
+    prediction_columns,
+    read_others,
+    score_models,
+    validation_data,
+)
 from recap_cli.rounds.threads import on_fitting_threads
-from recap_cli.state.manifest import quoted
 from recap_cli.state.store import State
-from recap_cli.training.evaluation import Examples, Pass
-from recap_cli.training.evaluation import evaluate as score
-
-
-@dataclass(frozen=True)
-class OtherData:
-    """Data that are not the recipe's validation data: a file, folder or data set, and its split (`other_data.read_other`)."""
-
-    data: Path | None = None
-    split: str | None = None
-
-
-@dataclass(frozen=True)
-class PredictionFile:
-    """Where predictions are written; with `force` over a file that is there."""
-
-    path: Path
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The examples that are scored. `places` and `files` say where each comes from, if that was asked for."""
-
-    split: Split
-    labelled: bool = True
-    places: Sequence[int] = ()
-    files: Sequence[str] | None = None
+from recap_cli.training.evaluation import Predictions
 
 
 @on_fitting_threads
@@ -79,147 +44,27 @@ def evaluate(
         track: hears of progress.
 
     Raises:
+        MissingExtraError: the task's metrics need an extra that is not installed.
         UsageError: the state holds no such model yet. This, as the following, is raised before any model is loaded.
         StorageError: the predictions cannot be written; `UsageError` where their file is there.
         DataError: the data do not fit.
     """
     context = Context(state)
+    require_extra_of_task(context.recipe)
     for name in which:
-        _check(context, name)
+        check_made(context, name)
     if predictions is not None:
         prediction_files.check(predictions.path, force=predictions.force)
     if other is None:
-        scored = _validation(context, track, placed=predictions is not None)
+        scored = validation_data(context, track, placed=predictions is not None)
     else:
-        scored = _others(context, other, say, track)
-        if not scored.labelled and predictions is None:
-            raise DataError(
-                f"{scored.split.origin} has no labels to score with", hint="--predictions FILE writes what the models predict"
-            )
-    seen = {name: Examples() for name in which} if predictions is not None else {}
-    rows = list(_rows(context, which, scored, seen, track))
+        scored = read_others(context, other, say, track)
+    if not scored.labelled and predictions is None:
+        raise DataError(
+            f"{scored.split.origin} has no labels to score with", hint="--predictions FILE writes what the models predict"
+        )
+    seen = {name: Predictions() for name in which} if predictions is not None else {}
+    rows = list(score_models(context, which, scored, seen, track))
     if predictions is not None:
-        prediction_files.write(predictions.path, _columns(scored, seen, context.spec.label_names))
-    if other is not None:
-        rows = [{**row, "data": scored.split.origin, "examples": len(scored.split)} for row in rows]
+        prediction_files.write(predictions.path, prediction_columns(scored, seen))
     return rows
-
-
-def _validation(context: Context, track: Track, *, placed: bool) -> Scored:
-    if not placed:
-        return Scored(context.splits(track)[1])
-    raw = read_raw(context.recipe)
-    processor = context.processor()
-    _, split = splits_of(context.recipe, context.spec, processor, track, raw)
-    files = None if context.recipe.data.train is None else other_data.files_of(raw.validation)
-    return Scored(split, places=other_data.places_of(raw.validation), files=files)
-
-
-def _others(context: Context, other: OtherData, say: Callable[[str], None], track: Track) -> Scored:
-    """Other data, with the columns, the preprocessing and the labels of the recipe's own."""
-    recipe, spec = context.recipe, context.spec
-    found = other_data.read_other(recipe.task.kind, other.data, other.split, _labels(context), recipe.data.model_dump())
-    for note in found.notes:
-        say(f"note: {note}")
-    if not found.labelled:
-        say(f"note: {found.origin} has no labels: there are predictions of it, and no metrics")
-    inputs = inputs_of(recipe, spec, context.processor())
-    made = make_split(found.examples, inputs, origin=found.origin, workers=recipe.data.workers, track=track)
-    for note in made.notes:
-        say(f"note: {note}")
-    return Scored(made, found.labelled, found.places, None if other.data is None else found.files)
-
-
-def _labels(context: Context) -> Labels:
-    """The labels as `init` read them."""
-    made = context.state.manifest.made
-    return Labels(tuple(context.spec.label_names), from_dataset=made["label_places"], words=made["label_words"])
-
-
-def _columns(scored: Scored, seen: dict[str, Examples], names: Sequence[str]) -> dict[str, list[Any]]:
-    """The predictions of all models, one after another."""
-    found = list(seen.values())
-    again, count = len(found), len(scored.split)
-    labels = [names[number] if scored.labelled else None for number in scored.split.labels.tolist()]
-    return {
-        "model": [name for name in seen for _ in range(count)],
-        "index": [*scored.places] * again,
-        **({} if scored.files is None else {"file": [*scored.files] * again}),
-        "label": labels * again,
-        "predicted": [names[number] for one in found for number in one.predicted],
-        "probability": [value for one in found for value in one.probability],
-        "loss": [value if scored.labelled else None for one in found for value in one.loss],
-    }
-
-
-def _rows(
-    context: Context, which: Sequence[str], scored: Scored, seen: dict[str, Examples], track: Track
-) -> Iterator[dict[str, Any]]:
-    for name in which:
-        device = devices.pick(context.recipe.importance.device if name == "full" else context.recipe.finetune.device)
-        tensors, sizes, round = _MODELS[name](context)
-        model = context.model(tensors, sizes)
-        with _on_device(context, name, model, device):
-            started = perf_counter()
-            metrics = score(
-                forward_of(context.spec, model),
-                scored.split,
-                context.task,
-                how=Pass(batch_size=context.recipe.evaluate.batch_size, device=device, track=track, label=f"{name} model"),
-                each=seen.get(name),
-            )
-        params = sum(param.numel() for param in model.parameters())
-        facts = {"model": name, "round": round, "parameters": params}
-        yield {**facts, **(metrics if scored.labelled else {}), "seconds": perf_counter() - started}
-
-
-def _on_device(context: Context, name: str, model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
-    """The full model goes to the device a block at a time, a small one as a whole."""
-    if name != "full":
-        return nullcontext(model.to(device))
-    return on_device(model, context.layout.axes, device, context.spec.model_type)
-
-
-def best_tensors(context: Context) -> tuple[dict[str, Tensor], dict[str, int], dict[str, Any]]:
-    """The tensors and sizes of the best small model, and what is noted of it. Raises `UsageError` if there is none yet."""
-    _check(context, "best")
-    best = context.state.manifest.best or {}
-    plan = context.plan(best["folder"])
-    return context.small(best["folder"], plan, WEIGHTS), counts(plan), best
-
-
-def _best(context: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
-    tensors, sizes, best = best_tensors(context)
-    return tensors, sizes, int(best["round"])
-
-
-def _full(context: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
-    return context.full_tensors(), {}, int(context.full.rpartition("-")[2])
-
-
-def _small(context: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
-    """The small model of the newest round as far as that round is: cut, finetuned, or merged."""
-    state, folder = context.state, str(context.state.manifest.small)
-    plan, full = context.plan(folder), context.full_tensors()
-    tensors = gather(full, indices(context.layout.axes, plan, shapes_of(full)))
-    if f"{folder}/{TRAINED}" in state.manifest.files:
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        index_map = trainable_entries(context.layout, plan, context.mask(folder, plan), tensors, context.rows(folder))
-        scatter(tensors, context.trained(folder, plan, index_map), index_map)
-    return tensors, counts(plan), state.manifest.round
-
-
-def _check(context: Context, name: str) -> None:
-    """Raise `UsageError` if the state has no model of this name yet."""
-    manifest, path = context.state.manifest, quoted(context.state.path)
-    if {"full": manifest.full, "small": manifest.small, "best": manifest.best}[name] is not None:
-        return
-    first = next(number for number, round_plan in enumerate(context.round_plans, 1) if round_plan.product)
-    until = f": round {first} is the first that may give it" if name == "best" else ""
-    raise UsageError(
-        f"{context.state.path}: no {name} model yet{until}",
-        hint=f"recap {context.state.next_stage()} {path}, or recap run --state {path}",
-    )
-
-
-_MODELS = {"full": _full, "small": _small, "best": _best}

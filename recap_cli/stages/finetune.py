@@ -8,7 +8,7 @@ from recap_cli.errors import lacks_device_memory
 from recap_cli.machine import devices, snapshot
 from recap_cli.memory import oom
 from recap_cli.progress import Track, silent
-from recap_cli.rounds.plans import require_extra
+from recap_cli.rounds.plans import require_extras
 from recap_cli.rounds.round_results import Outcome, write_results
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.settings import OnChange, adopt, ignore, recipe_of
@@ -47,7 +47,7 @@ def finetune(
     """
     state.check_order("finetune")
     recipe = recipe_of(state, overrides)
-    require_extra(recipe.method)
+    require_extras(recipe)
     report = oom.OOMReport(devices.pick(recipe.finetune.device))
     if snapshot_to is not None:
         snapshot.check(snapshot_to, report.device)

@@ -9,7 +9,7 @@ from recap_cli.memory.budget import as_solved
 from recap_cli.progress import Track, silent
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import record
-from recap_cli.rounds.plans import require_extra
+from recap_cli.rounds.plans import require_extras
 from recap_cli.rounds.settings import OnChange, adopt, ignore
 from recap_cli.rounds.status import next_stage
 from recap_cli.stages.finetune import finetune
@@ -53,7 +53,7 @@ def run(
         state = State.open(path)
         record.check(state)
         if next_stage(recipe, state) is not None:
-            require_extra(recipe.method)  # now, not when `finetune` is reached
+            require_extras(recipe)  # now, not when `finetune` is reached
         adopt(state, recipe if overridden is None else as_solved(recipe, state, overridden), on_change=on_change)
     else:
         state = init(recipe, path, track=track)

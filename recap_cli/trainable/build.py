@@ -9,14 +9,14 @@ A parameter that several layers hold stays one: one weight, one compact paramete
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from recap_cli.core.adapter import is_transposed
-from recap_cli.core.axes import Axis, UnitMask
+from recap_cli.core.adapter import is_linear, is_transposed
+from recap_cli.core.axes import Axis, Cut, UnitMask
 from recap_cli.core.frozen_weight import FrozenWeight
 from recap_cli.core.surgery import IndexMap, owner_of, put, take
 from recap_cli.core.ties import Once, first_names, names_of
@@ -164,7 +164,7 @@ def _made(
     partly = {a for a in trained if build.index_map.get(names[a])}
     trainables: list[Trainable] = []
     made: nn.Module | None = None
-    if _is_linear(module) and (
+    if is_linear(module) and (
         "weight" in partly or ("weight" not in trained and build.is_quantized(module, module.get_parameter("weight")))
     ):
         made, trainables = _partial_layer(module, names, trained, build)
@@ -184,30 +184,44 @@ def _made(
     return None if made is None else made.train(module.training), trainables
 
 
-def tied_otherwise(model: nn.Module, params: Iterable[str]) -> list[str]:
-    """Those of `params` that are tied to something else than the same matrix or bias of another linear layer of the same form,
-    so that they cannot be trainable in part.
+def whole_parameters(model: nn.Module, axes: Iterable[Axis]) -> list[str]:
+    """The parameters that `axes` cut and that cannot be trainable in part.
+
+    Trainable in part are matrices of linear layers; biases of those whose rows are cut as the bias is; and rows of a plain
+    embedding that nothing else holds. A parameter that several layers hold must be the same in each of them.
     """
-    once, called = Once(model), names_of(model)
+    once, name_of = Once(model), {id(param): name for name, param in model.named_parameters()}
+    cuts: dict[str, set[tuple[str, Cut]]] = {}
+    for axis in axes:
+        for cut in axis.cuts:
+            cuts.setdefault(cut.param, set()).add((axis.name, replace(cut, param="")))
 
-    def wrong(name: str) -> bool:
-        held = once.holders(model.get_parameter(name))
-        kinds = {(attribute, is_transposed(module)) for module, attribute in held}
-        return len(kinds) > 1 or any(attribute not in ("weight", "bias") or not _is_linear(m) for m, attribute in held)
+    def in_part(name: str) -> bool:
+        held = once.holders(model.get_parameter(name)) or [owner_of(model, name)]
+        forms = {(attribute, is_transposed(module)) for module, attribute in held}
+        if len(forms) > 1 or not all(is_linear(module) for module, _ in held):
+            return len(held) == 1 and is_plain(held[0][0]) and {cut.dim for _, cut in cuts[name]} == {0}
+        ((attribute, transposed),) = forms
+        weights = {name_of[id(module.get_parameter("weight"))] for module, _ in held}
+        rows = {(axis, replace(cut, dim=1 if transposed else 0)) for axis, cut in cuts[name]}
+        return attribute == "weight" or (
+            attribute == "bias" and all(cuts.get(weight) == rows and in_part(weight) for weight in weights)
+        )
 
-    return [" and ".join(called[name]) for name in dict.fromkeys(params) if wrong(name)]
+    return [name for name in cuts if not in_part(name)]
 
 
 def bring_forward(model: nn.Module, axes: Iterable[Axis], mask: UnitMask, index_map: IndexMap) -> IndexMap:
     """Permute the neurons of each feedforward block, in place, so that the trainable ones come first.
 
-    The block computes the same function, as its neurons have no order. The chosen ones keep their order among themselves, so a
-    compact tensor means the same entries before and after.
+    The block computes the same function, as its neurons have no order, and all that they own is permuted. The chosen ones keep
+    their order among themselves, so a compact tensor means the same entries before and after. Neurons stay in their order where
+    the mask's units are others than theirs.
 
     Args:
         model: is changed.
-        axes: the axes of `mask`; those of neurons are permuted.
-        mask: which units are trainable.
+        axes: those of pruning; neurons are permuted.
+        mask: which units of the mask are trainable.
         index_map: where their entries stand in the model as it was.
 
     Returns:
@@ -216,8 +230,10 @@ def bring_forward(model: nn.Module, axes: Iterable[Axis], mask: UnitMask, index_
     permuted: IndexMap = dict(index_map)
     params = dict(model.named_parameters())
     for axis in axes:
-        chosen = mask[axis.name]
-        if axis.kind != "neurons" or chosen.all() or not chosen.any():
+        chosen = mask.get(axis.name)
+        if axis.kind != "neurons" or chosen is None or chosen.all() or not chosen.any():
+            continue
+        if not all(cut.width == 1 and not cut.couple and cut.param in index_map for cut in axis.cuts):
             continue
         order = torch.cat([chosen.nonzero().flatten(), (~chosen).nonzero().flatten()])  # (axis.size,)
         for name, dim in {(cut.param, cut.dim) for cut in axis.cuts}:
@@ -228,7 +244,7 @@ def bring_forward(model: nn.Module, axes: Iterable[Axis], mask: UnitMask, index_
                     whole[cut.offset : cut.offset + axis.size] = order + cut.offset
             with torch.no_grad():
                 param.copy_(param.index_select(dim, whole))
-            permuted[name] = {dim: torch.isin(whole, index_map[name][dim]).nonzero().flatten()}
+            permuted[name] = {dim: torch.isin(whole, permuted[name][dim]).nonzero().flatten()}
     return permuted
 
 
@@ -381,11 +397,7 @@ def _form(module: nn.Module, attribute: str, weights: FrozenWeight) -> str:
     """How a layer reads a frozen tensor: as a matrix of its rows, of its columns, or dense."""
     if attribute == "weight" and isinstance(module, nn.Embedding):
         return "dense" if is_hooked(module) or weights.rows is None else "rows"
-    return ("columns" if is_transposed(module) else "rows") if attribute == "weight" and _is_linear(module) else "dense"
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_transposed(module)
+    return ("columns" if is_transposed(module) else "rows") if attribute == "weight" and is_linear(module) else "dense"
 
 
 def _nothing(dims: dict[int, Tensor] | None) -> bool:

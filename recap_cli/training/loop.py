@@ -4,22 +4,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from recap_cli.core.task import Batch, Outputs, Task
 from recap_cli.errors import TrainingError
 from recap_cli.machine.accounting import storage_bytes
+from recap_cli.tasks.losses import mean_loss
 from recap_cli.trainable.build import Trainable
 from recap_cli.trainable.optim import Optimizer
 
-Batch = dict[str, Tensor]
-Forward = Callable[[Batch], Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
-LOWER_THE_RATE = (
-    "lower the rate in a new state, and that of the head: "
-    "recap run RECIPE --state NEW --set finetune.lr=… --set finetune.head_lr=null"
-)
+Forward = Callable[[Batch], Outputs]
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,8 @@ class Steps:
         max_grad_norm: gradients are clipped to this norm; None: they are not.
         fused_backward: True updates each tensor as soon as its gradient is complete, and frees it before the next one is made.
         before_step: runs before each step, with its number.
+        if_not_finite: what a loss that is not finite means to the caller, as the error goes on.
+        hint: what a user can do then.
     """
 
     rate: Callable[[int], float]
@@ -40,6 +39,8 @@ class Steps:
     max_grad_norm: float | None = None
     fused_backward: bool = False
     before_step: Callable[[int], None] = lambda _: None
+    if_not_finite: str = "nothing is kept"
+    hint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,14 @@ class Training:
     gradient_bytes: int
 
 
-def train(forward: Forward, loss: Loss, optimizer: Optimizer, batches: Iterable[Batch], steps: Steps) -> Training:
+def train(forward: Forward, task: Task, optimizer: Optimizer, batches: Iterable[Batch], steps: Steps) -> Training:
     """Take one optimizer step per batch.
 
     Args:
-        forward: Maps a batch to logits, (batch, labels).
-        loss: Maps logits and labels to the mean loss.
+        forward: Maps a batch to the model's outputs.
+        task: Has the loss, and says what it is averaged over.
         optimizer: Updates the trainable weights.
-        batches: Dictionaries of tensors on the device, with the key `labels`.
+        batches: On the device, with the key `labels`.
         steps: How each step is taken.
 
     Raises:
@@ -80,34 +81,42 @@ def train(forward: Forward, loss: Loss, optimizer: Optimizer, batches: Iterable[
         for step, batch in enumerate(batches):
             optimizer.lr = steps.rate(step)
             steps.before_step(step)
-            losses.append(_accumulate(forward, loss, batch, steps.micro_batch_size, complete))
+            losses.append(_accumulate(forward, task, batch, steps.micro_batch_size, complete))
             if complete is None:
                 watch.all_held()
                 _clip(optimizer.trainables, steps.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            _check_finite(losses[-1], step)
+            _check_finite(losses[-1], step, steps)
     tail = losses[-max(1, len(losses) // 10) :]
     mean = float(torch.stack(tail).mean()) if tail else float("nan")
     return Training(len(losses), mean, perf_counter() - started, watch.peak_bytes)
 
 
 def _accumulate(
-    forward: Forward, loss: Loss, batch: Batch, micro_batch_size: int | None, complete: "_Complete | None"
+    forward: Forward, task: Task, batch: Batch, micro_batch_size: int | None, complete: "_Complete | None"
 ) -> Tensor:
-    """Run forward and backward over a batch in micro-batches, and return its loss, detached."""
-    count = len(batch["labels"])
-    total = torch.zeros((), device=batch["labels"].device)
-    size = micro_batch_size or count
-    for start in range(0, count, size):
+    """Run forward and backward over a batch in micro-batches, and return its mean loss, detached.
+
+    Each micro-batch has the share in it of what the task counts: examples, words or pixels.
+    """
+    examples = len(batch["labels"])
+    size = micro_batch_size or examples
+    if size >= examples:
+        mean, _ = mean_loss(task, forward(batch), batch)
+        mean.backward()  # type: ignore[no-untyped-call]
+        return mean.detach()
+    total, counted = None, task.count(batch)
+    for start in range(0, examples, size):
         if complete is not None:
-            complete.last = start + size >= count
-        part = batch if size >= count else {name: tensor[start : start + size] for name, tensor in batch.items()}
-        share = len(part["labels"]) / count
-        part_loss = loss(forward(part), part["labels"])
-        (part_loss if share == 1.0 else part_loss * share).backward()  # type: ignore[no-untyped-call]
-        total += part_loss.detach() * share
-    return total
+            complete.last = start + size >= examples
+        part = task.part(batch, start, start + size)
+        mean, count = mean_loss(task, forward(part), part)
+        share = count / (max(counted, 1) if isinstance(counted, int) else counted.clamp(min=1))
+        (mean * share).backward()  # type: ignore[no-untyped-call]
+        part_loss = mean.detach() * share
+        total = part_loss if total is None else total + part_loss
+    return cast(Tensor, total)
 
 
 @dataclass
@@ -165,9 +174,6 @@ def _clip(trainables: Iterable[Trainable], max_grad_norm: float | None) -> None:
         nn.utils.clip_grad_norm_([trainable.grad_param for trainable in trainables], max_grad_norm)
 
 
-def _check_finite(loss: Tensor, step: int) -> None:
+def _check_finite(loss: Tensor, step: int, steps: Steps) -> None:
     if not torch.isfinite(loss):
-        raise TrainingError(
-            f"the loss is {float(loss)} at step {step + 1}; the round is not committed",
-            hint=LOWER_THE_RATE,
-        )
+        raise TrainingError(f"the loss is {float(loss)} at step {step + 1}; {steps.if_not_finite}", hint=steps.hint)

@@ -11,11 +11,13 @@ from PIL import Image
 from recap_cli.compare import cost_plots, metric_plots
 from recap_cli.compare import plots as figures
 from recap_cli.compare.schema import Memory, Parameters, Product, Seconds
+from recap_cli.core.task import LOSS, Metric
 from recap_cli.memory.picture import Picture
 from recap_cli.memory.plot_style import EVERY, KINDS, METHODS, NEUTRAL, STAGES, looks_of, palette
 from recap_cli.report import pages
 from tests.report.drawing import legend_of, marker_of, svgs
 
+ACCURACY = Metric("accuracy")
 ALL = ("metric-prune-ratio.png", "metric-mask-ratio.png", "metric-memory.png", "memory-time.png")
 
 
@@ -48,7 +50,7 @@ def grid() -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], folder: Path) -> list[str]:
-    return figures.draw(rows, folder, metric="accuracy", title="digits")
+    return figures.draw(rows, folder, metric=ACCURACY, title="digits")
 
 
 def test_a_whole_grid_has_all_pictures_and_the_methods_in_their_colours(tmp_path: Path, monkeypatch: Any) -> None:
@@ -80,7 +82,7 @@ def test_methods_with_names_that_no_font_has_are_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("by", ["prune_ratio", "mask_ratio"])
 def test_a_line_is_a_method_at_one_value_of_its_other_ratio(by: str) -> None:
-    found = metric_plots.Comparison(grid(), "accuracy", "digits")
+    found = metric_plots.Comparison(grid(), ACCURACY, "digits")
     lines = {line.label: [one[by] for one in line.rows] for line in metric_plots.lines(found, by)}
     assert lines["full-ft"] == [None]
     if by == "prune_ratio":
@@ -101,12 +103,12 @@ def test_memory_is_compared_by_the_best_figure_that_all_have() -> None:
 
 
 def test_the_bars_are_of_each_methods_best_ratios() -> None:
-    best = cost_plots.best_rows(grid(), "accuracy")
+    best = cost_plots.best_rows(grid(), ACCURACY)
     assert [(one["method"], one["prune_ratio"]) for one in best] == [("full-ft", None), ("pre-ft", 0.166), ("recap", 0.166)]
 
 
 def test_the_bars_are_of_the_lowest_loss_where_the_metric_is_the_loss() -> None:
-    best = cost_plots.best_rows(grid(), "loss")
+    best = cost_plots.best_rows(grid(), LOSS)
     assert [(one["method"], one["prune_ratio"]) for one in best][:2] == [("full-ft", None), ("pre-ft", 0.5)]
 
 
@@ -160,8 +162,8 @@ def page_of(rows: list[dict[str, Any]]) -> str:
         | {"last": None, "statuses": {"done": 1}, "errors": [], "warning": None, "held_bytes": 2_000_000, "seconds_whole": 1.0}
         for one in rows
     ]
-    found = {"recipe": "r", "metric": "accuracy", "task": "t", "created": "2026", "command": "", "place": "p", "grid": {}}
-    found |= {"machine": {}, "versions": {}, "total_steps": 1, "cells": cells, "groups": groups}
+    found = {"recipe": "r", "metric": "accuracy", "better": "more", "task": "t", "created": "2026", "command": "", "place": "p"}
+    found |= {"grid": {}, "machine": {}, "versions": {}, "total_steps": 1, "cells": cells, "groups": groups}
     return pages.results_page(found)
 
 

@@ -466,6 +466,7 @@ def _results(text: str | bytes) -> Callable[[Path], None]:
         (_results('{"kind": "other"}'), "is no result of `recap compare`"),
         (_results('{"kind": "comparison", "schema": 9, "cells": []}'), "has schema 9"),
         (_results('{"kind": "comparison", "schema": 1, "cells": [{"method": "x"}]}'), "metric is not what it should be"),
+        (_results('{"kind": "comparison", "schema": 1, "metric": "f1"}'), "better is not what it should be: found nothing"),
     ],
 )
 def test_a_folder_that_is_something_else_is_left_alone(recipe: str, make: Callable[[Path], Any], problem: str) -> None:

@@ -1,11 +1,15 @@
 """From tables of names to axes: both layouts of a library that renamed its modules, fused and packed matrices, true counts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from recap_cli.core.adapter import Adapter, Heads, Neurons, block_paths, find_axes, matches, names_found, resize
-from recap_cli.core.axes import Axis, Cut, check_axes, shapes_of
+from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, is_linear, matches, names_found, resize
+from recap_cli.core.axes import Axis, Cut, check_axes, mask_axes, shapes_of
+from recap_cli.core.blocks import block_paths
+from recap_cli.core.surgery import cut_model, indices
 from recap_cli.plugins.adapters.bert import BERT, DISTILBERT
 from recap_cli.plugins.adapters.timm_vit import TIMM_VIT
 from recap_cli.plugins.adapters.vit import DINOV2, VIT
@@ -117,11 +121,127 @@ def test_the_layout_that_was_found_is_named():
     assert names_found(find_axes(VIT, model_of("vit")))[0].startswith("heads: vit.layers.*.attention.k_proj")
 
 
-def test_key_and_value_heads_that_queries_share_are_not_taken_for_heads():
-    model = model_of("vit")
-    model.get_submodule("vit.layers.3.attention").k_proj = nn.Linear(WIDTH, WIDTH // 2)
+def grouped(rows: int, *, keys: int | None = None) -> nn.Module:
+    """A block whose key and value have so many rows, or the key others."""
+    model = model_of("timm, separate")
+    attention = model.get_submodule("blocks.3.attn")
+    attention.k_proj, attention.v_proj = nn.Linear(WIDTH, keys or rows), nn.Linear(WIDTH, rows)
+    return model
+
+
+def test_query_heads_that_share_a_key_and_a_value_are_one_unit():
+    model = grouped(WIDTH // 2)
+    heads, _ = find_axes(TIMM_VIT, model)
+    assert heads.size == HEADS // 2
+    assert [(cut.param.split(".")[3], cut.width, cut.couple) for cut in heads.cuts if cut.param.endswith("weight")] == [
+        ("q_proj", 2 * HEAD_DIM, ""),
+        ("k_proj", HEAD_DIM, "kv"),
+        ("v_proj", HEAD_DIM, "kv"),
+        ("proj", 2 * HEAD_DIM, ""),
+    ]
+    assert check_axes([heads], shapes_of(model.named_parameters())) == []
+    assert [(axis.name, axis.size) for axis in mask_axes([heads])] == [
+        ("blocks.3.heads", WIDTH),
+        ("blocks.3.heads/kv", WIDTH // 2),
+    ]
+
+
+def test_counts_of_queries_and_of_keys_are_made_true():
+    model = count_on(grouped(WIDTH // 2), "blocks.3.attn", num_heads=4, attn_dim=8, num_kv_heads=2, kv_dim=4, num_kv_groups=2)
+    plan = {"blocks.3.heads": torch.tensor([False, True]), "blocks.3.neurons": torch.ones(HIDDEN, dtype=torch.bool)}
+    cut_model(model, indices(find_axes(TIMM_VIT, model), plan, shapes_of(model.named_parameters())))
+    for _ in range(2):  # of a model that was cut, or is what it shall be
+        resize(TIMM_VIT, model, {"blocks.3.heads": 1})
+        attention = model.get_submodule("blocks.3.attn")
+        counts = (attention.num_heads, attention.attn_dim, attention.num_kv_heads, attention.kv_dim, attention.num_kv_groups)
+        assert counts == (2, 2 * HEAD_DIM, 1, HEAD_DIM, 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys"), [(WIDTH // 2, WIDTH), (6, None), (2 * WIDTH, None), (1, None)], ids=["uneven", "6", "more", "half a head"]
+)
+def test_keys_and_values_that_no_queries_can_share_are_not_taken_for_heads(rows, keys):
     with pytest.raises(LookupError, match="no heads found"):
-        find_axes(VIT, model)
+        find_axes(TIMM_VIT, grouped(rows, keys=keys))
+
+
+def test_a_fused_matrix_of_shared_keys_is_three_cuts_of_two_widths():
+    model = model_of("timm")
+    model.get_submodule("blocks.3.attn").qkv = nn.Linear(WIDTH, WIDTH + 2 * WIDTH // 2)
+    heads, _ = find_axes(TIMM_VIT, model)
+    assert [(c.width, c.offset, c.couple) for c in heads.cuts if c.param == "blocks.3.attn.qkv.weight"] == [
+        (2 * HEAD_DIM, 0, ""),
+        (HEAD_DIM, WIDTH, "kv"),
+        (HEAD_DIM, WIDTH + WIDTH // 2, "kv"),
+    ]
+    assert check_axes([heads], shapes_of(model.named_parameters())) == []
+
+
+SEPARATE = TIMM_VIT.tables[1]
+
+
+def stack(heads: dict[str, int]) -> nn.Module:
+    """Blocks under these paths, each with so many heads, and in the first a column and a row of something for each."""
+    paths = {}
+    for path, count in heads.items():
+        width = count * HEAD_DIM
+        paths |= {f"{path}.attn.{name}": nn.Linear(WIDTH, width) for name in ("q_proj", "k_proj", "v_proj")}
+        paths[f"{path}.attn.proj"] = nn.Linear(width, WIDTH)
+    model = tree(paths)
+    first = next(iter(heads))
+    model.get_submodule(f"{first}.attn").register_parameter("table", nn.Parameter(torch.zeros(5, heads[first])))
+    for path in heads:
+        count_on(model, f"{path}.attn", head_dim=HEAD_DIM)
+    return model
+
+
+def test_extra_parameters_have_entries_for_each_head_where_a_block_has_them():
+    tables = (replace(SEPARATE, extra=(("attn.table", 1),)),)
+    axes = find_axes(Adapter(tables, (), ()), stack({"blocks.0": 4, "blocks.1": 4}))
+    assert [[cut for cut in axis.cuts if cut.param.endswith("table")] for axis in axes] == [
+        [Cut("blocks.0.attn.table", 1, 1, 0, "attn.table")],
+        [],
+    ]
+    for wrong in (replace(SEPARATE, extra=(("attn.table", 0),)), replace(SEPARATE, extra=(("attn.table", 2),))):
+        with pytest.raises(LookupError, match=r"blocks\.0\.attn\.table of shape \(5, 4\) has no entries for each of 4 heads"):
+            find_axes(Adapter((wrong,), (), ()), stack({"blocks.0": 4}))
+
+
+def test_heads_that_all_blocks_share_are_one_axis_and_the_mask_is_each_blocks_own():
+    adapter = Adapter((replace(SEPARATE, shared=True, block="**blocks.*"),), (), ())
+    model = stack({"a.blocks.0": 4, "a.blocks.1": 4, "b.blocks.0": 3})
+    axes = find_axes(adapter, model)
+    assert [(axis.name, axis.size, len(axis.cuts)) for axis in axes] == [("a.blocks.heads", 4, 14), ("b.blocks.heads", 3, 7)]
+    assert [axis.name for axis in mask_axes(axes)] == ["a.blocks.heads/0", "a.blocks.heads/1", "b.blocks.heads/0"]
+    for path in ("a.blocks.0", "a.blocks.1", "b.blocks.0"):
+        count_on(model, f"{path}.attn", num_heads=9)
+    resize(adapter, model, {"a.blocks.heads": 2})
+    assert [model.get_submodule(f"{path}.attn").num_heads for path in ("a.blocks.0", "a.blocks.1", "b.blocks.0")] == [2, 2, 9]
+    with pytest.raises(LookupError, match=r"blocks\.heads: blocks that share their heads have 4 of them, and 3"):
+        find_axes(adapter, stack({"blocks.0": 4, "blocks.1": 3}))
+
+
+def test_blocks_of_stages_are_numbered_through():
+    adapter = Adapter((replace(SEPARATE, block="stages.*.blocks.*"),), (), ())
+    axes = find_axes(adapter, stack({"stages.0.blocks.0": 2, "stages.0.blocks.1": 2, "stages.1.blocks.0": 4}))
+    assert [(axis.name, axis.layer) for axis in axes] == [
+        ("stages.0.blocks.0.heads", 0),
+        ("stages.0.blocks.1.heads", 1),
+        ("stages.1.blocks.0.heads", 2),
+    ]
+
+
+class Subclass(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).relu()
+
+
+def test_what_is_a_linear_layer_in_all_but_its_name_only_is_none():
+    attention = nn.MultiheadAttention(8, 2)
+    assert is_linear(nn.Linear(2, 2))
+    assert not is_linear(attention.out_proj)  # whose weight the attention reads by itself
+    assert not is_linear(Subclass(2, 2))
+    assert not is_linear(nn.Conv2d(2, 2, 1))
 
 
 @pytest.mark.parametrize(("form", "kind"), [(Heads, "heads"), (Neurons, "neurons")])
@@ -193,7 +313,7 @@ def test_a_block_that_is_named_without_a_number_is_layer_0() -> None:
 def test_an_axis_that_no_block_holds_is_named_with_what_it_cuts() -> None:
     model = tree({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
     cuts = tuple(Cut(f"{name}.weight", 0) for name in "abc")
-    with pytest.raises(LookupError, match=r"holds all that it cuts \(a\.weight, b\.weight and 1 more\)$"):
+    with pytest.raises(LookupError, match=r"holds what it cuts \(a\.weight, b\.weight and 1 more\)$"):
         block_paths(model, [Axis("units", "units", 0, 4, cuts)])
-    with pytest.raises(LookupError, match=r"holds all that it cuts \(a\.weight, b\.weight\)$"):
+    with pytest.raises(LookupError, match=r"holds what it cuts \(a\.weight, b\.weight\)$"):
         block_paths(model, [Axis("units", "units", 0, 4, cuts[:2])])

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from recap_cli import registry
 from recap_cli.core.adapter import find_axes
-from recap_cli.core.axes import Axis, Cut, refine
+from recap_cli.core.axes import Axis, Cut, mask_axes
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.importance import averaged, group_scores
 from recap_cli.errors import PluginError
 from recap_cli.models import build
-from tests.pico import LABELS, PICO, pico
+from tests.pico import LABELS, PICO, logits_for, pico
 
 BATCHES = 3
 
@@ -29,7 +29,7 @@ def prepared(name: str) -> tuple[nn.Module, list[Axis], list[tuple[dict[str, Ten
 
 
 def losses_of(model: nn.Module, spec: build.ModelSpec, data: list[tuple[dict[str, Tensor], Tensor]]):  # type: ignore[no-untyped-def]
-    forward = build.forward(spec)
+    forward = logits_for(spec)
     total = sum(len(labels) for _, labels in data)
 
     def losses(each: bool) -> Iterator[tuple[Tensor, float]]:
@@ -44,7 +44,7 @@ def losses_of(model: nn.Module, spec: build.ModelSpec, data: list[tuple[dict[str
 
 def naive_gradients(model: nn.Module, spec: build.ModelSpec, data: list[tuple[dict[str, Tensor], Tensor]]) -> dict[str, Tensor]:
     """The mean derivative over all examples, from one loss over all of them, example by example."""
-    forward = build.forward(spec)
+    forward = logits_for(spec)
     model.zero_grad()
     total = sum(len(labels) for _, labels in data)
     for inputs, labels in data:
@@ -76,7 +76,7 @@ def naive_scores(model: nn.Module, axes: list[Axis], grads: dict[str, Tensor], *
 @pytest.mark.parametrize("equation", ["1", "4"])
 def test_importance_is_that_of_a_naive_double_loop(name: str, equation: str) -> None:
     model, axes, data, spec = prepared(name)
-    axes = axes if equation == "1" else [refine(axis) for axis in axes]
+    axes = axes if equation == "1" else mask_axes(axes)
     criterion = registry.load("criteria", "taylor" if equation == "1" else "fisher")
     assert isinstance(criterion, Criterion)
     expected = naive_scores(model, axes, naive_gradients(model, spec, data), taylor=equation == "1")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recap_cli.core.axes import Axis, Cut
-from recap_cli.core.ranking import Limits, Scope, ranked_together, select
+from recap_cli.core.ranking import Limits, RankBy, Scope, ranked_together, select
 from recap_cli.errors import SelectionError
 
 
@@ -135,6 +135,40 @@ def test_heads_of_64_rows_are_multiples_of_8_already() -> None:
     a = axis("h", 12, "heads", 64)
     kept = select([a], rising(a), {"h": 1}, limits=Limits(round_to=8), original={"h": 12}, keep_share=5 / 12)
     assert int(kept["h"].sum()) == 5
+
+
+def test_every_matrix_of_a_unit_has_a_multiple_and_a_table_of_one_column_need_not() -> None:
+    cuts = (Cut("q.weight", 0, 8), Cut("k.weight", 0, 4), Cut("table", 1, 1))
+    a = Axis("a", "heads", 0, 6, cuts)
+    kept = select([a], rising(a), {"a": 1}, limits=Limits(round_to=8), original={"a": 6}, keep_share=0.5)
+    assert int(kept["a"].sum()) == 4  # 3 are wanted, and 2 of 4 rows each are a multiple of the keys
+    with pytest.raises(SelectionError, match="round_to is 32, but a has only 24 rows"):
+        select([a], rising(a), {"a": 1}, limits=Limits(round_to=32), original={"a": 6}, keep_share=0.5)
+
+
+UNEQUAL = {"small": 10, "large": 40}  # parameters of a unit in a narrow and in a wide stage
+
+
+@pytest.mark.parametrize(
+    ("rank_by", "kept"),
+    [("sum", {"small": 1, "large": 4}), ("parameter", {"small": 4, "large": 3}), ("layer", {"small": 2, "large": 3}),
+     ("size", {"small": 3, "large": 3})],
+)  # fmt: skip
+def test_groups_of_different_size_compete_as_the_rule_says(rank_by: RankBy, kept: dict[str, int]) -> None:
+    axes = [axis("small", 4), axis("large", 5)]
+    scores = {"small": torch.tensor([12.0, 13, 19, 53]), "large": torch.tensor([9.0, 28, 38, 83, 89])}
+    found = select(axes, scores, UNEQUAL, limits=Limits(rank_by=rank_by, least=0), original=sizes(axes), keep_share=160 / 240)
+    assert {name: int(chosen.sum()) for name, chosen in found.items()} == kept
+
+
+@pytest.mark.parametrize("rank_by", ["parameter", "sum"])
+def test_groups_of_one_size_are_ranked_by_their_sums_to_the_last_bit(rank_by: RankBy) -> None:
+    close = 1.75 + torch.arange(4) * 2**-23  # which a division by three would make equal
+    assert len((close / 3).unique()) < 4
+    axes = [axis("a", 4), axis("b", 4)]
+    scores = {"a": close.flip(0), "b": close - 0.5}
+    found = select(axes, scores, {"a": 3, "b": 3}, limits=Limits(rank_by=rank_by), original=sizes(axes), keep_share=0.25)
+    assert found["a"].tolist() == [True, False, False, False]
 
 
 def test_an_importance_that_is_not_a_number_is_refused() -> None:

@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recap_cli import registry
-from recap_cli.core.adapter import block_paths, find_axes
+from recap_cli.core.adapter import find_axes
 from recap_cli.core.axes import Axis, Cut
+from recap_cli.core.blocks import block_paths
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.importance import group_scores
 from recap_cli.core.streaming import streamed
@@ -21,7 +22,7 @@ from recap_cli.errors import ModelError
 from recap_cli.models import build
 from tests.core.test_importance import losses_of, prepared
 from tests.decoders import ADAPTERS, decoder
-from tests.pico import LABELS, PICO
+from tests.pico import LABELS, PICO, logits_for
 
 
 class Block(nn.Module):
@@ -77,7 +78,7 @@ def assert_as_before(model: nn.Module, before: dict[str, tuple[int, int, str, Te
 @pytest.mark.parametrize("name", sorted(PICO))
 def test_scores_and_logits_are_those_of_the_plain_model_and_nothing_is_left_behind(name: str) -> None:
     model, axes, data, spec = prepared(name)
-    blocks, forward, before = block_paths(model, axes), build.forward(spec), state_of(model)
+    blocks, forward, before = block_paths(model, axes), logits_for(spec), state_of(model)
     assert len(blocks) == 2
     for criterion in (registry.load("criteria", "taylor"), registry.load("criteria", "fisher")):
         assert isinstance(criterion, Criterion)
@@ -190,7 +191,7 @@ def test_weights_go_to_another_device_and_their_gradients_come_back(name: str) -
         inputs = {key: mode.from_tensor(tensor).to(THERE) for key, tensor in data[0][0].items()}
         with streamed(model, blocks, THERE):
             for _ in range(2):  # the second is added to the first
-                logits = build.forward(spec)(model, inputs)
+                logits = logits_for(spec)(model, inputs)
                 logits.sum().backward()
     assert logits.device.type == THERE
     trained = {key: param for key, param in model.named_parameters() if param.grad is not None}
@@ -437,7 +438,15 @@ def test_the_smallest_entry_that_holds_every_cut_of_an_axis_is_its_block() -> No
     assert block_paths(model, [axis_of("an expert", "experts.a.weight")]) == ["experts.a"]
 
 
-@pytest.mark.parametrize("params", [("head.weight",), ("blocks.0.first.weight", "blocks.1.second.bias")])
+def test_the_blocks_of_an_axis_of_several_blocks_are_those_of_its_cuts() -> None:
+    axes = [
+        axis_of("blocks.0.neurons", "blocks.0.first.weight"),
+        axis_of("mine", "blocks.1.second.bias", "blocks.0.first.bias"),
+    ]
+    assert block_paths(toy(), axes) == ["blocks.0", "blocks.1"]
+
+
+@pytest.mark.parametrize("params", [("head.weight",), ("head.weight", "blocks.1.second.bias")])
 def test_an_axis_that_no_entry_holds_is_an_error_and_never_the_whole_model(params: tuple[str, ...]) -> None:
     with pytest.raises(LookupError, match=rf"the axis 'mine' is no module's.*{params[0]}"):
         block_paths(toy(), [axis_of("blocks.0.heads", "blocks.0.first.weight"), axis_of("mine", *params)])

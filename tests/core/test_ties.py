@@ -14,7 +14,8 @@ from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import IndexMap, cut_model, indices, put, take
 from recap_cli.core.ties import Once, names_of
 from recap_cli.machine.accounting import storage_bytes
-from recap_cli.trainable.build import Trainable, make_partial, tied_otherwise
+from recap_cli.plugins.tasks.classification import TEXT_CLASSIFICATION
+from recap_cli.trainable.build import Trainable, make_partial, whole_parameters
 from recap_cli.trainable.frozen_weights import QuantizedEmbedding
 from recap_cli.trainable.linear import PartialLinear
 from recap_cli.trainable.optim import Optimizer, adamw, sgd
@@ -109,7 +110,7 @@ def stepped(index_map: IndexMap, rule: Any, *, fused: bool = False, **forms: Any
     optimizer = Optimizer(trainables, rule)
     assert sum(len(moments) for moments in optimizer.moments.values()) == len(rule.idle_decay) * len(trainables)
     call = lambda batch: model(batch["ids"])  # noqa: E731
-    train(call, loss, optimizer, batches(), steps=Steps(rate=lambda _: 0.05, fused_backward=fused))
+    train(call, TEXT_CLASSIFICATION, optimizer, batches(), steps=Steps(rate=lambda _: 0.05, fused_backward=fused))
     return trainables
 
 
@@ -201,13 +202,17 @@ def test_what_not_all_of_its_layers_can_read_as_codes_is_held_dense_in_all(order
 
 
 @pytest.mark.parametrize("other", ["table", "layer", "transposed"])
-def test_a_part_of_what_other_layers_read_otherwise_is_refused(other: str) -> None:
+def test_of_what_other_layers_read_otherwise_no_part_is_trainable(other: str) -> None:
     layer, transposed = nn.Linear(4, 4), Conv1D(4, 4)
     table = nn.Embedding(4, 4)
     held: dict[str, Any] = {"table": table, "layer": Other(layer.weight), "transposed": transposed}
     held[other].weight = layer.weight
     model = nn.Sequential(layer, held[other])
-    assert tied_otherwise(model, ["0.weight", "0.bias"]) == ["0.weight and 1.weight"]
+    axes = [Axis("rows", "neurons", 0, 4, (Cut("0.weight", 0), Cut("0.bias", 0)))]
+    assert whole_parameters(model, axes) == ["0.weight", "0.bias"]  # the bias is trainable with its rows only
+    held[other].weight = nn.Parameter(torch.zeros(4, 4))
+    assert whole_parameters(model, axes) == []
+    held[other].weight = layer.weight
     with pytest.raises(TypeError, match="would"):
         make_partial(
             model,

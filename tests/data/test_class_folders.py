@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from recap_cli.data.sources import Raw, read_splits
+from recap_cli.data.sources import Raw
 from recap_cli.errors import DataError
 from recap_cli.recipe import recipe as recipes
+from tests.reading import read_splits
 from tests.tiny import data_folder, tiny
 
 

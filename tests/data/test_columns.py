@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from recap_cli.data.sources import Raw, read_splits
+from recap_cli.data.sources import Raw
 from recap_cli.errors import DataError
 from recap_cli.recipe import recipe as recipes
+from tests.reading import read_splits
 
 NAMES = {"text": "sentence", "label": "stars"}
 

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from recap_cli.data.sources import Raw, read_splits
+from recap_cli.data.sources import Raw
 from recap_cli.errors import DataError
+from tests.reading import read_splits
 
 
 @pytest.fixture

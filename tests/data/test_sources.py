@@ -14,8 +14,9 @@ from PIL import Image
 from pyarrow import parquet
 from sklearn.datasets import load_digits
 
-from recap_cli.data.sources import Raw, hold_out, read_splits
+from recap_cli.data.sources import Raw, hold_out
 from recap_cli.errors import DataError
+from tests.reading import read_splits
 
 SHARED = Path(os.environ.get("RECAP_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 needs_shared = pytest.mark.skipif(
@@ -172,7 +173,7 @@ def test_a_hint_with_a_column_is_for_a_shell(tmp_path: Path) -> None:
 
 def test_a_folder_is_no_text(tmp_path: Path) -> None:
     message, hint = fails(write_folder(tmp_path / "set", {"dog": 1, "cat": 1}))
-    assert message == f"task.kind is text-classification, but the folder {tmp_path / 'set'} holds images"
+    assert message == f"the task reads texts, but the folder {tmp_path / 'set'} holds images"
     assert hint == "--set task.kind=image-classification, or name a file of texts with --set data.train=FILE"
     (tmp_path / "none").mkdir()
     assert fails(tmp_path / "none")[0] == f"{tmp_path / 'none'} is a folder, but texts are read from a file"

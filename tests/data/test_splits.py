@@ -16,9 +16,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from recap_cli.data.sampling import batches
-from recap_cli.data.sources import read_splits
 from recap_cli.data.splits import ImageInputs, TextInputs, make_split
 from recap_cli.errors import DataError, ModelError
+from tests.reading import read_splits
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "sat", "ran", "the"]
 GREY = ImageInputs(size=(4, 6), channels=1, mean=(0.5,), std=(0.25,))

@@ -25,6 +25,9 @@ SAMPLE = "tests/data/test_sampling.py::test_a_sample_repeats_nothing"
 SEEDS = "tests/data/test_sampling.py::test_seeds_are_the_same_everywhere_and_differ_by_each_argument"
 NAIVE = "tests/core/test_importance.py::test_importance_is_that_of_a_naive_double_loop"
 RISES = "tests/rounds/test_plans.py::test_no_round_of_the_ramp_holds_more_than_the_last[1.0-0.333-0.5]"
+WORDS = "tests/training/test_loop.py::test_the_gradient_of_micro_batches_is_that_of_the_whole_batch[1-words]"
+SHARES = "tests/rounds/test_importance.py::test_the_shares_of_d_s_are_those_of_what_the_task_counts"
+EVALUATED = "tests/training/test_evaluation.py::test_the_loss_is_the_mean_over_all_words_however_they_are_batched"
 GLOBAL = f"{SETTINGS}test_scopes_floors_and_criteria_choose_what_the_reference_chooses[global-bert]"
 
 
@@ -117,8 +120,8 @@ FAULTS = (
     Fault(
         "the ranking is by importance, not by importance per parameter",
         "recap_cli/core/ranking.py",
-        'per_param = limits.scope == "global"',
-        "per_param = False",
+        'by_parameter = limits.scope == "global" or (',
+        "by_parameter = False and (",
         ("tests/core/test_ranking.py::test_global_ranks_by_importance_per_parameter",),
     ),
     Fault(
@@ -152,8 +155,8 @@ FAULTS = (
     Fault(
         "the mask is chosen in the scope of pruning",
         "recap_cli/rounds/masking.py",
-        "scope, random = recipe.mask.scope, recipe.mask.random",
-        "scope, random = recipe.prune.scope, recipe.mask.random",
+        "Limits(scope=recipe.mask.scope,",
+        "Limits(scope=recipe.prune.scope,",
         (CHOSEN,),
     ),
     Fault(
@@ -222,8 +225,8 @@ FAULTS = (
     Fault(
         "finetuning is judged on the training examples",
         "recap_cli/rounds/training_round.py",
-        "validation, context.task, how",
-        "context.splits(track)[0], context.task, how",
+        "validation, context.objective, how",
+        "context.splits(track)[0], context.objective, how",
         (ADAMW,),
     ),
     Fault(
@@ -243,9 +246,30 @@ FAULTS = (
     Fault(
         "a last, shorter micro-batch counts as much as a whole one",
         "recap_cli/training/loop.py",
-        'share = len(part["labels"]) / count',
-        "share = min(size, count) / count",
+        "share = count / (max(",
+        "share = min(size, counted) / (max(",
         (SGD,),
+    ),
+    Fault(
+        "a micro-batch weighs by its examples, whatever the task counts",
+        "recap_cli/training/loop.py",
+        "(mean * share).backward()",
+        '(mean * len(part["labels"]) / examples).backward()',
+        (WORDS,),
+    ),
+    Fault(
+        "a batch of D_s weighs by its examples, whatever the task counts",
+        "recap_cli/rounds/importance.py",
+        "yield mean, float(count) / max(whole, 1.0)",
+        'yield mean, len(batch["labels"]) / len(sample.indices)',
+        (SHARES,),
+    ),
+    Fault(
+        "an evaluation is the mean over its batches",
+        "recap_cli/training/evaluation.py",
+        "total + float(mean) * float(count), counted + float(count)",
+        "total + float(mean), counted + 1.0",
+        (EVALUATED,),
     ),
     Fault(
         "biases and norms decay too",
@@ -288,6 +312,20 @@ FAULTS = (
         "chosen if kept is None else kept[chosen]",
         "chosen",
         (ADAMW,),
+    ),
+    Fault(
+        "cuts of every width share the units of the mask",
+        "recap_cli/core/axes.py",
+        '("" if cut.width == default_width else f"{cut.width}-wide")',
+        '""',
+        ("tests/core/test_axes.py::test_cuts_of_another_width_or_word_have_units_of_their_own",),
+    ),
+    Fault(
+        "what is trained or frozen whole has units of the mask too",
+        "recap_cli/core/axes.py",
+        "[cut for cut in axis.cuts if cut.param not in whole]",
+        "list(axis.cuts)",
+        ("tests/core/test_axes.py::test_what_is_whole_has_no_units",),
     ),
     Fault(
         "what a prune step removed does not move later offsets up",

@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category
 
+from recap_cli import registry
+from recap_cli.tasks.calls import task_named
+
 DOCS = Path(__file__).parents[2] / "docs" / "reference"
 OPEN = ("options", "model.config")  # sections whose keys are someone else's
 SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 MARKS = {
     "memory_budget": re.compile(r"\d+(\.\d+)? ?([KMGT]i?)?B"),
     "device": re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?"),
+    "kind": re.compile("|".join(registry.names("tasks"))),
+    "metric": re.compile("|".join({m.name for kind in registry.names("tasks") for m in task_named(kind).all_metrics})),
 }
+LISTED = " or a list of 2 or more, each "
 
 
 @cache
@@ -64,6 +70,10 @@ def _fits(key: str, told: str, value: Any) -> bool:  # noqa: PLR0911, PLR0912  (
         if value is None:
             return True
         told = told.removesuffix(" or null")
+    if LISTED in told:
+        alone, _, each = told.partition(LISTED)
+        listed = isinstance(value, list | tuple) and len(value) >= 2 and all(_fits(key, each, item) for item in value)
+        return listed or _fits(key, alone, value)
     if isinstance(value, str) and SCIENTIFIC.fullmatch(value):
         value = float(value)  # "`1e-4` is a number, with or without a dot"
         if told.startswith("a whole number") and math.isfinite(value) and value.is_integer():

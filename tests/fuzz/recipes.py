@@ -89,6 +89,8 @@ def _sane(draw: st.DrawFn) -> tuple[Any, ...]:
     told = documented.keys()[key]
     if told.startswith("one of "):
         return ("set", key, draw(st.sampled_from(told.removeprefix("one of ").removesuffix(" or null").split(", "))))
+    if told.startswith("text such as ") and key.startswith("task."):
+        return ("set", key, draw(st.sampled_from(told.removeprefix("text such as ").removesuffix(" or null").split(", "))))
     for start, values in SANE.items():
         if told.startswith(start):
             return ("set", key, draw(st.sampled_from(values)))

@@ -27,7 +27,7 @@ from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.trainable.frozen_weights import QuantizedMatrix
 from recap_cli.training.loop import Steps, train
-from tests.pico import LABELS, PICO, pico
+from tests.pico import LABELS, PICO, pico, source_for
 from tests.tiny import is_text, model_section, tiny
 
 HF = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 384}
@@ -151,7 +151,7 @@ def test_a_prediction_trains_nothing_and_takes_no_memory_for_weights() -> None:
     first = predict.predict(of_recipe, recipe, "recap")
     again = predict.predict(of_recipe, recipe, "recap")
     assert first.to_json() == again.to_json()
-    assert first.total == sum(param.numel() for param in build.skeleton(of_recipe.spec).parameters())
+    assert first.total == sum(param.numel() for param in build.on_meta(of_recipe.spec).parameters())
     assert first.trainable < first.weights < first.total
     assert all(tensor.is_meta for tensor in of_recipe.tensors.values())
 
@@ -194,7 +194,7 @@ def finetuning_step(step: Step, recipe: Recipe) -> None:
         "max_grad_norm": tune.max_grad_norm,
         "fused_backward": tune.fused_backward,
     }
-    train(step.forward, step.loss, step.optimizer, [step.batch], steps=Steps(rate=lambda _: 1e-6, **how))
+    train(step.forward, step.task, step.optimizer, [step.batch], steps=Steps(rate=lambda _: 1e-6, **how))
 
 
 def standing_bytes(step: Step) -> int:
@@ -363,7 +363,7 @@ def test_lora_has_adapters_of_rank_eight_on_query_and_value(name: str) -> None:
     assert sum(trainables[trainable].numel() for trainable in adapters) == 2 * 2 * 8 * (
         32 + 32
     )  # fused or apart, in each of two layers
-    assert weights == sum(param.numel() for param in build.skeleton(of_recipe.spec).parameters())
+    assert weights == sum(param.numel() for param in build.on_meta(of_recipe.spec).parameters())
 
 
 def test_a_fake_number_is_one_and_what_is_asked_for_is_true() -> None:
@@ -386,8 +386,8 @@ def test_texts_are_predicted_with_the_mask_that_padding_makes() -> None:
 def described(pico_name: str, **arguments: Any) -> ModelSpec:
     section = model_section(pico_name)
     kind = "text-classification" if is_text(pico_name) else "image-classification"
-    given = {"name": None, "config": section["config"], "task_kind": kind, "label_names": LABELS, **arguments}
-    return spec_from_config.of_recipe(library=section.get("library", "transformers"), **given)
+    given = {"kind": kind, "config": section["config"], "label_names": LABELS, **arguments}
+    return spec_from_config.spec_of(source_for(library=section.get("library", "transformers"), **given))
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -402,17 +402,12 @@ def facts(spec: ModelSpec) -> tuple[Any, ...]:
 def test_an_meta_model_is_that_of_the_model_that_would_be_made(name: str) -> None:
     spec = described(name)
     model, made = pico(name)
-    assert shapes(build.skeleton(spec)) == shapes(model)
+    assert shapes(build.on_meta(spec)) == shapes(model)
     assert facts(spec)[:5] == facts(made)[:5]
     section = model_section(name)
-    created = create.create_model(
-        library=section.get("library", "transformers"),
-        name=None,
-        config=section["config"],
-        task_kind=spec.task_kind,
-        label_names=LABELS,
-    )
-    assert shapes(build.skeleton(spec)) == shapes(created.model)
+    source = source_for(spec.task_kind, section.get("library", "transformers"), config=section["config"], label_names=LABELS)
+    created = create.create_model(source)
+    assert shapes(build.on_meta(spec)) == shapes(created.model)
     assert facts(spec) == facts(created.spec)
     assert {k: v for k, v in spec.config.items() if k != "architectures"} == {
         k: v for k, v in created.spec.config.items() if k != "architectures"
@@ -426,7 +421,7 @@ def test_a_folder_needs_no_weights_to_be_outlined(name: str, tmp_path: Path) -> 
         if content := build.describe(spec, None).get(file):
             (tmp_path / file).write_text(str(content))
     of_recipe = described(name, name=str(tmp_path), config=None)
-    assert shapes(build.skeleton(of_recipe)) == shapes(model)
+    assert shapes(build.on_meta(of_recipe)) == shapes(model)
     assert facts(of_recipe) == facts(spec)
     (tmp_path / "model.safetensors").write_bytes(random.Random(0).randbytes(100))  # would be an error, if it were read
     assert described(name, name=str(tmp_path), config=None) == of_recipe
@@ -436,14 +431,9 @@ def test_a_folder_needs_no_weights_to_be_outlined(name: str, tmp_path: Path) -> 
 def test_another_image_size_and_other_labels_are_outlined_as_they_are_created(name: str) -> None:
     given = {"image_size": 32, "label_names": ["a", "b", "c", "d"]}
     section, spec = model_section(name), described(name, **given)
-    created = create.create_model(
-        library=section.get("library", "transformers"),
-        name=None,
-        config=section["config"],
-        task_kind="image-classification",
-        **given,
-    )
-    assert shapes(build.skeleton(spec)) == shapes(created.model)
+    source = source_for("image-classification", section.get("library", "transformers"), config=section["config"], **given)
+    created = create.create_model(source)
+    assert shapes(build.on_meta(spec)) == shapes(created.model)
     assert facts(spec) == facts(created.spec)
     assert spec.image is not None
     assert (spec.image["size"], spec.num_labels) == (32, 4)
@@ -466,9 +456,9 @@ def test_without_labels_the_head_is_that_of_the_configuration() -> None:
         ("vit", {"config": {"model_type": "vit", "hidden_size": "wide"}}, "no configuration of a vit"),
         ("vit", {"config": {"model_type": "vit", "hidden_act": "gelo"}}, "hidden_act of this vit is 'gelo'"),
         ("vit", {"config": {"model_type": "vit", "image_size": [16, 32]}}, "not square ones"),
-        ("vit", {"task_kind": "text-classification"}, "no vit for text-classification"),
+        ("vit", {"kind": "text-classification"}, "no vit for text-classification"),
         ("vit", {"name": "/nowhere/model", "config": None}, "there is no folder /nowhere/model"),
-        ("timm-vit", {"task_kind": "text-classification"}, "timm has no models for text-classification"),
+        ("timm-vit", {"kind": "text-classification"}, "timm has no models for text-classification"),
         ("timm-vit", {"config": {}}, "names no timm architecture"),
         ("timm-vit", {"config": {"architecture": "vit_tny_patch16_224"}}, "no architecture 'vit_tny_patch16_224'"),
         ("timm-vit", {"config": {"architecture": "vit_tiny_patch16_224", "depht": 1}}, "depht"),

@@ -15,7 +15,6 @@ from recap_cli.memory import fake_step, meta_model, predict
 from recap_cli.memory.fake_step import Fakes, Step
 from recap_cli.memory.predict import Prediction
 from recap_cli.memory.tracker import KINDS, Kind, Usage
-from recap_cli.models import build
 from recap_cli.recipe import recipe as recipes
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.settings import recipe_of
@@ -26,8 +25,7 @@ from recap_cli.stages.mask import mask
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
-from recap_cli.tasks import task
-from tests.pico import LABELS
+from tests.pico import LABELS, logits_for
 from tests.tiny import tiny
 
 NEAR = 0.01
@@ -55,12 +53,13 @@ def step_of(state: State, settings: dict[str, Any]) -> Step:
     model = context.model(context.small("round-001", plan), counts(plan))
     small = SmallModel(model, context.layout, context.round_plans[0], plan, context.mask("round-001", plan))
     optimizer = make_trainer(context, 1, small, torch.device("cpu")).optimizer
-    call = build.forward(context.spec)
+    call = logits_for(context.spec)
     forward = in_dtype(lambda inputs: call(model, inputs), placement_of(tune).dtype)
     batch = next(
         iter(batches(context.splits(lambda items, *_: iter(items))[0], torch.arange(8), 8, device=torch.device("cpu")))
     )
-    return Step(model.train(), optimizer, forward, task.loss, batch, tune.micro_batch_size, tune.fused_backward, tune.offload)
+    task = context.objective.task
+    return Step(model.train(), optimizer, forward, task, batch, tune.micro_batch_size, tune.fused_backward, tune.offload)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ",".join(settings) or "plain")

@@ -12,10 +12,14 @@ from recap_cli.models import build, checkpoints, transformers_models, unexpected
 from recap_cli.models.build import ModelSpec
 from recap_cli.models.create import Created, create_model
 from recap_cli.models.pos_embed import resample
-from tests.pico import LABELS, PICO, WORDS, pico, write_tokenizer
+from tests.pico import LABELS, PICO, WORDS, logits_for, pico, source_for, write_tokenizer
 
-VISION = {"task_kind": "image-classification", "label_names": LABELS}
-TEXT = {"task_kind": "text-classification", "label_names": LABELS}
+VISION = {"kind": "image-classification", "label_names": LABELS}
+TEXT = {"kind": "text-classification", "label_names": LABELS}
+
+
+def made(**source) -> Created:
+    return create_model(source_for(**source))
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def saved(tmp_path):
 
 def logits(model, spec, batch=None):
     with torch.no_grad():
-        return build.forward(spec)(model, batch or build.example_batch(spec))
+        return logits_for(spec)(model, batch or build.example_batch(spec))
 
 
 @pytest.mark.parametrize("name", PICO)
@@ -73,7 +77,7 @@ def test_checkpointing_leaves_the_gradients_as_they_are(name):
         for module in model.train().modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        build.forward(spec)(model, build.example_batch(spec)).square().sum().backward()
+        logits_for(spec)(model, build.example_batch(spec)).square().sum().backward()
         gradients.append({name: param.grad for name, param in model.named_parameters()})
     for param, grad in gradients[0].items():
         torch.testing.assert_close(grad, gradients[1][param])
@@ -116,7 +120,7 @@ def test_forward_ignores_labels_and_inputs_that_the_model_has_not():
 
 def test_a_checkpoint_with_the_same_labels_keeps_its_head(saved):
     folder = saved("vit")
-    created = create_model(library="transformers", name=str(folder), config=None, **VISION)
+    created = made(library="transformers", name=str(folder), **VISION)
     model, spec = pico("vit")
     assert torch.equal(logits(created.model, created.spec), logits(model, spec))
     assert created.new == ()
@@ -129,7 +133,7 @@ def test_a_checkpoint_with_the_same_labels_keeps_its_head(saved):
 def test_a_head_for_the_same_labels_in_another_order_is_kept(saved, name):
     library, kind = ("timm" if name.startswith("timm") else "transformers"), (TEXT if name == "bert" else VISION)
     labels = ["Dog", "Newt", "cat"]
-    created = create_model(library=library, name=str(saved(name)), config=None, **{**kind, "label_names": labels})
+    created = made(library=library, name=str(saved(name)), **{**kind, "label_names": labels})
     model, spec = pico(name)
     assert created.new == ()
     assert created.notes == ("the head of the checkpoint is kept, its labels in the order of the data: Dog, Newt, cat",)
@@ -142,7 +146,7 @@ def test_a_head_for_the_same_labels_in_another_order_is_kept(saved, name):
 @pytest.mark.parametrize("name", ["vit", "timm-vit", "timm-vit-distilled"])
 def test_other_labels_get_a_new_head_and_only_that(saved, name, labels):
     library = "timm" if name.startswith("timm") else "transformers"
-    created = create_model(library=library, name=str(saved(name)), config=None, **{**VISION, "label_names": labels})
+    created = made(library=library, name=str(saved(name)), **{**VISION, "label_names": labels})
     old = build.tensors_of(pico(name)[0])
     new = build.tensors_of(created.model)
     assert set(created.new) == {
@@ -160,7 +164,7 @@ def test_a_bare_encoder_gets_a_head(saved, name):
     head = build.head_names(build.adapter_of(pico(name)[1]), pico(name)[0])
     tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if n not in head}
     save_file({n.split(".", 1)[1]: t for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    created = create_model(library="transformers", name=str(folder), config=None, **TEXT)
+    created = made(library="transformers", name=str(folder), **TEXT)
     assert sorted(created.new) == sorted(head)
     assert created.processor("w1 w2")["input_ids"] == [2, 6, 7, 3]
 
@@ -174,31 +178,31 @@ def test_a_text_model_from_a_configuration_borrows_a_tokenizer(tmp_path):
         "num_attention_heads": 4,
         "intermediate_size": 48,
     }
-    created = create_model(library="transformers", name=None, config={**config, "tokenizer": str(tmp_path)}, **TEXT)
+    created = made(library="transformers", config={**config, "tokenizer": str(tmp_path)}, **TEXT)
     assert "tokenizer" not in created.spec.config
     assert created.notes == ("random weights, from a configuration",)
     with pytest.raises(ModelError, match="no tokenizer") as caught:
-        create_model(library="transformers", name=None, config=config, **TEXT)
+        made(library="transformers", config=config, **TEXT)
     assert "--set model.config.tokenizer=DIR" in str(caught.value.hint)
     with pytest.raises(ModelError, match=f"has {len(WORDS)} tokens, but the model embeds 10"):
-        create_model(library="transformers", name=None, config={**config, "vocab_size": 10, "tokenizer": str(tmp_path)}, **TEXT)
+        made(library="transformers", config={**config, "vocab_size": 10, "tokenizer": str(tmp_path)}, **TEXT)
 
 
 def test_the_seed_decides_random_weights():
     config = {"architecture": "vit_tiny_patch16_224", **PICO["timm-vit"]().config["args"]}
-    made = []
+    models = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        made.append(create_model(library="timm", name=None, config=config, **VISION).model.head.weight)
-    assert torch.equal(made[0], made[1])
-    assert not torch.equal(made[0], made[2])
+        models.append(made(library="timm", config=config, **VISION).model.head.weight)
+    assert torch.equal(models[0], models[1])
+    assert not torch.equal(models[0], models[2])
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "dinov2"])
 @pytest.mark.parametrize("size", [8, 24, 40])
 def test_another_image_size_gives_what_interpolation_at_every_call_gives(saved, name, size):
     folder = saved(name)
-    created = create_model(library="transformers", name=str(folder), config=None, image_size=size, **VISION)
+    created = made(library="transformers", name=str(folder), image_size=size, **VISION)
     batch = build.example_batch(created.spec)
     assert batch["pixel_values"].shape[-1] == size
     whole, _ = pico(name)
@@ -214,7 +218,7 @@ def test_timm_is_given_the_image_size_as_it_likes_it(saved):
     import timm
 
     folder = saved("timm-vit")
-    created = create_model(library="timm", name=str(folder), config=None, image_size=24, **VISION)
+    created = made(library="timm", name=str(folder), image_size=24, **VISION)
     wanted = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=24).eval()
     assert torch.equal(logits(created.model, created.spec), logits(wanted, created.spec))
 
@@ -230,33 +234,29 @@ def test_positions_of_the_same_grid_are_the_same_tensor():
 
 def test_an_image_smaller_than_a_patch_is_refused(saved):
     with pytest.raises(ModelError, match="images of 4 pixels hold no patch of 8 × 8"):
-        create_model(library="transformers", name=str(saved("vit")), config=None, image_size=4, **VISION)
+        made(library="transformers", name=str(saved("vit")), image_size=4, **VISION)
 
 
 def test_the_preprocessing_of_a_checkpoint_is_taken_over(saved):
     folder = saved("vit")
     given = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(given))
-    image = create_model(library="transformers", name=str(folder), config=None, **VISION).spec.image
+    image = made(library="transformers", name=str(folder), **VISION).spec.image
     assert image == {"size": 16, "channels": 3, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bicubic"}
     assert json.loads(transformers_models.preprocessor_json(image))["resample"] == 3
     (folder / "preprocessor_config.json").unlink()
-    assert (
-        create_model(library="transformers", name=str(folder), config=None, **VISION)
-        .notes[-1]
-        .endswith("a mean and std of 0.5")
-    )
+    assert made(library="transformers", name=str(folder), **VISION).notes[-1].endswith("a mean and std of 0.5")
 
 
 def test_loading_says_nothing_by_itself(saved, capfd):
-    create_model(library="transformers", name=str(saved("vit")), config=None, **{**VISION, "label_names": ["a", "b"]})
-    create_model(library="timm", name=str(saved("timm-vit")), config=None, **{**VISION, "label_names": ["a", "b"]})
+    made(library="transformers", name=str(saved("vit")), **{**VISION, "label_names": ["a", "b"]})
+    made(library="timm", name=str(saved("timm-vit")), **{**VISION, "label_names": ["a", "b"]})
     assert capfd.readouterr() == ("", "")
 
 
 def refused(match: str, **arguments) -> ModelError:
     with pytest.raises(ModelError, match=match) as caught:
-        create_model(**{"library": "transformers", "config": None, **VISION, **arguments})
+        made(**{"library": "transformers", "config": None, **VISION, **arguments})
     return caught.value
 
 
@@ -323,22 +323,22 @@ def test_an_unknown_model_type_names_the_adapters_and_how_to_add_one(tmp_path):
 
 
 def test_configurations_with_mistakes_are_refused():
-    error = refused("no configuration key 'hiden_size'", name=None, config={"model_type": "vit", "hiden_size": 32})
+    error = refused("no configuration key 'hiden_size'", config={"model_type": "vit", "hiden_size": 32})
     assert error.hint == "did you mean hidden_size?"
-    refused("no configuration of a vit", name=None, config={"model_type": "vit", "hidden_size": "wide"})
-    refused("names no model_type", name=None, config={})
-    refused("exactly one of", name=None, config=None)
-    error = refused("hidden_act of this vit is 'gelo'", name=None, config={"model_type": "vit", "hidden_act": "gelo"})
+    refused("no configuration of a vit", config={"model_type": "vit", "hidden_size": "wide"})
+    refused("names no model_type", config={})
+    refused("exactly one of", config=None)
+    error = refused("hidden_act of this vit is 'gelo'", config={"model_type": "vit", "hidden_act": "gelo"})
     assert error.hint == "did you mean gelu?"
-    refused("weights of a vit are float32, not float16", name=None, config={"model_type": "vit", "torch_dtype": "float16"})
-    refused("dtype of this vit is 'nope'", name=None, config={"model_type": "vit", "dtype": "nope"})
-    refused("num_hidden_layers of this vit is 1,000,000", name=None, config={"model_type": "vit", "num_hidden_layers": 10**6})
-    refused("two labels at least", name=None, config={"model_type": "vit"}, label_names=["a"])
+    refused("weights of a vit are float32, not float16", config={"model_type": "vit", "torch_dtype": "float16"})
+    refused("dtype of this vit is 'nope'", config={"model_type": "vit", "dtype": "nope"})
+    refused("num_hidden_layers of this vit is 1,000,000", config={"model_type": "vit", "num_hidden_layers": 10**6})
+    refused("image-classification needs 2 labels at least", config={"model_type": "vit"}, label_names=["a"])
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "intermediate_size", "patch_size", "num_channels"])
 def test_a_size_of_nothing_is_named(key):
-    error = refused(f"{key} of this vit is 0; expected 1 or more", name=None, config={"model_type": "vit", key: 0})
+    error = refused(f"{key} of this vit is 0; expected 1 or more", config={"model_type": "vit", key: 0})
     assert (error.exit_code, error.hint) == (5, transformers_models.CONFIG_HINT)
 
 
@@ -350,9 +350,9 @@ def test_positions_are_those_that_the_model_runs_with(name, wanted):
     assert build.positions(spec) == wanted
     if wanted is not None:
         ids = torch.full((1, wanted), 7)
-        assert build.forward(spec)(model, {"input_ids": ids}).shape == (1, 3)
+        assert logits_for(spec)(model, {"input_ids": ids}).shape == (1, 3)
         with pytest.raises((IndexError, RuntimeError)):
-            build.forward(spec)(model, {"input_ids": torch.full((1, wanted + 1), 7)})
+            logits_for(spec)(model, {"input_ids": torch.full((1, wanted + 1), 7)})
 
 
 def test_a_model_for_another_task_is_refused(saved):
@@ -364,13 +364,11 @@ def test_a_model_for_another_task_is_refused(saved):
 def test_timm_architectures_with_mistakes_are_refused(saved):
     error = refused("no architecture 'vit_tny_patch16_224'", library="timm", name="vit_tny_patch16_224")
     assert "vit_tiny_patch16_224" in str(error.hint)
-    refused("depht", library="timm", name=None, config={"architecture": "vit_tiny_patch16_224", "depht": 1})
-    error = refused(
-        "timm cannot build", library="timm", name=None, config={"architecture": "vit_tiny_patch16_224", "num_heads": 0}
-    )
+    refused("depht", library="timm", config={"architecture": "vit_tiny_patch16_224", "depht": 1})
+    error = refused("timm cannot build", library="timm", config={"architecture": "vit_tiny_patch16_224", "num_heads": 0})
     assert "model.config" in str(error.hint)
     refused("names no timm architecture", library="timm", name=str(saved("vit")))
-    refused("'timm-resnet' is unknown", library="timm", name=None, config={"architecture": "resnet18"})
+    refused("'timm-resnet' is unknown", library="timm", config={"architecture": "resnet18"})
 
 
 def test_a_text_model_without_a_tokenizer_is_refused(saved):
@@ -402,7 +400,7 @@ def test_files_from_the_hub_are_read_as_a_folder(saved, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    created = create_model(library="transformers", name="org/vit", config=None, revision="v2", **VISION)
+    created = made(library="transformers", name="org/vit", revision="v2", **VISION)
     assert (asked["name"], asked["revision"], created.new) == ("org/vit", "v2", ())
     assert not any(pattern.endswith((".bin", "*")) for pattern in asked["allow_patterns"])
 
@@ -430,7 +428,7 @@ def labelled(folder: Path, names: list[str]) -> torch.Tensor:
 
 
 def created_for(folder: Path, labels: list[str]) -> Created:
-    return create_model(library="transformers", name=str(folder), config=None, **{**VISION, "label_names": labels})
+    return made(library="transformers", name=str(folder), **{**VISION, "label_names": labels})
 
 
 def test_the_labels_of_a_head_are_in_the_order_of_their_numbers_however_a_file_has_them(saved):

@@ -12,19 +12,20 @@ from safetensors.torch import save_file
 from recap_cli.errors import ModelError
 from recap_cli.models import build, timm_models, transformers_models
 from recap_cli.models.create import Created, create_model
-from tests.pico import LABELS, pico, write_tokenizer
+from tests.pico import LABELS, pico, source_for, write_tokenizer
 from tests.tiny import model_section
 
 
 def create(name: str, folder: Path | None = None, **changes: Any) -> Created:
     section = model_section(name)
-    return create_model(
-        library=section.get("library", "transformers"),
+    source = source_for(
+        "text-classification" if "bert" in name else "image-classification",
+        section.get("library", "transformers"),
         name=None if folder is None else str(folder),
         config={**section["config"], **changes} if folder is None else None,
-        task_kind="text-classification" if "bert" in name else "image-classification",
         label_names=LABELS,
     )
+    return create_model(source)
 
 
 def refusal(name: str, folder: Path | None = None, **changes: Any) -> str:

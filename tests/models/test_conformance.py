@@ -14,7 +14,7 @@ from recap_cli.models import build, conformance, create
 from recap_cli.plugins.adapters.bert import BERT
 from recap_cli.plugins.adapters.timm_vit import FUSED, TIMM_VIT
 from recap_cli.plugins.adapters.vit import DINOV2, VIT
-from tests.pico import PICO, pico
+from tests.pico import PICO, pico, source_for
 
 
 def ours() -> list[str]:
@@ -56,8 +56,7 @@ def test_a_random_plan_keeps_and_drops_of_every_axis():
 
 
 def made(library: str, **config: object) -> create.Created:
-    labels = ["a", "b"]
-    return create.create_model(library=library, name=None, config=config, task_kind="image-classification", label_names=labels)
+    return create.create_model(source_for("image-classification", library, config=config, label_names=["a", "b"]))
 
 
 TINY = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 2, "patch_size": 8}

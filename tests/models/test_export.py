@@ -16,7 +16,7 @@ from recap_cli.models import build, conformance, transformers_models
 from recap_cli.models import export as product
 from recap_cli.models.checkpoints import read_config
 from tests.decoders import decoder
-from tests.pico import PICO, pico, write_tokenizer
+from tests.pico import PICO, logits_for, pico, write_tokenizer
 
 HEADS_SAID_BY_STOCK = {"vit", "deit", "dinov2"}  # in today's layout they obey `head_dim`; the others ignore or refuse it
 NEURONS_NOT_SAID_BY_STOCK = {"dinov2-swiglu"}  # mlp_ratio is a whole number there
@@ -34,12 +34,14 @@ class Small:
         self.tensors = gather(full, indices(self.axes, self.plan, shapes_of(full)))
 
     def export(self, out, processor=None, **options):
-        return product.export(self.spec, processor, self.adapter, self.tensors, self.axes, self.plan, out, **options)
+        return product.export(
+            product.Product(self.spec, processor, self.adapter, self.tensors, self.axes, self.plan), out, **options
+        )
 
     def logits(self, model=None):
         model = model or build.assemble(self.spec, self.tensors, self.adapter, counts(self.plan))
         with torch.no_grad():
-            return build.forward(self.spec)(model, build.example_batch(self.spec))
+            return logits_for(self.spec)(model, build.example_batch(self.spec))
 
 
 def uniform(axes):

@@ -17,7 +17,7 @@ import recap_cli
 from recap_cli.errors import ModelError
 from recap_cli.models import build, conformance, create
 from tests.models.test_export import Small, uniform
-from tests.pico import LABELS, pico, write_tokenizer
+from tests.pico import LABELS, pico, source_for, write_tokenizer
 
 SECONDS = 120  # against a test that waits for ever; each takes below one
 DEEP = "[" * 100_000
@@ -92,7 +92,7 @@ def config(**given: Any) -> Change:
 def made(folder: Path, name: str) -> create.Created:
     kind = "text-classification" if name == "bert" else "image-classification"
     library = "timm" if name == "timm-vit" else "transformers"
-    created = create.create_model(library=library, name=str(folder), config=None, task_kind=kind, label_names=LABELS)  # type: ignore[arg-type]
+    created = create.create_model(source_for(kind, library, name=str(folder), label_names=LABELS))  # type: ignore[arg-type]
     conformance.check(created.model, build.adapter_of(created.spec), created.spec)
     return created
 
@@ -307,10 +307,14 @@ EXPORTS: list[tuple[str, Change, str]] = [
             ("model_type", "vit", "model_type"),
             ("num_labels", 10**9, "num_labels is 1000000000, for 3 label_names"),
             ("label_names", None, "label_names"),
-            ("task_kind", "x", "task_kind"),
+            ("task_kind", 5, "task_kind"),
+            ("auto_class", None, "auto_class is None"),
+            ("auto_class", "PreTrainedModel", "auto_class is 'PreTrainedModel'"),
             ("image", {}, "image"),
         )
     ],
+    ("stock", spec(image=None), "image is missing"),
+    ("timm", spec(image=None), "image is missing"),
     ("stock", spec(image__mean=["x", 0, 0]), "image has mean"),
     ("stock", spec(image__size=10**9), "image has size"),
     ("ragged", checksummed(text("spec.json", DEEP)), r"spec\.json cannot be read"),

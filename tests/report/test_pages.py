@@ -89,6 +89,7 @@ def sample() -> dict[str, Any]:
         "kind": "comparison",
         "recipe": "vit-cifar100",
         "metric": "accuracy",
+        "better": "more",
         "task": "image-classification",
         "created": "2026-11-24T21:04:11+00:00",
         "versions": {"recap": "0.1.0", "python": "3.11.7", "torch": "2.14.1"},

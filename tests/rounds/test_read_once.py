@@ -27,14 +27,14 @@ def test_the_meta_model_of_a_model_is_built_once_for_all_contexts_and_anew_for_a
 ) -> None:
     states = {name: init(tiny(name), tmp_path / name).path for name in ("vit", "deit")}
     built: list[str] = []
-    plain = build.skeleton
+    plain = build.on_meta
 
-    def skeleton(spec: build.ModelSpec) -> object:
+    def on_meta(spec: build.ModelSpec) -> object:
         built.append(spec.model_type)
         return plain(spec)
 
     monkeypatch.setattr(stored, "_SHAPES", {})
-    monkeypatch.setattr(build, "skeleton", skeleton)
+    monkeypatch.setattr(build, "on_meta", on_meta)
     for name in ("vit", "vit", "deit", "deit"):
         context = Context(State.open(states[name]))
         assert context.layout.shapes.items() <= context._shapes_by_name.shapes.items()

@@ -11,7 +11,10 @@ import torch
 from recap_cli.commands.comparison_tables import print_results
 from recap_cli.commands.tables import print_summary, say_stage
 from recap_cli.compare import cell, schema
-from recap_cli.data.splits import Split
+from recap_cli.core.task import Metric, Objective
+from recap_cli.data.split import Split
+from recap_cli.plugins.tasks.classification import constant as chance_of
+from recap_cli.plugins.tasks.classification import metrics_of
 from recap_cli.report.report import report
 from recap_cli.rounds import training_round
 from recap_cli.rounds.status import summary
@@ -20,9 +23,13 @@ from recap_cli.stages import eval as evaluation
 from recap_cli.stages.init import init
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
-from recap_cli.tasks.task import METRICS, Task
-from recap_cli.training.evaluation import Pass, chance, evaluate, score
+from recap_cli.tasks.calls import task_named
+from recap_cli.training.evaluation import Pass, evaluate
+from tests.pico import LABELS
 from tests.tiny import tiny
+
+TASK = task_named("text-classification")
+METRICS = [metric.name for metric in TASK.all_metrics]
 
 CELL: dict[str, Any] = {
     "method": "recap",
@@ -46,6 +53,11 @@ def ended(path: Path, monkeypatch: pytest.MonkeyPatch, warm: float, last: float,
     return run(tiny("vit", rounds=1, task={"metric": metric}), path)
 
 
+def chance(labels: torch.Tensor, count: int) -> dict[str, float]:
+    """What the task says of the best answer that is the same for every example."""
+    return chance_of(labels, [f"label {i}" for i in range(count)])
+
+
 def always(shares: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
     """A model that gives every example these probabilities."""
     return lambda batch: shares.float().clamp_min(1e-30).log().expand(len(batch["labels"]), -1)
@@ -66,7 +78,7 @@ def always(shares: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], torch.Te
 def test_chance_is_the_best_of_all_answers_that_are_the_same_for_every_example(labels: list[int], count: int) -> None:
     true = torch.tensor(labels)
     found = chance(true, count)
-    same = [score(torch.full_like(true, label), true, count) for label in range(count)]
+    same = [metrics_of(torch.full_like(true, label), true, count) for label in range(count)]
     for metric in ("accuracy", "f1", "matthews"):
         assert found[metric] == max(one[metric] for one in same), metric
     shares = torch.bincount(true, minlength=count) / len(true)
@@ -80,9 +92,11 @@ def test_a_model_of_one_answer_is_no_better_than_chance_whatever_the_number_of_e
         labels = (torch.arange(size) % 4).clamp(max=count - 1)
         best = int(torch.bincount(labels, minlength=count).argmax())
         level = chance(labels, count)
-        answers = score(torch.full_like(labels, best), labels, count)
+        answers = metrics_of(torch.full_like(labels, best), labels, count)
         silent += [
-            (size, name) for name, value in answers.items() if warning(name, value, warm_up=None, chance=level[name]) is None
+            (size, name)
+            for name, value in answers.items()
+            if warning(Metric(name), value, warm_up=None, chance=level[name]) is None
         ]
     assert silent == []
 
@@ -92,10 +106,9 @@ def test_a_model_of_one_answer_is_no_better_than_chance_whatever_the_number_of_e
 def test_an_evaluation_of_a_model_that_knows_the_shares_of_the_labels_alone_is_at_chance(metric: Any, size: int) -> None:
     labels = (torch.arange(size) % 5).clamp(max=2)
     split = Split("made", labels, lambda indices, _: {"inputs": indices})
-    found = evaluate(
-        always(torch.bincount(labels) / size), split, Task("text-classification", metric, 3), how=Pass(batch_size=7)
-    )
-    said = warning(metric, found[metric], warm_up=None, chance=chance(labels, 3)[metric])
+    objective = Objective(TASK, tuple(LABELS), TASK.metric(metric))
+    found = evaluate(always(torch.bincount(labels) / size), split, objective, how=Pass(batch_size=7))
+    said = warning(objective.metric, found[metric], warm_up=None, chance=chance(labels, 3)[metric])
     assert said is not None
     assert "is no better than chance" in said
 
@@ -104,8 +117,8 @@ def test_an_evaluation_of_a_model_that_knows_the_shares_of_the_labels_alone_is_a
 def test_a_run_whose_product_gives_one_answer_is_said_to_be_no_better_than_chance(
     metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def judge(_: Any, split: Split, task: Task, how: Pass) -> dict[str, float]:
-        return evaluate(always(torch.bincount(split.labels, minlength=3) / len(split)), split, task, how)
+    def judge(_: Any, split: Split, objective: Objective, how: Pass) -> dict[str, float]:
+        return evaluate(always(torch.bincount(split.targets, minlength=3) / len(split)), split, objective, how)
 
     monkeypatch.setattr(training_round, "evaluate", judge)
     recipe = tiny("vit", rounds=1, task={"metric": metric}, head={"warmup_epochs": 0}, finetune={"steps": 1})
@@ -144,7 +157,7 @@ def test_without_a_warm_up_nothing_is_measured_and_chance_is_known(tmp_path: Pat
 def test_a_product_is_measured_against_chance_and_against_the_warmed_up_head(
     metric: str, value: float, warm_up: float | None, level: float, said: str | None
 ) -> None:
-    found = warning(metric, value, warm_up=warm_up, chance=level)
+    found = warning(TASK.metric(metric), value, warm_up=warm_up, chance=level)
     assert (found is None) == (said is None)
     assert found is None or (f"{metric} {said}" in found and "--set finetune.lr=" in found)
 

@@ -7,6 +7,7 @@ mask is one boolean for each entry of each full tensor. What a state's `layout.j
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from math import ceil, cos, pi
 from typing import Any
@@ -21,21 +22,47 @@ Group = tuple[str, int]  # the name of an axis, and a unit of it; of the fine on
 
 @dataclass
 class Axes:
-    """The axes of a full model as `layout.json` has them, and index arithmetic on them."""
+    """The axes of a full model as `layout.json` has them, and index arithmetic on them.
+
+    `trained_whole` and `frozen_whole` are parameters that groups own entries of, and hidden dimensions do not.
+    """
 
     axes: list[dict[str, Any]]
     shapes: dict[str, tuple[int, ...]]
+    trained_whole: Sequence[str] = ()
+    frozen_whole: Sequence[str] = ()
 
-    def units(self, *, fine: bool = False) -> dict[str, int]:
-        return {a["name"]: a["size"] * (a["cuts"][0]["width"] if fine else 1) for a in self.axes}
+    def units(self) -> dict[str, int]:
+        return {a["name"]: a["size"] for a in self.axes}
+
+    @cached_property
+    def fine(self) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """The axes of the mask: name → the axis of pruning, and those of its cuts that share hidden dimensions.
+
+        By default cuts of the same width do; those of another width, and those with a word, are by themselves.
+        """
+        found: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+        for axis in self.axes:
+            in_part = [c for c in axis["cuts"] if c["param"] not in self.trained_whole and c["param"] not in self.frozen_whole]
+            usual = [c["width"] for c in in_part if c["couple"] == ""]
+            for cut in in_part:
+                name = axis["name"]
+                if cut["couple"] != "":
+                    name += "/" + cut["couple"]
+                elif cut["width"] != usual[0]:
+                    name += f"/{cut['width']}-wide"
+                found.setdefault(name, (axis, []))[1].append(cut)
+        return found
 
     def kind(self, name: str) -> str:
-        return next(str(a["kind"]) for a in self.axes if a["name"] == name)
+        return next(
+            str(a["kind"]) for a in [*self.axes, *(dict(a, name=n) for n, (a, _) in self.fine.items())] if a["name"] == name
+        )
 
     def stretches(self, group: Group, *, fine: bool = False) -> Iterator[tuple[str, int, int, int]]:
         """The parameter, dimension, first index and length of each stretch of entries that a group owns."""
         name, unit = group
-        for cut in next(a for a in self.axes if a["name"] == name)["cuts"]:
+        for cut in self.fine[name][1] if fine else next(a for a in self.axes if a["name"] == name)["cuts"]:
             width = 1 if fine else cut["width"]
             yield cut["param"], cut["dim"], cut["offset"] + unit * width, width
 
@@ -52,8 +79,8 @@ class Axes:
     def fine_of(self, group: Group) -> list[Group]:
         """The hidden dimensions of a head, or the neuron itself."""
         name, unit = group
-        width = next(a for a in self.axes if a["name"] == name)["cuts"][0]["width"]
-        return [(name, unit * width + i) for i in range(width)]
+        widths = {fine: cuts[0]["width"] for fine, (axis, cuts) in self.fine.items() if axis["name"] == name}
+        return [(fine, unit * width + i) for fine, width in widths.items() for i in range(width)]
 
 
 def everything(axes: Axes) -> list[Group]:
@@ -118,8 +145,7 @@ def importance(
     return total
 
 
-def ranked_together(axes: Axes, scope: str) -> list[list[str]]:
-    names = list(axes.units())
+def ranked_together(axes: Axes, scope: str, names: list[str]) -> list[list[str]]:
     if scope == "per-layer":
         return [[name] for name in names]
     if scope == "global":
@@ -139,14 +165,18 @@ def best_groups(
     least: int = 0,
     fine: bool = False,
 ) -> list[Group]:
-    """Of each pool the least important go, one by one, until what is left is nearest to a share of the `whole`'s parameters."""
+    """Of each pool the least important go, one by one, until what is left is nearest to a share of the `whole`'s parameters.
+
+    Importance counts per parameter, which changes nothing where all groups of a pool have as many.
+    """
     kept: list[Group] = []
-    for pool in ranked_together(axes, scope):
+    for pool in ranked_together(axes, scope, list(axes.fine) if fine else list(axes.units())):
         budget = share * sum(axes.params(g, fine=fine) for g in whole if g[0] in pool)
         of_each = Counter(name for name, _ in whole if name in pool)
         left = [g for g in scores if g[0] in pool]
         held, number = sum(axes.params(g, fine=fine) for g in left), Counter(name for name, _ in left)
-        rank = {g: scores[g] / (axes.params(g, fine=fine) if scope == "global" else 1) for g in left}
+        sizes = {g: axes.params(g, fine=fine) for g in left}
+        rank = {g: scores[g] / (sizes[g] if len(set(sizes.values())) > 1 else 1) for g in left}
         for group in sorted(left, key=lambda g: rank[g]):
             params = axes.params(group, fine=fine)
             if number[group[0]] <= max(least, ceil(floor * of_each[group[0]] - 1e-9)):
@@ -166,8 +196,10 @@ def trainable_entries(
     trains = {name: torch.full(tensor.shape, name not in frozen) for name, tensor in tensors.items()}
     for group in everything(axes):
         for param, dim, start, width in axes.stretches(group):
-            trains[param].narrow(dim, start, width).fill_(False)
-    assert {name for group in chosen for name in group[:1]} <= {name for name, _ in alive}
+            trains[param].narrow(dim, start, width).fill_(group in alive and param in axes.trained_whole)
+    for param in axes.frozen_whole:
+        trains[param].fill_(False)
+    assert {axes.fine[name][0]["name"] for name, _ in chosen} <= {name for name, _ in alive}
     for group in chosen:
         for param, dim, start, width in axes.stretches(group, fine=True):
             trains[param].narrow(dim, start, width).fill_(True)

@@ -50,7 +50,7 @@ def test_streamed_stages_choose_the_same_plan_and_mask(name: str, tmp_path: Path
         entered.append(blocks_of(model, axes, adapter))
         return streamed(model, entered[-1], device)
 
-    for module in ("rounds.warm_up", "rounds.importance", "stages.eval"):
+    for module in ("rounds.warm_up", "rounds.importance", "rounds.scoring"):
         monkeypatch.setattr(f"recap_cli.{module}.on_device", on_cpu)
     found = decided(init(recipe(name), tmp_path / "streamed"))
     assert [len(blocks) for blocks in entered] == [2] * 5  # warm-up, two gradual steps, mask, eval

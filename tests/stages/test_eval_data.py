@@ -20,7 +20,8 @@ from recap_cli.cli import main
 from recap_cli.data import prediction_files
 from recap_cli.errors import CorruptStateError, DataError, RecapError, StorageError, UsageError
 from recap_cli.rounds.run_context import Context
-from recap_cli.stages.eval import OtherData, PredictionFile, evaluate
+from recap_cli.rounds.scoring import OtherData, PredictionFile
+from recap_cli.stages.eval import evaluate
 from recap_cli.stages.init import init
 from recap_cli.stages.run import run
 from recap_cli.state.store import State

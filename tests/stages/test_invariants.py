@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from recap_cli import registry
-from recap_cli.core.axes import chosen_params, counts, prunable_params, refine, shapes_of, shrink, unit_params
+from recap_cli.core.axes import chosen_params, counts, mask_axes, prunable_params, shapes_of, shrink, unit_params
 from recap_cli.core.surgery import compose_index_maps, gather, indices, scatter, take
 from recap_cli.data.sampling import batches, order, seed_for
-from recap_cli.models import build
 from recap_cli.rounds import training_round
 from recap_cli.rounds.record import MASK, MOMENTS, SMALL, TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
@@ -28,13 +27,19 @@ from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
-from recap_cli.tasks import task
+from recap_cli.tasks.losses import mean_loss
 from recap_cli.trainable.build import bring_forward, make_partial
 from recap_cli.trainable.moments import COUNT
-from tests.pico import PICO
+from tests.pico import PICO, logits_for
+from tests.strange import STRANGE, register
 from tests.tiny import tiny
 
 STEPWISE = {"prune": prune, "mask": mask, "finetune": finetune, "merge": merge}
+
+
+@pytest.fixture(autouse=True)
+def _strangers(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def rounds_of(name: str) -> Rounds:
     return Rounds(root)
 
 
-@pytest.fixture(params=sorted(PICO))
+@pytest.fixture(params=[*sorted(PICO), *STRANGE])
 def rounds(request: pytest.FixtureRequest) -> Rounds:
     return rounds_of(request.param)
 
@@ -90,12 +95,11 @@ def test_i2_compact_gradients_are_the_dense_gradients_at_those_entries(rounds: R
     split, _ = context.splits(lambda items, label, total=None: iter(items))
     (batch,) = batches(split, torch.arange(6), 6)
     dense, partial = (context.model({n: t.clone() for n, t in small.items()}, counts(plan)) for _ in range(2))
-    forward = build.forward(context.spec)
-    task.loss(forward(dense, batch), batch["labels"]).backward()
-    fine = [refine(axis) for axis in shrink(context.layout.axes, plan)]
-    there = bring_forward(partial, fine, chosen, index_map)
+    forward, task = logits_for(context.spec), context.objective.task
+    mean_loss(task, forward(dense, batch), batch)[0].backward()
+    there = bring_forward(partial, shrink(context.layout.axes, plan), chosen, index_map)
     trainables = make_partial(partial, there, frozen=lambda n: frozen_whole(context.layout, context.round_plans[0], n))
-    task.loss(forward(partial, batch), batch["labels"]).backward()
+    mean_loss(task, forward(partial, batch), batch)[0].backward()
     wanted = dict(dense.named_parameters())
     for trainable in trainables:
         if (grad := wanted[trainable.name].grad) is not None:
@@ -169,7 +173,7 @@ def test_i9_what_is_pruned_and_what_trains_is_within_one_group_of_the_budget(rou
     recipe, axes, shapes = context.recipe, context.layout.axes, shapes_of(context.full_tensors())
     folder = str(context.state.manifest.small)
     plan, chosen = context.plan(folder), chosen_in(context, folder)
-    small_axes = [refine(axis) for axis in shrink(axes, plan)]
+    small_axes = mask_axes(shrink(axes, plan), context.layout.whole)
     small_shapes = shapes_of(context.state.load_tensors(f"{folder}/{SMALL}"))
     for kind in ("heads", "neurons"):
         pool = [axis for axis in axes if axis.kind == kind]
@@ -209,7 +213,7 @@ def test_weights_held_are_the_small_model_and_the_scattered_entries_of_attention
     assert packed or neurons > 0  # these are views of the residents, and cost nothing
 
 
-@pytest.mark.parametrize("name", sorted(PICO))
+@pytest.mark.parametrize("name", [*sorted(PICO), *STRANGE])
 def test_i5_both_ratios_zero_in_one_round_is_plain_finetuning_to_the_bit(name: str, tmp_path: Path) -> None:
     recipe = tiny(
         name, rounds=1, prune={"ratio": 0.0}, mask={"ratio": 0.0, "train_embeddings": True}, finetune={"weight_decay": 0.1}
@@ -225,7 +229,7 @@ def test_i5_both_ratios_zero_in_one_round_is_plain_finetuning_to_the_bit(name: s
     optimizer = torch.optim.AdamW(groups, lr=0.0, foreach=False)
     split, _ = context.splits(lambda items, label, total=None: iter(items))
     steps = 5  # one epoch of 40 in batches of 8
-    forward = build.forward(context.spec)
+    forward = logits_for(context.spec)
     model.train()
     torch.manual_seed(seed_for(recipe.seed, 1, "finetune"))
     for step, batch in enumerate(batches(split, order(len(split), seed=recipe.seed, round=1, epoch=0), 8)):
@@ -246,7 +250,7 @@ def test_two_rounds_in_which_everything_trains_are_one_torch_optimizer(tmp_path:
     model = context.model({n: t.clone() for n, t in context.full_tensors().items()})
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=False, weight_decay=0.0)
     split, _ = context.splits(lambda items, label, total=None: iter(items))
-    forward = build.forward(context.spec)
+    forward = logits_for(context.spec)
     model.train()
     for round in (1, 2):
         torch.manual_seed(seed_for(context.recipe.seed, round, "finetune"))

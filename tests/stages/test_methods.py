@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recap_cli import registry
 from recap_cli.api import Method, RoundPlan, TrainerHook
@@ -70,7 +70,7 @@ def test_a_run_takes_the_steps_of_the_recipe_and_ends_in_a_product_that_scores_w
     assert context.round_plans[best["round"] - 1].product
     model = context.model(state.load_tensors(f"{best['folder']}/{WEIGHTS}"), counts(context.plan(best["folder"])))
     _, validation = context.splits(lambda items, label, total=None: iter(items))
-    scored = evaluate(forward_of(context.spec, model), validation, context.task, how=Pass(batch_size=64))
+    scored = evaluate(forward_of(context.spec, model), validation, context.objective, how=Pass(batch_size=64))
     assert scored["accuracy"] == pytest.approx(best["value"])
 
 
@@ -130,21 +130,26 @@ def test_the_rate_of_the_head_is_that_of_every_method(
         assert 0.0 < rest <= 1e-3 * 16 / width**0.5  # alpha · B A: B has moved by the rate, A began no larger than 1 / √width
 
 
+def whole(context: Context) -> nn.Module:
+    return context.model(context.full_tensors())
+
+
 @pytest.mark.parametrize("name", ["vit", "bert", "timm-vit", "timm-vit-packed-glu"])
 def test_lora_trains_its_targets_by_a_matrix_of_its_rank_and_the_head(name: str) -> None:
     context, start, end = before_and_after("lora-ft", name)
     trained = {n for n, tensor in start.items() if not torch.equal(tensor, end[n])}
-    wanted = {f"{path}.weight" for path in targets(context.layout.axes, ["query", "value"])}
+    wanted = {f"{path}.weight" for path in targets(whole(context), context.layout.axes, ["query", "value"])}
     assert trained == wanted | set(context.layout.head)
     for weight in wanted:
         assert 1 <= torch.linalg.matrix_rank(end[weight] - start[weight], atol=1e-6) <= 8
 
 
 def test_lora_puts_adapters_where_it_is_told() -> None:
-    axes = Context(State.open(run_of("full-ft"))).layout.axes
-    every = targets(axes, ["query", "key", "value", "output", "up", "down"])
+    context = Context(State.open(run_of("full-ft")))
+    model, axes = whole(context), context.layout.axes
+    every = targets(model, axes, ["query", "key", "value", "output", "up", "down"])
     assert len(every) == len(set(every)) == 2 * 6
-    assert set(targets(axes, ["down"])) == {path for path in every if path.endswith("fc2")}
+    assert set(targets(model, axes, ["down"])) == {path for path in every if path.endswith("fc2")}
 
 
 @pytest.mark.parametrize("method", PRUNING)

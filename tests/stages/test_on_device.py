@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from recap_cli.core.adapter import block_paths
 from recap_cli.core.axes import Axis, Cut
+from recap_cli.core.blocks import block_paths
 from recap_cli.core.streaming import streamed
 from recap_cli.errors import PluginError
 from recap_cli.memory import meta_model, predict
@@ -45,7 +45,7 @@ def test_streamed_stages_choose_the_same_plan_and_mask(name: str, tmp_path: Path
         entered.append(block_paths(model, axes))
         return streamed(model, entered[-1], device)
 
-    for module in ("rounds.warm_up", "rounds.importance", "stages.eval"):
+    for module in ("rounds.warm_up", "rounds.importance", "rounds.scoring"):
         monkeypatch.setattr(f"recap_cli.{module}.on_device", on_cpu)
     found = decided(init(tiny(name), tmp_path / "streamed"))
     assert [len(blocks) for blocks in entered] == [2] * 5  # warm-up, two gradual steps, mask, eval

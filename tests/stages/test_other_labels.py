@@ -11,7 +11,8 @@ from pyarrow import parquet
 
 from recap_cli.data import sources
 from recap_cli.errors import DataError
-from recap_cli.stages.eval import OtherData, PredictionFile, evaluate
+from recap_cli.rounds.scoring import OtherData, PredictionFile
+from recap_cli.stages.eval import evaluate
 from recap_cli.stages.init import init
 from recap_cli.state.store import State
 from tests.tiny import tiny

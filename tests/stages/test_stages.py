@@ -38,6 +38,7 @@ from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
+from tests.pico import logits_for
 from tests.tiny import tiny
 
 finetune = finetuning.finetune
@@ -426,7 +427,7 @@ def test_an_export_gives_the_logits_of_the_best_model(dense: bool, tmp_path: Pat
     loaded = recap_cli.load(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(
-            loaded(pixel_values=batch["pixel_values"]).logits, build.forward(context.spec)(model, batch), rtol=1e-4, atol=1e-5
+            loaded(pixel_values=batch["pixel_values"]).logits, logits_for(context.spec)(model, batch), rtol=1e-4, atol=1e-5
         )
     assert facts["form"] == ("dense" if dense else facts["form"])
 

@@ -14,7 +14,6 @@ from recap_cli.data.sampling import batches, order, seed_for
 from recap_cli.errors import PluginError
 from recap_cli.memory import fake_step, meta_model, predict
 from recap_cli.memory.fake_step import Fakes
-from recap_cli.models import build
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.record import MOMENTS, TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
@@ -25,7 +24,7 @@ from recap_cli.stages.mask import mask
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
 from tests.memory.test_fake_step import real
-from tests.pico import LABELS
+from tests.pico import LABELS, logits_for
 from tests.tiny import model_section, tiny
 
 TYPES, HEAD = "bert.embeddings.token_type_embeddings.weight", "classifier.weight"  # a table is the head's output layer, too
@@ -55,7 +54,7 @@ def test_i11_full_finetuning_of_a_tied_model_is_that_of_torch_to_the_bit(tmp_pat
     assert ties_of(model) == TIES
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=False, weight_decay=0.0)
     split, _ = context.splits(lambda items, label, total=None: iter(items))
-    forward = build.forward(context.spec)
+    forward = logits_for(context.spec)
     model.train()
     for round in (1, 2):
         torch.manual_seed(seed_for(context.recipe.seed, round, "finetune"))

@@ -25,11 +25,13 @@ from recap_cli.stages.prune import prune
 from recap_cli.state.store import State
 from tests.stages import naive
 from tests.stages.naive import Axes, Group
+from tests.strange import STRANGE
 from tests.tiny import VALIDATION, is_text, tiny
 
 STAGES = {"prune": prune, "mask": mask, "finetune": finetune, "merge": merge}
 NO_DROPOUT: dict[str, Any] = {
     "distilbert": {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
+    **{name: {} for name in STRANGE},
     "other": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 }
 
@@ -64,7 +66,9 @@ class Record:
 
     @property
     def axes(self) -> Axes:
-        return Axes(self.layout["axes"], {name: tuple(shape) for name, shape in self.layout["shapes"].items()})
+        layout = self.layout
+        shapes = {name: tuple(shape) for name, shape in layout["shapes"].items()}
+        return Axes(layout["axes"], shapes, layout["whole_trained"], layout["whole_frozen"])
 
     def model(self) -> nn.Module:
         """A full model of the run's architecture, with weights of no meaning."""
@@ -81,11 +85,13 @@ class Record:
 
     def mask(self, round: int) -> list[Group]:
         """The hidden dimensions that may move in a round, in the full model's numbers."""
-        alive = naive.by_axis(self.plan(round))
+        axes, alive = self.axes, naive.by_axis(self.plan(round))
         of_small = self.files[round, "mask"][f"round-{round:03d}/mask.safetensors"]
+        assert of_small.keys() == axes.fine.keys()
         found: list[Group] = []
         for name, chosen in of_small.items():
-            fine = [g for unit in alive[name] for g in self.axes.fine_of((name, unit))]
+            axis = axes.fine[name][0]["name"]
+            fine = [g for unit in alive[axis] for g in axes.fine_of((axis, unit)) if g[0] == name]
             found += [g for g, trains in zip(fine, chosen.tolist(), strict=True) if trains]
         return sorted(found)
 

@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from recap_cli.cli import main
+from recap_cli.core.method import RoundPlan
 from recap_cli.errors import CorruptStateError, ModelError
 from recap_cli.report.report import of_state
 from recap_cli.rounds.run_context import Context
@@ -151,6 +152,7 @@ def test_another_state_yaml_under_a_right_checksum_is_refused_or_works_and_not_o
     [
         (0, {"round_plans": []}, r"history\[0\]\.round_plans is"),
         (0, {"round_plans": None}, r"history\[0\]\.round_plans is"),
+        (0, {"round_plans": [{**RoundPlan().to_json(), "warp": 1}]}, r"history\[0\]\.round_plans\.0\.warp is"),
         (0, {"notes": [1]}, r"history\[0\]\.notes\.0 is"),
         (0, {"head_new": "yes"}, r"history\[0\]\.head_new is"),
         (0, {"label_places": "no"}, r"history\[0\]\.label_places is"),

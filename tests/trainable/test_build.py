@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recap_cli.core.axes import Axis, Cut, refine, shapes_of
+from recap_cli.core.axes import Axis, Cut, mask_axes, shapes_of
 from recap_cli.core.surgery import IndexMap, indices, put, take
 from recap_cli.models import build
 from recap_cli.rounds.layout import Layout
@@ -343,7 +343,7 @@ def test_masters_are_the_full_models_values_before_training(name: str, weights: 
     model, spec = pico(name)
     layout = Layout.of_model(build.adapter_of(spec), model)
     full = {n: p.detach().clone() for n, p in model.named_parameters()}
-    axes = [refine(axis) for axis in layout.axes]
+    axes = mask_axes(layout.axes)
     generator = torch.Generator().manual_seed(1)
     chosen = {axis.name: torch.rand(axis.size, generator=generator) < 0.3 for axis in axes}
     index_map = indices(axes, chosen, shapes_of(full))

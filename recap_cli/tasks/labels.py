@@ -1,4 +1,4 @@
-"""Labels as the numbers 0 … n − 1, whatever a file calls them.
+"""Labels of classes as the numbers 0 … n − 1, whatever a file calls them.
 
 Labels with the same key are the same label: 3, 3.0, "3" and "03", or "Yes", "yes" and " yes".
 """
@@ -6,9 +6,9 @@ Labels with the same key are the same label: 3, 3.0, "3" and "03", or "Yes", "ye
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from recap_cli.core.task import Labels
 from recap_cli.errors import DataError
 from recap_cli.untrusted.files import some
 
@@ -21,25 +21,9 @@ Spellings = Mapping[str, Counter[str]]  # by key: how often a label is written i
 
 WHOLE = re.compile(r"([0-9]{1,18})(\.0*)?")  # "3", "03" and "3.0"
 LARGEST_WHOLE = 2**53  # beyond it, floats do not hold every whole number
+SEEN = 2000  # rows that are read to distinguish labels from texts
 MANY = 100  # more labels than this must have two examples each on average, or the column holds no labels
 CHOOSE = "choose the column of the labels with --set data.label=NAME"
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The classes of the training data.
-
-    Attributes:
-        names: Their names in the order of their numbers.
-        from_dataset: True if the data set has the names: its whole numbers then are indices into them.
-        words: False if names are compared letter by letter; True if case and surrounding blanks do not count.
-        notes: What a user should know of them.
-    """
-
-    names: tuple[str, ...]
-    from_dataset: bool = False
-    words: bool = True
-    notes: tuple[str, ...] = ()
 
 
 def read_labels(column: "pa.ChunkedArray", names: Sequence[str] | None, place: str, *, words: bool = True) -> Labels:
@@ -78,7 +62,14 @@ def read_labels(column: "pa.ChunkedArray", names: Sequence[str] | None, place: s
     return found
 
 
-def label_numbers(column: "pa.ChunkedArray", labels: Labels, names: Sequence[str] | None, place: str) -> "pa.ChunkedArray":
+def label_numbers(
+    column: "pa.ChunkedArray",
+    labels: Labels,
+    names: Sequence[str] | None,
+    place: str,
+    *,
+    row_of: Callable[[int], int] = lambda index: index,
+) -> "pa.ChunkedArray":
     """Return the number of each label in `labels`, int64.
 
     Args:
@@ -87,6 +78,7 @@ def label_numbers(column: "pa.ChunkedArray", labels: Labels, names: Sequence[str
         names: The names that this data set has for its labels, if it has any. Its whole numbers then are indices into them.
             Without names they are indices or values, as in the training data.
         place: Where the column is, for messages.
+        row_of: The row, from 0, of a value of the column, where rows have several.
 
     Raises:
         DataError: A label is not one of the training data, or may be two of them. The message names the row.
@@ -98,14 +90,31 @@ def label_numbers(column: "pa.ChunkedArray", labels: Labels, names: Sequence[str
     values = pc.unique(plain)
     places = _places(values.to_pylist(), labels, names, place)
     numbers = pc.take(pa.array(places, pa.int64()), pc.index_in(plain, value_set=values))
-    if (row := pc.index(numbers.is_null(), True).as_py()) >= 0:
-        odd = plain[row].as_py()
+    if (index := pc.index(numbers.is_null(), True).as_py()) >= 0:
+        odd = plain[index].as_py()
         named = f" ({names[odd]!r})" if names and type(odd) is int and 0 <= odd < len(names) else ""
         raise DataError(
-            f"{place} holds {odd!r}{named} in row {row + 1}, but the labels are {some(labels.names)}",
+            f"{place} holds {odd!r}{named} in row {row_of(index) + 1}, but the labels are {some(labels.names)}",
             hint="use the same labels for training and validation (a label of -1 marks a test set without labels)",
         )
     return numbers
+
+
+def may_be_classes(kind: "pa.DataType") -> bool:
+    """Whether a column of this type may hold labels: whole numbers, texts or booleans."""
+    from pyarrow import types
+
+    number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
+    return bool(types.is_string(kind) or types.is_large_string(kind) or number or types.is_boolean(kind))
+
+
+def repeats(column: "pa.ChunkedArray") -> bool:
+    """Whether the first values of a column look like labels: they repeat, and numbers are whole."""
+    from pyarrow import types
+
+    first = column.slice(0, SEEN)
+    whole = not types.is_floating(column.type) or all(value is not None and value == value // 1 for value in first.to_pylist())
+    return bool(len(first.unique()) <= max(2, len(first) / 2) and whole)
 
 
 def check_names(found: Sequence[str], wanted: Sequence[str], origin: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 import recap_cli
-from recap_cli.data.sources import Raw, read_splits
+from recap_cli.data.sources import Raw
 from recap_cli.errors import DataError
 from recap_cli.rounds import examples
 from recap_cli.stages.export import export
@@ -19,6 +19,7 @@ from recap_cli.stages.init import init
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
+from tests.reading import read_splits
 from tests.tiny import data_folder, tiny
 
 

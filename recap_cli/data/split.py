@@ -1,0 +1,76 @@
+"""Examples that are ready for a model, whatever they are made of: batches by index, and their targets."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recap_cli.core.ragged import Ragged
+from recap_cli.core.task import Batch
+from recap_cli.progress import Track
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Fetch = Callable[[Tensor, torch.Generator | None], dict[str, Tensor]]
+
+CHUNK = 256  # examples per step of the progress bar
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training or the validation examples.
+
+    Attributes:
+        origin: The file or data set that they come from, for messages.
+        targets: What the examples are to give, the examples first: (examples,), (examples, labels), or one row of a `Ragged`
+            each.
+        fetch: Returns the inputs at some indices.
+        tokens: For texts, the token ids that occur, sorted, int64.
+        special: For texts, the ids that the tokenizer may add, such as padding, sorted, int64.
+        notes: What a user should know.
+    """
+
+    origin: str
+    targets: Tensor | Ragged
+    fetch: Fetch
+    tokens: Tensor | None = None
+    special: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def batch(self, indices: Tensor, *, generator: torch.Generator | None = None) -> Batch:
+        """Return the model's inputs at `indices`, and `labels`, all with the batch first. A `generator` augments images."""
+        return {**self.fetch(indices, generator), **self.labels(indices)}
+
+    def labels(self, indices: Tensor) -> Batch:
+        """Return the `labels` alone of the batch at `indices`."""
+        return {"labels": self.targets[indices]}
+
+
+def targets_of(dataset: "Dataset") -> Tensor | Ragged:
+    """Return the column `label`: int64 or float32, (examples,); float32, (examples, labels), of lists of one length; else rows
+    of int64.
+    """
+    import pyarrow as pa
+
+    column = dataset.select_columns("label").with_format("arrow")[:].column("label").combine_chunks()
+    if pa.types.is_integer(column.type):
+        return torch.tensor(column.to_numpy(zero_copy_only=False), dtype=torch.int64)  # (examples,)
+    if pa.types.is_floating(column.type):
+        return torch.tensor(column.to_numpy(zero_copy_only=False), dtype=torch.float32)  # (examples,)
+    if pa.types.is_fixed_size_list(column.type):
+        flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+        return torch.from_numpy(flat.reshape(len(column), column.type.list_size))  # (examples, labels)
+    return Ragged.of(column.to_pylist())
+
+
+def chunks(count: int, track: Track, label: str) -> Iterable[range]:
+    """Return the indices below `count` in pieces, of which `track` hears."""
+    pieces = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    return track(pieces, label, len(pieces))
