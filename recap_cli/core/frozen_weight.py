@@ -79,13 +79,14 @@ class FrozenWeight:
         return reason is None
 
 
-def quantized(weights: FrozenWeight, what: str, matrix: Tensor) -> dict[str, Tensor]:
+def quantized(weights: FrozenWeight, what: str, matrix: Tensor, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The parts of a frozen matrix, (out, in), as the plugin gives them, compared with what it says of them.
 
     Args:
         weights: one that quantizes.
         what: the name of the weight, for the message.
         matrix: fp32. The values of a tensor subclass, such as the fake ones of a prediction, are not looked at.
+        dtype: in which `dense` is tried; in fp32 that is quickest.
 
     Raises:
         PluginError: it fails, or parts, bytes or values are not what they should be.
@@ -96,7 +97,7 @@ def quantized(weights: FrozenWeight, what: str, matrix: Tensor) -> dict[str, Ten
         said = weights.nbytes(shape)  # type: ignore[misc]
         problem = _wrong_parts(given, matrix) or _wrong_bytes(given, said)
         if problem is None and type(matrix) is Tensor and matrix.device.type != "meta":
-            problem = _wrong_values(weights, given, matrix)
+            problem = _wrong_values(weights, given, matrix, dtype)
     if problem is not None:
         raise PluginError(f"{who}, for {what} {shape}: {problem}", hint=HINT)
     return dict(given)
@@ -110,7 +111,7 @@ def check(weights: FrozenWeight) -> None:
     generator = torch.Generator().manual_seed(0)
     for shape in SAMPLES:
         if weights.holds(shape):
-            quantized(weights, "a matrix of", torch.randn(shape, generator=generator))
+            quantized(weights, "a matrix of", torch.randn(shape, generator=generator), dtype=weights.dtype)
     with guarded(f"the frozen weight {weights.name!r} failed in nbytes", HINT):
         if weights.entry_bytes <= 0:
             raise ValueError("a longer row has no more bytes")
@@ -146,21 +147,22 @@ def _wrong_bytes(parts: Parts, said: int) -> str | None:
     return None
 
 
-def _wrong_values(weights: FrozenWeight, parts: Parts, matrix: Tensor) -> str | None:
+def _wrong_values(weights: FrozenWeight, parts: Parts, matrix: Tensor, dtype: torch.dtype) -> str | None:
     """How the matrix that comes back from the parts cannot be the one that went in, or None."""
-    out = torch.full(matrix.shape, torch.nan, dtype=weights.dtype)  # (out, in); what is not written to is seen
+    out = torch.full(matrix.shape, torch.nan, dtype=dtype)  # (out, in); what is not written to is seen
     weights.dense(parts, out)  # type: ignore[misc]
-    error, size = (out.float() - matrix).norm(), matrix.norm()
+    ids = torch.tensor([len(matrix) - 1, 0, len(matrix) // 2] if len(matrix) else [], dtype=torch.int64)
+    some = out[ids].float()  # (3, in)
+    error, size = out.sub_(matrix).norm(dtype=torch.float32), matrix.norm()
     if not bool(size.isfinite()):
         return None  # a weight that is not finite is none of the plugin's doing, and the loss will say so
     if not bool(error.isfinite()):
         return "dense leaves entries that are not finite"
     if error > size:
         return f"what dense gives is farther from the weight than zeros are: by {float(error):.3g}, of {float(size):.3g}"
-    if weights.rows is None or len(matrix) == 0:
+    if weights.rows is None:
         return None
-    ids = torch.tensor([len(matrix) - 1, 0, len(matrix) // 2])
-    found = torch.full((len(ids), matrix.shape[1]), torch.nan, dtype=weights.dtype)  # (3, in)
+    found = torch.full(some.shape, torch.nan, dtype=dtype)  # (3, in)
     weights.rows(parts, ids, found)
-    near = (found.float() - out[ids].float()).norm() <= ROWS_NEAR * out[ids].float().norm()
+    near = (found.float() - some).norm() <= ROWS_NEAR * some.norm()
     return None if bool(near) else "rows gives other values than dense"

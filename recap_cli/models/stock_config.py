@@ -10,6 +10,7 @@ from recap_cli.models import build
 from recap_cli.models.specs import ModelSpec
 
 HEADS = ("num_attention_heads", "n_heads")
+KEY_HEADS = ("num_key_value_heads",)
 NEURONS = ("intermediate_size", "hidden_dim")
 
 
@@ -53,9 +54,12 @@ def _with_sizes(spec: ModelSpec, axes: Sequence[Axis], alike: Mapping[str, int],
         if axis.size == alike[axis.kind]:
             continue
         if axis.kind == "heads":
+            head_dim = min(cut.width for cut in axis.cuts if cut.width > 1 or axis.cuts[0].width == 1)
+            queries = axis.cuts[0].width // head_dim  # that share a key and a value
             keys = ["num_heads"] if spec.library == "timm" else [key for key in HEADS if key in values]
-            values |= dict.fromkeys(keys, alike["heads"])
-            values["attn_head_dim" if spec.library == "timm" else "head_dim"] = cut.width
+            values |= dict.fromkeys(keys, alike["heads"] * queries)
+            values |= {key: alike["heads"] for key in KEY_HEADS if key in values}
+            values["attn_head_dim" if spec.library == "timm" else "head_dim"] = head_dim
         else:
             values |= _neuron_keys(values, alike["neurons"], *shapes[cut.param][:2])
     return {**spec.config, "args": values} if spec.library == "timm" else values

@@ -1,11 +1,12 @@
 """The frozen weight that a recipe names: loaded, tried, and put beside those that hold less."""
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import cast
 
 from recap_cli import registry
 from recap_cli.core.frozen_weight import FrozenWeight, check
+
+_tried: dict[str, tuple[FrozenWeight, FrozenWeight]] = {}  # by name: as it was loaded, and with the name
 
 
 def frozen_weight_of(name: str) -> FrozenWeight:
@@ -13,13 +14,12 @@ def frozen_weight_of(name: str) -> FrozenWeight:
 
     Raises `PluginError` as `registry.load` does, and if it does not do what it says.
     """
-    return _tried(replace(cast(FrozenWeight, registry.load("weights", name)), name=name))
-
-
-@lru_cache(maxsize=64)
-def _tried(weights: FrozenWeight) -> FrozenWeight:
-    check(weights)
-    return weights
+    plugin = cast(FrozenWeight, registry.load("weights", name))
+    if name not in _tried or _tried[name][0] is not plugin:
+        weights = replace(plugin, name=name)
+        check(weights)
+        _tried[name] = plugin, weights
+    return _tried[name][1]
 
 
 def smaller_quantized(name: str) -> list[str]:

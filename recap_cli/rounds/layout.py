@@ -37,8 +37,8 @@ class Layout:
     shapes: dict[str, Shape]
     embeddings: tuple[str, ...]
     head: tuple[str, ...]
-    whole_trained: tuple[str, ...] = ()
-    whole_frozen: tuple[str, ...] = ()
+    whole_trained: tuple[str, ...]
+    whole_frozen: tuple[str, ...]
 
     @classmethod
     def of_model(cls, adapter: Adapter, model: nn.Module) -> "Layout":

@@ -537,9 +537,13 @@ def test_every_execution_setting_is_a_key_of_the_recipe() -> None:
 def test_finetune_takes_changed_settings(tmp_path: Path) -> None:
     state = masked(tmp_path / "state")
     heard: list[Any] = []
-    facts = finetune(state, overrides=["finetune.checkpointing=true"], on_change=heard.append)
-    assert facts["stage"] == "finetune"
-    assert [change["after"] for change in heard] == [{"finetune.checkpointing": True}]
+    before = state.manifest.plugins["used"]
+    facts = finetune(state, overrides=["finetune.checkpointing=true", "finetune.weights=nf4"], on_change=heard.append)
+    assert (facts["stage"], facts["evaluated_in"]) == ("finetune", "nf4")
+    assert [change["after"] for change in heard] == [{"finetune.checkpointing": True, "finetune.weights": "nf4"}]
+    used = State.open(tmp_path / "state").manifest.plugins["used"]
+    assert [plugin["name"] for plugin in used if plugin["kind"] == "weights"] == ["nf4"]
+    assert [plugin for plugin in used if plugin not in before] == [registry.used("weights", "nf4")]
     assert state.manifest.stage == State.open(tmp_path / "state").manifest.stage == "finetune"
     with pytest.raises(StageOrderError):
         finetune(state, overrides=["finetune.checkpointing=false"])
@@ -551,6 +555,8 @@ def test_an_override_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     for wrong in ("finetune.micro_batch_size=3", "finetune.chekpointing=true"):
         with pytest.raises(RecipeError):
             finetune(state, overrides=[wrong])
+    with pytest.raises(PluginError, match="there is no frozen weight named 'nf5'"):
+        finetune(state, overrides=["finetune.weights=nf5"])
     assert State.open(tmp_path / "state").manifest.changes == []
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForSequenceClassification
 
 import recap_cli
 from recap_cli.api import TrainContext
@@ -177,6 +178,14 @@ def test_other_methods_take_them(name: str, method: str, tmp_path: Path) -> None
     best = state.load_tensors(f"{state.manifest.best['folder']}/model.safetensors")  # type: ignore[index]
     assert all(torch.equal(best[key], param) for key, param in model.named_parameters())
     assert report(state.path, tmp_path / "page.html").exists()
+
+
+def test_a_decoder_of_grouped_queries_that_is_pruned_uniformly_opens_in_its_library(tmp_path: Path) -> None:
+    state = run(tiny("llama-grouped", rounds=1, prune={"ratio": 0.5, "uniform": True}), tmp_path / "state")
+    facts = export(state, tmp_path / "out")
+    assert facts["form"] == "stock", facts["reason"]
+    config = LlamaForSequenceClassification.from_pretrained(tmp_path / "out").config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 4)
 
 
 def test_lora_finds_query_key_and_value_of_every_block_of_an_axis() -> None:

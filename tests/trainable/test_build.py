@@ -1,6 +1,7 @@
 """Partial linear layers: compact gradients equal to the dense ones, nothing dense allocated, no input saved without need."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from recap_cli.core.axes import Axis, Cut, mask_axes, shapes_of
 from recap_cli.core.surgery import IndexMap, indices, put, take
 from recap_cli.models import build
 from recap_cli.rounds.layout import Layout
-from recap_cli.trainable.build import Trainable, bring_forward, make_partial
+from recap_cli.trainable.build import Trainable, bring_forward, make_partial, whole_parameters
 from recap_cli.trainable.frozen_weights import QuantizedEmbedding, rest_of
 from recap_cli.trainable.linear import PartialLinear
 from recap_cli.trainable.optim import Optimizer, UpdateRule, adamw, sgd
@@ -205,6 +206,100 @@ def test_bringing_neurons_forward_changes_no_function_and_makes_views() -> None:
         layer, _, kind = s.name.partition(".")
         assert s.master.untyped_storage().data_ptr() == getattr(model[int(layer)], kind).untyped_storage().data_ptr()
         assert torch.equal(s.master, take(before[s.name], index_map[s.name]))
+
+
+class TwoBlocks(nn.Module):
+    """Two feedforward blocks, the neurons of which are rows of one matrix, one block's after the other's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.first, self.second = nn.Linear(8, 12), nn.Linear(6, 8), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:  # (…, 8) → (…, 8)
+        one, two = self.up(x).relu().chunk(2, -1)
+        return self.first(one) + self.second(two)
+
+
+def test_neurons_of_two_blocks_in_one_matrix_are_brought_forward_each_in_its_own() -> None:
+    torch.manual_seed(0)
+    model, x = TwoBlocks(), torch.randn(4, 8)
+    axes = [
+        Axis(
+            f"{down}.neurons",
+            "neurons",
+            0,
+            6,
+            (Cut("up.weight", 0, 1, start), Cut("up.bias", 0, 1, start), Cut(f"{down}.weight", 1)),
+        )
+        for down, start in (("first", 0), ("second", 6))
+    ]
+    mask = {axis.name: torch.tensor([False, True, False, True, True, False]).roll(i) for i, axis in enumerate(axes)}
+    before, expected = {name: param.detach().clone() for name, param in model.named_parameters()}, model(x)
+    index_map = indices(axes, mask, shapes_of(before))
+    forward = bring_forward(model, axes, mask, index_map)
+    torch.testing.assert_close(model(x), expected)
+    assert forward["up.weight"][0].tolist() == [0, 1, 2, 6, 7, 8]
+    for name, param in model.named_parameters():
+        if name in index_map:
+            assert torch.equal(take(param.detach(), forward[name]), take(before[name], index_map[name])), name
+
+
+@pytest.mark.parametrize("form", ["whole", "coupled otherwise"])
+def test_neurons_that_a_mask_does_not_follow_stay_in_their_order(form: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.PReLU(12), nn.Linear(12, 8))
+    word = "down" if form != "whole" else ""
+    cuts = (Cut("0.weight", 0), Cut("0.bias", 0), Cut("1.weight", 0), Cut("2.weight", 1, couple=word))
+    axes = [Axis("n", "neurons", 0, 12, cuts)]
+    whole = whole_parameters(model, axes)
+    assert whole == ["1.weight"]
+    fine = mask_axes(axes, whole)
+    mask = {axis.name: torch.zeros(12, dtype=torch.bool).index_fill(0, ROWS, True) for axis in fine}
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    index_map = indices(fine, mask, shapes_of(before))
+    assert bring_forward(model, axes, mask, index_map) == index_map
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
+
+
+class Subclass(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def axis_of(*cuts: Cut) -> list[Axis]:
+    return [Axis("a", "neurons", 0, 4, cuts)]
+
+
+@pytest.mark.parametrize(
+    ("model", "cuts", "whole"),
+    [
+        (nn.Linear(4, 4), (Cut("weight", 0), Cut("bias", 0)), []),
+        (nn.Linear(4, 4), (Cut("weight", 1),), []),
+        (Conv1D(4, 4), (Cut("weight", 1), Cut("bias", 0)), []),
+        (Conv1D(4, 4), (Cut("weight", 0), Cut("bias", 0)), ["bias"]),
+        (nn.Linear(4, 4), (Cut("bias", 0),), ["bias"]),
+        (nn.Linear(4, 4), (Cut("weight", 1), Cut("bias", 0)), ["bias"]),
+        (nn.Linear(4, 8), (Cut("weight", 0), Cut("bias", 0, 1, 4)), ["bias"]),
+        (nn.Linear(4, 4), (Cut("weight", 0), Cut("bias", 0, couple="apart")), ["bias"]),
+        (nn.Embedding(4, 4), (Cut("weight", 0),), []),
+        (nn.Embedding(4, 4), (Cut("weight", 1),), ["weight"]),
+        (nn.LayerNorm(4), (Cut("weight", 0), Cut("bias", 0)), ["weight", "bias"]),
+        (nn.Conv2d(4, 4, 1), (Cut("weight", 0), Cut("bias", 0)), ["weight", "bias"]),
+        (nn.MultiheadAttention(4, 1), (Cut("in_proj_weight", 0),), ["in_proj_weight"]),
+        (nn.MultiheadAttention(4, 1), (Cut("out_proj.weight", 1),), ["out_proj.weight"]),
+        (Subclass(4, 4), (Cut("weight", 0), Cut("bias", 0)), ["weight", "bias"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_in_part_is_known_and_nothing_else_is_refused(
+    model: nn.Module, cuts: tuple[Cut, ...], whole: list[str]
+) -> None:
+    owner = nn.ModuleDict({"m": model})
+    axes = axis_of(*(replace(cut, param=f"m.{cut.param}") for cut in cuts))
+    assert whole_parameters(owner, axes) == [f"m.{name}" for name in whole]
+    fine = mask_axes(axes, [f"m.{name}" for name in whole])
+    mask = {axis.name: torch.tensor([True, False, False, True]) for axis in fine}
+    index_map = indices(fine, mask, shapes_of(owner.named_parameters()))
+    trainables = make_partial(owner, index_map, frozen=lambda name: name.removeprefix("m.") in whole)
+    assert {trainable.name for trainable in trainables if trainable.name in index_map} == set(index_map)
 
 
 def test_bf16_weights_are_trained_by_fp32_masters() -> None:
