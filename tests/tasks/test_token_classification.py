@@ -1,6 +1,8 @@
 """A tag for each word: sub-words aligned, seqeval by hand on words, losses weighed by words, all forms of files, wrong tags."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,14 @@ import pytest
 import torch
 from pyarrow import parquet
 from seqeval import metrics
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from recap_cli.cli import main
 from recap_cli.core.task import IGNORED
 from recap_cli.data.splits import TextInputs, make_split
 from recap_cli.errors import DataError, MissingExtraError
+from recap_cli.models.create import tokenizer_of
 from recap_cli.plugins.tasks.token_classification import TOKEN_CLASSIFICATION, constant, metrics_of
 from recap_cli.progress import silent
 from recap_cli.recipe import recipe as recipes
@@ -26,7 +30,9 @@ from recap_cli.stages.export import export
 from recap_cli.stages.init import init
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
+from recap_cli.tasks.calls import task_named
 from recap_cli.tasks.losses import mean_loss
+from tests.pico import source_for
 from tests.tasks import made
 
 KIND = "token-classification"
@@ -59,6 +65,21 @@ def test_the_tag_of_a_word_stands_at_its_first_token(side: str, tmp_path: Path) 
         rest = tokenizer.convert_ids_to_tokens(batch["input_ids"][row][~at].tolist())
         assert all(piece.startswith(("##", "[")) for piece in rest)
         assert any(piece.startswith("##") for piece in rest), "words are split"
+
+
+def test_words_have_the_tokens_that_they_have_in_a_text(tmp_path: Path) -> None:
+    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(ByteLevel.alphabet()), "ab", "Ġab"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(vocabulary)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nĠ ab\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RobertaTokenizer"}))
+    source = source_for(KIND, config={"model_type": "roberta", "tokenizer": str(tmp_path)})
+    tokenizer = tokenizer_of(source, 512)
+    assert tokenizer(["ab", "ab"], is_split_into_words=True).tokens() == ["<s>", "Ġab", "Ġab", "</s>"]
+    tokenizer.save_pretrained(tmp_path / "again")  # as a state, and an export, have it
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again(["ab", "ab"], is_split_into_words=True).tokens() == ["<s>", "Ġab", "Ġab", "</s>"]
+    texts = tokenizer_of(replace(source, task=task_named("text-classification")), 512)
+    assert texts("ab ab").tokens() == ["<s>", "ab", "Ġab", "</s>"]
 
 
 def tags_word_by_word(folder: Path, examples: list[dict[str, Any]]) -> list[list[str]]:
