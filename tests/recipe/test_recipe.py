@@ -61,6 +61,7 @@ def test_a_recipe_has_every_default() -> None:
 def test_a_faithful_recipe_may_choose_where_the_paper_has_another_mask() -> None:
     paper, chosen = parsed("faithful: true\n"), parsed("faithful: true\nmask: {ratio: 0.2, scope: per-layer}\n")
     assert (paper.mask.ratio, paper.mask.scope) == (0.5, "per-kind")
+    assert (paper.prune.rank_by, paper.mask.rank_by) == ("sum", "sum")
     assert (chosen.mask.ratio, chosen.mask.scope) == (0.2, "per-layer")
     images = ["task.kind=image-classification", "data.image=image", "data.text=null"]
     assert parsed("faithful: true\n", *images).mask.ratio == 0.875
@@ -163,7 +164,7 @@ def test_a_value_that_is_no_plain_data_is_refused_in_a_model_config() -> None:
         ("lr: 1e-4", "4:1 lr", "did you mean head.lr or finetune.lr?"),
         ("prune: {rounds: 3}", "4:9 prune.rounds", "did you mean rounds?"),
         ("epoch: 3", "4:1 epoch", "did you mean finetune.epochs?"),
-        ("mask: {xyz: 3}", "4:8 mask.xyz", "known keys: ratio, criterion, scope, random, train_embeddings"),
+        ("mask: {xyz: 3}", "4:8 mask.xyz", "known keys: ratio, criterion, scope, rank_by, random, train_embeddings"),
         ("finetune.lr: 3", "4:1 finetune.lr", "write `finetune:` and, indented below it, `lr:`"),
     ],
 )
