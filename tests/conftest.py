@@ -29,7 +29,6 @@ LONG = (  # files of 6 s and more, the longest first: one that begins last would
     "tests/state/test_damage.py",
     "tests/rounds/test_plans.py",
     "tests/models/test_export.py",
-    "tests/state/test_store.py",
     "tests/commands/test_compare.py",
     "tests/stages/test_best.py",
     "tests/memory/test_fake_step.py",

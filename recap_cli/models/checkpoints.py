@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,9 @@ FOLDER_HINT = "name a local folder with config.json and model.safetensors: --set
 CONFIG_HINT = "copy or download config.json again, or name another folder: --set model.name=DIR"
 
 
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)  # of this thread
+
+
 class LoadReport(NamedTuple):
     """The names of weights that a checkpoint lacks, has with another shape, and has in addition to its model's."""
 
@@ -39,9 +43,16 @@ class LoadReport(NamedTuple):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence load reports, progress bars and warnings of transformers and timm, which ruin logs. Errors are shown."""
+    """Silence load reports, progress bars and warnings of transformers and timm, which ruin logs. Errors are shown.
+
+    Inside another such block it does nothing: a change of a level makes `logging` look through all loggers.
+    """
     from transformers.utils import logging as hf_logging
 
+    if _QUIET.get():
+        yield
+        return
+    silenced = _QUIET.set(True)
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     timm_logger = logging.getLogger("timm")
     level = timm_logger.level
@@ -53,6 +64,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        _QUIET.reset(silenced)
         hf_logging.set_verbosity(verbosity)
         timm_logger.setLevel(level)
         if bars:

@@ -53,8 +53,10 @@ def oddity(path: Path) -> str | None:
         OSError: It does not exist, or cannot be looked at.
     """
     mode = path.lstat().st_mode
+    if stat.S_ISREG(mode):
+        return None
     kinds = {"a link": stat.S_ISLNK, "a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
-    return None if stat.S_ISREG(mode) else next((word for word, is_it in kinds.items() if is_it(mode)), "a device")
+    return next((word for word, is_it in kinds.items() if is_it(mode)), "a device")
 
 
 def odd_place(root: Path, rel: str) -> tuple[Path, str] | None:
@@ -63,13 +65,14 @@ def odd_place(root: Path, rel: str) -> tuple[Path, str] | None:
     Returns:
         None if all are plain, or if one does not exist.
     """
-    parents = [root / parent for parent in reversed(Path(rel).parents)][1:]
-    for path in (*parents, root / rel):
+    parts = rel.split("/")
+    for count in range(1, len(parts) + 1):
+        path = root.joinpath(*parts[:count])
         try:
             found = oddity(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        if path != root / rel:
+        if count < len(parts):
             found = None if found == "a folder" else found or "a file"
         if found:
             return path, found

@@ -8,8 +8,7 @@ import hashlib
 import re
 import shlex
 from collections.abc import Mapping
-from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -123,8 +122,28 @@ def quoted(path: Path) -> str:
 
 def facts_of(manifest: Manifest) -> dict[str, Any]:
     """Return a manifest as plain values, in the order of `state.yaml`."""
-    facts = asdict(manifest)
-    return {name: facts[name] for name in FIELDS}
+    return {name: _copied(getattr(manifest, name), None) for name in FIELDS}
+
+
+def _copied(value: Any, seen: dict[int, Any] | None) -> Any:
+    """Return a copy of plain values. `seen` keeps those that are held twice, as YAML's aliases are, one.
+
+    `copy.deepcopy` and `dataclasses.asdict` do the same, and took a tenth of the time of a stage on a small model.
+    """
+    if isinstance(value, Checksum):
+        return {"bytes": value.bytes, "sha256": value.sha256}
+    if not isinstance(value, (dict, list)):
+        return value
+    if seen is not None and id(value) in seen:
+        return seen[id(value)]
+    copied: Any = {} if isinstance(value, dict) else []
+    if seen is not None:
+        seen[id(value)] = copied
+    if isinstance(value, dict):
+        copied.update((key, _copied(held, seen)) for key, held in value.items())
+    else:
+        copied.extend(_copied(held, seen) for held in value)
+    return copied
 
 
 def manifest_text(manifest: Manifest) -> str:
@@ -157,7 +176,7 @@ def read_manifest(root: Path) -> Manifest:
         denied = error.errno in (errno.EACCES, errno.EPERM)
         hint = LOOK_AT_PERMISSIONS if denied else ELSEWHERE
         raise StateError(f"{place}: cannot be read: {error.strerror}", hint=hint) from error
-    return _manifest(place, deepcopy(_parsed(place, body)))
+    return _manifest(place, _copied(_parsed(place, body), {}))
 
 
 def _body(place: Path) -> bytes:

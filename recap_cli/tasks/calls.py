@@ -207,9 +207,10 @@ def _score(task: Task, who: str) -> Callable[[Iterable[tuple[Outputs, Batch]], S
             raise
         if failed:  # the task has hidden it
             raise failed[0]
+        values = _numbers(found, (metric for metric in task.metrics if metric.name != LOSS.name), f"{who} gave")
         if not ended:
             raise PluginError(f"{who} has not scored all examples", hint=HINT)
-        return _numbers(found, (metric for metric in task.metrics if metric.name != LOSS.name), f"{who} gave")
+        return values
 
     return score
 

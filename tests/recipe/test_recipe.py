@@ -166,7 +166,7 @@ def test_a_value_that_is_no_plain_data_is_refused_in_a_model_config() -> None:
         ("lr: 1e-4", "4:1 lr", "did you mean head.lr or finetune.lr?"),
         ("prune: {rounds: 3}", "4:9 prune.rounds", "did you mean rounds?"),
         ("epoch: 3", "4:1 epoch", "did you mean finetune.epochs?"),
-        ("mask: {xyz: 3}", "4:8 mask.xyz", "known keys: ratio, criterion, scope, random, train_embeddings"),
+        ("mask: {xyz: 3}", "4:8 mask.xyz", "known keys: ratio, criterion, scope, rank_by, random, train_embeddings"),
         ("finetune.lr: 3", "4:1 finetune.lr", "write `finetune:` and, indented below it, `lr:`"),
     ],
 )

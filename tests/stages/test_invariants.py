@@ -145,13 +145,21 @@ def test_i4_scatter_is_the_inverse_of_gather_and_two_plans_compose(rounds: Round
     assert all(torch.equal(twice[name], at_once[name]) for name in full)
 
 
-def test_i7_stage_by_stage_is_run(rounds: Rounds, tmp_path: Path) -> None:
-    recipe = Context(State.open(rounds.root / "state")).recipe
+@pytest.mark.parametrize("name", ["bert", "vit", "timm-vit"])
+def test_i7_stage_by_stage_is_run(name: str, tmp_path: Path) -> None:
+    rounds, recipe = rounds_of(name), tiny(name)
     state = init(recipe, tmp_path / "state")
     for _ in range(recipe.rounds):
         for stage in STEPWISE.values():
             stage(State.open(tmp_path / "state"))
     assert stored_files(state.path) == stored_files(rounds.root / "state")
+
+
+def test_i7_a_round_stage_by_stage_after_others_is_that_of_run(rounds: Rounds, tmp_path: Path) -> None:
+    shutil.copytree(rounds.root / "1-merge", tmp_path / "state")
+    for stage in STEPWISE.values():
+        stage(State.open(tmp_path / "state"))
+    assert stored_files(tmp_path / "state") == stored_files(rounds.root / "state")
 
 
 @pytest.mark.parametrize("round", [1, 2])
