@@ -186,6 +186,64 @@ TASKS = {
 }
 
 
+def frozen_weights(found: Result) -> str:
+    """Predicted peaks by frozen weight and method, and what the weights cost in time."""
+    weights = list(dict.fromkeys(row["weights"] for row in found["held"]))
+    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in found["held"]:
+        cells.setdefault((row["model"], row["batch"], row["settings"], row["way"]), {})[row["weights"]] = row
+    peaks = [[*key, *(f"{of[name]['peak_bytes'] / 1e6:.1f}" for name in weights)] for key, of in cells.items()]
+    kinds = [
+        [model, way, name, *(f"{of[name]['maxima'][kind] / 1e6:.1f}" for kind in ("weights", "gradients", "optimizer"))]
+        for (model, batch, settings, way), of in cells.items()
+        if (batch, settings) == (1, "lean")
+        for name in weights
+    ]
+    steps = [[row["model"], *(f"{row['ratio_to_bf16'][name]:.2f}" for name in weights)] for row in found["steps"]]
+    matrix, names = found["matrix"], ("quantize", "dense", "rows")
+    times = [[name, matrix[name]["int8_cpu_ms"], matrix[name]["nf4_cpu_ms"], matrix[name]["nf4_to_int8"]] for name in names]
+    rows, columns = matrix["shape"]
+    return f"""## Frozen weights
+
+The peak of one AdamW step, *predicted*, in MB. RECAP prunes 33 %. LoRA has rank 8 on query and value and prunes nothing; over
+NF4 it is QLoRA. `lean` has checkpoints and uses each gradient as soon as it is complete; `plain` has neither.
+
+{table(["model", "batch", "settings", "method", *weights], peaks)}
+
+What of it is weights (with fp32 masters), gradients and optimizer state, each at its own maximum; batch size 1, lean, MB:
+
+{table(["model", "method", "frozen weight", "weights", "gradients", "optimizer"], kinds)}
+
+A step of RECAP at batch size {found["steps"][0]["batch"]}, CPU seconds over those with bf16, *measured*, paired:
+
+{table(["model", *weights], steps)}
+
+One matrix of {rows:,} × {columns}, in CPU milliseconds, *measured*, paired; {matrix["rows_looked_up"]:,} rows are looked up:
+
+{table(["", "int8", "nf4", "nf4 ÷ int8"], times)}
+"""
+
+
+def frozen_weights_quality(found: Result) -> str:
+    """The metric of RECAP with each frozen weight, seed by seed."""
+    cells, task = found["cells"], found["benchmark"].removeprefix("quality_")
+    seeds = sorted({cell["seed"] for cell in cells})
+    rows = []
+    for variant in dict.fromkeys(cell["variant"] for cell in cells):
+        mine = {cell["seed"]: cell for cell in cells if cell["variant"] == variant}
+        each = [f"{100 * mine[seed]['last']:.1f}" if seed in mine else "" for seed in seeds]
+        mean = f"{100 * sum(cell['last'] for cell in mine.values()) / len(mine):.1f}"
+        weights = max(cell["memory"]["weights_bytes"] for cell in mine.values())
+        rows.append([FROZEN[variant], mean, *each, f"{weights / 1e6:.1f}"])
+    return f"""## Accuracy with frozen weights: {task}
+
+RECAP at r_p = 33.3 %, r_f = 50 % by the recipe of [quality.md](quality.md), the last round's accuracy in %, *measured*, one CPU
+thread. int8 and NF4 have checkpoints, which change nothing but memory. {found.get("note", "")}
+
+{table(["frozen weight", "mean", *(f"seed {seed}" for seed in seeds), "weights, MB"], rows)}
+"""
+
+
 def quality(found: Result) -> str:
     """RECAP beside plain full finetuning, on real weights and data."""
     cells = found["cells"]
@@ -223,6 +281,7 @@ QUALITY = {
     "recap-int8": "the same, frozen matrices in int8",
     "full": "full finetuning",
 }
+FROZEN = {"recap": "fp32", "bf16": "bf16", "int8": "int8", "nf4": "nf4"}
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "memory_settings_cifar100": quality,
     "memory_settings_sst2": quality,
@@ -232,6 +291,9 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "pruning": pruning,
     "merge_speed": merge_speed,
     "token_rows": token_rows,
+    "frozen_weights": frozen_weights,
+    "frozen_weights_sst2": frozen_weights_quality,
+    "frozen_weights_cifar100": frozen_weights_quality,
 }
 
 
