@@ -69,8 +69,8 @@ def paper(found: Result, drawn: list[Result]) -> str:
 
 Batch size 1, SGD with momentum, {ratios}. The bar is what this project set itself.
 
-These ratios are those of the last rounds. The ramp (`prune.ramp`) lets the first ones prune less and freeze more. Each figure of
-RECAP is of the round that holds most: for ViT-base in fp32 a round of {round_of_most}, as in the picture.
+These ratios are those of the last rounds. The ramp (`prune.ramp`) lets the first ones prune less and freeze more. Each figure
+of RECAP is of the round that holds most: for ViT-base in fp32 a round of {round_of_most}, as in the picture.
 
 {table(["model", "RECAP with", "paper: full", "paper: RECAP", "peak", "sum of maxima", "bar"], rows)}
 
