@@ -290,9 +290,7 @@ def preprocessor_json(image: dict[str, Any]) -> str:
 
 
 def read_tokenizer(folder: Path, vocab_size: int, *, words: bool = False) -> Any:
-    """Return the tokenizer of a folder.
-
-    For lists of `words` each is read as after a blank, as in a text: RoBERTa has other tokens for it, and no blank stands there.
+    """Return the tokenizer of a folder; for lists of `words`, one that reads each as after a blank, as RoBERTa does in texts.
 
     Raises:
         ModelError: There is none, or it has more tokens than the model embeds.
