@@ -43,7 +43,8 @@ def create_model(source: ModelSource) -> Created:
     """Return the full model for a task, in float32 on the CPU.
 
     Random weights, also those of a new head, come from torch's global generator: seed it before. Only weights that the
-    adapter's `head` names may be new. The head is also new if the checkpoint has other labels, or says it is for another task.
+    adapter's `head` names may be new. The head is also new if the checkpoint has other labels, or says that it is for another
+    task.
 
     Raises:
         ModelError: Something does not fit; the message names it.
