@@ -290,13 +290,7 @@ def preprocessor_json(image: dict[str, Any]) -> str:
 
 
 def read_tokenizer(folder: Path, vocab_size: int, *, words: bool = False) -> Any:
-    """Return the tokenizer of a folder.
-
-    Args:
-        folder: The folder.
-        vocab_size: How many tokens the model embeds.
-        words: True for texts that are lists of words. A tokenizer such as RoBERTa's has other tokens for a word after a blank,
-            and none stands in a list: each word is read as after one, as in the text that the model was pretrained on.
+    """Return the tokenizer of a folder; for lists of `words`, one that reads each as after a blank, as RoBERTa does in texts.
 
     Raises:
         ModelError: There is none, or it has more tokens than the model embeds.

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from recap_cli.cli import main
+from recap_cli.core.ragged import Ragged
 from recap_cli.core.task import IGNORED
 from recap_cli.data.splits import TextInputs, make_split
 from recap_cli.errors import DataError, MissingExtraError
@@ -133,7 +134,15 @@ def test_chance_is_the_best_tag_for_all_words(state: State) -> None:
     answers = [[[tag] * len(text) for text in wanted] for tag in made.TAGS]
     assert chance["f1"] == pytest.approx(max(metrics.f1_score(wanted, answer, zero_division=0) for answer in answers))
     assert chance["accuracy"] == pytest.approx(max(metrics.accuracy_score(wanted, answer) for answer in answers))
-    assert constant.__doc__
+
+
+def test_chance_is_found_by_a_tag_that_begins_an_entity_where_those_inside_are_more_frequent() -> None:
+    texts = [["O"] * 4 + ["B-a", *["I-a"] * 3, "B-b", *["I-b"] * 4], ["B-d", "O", "B-d"]]
+    tags = ("O", "B-a", "I-a", "I-b", "B-d", "B-b")
+    answers = [[[tag] * len(text) for text in texts] for tag in tags]
+    best = max(metrics.f1_score(texts, answer, zero_division=0) for answer in answers)
+    assert best > 0
+    assert constant(Ragged.of([tags.index(tag) for tag in text] for text in texts), tags)["f1"] == pytest.approx(best)
 
 
 def test_tags_without_a_prefix_mark_words_and_are_never_joined() -> None:
@@ -197,6 +206,14 @@ def test_texts_without_tags_are_given_one_for_each_word(suffix: str, state: Stat
         table = parquet.read_table(out.path).to_pydict()
         assert [len(text.split()) for text in table["predicted"]] == [len(each) for each in words]
         assert table["label"] == table["loss"] == [None] * 5
+
+
+def test_tags_that_are_numbers_without_names_are_noted(tmp_path: Path) -> None:
+    examples = [{**row, "tags": [made.TAGS.index(tag) for tag in row["tags"]]} for row in made.rows(KIND, 12)]
+    file = str(made.write(tmp_path / "numbers.jsonl", examples))
+    raw = read_raw(made.recipe(KIND, data={"train": file, "validation": file}))
+    assert any(note.endswith("has no tag 'O', so that every word counts for f1, precision and recall") for note in raw.notes)
+    assert not read_raw(made.recipe(KIND)).notes
 
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
