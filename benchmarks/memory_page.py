@@ -64,13 +64,13 @@ def paper(found: Result, drawn: list[Result]) -> str:
     ]
     ratios = "r_p = 33.3 %, r_f = 87.5 % for ViT at 224 px; r_p = r_f = 50 % for BERT at 128 tokens"
     ours = next(row for row in drawn if row["method"] == "recap")
-    round_of_most = f"r_p = {ours['prune_ratio']:.1%} and r_f = {ours['mask_ratio']:.1%}"
+    round_of_most = f"r_p = {100 * ours['prune_ratio']:.1f} % and r_f = {100 * ours['mask_ratio']:.1f} %"
     return f"""## Beside the paper
 
 Batch size 1, SGD with momentum, {ratios}. The bar is what this project set itself.
 
-These ratios are those of the last rounds. The ramp (`prune.ramp`) lets the first ones prune less and freeze more. Each figure
-of RECAP is of the round that holds most: for ViT-base in fp32 a round of {round_of_most}, as in the picture.
+The tables are of a round of these ratios. By the ramp (`prune.ramp`), which came later, the first rounds prune less and freeze
+more. The picture is newer, and of the round that holds most: for ViT-base in fp32 one of {round_of_most}.
 
 {table(["model", "RECAP with", "paper: full", "paper: RECAP", "peak", "sum of maxima", "bar"], rows)}
 

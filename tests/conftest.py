@@ -14,16 +14,16 @@ import pytest
 
 ROOM_BYTES = 4 * 2**30
 LONG = (  # files of 6 s and more, the longest first: one that begins last would leave the other worker idle
-    "tests/faults/test_faults.py",
     "tests/fuzz/test_fuzz.py",
-    "tests/stages/test_methods.py",
-    "tests/stages/test_invariants.py",
-    "tests/commands/test_profile_memory.py",
-    "tests/stages/test_stages.py",
+    "tests/faults/test_faults.py",
     "tests/trainable/test_token_rows.py",
-    "tests/test_kill.py",
+    "tests/stages/test_stages.py",
+    "tests/stages/test_invariants.py",
+    "tests/stages/test_methods.py",
     "tests/stages/test_algorithm_settings.py",
+    "tests/commands/test_profile_memory.py",
     "tests/stages/test_algorithm.py",
+    "tests/test_kill.py",
     "tests/test_docs.py",
     "tests/state/test_damage.py",
     "tests/rounds/test_plans.py",
