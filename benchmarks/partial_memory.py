@@ -24,8 +24,9 @@ from recap_cli.core.surgery import indices
 from recap_cli.memory.fake_step import Fakes
 from recap_cli.memory.tracker import Tracker
 from recap_cli.plugins.tasks.classification import TEXT_CLASSIFICATION
-from recap_cli.trainable.build import Trainable, bring_forward, make_partial
+from recap_cli.trainable.build import Trainable, make_partial
 from recap_cli.trainable.linear import PartialLinear
+from recap_cli.trainable.neuron_order import bring_forward
 from recap_cli.trainable.optim import Optimizer, sgd
 from recap_cli.training.loop import Steps, train
 

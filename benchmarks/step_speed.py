@@ -22,7 +22,8 @@ from recap_cli.core.surgery import cut_model, indices
 from recap_cli.plugins.adapters.bert import BERT
 from recap_cli.plugins.adapters.vit import VIT
 from recap_cli.plugins.tasks.classification import TEXT_CLASSIFICATION
-from recap_cli.trainable.build import bring_forward, make_partial
+from recap_cli.trainable.build import make_partial
+from recap_cli.trainable.neuron_order import bring_forward
 from recap_cli.trainable.optim import Optimizer, adamw
 from recap_cli.training.loop import Steps, train
 

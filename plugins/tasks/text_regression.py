@@ -64,7 +64,7 @@ def numbers_of(column: LabelColumn) -> list[float]:
 def _number(value: Any) -> float:
     """Return a number, or that of a text; NaN if the text is none."""
     try:
-        return float(value)
+        return math.nan if "_" in str(value) else float(value)  # Python's own spelling, which a file does not mean
     except ValueError:
         return math.nan
 

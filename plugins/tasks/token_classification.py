@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from recap_cli.api import Ragged
 
+BILOU = {"L": "E", "U": "S"}  # the marks that IOBES calls otherwise
 OUTSIDE = "O"  # the tag of a word that belongs to no entity
 CHOOSE = "choose the column of the tags with --set data.label=NAME"
 
@@ -104,29 +105,34 @@ def score(stream: Iterable[tuple["Tensor", Batch]], labels: Sequence[str]) -> di
         for found, wanted in _words(logits, batch):
             predicted.append([labels[number] for number in found])
             targets.append([labels[number] for number in wanted])
-    return metrics_of(predicted, targets)
+    return metrics_of(predicted, targets, labels)
 
 
-def metrics_of(predicted: list[list[str]], targets: list[list[str]]) -> dict[str, float]:
+def metrics_of(predicted: list[list[str]], targets: list[list[str]], labels: Sequence[str]) -> dict[str, float]:
     """Return the metrics of predicted and true tags, text by text.
 
     F1, precision and recall are of whole entities, as CoNLL has them. Tags such as B-PER and I-PER mark entities of several
-    words. Where no tag is of this form, each word whose tag is not O is an entity.
+    words; E and S (or, in BILOU, L and U) are read too. Where not all `labels` are of this form, each word whose tag is not O
+    is an entity.
     """
     from seqeval import metrics
 
     pairs = [(found, wanted) for row in zip(predicted, targets, strict=True) for found, wanted in zip(*row, strict=True)]
-    known = {tag for text in targets for tag in text} - {OUTSIDE}
-    if not all(tag[1:2] == "-" for tag in known):
-        predicted, targets = (
-            [[tag if tag == OUTSIDE else f"B-{tag}" for tag in text] for text in texts] for texts in (predicted, targets)
-        )
+    marks = all(tag[1:2] == "-" for tag in labels if tag != OUTSIDE)
+    predicted, targets = ([[_as_seqeval(tag, marks) for tag in text] for text in texts] for texts in (predicted, targets))
     return {
         "f1": float(metrics.f1_score(targets, predicted, zero_division=0)),
         "precision": float(metrics.precision_score(targets, predicted, zero_division=0)),
         "recall": float(metrics.recall_score(targets, predicted, zero_division=0)),
         "accuracy": sum(found == wanted for found, wanted in pairs) / max(1, len(pairs)),
     }
+
+
+def _as_seqeval(tag: str, marks: bool) -> str:
+    """Return a tag as seqeval reads it: the marks of BILOU as those of IOBES, and a tag without a mark as one word alone."""
+    if tag == OUTSIDE or marks:
+        return f"{BILOU.get(tag[0], tag[0])}{tag[1:]}"
+    return f"B-{tag}"
 
 
 def constant(targets: "Ragged", labels: Sequence[str]) -> dict[str, float]:
@@ -139,7 +145,7 @@ def constant(targets: "Ragged", labels: Sequence[str]) -> dict[str, float]:
     total = counts.total()
     ranked = [tag for tag, _ in counts.most_common()]
     tried = {*ranked[:3], *[tag for tag in ranked if tag.startswith("B-")][:3]}
-    found = [metrics_of([[tag] * len(text) for text in texts], texts) for tag in tried]
+    found = [metrics_of([[tag] * len(text) for text in texts], texts, labels) for tag in tried]
     best = {name: max(one[name] for one in found) for name in found[0]}
     return {"loss": -sum(n / total * log(n / total) for n in counts.values()), **best}
 

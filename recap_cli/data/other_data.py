@@ -129,7 +129,8 @@ def _unlabelled_images(folder: Path, images: Sequence[Path]) -> Found:
 def _labelled(found: Found, roles: Roles, labels: Labels) -> Other:
     """Read the labels like those of validation data."""
     task = roles.task
-    labelled = not all(_is_unlabelled(found.table, found.column(role)) for role in roles.labels)
+    are_classes = task.target.stratified
+    labelled = not all(_is_unlabelled(found.table, found.column(role), are_classes) for role in roles.labels)
     picked = pick(found, roles, labelled=labelled)
     targets = task.target.encode(picked.labels, labels) if labelled else _blank(picked.inputs, task, labels)
     examples = sources.as_dataset(picked.inputs, targets, task, labels)
@@ -147,8 +148,8 @@ def _blank(inputs: "Mapping[str, pa.ChunkedArray]", task: Task, labels: Labels) 
     return pa.chunked_array([pa.array([blank] * len(first), kind)])
 
 
-def _is_unlabelled(table: "pa.Table", name: str) -> bool:
-    """Whether a table has no column of labels, or every row of it is missing, an empty text, or −1."""
+def _is_unlabelled(table: "pa.Table", name: str, are_classes: bool) -> bool:
+    """Whether a table has no column of labels, or every row of it is missing, an empty text, or (of classes) −1."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -160,7 +161,7 @@ def _is_unlabelled(table: "pa.Table", name: str) -> bool:
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return bool(pc.all(pc.equal(pc.utf8_trim_whitespace(column), "")).as_py())
     number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
-    return bool(number and column.null_count == 0 and pc.all(pc.equal(column, -1)).as_py())
+    return bool(are_classes and number and column.null_count == 0 and pc.all(pc.equal(column, -1)).as_py())
 
 
 def _with_options(hint: str | None, roles: Roles) -> str | None:

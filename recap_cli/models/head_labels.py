@@ -49,6 +49,8 @@ def places_of(labels: Sequence[str], head_labels: Sequence[str] | None) -> list[
     """
     if head_labels is None or all(re.fullmatch(r"LABEL_\d+", name) for name in head_labels):
         return list(range(len(labels)))
+    if len(labels) == len(head_labels) == 1:
+        return [0]  # a number, which is named for its column
     find = finder(head_labels, _plain)
     places = [place for label in labels if (place := find(label)) is not None]
     return places if sorted(places) == list(range(len(head_labels))) == list(range(len(labels))) else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli.core import adapter, gradual
-from recap_cli.core.axes import Axis, UnitMask, chosen_params, counts, kept_per_layer, prunable_params
+from recap_cli.core.axes import Axis, UnitMask, chosen_params, counts, kept_per_layer, prunable_params, shapes_of, unit_params
 from recap_cli.core.importance import Scores, averaged
 from recap_cli.core.ranking import ranked_together
 from recap_cli.core.surgery import cut_model, indices
@@ -90,7 +90,9 @@ def _scorer(context: Context, number: int, track: Track, on_average: Callable[[S
         sample = draw_sample(recipe, train, number, f"prune {step}", label)
         scores = score_units(context, model, axes, recipe.prune.criterion, sample, track)
         if past is not None:
-            pools = ranked_together(axes, recipe.prune.scope, uniform=recipe.prune.uniform)
+            shapes = shapes_of(model.named_parameters())
+            sizes = limits_of(recipe).apart({axis.name: unit_params(axis, shapes) for axis in axes})
+            pools = ranked_together(axes, recipe.prune.scope, uniform=recipe.prune.uniform, sizes=sizes)
             scores = averaged(pools, scores, {name: of[plan[name]] for name, of in past.items()}, weight)
         if step == 1:
             on_average(scores)

@@ -13,7 +13,8 @@ from recap_cli.core.task import Batch, Outputs
 from recap_cli.recipe.recipe import Finetune
 from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.rounds.layout import Layout
-from recap_cli.trainable.build import Trainable, bring_forward, make_partial
+from recap_cli.trainable.build import Trainable, make_partial
+from recap_cli.trainable.neuron_order import bring_forward
 from recap_cli.trainable.optim import UpdateRule, adamw, sgd
 from recap_cli.trainable.placement import Placement
 from recap_cli.trainable.token_rows import TokenRows

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 HINT = "repair the task, see docs/plugins/task.md, or choose another with --set task.kind=NAME"
 LISTS = ", lists of one length of double, or lists of int64"
 DEFAULTS = Task.__module__
+RESERVED = {"model", "round", "parameters", "seconds", "data", "examples", "stage"}  # that rows of tables have beside metrics
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -73,6 +74,9 @@ def _problem(task: Task) -> str | None:
         return f"has inputs={task.inputs!r}, which is none of {', '.join(get_args(Inputs))}"
     if not all(isinstance(metric, Metric) and metric.better in get_args(Better) for metric in task.metrics):
         return "has metrics that are no Metric, or better neither by more nor by less"
+    names = [metric.name for metric in task.metrics]
+    if odd := [str(name) for name in names if not isinstance(name, str) or name in RESERVED or names.count(name) > 1]:
+        return f"has metrics of the names {', '.join(odd)}; expected different texts, and none of {', '.join(sorted(RESERVED))}"
     return None
 
 

@@ -28,8 +28,9 @@ from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
 from recap_cli.tasks.losses import mean_loss
-from recap_cli.trainable.build import bring_forward, make_partial
+from recap_cli.trainable.build import make_partial
 from recap_cli.trainable.moments import COUNT
+from recap_cli.trainable.neuron_order import bring_forward
 from tests.pico import PICO, logits_for
 from tests.strange import STRANGE, register
 from tests.tiny import tiny

@@ -182,6 +182,8 @@ def test_only_the_metrics_that_a_task_names_are_kept() -> None:
         ({"target": replace(TEXT_CLASSIFICATION.target, learn=None)}, r"has no function as target\.learn"),
         ({"inputs": "sound"}, "has inputs='sound', which is none of text, words, image"),
         ({"metrics": ("accuracy",)}, "has metrics that are no Metric"),
+        ({"metrics": (Metric("seconds"),)}, "has metrics of the names seconds"),
+        ({"metrics": (Metric("f1"), Metric("f1"))}, "has metrics of the names f1, f1"),
         ({"metrics": (Metric("f1", "higher"),)}, "has metrics that are no Metric"),  # type: ignore[arg-type]
     ],
 )

@@ -13,9 +13,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import recap_cli
 from recap_cli.errors import DataError
+from recap_cli.models.head_labels import places_of
 from recap_cli.plugins.tasks.text_regression import constant, metrics_of
 from recap_cli.rounds.examples import read_raw
-from recap_cli.rounds.scoring import PredictionFile
+from recap_cli.rounds.scoring import OtherData, PredictionFile
 from recap_cli.stages.eval import evaluate
 from recap_cli.stages.export import export
 from recap_cli.stages.init import init
@@ -85,6 +86,7 @@ def test_numbers_may_be_texts(write: Any, tmp_path: Path) -> None:
         ("good", "holds 'good' in row 5, which is no number"),
         (float("nan"), "holds nan in row 5, which is no finite number of 32 bits"),
         (float("inf"), "holds inf in row 5, which is no finite number of 32 bits"),
+        ("1_000", "holds '1_000' in row 5, which is no number"),
         ("1e300", "holds '1e300' in row 5, which is no finite number of 32 bits"),
         (None, "has no value in row 5"),
     ],
@@ -115,3 +117,13 @@ def test_correlations_with_numbers_that_are_all_the_same_are_0_as_at_chance() ->
     same = metrics_of(torch.full((3,), 7 / 3), targets)
     assert (same["pearson"], same["spearman"]) == (0.0, 0.0)
     assert same["mse"] == pytest.approx(constant(targets, ["score"])["mse"])
+
+
+def test_other_data_whose_numbers_are_all_minus_one_have_labels(state: State, tmp_path: Path) -> None:
+    file = made.write(tmp_path / "low.jsonl", [{**example, "score": -1.0} for example in made.rows(KIND, 6)])
+    (row,) = evaluate(state, which=["best"], other=OtherData(file))
+    assert row["mse"] > 0
+
+
+def test_a_head_of_one_number_fits_whatever_its_column_is_called() -> None:
+    assert places_of(["label"], ["score"]) == [0]

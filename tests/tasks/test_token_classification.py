@@ -146,7 +146,7 @@ def test_chance_is_found_by_a_tag_that_begins_an_entity_where_those_inside_are_m
 
 
 def test_tags_without_a_prefix_mark_words_and_are_never_joined() -> None:
-    found = metrics_of([["NOUN", "NOUN", "VERB", "O"]], [["NOUN", "VERB", "VERB", "O"]])
+    found = metrics_of([["NOUN", "NOUN", "VERB", "O"]], [["NOUN", "VERB", "VERB", "O"]], ["NOUN", "O", "VERB"])
     assert (found["precision"], found["recall"], found["accuracy"]) == pytest.approx((2 / 3, 2 / 3, 3 / 4))
 
 
@@ -263,3 +263,12 @@ def test_without_its_extra_the_command_is_refused_at_once(
         assert "seqeval is not installed: the extra tokens (metrics of the task token-classification) needs it" in err
         assert "hint: pip install 'recap-cli[tokens]'" in err
         assert not Path("s").exists()
+
+
+def test_entities_are_read_by_the_marks_of_all_tags_also_where_a_split_has_none_of_them() -> None:
+    labels = ["B-PER", "I-PER", "O"]
+    assert metrics_of([["B-PER", "O"]], [["O", "O"]], labels)["precision"] == 0.0
+    bilou = metrics_of([["B-PER", "L-PER", "U-PER"]], [["B-PER", "L-PER", "U-PER"]], ["B-PER", "I-PER", "L-PER", "U-PER", "O"])
+    assert bilou["f1"] == 1.0
+    halves = metrics_of([["U-PER", "U-PER"]], [["B-PER", "L-PER"]], ["B-PER", "L-PER", "U-PER"])
+    assert halves["f1"] == 0.0

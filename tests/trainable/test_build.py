@@ -14,9 +14,10 @@ from recap_cli.core.axes import Axis, Cut, mask_axes, shapes_of
 from recap_cli.core.surgery import IndexMap, indices, put, take
 from recap_cli.models import build
 from recap_cli.rounds.layout import Layout
-from recap_cli.trainable.build import Trainable, bring_forward, make_partial, whole_parameters
+from recap_cli.trainable.build import Trainable, make_partial, whole_parameters
 from recap_cli.trainable.frozen_weights import QuantizedEmbedding, rest_of
 from recap_cli.trainable.linear import PartialLinear
+from recap_cli.trainable.neuron_order import bring_forward
 from recap_cli.trainable.optim import Optimizer, UpdateRule, adamw, sgd
 from recap_cli.trainable.placement import Placement
 from tests.pico import pico
