@@ -62,6 +62,7 @@ SAID = {
     "higher-floor": "RECAP, `prune.floor: 0.3`",
     "bf16": "RECAP, bf16 residents, checkpoints",
     "int8": "RECAP, int8 residents, checkpoints",
+    "nf4": "RECAP, NF4 residents, checkpoints",
 }
 Cell = Mapping[str, Any]
 

@@ -223,7 +223,7 @@ def test_the_gradient_of_a_score_that_several_layers_share_is_the_sum_over_all_o
     model, spec = strange("t5-encoder")
     axis = next(axis for axis in find_axes(ADAPTERS["t5-encoder"], model) if axis.kind == "heads")
     attach(TrainContext(model, [axis], (), (RoundPlan(0.4),), 1e-3, MOVEMENT.options, lambda _s, _k: {}))
-    build.forward(spec)(model, build.example_batch(spec)).square().sum().backward()
+    build.flat_outputs(spec, model, build.example_batch(spec)).square().sum().backward()
     weights = [model.get_parameter(f"encoder.block.{n}.layer.0.SelfAttention.o.weight") for n in (0, 1, 2)]
     products = [(w * w.grad).sum(0).view(axis.size, -1).sum(1) for w in weights if w.grad is not None]
     (scores,) = [param for name, param in model.named_parameters() if name.endswith(SCORES)]
