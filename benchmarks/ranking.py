@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any, get_args
@@ -29,7 +30,7 @@ from recap_cli.core.ranking import Limits, RankBy
 from recap_cli.plugins.criteria.taylor import TAYLOR
 
 RULES: tuple[RankBy, ...] = get_args(RankBy)
-RATIOS = (1 / 3, 0.5)
+RATIOS = (1 / 3, 0.5, 0.7)
 CLASSES, BATCH, RATE = 10, 64, 1e-3
 SIZES: dict[str, Any] = {
     **{"image_size": 32, "patch_size": 4, "window_size": 2, "embed_dim": 32, "depths": [2, 2, 2], "num_heads": [4, 8, 16]},
@@ -176,6 +177,12 @@ def _percents(values: list[float]) -> str:
     return f"{100 * mean(values):.1f} ({', '.join(f'{100 * value:.1f}' for value in values)})"
 
 
+def finished(out: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs that `out` has already, of the same models and data: a benchmark that was stopped goes on."""
+    found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    return found["runs"] if all(found.get(key) == value for key, value in about.items()) else []
+
+
 def main() -> None:
     made: argparse.ArgumentParser = parser(__doc__, "ranking")
     made.add_argument("--data", type=Path, required=True, help="the folder of CIFAR-100: train.parquet and test.parquet")
@@ -186,19 +193,21 @@ def main() -> None:
     args = made.parse_args()
     torch.set_num_threads(1)
     train_data, test_data = read(args.data, "train"), read(args.data, "test")
-    figures: Mapping[str, Any] = {"sizes": SIZES, "train": len(train_data[1]), "test": len(test_data[1]), "epochs": args.epochs}
-    full, runs = [], list[dict[str, Any]]()
+    about = {"sizes": SIZES, "train": len(train_data[1]), "test": len(test_data[1]), "epochs": args.epochs}
+    runs = finished(args.out, about)
+    known = {(run["model"], run["seed"], run["ratio"], run["rank_by"]) for run in runs}
+    full = []
     for number in range(args.models):
         model = trained(args.work, train_data, args.epochs, number)
         full.append(accuracy(model, test_data))
         print(f"model {number}: {full[-1]:.3f} unpruned, {cpu_seconds():.0f} s", flush=True)
-        for seed in range(args.seeds):
-            for ratio in RATIOS:
-                for rule in RULES:
-                    run = one_run(model, train_data, test_data, rule, ratio, seed)
-                    runs.append({"model": number, **run})
-                    print(json.dumps(runs[-1]), flush=True)
-            write(args.out, "ranking", {**figures, "unpruned": full, "runs": runs}, how="measured: accuracy on the test images")
+        for seed, ratio, rule in product(range(args.seeds), RATIOS, RULES):
+            if (number, seed, ratio, rule) not in known:
+                runs.append({"model": number, **one_run(model, train_data, test_data, rule, ratio, seed)})
+                print(json.dumps(runs[-1]), flush=True)
+                write(
+                    args.out, "ranking", {**about, "unpruned": full, "runs": runs}, how="measured: accuracy on the test images"
+                )
     print(summary(runs))
 
 

@@ -11,20 +11,19 @@ from contextlib import contextmanager
 from multiprocessing.util import Finalize
 
 import pytest
-import torch
 
 ROOM_BYTES = 4 * 2**30
 LONG = (  # files of 6 s and more, the longest first: one that begins last would leave the other worker idle
-    "tests/faults/test_faults.py",
     "tests/fuzz/test_fuzz.py",
-    "tests/stages/test_methods.py",
-    "tests/stages/test_invariants.py",
-    "tests/commands/test_profile_memory.py",
-    "tests/stages/test_stages.py",
+    "tests/faults/test_faults.py",
     "tests/trainable/test_token_rows.py",
-    "tests/test_kill.py",
+    "tests/stages/test_stages.py",
+    "tests/stages/test_invariants.py",
+    "tests/stages/test_methods.py",
     "tests/stages/test_algorithm_settings.py",
+    "tests/commands/test_profile_memory.py",
     "tests/stages/test_algorithm.py",
+    "tests/test_kill.py",
     "tests/test_docs.py",
     "tests/state/test_damage.py",
     "tests/rounds/test_plans.py",
@@ -56,6 +55,7 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(50_000, 20, 20)  # models of 32 dimensions leave little: 5 % of a test's time went into looking for it
         gc.enable()
 
 
@@ -116,6 +116,8 @@ def _check(result: int) -> None:
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Steps on tiny models: threads that wait for each other cost more there than they save, and another number other bits."""
+    import torch  # not at the top: the process that only hands out the files has no need of it
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

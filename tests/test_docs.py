@@ -35,6 +35,7 @@ from recap_cli.stages.run import run
 from recap_cli.state.store import State
 from recap_cli.tasks.calls import task_named
 from recap_cli.tasks.losses import mean_loss
+from tests.calls import here
 from tests.pico import TEXT, logits_for, pico
 from tests.strange import ADAPTERS, strange
 from tests.tiny import data_folder, tiny
@@ -345,13 +346,6 @@ def test_the_method_of_the_documentation_plans_round_plans(extra, monkeypatch):
     assert (first.trains, first.share, first.product) == ("head", 0.4, False)
     assert [round_plan.share for round_plan in others] == pytest.approx([0.2] * 3)
     assert [round_plan.lr_window[1] for round_plan in others] == pytest.approx([0.6, 0.8, 1.0])
-
-
-def here(waiting: list[processes.Process], _jobs: int) -> Iterator[processes.Ended]:
-    """What `processes.run` does, by calls in this process."""
-    for one in waiting:
-        code = main(list(one.command)[list(one.command).index("recap_cli") + 1 :])
-        yield processes.Ended(one.name, f"it ended with {code}" if code else None)
 
 
 def test_the_method_of_the_documentation_is_compared_on_texts(extra, tmp_path, monkeypatch):

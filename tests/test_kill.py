@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from recap_cli.cli import main
+from recap_cli.compare import processes
 from recap_cli.process import die_with_parent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.stages.export import export
@@ -25,6 +26,7 @@ from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
 from recap_cli.state.lock import HOLDER, locked
 from recap_cli.state.store import State
+from tests.calls import here
 from tests.forks import Fork
 from tests.limits import HANG_SECONDS
 from tests.tiny import tiny
@@ -77,7 +79,7 @@ def test_killed_in_the_middle_of_training_and_run_again_is_uninterrupted(tmp_pat
     assert all((tmp_path / "whole" / f).read_bytes() == (tmp_path / "killed" / f).read_bytes() for f in files[0])
 
 
-def test_the_runs_of_a_comparison_end_with_it_when_it_is_killed(tmp_path: Path) -> None:
+def test_the_runs_of_a_comparison_end_with_it_when_it_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"
     recipe.write_text(recipes.dump(tiny("vit", rounds=1, finetune={"epochs": 20})))
     arguments = ("compare", str(recipe), "--methods", "recap", "--ratios", "0.3", "--mask-ratios", "0.5", "--seeds", "0")
@@ -89,7 +91,8 @@ def test_the_runs_of_a_comparison_end_with_it_when_it_is_killed(tmp_path: Path) 
     assert killed.wait() == -signal.SIGKILL
     run.wait(HANG_SECONDS)  # raises if it goes on
     assert State.open(cell).manifest.stage in ("mask", "finetune")  # and not as if it had run to its end
-    assert main([*arguments, "--out", str(out)]) == 0
+    monkeypatch.setattr(processes, "run", here)
+    assert main([*arguments, "--out", str(out)]) == 0  # the same command goes on, whatever its runs are
 
 
 def test_ctrl_c_twice_in_the_cleanup_after_the_last_commit_leaves_nothing_for_ever(tmp_path: Path) -> None:
@@ -167,6 +170,7 @@ SWALLOWS = """
 import atexit, os, signal, sys
 from recap_cli import console
 from recap_cli.cli import main
+from recap_cli.compare import processes
 from recap_cli.commands import status
 
 where, error = sys.argv[1], console.error
@@ -217,6 +221,7 @@ def test_ctrl_c_that_is_not_ours_to_hear_is_left_alone(place: str) -> None:
     program = f"""
 import signal, threading
 from recap_cli.cli import main
+from recap_cli.compare import processes
 place = {place!r}
 if place != "another thread":
     signal.signal(signal.SIGINT, signal.SIG_IGN if place == "ignored" else print)

@@ -61,9 +61,10 @@ def encode(columns: Sequence[LabelColumn], labels: Labels) -> "pa.ChunkedArray":
     else:
         (column,) = columns
         values, rows = flat(column)
-        numbers = label_numbers(values, labels, column.names, column.place, row_of=lambda index: int(rows[index]))
         flags = np.zeros((len(column.values), len(labels.names)))  # (examples, classes)
-        flags[rows, numbers.to_numpy()] = 1.0
+        if len(values) > 0:  # lists that are all empty may have no type
+            numbers = label_numbers(values, labels, column.names, column.place, row_of=lambda index: int(rows[index]))
+            flags[rows, numbers.to_numpy()] = 1.0
     return pa.chunked_array([pa.FixedSizeListArray.from_arrays(pa.array(flags.ravel()), flags.shape[1])])
 
 

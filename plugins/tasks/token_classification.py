@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import log
 from typing import TYPE_CHECKING, Any
 
@@ -56,12 +57,16 @@ def flat(column: LabelColumn) -> "tuple[pa.ChunkedArray, Any]":
 
 
 def learn(columns: Sequence[LabelColumn]) -> Labels:
-    """Return the tags of a column."""
+    """Return the tags of a column. That none of them is `O`, as where they are numbers without names, is noted."""
     (column,) = columns
     tags, _ = flat(column)
     if len(tags) == 0:
         raise DataError(f"{column.place} holds no tags", hint=CHOOSE)
-    return read_labels(tags, column.names, column.place, words=False)
+    found = read_labels(tags, column.names, column.place, words=False)
+    if OUTSIDE in found.names:
+        return found
+    note = f"{column.place} has no tag {OUTSIDE!r}, so that every word counts for f1, precision and recall"
+    return replace(found, notes=(*found.notes, note))
 
 
 def encode(columns: Sequence[LabelColumn], labels: Labels) -> "pa.ChunkedArray":
@@ -125,11 +130,16 @@ def metrics_of(predicted: list[list[str]], targets: list[list[str]]) -> dict[str
 
 
 def constant(targets: "Ragged", labels: Sequence[str]) -> dict[str, float]:
-    """Return the figures of the best tag for all words, each metric's own."""
+    """Return the figures of the best tag for all words, each metric's own.
+
+    Tried are the most frequent tags, and of those that begin an entity, as a tag inside of one finds none of a single word.
+    """
     texts = [[labels[number] for number in targets.row(i).tolist() if number != IGNORED] for i in range(len(targets))]
     counts = Counter(tag for text in texts for tag in text)
     total = counts.total()
-    found = [metrics_of([[tag] * len(text) for text in texts], texts) for tag, _ in counts.most_common(3)]
+    ranked = [tag for tag, _ in counts.most_common()]
+    tried = {*ranked[:3], *[tag for tag in ranked if tag.startswith("B-")][:3]}
+    found = [metrics_of([[tag] * len(text) for text in texts], texts) for tag in tried]
     best = {name: max(one[name] for one in found) for name in found[0]}
     return {"loss": -sum(n / total * log(n / total) for n in counts.values()), **best}
 

@@ -42,7 +42,7 @@ class Other:
 def read_other(task: Task, place: Path | None, split: str | None, labels: Labels, data: Mapping[str, Any]) -> Other:
     """Read other data than those of the recipe.
 
-    The examples are unlabelled if the column of labels is missing, is empty, or holds only −1.
+    The examples are unlabelled if each column of labels is missing, is empty, or holds only −1.
 
     Args:
         task: The task.
@@ -129,7 +129,7 @@ def _unlabelled_images(folder: Path, images: Sequence[Path]) -> Found:
 def _labelled(found: Found, roles: Roles, labels: Labels) -> Other:
     """Read the labels like those of validation data."""
     task = roles.task
-    labelled = not any(_is_unlabelled(found.table, found.column(role)) for role in roles.labels)
+    labelled = not all(_is_unlabelled(found.table, found.column(role)) for role in roles.labels)
     picked = pick(found, roles, labelled=labelled)
     targets = task.target.encode(picked.labels, labels) if labelled else _blank(picked.inputs, task, labels)
     examples = sources.as_dataset(picked.inputs, targets, task, labels)

@@ -102,8 +102,7 @@ def with_token_rows(model: MetaModel, recipe: Recipe, raw: sources.Raw, track: T
     """
     if model.spec.image is not None:
         return model
-    source = recipe.model
-    tokenizer = create.tokenizer_of(source.name, source.config, source.revision, model.spec.config["vocab_size"])
+    tokenizer = create.tokenizer_of(source_of(recipe), model.spec.config["vocab_size"])
     train, validation = splits_of(recipe, model.spec, tokenizer, track, raw)
     return replace(model, token_rows=used_token_rows(build.on_meta(model.spec), train, validation))
 

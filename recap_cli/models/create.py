@@ -14,7 +14,7 @@ from recap_cli.models import timm_models, transformers_models, unexpected_weight
 from recap_cli.models.build import adapter_of, assemble, tensors_of
 from recap_cli.models.checkpoints import LoadReport, count_weights, locate, read_weights
 from recap_cli.models.config_checks import check_limits
-from recap_cli.models.head_labels import places_of, reorder_output
+from recap_cli.models.head_labels import SaidHead, places_of, reorder_output
 from recap_cli.models.pos_embed import resample
 from recap_cli.models.source import ModelSource, check_source, read_timm, read_transformers
 from recap_cli.models.specs import ModelSpec
@@ -43,7 +43,8 @@ def create_model(source: ModelSource) -> Created:
     """Return the full model for a task, in float32 on the CPU.
 
     Random weights, also those of a new head, come from torch's global generator: seed it before. Only weights that the
-    adapter's `head` names may be new. The head is also new if the checkpoint has other labels.
+    adapter's `head` names may be new. The head is also new if the checkpoint has other labels, or says that it is for another
+    task.
 
     Raises:
         ModelError: Something does not fit; the message names it.
@@ -58,19 +59,21 @@ def create_model(source: ModelSource) -> Created:
         return _create_timm(source) if source.library == "timm" else _create_transformers(source)
 
 
-def tokenizer_of(name: str | None, config: Mapping[str, Any] | None, revision: str | None, vocab_size: int) -> Any:
+def tokenizer_of(source: ModelSource, vocab_size: int) -> Any:
     """Return the tokenizer of a text model, as `create_model` does, from a folder or the hub.
 
     Raises:
         ModelError: There is none.
     """
-    return _tokenizer(None if name is None else locate(name, revision), config or {}, vocab_size)
+    folder = None if source.name is None else locate(source.name, source.revision)
+    return _tokenizer(folder, source.config or {}, vocab_size, words=source.task.inputs == "words")
 
 
 def _create_transformers(source: ModelSource) -> Created:
     model_type, folder, given, config, adapter = read_transformers(source)
-    processor = None if source.is_image else _tokenizer(folder, given, config.vocab_size)
-    checkpoint_labels = transformers_models.label_names(config)
+    words = source.task.inputs == "words"
+    processor = None if source.is_image else _tokenizer(folder, given, config.vocab_size, words=words)
+    said = SaidHead(transformers_models.label_names(config), given.get("architectures"), given.get("problem_type"))
     transformers_models.set_labels(config, source.labels, source.task.problem_type)
     image, note = transformers_models.read_image_facts(folder, config) if source.is_image else (None, None)
     if folder is None and image is not None and source.image_size is not None:
@@ -82,7 +85,7 @@ def _create_transformers(source: ModelSource) -> Created:
         notes = ["random weights, from a configuration"]
     else:
         model, report = transformers_models.from_folder(folder, source, config)
-        new, notes = _settle_head(model, adapter, report, checkpoint_labels, source, folder)
+        new, notes = _settle_head(model, adapter, report, said, source, folder)
     values, labels = transformers_models.to_dict(model), source.labels
     spec = ModelSpec(
         "transformers", model_type, values, len(labels), labels, source.task_kind, image, auto_class=source.auto_class
@@ -107,30 +110,30 @@ def _create_timm(source: ModelSource) -> Created:
     if folder is None:
         return Created(model, spec, None, (), ("random weights, from a configuration",))
     report = timm_models.load_into(model, timm_models.filtered(model, read_weights(folder)))
-    new, notes = _settle_head(model, adapter, report, timm_models.label_names(folder), source, folder)
+    new, notes = _settle_head(model, adapter, report, SaidHead(timm_models.label_names(folder)), source, folder)
     return Created(model, spec, None, tuple(new), tuple(notes))
 
 
-def _tokenizer(folder: Path | None, given: Mapping[str, Any], vocab_size: int) -> Any:
+def _tokenizer(folder: Path | None, given: Mapping[str, Any], vocab_size: int, *, words: bool) -> Any:
     if folder is not None:
-        return transformers_models.read_tokenizer(folder, vocab_size)
+        return transformers_models.read_tokenizer(folder, vocab_size, words=words)
     if "tokenizer" not in given:
         raise ModelError(
             "a text model from a configuration has no tokenizer",
             hint="name a folder that has one: --set model.config.tokenizer=DIR",
         )
-    return transformers_models.read_tokenizer(locate(str(given["tokenizer"])), vocab_size)
+    return transformers_models.read_tokenizer(locate(str(given["tokenizer"])), vocab_size, words=words)
 
 
 def _settle_head(
     model: nn.Module,
     adapter: Adapter,
     report: LoadReport,
-    checkpoint_labels: list[str] | None,
+    said: SaidHead,
     source: ModelSource,
     folder: Path,
 ) -> tuple[list[str], list[str]]:
-    """Make the head of a checkpoint's model one for the labels of the data, in their order.
+    """Make the head of a checkpoint's model one for the task and the labels of the data, in their order.
 
     Returns:
         The head weights that are new, and notes.
@@ -145,23 +148,25 @@ def _settle_head(
             f"{folder} does not fit its config.json: {some(backbone)} is {how}",
             hint="only the head may be new; check that weights and config.json belong together",
         )
-    new, note = _head_for(model, adapter, sorted(report.missing | report.mismatched), checkpoint_labels, source.labels)
+    new, note = _head_for(model, adapter, sorted(report.missing | report.mismatched), said, source)
     return new, [note, *unexpected_weights.notes(model, report.unexpected, str(folder))]
 
 
-def _head_for(
-    model: nn.Module, adapter: Adapter, new: list[str], checkpoint_labels: list[str] | None, labels: list[str]
-) -> tuple[list[str], str]:
+def _head_for(model: nn.Module, adapter: Adapter, new: list[str], said: SaidHead, source: ModelSource) -> tuple[list[str], str]:
     """Keep, reorder or renew the head, `new` weights of which are random already. Return all that are new, and a note."""
     if new:
         return new, f"new head: {', '.join(new)}"
-    places = places_of(labels, checkpoint_labels)
+    labels = source.labels
+    if other := said.other_task(model, source.task.problem_type):
+        new = _renew_output(model, adapter, len(labels))
+        return new, f"the head of the checkpoint is for another task ({other}): {some(new)} is new"
+    places = places_of(labels, said.labels)
     if places == list(range(len(labels))):
         return [], "the head of the checkpoint is kept"
     if places and reorder_output(model, adapter, places):
         return [], f"the head of the checkpoint is kept, its labels in the order of the data: {some(labels)}"
     new = _renew_output(model, adapter, len(labels))
-    return new, f"the head of the checkpoint is for other labels ({some(checkpoint_labels or [])}): {some(new)} is new"
+    return new, f"the head of the checkpoint is for other labels ({some(said.labels or [])}): {some(new)} is new"
 
 
 def _renew_output(model: nn.Module, adapter: Adapter, num_labels: int) -> list[str]:

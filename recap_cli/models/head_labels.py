@@ -1,13 +1,40 @@
-"""Whether the head of a checkpoint fits the labels of the data, and how its outputs are reordered."""
+"""Whether the head of a checkpoint fits the task and the labels of the data, and how its outputs are reordered."""
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from recap_cli.core.adapter import Adapter, matches
 from recap_cli.tasks.labels import finder, key_of
+
+
+@dataclass(frozen=True)
+class SaidHead:
+    """What the configuration of a checkpoint says of its head.
+
+    Attributes:
+        labels: The names of its outputs, in order; None if it has none.
+        architectures: The classes of the model that was saved; anything, as a stranger's file has it.
+        problem_type: The kind of its loss, as transformers calls it, likewise.
+    """
+
+    labels: Sequence[str] | None
+    architectures: Any = None
+    problem_type: Any = None
+
+    def other_task(self, model: nn.Module, problem_type: str | None) -> str | None:
+        """Return what the head was for, if that is another task than the model's; None if it is not, or is not said.
+
+        Heads of several classes have weights of the same names and shapes: one class for a text, and one for each word.
+        """
+        saved, problems = self.architectures, (self.problem_type, problem_type)
+        if isinstance(saved, list) and saved and type(model).__name__ not in saved:
+            return ", ".join(map(str, saved))
+        return str(self.problem_type) if None not in problems and len(set(map(str, problems))) > 1 else None
 
 
 def places_of(labels: Sequence[str], head_labels: Sequence[str] | None) -> list[int] | None:

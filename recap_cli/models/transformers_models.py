@@ -5,7 +5,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -289,8 +289,8 @@ def preprocessor_json(image: dict[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def read_tokenizer(folder: Path, vocab_size: int) -> Any:
-    """Return the tokenizer of a folder.
+def read_tokenizer(folder: Path, vocab_size: int, *, words: bool = False) -> Any:
+    """Return the tokenizer of a folder; for lists of `words`, one that reads each as after a blank, as RoBERTa does in texts.
 
     Raises:
         ModelError: There is none, or it has more tokens than the model embeds.
@@ -305,7 +305,10 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Any:
     files.check_folder(folder, ("*.json", "*.txt", "*.model", "*.jinja"))
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            load = partial(AutoTokenizer.from_pretrained, folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = load()
+            if words and getattr(tokenizer, "add_prefix_space", None) is False:
+                tokenizer = load(add_prefix_space=True)
     except BaseException as error:
         # tokenizers, written in Rust, raises a bare Exception, and panics with a class that is not an Exception
         if not isinstance(error, LIBRARY_ERRORS) and type(error).__name__ not in ("Exception", "PanicException"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf, isnan
 
 from torch import Tensor
 
@@ -96,5 +97,6 @@ def keep_best(context: Context, transaction: Transaction, tuned: dict[str, Tenso
 
 
 def _rank(metrics: dict[str, float], metric: Metric) -> tuple[float, float]:
-    """What rounds are compared by, more being better: the metric, then the loss."""
-    return metric.goodness(metrics[metric.name]), LOSS.goodness(metrics["loss"])
+    """What rounds are compared by, more being better: the metric, then the loss. A metric that is no number is the worst."""
+    value = metric.goodness(metrics[metric.name])
+    return -inf if isnan(value) else value, LOSS.goodness(metrics["loss"])

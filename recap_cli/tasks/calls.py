@@ -77,7 +77,9 @@ def _problem(task: Task) -> str | None:
 
 
 def _is_count(found: Any) -> bool:
-    return isinstance(found, int) or getattr(found, "ndim", None) == 0
+    from torch import Tensor
+
+    return isinstance(found, int) or (isinstance(found, Tensor) and found.ndim == 0)
 
 
 class _Guard:

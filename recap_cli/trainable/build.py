@@ -20,7 +20,7 @@ from recap_cli.core.axes import Axis, Cut, UnitMask
 from recap_cli.core.frozen_weight import FrozenWeight
 from recap_cli.core.surgery import IndexMap, owner_of, put, take
 from recap_cli.core.ties import Once, first_names, names_of
-from recap_cli.trainable.embedding import PartialEmbedding, is_hooked, is_plain, places
+from recap_cli.trainable.embedding import PartialEmbedding, is_lookup, is_plain, places
 from recap_cli.trainable.frozen_weights import (
     Partition,
     Place,
@@ -176,7 +176,7 @@ def _made(
         made, trainables = _partial_embedding(module, names["weight"], build, is_trained=bool(trained))
     elif partly:
         raise TypeError(f"{names[min(partly)]} would be trainable in part, but {type(module).__name__} is no linear layer")
-    elif isinstance(module, nn.Embedding) and not trained and build.is_quantized(module, module.weight):
+    elif is_lookup(module) and not trained and build.is_quantized(module, module.get_parameter("weight")):
         made = _quantized_embedding(module, names["weight"], build)
     else:
         for attribute, name in names.items():
@@ -304,9 +304,9 @@ def _partial_embedding(
     return PartialEmbedding(forward_weight, trainable.grad_param, place, dtype=placement.dtype), [trainable]
 
 
-def _quantized_embedding(module: nn.Embedding, name: str, build: _Build) -> QuantizedEmbedding:
+def _quantized_embedding(module: nn.Module, name: str, build: _Build) -> QuantizedEmbedding:
     """The frozen table, as codes of its rows."""
-    weight, none = module.weight, torch.empty(0, dtype=torch.int64)
+    weight, none = module.get_parameter("weight"), torch.empty(0, dtype=torch.int64)
     quantized = partial(_quantized, name, weight.detach(), {0: none}, False, build.placement)
     _, matrix = build.once.make(weight, "codes of rows", quantized)
     return QuantizedEmbedding(matrix, build.placement.dtype)
@@ -396,7 +396,7 @@ def _dense(module: nn.Module, attribute: str, name: str, build: _Build, *, is_tr
 def _form(module: nn.Module, attribute: str, weights: FrozenWeight) -> str:
     """How a layer reads a frozen tensor: as a matrix of its rows, of its columns, or dense."""
     if attribute == "weight" and isinstance(module, nn.Embedding):
-        return "dense" if is_hooked(module) or weights.rows is None else "rows"
+        return "rows" if is_lookup(module) and weights.rows is not None else "dense"
     return ("columns" if is_transposed(module) else "rows") if attribute == "weight" and is_linear(module) else "dense"
 
 

@@ -113,8 +113,16 @@ def places(count: int, held: Tensor) -> Tensor:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a module looks rows up and does nothing else to them."""
-    plain = type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
-    return plain and not is_hooked(module)
+    return is_lookup(module) and type(module) is nn.Embedding and not module.scale_grad_by_freq
+
+
+def is_lookup(module: nn.Module) -> bool:
+    """Whether the forward of a module, which may be of a class of its own, looks rows up and does nothing else to them.
+
+    Gemma's tables of tokens scale what they look up.
+    """
+    looks_up = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward and module.max_norm is None
+    return looks_up and not is_hooked(module)
 
 
 def is_hooked(module: nn.Module) -> bool:

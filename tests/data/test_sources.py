@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
-from sklearn.datasets import load_digits
 
 from recap_cli.data.sources import Raw, hold_out
 from recap_cli.errors import DataError
@@ -403,6 +402,8 @@ def test_paths_of_images_start_at_their_file(tmp_path: Path) -> None:
 
 
 def test_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits  # here: its import takes a second, and no other test has need of it
+
     pixels, labels = load_digits(return_X_y=True)  # (1797, 64), (1797,)
     wanted = (pixels.reshape(-1, 8, 8) * 255 / 16).round()  # (1797, 8, 8)
     raw = read_splits("image-classification", seed=0, builtin="digits")

@@ -142,6 +142,31 @@ def test_a_head_for_the_same_labels_in_another_order_is_kept(saved, name):
     assert torch.equal(logits(created.model, created.spec), expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "said", "new"),
+    [
+        ("token-classification", {}, "BertForSequenceClassification"),
+        ("token-classification", {"architectures": None}, None),  # nothing is known of it
+        ("text-multi-label", {"problem_type": "single_label_classification"}, "single_label_classification"),
+        ("text-multi-label", {"problem_type": "multi_label_classification"}, None),
+        ("text-multi-label", {}, None),
+        ("text-classification", {"problem_type": "regression"}, "regression"),
+    ],
+)
+@pytest.mark.parametrize("meaningless", [True, False])
+def test_a_head_that_says_it_is_for_another_task_is_new(saved, kind, said, new, meaningless):
+    folder = saved("bert")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"id2label": {str(i): f"LABEL_{i}" for i in range(len(LABELS))}} if meaningless else {}
+    (folder / "config.json").write_text(json.dumps({**config, "problem_type": None, **names, **said}))
+    created = made(library="transformers", name=str(folder), kind=kind, label_names=LABELS)
+    kept = load_file(folder / "model.safetensors")["classifier.weight"]
+    assert torch.equal(created.model.classifier.weight, kept) == (new is None)
+    assert created.new == (() if new is None else ("classifier.bias", "classifier.weight"))
+    note = f"for another task ({new}): classifier.bias, classifier.weight is new" if new else "kept"
+    assert created.notes[0] == f"the head of the checkpoint is {note}"
+
+
 @pytest.mark.parametrize("labels", [["a", "b"], ["dog", "cat", "bird"], ["a", "b", "c", "d"]])
 @pytest.mark.parametrize("name", ["vit", "timm-vit", "timm-vit-distilled"])
 def test_other_labels_get_a_new_head_and_only_that(saved, name, labels):

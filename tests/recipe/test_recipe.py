@@ -64,6 +64,7 @@ def test_a_recipe_has_every_default() -> None:
 def test_a_faithful_recipe_may_choose_where_the_paper_has_another_mask() -> None:
     paper, chosen = parsed("faithful: true\n"), parsed("faithful: true\nmask: {ratio: 0.2, scope: per-layer}\n")
     assert (paper.mask.ratio, paper.mask.scope) == (0.5, "per-kind")
+    assert (paper.prune.rank_by, paper.mask.rank_by) == ("sum", "sum")
     assert (chosen.mask.ratio, chosen.mask.scope) == (0.2, "per-layer")
     images = ["task.kind=image-classification", "data.image=image", "data.text=null"]
     assert parsed("faithful: true\n", *images).mask.ratio == 0.875

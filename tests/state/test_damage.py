@@ -350,27 +350,29 @@ def test_facts_in_json_that_no_stage_has_written_are_refused_whatever_their_chec
 EVERY_COMMAND = """
 import sys
 from recap_cli.cli import main
-path, out, recipe = sys.argv[1:]
-commands = [["status"], ["prune"], ["mask"], ["finetune"], ["merge"], ["eval"], ["report"], ["profile-memory"]]
-commands = [[*words, path] for words in commands]
-commands += [["export", path, out], ["run", "--state", path], ["run", recipe, "--state", path]]
-for command in commands:
-    print(command[0], main(command), flush=True)
+*paths, out, recipe = sys.argv[1:]
+for path in paths:
+    commands = [["status"], ["prune"], ["mask"], ["finetune"], ["merge"], ["eval"], ["report"], ["profile-memory"]]
+    commands = [[*words, path] for words in commands]
+    commands += [["export", path, out], ["run", "--state", path], ["run", recipe, "--state", path]]
+    for command in commands:
+        print(command[0], main(command), flush=True)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes on this system")
-@pytest.mark.parametrize("rel", ["state.yaml", "recipe.yaml"])
-def test_no_command_waits_for_a_pipe_in_the_place_of_a_file(rel: str, damaged: Callable[[str], Path], tmp_path: Path) -> None:
-    path, recipe = damaged("prune 2"), tmp_path / "recipe.yaml"
-    shutil.copy(path / "recipe.yaml", recipe)
-    (path / rel).unlink()
-    os.mkfifo(path / rel)
-    before = contents(path)
-    program = [sys.executable, "-c", EVERY_COMMAND, str(path), str(tmp_path / "out"), str(recipe)]
+def test_no_command_waits_for_a_pipe_in_the_place_of_a_file(damaged: Callable[[str], Path], tmp_path: Path) -> None:
+    sound, recipe, paths = damaged("prune 2"), tmp_path / "recipe.yaml", [tmp_path / "first", tmp_path / "second"]
+    shutil.copy(sound / "recipe.yaml", recipe)
+    for path, rel in zip(paths, ("state.yaml", "recipe.yaml"), strict=True):
+        shutil.copytree(sound, path)
+        (path / rel).unlink()
+        os.mkfifo(path / rel)
+    before = [contents(path) for path in paths]
+    program = [sys.executable, "-c", EVERY_COMMAND, *map(str, paths), str(tmp_path / "out"), str(recipe)]
     done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=300)
-    assert [line.split()[1] for line in done.stdout.splitlines()] == ["11"] * 11, (done.stdout, done.stderr)
-    assert contents(path) == before
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["11"] * 22, (done.stdout, done.stderr)
+    assert [contents(path) for path in paths] == before
 
 
 # --- a finished state ------------------------------------------------------------------------------------------------

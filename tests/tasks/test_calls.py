@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -92,6 +93,7 @@ def scoring(found: Any) -> Callable[..., Any]:
         ("loss", lambda *_: torch.tensor(3), r"gave a loss that is no number: torch\.int64 of shape \(\)"),
         ("count", lambda _: None, "gave a count that is no number: None"),
         ("count", lambda _: torch.ones(3), "gave a count that is no number"),
+        ("count", lambda _: np.int64(3), "gave a count that is no number: np.int64"),
         ("part", lambda *_: None, "gave no part of a batch: None"),
         ("part", lambda *_: {"x": 1}, "gave no part of a batch"),
         ("score", scoring(None), "gave no accuracy and no f1 and no matthews"),

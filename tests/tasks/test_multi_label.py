@@ -13,8 +13,10 @@ from pyarrow import parquet
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from recap_cli.cli import main
+from recap_cli.core.task import Labels
+from recap_cli.data.other_data import read_other
 from recap_cli.errors import DataError
-from recap_cli.plugins.tasks.multi_label import constant, metrics_of
+from recap_cli.plugins.tasks.multi_label import TEXT_MULTI_LABEL, constant, metrics_of
 from recap_cli.recipe import recipe as recipes
 from recap_cli.rounds.examples import read_raw
 from recap_cli.rounds.scoring import OtherData, PredictionFile
@@ -142,6 +144,25 @@ def test_texts_without_labels_are_given_classes_and_no_loss(states: dict[str, St
     assert "f1" not in row
     assert table["label"] == table["loss"] == [None] * 5
     assert all(set(text.split(", ")) <= {*made.CLASSES, ""} for text in table["predicted"])
+
+
+def test_of_lists_that_are_all_empty_no_example_has_a_class(tmp_path: Path) -> None:
+    file = made.write(tmp_path / "none.jsonl", [{**row, "kinds": []} for row in made.rows("text-multi-label", 3)])
+    raw = read_raw(made.recipe("text-multi-label", data={"validation": str(file)}))
+    assert raw.validation["label"][:] == [[0.0, 0.0, 0.0]] * 3
+
+
+def test_data_that_lack_one_of_several_columns_are_not_taken_for_unlabelled(tmp_path: Path) -> None:
+    rows = list(map(as_columns, made.rows("text-multi-label", 12)))
+    data = made.recipe("text-multi-label", data={"label": list(made.CLASSES)}).data.model_dump()
+    labels = Labels(made.CLASSES, words=False)
+    lacking = made.write(
+        tmp_path / "lacking.jsonl", [{key: value for key, value in row.items() if key != "bee"} for row in rows]
+    )
+    with pytest.raises(DataError, match="has no column 'bee'"):
+        read_other(TEXT_MULTI_LABEL, lacking, None, labels, data)
+    bare = made.write(tmp_path / "bare.jsonl", [{"text": row["text"]} for row in rows])
+    assert not read_other(TEXT_MULTI_LABEL, bare, None, labels, data).labelled
 
 
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # what is changed in each row, the recipe's data, what is said

@@ -1,6 +1,8 @@
 """A tag for each word: sub-words aligned, seqeval by hand on words, losses weighed by words, all forms of files, wrong tags."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,15 @@ import pytest
 import torch
 from pyarrow import parquet
 from seqeval import metrics
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from recap_cli.cli import main
+from recap_cli.core.ragged import Ragged
 from recap_cli.core.task import IGNORED
 from recap_cli.data.splits import TextInputs, make_split
 from recap_cli.errors import DataError, MissingExtraError
+from recap_cli.models.create import tokenizer_of
 from recap_cli.plugins.tasks.token_classification import TOKEN_CLASSIFICATION, constant, metrics_of
 from recap_cli.progress import silent
 from recap_cli.recipe import recipe as recipes
@@ -26,7 +31,9 @@ from recap_cli.stages.export import export
 from recap_cli.stages.init import init
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
+from recap_cli.tasks.calls import task_named
 from recap_cli.tasks.losses import mean_loss
+from tests.pico import source_for
 from tests.tasks import made
 
 KIND = "token-classification"
@@ -59,6 +66,21 @@ def test_the_tag_of_a_word_stands_at_its_first_token(side: str, tmp_path: Path) 
         rest = tokenizer.convert_ids_to_tokens(batch["input_ids"][row][~at].tolist())
         assert all(piece.startswith(("##", "[")) for piece in rest)
         assert any(piece.startswith("##") for piece in rest), "words are split"
+
+
+def test_words_have_the_tokens_that_they_have_in_a_text(tmp_path: Path) -> None:
+    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(ByteLevel.alphabet()), "ab", "Ġab"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(vocabulary)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nĠ ab\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RobertaTokenizer"}))
+    source = source_for(KIND, config={"model_type": "roberta", "tokenizer": str(tmp_path)})
+    tokenizer = tokenizer_of(source, 512)
+    assert tokenizer(["ab", "ab"], is_split_into_words=True).tokens() == ["<s>", "Ġab", "Ġab", "</s>"]
+    tokenizer.save_pretrained(tmp_path / "again")  # as a state, and an export, have it
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again(["ab", "ab"], is_split_into_words=True).tokens() == ["<s>", "Ġab", "Ġab", "</s>"]
+    texts = tokenizer_of(replace(source, task=task_named("text-classification")), 512)
+    assert texts("ab ab").tokens() == ["<s>", "ab", "Ġab", "</s>"]
 
 
 def tags_word_by_word(folder: Path, examples: list[dict[str, Any]]) -> list[list[str]]:
@@ -112,7 +134,15 @@ def test_chance_is_the_best_tag_for_all_words(state: State) -> None:
     answers = [[[tag] * len(text) for text in wanted] for tag in made.TAGS]
     assert chance["f1"] == pytest.approx(max(metrics.f1_score(wanted, answer, zero_division=0) for answer in answers))
     assert chance["accuracy"] == pytest.approx(max(metrics.accuracy_score(wanted, answer) for answer in answers))
-    assert constant.__doc__
+
+
+def test_chance_is_found_by_a_tag_that_begins_an_entity_where_those_inside_are_more_frequent() -> None:
+    texts = [["O"] * 4 + ["B-a", *["I-a"] * 3, "B-b", *["I-b"] * 4], ["B-d", "O", "B-d"]]
+    tags = ("O", "B-a", "I-a", "I-b", "B-d", "B-b")
+    answers = [[[tag] * len(text) for text in texts] for tag in tags]
+    best = max(metrics.f1_score(texts, answer, zero_division=0) for answer in answers)
+    assert best > 0
+    assert constant(Ragged.of([tags.index(tag) for tag in text] for text in texts), tags)["f1"] == pytest.approx(best)
 
 
 def test_tags_without_a_prefix_mark_words_and_are_never_joined() -> None:
@@ -176,6 +206,14 @@ def test_texts_without_tags_are_given_one_for_each_word(suffix: str, state: Stat
         table = parquet.read_table(out.path).to_pydict()
         assert [len(text.split()) for text in table["predicted"]] == [len(each) for each in words]
         assert table["label"] == table["loss"] == [None] * 5
+
+
+def test_tags_that_are_numbers_without_names_are_noted(tmp_path: Path) -> None:
+    examples = [{**row, "tags": [made.TAGS.index(tag) for tag in row["tags"]]} for row in made.rows(KIND, 12)]
+    file = str(made.write(tmp_path / "numbers.jsonl", examples))
+    raw = read_raw(made.recipe(KIND, data={"train": file, "validation": file}))
+    assert any(note.endswith("has no tag 'O', so that every word counts for f1, precision and recall") for note in raw.notes)
+    assert not read_raw(made.recipe(KIND)).notes
 
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]

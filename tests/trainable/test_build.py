@@ -423,6 +423,20 @@ def test_frozen_layers_and_embeddings_are_quantized_and_what_trains_whole_is_not
     torch.testing.assert_close(model(ids), F.linear(hidden, short["4.weight"], short["4.bias"]))
 
 
+class Scaled(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return 8 * super().forward(ids)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("table", [Scaled(20, 8), nn.Embedding(20, 8, max_norm=0.5)], ids=["scaled", "renormed"])
+def test_a_frozen_table_that_does_more_than_look_up_stays_as_it_is(name: str, table: nn.Embedding) -> None:
+    model, ids = nn.Sequential(copy.deepcopy(table)), torch.arange(20)
+    wanted = copy.deepcopy(table)(ids).detach()
+    assert make_partial(model, {}, placement=Placement(weights=WEIGHTS[name]), frozen=lambda _: True) == []
+    torch.testing.assert_close(model(ids).float(), wanted, rtol=1e-2, atol=1e-2)
+
+
 def test_nothing_of_a_quantized_layer_that_is_still_asks_for_a_gradient() -> None:
     model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
     make_partial(

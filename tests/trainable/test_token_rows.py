@@ -331,8 +331,18 @@ def test_there_is_no_such_table_where_the_model_uses_it_otherwise() -> None:
     assert found(nn.Linear(2, 2)) is None
 
 
-@pytest.mark.parametrize("embeddings", [False, "tokens", True])
-@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("weights", "embeddings"),  # each form with the rows of tokens, and with a table that stands still or trains whole
+    [
+        ("fp32", False),
+        ("fp32", "tokens"),
+        ("fp32", True),
+        ("bf16", "tokens"),
+        ("bf16", True),
+        ("int8", False),
+        ("int8", "tokens"),
+    ],
+)
 def test_a_prediction_holds_the_rows_that_finetuning_holds(weights: str, embeddings: bool | str, tmp_path: Path) -> None:
     given = recipe(tmp_path, "bert", embeddings, rounds=1, finetune={"weights": weights})
     model, notes = meta_model.of_recipe_with_data(given)

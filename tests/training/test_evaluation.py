@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from recap_cli.core.ragged import Ragged
 from recap_cli.core.task import IGNORED, Objective
@@ -37,6 +36,8 @@ def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_labels", [2, 5])
 def test_metrics_agree_with_scikit_learn(num_labels: int) -> None:
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
     split = logits_split(53, num_labels)
     found = evaluate(forward, split, objective(num_labels), how=Pass(batch_size=8))
     logits = split.batch(torch.arange(53))["inputs"]
@@ -122,6 +123,8 @@ def test_matthews_of_one_answer_for_every_example_is_0_as_scikit_learn_has_it() 
 
 
 def test_f1_is_the_mean_over_the_labels_that_are_true_or_predicted_of_any_example() -> None:
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
     labels, predicted = torch.tensor([0, 0, 1, 3, 3]), torch.tensor([0, 1, 1, 3, 1])  # nothing has label 2 or 4
     found = metrics_of(predicted, labels, 5)
     assert found["f1"] == pytest.approx(f1_score(labels, predicted, average="macro", labels=[0, 1, 3]))
