@@ -64,8 +64,8 @@ def test_cuts_of_another_width_or_word_have_units_of_their_own() -> None:
 
 def test_what_is_whole_has_no_units() -> None:
     axis = Axis("a", "heads", 0, 2, (Cut("table", 1, 1), Cut("x", 0, 4), Cut("z", 1, 4)))
-    (fine,) = mask_axes([axis], {"table"})
-    assert (fine.name, fine.size, [cut.param for cut in fine.cuts]) == ("a", 8, ["x", "z"])
+    found = [(fine.name, fine.size, [cut.param for cut in fine.cuts]) for fine in mask_axes([axis], {"table"})]
+    assert found == [("a", 8, ["x", "z"])]
     assert mask_axes([axis], {"table", "x", "z"}) == []
 
 

@@ -152,8 +152,8 @@ FAULTS = (
     Fault(
         "the mask is chosen in the scope of pruning",
         "recap_cli/rounds/masking.py",
-        "scope, random = recipe.mask.scope, recipe.mask.random",
-        "scope, random = recipe.prune.scope, recipe.mask.random",
+        "Limits(scope=recipe.mask.scope,",
+        "Limits(scope=recipe.prune.scope,",
         (CHOSEN,),
     ),
     Fault(
