@@ -5,12 +5,13 @@ rule, in four gradual steps by eq. (1), at each ratio. Its accuracy is measured 
 was finetuned on half of the training images. A seed is another D_s and another order of the examples; all rules of a seed start
 from the same model and see the same examples.
 
-    python benchmarks/ranking.py --data cifar100/ --work /tmp/ranking
+    RECAP_SHARED=DIR python benchmarks/ranking.py --work DIR
 """
 
 import argparse
 import copy
 import json
+import os
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -29,6 +30,8 @@ from recap_cli.core.importance import Scores, group_scores
 from recap_cli.core.ranking import Limits, RankBy
 from recap_cli.plugins.criteria.taylor import TAYLOR
 
+ROOT = Path(__file__).parents[1]
+CIFAR100 = Path(os.environ.get("RECAP_SHARED", ROOT.parent / "shared")) / "data" / "cifar100"
 RULES: tuple[RankBy, ...] = get_args(RankBy)
 RATIOS = (1 / 3, 0.5, 0.7)
 CLASSES, BATCH, RATE = 10, 64, 1e-3
@@ -185,7 +188,7 @@ def finished(out: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def main() -> None:
     made: argparse.ArgumentParser = parser(__doc__, "ranking")
-    made.add_argument("--data", type=Path, required=True, help="the folder of CIFAR-100: train.parquet and test.parquet")
+    made.add_argument("--data", type=Path, default=CIFAR100, help="the folder of CIFAR-100: train.parquet and test.parquet")
     made.add_argument("--work", type=Path, required=True, help="where trained models are kept")
     made.add_argument("--epochs", type=int, default=16, help="of training from scratch")
     made.add_argument("--models", type=int, default=2, help="trained from scratch")
