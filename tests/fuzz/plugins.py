@@ -96,6 +96,7 @@ ROUND_PLAN_LISTS = {
     "raise KeyboardInterrupt": "",
     "while True: yield RoundPlan(0.3, 0.5)": "rounds that make no sense are refused",
 }
+CLAIM = "taylor = os:name"  # a name of ours, which the recipe asks for
 LINES = [
     "no equals here",
     "= nothing",
@@ -111,7 +112,7 @@ LINES = [
     "x = os:system",
     "x = this:that ; y",
     "[recap.criteria]",
-    "taylor = os:name",
+    CLAIM,
     "x=y=z",
     "\t",
 ]
@@ -211,6 +212,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
         "fuzzed": module or ROUND_PLAN_LISTS.get(parts.get("round_plans", ""), ""),
     }
     sound = "a broken stranger stops no command of ours" if case.base == "foreign" else ""
+    claimed = any(str(step[0]) == "foreign" and step[1] == CLAIM for step in case.steps)
     new = str(box.root / "new")
     arguments: dict[str, tuple[str, ...]] = {
         "plugins": ("plugins",),
@@ -225,11 +227,15 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
     }
     for name in case.calls:
         interrupted = "KeyboardInterrupt" in "".join(parts.values())
+        twice = claimed and name not in ("plugins", "plugins-json", "recipes", "status", "doctor")
+        ours = refuse["prune" if name == "prune" else "fuzzed"] if name in ("prune", "dry-fuzzed", "init-fuzzed") else ""
         yield Call(
             arguments[name],
-            refuse=refuse["prune" if name == "prune" else "fuzzed"] if name in ("prune", "dry-fuzzed", "init-fuzzed") else "",
-            succeed=sound,
-            names=("fuzzed", "round_plan", "options") if not interrupted and name != "doctor" else (),
+            refuse=ours or ("a name that two distributions claim" if twice else ""),
+            succeed="" if twice else sound,
+            names=("fuzzed", "round_plan", "options", *(["stranger"] if twice else []))
+            if not interrupted and name != "doctor"
+            else (),
             state=state,
             leftovers=lambda rel: rel.startswith("round-"),
             writes=(state, box.root / "new"),
@@ -286,5 +292,6 @@ CORPUS = {
     "held: a method that cannot be imported": Case(
         "plugins", "method", (("module", "raise ValueError('boom')"),), ("dry-fuzzed",)
     ),
+    "a stranger's claim to a name of ours": Case("plugins", "foreign", (("foreign", CLAIM),), ("plugins", "dry-run")),
     "held: a name claimed twice": Case("plugins", "criterion", (("second", ""), ("score", "raise KeyError('x')")), ("prune",)),
 }
