@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from recap_cli.core.method import Method, RoundPlan, Settings, TrainContext, TrainerHook
     from recap_cli.core.ragged import Ragged
     from recap_cli.core.surgery import owner_of
-    from recap_cli.core.task import IGNORED, Batch, LabelColumn, Labels, Metric, Outputs, Target, Task
+    from recap_cli.core.task import IGNORED, Batch, Distillation, LabelColumn, Labels, Metric, Outputs, Target, Task
     from recap_cli.core.ties import names_of
     from recap_cli.errors import DataError, MissingExtraError, ModelError, PluginError
     from recap_cli.tasks.labels import label_numbers, may_be_classes, read_labels, repeats
+    from recap_cli.tasks.losses import soft_binary_cross_entropy, soft_cross_entropy, squared_errors
 
 _HOMES = {
     "recap_cli.core.adapter": ("Adapter", "Heads", "Neurons", "find_axes", "is_linear", "is_transposed"),
@@ -27,10 +28,11 @@ _HOMES = {
     "recap_cli.core.method": ("Method", "RoundPlan", "Settings", "TrainContext", "TrainerHook"),
     "recap_cli.core.ragged": ("Ragged",),
     "recap_cli.core.surgery": ("owner_of",),
-    "recap_cli.core.task": ("IGNORED", "Batch", "LabelColumn", "Labels", "Metric", "Outputs", "Target", "Task"),
+    "recap_cli.core.task": ("IGNORED", "Batch", "Distillation", "LabelColumn", "Labels", "Metric", "Outputs", "Target", "Task"),
     "recap_cli.core.ties": ("names_of",),
     "recap_cli.errors": ("DataError", "MissingExtraError", "ModelError", "PluginError"),
     "recap_cli.tasks.labels": ("label_numbers", "may_be_classes", "read_labels", "repeats"),
+    "recap_cli.tasks.losses": ("soft_binary_cross_entropy", "soft_cross_entropy", "squared_errors"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -42,6 +44,7 @@ __all__ = [
     "Criterion",
     "Cut",
     "DataError",
+    "Distillation",
     "FrozenWeight",
     "GroupScores",
     "Heads",
@@ -72,6 +75,9 @@ __all__ = [
     "owner_of",
     "read_labels",
     "repeats",
+    "soft_binary_cross_entropy",
+    "soft_cross_entropy",
+    "squared_errors",
 ]
 
 

@@ -4,7 +4,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from recap_cli.api import Batch, LabelColumn, Labels, Metric, Target, Task, label_numbers, may_be_classes, read_labels, repeats
+from recap_cli.api import (
+    Batch,
+    Distillation,
+    LabelColumn,
+    Labels,
+    Metric,
+    Target,
+    Task,
+    label_numbers,
+    may_be_classes,
+    read_labels,
+    repeats,
+    soft_cross_entropy,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -89,6 +102,11 @@ def predict(logits: "Tensor", batch: Batch, labels: Sequence[str]) -> dict[str, 
     }
 
 
+def rows(logits: "Tensor", _: Batch) -> "Tensor":
+    """Return what a teacher teaches: the logits, (batch, labels)."""
+    return logits
+
+
 CLASS = Target("labels", learn, encode, can_be=may_be_classes, is_likely=repeats, stratified=True)
 
 TEXT_CLASSIFICATION = Task(
@@ -102,6 +120,7 @@ TEXT_CLASSIFICATION = Task(
     score=score,
     constant=constant,
     predict=predict,
+    distillation=Distillation(rows, soft_cross_entropy),
 )
 
 IMAGE_CLASSIFICATION = replace(

@@ -5,7 +5,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from recap_cli.api import Batch, DataError, LabelColumn, Labels, Metric, Target, Task, label_numbers, read_labels
+from recap_cli.api import (
+    Batch,
+    DataError,
+    Distillation,
+    LabelColumn,
+    Labels,
+    Metric,
+    Target,
+    Task,
+    label_numbers,
+    read_labels,
+    soft_binary_cross_entropy,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -175,6 +187,11 @@ def predict(logits: "Tensor", batch: Batch, labels: Sequence[str]) -> dict[str, 
     }
 
 
+def rows(logits: "Tensor", _: Batch) -> "Tensor":
+    """Return what a teacher teaches: the logits, (batch, labels)."""
+    return logits
+
+
 CLASSES = Target(
     "lists of labels (jsonl, parquet), or 0 and 1",
     learn,
@@ -197,6 +214,7 @@ TEXT_MULTI_LABEL = Task(
     score=score,
     constant=constant,
     predict=predict,
+    distillation=Distillation(rows, soft_binary_cross_entropy),
 )
 
 IMAGE_MULTI_LABEL = replace(

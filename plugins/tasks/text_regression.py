@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from recap_cli.api import Batch, DataError, LabelColumn, Labels, Metric, Target, Task
+from recap_cli.api import Batch, DataError, Distillation, LabelColumn, Labels, Metric, Target, Task, squared_errors
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -112,6 +112,11 @@ def predict(logits: "Tensor", batch: Batch, _: Sequence[str]) -> dict[str, list[
     }
 
 
+def rows(logits: "Tensor", _: Batch) -> "Tensor":
+    """Return what a teacher teaches: its numbers, (batch, 1)."""
+    return logits
+
+
 NUMBER = Target("numbers", learn, encode, can_be=may_be_numbers, is_likely=vary, blank=lambda _: 0.0)
 
 TEXT_REGRESSION = Task(
@@ -126,4 +131,5 @@ TEXT_REGRESSION = Task(
     score=score,
     constant=constant,
     predict=predict,
+    distillation=Distillation(rows, squared_errors),
 )

@@ -6,7 +6,20 @@ from dataclasses import replace
 from math import log
 from typing import TYPE_CHECKING, Any
 
-from recap_cli.api import IGNORED, Batch, DataError, LabelColumn, Labels, Metric, Target, Task, label_numbers, read_labels
+from recap_cli.api import (
+    IGNORED,
+    Batch,
+    DataError,
+    Distillation,
+    LabelColumn,
+    Labels,
+    Metric,
+    Target,
+    Task,
+    label_numbers,
+    read_labels,
+    soft_cross_entropy,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -172,6 +185,16 @@ def _words(logits: "Tensor", batch: Batch) -> Iterable[tuple[list[int], list[int
         yield found[at].tolist(), wanted[at].tolist()
 
 
+def rows(logits: "Tensor", batch: Batch) -> "Tensor":
+    """Return what a teacher teaches: the logits of the words, each at the word's first token, (words, labels)."""
+    return logits[batch["labels"] != IGNORED]
+
+
+def rows_of_each(batch: Batch) -> "Tensor":
+    """Return how many words of each text have a tag, (batch,)."""
+    return (batch["labels"] != IGNORED).sum(1)
+
+
 TAGS = Target("tags of words", learn, encode, can_be=may_be_tags, is_likely=are_tags)
 
 TOKEN_CLASSIFICATION = Task(
@@ -185,5 +208,6 @@ TOKEN_CLASSIFICATION = Task(
     score=score,
     constant=constant,
     predict=predict,
+    distillation=Distillation(rows, soft_cross_entropy, rows_of_each),
     extra="tokens",
 )

@@ -31,6 +31,10 @@ def say_stage(facts: Mapping[str, Any]) -> None:
         metric = facts["metric"]
         value, chance = (console.value_text("metric", figures[metric]) for figures in (warmed, facts["chance"]))
         console.say(f"  head warmed up: {metric} {value} (chance {chance})")
+    if teacher := facts.get("teacher"):
+        metric, size = facts["metric"], console.millions(teacher["parameters"])
+        value = console.value_text("metric", teacher["figures"][metric])
+        console.say(f"  teacher: {teacher['name']}, {size} parameters, {metric} {value}")
     for note in facts.get("notes", ()):
         console.say(f"  note: {note}")
     for key, text in LISTED.items():
@@ -178,6 +182,9 @@ def _closing(summary: Mapping[str, Any]) -> Iterator[str]:
     )
     for change in summary.get("changes", ()):
         yield f"changed {change['changed']}, after {change['stage']} of round {change['round']}: {_change_text(change)}"
+    if (teacher := summary.get("teacher")) is not None and summary["best"]:
+        values = (console.value_text("metric", of) for of in (summary["best"]["value"], teacher))
+        yield "{}: the best small model has {}, its teacher {}".format(summary["best"]["metric"], *values)
     if text := summary.get("warning"):
         yield f"warning: {text}"
     if summary["product"]:

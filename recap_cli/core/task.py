@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORED = -100  # a target that has no loss, as torch and transformers have it
+TEACHER = "teacher_outputs"  # of a batch: what a teacher gives for it, (examples, most rows, outputs), float32
 Inputs = Literal["text", "words", "image"]
 Better = Literal["more", "less"]
 Batch = dict[str, Any]  # the inputs of a model, and `labels`; tensors with the examples first, unless the task says otherwise
@@ -122,6 +123,32 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     return {name: tensor[start:stop] for name, tensor in batch.items()}
 
 
+def one_row_each(batch: Batch) -> "Tensor":
+    """Return 1 for each example of a batch, int64, (examples,)."""
+    import torch
+
+    return torch.ones(len(batch["labels"]), dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a student learns the outputs of a teacher (Hinton et al., 2015).
+
+    A teacher's rows are kept from `init` on, so that the teacher itself is never there while the student trains.
+
+    Attributes:
+        rows: `rows(outputs, batch)` are the outputs at all that is counted, (rows, outputs), the rows of an example together,
+            in the order of the examples.
+        loss: `loss(student, teacher, temperature)` is the sum of the losses of these rows, a float32 scalar, in the unit of
+            `Task.loss`. Both are (rows, outputs), float32.
+        rows_of_each: `rows_of_each(batch)` is how many rows each example has, by its labels alone, int64, (examples,).
+    """
+
+    rows: "Callable[[Outputs, Batch], Tensor]"
+    loss: "Callable[[Tensor, Tensor, float], Tensor]"
+    rows_of_each: "Callable[[Batch], Tensor]" = one_row_each
+
+
 @dataclass(frozen=True)
 class Task:
     """What a model learns. Its entry-point name, in the group `recap.tasks`, is what a recipe writes in `task.kind`.
@@ -145,6 +172,7 @@ class Task:
         count: how many losses the sum of a batch has.
         read: the outputs, of any structure, in what the model's forward returns.
         part: some examples of a batch, for micro-batches.
+        distillation: how a student learns a teacher's outputs; None if it cannot.
         problem_type: as transformers' configurations call it, for its own loss.
         timm: True if models of timm can do it too, whose head then has an output for each label.
         fewest: how many outputs a head has at least.
@@ -163,6 +191,7 @@ class Task:
     count: "Callable[[Batch], int | Tensor]" = count_examples
     read: Callable[[Any], Outputs] = logits_of
     part: Callable[[Batch, int, int], Batch] = rows_of
+    distillation: Distillation | None = None
     problem_type: str | None = None
     timm: bool = False
     fewest: int = 2

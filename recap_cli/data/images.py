@@ -55,7 +55,7 @@ def image_split(
     """Decode and resize the column `image`. A batch has `pixel_values`, (batch, channels, height, width), float32.
 
     Pixels are kept as uint8 if all of them fit into `ram_bytes`. Otherwise each batch decodes its images, with the same result.
-    With `augment="flip"` a generator flips each image left to right with probability 1/2. `workers` threads decode.
+    With `augment="flip"` each has a second variant, flipped left to right. `workers` threads decode.
 
     Raises:
         ModelError: The channels are not 1 or 3 with a mean and a std each.
@@ -76,14 +76,14 @@ def image_split(
         decoded(torch.arange(0, len(dataset), -(-len(dataset) // LOOKED_AT)), peaks)
         pixels_at = decoded
 
-    def fetch(indices: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+    def fetch(indices: Tensor, variants: Tensor | None) -> dict[str, Tensor]:
         values = pixels_at(indices)
-        if generator is not None and inputs.augment == "flip":
-            flip = torch.rand(len(indices), generator=generator) < 0.5
-            values = torch.where(flip.view(-1, 1, 1, 1), values.flip(-1), values)
+        if variants is not None:
+            values = torch.where((variants == 1).view(-1, 1, 1, 1), values.flip(-1), values)
         return {"pixel_values": values.to(torch.float32).div_(255).sub_(mean).div_(std)}
 
-    return Split(origin, targets_of(dataset), fetch, notes=tuple(pixels.notes(peaks, origin)))
+    variants = 2 if inputs.augment == "flip" else 1
+    return Split(origin, targets_of(dataset), fetch, notes=tuple(pixels.notes(peaks, origin)), variants=variants)
 
 
 def _check_channels(inputs: ImageInputs) -> None:

@@ -45,6 +45,7 @@ def batches(
     batch_size: int,
     *,
     augment_seed: int | None = None,
+    variant: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
     """Yield the examples at `indices`, in that order, in batches on `device`. The last batch may be smaller.
@@ -53,8 +54,8 @@ def batches(
         split: The examples.
         indices: Which of them, int64.
         batch_size: Examples per batch.
-        augment_seed: Augment images with this seed; None does not augment. Which ones are flipped does not depend on
-            `batch_size`.
+        augment_seed: Draw the variant of each example with this seed. Which ones are flipped does not depend on `batch_size`.
+        variant: That of all, without a seed.
         device: Where the batches are put.
 
     Raises:
@@ -62,5 +63,6 @@ def batches(
     """
     generator = None if augment_seed is None else torch.Generator().manual_seed(augment_seed)
     for chosen in torch.split(indices, batch_size):
-        batch = split.batch(chosen, generator=generator)
+        drawn = split.draw_variants(len(chosen), generator)
+        batch = split.batch(chosen, torch.full_like(chosen, variant) if variant else drawn)
         yield tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)

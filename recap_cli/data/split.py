@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from recap_cli.core.ragged import Ragged
-from recap_cli.core.task import Batch
+from recap_cli.core.task import TEACHER, Batch
 from recap_cli.progress import Track
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Fetch = Callable[[Tensor, torch.Generator | None], dict[str, Tensor]]
+    from recap_cli.data.soft_targets import SoftTargets
+
+Fetch = Callable[[Tensor, Tensor | None], dict[str, Tensor]]  # of indices, and of the variant of each
 
 CHUNK = 256  # examples per step of the progress bar
 
@@ -28,7 +30,9 @@ class Split:
         origin: The file or data set that they come from, for messages.
         targets: What the examples are to give, the examples first: (examples,), (examples, labels), or one row of a `Ragged`
             each.
-        fetch: Returns the inputs at some indices.
+        fetch: Returns the inputs at some indices, each in its variant.
+        variants: How many there are of each example: with random flips two, the second being flipped.
+        soft: What a teacher gives for the examples, if there is one.
         tokens: For texts, the token ids that occur, sorted, int64.
         special: For texts, the ids that the tokenizer may add, such as padding, sorted, int64.
         notes: What a user should know.
@@ -40,13 +44,25 @@ class Split:
     tokens: Tensor | None = None
     special: Tensor | None = None
     notes: tuple[str, ...] = ()
+    variants: int = 1
+    soft: "SoftTargets | None" = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def batch(self, indices: Tensor, *, generator: torch.Generator | None = None) -> Batch:
-        """Return the model's inputs at `indices`, and `labels`, all with the batch first. A `generator` augments images."""
-        return {**self.fetch(indices, generator), **self.labels(indices)}
+    def batch(self, indices: Tensor, variants: Tensor | None = None) -> Batch:
+        """Return the model's inputs at `indices`, `labels`, and what a teacher gives, all with the batch first.
+
+        `variants` has the variant of each, (batch,), int64; None is the first, the example as it is.
+        """
+        taught = {} if self.soft is None else {TEACHER: self.soft.at(indices, variants)}
+        return {**self.fetch(indices, variants), **self.labels(indices), **taught}
+
+    def draw_variants(self, count: int, generator: torch.Generator | None) -> Tensor | None:
+        """Return a drawn variant for each of `count` examples; None if there is only one, or no generator."""
+        if generator is None or self.variants == 1:
+            return None
+        return (torch.rand(count, generator=generator) < 0.5).long()  # (count,)
 
     def labels(self, indices: Tensor) -> Batch:
         """Return the `labels` alone of the batch at `indices`."""

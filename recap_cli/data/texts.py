@@ -54,7 +54,7 @@ class Tokens:
         flat = {name: np.concatenate(arrays) for name, arrays in self._pieces.items()}
         ends = np.cumsum(self.lengths).tolist()
 
-        def fetch(indices: Tensor, _: torch.Generator | None) -> dict[str, Tensor]:
+        def fetch(indices: Tensor, _: Tensor | None) -> dict[str, Tensor]:
             places = [slice(ends[i] - self.lengths[i], ends[i]) for i in indices.tolist()]
             ragged = {name: [array[place].tolist() for place in places] for name, array in flat.items()}
             return dict(tokenizer.pad(ragged, padding=True, return_tensors="pt"))

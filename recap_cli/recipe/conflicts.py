@@ -25,6 +25,7 @@ FAITHFUL: dict[str, Any] = {
     "mask.random": 0.0,
     "finetune.head_lr": None,
     "finetune.lr_schedule_span": "round",
+    "distill.teacher": None,
 }
 # Defaults of the paper that differ from ours. A recipe may set another value.
 FAITHFUL_DEFAULTS: dict[str, Any] = {"mask.scope": "per-kind", "prune.rank_by": "sum", "mask.rank_by": "sum"}
@@ -40,6 +41,8 @@ NEEDS = {  # key: the key that it requires
     "data.subset": "data.name",
     "data.validation": "data.train",
     "data.text_pair": "data.text",
+    "distill.library": "distill.teacher",
+    "distill.revision": "distill.teacher",
 }
 # Fills in missing sections, so that conflicts elsewhere are reported at the same time.
 STAND_IN: dict[str, dict[str, Any]] = {"model": {}, "task": {"kind": "text-classification"}, "data": {}}

@@ -47,6 +47,7 @@ from recap_cli.recipe.values import (
 from recap_cli.tasks.calls import task_named
 
 _FROZEN = ConfigDict(extra="forbid", frozen=True)
+SELF = "self"  # as a teacher: the model itself
 MAX_HEAD_LR_RATIO = 10.0  # to `lr`, with `auto`: larger ratios were not measured
 
 
@@ -250,6 +251,25 @@ class Finetune(BaseModel):
     )
 
 
+class Distill(BaseModel):
+    """Learning from a finetuned model as well as from the labels (Hinton et al., 2015); the paper has no teacher."""
+
+    model_config = _FROZEN
+
+    teacher: Text | None = Field(
+        default=None,
+        examples=[SELF, "DIR", None],
+        description="self is the model itself, which is finetuned already. Else the hub id or the folder of a model that is "
+        "finetuned for these labels, of any size. null is no teacher.",
+    )
+    library: Literal["transformers", "timm"] | None = Field(
+        default=None, description="The library that builds the teacher; null is that of the model."
+    )
+    revision: Text | None = Field(default=None, description="Branch, tag or commit of the teacher on the hub.")
+    temperature: Positive = Field(default=2.0, description="What the logits of both are divided by. Hinton et al.: T.")
+    weight: Fraction = Field(default=0.7, description="Weight of the teacher's outputs in the loss; the labels have the rest.")
+
+
 class Evaluate(BaseModel):
     """Evaluation on the validation data."""
 
@@ -291,9 +311,12 @@ class Recipe(BaseModel):
     prune: Prune = Field(default_factory=Prune)
     mask: Mask = Field(default_factory=Mask)
     finetune: Finetune = Field(default_factory=Finetune)
+    distill: Distill = Field(default_factory=Distill)
     evaluate: Evaluate = Field(default_factory=Evaluate)
 
-    @field_validator("model", "task", "data", "head", "importance", "prune", "mask", "finetune", "evaluate", mode="before")
+    @field_validator(
+        "model", "task", "data", "head", "importance", "prune", "mask", "finetune", "distill", "evaluate", mode="before"
+    )
     @classmethod
     def _empty_section(cls, value: object) -> object:
         return {} if value is None else value  # None: all of its keys are commented out

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from recap_cli import registry
@@ -15,6 +16,7 @@ from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.rounds.full_model import FullModel, fitting_threads, make_full_model, model_facts
 from recap_cli.rounds.importance import load_criterion
 from recap_cli.rounds.plans import check_steps, steps_in_round
+from recap_cli.rounds.teacher import Taught, ask_teacher
 from recap_cli.rounds.warm_up import warm_up
 from recap_cli.tasks.calls import task_named
 
@@ -25,20 +27,23 @@ class Beginning:
 
     Attributes:
         full: the full model, its head warmed up.
+        taught: what a teacher has left, if there is one.
         facts: what `init` notes.
         plugins: the method, the task, the frozen weight, the criteria and the adapter, and where each comes from.
     """
 
     full: FullModel
+    taught: Taught | None
     facts: dict[str, Any]
     plugins: list[dict[str, str]]
 
 
-def begin(recipe: Recipe, round_plans: Sequence[RoundPlan], track: Track) -> Beginning:
-    """Read and check all that a recipe names, and warm up the head.
+def begin(recipe: Recipe, round_plans: Sequence[RoundPlan], path: Path, track: Track) -> Beginning:
+    """Read and check all that a recipe names, ask its teacher, and warm up the head, for a state at `path`.
 
     Raises:
         DataError, ModelError, ConformanceError, RecipeError, PluginError: something does not fit.
+        StorageError: the disk has no room for a teacher's outputs.
     """
     plugins = _plugins(recipe)
     devices.pick(recipe.finetune.device), devices.pick(recipe.importance.device)
@@ -49,22 +54,24 @@ def begin(recipe: Recipe, round_plans: Sequence[RoundPlan], track: Track) -> Beg
     check_steps(round_plans, recipe.rounds * steps_in_round(recipe, len(train)), recipe)
     count = fitting_threads(recipe, full, train)
     with threads.limited(count):
+        taught = ask_teacher(recipe, full, raw, (train, validation), path, track)
         warm = warm_up(recipe, full, (train, validation), track)
         by_chance = _chance(recipe, full, validation)
     facts = {
         "method": recipe.method,
         "round_plans": [round_plan.to_json() for round_plan in round_plans],
         **model_facts(full),
-        "notes": [*raw.notes, *full.notes, *train.notes, *validation.notes],
+        "notes": [*raw.notes, *full.notes, *(taught.notes if taught else ()), *train.notes, *validation.notes],
         "train_examples": len(train),
         "label_places": raw.labels.from_dataset,
         "label_words": raw.labels.words,
         "threads": count,
         "metric": recipe.task.metric,
         "chance": by_chance,
+        **({"teacher": taught.facts} if taught else {}),
         **warm,
     }
-    return Beginning(full, facts, plugins)
+    return Beginning(full, taught, facts, plugins)
 
 
 def _chance(recipe: Recipe, full: FullModel, validation: Split) -> dict[str, float] | None:

@@ -52,16 +52,20 @@ def splits_of(
     """
     key = _split_key(recipe, spec)
     if key not in _SPLITS:
-        raw = raw or read_raw(recipe)
-        check_names(raw.label_names, spec.label_names, raw.train_origin)
-        inputs = inputs_of(recipe, spec, processor)
-        made = (
-            make_split(raw.train, inputs, origin=raw.train_origin, workers=recipe.data.workers, track=track),
-            make_split(raw.validation, inputs, origin=raw.validation_origin, workers=recipe.data.workers, track=track),
-        )
+        made = make_splits(recipe, spec, processor, track, raw or read_raw(recipe))
         _SPLITS.clear()
         _SPLITS[key] = made
     return _SPLITS[key]
+
+
+def make_splits(recipe: Recipe, spec: ModelSpec, processor: Any, track: Track, raw: sources.Raw) -> tuple[Split, Split]:
+    """The training and the validation examples as tensors for a model. Raises as `splits_of`."""
+    check_names(raw.label_names, spec.label_names, raw.train_origin)
+    inputs = inputs_of(recipe, spec, processor)
+    return (
+        make_split(raw.train, inputs, origin=raw.train_origin, workers=recipe.data.workers, track=track),
+        make_split(raw.validation, inputs, origin=raw.validation_origin, workers=recipe.data.workers, track=track),
+    )
 
 
 def _split_key(recipe: Recipe, spec: ModelSpec) -> str:

@@ -12,6 +12,7 @@ from recap_cli.core.method import Embeddings, Plan, Trains
 from recap_cli.core.task import LOSS
 from recap_cli.errors import CorruptStateError
 from recap_cli.recipe import recipe as recipes
+from recap_cli.recipe.recipe import Recipe
 from recap_cli.state.manifest import COMMIT, START_OVER, Manifest
 from recap_cli.state.names import folder_of
 from recap_cli.state.store import State
@@ -33,6 +34,7 @@ PLAN, IMPORTANCE, MASK, ROWS, SMALL, TRAINED, SCORES = (
     "scores.safetensors",
 )
 METRICS, MEMORY = "metrics.json", "memory.json"
+TEACHER, TARGETS = "teacher-000", "targets.safetensors"
 
 FULL_FILES = (WEIGHTS, SPEC, LAYOUT)
 BEST_FILES = (WEIGHTS, PLAN)
@@ -81,6 +83,17 @@ class Budget(BaseModel):
 Figures = dict[str, float]  # the loss and all metrics of an evaluation
 
 
+class TeacherFacts(BaseModel):
+    """What `init` notes of a teacher; `examples` is the fingerprint of those that it has seen."""
+
+    model_config = OPEN
+
+    name: str
+    parameters: Size
+    examples: str
+    figures: Figures
+
+
 class InitFacts(BaseModel):
     """What `init` notes; `warmed_up` where a head was warmed up."""
 
@@ -103,6 +116,7 @@ class InitFacts(BaseModel):
     metric: str
     chance: Figures | None
     warmed_up: Figures | None = None
+    teacher: TeacherFacts | None = None
     budget: Budget | None = None
 
 
@@ -178,15 +192,17 @@ def check(state: State) -> None:
     Raises:
         CorruptStateError: a stage's facts, or a file that it must have written, are missing or not what they should be.
     """
-    metric = recipes.parse(state.recipe_text, str(state.path / state.manifest.recipe)).metric.name
-    if problem := next(_problems(state.manifest, metric), None):
+    recipe = recipes.parse(state.recipe_text, str(state.path / state.manifest.recipe))
+    if problem := next(_problems(state.manifest, recipe), None):
         raise CorruptStateError(f"{state.path / COMMIT}: {problem}", hint=START_OVER)
 
 
-def _problems(manifest: Manifest, metric: str) -> Iterator[str]:
+def _problems(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
     for number, entry in enumerate(manifest.history):
-        if wrong := _wrong_facts(entry, metric):
+        if wrong := _wrong_facts(entry, recipe.metric.name):
             yield f"history[{number}].{wrong} is missing or not what it should be"
+    if (manifest.made.get("teacher") is None) != (recipe.distill.teacher is None):
+        yield "history[0].teacher is not that of the recipe"
     if manifest.round > len(manifest.history[0]["round_plans"]):
         yield f"round {manifest.round} is more than were planned"
     merged = manifest.round if manifest.stage in ("init", "merge") else manifest.round - 1
@@ -207,8 +223,7 @@ def _wrong_facts(entry: Mapping[str, Any], metric: str) -> str | None:
             NUMBER.validate_python(entry.get(entry["metric"]))
         if entry.get("metric", metric) != metric:
             return "metric"
-        for name in ("chance", "warmed_up") if entry["stage"] == "init" else ():
-            figures = entry.get(name)
+        for name, figures in _figures(entry):
             if lacking := [of for of in (LOSS.name, metric) if figures is not None and of not in figures]:
                 return f"{name}.{lacking[0]}"
     except ValidationError as error:
@@ -217,8 +232,17 @@ def _wrong_facts(entry: Mapping[str, Any], metric: str) -> str | None:
     return None
 
 
+def _figures(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float] | None]]:
+    """The figures of other models that `init` notes, by their place."""
+    if entry["stage"] == "init":
+        yield from ((name, entry.get(name)) for name in ("chance", "warmed_up"))
+        yield "teacher.figures", (entry.get("teacher") or {}).get("figures")
+
+
 def _needed(manifest: Manifest) -> Iterator[str]:
     """The files that the finished stages must have left."""
+    if manifest.made.get("teacher") is not None and manifest.stage != "merge":  # the last merge drops them
+        yield f"{TEACHER}/{TARGETS}"
     yield from (f"{manifest.full}/{name}" for name in FULL_FILES)
     if manifest.best is not None:
         yield from (f"{manifest.best['folder']}/{name}" for name in BEST_FILES)

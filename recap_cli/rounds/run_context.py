@@ -13,6 +13,7 @@ from recap_cli.core.axes import Shape, UnitMask, check_axes, mask_axes, shrink
 from recap_cli.core.method import RoundPlan
 from recap_cli.core.surgery import IndexMap, indices
 from recap_cli.core.task import Objective
+from recap_cli.data.soft_targets import SoftTargets
 from recap_cli.data.split import Split
 from recap_cli.errors import StageOrderError
 from recap_cli.models import build
@@ -38,10 +39,13 @@ from recap_cli.rounds.record import (
     SCORES,
     SMALL,
     SPEC,
+    TARGETS,
+    TEACHER,
     TRAINED,
     WEIGHTS,
 )
 from recap_cli.rounds.status import finished
+from recap_cli.rounds.teacher import with_teacher
 from recap_cli.state.manifest import below, quoted
 from recap_cli.state.store import State
 from recap_cli.tasks.calls import task_named
@@ -137,6 +141,21 @@ class Context:
     def splits(self, track: Track) -> tuple[Split, Split]:
         """The training and the validation examples, ready for the model."""
         return splits_of(self.recipe, self.spec, self.processor(), track)
+
+    def training_examples(self, track: Track) -> tuple[Split, Split]:
+        """The training and the validation examples; those for training with what the recipe's teacher gives, if it has one.
+
+        Raises:
+            DataError: the training examples are not those that the teacher has seen.
+        """
+        train, validation = self.splits(track)
+        if self.recipe.distill.teacher is None:
+            return train, validation
+        rel = f"{TEACHER}/{TARGETS}"
+        path, tensors = self.state.path / rel, self.state.load_tensors(rel)
+        with stored.meant(path):
+            targets = SoftTargets.from_tensors(tensors)
+        return with_teacher(train, targets, self.state.manifest.made["teacher"]["examples"]), validation
 
     def full_weights(self) -> dict[str, Tensor]:
         """The weights of the full model, on the CPU, without what no checkpoint of it holds."""

@@ -23,6 +23,7 @@ from recap_cli.rounds.plans import lr_window_of, steps_in_round, steps_of
 from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import SmallModel, in_dtype, make_trainable, placement_of, rule_of
+from recap_cli.rounds.teacher import lesson_of
 from recap_cli.trainable.moments import take_moments
 from recap_cli.trainable.optim import CarriedState, Optimizer, learning_rate
 from recap_cli.trainable.token_rows import used_token_rows
@@ -115,6 +116,7 @@ def train_round(context: Context, trainer: Trainer, split: Split, track: Track) 
             before_step=stepping(trainer.hook, trainer.optimizer, steps),
             if_not_finite=NOT_COMMITTED,
             hint=LOWER_THE_RATE,
+            lesson=lesson_of(recipe),
         ),
     )
 

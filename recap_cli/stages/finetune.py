@@ -71,7 +71,7 @@ def _finetune(context: Context, report: oom.OOMReport, track: Track, snapshot_to
         snapshot.recording(snapshot_to, lambda text: transaction.facts.update(notes=[text])),  # ends before the commit
     ):
         context.check_rounds()
-        examples, validation = context.splits(track)
+        examples, validation = context.training_examples(track)
         small = read_small_model(context, transaction.round, (examples, validation))
         report.model = small.model
         trainer = make_trainer(context, transaction.round, small, report.device)

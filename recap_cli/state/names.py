@@ -13,7 +13,7 @@ COMMIT = "state.yaml"
 RECIPE = "recipe.yaml"
 RECIPES = re.compile(r"recipe(-\d{3,})?\.yaml")  # the manifest names one of them
 UNDER_WAY = ".recap-init"  # marks a folder from the start of its `init` to the commit
-OURS = re.compile(r"(full|round|best)-\d{3,}")
+OURS = re.compile(r"(full|round|best|teacher)-\d{3,}")
 
 Value = TypeVar("Value")
 

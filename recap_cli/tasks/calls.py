@@ -7,7 +7,19 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, get_args
 
 from recap_cli import registry
-from recap_cli.core.task import LOSS, Batch, Better, Inputs, LabelColumn, Labels, Metric, Outputs, Target, Task
+from recap_cli.core.task import (
+    LOSS,
+    Batch,
+    Better,
+    Distillation,
+    Inputs,
+    LabelColumn,
+    Labels,
+    Metric,
+    Outputs,
+    Target,
+    Task,
+)
 from recap_cli.errors import PluginError
 from recap_cli.untrusted.code import guarded
 
@@ -19,6 +31,11 @@ HINT = "repair the task, see docs/plugins/task.md, or choose another with --set 
 LISTS = ", lists of one length of double, or lists of int64"
 DEFAULTS = Task.__module__
 RESERVED = {"model", "round", "parameters", "seconds", "data", "examples", "stage"}  # that rows of tables have beside metrics
+RECORDS = (  # that a task holds, with their functions
+    ("target", Target, ("learn", "encode", "can_be", "is_likely", "blank")),
+    ("distillation", Distillation, ("rows", "loss", "rows_of_each")),
+)
+NEEDED = ("target",)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -57,6 +74,7 @@ def guarding(task: Task, name: str) -> Task:
         score=_score(task, who),
         predict=_predict(safe(task.predict), who),
         constant=None if task.constant is None else _constant(task, safe),
+        distillation=None if task.distillation is None else _distillation(task.distillation, safe),
     )
 
 
@@ -64,10 +82,12 @@ def _problem(task: Task) -> str | None:
     """What is wrong with the fields of a task, or None."""
     functions = {"loss": task.loss, "score": task.score, "predict": task.predict, "count": task.count, "read": task.read}
     functions |= {"part": task.part} | ({} if task.constant is None else {"constant": task.constant})
-    if isinstance(target := task.target, Target):
-        functions |= {f"target.{name}": getattr(target, name) for name in ("learn", "encode", "can_be", "is_likely", "blank")}
-    else:
-        return f"has a target of type {type(target).__name__}, not Target"
+    for name, kind, parts in RECORDS:
+        if (record := getattr(task, name)) is None and name not in NEEDED:
+            continue
+        if not isinstance(record, kind):
+            return f"has a {name} of type {type(record).__name__}, not {kind.__name__}"
+        functions |= {f"{name}.{each}": getattr(record, each) for each in parts}
     if odd := [name for name, function in functions.items() if not callable(function)]:
         return f"has no function as {', '.join(odd)}"
     if task.inputs not in get_args(Inputs):
@@ -186,6 +206,29 @@ def _loss(plain: "Callable[[Outputs, Batch], Tensor]", who: str) -> "Callable[[O
         return total
 
     return loss
+
+
+def _distillation(plain: Distillation, safe: _Guard) -> Distillation:
+    def is_table(found: Any) -> bool:
+        from torch import Tensor
+
+        return isinstance(found, Tensor) and found.ndim == 2 and found.is_floating_point()
+
+    def is_number(found: Any) -> bool:
+        from torch import Tensor
+
+        return isinstance(found, Tensor) and found.ndim == 0 and found.is_floating_point()
+
+    def are_counts(found: Any) -> bool:
+        from torch import Tensor
+
+        return isinstance(found, Tensor) and found.ndim == 1 and not found.is_floating_point()
+
+    return Distillation(
+        safe.checked(plain.rows, "rows for a teacher that are no table of numbers", is_table),
+        safe.checked(plain.loss, "a loss of a teacher's outputs that is no number", is_number),
+        safe.checked(plain.rows_of_each, "no number of rows for each example", are_counts),
+    )
 
 
 def _score(task: Task, who: str) -> Callable[[Iterable[tuple[Outputs, Batch]], Sequence[str]], dict[str, float]]:

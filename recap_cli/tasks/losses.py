@@ -1,9 +1,10 @@
-"""The mean loss of a task, and whether its targets are among the outputs of a head."""
+"""The mean loss of a task, alone or with that of a teacher, and whether its targets are among the outputs of a head."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from recap_cli.core.task import IGNORED, Batch, Outputs, Task
-from recap_cli.errors import DataError
+from recap_cli.core.task import IGNORED, TEACHER, Batch, Outputs, Task
+from recap_cli.errors import DataError, PluginError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,74 @@ def mean_loss(task: Task, outputs: Outputs, batch: Batch) -> "tuple[Tensor, int 
     """
     count = task.count(batch)
     return task.loss(outputs, batch) / (max(count, 1) if isinstance(count, int) else count.clamp(min=1)), count
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How much a student learns from its teacher.
+
+    Attributes:
+        weight: Of the teacher's loss; that of the labels has the rest.
+        temperature: What both sides' logits are divided by.
+    """
+
+    weight: float
+    temperature: float
+
+
+def training_loss(task: Task, outputs: Outputs, batch: Batch, lesson: Lesson | None) -> "tuple[Tensor, int | Tensor]":
+    """Return the mean loss that a model is trained by, a float32 scalar, and of how many losses it is the mean.
+
+    That is `(1 - w) · L(labels) + w · L(teacher)`, w being the `weight` of the lesson (Hinton et al., 2015); without a lesson
+    it is `mean_loss`. Raises `PluginError` if the task does not give a row for each row of the teacher.
+    """
+    mean, count = mean_loss(task, outputs, batch)
+    if lesson is None or task.distillation is None:
+        return mean, count
+    student = task.distillation.rows(outputs, batch)  # (rows, outputs)
+    teacher = _rows(batch[TEACHER], task.distillation.rows_of_each(batch))  # (rows, outputs)
+    if student.shape != teacher.shape:
+        raise PluginError(
+            f"the task gave rows of shape {tuple(student.shape)} for a student, and {tuple(teacher.shape)} for its teacher",
+            hint="see Distillation in docs/plugins/task.md",
+        )
+    soft = task.distillation.loss(student.float(), teacher, lesson.temperature)
+    soft = soft / (max(count, 1) if isinstance(count, int) else count.clamp(min=1))
+    return (1 - lesson.weight) * mean + lesson.weight * soft, count
+
+
+def _rows(padded: "Tensor", lengths: "Tensor") -> "Tensor":
+    """Return the rows of all examples, one after another, without the padding."""
+    import torch
+
+    if padded.shape[1] == 1:  # no mask, whose size a device would have to tell the CPU
+        return padded[:, 0]
+    return padded[torch.arange(padded.shape[1], device=padded.device) < lengths.to(padded.device)[:, None]]
+
+
+def soft_cross_entropy(student: "Tensor", teacher: "Tensor", temperature: float) -> "Tensor":
+    """Return `T² · Σ KL(softmax(teacher / T) ‖ softmax(student / T))`, a float32 scalar, for logits (rows, outputs).
+
+    `T²` keeps the size of the gradient when the temperature changes (Hinton et al., 2015, sec. 2).
+    """
+    import torch.nn.functional as F
+
+    targets, logs = (teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1)  # (rows, outputs) each
+    return temperature**2 * F.kl_div(logs, targets, reduction="sum", log_target=True)
+
+
+def soft_binary_cross_entropy(student: "Tensor", teacher: "Tensor", temperature: float) -> "Tensor":
+    """Return the same as `soft_cross_entropy` where each output is a decision of its own: the sum over all of them."""
+    import torch.nn.functional as F
+
+    targets, logits = (teacher / temperature).sigmoid(), student / temperature  # (rows, outputs) each
+    entropy = F.binary_cross_entropy_with_logits(teacher / temperature, targets, reduction="sum")
+    return temperature**2 * (F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") - entropy)
+
+
+def squared_errors(student: "Tensor", teacher: "Tensor", _: float) -> "Tensor":
+    """Return the sum of the squared differences, a float32 scalar; numbers have no temperature."""
+    return (student - teacher).square().sum()
 
 
 def check_targets(targets: "Tensor | Ragged", outputs: int, origin: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from recap_cli.core.task import Batch, Outputs, Task
 from recap_cli.errors import TrainingError
 from recap_cli.machine.accounting import storage_bytes
-from recap_cli.tasks.losses import mean_loss
+from recap_cli.tasks.losses import Lesson, training_loss
 from recap_cli.trainable.build import Trainable
 from recap_cli.trainable.optim import Optimizer
 
@@ -31,6 +31,7 @@ class Steps:
         before_step: runs before each step, with its number.
         if_not_finite: what a loss that is not finite means to the caller, as the error goes on.
         hint: what a user can do then.
+        lesson: how much is learned from a teacher, whose outputs are in each batch; None: nothing.
     """
 
     rate: Callable[[int], float]
@@ -40,6 +41,7 @@ class Steps:
     before_step: Callable[[int], None] = lambda _: None
     if_not_finite: str = "nothing is kept"
     hint: str | None = None
+    lesson: Lesson | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def train(forward: Forward, task: Task, optimizer: Optimizer, batches: Iterable[
         for step, batch in enumerate(batches):
             optimizer.lr = steps.rate(step)
             steps.before_step(step)
-            losses.append(_accumulate(forward, task, batch, steps.micro_batch_size, complete))
+            losses.append(_accumulate(forward, task, batch, steps, complete))
             if complete is None:
                 watch.all_held()
                 _clip(optimizer.trainables, steps.max_grad_norm)
@@ -92,17 +94,15 @@ def train(forward: Forward, task: Task, optimizer: Optimizer, batches: Iterable[
     return Training(len(losses), mean, perf_counter() - started, watch.peak_bytes)
 
 
-def _accumulate(
-    forward: Forward, task: Task, batch: Batch, micro_batch_size: int | None, complete: "_Complete | None"
-) -> Tensor:
+def _accumulate(forward: Forward, task: Task, batch: Batch, steps: Steps, complete: "_Complete | None") -> Tensor:
     """Run forward and backward over a batch in micro-batches, and return its mean loss, detached.
 
     Each micro-batch has the share in it of what the task counts: examples, words or pixels.
     """
     examples = len(batch["labels"])
-    size = micro_batch_size or examples
+    size = steps.micro_batch_size or examples
     if size >= examples:
-        mean, _ = mean_loss(task, forward(batch), batch)
+        mean, _ = training_loss(task, forward(batch), batch, steps.lesson)
         mean.backward()  # type: ignore[no-untyped-call]
         return mean.detach()
     total, counted = torch.zeros((), device=batch["labels"].device), task.count(batch)
@@ -110,7 +110,7 @@ def _accumulate(
         if complete is not None:
             complete.last = start + size >= examples
         part = task.part(batch, start, start + size)
-        mean, count = mean_loss(task, forward(part), part)
+        mean, count = training_loss(task, forward(part), part, steps.lesson)
         share = count / (max(counted, 1) if isinstance(counted, int) else counted.clamp(min=1))
         (mean * share).backward()  # type: ignore[no-untyped-call]
         total += mean.detach() * share  # in its place: each micro-batch holds what the others do

@@ -1,0 +1,207 @@
+"""A teacher: the finetuned model whose outputs a recipe's rounds learn from (`distill`), run once when the state is made."""
+
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recap_cli.core.axes import Axis
+from recap_cli.core.task import Distillation
+from recap_cli.data.sampling import batches
+from recap_cli.data.soft_targets import SoftTargets, fingerprint
+from recap_cli.data.sources import Raw
+from recap_cli.data.split import CHUNK, Split
+from recap_cli.errors import DataError, ModelError, RecipeError, StorageError
+from recap_cli.machine import devices
+from recap_cli.models import build, create
+from recap_cli.models.build import ModelSpec
+from recap_cli.progress import Track
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.recipe.schema import SELF, Model
+from recap_cli.rounds.device_policy import importance_batch_size, on_device
+from recap_cli.rounds.examples import make_splits
+from recap_cli.rounds.full_model import FullModel
+from recap_cli.rounds.layout import Layout
+from recap_cli.rounds.recipe_model import forward_of, objective_of, source_of
+from recap_cli.tasks.calls import task_named
+from recap_cli.tasks.losses import Lesson
+from recap_cli.training.evaluation import Pass, evaluate
+
+ITEM_BYTES = torch.bfloat16.itemsize
+OTHER_TEACHER = "--set distill.teacher=DIR, a model that is finetuned for these labels, or null"
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a teacher has left.
+
+    Attributes:
+        targets: its outputs for the training examples.
+        facts: what `init` notes of it: its name, its figures on the validation data, and the fingerprint of the examples.
+        notes: what a user should know of it.
+    """
+
+    targets: SoftTargets
+    facts: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    model: nn.Module
+    spec: ModelSpec
+    axes: Sequence[Axis]
+    splits: tuple[Split, Split]
+    notes: tuple[str, ...] = ()
+
+    def on(self, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, the model runs on a device, a block at a time."""
+        return on_device(self.model.eval(), self.axes, device, self.spec.model_type)
+
+
+def lesson_of(recipe: Recipe) -> Lesson | None:
+    """How much a recipe's rounds learn from a teacher; None where it has none."""
+    return None if recipe.distill.teacher is None else Lesson(recipe.distill.weight, recipe.distill.temperature)
+
+
+def distillation_of(recipe: Recipe) -> Distillation:
+    """How the recipe's task is learned from a teacher.
+
+    Raises:
+        RecipeError: it cannot be.
+    """
+    found = task_named(recipe.task.kind).distillation
+    if found is None:
+        raise RecipeError(
+            f"{recipe.name}: the task {recipe.task.kind!r} does not say how a student learns from a teacher",
+            hint="--set distill.teacher=null; a task plugin says it by `distillation`",
+        )
+    return found
+
+
+def ask_teacher(
+    recipe: Recipe, full: FullModel, raw: Raw, splits: tuple[Split, Split], path: Path, track: Track
+) -> Taught | None:
+    """The outputs of a recipe's teacher for all training examples, and its figures on the validation data.
+
+    Args:
+        recipe: names the teacher; None is returned where it names none.
+        full: the student, before its head is warmed up.
+        raw: the examples as their source has them.
+        splits: the student's training and validation examples.
+        path: the folder of the state, whose disk must have room.
+        track: hears of progress.
+
+    Raises:
+        RecipeError: the task cannot be learned from a teacher.
+        ModelError: the teacher cannot be read, or its head is for other labels or another task.
+        DataError: the teacher reads fewer words of a text than the student, or more.
+        StorageError: the disk has no room for the outputs.
+    """
+    if recipe.distill.teacher is None:
+        return None
+    distillation = distillation_of(recipe)
+    lengths = _lengths(distillation, splits[0])
+    _check_room(path, splits[0].variants * int(lengths.sum()) * full.spec.num_labels * ITEM_BYTES)
+    teacher = _itself(recipe, full, splits) if recipe.distill.teacher == SELF else _another(recipe, raw, track)
+    train, validation = teacher.splits
+    _check_alike(lengths, _lengths(distillation, train))
+    device = devices.pick(recipe.importance.device)
+    how = Pass(importance_batch_size(recipe, device), device, track, "validation of the teacher")
+    with teacher.on(device):
+        figures = evaluate(forward_of(teacher.spec, teacher.model), validation, objective_of(recipe, teacher.spec), how)
+        rows = [_rows(distillation, teacher, train, variant, how) for variant in range(train.variants)]
+    facts = {
+        "name": recipe.distill.teacher,
+        "parameters": sum(param.numel() for param in teacher.model.parameters()),
+        "examples": fingerprint(splits[0]),
+        "figures": figures,
+    }
+    return Taught(SoftTargets.of(rows, lengths), facts, teacher.notes)
+
+
+def with_teacher(split: Split, targets: SoftTargets, examples: str) -> Split:
+    """The training examples, with what a teacher gives for them.
+
+    Args:
+        split: as the student sees them.
+        targets: of the teacher.
+        examples: the fingerprint of those that the teacher has seen.
+
+    Raises:
+        DataError: they are not the same examples.
+    """
+    if len(split) != len(targets) or split.variants != len(targets.values) or fingerprint(split) != examples:
+        raise DataError(
+            f"{split.origin} does not hold the examples that the teacher has seen when the state was made",
+            hint="put the data back as they were, or start a new state: recap init RECIPE --state NEW",
+        )
+    return replace(split, soft=targets)
+
+
+def _itself(recipe: Recipe, full: FullModel, splits: tuple[Split, Split]) -> _Teacher:
+    if full.has_new_head:
+        reason = next((note for note in full.notes if "head" in note), "it has random weights")
+        raise ModelError(
+            f"{recipe.model.name or 'model.config'} has nothing to teach (distill.teacher: self): {reason}",
+            hint=f"give a model that is finetuned for these labels, or {OTHER_TEACHER}",
+        )
+    return _Teacher(full.model, full.spec, full.layout.axes, splits)
+
+
+def _another(recipe: Recipe, raw: Raw, track: Track) -> _Teacher:
+    """Another model of the same task and labels; it sees images at its own size, and texts by its own tokenizer."""
+    name, library = recipe.distill.teacher, recipe.distill.library or recipe.model.library
+    own = recipe.model_copy(
+        update={
+            "model": Model(name=name, library=library, revision=recipe.distill.revision),
+            "data": recipe.data.model_copy(update={"image_size": None}),
+        }
+    )
+    created = create.create_model(source_of(own, raw.label_names))
+    if created.new:
+        raise ModelError(f"the teacher {name} has nothing to teach: {created.notes[0]}", hint=OTHER_TEACHER)
+    axes = Layout.of_model(build.adapter_of(created.spec), created.model).axes
+    splits = make_splits(own, created.spec, created.processor, track, raw)
+    return _Teacher(created.model, created.spec, axes, splits, tuple(f"teacher: {note}" for note in created.notes))
+
+
+def _rows(distillation: Distillation, teacher: _Teacher, split: Split, variant: int, how: Pass) -> list[Tensor]:
+    forward, everything = forward_of(teacher.spec, teacher.model), torch.arange(len(split))
+    stream = batches(split, everything, how.batch_size, variant=variant, device=how.device)
+    label = "outputs of the teacher" + (" for flipped images" if variant else "")
+    with torch.inference_mode():
+        return [
+            distillation.rows(forward(batch), batch).float().cpu().clone()
+            for batch in how.track(stream, label, -(-len(split) // how.batch_size))
+        ]
+
+
+def _lengths(distillation: Distillation, split: Split) -> Tensor:
+    """How many rows each example has, int64, (examples,)."""
+    pieces = torch.split(torch.arange(len(split)), CHUNK)
+    return torch.cat([distillation.rows_of_each(split.labels(some)).cpu() for some in pieces])
+
+
+def _check_alike(student: Tensor, teacher: Tensor) -> None:
+    if count := int((student != teacher).sum()):
+        raise DataError(
+            f"the teacher's tokenizer reads other words of {count:,} of {len(student):,} texts than the student's",
+            hint="raise data.max_length, so that no text is cut, or choose a teacher with the student's tokenizer",
+        )
+
+
+def _check_room(path: Path, needed_bytes: int) -> None:
+    """Refuse outputs that the disk of a state has no room for, before any of them is computed."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed_bytes > free:
+        raise StorageError(
+            f"the teacher's outputs take {needed_bytes / 1e9:.1f} GB, and {existing} has {free / 1e9:.1f} GB free",
+            hint="make room, or train on fewer examples: --set data.train_samples=…",
+        )
