@@ -1,6 +1,5 @@
 """A teacher: the finetuned model whose outputs a recipe's rounds learn from (`distill`), run once when the state is made."""
 
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from recap_cli.rounds.examples import make_splits
 from recap_cli.rounds.full_model import FullModel
 from recap_cli.rounds.layout import Layout
 from recap_cli.rounds.recipe_model import forward_of, objective_of, source_of
+from recap_cli.state.files import free_bytes
 from recap_cli.tasks.calls import task_named
 from recap_cli.tasks.losses import Lesson
 from recap_cli.training.evaluation import Pass, evaluate
@@ -198,10 +198,9 @@ def _check_alike(student: Tensor, teacher: Tensor) -> None:
 
 def _check_room(path: Path, needed_bytes: int) -> None:
     """Refuse outputs that the disk of a state has no room for, before any of them is computed."""
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed_bytes > free:
+    free = free_bytes(path)
+    if free is not None and needed_bytes > free:
         raise StorageError(
-            f"the teacher's outputs take {needed_bytes / 1e9:.1f} GB, and {existing} has {free / 1e9:.1f} GB free",
+            f"the teacher's outputs take {needed_bytes / 1e9:.1f} GB, and the disk of {path} has {free / 1e9:.1f} GB free",
             hint="make room, or train on fewer examples: --set data.train_samples=…",
         )

@@ -80,8 +80,8 @@ def soft_binary_cross_entropy(student: "Tensor", teacher: "Tensor", temperature:
     import torch.nn.functional as F
 
     targets, logits = (teacher / temperature).sigmoid(), student / temperature  # (rows, outputs) each
-    entropy = F.binary_cross_entropy_with_logits(teacher / temperature, targets, reduction="sum")
-    return temperature**2 * (F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") - entropy)
+    entropy = F.binary_cross_entropy_with_logits(teacher / temperature, targets, reduction="none")  # (rows, outputs)
+    return temperature**2 * (F.binary_cross_entropy_with_logits(logits, targets, reduction="none") - entropy).sum()
 
 
 def squared_errors(student: "Tensor", teacher: "Tensor", _: float) -> "Tensor":
