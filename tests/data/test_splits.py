@@ -191,6 +191,10 @@ def test_flips_come_from_the_seed_alone(tmp_path: Path) -> None:
     assert torch.equal(augmented, pixels(7, 7))
     assert not torch.equal(augmented, pixels(40, 8))
     assert torch.equal(straight, pixels(40, None))
+    variants = torch.arange(40) % 2
+    chosen = flipping.batch(everything, variants)["pixel_values"]
+    assert torch.equal(chosen[variants == 0], straight[variants == 0])
+    assert torch.equal(chosen[variants == 1], straight[variants == 1].flip(-1))
 
 
 def test_progress_hears_of_every_chunk(tokenizer: Any) -> None:
