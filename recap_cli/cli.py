@@ -18,6 +18,7 @@ import typer
 from recap_cli import console, registry
 from recap_cli.commands import (
     compare,
+    compress,
     doctor,
     eval,
     export,
@@ -61,6 +62,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(rich_help_panel=WHOLE)(run.run)
+app.command(rich_help_panel=WHOLE)(compress.compress)
 app.command(rich_help_panel=WHOLE)(compare.compare)
 app.command(rich_help_panel=WHOLE)(export.export)
 app.command("profile-memory", rich_help_panel=WHOLE)(profile_memory.profile_memory)

@@ -14,6 +14,7 @@ MOST_ARGUMENTS, MOST_MODULES = 6, 12
 OPTIONS = "an argument for each option of the command, as typer reads them"
 EXCEPTIONS = {  # file:function, and why it takes more
     "commands/compare.py:compare": OPTIONS,
+    "commands/compress.py:compress": OPTIONS,
     "commands/eval.py:evaluate": OPTIONS,
     "commands/profile_memory.py:profile_memory": OPTIONS,
     "memory/fake_cuda.py:_attention": "stands in for F.scaled_dot_product_attention",

@@ -26,7 +26,7 @@ TABLE = {
     "untrusted": {"errors"},
     "core": {"untrusted", "errors"},
     "trainable": {"core"},
-    "api": {"core", "tasks.labels", "errors"},
+    "api": {"core", "tasks.labels", "tasks.losses", "errors"},
     "plugins": {"api"},
     "registry": {"core", "untrusted", "errors"},
     "recipe": {"tasks.calls", "core.task", "registry", "untrusted", "errors"},

@@ -3,11 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -24,13 +21,13 @@ from recap_cli.progress import silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import record, status, stored
-from recap_cli.rounds.recipe_model import forward_of
+from recap_cli.rounds.latency import forward_seconds, measured_on
 from recap_cli.rounds.record import MEMORY
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.scoring import best_tensors
 from recap_cli.state.store import State
 
-BATCH, WARM_UPS, TIMINGS = 32, 2, 7
+BATCH = 32
 
 _batches: dict[str, Batch] = {}  # by data and model, so that all cells are timed on the same examples
 
@@ -97,8 +94,7 @@ def predicted(path: Path) -> dict[str, int]:
 def measured_product(path: Path) -> dict[str, Any]:
     """Return the bytes of the product's tensors, and the median seconds of a forward of up to 32 validation examples.
 
-    The forward runs on the recipe's `finetune.device`. On a CPU it uses one thread: on a busy machine, several wait for each
-    other (measured: 600 ms instead of 12).
+    The forward runs on the recipe's `finetune.device`, on one thread where that is a CPU.
 
     Raises:
         RecapError: The state, the data or the model cannot be read.
@@ -108,36 +104,14 @@ def measured_product(path: Path) -> dict[str, Any]:
     device = devices.pick(context.recipe.finetune.device)
     count_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     model = context.model(tensors, sizes).to(device)
-    forward, batch = forward_of(context.spec, model), _batch(context, device)
-    with torch.inference_mode(), _one_thread():
-        seconds = [_timed(forward, batch, device) for _ in range(WARM_UPS + TIMINGS)][WARM_UPS:]
-    on = f"{device}, 1 thread" if device.type == "cpu" else str(device)
-    latency = {"latency_seconds": median(seconds), "latency_batch": len(batch["labels"]), "latency_on": on}
-    return {"bytes": count_bytes, **latency}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _timed(forward: Any, batch: Batch, device: torch.device) -> float:
-    _wait(device)
-    started = perf_counter()
-    forward(batch)
-    _wait(device)
-    return perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    """Return when the device has finished its work."""
-    if device.type in ("cuda", "mps", "xpu"):
-        getattr(torch, device.type).synchronize()
+    batch = _batch(context, device)
+    (seconds,) = forward_seconds(context.spec, [model], batch, device)
+    return {
+        "bytes": count_bytes,
+        "latency_seconds": seconds,
+        "latency_batch": len(batch["labels"]),
+        "latency_on": measured_on(device),
+    }
 
 
 def _batch(context: Context, device: torch.device) -> dict[str, Tensor]:
