@@ -208,6 +208,10 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
     call = _init(case.base, root, world, box, "state", refuse)
     fine = ("succeed",) in case.steps
     yield replace(call, succeed="what a user expects to work, works" if fine else "", never=("straddling",))
+    suffix = "" if case.base == "images" else f".{case.base}"
+    model = world.checkpoint("vit" if case.base == "images" else "bert")
+    guessed = ("compress", str(model), "--data", str(root / f"train{suffix}"), "--dry-run")
+    yield Call(guessed, state=root, reads_only=True, never=("straddling",))
 
 
 def _init(

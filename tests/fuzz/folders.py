@@ -91,7 +91,7 @@ def prepare(world: World) -> None:
 
 
 def play(case: Case, world: World, box: Box) -> Iterator[Call]:
-    """The call of a case."""
+    """The calls of a case: it is taken as a model, and as one that is to become small."""
     folder = box.root / "model"
     shutil.copytree(world.checkpoint(case.base), folder)
     (folder / "modeling_evil.py").write_text(EVIL)
@@ -114,6 +114,8 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
         names=(str(folder),),
         writes=(box.root / "state",),
     )
+    data = world.data() / ("train.csv" if "text" in values["data"] else "train")
+    yield Call(("compress", str(folder), "--data", str(data), "--dry-run"), state=folder, reads_only=True)
 
 
 def _damage(folder: Any, step: tuple[Any, ...], box: Box) -> str:
