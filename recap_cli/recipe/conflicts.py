@@ -128,6 +128,9 @@ def _task_conflicts(recipe: "Recipe", task: Task) -> Iterator[Conflict]:
         meant = did_you_mean(near(recipe.task.metric or "", metrics))
         text = f"expected one of {', '.join(metrics)}, for {kind}; found {recipe.task.metric}{meant}"
         yield Conflict(("task.metric", "task.kind"), text)
+    if recipe.distill.teacher is not None and task.distillation is None:
+        text = f"expected null, as {kind} does not say how a student learns from a teacher; found {recipe.distill.teacher}"
+        yield Conflict(("distill.teacher", "task.kind"), text)
     column = "image" if task.inputs == "image" else "text"
     has_columns = data.builtin is None and (data.train is None or column == "text")  # of images, `train` may be a folder
     if has_columns and getattr(data, column) is None:

@@ -22,7 +22,8 @@ SETTINGS: dict[str, Any] = {
     "head": {"warmup_epochs": 0},
     "mask": {"ratio": 0.0},
     "finetune": {"epochs": 2, "lr": 3e-4},
-    "distill": {"teacher": "self"},
+    "distill": {"teacher": SELF},
+    "importance": {"device": "auto"},  # which the teacher runs on, too
 }
 TRAINING = ("finetune.lr", "finetune.epochs")
 MAX_LENGTH = 128  # tokens: the default of the recipe

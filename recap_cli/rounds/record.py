@@ -34,7 +34,7 @@ PLAN, IMPORTANCE, MASK, ROWS, SMALL, TRAINED, SCORES = (
     "scores.safetensors",
 )
 METRICS, MEMORY = "metrics.json", "memory.json"
-TEACHER, TARGETS = "teacher-000", "targets.safetensors"
+TEACHER_FOLDER, TARGETS = "teacher-000", "targets.safetensors"
 
 FULL_FILES = (WEIGHTS, SPEC, LAYOUT)
 BEST_FILES = (WEIGHTS, PLAN)
@@ -242,7 +242,7 @@ def _figures(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float
 def _needed(manifest: Manifest) -> Iterator[str]:
     """The files that the finished stages must have left."""
     if manifest.made.get("teacher") is not None and manifest.stage != "merge":  # the last merge drops them
-        yield f"{TEACHER}/{TARGETS}"
+        yield f"{TEACHER_FOLDER}/{TARGETS}"
     yield from (f"{manifest.full}/{name}" for name in FULL_FILES)
     if manifest.best is not None:
         yield from (f"{manifest.best['folder']}/{name}" for name in BEST_FILES)

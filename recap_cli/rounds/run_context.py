@@ -40,7 +40,7 @@ from recap_cli.rounds.record import (
     SMALL,
     SPEC,
     TARGETS,
-    TEACHER,
+    TEACHER_FOLDER,
     TRAINED,
     WEIGHTS,
 )
@@ -151,7 +151,7 @@ class Context:
         train, validation = self.splits(track)
         if self.recipe.distill.teacher is None:
             return train, validation
-        rel = f"{TEACHER}/{TARGETS}"
+        rel = f"{TEACHER_FOLDER}/{TARGETS}"
         path, tensors = self.state.path / rel, self.state.load_tensors(rel)
         with stored.meant(path):
             targets = SoftTargets.from_tensors(tensors)

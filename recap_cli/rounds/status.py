@@ -10,6 +10,7 @@ from recap_cli.core.method import RoundPlan
 from recap_cli.errors import DataError, ModelError
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
+from recap_cli.recipe.schema import SELF
 from recap_cli.rounds import record
 from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.rounds.plans import check_steps, require_extras, round_plans_for, round_plans_of
@@ -60,7 +61,9 @@ def check(recipe: Recipe) -> None:
     frozen_weight_of(recipe.finetune.weights)
     round_plans_for(recipe)
     require_extras(recipe)
-    _check_folder(recipe.model.name)
+    _check_folder(recipe.model.name, "model.name")
+    if recipe.distill.teacher != SELF:
+        _check_folder(recipe.distill.teacher, "distill.teacher")
     data = recipe.data
     for key, place in (("train", data.train), ("validation", data.validation)):
         if place is not None and not Path(place).exists():
@@ -71,12 +74,12 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def _check_folder(name: str | None) -> None:
+def _check_folder(name: str | None, key: str) -> None:
     """Refuse a model's name that can be nothing but a folder (as `models.checkpoints` has it), and is none."""
     if name is None or Path(name).expanduser().is_dir():
         return
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
-        raise ModelError(f"there is no folder {name}", hint="--set model.name=DIR, with its config.json and safetensors files")
+        raise ModelError(f"there is no folder {name}", hint=f"--set {key}=DIR, with its config.json and safetensors files")
 
 
 def describe(recipe: Recipe) -> list[str]:
@@ -98,11 +101,20 @@ def describe(recipe: Recipe) -> list[str]:
         f"model: {recipe.model.name or 'random weights from model.config'} ({recipe.model.library})",
         f"data: {source}{f' ({data.subset})' if data.subset else ''}",
         f"init: check the adapter on the model, warm up the head: {warm}",
+        *_teacher_text(recipe),
         f"finetuning in all: {recipe.rounds} x {length} of {tune.batch_size} with {tune.optimizer} at {tune.lr:g}{head} "
         f"({tune.schedule}, over {'the run' if tune.lr_schedule_span == 'run' else 'each round'}), {tune.weights} weights",
         f"{len(round_plans)} rounds{fewer}, each prune, mask, finetune, merge:" if len(round_plans) > 1 else "1 round:",
         *_described(recipe, round_plans),
     ]
+
+
+def _teacher_text(recipe: Recipe) -> Iterator[str]:
+    """A line on the teacher, if there is one."""
+    distill = recipe.distill
+    if distill.teacher is not None:
+        who = "the model itself, as it is before the first round" if distill.teacher == SELF else distill.teacher
+        yield f"teacher: {who}; {distill.weight:.0%} of the loss, at temperature {distill.temperature:g}"
 
 
 def _head_text(recipe: Recipe, *, alone: bool) -> str:

@@ -15,7 +15,7 @@ from recap_cli.data.sampling import batches
 from recap_cli.data.soft_targets import SoftTargets, fingerprint
 from recap_cli.data.sources import Raw
 from recap_cli.data.split import CHUNK, Split
-from recap_cli.errors import DataError, ModelError, RecipeError, StorageError
+from recap_cli.errors import DataError, ModelError, StorageError
 from recap_cli.machine import devices
 from recap_cli.models import build, create
 from recap_cli.models.build import ModelSpec
@@ -69,21 +69,6 @@ def lesson_of(recipe: Recipe) -> Lesson | None:
     return None if recipe.distill.teacher is None else Lesson(recipe.distill.weight, recipe.distill.temperature)
 
 
-def distillation_of(recipe: Recipe) -> Distillation:
-    """How the recipe's task is learned from a teacher.
-
-    Raises:
-        RecipeError: it cannot be.
-    """
-    found = task_named(recipe.task.kind).distillation
-    if found is None:
-        raise RecipeError(
-            f"{recipe.name}: the task {recipe.task.kind!r} does not say how a student learns from a teacher",
-            hint="--set distill.teacher=null; a task plugin says it by `distillation`",
-        )
-    return found
-
-
 def ask_teacher(
     recipe: Recipe, full: FullModel, raw: Raw, splits: tuple[Split, Split], path: Path, track: Track
 ) -> Taught | None:
@@ -98,14 +83,13 @@ def ask_teacher(
         track: hears of progress.
 
     Raises:
-        RecipeError: the task cannot be learned from a teacher.
         ModelError: the teacher cannot be read, or its head is for other labels or another task.
         DataError: the teacher reads fewer words of a text than the student, or more.
         StorageError: the disk has no room for the outputs.
     """
-    if recipe.distill.teacher is None:
+    distillation = task_named(recipe.task.kind).distillation
+    if recipe.distill.teacher is None or distillation is None:  # a recipe has no teacher for a task that cannot
         return None
-    distillation = distillation_of(recipe)
     lengths = _lengths(distillation, splits[0])
     _check_room(path, splits[0].variants * int(lengths.sum()) * full.spec.num_labels * ITEM_BYTES)
     teacher = _itself(recipe, full, splits) if recipe.distill.teacher == SELF else _another(recipe, raw, track)

@@ -11,7 +11,7 @@ from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.beginning import begin
 from recap_cli.rounds.full_model import write_full_model
 from recap_cli.rounds.plans import require_extras, round_plans_for
-from recap_cli.rounds.record import TARGETS, TEACHER
+from recap_cli.rounds.record import TARGETS, TEACHER_FOLDER
 from recap_cli.state.store import State
 
 LIBRARIES = ("torch", "transformers", "timm", "safetensors")
@@ -39,7 +39,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         begun = begin(recipe, round_plans, path, track)
         write_full_model(transaction, FULL, begun.full)
         if begun.taught is not None:
-            transaction.save_tensors(f"{TEACHER}/{TARGETS}", begun.taught.targets.to_tensors())
+            transaction.save_tensors(f"{TEACHER_FOLDER}/{TARGETS}", begun.taught.targets.to_tensors())
         transaction.plugins = {"used": begun.plugins}
         transaction.versions = {"recap": version("recap-cli"), "python": python_version(), **{n: version(n) for n in LIBRARIES}}
         transaction.facts |= budget.with_budget(begun.facts, recipe, changes)

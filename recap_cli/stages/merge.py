@@ -5,7 +5,7 @@ from typing import Any
 
 from recap_cli.progress import Track, silent
 from recap_cli.rounds.merging import copy_the_rest, keep_best, merge_round
-from recap_cli.rounds.record import MOMENTS, SMALL, TARGETS, TEACHER, TRAINED, WEIGHTS
+from recap_cli.rounds.record import MOMENTS, SMALL, TARGETS, TEACHER_FOLDER, TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.status import finished
 from recap_cli.rounds.threads import on_fitting_threads
@@ -35,8 +35,11 @@ def merge(state: State, *, track: Track = silent) -> dict[str, Any]:
         transaction.set_full(full)
         for old in (context.full, *(f"{folder}/{name}" for name in (SMALL, TRAINED, MOMENTS))):
             transaction.drop(old)
-        has_teacher, last = f"{TEACHER}/{TARGETS}" in state.manifest.files, replace(state.manifest, best=transaction.best)
+        has_teacher, last = (
+            f"{TEACHER_FOLDER}/{TARGETS}" in state.manifest.files,
+            replace(state.manifest, best=transaction.best),
+        )
         if has_teacher and finished(context.recipe, last):
-            transaction.drop(TEACHER)
+            transaction.drop(TEACHER_FOLDER)
         transaction.facts |= {"trained": merged.trained, "best_round": (transaction.best or {}).get("round")}
     return state.manifest.history[-1]

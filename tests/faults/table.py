@@ -335,6 +335,27 @@ FAULTS = (
         ("tests/core/test_axes.py::test_shrinking_a_fused_matrix_trains_the_sections_up",),
     ),
     Fault(
+        "labels and teacher swap their weights",
+        "recap_cli/tasks/losses.py",
+        "(1 - lesson.weight) * mean + lesson.weight * soft",
+        "lesson.weight * mean + (1 - lesson.weight) * soft",
+        ("tests/training/test_distillation.py::test_a_step_learns_from_labels_and_teacher_in_micro_batches_too[1-words]",),
+    ),
+    Fault(
+        "the teacher's outputs for an image as it is stand beside the flipped one",
+        "recap_cli/data/split.py",
+        "self.soft.at(indices, variants)",
+        "self.soft.at(indices, None)",
+        ("tests/data/test_soft_targets.py::test_a_batch_has_the_targets_of_the_variants_that_were_drawn_for_it",),
+    ),
+    Fault(
+        "the loss of a teacher gets smaller with its temperature",
+        "recap_cli/tasks/losses.py",
+        "temperature**2 * F.kl_div",
+        "F.kl_div",
+        ("tests/training/test_distillation.py::test_soft_cross_entropy_is_the_divergence_of_the_softened_classes[5.0]",),
+    ),
+    Fault(
         "patience is one round longer",
         "recap_cli/rounds/status.py",
         ">= recipe.patience",

@@ -22,9 +22,9 @@ from recap_cli.plugins.tasks import classification
 from recap_cli.progress import silent
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import examples, teacher
-from recap_cli.rounds.record import TARGETS, TEACHER, TRAINED
+from recap_cli.rounds.record import TARGETS, TEACHER_FOLDER, TRAINED
 from recap_cli.rounds.run_context import Context
-from recap_cli.rounds.status import summary
+from recap_cli.rounds.status import describe, summary
 from recap_cli.rounds.verdict import warning
 from recap_cli.stages.eval import evaluate
 from recap_cli.stages.init import init
@@ -37,7 +37,7 @@ from tests.tasks import made
 from tests.tiny import TRAIN, data_folder, tiny
 
 KINDS = ("text-classification", "image-classification", *made.KINDS)
-PLACE = f"{TEACHER}/{TARGETS}"
+PLACE = f"{TEACHER_FOLDER}/{TARGETS}"
 
 
 def plain(kind: str, **sections: Any) -> Recipe:
@@ -184,8 +184,8 @@ def test_the_last_merge_drops_the_targets(patience: int | None, tmp_path: Path, 
     rounds = 3 if patience else 2
     state = run(distilled("text-classification", rounds=rounds, patience=patience, prune={"ramp": 1}), tmp_path / "state")
     assert state.manifest.round == 2
-    assert not [rel for rel in state.manifest.files if rel.startswith(TEACHER)]
-    assert not (state.path / TEACHER).exists()
+    assert not [rel for rel in state.manifest.files if rel.startswith(TEACHER_FOLDER)]
+    assert not (state.path / TEACHER_FOLDER).exists()
     told = summary(state)
     assert told["teacher"] == state.manifest.made["teacher"]["figures"]["accuracy"]
     assert told["finished"]
@@ -260,11 +260,18 @@ def test_a_teacher_whose_tokenizer_reads_other_words_is_refused(tmp_path: Path) 
     assert "raise data.max_length" in hint
 
 
-def test_a_task_that_does_not_say_how_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_does_not_say_how_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classification, "TEXT_CLASSIFICATION", replace(classification.TEXT_CLASSIFICATION, distillation=None))
-    message, hint = refusal(distilled("text-classification"), tmp_path / "state", RecapError)
-    assert "the task 'text-classification' does not say how a student learns from a teacher" in message
-    assert "--set distill.teacher=null" in hint
+    with pytest.raises(RecapError, match="text-classification does not say how a student learns from a teacher; found other"):
+        tiny("bert", distill={"teacher": "other"})
+
+
+def test_a_dry_run_says_who_teaches_and_misses_a_folder_that_is_not_there() -> None:
+    lines = describe(distilled("text-classification"))
+    assert "teacher: the model itself, as it is before the first round; 70% of the loss, at temperature 2" in lines
+    with pytest.raises(ModelError, match=r"there is no folder \./nothing") as caught:
+        describe(distilled("text-classification", "./nothing"))
+    assert "--set distill.teacher=DIR" in str(caught.value.hint)
 
 
 def test_a_disk_without_room_is_said_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
