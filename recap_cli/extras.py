@@ -22,7 +22,7 @@ class Extra:
 
 EXTRAS: Mapping[str, Extra] = MappingProxyType(
     {
-        "lora": Extra("finetune with LoRA: the method lora-ft", ("peft",)),
+        "lora": Extra("finetune with LoRA: the methods lora-ft and recap-lora", ("peft",)),
         "plots": Extra("pictures of recap compare and recap profile-memory --plot", ("matplotlib",)),
         "report": Extra("pages for a browser: recap report", ("jinja2", "matplotlib")),
         "tokens": Extra("metrics of the task token-classification", ("seqeval",)),

@@ -147,7 +147,9 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_lora_without_its_extra_is_refused_at_once(line: str, refused: Callable[[str], str], hide: Callable[..., None]) -> None:
     hide("peft")
     err = refused(line)
-    assert "error: peft is not installed: the extra lora (finetune with LoRA: the method lora-ft) needs it" in err
+    assert (
+        "error: peft is not installed: the extra lora (finetune with LoRA: the methods lora-ft and recap-lora) needs it" in err
+    )
     assert "hint: pip install 'recap-cli[lora]'" in err
 
 

@@ -27,10 +27,15 @@ PLACES = (*HEADS, "output", "up", "down")
 
 def round_plans(settings: Settings) -> list[RoundPlan]:
     """Return one round in which the adapters and the task head are trainable."""
-    for name in ("rank", "alpha"):
-        _count(name, settings.options[name])
-    _places(settings.options["targets"])
+    check_options(settings.options)
     return [RoundPlan(trains="training")]
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a rank or an alpha that is no whole number above 0, and for places that there are not."""
+    for name in ("rank", "alpha"):
+        _count(name, options[name])
+    _places(options["targets"])
 
 
 def attach(context: TrainContext) -> TrainerHook:

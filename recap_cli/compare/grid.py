@@ -18,7 +18,16 @@ from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import status
 from recap_cli.rounds.plans import method_of_name, require_extra, round_plans_for
 
-ORDER = ("full-ft", "head-ft", "lora-ft", "pre-ft", "post-ft", "movement", "recap")  # third-party methods come after these
+ORDER = (
+    "full-ft",
+    "head-ft",
+    "lora-ft",
+    "pre-ft",
+    "post-ft",
+    "movement",
+    "recap",
+    "recap-lora",
+)  # third-party methods come after these
 SEEDS = (0, 1, 2)
 AXES = {"method": "--methods", "seed": "--seeds", "prune.ratio": "--ratios", "mask.ratio": "--mask-ratios"}
 
