@@ -147,7 +147,7 @@ def _stopped(arguments: Sequence[str], printed: list[str]) -> int:
 
 def _again(arguments: Sequence[str]) -> str:
     """Return the hint with the command that continues: the same one, unless it was a stage that is already done."""
-    if (done := interrupt.done()) and arguments[:1] != ["run"]:
+    if (done := interrupt.done()) and arguments[:1] not in (["run"], ["compress"]):
         return done
     return f"continue with `{shlex.join(['recap', *arguments])}`"
 

@@ -1,8 +1,7 @@
 """RECAP with low-rank updates: K rounds of prune and finetune, each of which merges the adapters of some blocks (LoRA).
 
 For budgets in which even a small share of trainable entries is too much. It prunes as RECAP does. In the place of a mask,
-`blocks` says in which share of the blocks a round trains adapters. They are drawn anew in each round, so that over the rounds
-every block learns.
+`blocks` says in which share of the blocks a round trains adapters. They are drawn anew in each round.
 """
 
 from collections.abc import Sequence
@@ -27,7 +26,8 @@ def round_plans(settings: Settings) -> list[RoundPlan]:
 
 def attach(context: TrainContext) -> TrainerHook:
     """Add adapters to a share `blocks` of the small model's blocks, drawn by torch's generator, as `lora.attach` does."""
-    return lora.attach(replace(context, axes=drawn(context.axes, _share(context.options["blocks"]))))
+    has_target = [axis for axis in context.axes if lora.targets(context.model, [axis], context.options["targets"])]
+    return lora.attach(replace(context, axes=drawn(has_target, _share(context.options["blocks"]))))
 
 
 def drawn(axes: Sequence[Axis], share: float) -> list[Axis]:

@@ -54,11 +54,18 @@ def compress(
     from recap_cli.commands.tables import print_summary, say_change, say_stage
     from recap_cli.rounds.status import summary
     from recap_cli.stages import compress as stage
+    from recap_cli.stages.export import export
+    from recap_cli.stages.run import run
 
     path = state if state is not None else Path("runs") / guessed.recipe.name
-    done = stage.compress(guessed.recipe, path, out, track=console.track, on_stage=say_stage, on_change=say_change)
+    if out is not None:
+        stage.check_place(out, path)
+    overridden = {given.partition("=")[0].strip() for given in overrides or ()}
+    done = run(guessed.recipe, path, track=console.track, on_stage=say_stage, on_change=say_change, overridden=overridden)
     print_summary(summary(done), is_result=False)
-    found = stage.before_and_after(done, track=console.track) | ({} if out is None else {"export": str(out)})
+    found = stage.before_and_after(done, track=console.track)
+    if out is not None:  # last, so that the same command goes on after a stop
+        found["export"] = str(export(done, out, track=console.track)["path"])
     if as_json:
         console.emit_json(found)
         return

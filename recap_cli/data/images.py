@@ -1,6 +1,7 @@
 """Images as tensors: decoded and resized once where they fit into main memory, normalised and augmented when they are used."""
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -67,14 +68,17 @@ def image_split(
     decoded = _decoder(dataset, inputs, origin, workers)
     peaks: list[int] = []
     pixels_at: Callable[[Tensor], Tensor]
+    content: Callable[[], Iterable[bytes | memoryview]]
     if len(dataset) * inputs.channels * inputs.size[0] * inputs.size[1] <= ram_bytes:
         held = torch.empty((len(dataset), inputs.channels, *inputs.size), dtype=torch.uint8)
         for chunk in chunks(len(dataset), track, f"decode {origin}"):
             held[chunk.start : chunk.stop] = decoded(torch.arange(chunk.start, chunk.stop), peaks)
         pixels_at = held.__getitem__
+        content = lambda: (image.numpy().data.cast("B") for image in held)  # noqa: E731
     else:
         decoded(torch.arange(0, len(dataset), -(-len(dataset) // LOOKED_AT)), peaks)
         pixels_at = decoded
+        content = partial(_encoded, dataset)
 
     def fetch(indices: Tensor, variants: Tensor | None) -> dict[str, Tensor]:
         values = pixels_at(indices)
@@ -83,7 +87,21 @@ def image_split(
         return {"pixel_values": values.to(torch.float32).div_(255).sub_(mean).div_(std)}
 
     variants = 2 if inputs.augment == "flip" else 1
-    return Split(origin, targets_of(dataset), fetch, notes=tuple(pixels.notes(peaks, origin)), variants=variants)
+    return Split(
+        origin, targets_of(dataset), fetch, notes=tuple(pixels.notes(peaks, origin)), content=content, variants=variants
+    )
+
+
+def _encoded(dataset: "Dataset") -> Iterator[bytes]:
+    """Yield each image as it is stored: its bytes, or the path, size and time of its file."""
+    import datasets
+
+    for image in dataset.cast_column("image", datasets.Image(decode=False))["image"]:
+        if image["bytes"] is not None:
+            yield image["bytes"]
+        else:
+            seen = os.stat(image["path"])
+            yield f"{image['path']} {seen.st_size} {seen.st_mtime_ns}".encode()
 
 
 def _check_channels(inputs: ImageInputs) -> None:

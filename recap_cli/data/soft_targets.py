@@ -10,8 +10,12 @@ from torch import Tensor
 from recap_cli.core.ragged import Ragged
 from recap_cli.data.split import Split
 
-LOOKED_AT = 64  # examples, spread over a split, whose inputs are part of its fingerprint
 VALUES, ENDS = "values", "ends"
+
+
+def stored_as(outputs: int) -> torch.dtype:
+    """Return the type in which rows of so many outputs are kept."""
+    return torch.bfloat16 if outputs > 1 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class SoftTargets:
     """The outputs of a teacher, row by row.
 
     Attributes:
-        values: (variants, rows, outputs), bfloat16. A variant is the examples as they are, or all of them flipped.
+        values: (variants, rows, outputs). They are bfloat16, or float32 where there is one output: a number is taken as it
+            is, and logits are compared. A variant is the examples as they are, or all of them flipped.
         ends: Where the rows of each example end, int64, (examples,).
     """
 
@@ -29,8 +34,7 @@ class SoftTargets:
     @classmethod
     def of(cls, variants: Sequence[Sequence[Tensor]], lengths: Tensor) -> "SoftTargets":
         """Return those of batches of rows, (rows, outputs) each, for every variant; `lengths` are of the examples."""
-        values = torch.stack([torch.cat([rows.to(torch.bfloat16).cpu() for rows in batches]) for batches in variants])
-        return cls(values, lengths.cumsum(0))
+        return cls(torch.stack([torch.cat(list(batches)) for batches in variants]), lengths.cumsum(0))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "SoftTargets":
@@ -38,7 +42,13 @@ class SoftTargets:
         if tensors.keys() != {VALUES, ENDS}:
             raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}")
         values, ends = tensors[VALUES], tensors[ENDS]
-        if values.ndim != 3 or values.dtype != torch.bfloat16 or ends.ndim != 1 or ends.dtype != torch.int64 or not len(ends):
+        if (
+            values.ndim != 3
+            or values.dtype != stored_as(values.shape[-1])
+            or ends.ndim != 1
+            or ends.dtype != torch.int64
+            or not len(ends)
+        ):
             raise ValueError("its tensors have other shapes or types")
         if bool((ends.diff(prepend=ends.new_zeros(1)) < 0).any()) or int(ends[-1]) != values.shape[1]:
             raise ValueError(f"its examples do not have {values.shape[1]:,} rows in all")
@@ -72,12 +82,11 @@ class SoftTargets:
 
 
 def fingerprint(split: Split) -> str:
-    """Return a digest of a split: its targets, and the inputs of some examples that are spread over it."""
-    digest = sha256(str(len(split)).encode())
+    """Return a digest of a split: its targets, and all that its inputs are made of."""
+    digest = sha256(f"{len(split)} {split.variants}".encode())
     targets = split.targets
     for tensor in (targets.values, targets.ends) if isinstance(targets, Ragged) else (targets,):
         digest.update(tensor.contiguous().numpy().tobytes())
-    some = torch.arange(0, len(split), -(-len(split) // LOOKED_AT))
-    for name, tensor in sorted(split.batch(some).items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    for piece in split.content():
+        digest.update(piece)
     return digest.hexdigest()

@@ -134,7 +134,7 @@ def _read_path(path: Path, key: str, roles: Roles) -> Found:
     path = path.expanduser()
     if path.is_dir():
         if roles.task.inputs != "image":
-            raise _folder_for_texts(path, key)
+            raise folder_for_texts(path, key)
         table, notes = read_folder(path, key=key)
         if not roles.task.target.can_be(table.column("label").type):
             raise DataError(
@@ -151,7 +151,7 @@ def _unused(roles: Roles) -> list[str]:
     return [f"a folder of class folders has no columns: ignored {' and '.join(named)}"] if named else []
 
 
-def _folder_for_texts(path: Path, key: str) -> DataError:
+def folder_for_texts(path: Path, key: str) -> DataError:
     file = f"name a file of texts with --set {key}=FILE"
     if holds_images(path):
         return DataError(

@@ -31,6 +31,7 @@ class Split:
         targets: What the examples are to give, the examples first: (examples,), (examples, labels), or one row of a `Ragged`
             each.
         fetch: Returns the inputs at some indices, each in its variant.
+        content: Yields the bytes that the inputs are made of, for a digest of them.
         variants: How many there are of each example: with random flips two, the second being flipped.
         soft: What a teacher gives for the examples, if there is one.
         tokens: For texts, the token ids that occur, sorted, int64.
@@ -44,6 +45,7 @@ class Split:
     tokens: Tensor | None = None
     special: Tensor | None = None
     notes: tuple[str, ...] = ()
+    content: Callable[[], Iterable[bytes | memoryview]] = tuple
     variants: int = 1
     soft: "SoftTargets | None" = None
 

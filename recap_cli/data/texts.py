@@ -61,7 +61,15 @@ class Tokens:
 
         occurs = np.bincount(flat["input_ids"], minlength=1) > 0
         special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.int64)
-        return Split(origin, targets, fetch, torch.from_numpy(occurs.nonzero()[0]), special)
+        arrays = [array for _, array in sorted(flat.items())] + [np.array(self.lengths)]
+        return Split(
+            origin,
+            targets,
+            fetch,
+            torch.from_numpy(occurs.nonzero()[0]),
+            special,
+            content=lambda: (array.data.cast("B") for array in arrays if array.size),
+        )
 
 
 def text_split(dataset: "Dataset", inputs: TextInputs, *, origin: str, track: Track = silent) -> Split:

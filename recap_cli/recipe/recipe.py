@@ -47,6 +47,7 @@ __all__ = [
     "read",
     "shipped",
     "shipped_text",
+    "values_of",
 ]
 
 OPEN_PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # a shell's `<(...)`: pipes that have a writer
@@ -86,6 +87,18 @@ def _parsed(text: str, origin: str, overrides: tuple[str, ...]) -> Recipe:
     if recipe is None or found:
         raise recipe_error(origin, found)
     return recipe
+
+
+def values_of(overrides: Sequence[str], origin: str) -> dict[str, Any]:
+    """Return the values that overrides alone set, section by section; whether they fit a recipe is not checked.
+
+    Raises:
+        RecipeError: One of them is no `key=value`, or its value is no YAML.
+    """
+    document = load("{}", origin, overrides, (), {})
+    if document.problems:
+        raise recipe_error(origin, document.problems)
+    return document.values
 
 
 def _conflicts_beside(suspects: set[KeyPath], document: Document) -> list[Problem]:

@@ -1,6 +1,6 @@
 """The recipe that makes a finetuned model small, guessed from the model and its data: `recap compress`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,16 @@ from typing import Any
 import yaml
 
 from recap_cli import registry
-from recap_cli.data.guess import guess_columns, read_table
-from recap_cli.errors import ModelError, RecipeError
+from recap_cli.data.guess import guess_columns, is_local, read_table
+from recap_cli.errors import ModelError, RecipeError, UsageError
+from recap_cli.models import transformers_models
 from recap_cli.models.checkpoints import locate, read_config
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.recipe.schema import SELF
 from recap_cli.tasks.calls import task_named
 
-# Where they come from: docs/guide/compress.md.
+# A first choice; docs/guide/compress.md says what was measured.
 SETTINGS: dict[str, Any] = {
     "rounds": 4,
     "head": {"warmup_epochs": 0},
@@ -25,9 +26,19 @@ SETTINGS: dict[str, Any] = {
     "distill": {"teacher": SELF},
     "importance": {"device": "auto"},  # which the teacher runs on, too
 }
-TRAINING = ("finetune.lr", "finetune.epochs")
+TRAINING = ("rounds", "mask.ratio", "finetune.lr", "finetune.epochs", "distill.weight", "distill.temperature")
 MAX_LENGTH = 128  # tokens: the default of the recipe
 HELD_OUT = 0.1  # of the training examples, where there are no others for validation
+ARGUMENTS = {  # keys that the command has an argument for
+    "model.name": "MODEL",
+    "model.config": "MODEL",
+    "data.name": "--data",
+    "data.train": "--data",
+    "data.builtin": "--data",
+    "data.validation": "--validation",
+}
+NO_HEAD = "give a finetuned checkpoint, or say the task: --set task.kind=NAME; `recap plugins` lists them"
+ORIGIN = "recap compress"
 
 
 @dataclass(frozen=True)
@@ -43,13 +54,30 @@ class Guessed:
     reasons: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the configuration of a checkpoint says of it.
+
+    Attributes:
+        library: that builds it.
+        saved: the name of its class, or of its architecture; None where it is not said.
+        problem_type: the kind of its loss, as transformers calls it.
+        positions: how many tokens it has positions for; None where it has no such number.
+    """
+
+    library: str
+    saved: str | None
+    problem_type: str | None = None
+    positions: int | None = None
+
+
 def guess_recipe(model: str, data: str, validation: str | None, ratio: float, overrides: Sequence[str] = ()) -> Guessed:
     """The recipe that makes a finetuned model small.
 
     Args:
         model: a folder or a hub id.
         data: training data: a file, a folder of class folders, or a data set of the hub.
-        validation: data in the same form; None holds a tenth of the training data out.
+        validation: data in the same form, of a data set of the hub a split; None holds a tenth of the training data out.
         ratio: the share of the prunable parameters to prune.
         overrides: each `section.key=value`; what they set is not guessed.
 
@@ -57,83 +85,126 @@ def guess_recipe(model: str, data: str, validation: str | None, ratio: float, ov
         ModelError: the model cannot be read, or has no head of a known task.
         DataError: the data cannot be read, or have several columns that fit.
         RecipeError: an override does not fit.
+        UsageError: an override sets what the command has an argument for.
     """
-    given = {key: yaml.safe_load(value or "null") for key, _, value in (each.partition("=") for each in overrides)}
-    config = read_config(locate(model, given.get("model.revision"), only_config=True))
-    library = str(given.get("model.library") or _library(config))
-    kind = str(given.get("task.kind") or _kind(config, model, library))
+    sets = (f"prune.ratio={ratio}", *overrides)
+    given = _given(sets)
+    checkpoint = _checkpoint(model, given)
+    kind = str(given.get("task.kind") or _kind(checkpoint, model))
     section, reasons = _data_section(data, validation, given)
-    columns = _columns(kind, section | {key.partition(".")[2]: v for key, v in given.items() if key.startswith("data.")}, data)
-    if (positions := config.get("max_position_embeddings")) is not None and positions < MAX_LENGTH:
-        section["max_length"] = positions
-        reasons.append(f"data.max_length={positions}: the model has positions for so many tokens")
+    named = {key.removeprefix("data."): value for key, value in given.items() if key.startswith("data.")}
+    columns = _columns(kind, section | named, data)
+    if checkpoint.positions is not None and checkpoint.positions < MAX_LENGTH:
+        section["max_length"] = checkpoint.positions
+        reasons.append(f"data.max_length={checkpoint.positions}: the model has positions for so many tokens")
     values = {
-        "name": f"small-{Path(model).name}",
         **SETTINGS,
-        "model": {"name": model, "library": library},
+        "name": f"small-{Path(model).expanduser().resolve().name or 'model'}",
+        "model": {"name": model, "library": checkpoint.library},
         "task": {"kind": kind},
         "data": {**section, **columns},
-        "prune": {"ratio": ratio},
     }
-    recipe = recipes.parse(yaml.safe_dump(values, sort_keys=False), "recap compress", overrides)
+    recipe = recipes.parse(yaml.safe_dump(values, sort_keys=False), ORIGIN, sets)
     if recipe.distill.teacher != SELF:
         raise RecipeError(
             f"compress has the model itself as its teacher, not {recipe.distill.teacher}",
             hint="leave distill.teacher out, or write a recipe for `recap run`",
         )
-    said = {"text_pair": "the second column that fits"}
-    why = [f"task.kind={kind}: the checkpoint is a {_said_class(config)}", *reasons]
-    why += [f"data.{key}={name}: {said.get(key, 'the column that fits')}" for key, name in columns.items()]
-    why.append(", ".join(f"{key}={getattr(recipe.finetune, key.partition('.')[2])}" for key in TRAINING) + ": a first choice")
-    return Guessed(recipe, tuple(_not_said(why, given)))
+    why = [f"task.kind={kind}: the checkpoint is a {checkpoint.saved}", *reasons]
+    why += [f"data.{key}={name}: {_why_column(key)}" for key, name in columns.items()]
+    why += [f"{key}={_value(recipe, key)}: a first choice" for key in TRAINING]
+    return Guessed(recipe, tuple(reason for reason in why if reason.partition("=")[0] not in given))
 
 
-def _not_said(reasons: Sequence[str], given: Mapping[str, Any]) -> Iterator[str]:
-    """The reasons of what a user has not said otherwise."""
-    for reason in reasons:
-        if not all(each.partition("=")[0] in given for each in reason.partition(": ")[0].split(", ")):
-            yield reason
+def _given(overrides: Sequence[str]) -> dict[str, Any]:
+    """What overrides set, by key. They are read as a recipe's are, so that what is wrong with them is said as there.
+
+    Raises:
+        RecipeError: one of them is no `key=value`, or its value is no YAML.
+        UsageError: one sets what has an argument.
+    """
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    if other := [key for key in keys if key in ARGUMENTS]:
+        raise UsageError(f"--set {other[0]}: compress has {ARGUMENTS[other[0]]} for it", hint=f"leave out --set {other[0]}=…")
+    values = recipes.values_of(overrides, ORIGIN)
+    return {key: _in(values, key) for key in keys}
 
 
-def _library(config: Mapping[str, Any]) -> str:
-    return "timm" if "architecture" in config and "model_type" not in config else "transformers"
+def _in(values: Mapping[str, Any], key: str) -> Any:
+    found: Any = values
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
-def _said_class(config: Mapping[str, Any]) -> str:
-    saved = config.get("architectures")
-    return str(saved[0]) if isinstance(saved, list) and saved else f"timm model {config.get('architecture', '?')}"
+def _value(recipe: Recipe, key: str) -> Any:
+    return _in(recipe.model_dump(mode="json"), key)
 
 
-def _kind(config: Mapping[str, Any], model: str, library: str) -> str:
-    """The task that the head of a checkpoint is for."""
+def _checkpoint(model: str, given: Mapping[str, Any]) -> Checkpoint:
+    try:
+        revision = given.get("model.revision")
+        folder = locate(model, revision if isinstance(revision, str) else None, only_config=True)
+        config = read_config(folder)
+    except ModelError as error:
+        raise ModelError(error.message, hint="name the folder of a finetuned model: recap compress DIR --data DATA") from error
+    library = given.get("model.library") or ("timm" if "architecture" in config and "model_type" not in config else None)
     if library == "timm":
-        return "image-classification"
-    names = config.get("id2label")
-    labels = len(names) if isinstance(names, dict) else config.get("num_labels", 2)
-    problem = config.get("problem_type") or ("regression" if labels == 1 else "single_label_classification")
-    for kind in registry.names("tasks"):
-        task = task_named(kind)
-        fits = _said_class(config).endswith(task.auto_class.removeprefix("AutoModel"))
-        if fits and task.problem_type in (None, problem):
-            return kind
-    raise ModelError(
-        f"{model} is a {_said_class(config)}, which has no head for a task that is known",
-        hint="give a finetuned checkpoint, or say the task: --set task.kind=NAME; `recap plugins` lists them",
+        return Checkpoint("timm", str(config.get("architecture")))
+    transformers_models.model_type(config, str(folder / "config.json"))
+    if not isinstance(config.get("id2label") or {}, dict):
+        raise ModelError(f"{folder / 'config.json'}: id2label is no object of labels by number", hint=NO_HEAD)
+    known = transformers_models.configure(config)
+    saved = config.get("architectures")
+    positions = getattr(known, "max_position_embeddings", None)
+    positions = positions if isinstance(positions, int) and positions > 0 else None
+    if positions is not None and known.model_type == "roberta":  # which begins to count after the padding
+        positions -= (known.pad_token_id or 0) + 1
+    return Checkpoint(
+        "transformers",
+        str(saved[0]) if isinstance(saved, list) and saved else None,
+        known.problem_type or ("regression" if known.num_labels == 1 else "single_label_classification"),
+        positions,
     )
+
+
+def _kind(checkpoint: Checkpoint, model: str) -> str:
+    """The task that the head of a checkpoint is for: one of ours, or the only one of others that fits."""
+    if checkpoint.library == "timm":
+        return "image-classification"
+    if checkpoint.saved is None:
+        raise ModelError(f"{model}: config.json does not name the class of the model (architectures)", hint=NO_HEAD)
+    entries = registry.entries("tasks")
+    for ours in (True, False):
+        names = [entry.name for entry in entries if (entry.distribution == registry.OURS) == ours]
+        found = [name for name in names if _fits(name, checkpoint)]
+        if len(found) == 1 or (found and ours):
+            return found[0]
+    raise ModelError(f"{model} is a {checkpoint.saved}, which has no head for a task that is known", hint=NO_HEAD)
+
+
+def _fits(kind: str, checkpoint: Checkpoint) -> bool:
+    task = task_named(kind)
+    is_class = str(checkpoint.saved).endswith(task.auto_class.removeprefix("AutoModel"))
+    return is_class and task.problem_type in (None, checkpoint.problem_type)
 
 
 def _data_section(data: str, validation: str | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The section `data` without columns, and the reasons of what was guessed for it."""
-    if not Path(data).expanduser().exists() and not data.startswith((".", "/", "~")) and not Path(data).suffix:
-        return {"name": data}, [f"data.name={data}: there is no such file, so it is a data set of the hub"]
+    reasons = [] if is_local(data) else [f"data.name={data}: there is no such file, so it is a data set of the hub"]
+    section = {"train": data} if is_local(data) else {"name": data}
     if validation is not None:
-        return {"train": data, "validation": validation}, []
-    if given.get("data.validation") is not None or given.get("data.validation_share") is not None:
-        return {"train": data}, []
-    reason = f"data.validation_share={HELD_OUT}: no --validation was given"
-    return {"train": data, "validation_share": HELD_OUT}, [reason]
+        return {**section, "validation" if is_local(data) else "validation_split": validation}, reasons
+    if {"data.validation_share", "data.validation_split"} & given.keys():
+        return section, reasons
+    return {**section, "validation_share": HELD_OUT}, [*reasons, f"data.validation_share={HELD_OUT}: no --validation was given"]
 
 
 def _columns(kind: str, section: Mapping[str, Any], origin: str) -> dict[str, str]:
-    table = read_table(section)
-    return {} if table is None else guess_columns(task_named(kind), table, origin, section)
+    task = task_named(kind)
+    table = read_table(task, section)
+    return {} if table is None else guess_columns(task, table, origin, section)
+
+
+def _why_column(key: str) -> str:
+    return "the second column of the pair" if key == "text_pair" else "the column that fits"

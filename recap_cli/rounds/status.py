@@ -166,6 +166,7 @@ def summary(state: State) -> dict[str, Any]:
     manifest = state.manifest
     recipe = recipes.parse(state.recipe_text, str(state.path / manifest.recipe))
     start, following = start_of(manifest, recipe.metric.name), next_stage(recipe, state)
+    judged = start if recipe.distill.teacher != SELF else {**start, "teacher": None}  # to be better than oneself is no fault
     ended = manifest.best if following is None else None
     return {
         "recipe": recipe.name,
@@ -179,7 +180,7 @@ def summary(state: State) -> dict[str, Any]:
         "product": str(state.path / manifest.best["folder"]) if manifest.best else None,
         "best": manifest.best,
         **start,
-        "warning": warning(recipe.metric, ended["value"], **start) if ended else None,
+        "warning": warning(recipe.metric, ended["value"], **judged) if ended else None,
         "seconds": sum(entry["seconds"] for entry in manifest.history),
         "init": manifest.made or None,
         "changes": manifest.changes,

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from recap_cli.core.axes import Axis
 from recap_cli.core.task import Distillation
 from recap_cli.data.sampling import batches
-from recap_cli.data.soft_targets import SoftTargets, fingerprint
+from recap_cli.data.soft_targets import SoftTargets, fingerprint, stored_as
 from recap_cli.data.sources import Raw
 from recap_cli.data.split import CHUNK, Split
-from recap_cli.errors import DataError, ModelError, StorageError
+from recap_cli.errors import DataError, ModelError, PluginError, StorageError
 from recap_cli.machine import devices
 from recap_cli.models import build, create
 from recap_cli.models.build import ModelSpec
 from recap_cli.progress import Track
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.recipe.schema import SELF, Model
-from recap_cli.rounds.device_policy import importance_batch_size, on_device
+from recap_cli.rounds.device_policy import on_device
 from recap_cli.rounds.examples import make_splits
 from recap_cli.rounds.full_model import FullModel
 from recap_cli.rounds.layout import Layout
@@ -32,7 +32,6 @@ from recap_cli.tasks.calls import task_named
 from recap_cli.tasks.losses import Lesson
 from recap_cli.training.evaluation import Pass, evaluate
 
-ITEM_BYTES = torch.bfloat16.itemsize
 OTHER_TEACHER = "--set distill.teacher=DIR, a model that is finetuned for these labels, or null"
 
 
@@ -91,15 +90,18 @@ def ask_teacher(
     if recipe.distill.teacher is None or distillation is None:  # a recipe has no teacher for a task that cannot
         return None
     lengths = _lengths(distillation, splits[0])
-    _check_room(path, splits[0].variants * int(lengths.sum()) * full.spec.num_labels * ITEM_BYTES)
+    item_bytes = stored_as(full.spec.num_labels).itemsize
+    weights = sum(param.nbytes for param in full.model.parameters())  # which are written first
+    _check_room(path, splits[0].variants * int(lengths.sum()) * full.spec.num_labels * item_bytes, weights)
     teacher = _itself(recipe, full, splits) if recipe.distill.teacher == SELF else _another(recipe, raw, track)
     train, validation = teacher.splits
     _check_alike(lengths, _lengths(distillation, train))
     device = devices.pick(recipe.importance.device)
-    how = Pass(importance_batch_size(recipe, device), device, track, "validation of the teacher")
+    how = Pass(recipe.evaluate.batch_size, device, track, "validation of the teacher")
     with teacher.on(device):
         figures = evaluate(forward_of(teacher.spec, teacher.model), validation, objective_of(recipe, teacher.spec), how)
         rows = [_rows(distillation, teacher, train, variant, how) for variant in range(train.variants)]
+    _check_rows(recipe, rows, int(lengths.sum()))
     facts = {
         "name": recipe.distill.teacher,
         "parameters": sum(param.numel() for param in teacher.model.parameters()),
@@ -133,7 +135,7 @@ def _itself(recipe: Recipe, full: FullModel, splits: tuple[Split, Split]) -> _Te
         reason = next((note for note in full.notes if "head" in note), "it has random weights")
         raise ModelError(
             f"{recipe.model.name or 'model.config'} has nothing to teach (distill.teacher: self): {reason}",
-            hint=f"give a model that is finetuned for these labels, or {OTHER_TEACHER}",
+            hint="give a model that is finetuned for these labels; or, in a recipe, another teacher: --set distill.teacher=DIR",
         )
     return _Teacher(full.model, full.spec, full.layout.axes, splits)
 
@@ -147,7 +149,10 @@ def _another(recipe: Recipe, raw: Raw, track: Track) -> _Teacher:
             "data": recipe.data.model_copy(update={"image_size": None}),
         }
     )
-    created = create.create_model(source_of(own, raw.label_names))
+    try:
+        created = create.create_model(source_of(own, raw.label_names))
+    except ModelError as error:
+        raise ModelError(f"the teacher {name}: {error.message}", hint=OTHER_TEACHER) from error
     if created.new:
         raise ModelError(f"the teacher {name} has nothing to teach: {created.notes[0]}", hint=OTHER_TEACHER)
     axes = Layout.of_model(build.adapter_of(created.spec), created.model).axes
@@ -159,11 +164,27 @@ def _rows(distillation: Distillation, teacher: _Teacher, split: Split, variant: 
     forward, everything = forward_of(teacher.spec, teacher.model), torch.arange(len(split))
     stream = batches(split, everything, how.batch_size, variant=variant, device=how.device)
     label = "outputs of the teacher" + (" for flipped images" if variant else "")
+    kept = stored_as(teacher.spec.num_labels)
     with torch.inference_mode():
         return [
-            distillation.rows(forward(batch), batch).float().cpu().clone()
+            distillation.rows(forward(batch), batch).to("cpu", kept, copy=True)
             for batch in how.track(stream, label, -(-len(split) // how.batch_size))
         ]
+
+
+def _check_rows(recipe: Recipe, variants: Sequence[Sequence[Tensor]], wanted: int) -> None:
+    """Refuse outputs that are not finite, and rows that are not as many as the task has said."""
+    for batches_of_rows in variants:
+        if not all(bool(rows.isfinite().all()) for rows in batches_of_rows):
+            raise ModelError(
+                f"the teacher {recipe.distill.teacher} gives outputs that are not finite",
+                hint=f"its weights are damaged, or too large for fp32: {OTHER_TEACHER}",
+            )
+        if (found := sum(map(len, batches_of_rows))) != wanted:
+            raise PluginError(
+                f"the task {recipe.task.kind!r} gave {found:,} rows for a teacher, and by `rows_of_each` there are {wanted:,}",
+                hint="see Distillation in docs/plugins/task.md",
+            )
 
 
 def _lengths(distillation: Distillation, split: Split) -> Tensor:
@@ -180,11 +201,12 @@ def _check_alike(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def _check_room(path: Path, needed_bytes: int) -> None:
-    """Refuse outputs that the disk of a state has no room for, before any of them is computed."""
+def _check_room(path: Path, needed_bytes: int, model_bytes: int) -> None:
+    """Refuse outputs that the disk of a state has no room for beside the model, before any of them is computed."""
     free = free_bytes(path)
-    if free is not None and needed_bytes > free:
+    if free is not None and needed_bytes + model_bytes > free:
         raise StorageError(
-            f"the teacher's outputs take {needed_bytes / 1e9:.1f} GB, and the disk of {path} has {free / 1e9:.1f} GB free",
-            hint="make room, or train on fewer examples: --set data.train_samples=…",
+            f"the model and the teacher's outputs take {model_bytes / 1e6:,.1f} and {needed_bytes / 1e6:,.1f} MB, and the disk "
+            f"of {path} has {free / 1e6:,.1f} MB free",
+            hint="make room, name a --state on another disk, or train on fewer examples: --set data.train_samples=…",
         )

@@ -1,6 +1,6 @@
-"""`compress`: a run of a recipe that makes a finetuned model small, its export, and the model before and after."""
+"""What a finished `compress` has come to: the model before and after, on the validation data and on this machine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,44 +9,29 @@ from torch import nn
 
 from recap_cli.core.task import Batch
 from recap_cli.data.sampling import batches
-from recap_cli.errors import lacks_device_memory
+from recap_cli.errors import UsageError, lacks_device_memory
 from recap_cli.machine import devices
 from recap_cli.models.export import check_out
 from recap_cli.progress import Track, silent
-from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.latency import forward_seconds, measured_on
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.scoring import best_tensors
-from recap_cli.rounds.settings import OnChange, ignore
 from recap_cli.rounds.status import HELD, summary
-from recap_cli.stages.export import export
-from recap_cli.stages.run import run
 from recap_cli.state.store import State
 
 BATCHES = (1, 32)  # examples of a forward that is timed
 
 
-def compress(
-    recipe: Recipe,
-    path: Path,
-    out: Path | None = None,
-    *,
-    track: Track = silent,
-    on_stage: Callable[[dict[str, Any]], None] = lambda _: None,
-    on_change: OnChange = ignore,
-) -> State:
-    """Run what is left of a recipe in the state at `path`, and export the product to the new folder `out`, if one is named.
+def check_place(out: Path, state: Path) -> None:
+    """Do nothing if an export of a state can be written to a new folder `out`, before anything is computed.
 
     Raises:
-        StorageError: `out` is there already, before anything is computed.
-        RecapError: whatever `run` and `export` raise.
+        UsageError: it is the folder of the state, or lies in it.
+        StorageError: it is there already, or cannot be made.
     """
-    if out is not None:
-        check_out(out)
-    state = run(recipe, path, track=track, on_stage=on_stage, on_change=on_change)
-    if out is not None:
-        export(state, out, track=track)
-    return state
+    if state.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UsageError(f"{out} is in the state's folder {state}", hint="name another folder: --out DIR")
+    check_out(out)
 
 
 def before_and_after(state: State, *, track: Track = silent) -> dict[str, Any]:
@@ -95,9 +80,14 @@ def _size(model: nn.Module) -> dict[str, int]:
 
 
 def _latencies(context: Context, models: Sequence[nn.Module], batch: Batch, device: torch.device) -> Sequence[float | None]:
+    """The seconds of a forward of each model, measured in turns; one by one where the device has no room for all."""
     try:
         return forward_seconds(context.spec, [model.to(device) for model in models], batch, device)
     except Exception as error:
         if not lacks_device_memory(error):
             raise
-        return [None] * len(models)
+    for model in models:
+        model.cpu()
+    return (
+        [None] if len(models) == 1 else [seconds for model in models for seconds in _latencies(context, [model], batch, device)]
+    )

@@ -43,8 +43,12 @@ def training_loss(task: Task, outputs: Outputs, batch: Batch, lesson: Lesson | N
     mean, count = mean_loss(task, outputs, batch)
     if lesson is None or task.distillation is None:
         return mean, count
+    if TEACHER not in batch:
+        raise PluginError(
+            f"the task has left out {TEACHER!r} of a part of a batch", hint="see `part` of Task in docs/plugins/task.md"
+        )
     student = task.distillation.rows(outputs, batch)  # (rows, outputs)
-    teacher = _rows(batch[TEACHER], task.distillation.rows_of_each(batch))  # (rows, outputs)
+    teacher = _rows(batch[TEACHER], task.distillation.rows_of_each(batch), len(student))  # (rows, outputs)
     if student.shape != teacher.shape:
         raise PluginError(
             f"the task gave rows of shape {tuple(student.shape)} for a student, and {tuple(teacher.shape)} for its teacher",
@@ -55,11 +59,11 @@ def training_loss(task: Task, outputs: Outputs, batch: Batch, lesson: Lesson | N
     return (1 - lesson.weight) * mean + lesson.weight * soft, count
 
 
-def _rows(padded: "Tensor", lengths: "Tensor") -> "Tensor":
-    """Return the rows of all examples, one after another, without the padding."""
+def _rows(padded: "Tensor", lengths: "Tensor", count: int) -> "Tensor":
+    """Return the rows of all examples, `count` in all, one after another, without the padding."""
     import torch
 
-    if padded.shape[1] == 1:  # no mask, whose size a device would have to tell the CPU
+    if padded.shape[1] == 1 and len(padded) == count:  # no mask, whose size a device would have to tell the CPU
         return padded[:, 0]
     return padded[torch.arange(padded.shape[1], device=padded.device) < lengths.to(padded.device)[:, None]]
 

@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 
 import recap_cli
+from recap_cli import registry
 from recap_cli.cli import main
+from recap_cli.data import guess
 from recap_cli.errors import DataError, ModelError, RecapError
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.guessed_recipe import guess_recipe
@@ -49,14 +52,17 @@ def test_the_task_is_that_of_the_head_and_the_columns_are_those_that_fit(kind: s
     assert recipe.data.validation == files(kind)[1]
 
 
-def test_two_columns_of_texts_are_a_pair_and_numbers_are_no_label_beside_one(tmp_path: Path) -> None:
-    rows = [{"idx": n, "first": f"w{n} w3", "second": f"w{n} w4", "label": ["cat", "dog", "newt"][n % 3]} for n in range(12)]
+def test_two_columns_whose_names_say_so_are_a_pair_and_identifiers_are_no_text(tmp_path: Path) -> None:
+    rows = [
+        {"id": f"train_{n}", "text_a": f"w{n} w3", "text_b": f"w{n} w4", "label": ["cat", "dog", "newt"][n % 3]}
+        for n in range(12)
+    ]
     file = made.write(tmp_path / "pairs.csv", rows)
     found = guess_recipe(str(finetuned("text-classification")), str(file), None, 0.3)
-    assert (found.recipe.data.text, found.recipe.data.text_pair, found.recipe.data.label) == ("first", "second", "label")
+    assert (found.recipe.data.text, found.recipe.data.text_pair, found.recipe.data.label) == ("text_a", "text_b", "label")
     assert found.recipe.data.validation_share == 0.1
     assert "data.validation_share=0.1: no --validation was given" in found.reasons
-    assert "data.text_pair=second: the second column that fits" in found.reasons
+    assert "data.text_pair=text_b: the second column of the pair" in found.reasons
 
 
 def test_what_is_set_is_not_guessed() -> None:
@@ -64,7 +70,8 @@ def test_what_is_set_is_not_guessed() -> None:
     train, _ = files("text-classification")
     found = guess_recipe(str(finetuned("text-classification")), train, None, 0.5, sets)
     assert found.recipe.finetune.lr == 0.01
-    assert [reason.partition("=")[0] for reason in found.reasons] == ["task.kind", "data.validation_share"]
+    said = [reason.partition("=")[0] for reason in found.reasons]
+    assert said == ["task.kind", "data.validation_share", "rounds", "mask.ratio", "distill.weight", "distill.temperature"]
 
 
 def refusal(error: type[RecapError], *given: Any) -> tuple[str, str]:
@@ -74,11 +81,11 @@ def refusal(error: type[RecapError], *given: Any) -> tuple[str, str]:
 
 
 def test_columns_that_nobody_can_choose_are_listed(tmp_path: Path) -> None:
-    rows = [{f"text{i}": f"w{n} w{i}" for i in range(3)} | {"kind": ["cat", "dog"][n % 2]} for n in range(12)]
+    rows = [{each: f"w{n} {each}" for each in ("alpha", "beta", "gamma")} | {"kind": ["cat", "dog"][n % 2]} for n in range(12)]
     file = str(made.write(tmp_path / "three.csv", rows))
     message, hint = refusal(DataError, str(finetuned("text-classification")), file, None, 0.5)
-    assert "several columns that may hold text: text0, text1, text2" in message
-    assert hint == "name it with --set data.text=text0"
+    assert "several columns that may hold text: alpha, beta, gamma" in message
+    assert hint == "name it with --set data.text=alpha, or another task: --set task.kind=NAME"
     (tmp_path / "none.csv").write_text("a,b\n1.5,2.5\n2.5,3.5\n3.5,9.5\n")
     message, _ = refusal(DataError, str(finetuned("text-classification")), str(tmp_path / "none.csv"), None, 0.5)
     assert "no column of" in message
@@ -97,6 +104,71 @@ def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
         guess_recipe(str(tmp_path / "nothing"), files("text-classification")[0], None, 0.5)
     with pytest.raises(DataError, match="does not exist"):
         guess_recipe(str(finetuned("text-classification")), str(tmp_path / "no.csv"), None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("columns", "chosen"),
+    [
+        ({"id": "a{n}", "sentence": "w{n} w3"}, "sentence"),
+        ({"url": "http://x/{n}", "body": "w{n} w3"}, "body"),
+        ({"title": "w{n} w1", "text": "w{n} w3"}, "text"),
+    ],
+)
+def test_a_text_is_known_by_its_name_or_by_its_blanks(columns: dict[str, str], chosen: str, tmp_path: Path) -> None:
+    rows = [
+        {name: text.format(n=n) for name, text in columns.items()} | {"label": ["cat", "dog", "newt"][n % 3]} for n in range(12)
+    ]
+    file = made.write(tmp_path / "rows.csv", rows)
+    found = guess_recipe(str(finetuned("text-classification")), str(file), None, 0.3).recipe
+    assert (found.data.text, found.data.text_pair) == (chosen, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"architectures": None}, "config.json does not name the class of the model"),
+        ({"architectures": "BertForSequenceClassification"}, "config.json does not name the class of the model"),
+        ({"max_position_embeddings": "512"}, "max_position_embeddings"),
+        ({"max_position_embeddings": [512]}, "max_position_embeddings"),
+        ({"id2label": ["a", "b"]}, "id2label"),
+        ({"model_type": "nonsense"}, "nonsense"),
+        ({"model_type": 5}, "model_type"),
+    ],
+)
+def test_an_odd_configuration_is_refused_by_what_is_wrong_with_it(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(finetuned("text-classification"), folder)
+    values = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(values))
+    message, _ = refusal(ModelError, str(folder), files("text-classification")[0], None, 0.5)
+    assert said in message
+
+
+def test_what_is_no_file_is_a_data_set_of_the_hub_and_the_message_says_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_hub(*_: Any) -> Any:
+        raise DataError("the hub cannot be reached")
+
+    monkeypatch.setattr(guess, "read_hub", no_hub)
+    message, hint = refusal(DataError, str(finetuned("text-classification")), "trian", None, 0.5)
+    assert message == "there is no file or folder trian, and as a data set of the hub: the hub cannot be reached"
+    assert "--data train.csv" in hint
+    table = pa.table({"sentence": [f"w{n} w2" for n in range(8)], "label": ["cat", "dog"] * 4})
+    monkeypatch.setattr(guess, "read_hub", lambda *_: [table])
+    of_hub = guess_recipe(str(finetuned("text-classification")), "stanfordnlp/data-v1.5", None, 0.5).recipe
+    assert (of_hub.data.name, of_hub.data.validation_share) == ("stanfordnlp/data-v1.5", 0.1)
+    with_split = guess_recipe(str(finetuned("text-classification")), "stanfordnlp/sst2", "dev", 0.5).recipe
+    assert (with_split.data.validation_split, with_split.data.validation_share) == ("dev", None)
+
+
+def test_a_folder_of_images_is_no_data_of_a_text_model() -> None:
+    message, _ = refusal(DataError, str(finetuned("text-classification")), str(data_folder() / "train"), None, 0.5)
+    assert "the task reads texts, but the folder" in message
+
+
+def test_a_strangers_task_neither_breaks_the_guess_nor_is_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [registry.Entry("a-broken", "tasks", "other", "1", "nowhere:TASK"), *registry.entries("tasks")]
+    monkeypatch.setattr(registry, "entries", lambda _: entries)
+    assert guessed("text-classification").task.kind == "text-classification"
 
 
 def command(tmp_path: Path, *more: str) -> list[str]:
@@ -134,6 +206,13 @@ def test_a_run_says_what_it_guessed_and_ends_with_the_model_before_and_after(
     assert "Before and after" in again.err
 
 
+def test_an_export_has_no_place_in_its_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out in (tmp_path / "state", tmp_path / "state" / "small"):
+        assert main(command(tmp_path, "--out", str(out))) == 2
+        assert "is in the state's folder" in capsys.readouterr().err
+    assert not (tmp_path / "state").exists()
+
+
 def test_nothing_is_done_where_the_export_has_no_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "there"
     out.mkdir()
@@ -148,6 +227,11 @@ def test_nothing_is_done_where_the_export_has_no_place(tmp_path: Path, capsys: p
     [
         (("--ratio", "1.5"), 3, "prune.ratio"),
         (("--ratio", "half"), 2, "'--ratio'"),
+        (("--set", "finetune.lr=[1"), 3, "expected a YAML value"),
+        (("--set", "data.label=2020-02-30"), 3, "data.label"),
+        (("--set", "nonsense"), 3, "nonsense"),
+        (("--set", "model.name=other"), 2, "compress has MODEL for it"),
+        (("--set", "data.train=null"), 2, "compress has --data for it"),
         (("--set", "prune.rato=0.5"), 3, "did you mean prune.ratio"),
         (("--set", "distill.teacher=null"), 3, "compress has the model itself as its teacher"),
     ],

@@ -9,7 +9,7 @@ from torch import Tensor
 from recap_cli.core.ragged import Ragged
 from recap_cli.core.task import IGNORED, TEACHER
 from recap_cli.data.sampling import batches
-from recap_cli.data.soft_targets import SoftTargets, fingerprint
+from recap_cli.data.soft_targets import SoftTargets, fingerprint, stored_as
 from recap_cli.data.split import Split
 
 LENGTHS = torch.tensor([2, 0, 3, 1])
@@ -17,7 +17,7 @@ ROWS = torch.arange(2 * 6 * 3).view(2, 6, 3).float()  # (variants, rows, outputs
 
 
 def made() -> SoftTargets:
-    return SoftTargets.of([[rows[:3], rows[3:]] for rows in ROWS], LENGTHS)
+    return SoftTargets.of([[rows[:3].bfloat16(), rows[3:].bfloat16()] for rows in ROWS], LENGTHS)
 
 
 def flippable(targets: Tensor | Ragged | None = None) -> Split:
@@ -25,7 +25,9 @@ def flippable(targets: Tensor | Ragged | None = None) -> Split:
         flipped = torch.zeros_like(indices) if variants is None else variants
         return {"at": indices.clone(), "flipped": flipped}
 
-    return Split("made", torch.arange(4) if targets is None else targets, fetch, variants=2)
+    return Split(
+        "made", torch.arange(4) if targets is None else targets, fetch, content=lambda: [b"some", b"bytes"], variants=2
+    )
 
 
 def test_each_example_has_its_rows_in_its_variant_padded_with_nothing() -> None:
@@ -62,7 +64,7 @@ def test_a_file_of_them_gives_them_back() -> None:
     ],
 )
 def test_any_other_file_is_refused(tensors: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match="it"):
+    with pytest.raises(ValueError, match=r"it holds|its tensors have other|its examples do not have"):
         SoftTargets.from_tensors(tensors)
 
 
@@ -85,7 +87,13 @@ def test_a_fingerprint_is_of_labels_and_inputs() -> None:
     assert plain == fingerprint(flippable())
     assert plain != fingerprint(flippable(torch.tensor([0, 1, 3, 2])))
     assert plain != fingerprint(flippable(torch.arange(5)))
-    moved = replace(flippable(), fetch=lambda indices, variants: {"at": indices + 1, "flipped": torch.zeros_like(indices)})
-    assert plain != fingerprint(moved)
+    assert plain != fingerprint(replace(flippable(), content=lambda: [b"some", b"bytez"]))
+    assert plain != fingerprint(replace(flippable(), variants=1))
     rows = (Ragged.of([[1, IGNORED], [2], [3, 4], []]), Ragged.of([[1], [IGNORED, 2], [3, 4], []]))
     assert len({fingerprint(flippable(targets)) for targets in rows}) == 2
+
+
+def test_single_numbers_are_kept_as_they_are() -> None:
+    numbers = torch.tensor([[2013.4], [101325.0]])
+    found = SoftTargets.of([[numbers.to(stored_as(1))]], torch.tensor([1, 1]))
+    assert torch.equal(SoftTargets.from_tensors(found.to_tensors()).at(torch.tensor([0, 1]), None)[:, 0], numbers)

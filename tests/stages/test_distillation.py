@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from recap_cli.core.task import IGNORED
+from recap_cli.core.task import TEACHER as BATCH_KEY
 from recap_cli.data.sampling import batches, order, seed_for
 from recap_cli.data.soft_targets import SoftTargets
-from recap_cli.errors import CorruptStateError, DataError, ModelError, RecapError, StorageError
+from recap_cli.errors import CorruptStateError, DataError, ModelError, PluginError, RecapError, StorageError
 from recap_cli.plugins.tasks import classification
 from recap_cli.progress import silent
 from recap_cli.recipe.recipe import Recipe
@@ -30,6 +31,8 @@ from recap_cli.stages.eval import evaluate
 from recap_cli.stages.init import init
 from recap_cli.stages.run import STAGES, run
 from recap_cli.state.store import State
+from recap_cli.tasks.calls import task_named
+from recap_cli.tasks.losses import Lesson, training_loss
 from tests.pico import logits_for
 from tests.stages.test_best import scripted
 from tests.state.test_damage import forge
@@ -274,23 +277,63 @@ def test_a_dry_run_says_who_teaches_and_misses_a_folder_that_is_not_there() -> N
     assert "--set distill.teacher=DIR" in str(caught.value.hint)
 
 
+def test_a_teacher_whose_outputs_are_not_finite_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(finetuned("text-classification"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.bias"][1] = torch.inf
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    message, hint = refusal(distilled("text-classification", str(folder)), tmp_path / "state", ModelError)
+    assert f"the teacher {folder} gives outputs that are not finite" in message
+    assert "--set distill.teacher=DIR" in hint
+
+
+def test_a_teacher_that_is_not_there_is_missed_by_its_key(tmp_path: Path) -> None:
+    message, hint = refusal(distilled("text-classification", "./nothing"), tmp_path / "state", ModelError)
+    assert "the teacher ./nothing: there is no folder ./nothing" in message
+    assert "--set distill.teacher=DIR" in hint
+
+
+def test_a_text_without_a_word_has_no_row_beside_texts_of_one() -> None:
+    batch = {"labels": torch.tensor([[1, IGNORED], [IGNORED, IGNORED]]), BATCH_KEY: torch.ones(2, 1, 3)}
+    lesson = Lesson(weight=1.0, temperature=1.0)
+    loss, count = training_loss(task_named("token-classification"), torch.zeros(2, 2, 3), batch, lesson)
+    assert int(count) == 1
+    assert float(loss) == pytest.approx(0.0, abs=1e-6)
+    batch.pop(BATCH_KEY)
+    with pytest.raises(PluginError, match="has left out 'teacher_outputs' of a part of a batch"):
+        training_loss(task_named("token-classification"), torch.zeros(2, 2, 3), batch, lesson)
+
+
+def test_a_student_that_is_better_than_itself_is_no_reason_to_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, [(1.0, 0.1)])
+    for name, warns in (("self", False), (str(finetuned("text-classification", seed=1)), True)):
+        monkeypatch.undo()
+        scripted(monkeypatch, [(1.0, 0.1)])
+        state = run(distilled("text-classification", name, rounds=1), tmp_path / str(warns))
+        assert bool(summary(state)["warning"]) == warns
+
+
 def test_a_disk_without_room_is_said_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = distilled("text-classification")
-    monkeypatch.setattr(teacher, "free_bytes", lambda _: TRAIN * 3 * 2 - 1)
-    message, _ = refusal(recipe, tmp_path / "state", StorageError)
-    assert "the teacher's outputs take 0.0 GB" in message
-    monkeypatch.setattr(teacher, "free_bytes", lambda _: TRAIN * 3 * 2)
+    weights = 4 * init(recipe, tmp_path / "before").manifest.made["parameters"]
+    monkeypatch.setattr(teacher, "free_bytes", lambda _: TRAIN * 3 * 2 + weights - 1)
+    message, hint = refusal(recipe, tmp_path / "state", StorageError)
+    assert "the teacher's outputs take" in message
+    assert "name a --state on another disk" in hint
+    monkeypatch.setattr(teacher, "free_bytes", lambda _: TRAIN * 3 * 2 + weights)
     assert PLACE in init(recipe, tmp_path / "state").manifest.files
 
 
 def test_data_that_changed_since_the_teacher_saw_them_are_refused(tmp_path: Path) -> None:
-    rows = (data_folder() / "train.csv").read_text().splitlines()
+    once = (data_folder() / "train.csv").read_text().splitlines()
+    rows = [*once, *(line.replace(",", f" w{number},") for number in range(3, 6) for line in once[1:])]  # 160 examples
     file = tmp_path / "train.csv"
     file.write_text("\n".join(rows) + "\n")
     state = init(distilled("text-classification", data={"train": str(file)}), tmp_path / "state")
     for stage in ("prune", "mask"):
         STAGES[stage](State.open(state.path))
-    rows[1], rows[4] = rows[4], rows[1]  # of the same label
+    rows[7], rows[10] = rows[10], rows[7]  # of the same label
     file.write_text("\n".join(rows) + "\n")
     examples._SPLITS.clear()  # as a new process has it
     with pytest.raises(DataError, match="does not hold the examples that the teacher has seen") as caught:
@@ -317,7 +360,7 @@ def test_a_teacher_that_is_worse_than_its_student_is_said() -> None:
     assert warning(metric, 0.7, warm_up=None, chance=0.3, teacher=0.7) is None
 
 
-@pytest.mark.parametrize("method", ["recap", "pre-ft", "lora-ft", "movement"])
+@pytest.mark.parametrize("method", ["recap", "post-ft", "movement", "recap-lora"])
 def test_every_method_learns_from_a_teacher(method: str, tmp_path: Path) -> None:
     trained = []
     for name in (None, "self"):
