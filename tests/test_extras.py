@@ -247,6 +247,8 @@ from recap_cli.cli import main
 from recap_cli.compare import processes
 assert not any(map(found.find_spec, {WITHOUT!r}))
 codes = [main(line.split()) for line in {LINES!r}]
+import recap_cli
+assert recap_cli.load("product").config.num_labels == 3
 print(codes, file=sys.stderr, flush=True)
 from tests.calls import here
 processes.run = here  # its cell by a call: that a run needs no extra is seen above
@@ -288,6 +290,7 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> Light:
 
 def test_all_else_works_without_any_extra(light: Light) -> None:
     assert light.codes == str([0] * len(LINES)), light.said
+    assert "Loading" not in light.said  # of the product, by Python
 
 
 def test_of_all_methods_a_comparison_leaves_out_those_without_their_extra(hide: Callable[..., None], capsys: Any) -> None:
