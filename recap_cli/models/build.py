@@ -17,6 +17,7 @@ from recap_cli.core.ties import names_of
 from recap_cli.errors import ModelError
 from recap_cli.models import adapter_calls, timm_models, transformers_models
 from recap_cli.models.specs import ModelSpec
+from recap_cli.models.unfilled import meta_device
 from recap_cli.untrusted.files import some
 
 __all__ = [
@@ -67,7 +68,7 @@ def on_meta(spec: ModelSpec) -> nn.Module:
     """Return the model on the meta device: names and original shapes without memory."""
     key = spec.to_json()
     if key not in _ON_META:
-        with torch.device("meta"):
+        with meta_device():
             made = _build(spec)
         _ON_META.clear()
         _ON_META[key] = made

@@ -15,6 +15,7 @@ from recap_cli.models.checkpoints import FOLDER_HINT, LoadReport, locate, quiet_
 from recap_cli.models.config_checks import HINT as CONFIG_HINT
 from recap_cli.models.specs import ModelSpec, image_facts
 from recap_cli.models.transformers_models import check_fit
+from recap_cli.models.unfilled import meta_device
 from recap_cli.untrusted.files import LIBRARY_ERRORS
 from recap_cli.untrusted.model_limits import LARGEST, LIMITS
 
@@ -43,7 +44,7 @@ def build(architecture: str, args: Mapping[str, Any], held: int | None = None) -
     try:
         with quiet_timm():
             if torch.get_default_device().type != "meta":
-                with torch.device("meta"):
+                with meta_device():
                     check_fit(architecture, timm.create_model(architecture, pretrained=False, **args), held)
             return timm.create_model(architecture, pretrained=False, **args).eval()
     except LIBRARY_ERRORS as error:

@@ -543,3 +543,15 @@ def test_buffers_that_older_releases_wrote_into_the_blocks_are_told(prefix, buff
 def test_weights_of_blocks_that_a_model_lacks_are_refused(name):
     with pytest.raises(ModelError, match=f"has no {name}"):
         unexpected_weights.notes(gpt2(), [name], "DIR")
+
+
+@pytest.mark.parametrize("name", ["vit", "timm-vit"])
+def test_a_model_on_meta_is_one_of_its_own_each_time(name):
+    _, spec = pico(name)
+    first, second = build.on_meta(spec), build.on_meta(spec)
+    names = {parameter for parameter, _ in first.named_parameters()}
+    assert all(tensor.is_meta for tensor in build.tensors_of(first).values())
+    for module in first.modules():
+        module.register_parameter("mine", torch.nn.Parameter(torch.zeros(1)))
+    assert {parameter for parameter, _ in second.named_parameters()} == names
+    assert {parameter for parameter, _ in build.on_meta(spec).named_parameters()} == names
