@@ -1,5 +1,6 @@
 """What tests of several folders share."""
 
+import atexit
 import ctypes
 import gc
 import os
@@ -57,10 +58,7 @@ def pytest_collection() -> Iterator[None]:
         gc.freeze()
         gc.set_threshold(50_000, 20, 20)  # models of 32 dimensions leave little: 5 % of a test's time went into looking for it
         gc.enable()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # libraries count at the end what was not let go
+        atexit.register(gc.unfreeze)  # libraries count then what was not let go; pytest looks ten times for garbage before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,6 +75,16 @@ def environment() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def coarse() -> Iterator[None]:
+    """Pictures of points are drawn with a fifth of them on each side: no test counts them."""
+    from recap_cli.memory import picture
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(picture.STYLE, "savefig.dpi", 60)
+        yield
 
 
 @pytest.fixture
