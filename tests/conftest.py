@@ -1,5 +1,6 @@
 """What tests of several folders share."""
 
+import atexit
 import ctypes
 import gc
 import os
@@ -16,21 +17,29 @@ ROOM_BYTES = 4 * 2**30
 LONG = (  # files of 6 s and more, the longest first: one that begins last would leave the other worker idle
     "tests/fuzz/test_fuzz.py",
     "tests/faults/test_faults.py",
-    "tests/trainable/test_token_rows.py",
-    "tests/stages/test_stages.py",
     "tests/stages/test_invariants.py",
+    "tests/stages/test_stages.py",
+    "tests/trainable/test_token_rows.py",
     "tests/stages/test_methods.py",
+    "tests/memory/test_fake_step.py",
+    "tests/stages/test_algorithm.py",
     "tests/stages/test_algorithm_settings.py",
     "tests/commands/test_profile_memory.py",
-    "tests/stages/test_algorithm.py",
     "tests/test_kill.py",
-    "tests/test_docs.py",
     "tests/state/test_damage.py",
-    "tests/rounds/test_plans.py",
-    "tests/models/test_export.py",
+    "tests/test_extras.py",
+    "tests/report/test_report.py",
+    "tests/test_docs.py",
     "tests/commands/test_compare.py",
+    "tests/rounds/test_plans.py",
+    "tests/stages/test_strange_models.py",
+    "tests/memory/test_predict.py",
+    "tests/memory/test_budget.py",
+    "tests/models/test_export.py",
+    "tests/compare/test_runner.py",
+    "tests/report/test_pages.py",
+    "tests/state/test_links_and_stops.py",
     "tests/stages/test_best.py",
-    "tests/memory/test_fake_step.py",
 )
 
 
@@ -57,10 +66,7 @@ def pytest_collection() -> Iterator[None]:
         gc.freeze()
         gc.set_threshold(50_000, 20, 20)  # models of 32 dimensions leave little: 5 % of a test's time went into looking for it
         gc.enable()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # libraries count at the end what was not let go
+        atexit.register(gc.unfreeze)  # libraries count then what was not let go; pytest looks ten times for garbage before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,6 +83,16 @@ def environment() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def coarse() -> Iterator[None]:
+    """Pictures of points are drawn with a fifth of them on each side: no test counts them."""
+    from recap_cli.memory import picture
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(picture.STYLE, "savefig.dpi", 60)
+        yield
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from recap_cli.core.axes import mask_axes
 from recap_cli.core.importance import group_scores
 from recap_cli.errors import PipeError
 from recap_cli.models import build
+from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import dump, json_schema, parse, read, shipped
 from recap_cli.rounds.examples import read_raw
 from recap_cli.rounds.frozen_weights import frozen_weight_of
@@ -199,10 +200,18 @@ def test_the_page_of_recipes_names_every_shipped_one_and_no_page_names_another()
     assert "`quickstart`" in text_of("docs/guide/paper.md")
 
 
+def shorter(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    """Let the recipe of the quickstart say another thing than it does."""
+    plain = recipes.shipped_text
+    assert plain("quickstart").count(old) == 1
+    monkeypatch.setattr(recipes, "shipped_text", lambda name: plain(name).replace(old, new))
+
+
 def test_the_stages_of_the_guide_run_one_by_one_as_they_stand_there(tmp_path, monkeypatch, capfd):
     lines = blocks("docs/guide/stages.md", "sh")[0].splitlines()
     assert [line.split()[1] for line in lines] == ["init", "prune", "status", "mask", "finetune", "merge", "eval"]
     monkeypatch.chdir(tmp_path)
+    shorter(monkeypatch, "epochs: 8", "epochs: 0.2")
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0, line
     capfd.readouterr()
@@ -351,7 +360,7 @@ def test_the_method_of_the_documentation_plans_round_plans(extra, monkeypatch):
 def test_the_method_of_the_documentation_is_compared_on_texts(extra, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "run", here)
     recipe = tmp_path / "texts.yaml"
-    recipe.write_text(dump(tiny("bert", rounds=3)), encoding="utf-8")
+    recipe.write_text(dump(tiny("bert")), encoding="utf-8")
     results = compare(plan(str(recipe), methods=["recap", "headstart"], seeds=[0]), tmp_path / "out")
     ours, theirs = results["cells"]
     assert [(cell["method"], cell["status"], cell["error"]) for cell in results["cells"]] == [

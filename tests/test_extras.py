@@ -8,7 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -241,35 +241,58 @@ LINES = (
 )
 
 
-@pytest.fixture
-def light(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Runs a program, and what it starts, where none of `WITHOUT` is installed; in a folder with the recipe `tiny.yaml`."""
-    site = tmp_path / "site"
+COMPARISON = ["compare", "tiny.yaml", "--methods", "recap", "--seeds", "0", "--out", "out", "--set", "finetune.steps=2"]
+PROGRAM = f"""
+import sys, importlib.util as found
+sys.path.append({str(ROOT)!r})
+from recap_cli.cli import main
+from recap_cli.compare import processes
+assert not any(map(found.find_spec, {WITHOUT!r}))
+codes = [main(line.split()) for line in {LINES!r}]
+import recap_cli
+assert recap_cli.load("product").config.num_labels == 3
+print(codes, file=sys.stderr, flush=True)
+from tests.calls import here
+processes.run = here  # its cell by a call: that a run needs no extra is seen above
+sys.exit(main({COMPARISON!r}))
+"""
+
+
+class Light(NamedTuple):
+    """What a program said that ran where none of `WITHOUT` is installed, and the folder of its recipe `tiny.yaml`."""
+
+    folder: Path
+    codes: str  # of `LINES`
+    said: str  # before these
+    compared: Any  # exit code and standard error of `COMPARISON`
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory) -> Light:
+    """One process for all that is looked at there: to import torch and transformers takes most of its time."""
+    folder = tmp_path_factory.mktemp("light")
+    site = folder / "site"
     site.mkdir()
     names = {"modules": WITHOUT, "distributions": tuple(DISTRIBUTIONS.get(name, name) for name in WITHOUT)}
     (site / "sitecustomize.py").write_text(SITECUSTOMIZE.format(**names), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    Path("tiny.yaml").write_text(recipes.dump(tiny("vit", rounds=1)), encoding="utf-8")
-
-    def run(*words: str) -> Any:
-        environment = os.environ | {"PYTHONPATH": str(site)}
-        given = [sys.executable, *words]
-        return subprocess.run(given, env=environment, capture_output=True, text=True, check=False, timeout=HANG_SECONDS)
-
-    return run
-
-
-def test_all_else_works_without_any_extra(light: Callable[..., Any]) -> None:
-    program = (
-        "import sys, importlib.util as found\n"
-        "from recap_cli.cli import main\n"
-        f"assert not any(map(found.find_spec, {WITHOUT!r}))\n"
-        f"codes = [main(line.split()) for line in {LINES!r}]\n"
-        "print(codes, file=sys.stderr)\n"
+    (folder / "tiny.yaml").write_text(recipes.dump(tiny("vit", rounds=1)), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG_SECONDS,
     )
-    done = light("-c", program)
-    assert done.stderr.splitlines()[-1] == str([0] * len(LINES)), done.stderr
+    said = done.stderr.splitlines()
+    at = next((number for number, line in enumerate(said) if re.fullmatch(r"\[[\d, ]+\]", line)), len(said) - 1)
+    return Light(folder, said[at], done.stderr, (done.returncode, "\n".join(said[at + 1 :])))
+
+
+def test_all_else_works_without_any_extra(light: Light) -> None:
+    assert light.codes == str([0] * len(LINES)), light.said
+    assert "Loading" not in light.said  # of the product, by Python
 
 
 def test_of_all_methods_a_comparison_leaves_out_those_without_their_extra(hide: Callable[..., None], capsys: Any) -> None:
@@ -282,23 +305,16 @@ def test_of_all_methods_a_comparison_leaves_out_those_without_their_extra(hide: 
 
 
 def test_a_comparison_without_pictures_says_so_first_writes_its_results_and_draws_them_later(
-    light: Callable[..., Any], capsys: Any
+    light: Light, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["compare", "tiny.yaml", "--methods", "recap", "--seeds", "0", "--out", "out", "--set", "finetune.steps=2"]
-    program = (  # its cell by a call: that a run needs no extra is seen above
-        f"import sys; sys.path.append({str(ROOT)!r})\n"
-        "from recap_cli.cli import main\n"
-        "from recap_cli.compare import processes\n"
-        "from tests.calls import here\n"
-        "processes.run = here\n"
-        f"sys.exit(main({words!r}))\n"
-    )
-    done = light("-c", program)
-    assert done.returncode == 0, done.stderr
-    (note,) = (line for line in done.stderr.splitlines() if line.startswith("note: no pictures will be drawn"))
+    code, said = light.compared
+    assert code == 0, said
+    (note,) = (line for line in said.splitlines() if line.startswith("note: no pictures will be drawn"))
     assert "matplotlib is not installed" in note
     assert "pip install 'recap-cli[plots]'" in note
-    assert done.stderr.index(note) < done.stderr.index("1 cells in out")
+    assert said.index(note) < said.index("1 cells in out")
+    monkeypatch.chdir(light.folder)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     results = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
     assert [record["status"] for record in results["cells"]] == ["done"]
     assert [note for note in results["notes"] if note.startswith("no pictures") and "pip install 'recap-cli[plots]'" in note]
@@ -306,7 +322,7 @@ def test_a_comparison_without_pictures_says_so_first_writes_its_results_and_draw
     assert "torch" in results["versions"]
     assert not results.get("pictures")
     assert not list(Path("out").glob("*.png"))
-    assert main(words) == 0  # by now with matplotlib
+    assert main(COMPARISON) == 0  # by now with matplotlib
     results = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
     assert results["pictures"]
     assert not [note for note in results["notes"] if "no pictures" in note]

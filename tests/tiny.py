@@ -49,6 +49,13 @@ def model_section(name: str) -> dict[str, Any]:
     return {"config": {"model_type": model_type, **values, **text}}
 
 
+def one_layer(name: str) -> dict[str, Any]:
+    """The same with one layer."""
+    section = model_section(name)
+    key = next(key for key in ("num_hidden_layers", "n_layers", "depth") if key in section["config"])
+    return {**section, "config": {**section["config"], key: 1}}
+
+
 def _strange(name: str) -> Any:
     from tests.strange import STRANGE  # which imports transformers
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from recap_cli.machine import threads
+from recap_cli.machine.variables import CORES_DIVIDED
 from recap_cli.process import die_with_parent
 from recap_cli.state import files
 
@@ -72,7 +72,7 @@ def surroundings(jobs: int, given: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the commands: a share of the cores for each, unless the user has set a number; no colour."""
     environment = {key: value for key, value in given.items() if key != "FORCE_COLOR"}
     if jobs > 1 and "OMP_NUM_THREADS" not in environment:
-        environment |= {"OMP_NUM_THREADS": str(max(1, cores() // jobs)), threads.CORES_DIVIDED: "1"}
+        environment |= {"OMP_NUM_THREADS": str(max(1, cores() // jobs)), CORES_DIVIDED: "1"}
     return environment
 
 

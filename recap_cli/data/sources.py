@@ -214,7 +214,8 @@ def as_dataset(inputs: "Mapping[str, pa.ChunkedArray]", targets: "pa.ChunkedArra
         dict.fromkeys(inputs, kinds[task.inputs]) | {"label": label} | {"row": datasets.Value("int64")}
     )
     rows = pa.array(range(1, len(targets) + 1), pa.int64())
-    return datasets.Dataset(pa.table([*inputs.values(), targets, rows], schema=features.arrow_schema))
+    table = pa.table([*inputs.values(), targets, rows], schema=features.arrow_schema)
+    return datasets.Dataset(table, fingerprint="recap")  # no file is kept by it; to make one, `datasets` hashes the whole table
 
 
 def _first(examples: "Dataset", count: int | None, seed: int, which: str) -> "Dataset":

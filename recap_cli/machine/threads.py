@@ -15,10 +15,9 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor, nn
 
+from recap_cli.machine.variables import CORES_DIVIDED, GIVEN, WAITING
+
 SMALL_FLOPS = 32e6  # of the largest product of a step; at 18e6, idle, two threads gain 5 % (the quickstart: 38 s instead of 40)
-GIVEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-CORES_DIVIDED = "RECAP_CORES_DIVIDED"  # set with OMP_NUM_THREADS by `recap compare`, which divides the cores among its runs
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 Forward = Callable[[dict[str, Tensor]], Tensor]
 

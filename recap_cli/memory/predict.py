@@ -148,9 +148,8 @@ def prunes(method: str) -> bool:
 def _predicted(model: MetaModel, recipe: Recipe, method: str, round_plans: Sequence[RoundPlan], kernels: Kernels) -> Prediction:
     fakes, tune = Fakes(), recipe.finetune
     size = min(tune.batch_size, MICRO_BATCHES * (tune.micro_batch_size or tune.batch_size))
-    step, weights = prepare(
-        model, recipes.changed(recipe, {"finetune.batch_size": size}), method, fakes.like, round_plans=round_plans
-    )
+    fewer = recipe if size == tune.batch_size else recipes.changed(recipe, {"finetune.batch_size": size})
+    step, weights = prepare(model, fewer, method, fakes.like, round_plans=round_plans)
     trainable = sum(trainable.grad_param.numel() for trainable in step.optimizer.trainables)
     usage = _with_other(
         fakes.usage(step, kernels), _held_bytes(model, recipe, tune.batch_size) - _held_bytes(model, recipe, size)

@@ -43,32 +43,45 @@ class LoadReport(NamedTuple):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence load reports, progress bars and warnings of transformers and timm, which ruin logs. Errors are shown.
+    """Silence load reports, progress bars and warnings of transformers, which ruin logs. Errors are shown.
 
-    Inside another such block it does nothing: a change of a level makes `logging` look through all loggers.
+    Its handlers are silenced, not its loggers: a change of a logger's level makes `logging` look through all loggers.
+    Inside another such block it does nothing.
     """
     from transformers.utils import logging as hf_logging
 
     if _QUIET.get():
         yield
         return
-    silenced = _QUIET.set(True)
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    timm_logger = logging.getLogger("timm")
-    level = timm_logger.level
-    hf_logging.set_verbosity_error()
+    silenced, bars = _QUIET.set(True), hf_logging.is_progress_bar_enabled()
+    hf_logging.get_logger()  # makes the library's own handler, if nothing has
+    levels = {handler: handler.level for handler in logging.getLogger("transformers").handlers}
+    for handler, level in levels.items():
+        handler.setLevel(max(level, logging.ERROR))
     hf_logging.disable_progress_bar()
-    timm_logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         _QUIET.reset(silenced)
-        hf_logging.set_verbosity(verbosity)
-        timm_logger.setLevel(level)
+        for handler, level in levels.items():
+            handler.setLevel(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_timm() -> Iterator[None]:
+    """Silence the same of timm, which logs by the handlers of others."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with quiet():
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def locate(name: str, revision: str | None = None, *, only_config: bool = False) -> Path:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli.errors import ModelError
-from recap_cli.models.checkpoints import FOLDER_HINT, LoadReport, locate, quiet, read_config
+from recap_cli.models.checkpoints import FOLDER_HINT, LoadReport, locate, quiet_timm, read_config
 from recap_cli.models.config_checks import HINT as CONFIG_HINT
 from recap_cli.models.specs import ModelSpec, image_facts
 from recap_cli.models.transformers_models import check_fit
+from recap_cli.models.unfilled import meta_device
 from recap_cli.untrusted.files import LIBRARY_ERRORS
 from recap_cli.untrusted.model_limits import LARGEST, LIMITS
 
@@ -41,9 +42,9 @@ def build(architecture: str, args: Mapping[str, Any], held: int | None = None) -
     check_architecture(architecture)
     _check_args(architecture, args)
     try:
-        with quiet():
+        with quiet_timm():
             if torch.get_default_device().type != "meta":
-                with torch.device("meta"):
+                with meta_device():
                     check_fit(architecture, timm.create_model(architecture, pretrained=False, **args), held)
             return timm.create_model(architecture, pretrained=False, **args).eval()
     except LIBRARY_ERRORS as error:
@@ -135,7 +136,7 @@ def open_folder(folder: Path) -> Any:
     import timm
 
     try:
-        with quiet():
+        with quiet_timm():
             return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except LIBRARY_ERRORS as error:
         raise ModelError(f"timm cannot open {folder}: {_first_line(error)}", hint="export or copy it again") from error

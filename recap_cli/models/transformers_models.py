@@ -18,6 +18,7 @@ from recap_cli.models.checkpoints import FOLDER_HINT, QUANTIZED_HINT, LoadReport
 from recap_cli.models.config_checks import HINT as CONFIG_HINT
 from recap_cli.models.config_checks import check_limits, check_padding
 from recap_cli.models.specs import INTERPOLATIONS, ModelSpec, image_facts
+from recap_cli.models.unfilled import meta_device
 from recap_cli.untrusted import files
 from recap_cli.untrusted.files import LIBRARY_ERRORS
 
@@ -130,7 +131,7 @@ def from_config(config: Any, wanted: ForTask) -> nn.Module:
 
 def check_size(config: Any, wanted: ForTask, held: int | None = None) -> None:
     """Check a model of this configuration as `check_fit` does, without allocating it."""
-    with quiet(), torch.device("meta"):
+    with quiet(), meta_device():
         check_fit(config.model_type, from_config(copy.deepcopy(config), wanted), held)
 
 

@@ -51,6 +51,8 @@ from recap_cli.state.store import State
 from recap_cli.tasks.calls import task_named
 from recap_cli.trainable.token_rows import TokenRows
 
+LAYOUT_OF = TypeAdapter(Layout)
+
 
 class Context:
     """A state with what its files mean. Everything is read when it is first asked for, and checked then.
@@ -111,7 +113,7 @@ class Context:
         rel = f"{self.full}/{LAYOUT}"
         path, text = self.state.path / rel, self.state.load_text(rel)
         with stored.meant(path):
-            layout = TypeAdapter(Layout).validate_json(text, strict=True)
+            layout = LAYOUT_OF.validate_json(text, strict=True)
             problems = check_axes(layout.axes, layout.shapes)
         shapes = self._shapes_by_name.shapes
         known = {**layout.shapes, **{name: shapes.get(name, ()) for name in (*layout.embeddings, *layout.head)}}

@@ -1,5 +1,6 @@
 """`init`: a pretrained model, a task head that has seen the task, and a state to begin from (paper, Step 1)."""
 
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -14,6 +15,7 @@ from recap_cli.rounds.plans import require_extras, round_plans_for
 from recap_cli.rounds.record import TARGETS, TEACHER_FOLDER
 from recap_cli.state.store import State
 
+_version = cache(version)  # the metadata of torch are long
 LIBRARIES = ("torch", "transformers", "timm", "safetensors")
 FULL = "full-000"
 
@@ -41,6 +43,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         if begun.taught is not None:
             transaction.save_tensors(f"{TEACHER_FOLDER}/{TARGETS}", begun.taught.targets.to_tensors())
         transaction.plugins = {"used": begun.plugins}
-        transaction.versions = {"recap": version("recap-cli"), "python": python_version(), **{n: version(n) for n in LIBRARIES}}
+        transaction.versions = {"recap": _version("recap-cli"), "python": python_version()}
+        transaction.versions |= {name: _version(name) for name in LIBRARIES}
         transaction.facts |= budget.with_budget(begun.facts, recipe, changes)
     return State.open(path)

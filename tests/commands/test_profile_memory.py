@@ -24,7 +24,7 @@ from recap_cli.stages.mask import mask
 from recap_cli.stages.prune import prune
 from recap_cli.state.store import State
 from tests.pico import LABELS
-from tests.tiny import model_section, tiny
+from tests.tiny import one_layer, tiny
 
 Answer = tuple[int, str, str]
 KINDS = ("weights", "gradients", "optimizer state", "activations", "temporary", "other")
@@ -33,7 +33,7 @@ UNKNOWN = "name: u\nmodel: {config: {model_type: swin}}\ntask: {kind: image-clas
 
 def vit() -> Recipe:
     """A vit of one layer: what is seen here is said of any number of them, and a prediction takes half as long."""
-    return tiny("vit", rounds=1, model={"config": {**model_section("vit")["config"], "num_hidden_layers": 1}})
+    return tiny("vit", rounds=1, model=one_layer("vit"))
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,8 @@ def text(ask: Any) -> Path:
     """A state of a text model beside `ask`'s recipe, with data of its own, before its first finetune."""
     for split in ("train", "validation"):
         Path(f"{split}.csv").write_text("sentence,label\n" + "w0 w1,cat\nw2,dog\nw3 w4,newt\n" * 4, encoding="utf-8")
-    recipe = tiny("bert", rounds=1, data={"train": "train.csv", "validation": "validation.csv"})
+    data = {"train": "train.csv", "validation": "validation.csv"}
+    recipe = tiny("bert", rounds=1, model=one_layer("bert"), data=data)
     Path("bert.yaml").write_text(recipes.dump(recipe), encoding="utf-8")
     return init(recipe, Path("text")).path
 

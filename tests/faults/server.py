@@ -105,6 +105,7 @@ def _child(request: Mapping[str, Any], out: int) -> None:
             os.dup2(nowhere.fileno(), 1), os.dup2(nowhere.fileno(), 2)
         options = ["-q", "-p", cache, "-p", "pytest_timeout", "-o", "addopts=", "--assert=plain", f"--basetemp={folder}/pytest"]
         options += ["-p", "no:unraisableexception"]  # it collects garbage at its end, five times, in all that is imported
+        options += ["-p", "no:logging", "--tb=native"]  # what else pytest gathers for a report that nobody reads
         options += request.get("options", [])
         code = pytest.main([*options, "--rootdir", str(ROOT), *request["tests"]], plugins=[heard])
     modules = [name for name in sys.modules if not name.startswith(OURS)] if request.get("modules") else []

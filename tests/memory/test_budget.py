@@ -25,7 +25,7 @@ from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
 from tests.pico import LABELS
-from tests.tiny import tiny
+from tests.tiny import one_layer, tiny
 
 MB = 10**6
 Peak = Callable[[Recipe], float]
@@ -256,7 +256,7 @@ def budget_between(recipe: Recipe, share: float) -> int:
 
 
 def test_init_solves_a_budget_and_run_goes_on_with_it(tmp_path: Path) -> None:
-    plain = tiny("vit", rounds=1, prune={"steps": 1}, finetune={"steps": 1}, evaluate={"batch_size": 8})
+    plain = tiny("vit", rounds=1, model=one_layer("vit"), prune={"steps": 1}, finetune={"steps": 1}, evaluate={"batch_size": 8})
     amount = f"{budget_between(plain, 0.95)}B"
     recipe = recipes.changed(plain, {"finetune.memory_budget": amount})
     state = init(recipe, tmp_path / "state")
@@ -307,7 +307,7 @@ def test_the_head_of_a_budget_has_the_labels_of_the_data(monkeypatch: pytest.Mon
 def test_savings_are_those_of_each_setting_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ("finetune.micro_batch_size", "mask.ratio")
     monkeypatch.setattr(budget, "LADDER", [rung for rung in budget.LADDER if rung.key in chosen])
-    state = init(tiny("vit", rounds=1), tmp_path / "state")
+    state = init(tiny("vit", rounds=1, model=one_layer("vit")), tmp_path / "state")
     for stage in (prune, mask):
         stage(state)
     context = Context(state)
@@ -323,7 +323,8 @@ def test_savings_are_those_of_each_setting_alone(tmp_path: Path, monkeypatch: py
 
 
 def test_all_rungs_go_together() -> None:
-    recipe = recipes.changed(tiny("vit"), {rung.key: rung.values(tiny("vit"))[-1] for rung in budget.LADDER})
+    plain = tiny("vit", model=one_layer("vit"))
+    recipe = recipes.changed(plain, {rung.key: rung.values(plain)[-1] for rung in budget.LADDER})
     model = meta_model.of_recipe(recipe, LABELS)
     for method in ("head", "recap"):
         assert profile.predict(model, recipe, method).peak_bytes > 0
@@ -337,7 +338,7 @@ def test_a_state_knows_which_budget_it_was_made_with(tmp_path: Path) -> None:
 
 
 def test_what_a_user_sets_beside_a_budget_is_not_solved_once_more(tmp_path: Path) -> None:
-    plain = tiny("vit", rounds=1, prune={"steps": 1}, finetune={"steps": 1}, evaluate={"batch_size": 8})
+    plain = tiny("vit", rounds=1, model=one_layer("vit"), prune={"steps": 1}, finetune={"steps": 1}, evaluate={"batch_size": 8})
     recipe = recipes.changed(plain, {"finetune.memory_budget": f"{budget_between(plain, 0.95)}B"})
     state = init(recipe, tmp_path / "state")
     first = state.manifest.history[0]["budget"]["changes"][0]

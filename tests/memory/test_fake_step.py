@@ -28,9 +28,9 @@ from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.trainable.frozen_weights import QuantizedMatrix
 from recap_cli.training.loop import Steps, train
 from tests.pico import LABELS, PICO, pico, source_for
-from tests.tiny import is_text, model_section, tiny
+from tests.tiny import is_text, model_section, one_layer, tiny
 
-HF = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 384}
+HF = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 384}
 LARGER: dict[str, dict[str, Any]] = {  # where 512 bytes are little
     "bert": {"model_type": "bert", **HF, "vocab_size": 400, "max_position_embeddings": 64},
     "vit": {"model_type": "vit", **HF, "image_size": 48, "patch_size": 8},
@@ -41,8 +41,9 @@ METHODS = ("full", "head", "lora", "pre-ft", "post-ft", "movement", "recap")
 
 
 def recipe_of(name: str, larger: bool = False, **sections: Any) -> Recipe:
+    """Of a model of one layer: what is counted of it is counted of any number of them, in as many times the time."""
     tokenizer = {"tokenizer": model_section(name)["config"]["tokenizer"]} if is_text(name) else {}
-    model = {"model": {"config": {**LARGER[name], **tokenizer}}} if larger else {}
+    model = {"model": {"config": {**LARGER[name], **tokenizer}}} if larger else {"model": one_layer(name)}
     length = {"data": {"max_length": 40}} if is_text(name) else {}
     return tiny(name, **model, **length, **sections)
 
@@ -286,7 +287,7 @@ def test_a_models_attention_saves_no_probabilities_on_cuda(name: str) -> None:
     assert usages["cuda"]["weights"] == usages["cpu"]["weights"]
     assert usages["cuda"]["gradients"] == usages["cpu"]["gradients"]
     more = usages["cuda"]["activations"] - usages["cpu"]["activations"]
-    layers, batch, heads, tokens, hidden = 2, 8, 4, 40, 32
+    layers, batch, heads, tokens, hidden = 1, 8, 4, 40, 32
     if name == "bert":  # the one with dropout
         probabilities = layers * batch * heads * tokens * tokens * 4
         masks = (1 + 2 * layers) * batch * tokens * hidden * 3  # a byte an entry, not four
@@ -360,9 +361,7 @@ def test_lora_has_adapters_of_rank_eight_on_query_and_value(name: str) -> None:
     trainables = {trainable.name: trainable.grad_param for trainable in step.optimizer.trainables}
     adapters = {trainable for trainable in trainables if ".lora_" in trainable}
     assert set(trainables) - adapters == set(of_recipe.layout.head)
-    assert sum(trainables[trainable].numel() for trainable in adapters) == 2 * 2 * 8 * (
-        32 + 32
-    )  # fused or apart, in each of two layers
+    assert sum(trainables[trainable].numel() for trainable in adapters) == 2 * 8 * (32 + 32)  # fused or apart
     assert weights == sum(param.numel() for param in build.on_meta(of_recipe.spec).parameters())
 
 

@@ -1,6 +1,7 @@
 """Models from folders and configurations, taken apart and put together; and what does not fit, refused by name."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -430,13 +431,30 @@ def test_files_from_the_hub_are_read_as_a_folder(saved, monkeypatch):
     assert not any(pattern.endswith((".bin", "*")) for pattern in asked["allow_patterns"])
 
 
-def test_quiet_gives_the_libraries_their_voice_back():
-    from transformers.utils import logging
+def test_quiet_silences_warnings_of_the_libraries_and_gives_them_their_voice_back():
+    import logging
 
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with checkpoints.quiet():
-        assert not logging.is_progress_bar_enabled()
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    from transformers.utils import logging as hf_logging
+
+    loggers = hf_logging.get_logger("transformers.modeling_utils"), logging.getLogger("timm.models._builder")
+    (handler,) = [one for one in logging.getLogger("transformers").handlers if one is hf_logging._default_handler]
+    heard = []
+    shouted = logging.Handler()
+    shouted.emit = lambda record: heard.append(record.getMessage())
+    logging.getLogger().addHandler(shouted)
+    handler.emit, emit = shouted.emit, handler.emit
+    try:
+        for number, silence in enumerate((nullcontext, checkpoints.quiet_timm, nullcontext)):
+            with silence():
+                assert hf_logging.is_progress_bar_enabled() is (silence is nullcontext)
+                for logger in loggers:
+                    logger.warning(f"{logger.name} {number}")
+                    logger.error(f"{logger.name} {number}!")
+    finally:
+        handler.emit = emit
+        logging.getLogger().removeHandler(shouted)
+    expected = [f"{logger.name} {number}{mark}" for number in (0, 1, 2) for logger in loggers for mark in ("", "!")]
+    assert heard == [text for text in expected if "1" not in text or text.endswith("!")]
 
 
 def labelled(folder: Path, names: list[str]) -> torch.Tensor:
@@ -525,3 +543,15 @@ def test_buffers_that_older_releases_wrote_into_the_blocks_are_told(prefix, buff
 def test_weights_of_blocks_that_a_model_lacks_are_refused(name):
     with pytest.raises(ModelError, match=f"has no {name}"):
         unexpected_weights.notes(gpt2(), [name], "DIR")
+
+
+@pytest.mark.parametrize("name", ["vit", "timm-vit"])
+def test_a_model_on_meta_is_one_of_its_own_each_time(name):
+    _, spec = pico(name)
+    first, second = build.on_meta(spec), build.on_meta(spec)
+    names = {parameter for parameter, _ in first.named_parameters()}
+    assert all(tensor.is_meta for tensor in build.tensors_of(first).values())
+    for module in first.modules():
+        module.register_parameter("mine", torch.nn.Parameter(torch.zeros(1)))
+    assert {parameter for parameter, _ in second.named_parameters()} == names
+    assert {parameter for parameter, _ in build.on_meta(spec).named_parameters()} == names

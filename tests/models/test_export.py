@@ -135,17 +135,19 @@ def test_a_configuration_that_is_obeyed_in_shape_but_not_in_logits_is_not_called
     assert torch.equal(small.logits(recap_cli.load(tmp_path / "out")), small.logits())
 
 
-def test_three_lines_of_python_run_the_product_with_its_tokenizer(tmp_path):
+def test_three_lines_of_python_run_the_product_with_its_tokenizer(tmp_path, capfd):
     small, out = Small("bert"), tmp_path / "out"
     small.export(out, write_tokenizer(tmp_path / "tokenizer"))
+    capfd.readouterr()
     code = (
         "import recap_cli, transformers\n"
         f"model, tokenizer = recap_cli.load({str(out)!r}), transformers.AutoTokenizer.from_pretrained({str(out)!r})\n"
         "print(tuple(model(**tokenizer(['w1 w2', 'w3'], padding=True, return_tensors='pt')).logits.shape))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "(2, 3)"
-    assert "Loading" not in done.stderr
+    exec(code, {})  # in a process of its own: tests/test_extras.py
+    said = capfd.readouterr()
+    assert said.out.strip() == "(2, 3)"
+    assert "Loading" not in said.err
 
 
 def test_the_image_processor_does_what_the_model_was_finetuned_with(tmp_path):

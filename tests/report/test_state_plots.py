@@ -110,8 +110,7 @@ def test_memory_and_time_of_a_round_are_bars_with_their_sums() -> None:
     assert "merge" not in words(time), "a stage that took no time needs no place in the legend"
 
 
-@pytest.mark.parametrize("layers", [1, 2, 24])
-@pytest.mark.parametrize("units", [1, 12, 64])
+@pytest.mark.parametrize(("layers", "units"), [(1, 1), (1, 64), (2, 12), (24, 1), (24, 64)])
 def test_models_of_any_size_have_room(layers: int, units: int) -> None:
     for draw in (state_plots.kept_squares, state_plots.kept_bars):
         assert f"{units} of {units}" in words(drawn(draw([[True] * units] * layers)))

@@ -125,9 +125,9 @@ SETTINGS: list[dict[str, Any]] = [
     ids=str,
 )
 def test_the_first_round_of_a_ramp_is_predicted_to_hold_no_more_than_the_last(settings: Any, mask_ratio: float) -> None:
-    config = {"model_type": "vit", "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 16, "image_size": 16}
+    config = {"model_type": "vit", "hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 16, "image_size": 16}
     model = {"config": {**config, "intermediate_size": 1024, "patch_size": 8, "num_channels": 3}}
-    lean = {"micro_batch_size": 1, **settings}
+    lean = {"batch_size": 2, "micro_batch_size": 1, **settings}  # the first micro-batch and the last
     recipe = tiny("vit", rounds=4, model=model, mask={"ratio": mask_ratio}, finetune=lean)
     planned, of_recipe = round_plans_for(recipe), meta_model.of_recipe(recipe, LABELS)
     assert planned[0].mask_ratio > planned[-1].mask_ratio

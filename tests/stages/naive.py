@@ -136,12 +136,13 @@ def importance(
     weights = {name: param.detach().double() for name, param in model.named_parameters()}
     groups = [g for group in alive for g in axes.fine_of(group)] if fine else list(alive)
     total = dict.fromkeys(groups, 0.0)
+    stretches = {group: list(axes.stretches(group, fine=fine)) for group in groups}
     for sample in samples:
         grads = gradients(model, sample) if sample else weights
-        for group in groups:
-            for param, dim, start, width in axes.stretches(group, fine=fine):
-                weight, grad = (t[param].double().narrow(dim, start, width) for t in (weights, grads))
-                total[group] += float(ENTRY_SCORES[criterion](weight, grad).sum()) / len(samples)
+        entries = {param: ENTRY_SCORES[criterion](weights[param], grad.double()) for param, grad in grads.items()}
+        for group, owned in stretches.items():
+            for param, dim, start, width in owned:
+                total[group] += float(entries[param].narrow(dim, start, width).sum()) / len(samples)
     return total
 
 

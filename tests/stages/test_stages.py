@@ -1,8 +1,12 @@
 """What stages refuse, and what each finetuning setting does, on tiny states."""
 
+import json
+import shutil
 import weakref
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,24 +48,45 @@ from tests.tiny import tiny
 finetune = finetuning.finetune
 
 
+STAGES = {"prune": prune, "mask": mask, "finetune": finetune, "merge": merge}
+
+
+@cache
+def _made(name: str, until: str, sections: str) -> Path:
+    path = Path(mkdtemp(prefix=f"recap-{name}-{until}-")) / "state"
+    init(tiny(name, **json.loads(sections)), path)
+    for stage, do in STAGES.items() if until != "init" else ():
+        do(State.open(path))
+        if stage == until:
+            break
+    return path
+
+
+def made(place: Path, until: str, name: str = "vit", **sections: Any) -> State:
+    """A state whose stage `until` of the first round, or `init`, is done: a copy of one that is made once."""
+    shutil.copytree(_made(name, until, json.dumps(sections, sort_keys=True)), place)
+    return State.open(place)
+
+
 def change_of(tmp_path: Path, name: str = "vit", **sections: Any) -> dict[str, torch.Tensor]:
     """The entries that one round moved, compact."""
-    recipe = tiny(name, rounds=1, **sections)
-    state = init(recipe, tmp_path)
-    for stage in (prune, mask, finetune):
-        stage(state)
+    tune = sections.pop("finetune", {})
+    later = {key: value for key, value in tune.items() if f"finetune.{key}" in EXECUTION}
+    rest = {"finetune": {key: value for key, value in tune.items() if key not in later}} if tune.keys() - later.keys() else {}
+    state = made(tmp_path, "mask", name, rounds=1, **sections, **rest)
+    finetune(state, overrides=[f"finetune.{key}={json.dumps(value)}" for key, value in later.items()])
     return state.load_tensors(f"round-001/{TRAINED}")
 
 
 def test_a_stage_out_of_order_names_the_right_command(tmp_path: Path) -> None:
-    state = init(tiny("vit"), tmp_path / "state")
+    state = made(tmp_path / "state", "init")
     with pytest.raises(StageOrderError, match="`init` of round 0 is done") as caught:
         mask(state)
     assert f"recap prune {tmp_path / 'state'}" in str(caught.value.hint)
 
 
 def test_after_the_last_round_a_further_one_is_refused(tmp_path: Path) -> None:
-    state = run(tiny("vit", rounds=1), tmp_path / "state")
+    state = made(tmp_path / "state", "merge", rounds=1)
     assert next_stage(Context(state).recipe, state) is None
     with pytest.raises(StageOrderError, match="its one round is done") as caught:
         prune(state)
@@ -76,7 +101,7 @@ def test_patience_ends_a_run_early(tmp_path: Path) -> None:
 
 
 def test_a_run_with_another_recipe_names_the_keys_that_differ(tmp_path: Path) -> None:
-    run(tiny("vit", rounds=1), tmp_path / "state")
+    made(tmp_path / "state", "merge", rounds=1)
     with pytest.raises(StateError, match=r"prune\.ratio"):
         run(tiny("vit", rounds=1, prune={"ratio": 0.2}), tmp_path / "state")
 
@@ -157,7 +182,7 @@ def test_quantized_rounds_go_through_and_the_full_model_keeps_what_did_not_move(
     assert state.manifest.history[-2]["evaluated_in"] == weights
     used = {plugin["kind"]: plugin["name"] for plugin in state.manifest.plugins["used"]}
     assert used["weights"] == weights
-    plain = init(tiny(name), tmp_path / "plain")
+    plain = made(tmp_path / "plain", "init", name)
     before, after = (Context(s).full_tensors() for s in (plain, state))
     trained = sum(not torch.equal(before[n], after[n]) for n in before)
     assert 0 < trained < len(before)
@@ -206,7 +231,7 @@ def test_checkpointing_changes_nothing_but_memory(name: str, tmp_path: Path) -> 
 def test_bf16_weights_hold_half_the_weights_and_merge_full_precision(tmp_path: Path) -> None:
     recipe = tiny("vit", rounds=1, finetune={"weights": "bf16"})
     state = run(recipe, tmp_path / "bf16")
-    fp32 = run(tiny("vit", rounds=1), tmp_path / "fp32")
+    fp32 = made(tmp_path / "fp32", "merge", rounds=1)
     held = [next(e for e in s.manifest.history if e["stage"] == "finetune") for s in (state, fp32)]
     assert held[0]["weights_bytes"] < 0.9 * held[1]["weights_bytes"]  # half the residents, and the masters beside them
     assert held[0]["optimizer_bytes"] == held[1]["optimizer_bytes"]
@@ -355,7 +380,7 @@ def test_the_head_is_warmed_up_and_nothing_else_trains(tmp_path: Path) -> None:
 
 
 def test_a_head_that_came_with_the_checkpoint_is_left_as_it_is(tmp_path: Path) -> None:
-    exported = export(run(tiny("vit", rounds=1), tmp_path / "first"), tmp_path / "model", dense=True)
+    exported = export(made(tmp_path / "first", "merge", rounds=1), tmp_path / "model", dense=True)
     state = init(tiny("vit", model={"name": exported["path"], "config": None}), tmp_path / "second")
     loaded = Context(state).full_tensors()
     wanted = Context(State.open(tmp_path / "first"))
@@ -378,9 +403,7 @@ def test_eval_scores_every_model_of_a_state(tmp_path: Path) -> None:
 
 
 def test_the_small_model_is_scored_as_finetuned_before_the_merge(tmp_path: Path) -> None:
-    state = init(tiny("bert"), tmp_path / "state")
-    for stage in (prune, mask):
-        stage(state)
+    state = made(tmp_path / "state", "mask", "bert")
     facts = finetune(state)
     (row,) = evaluation.evaluate(state, which=["small"])
     assert row["loss"] == pytest.approx(facts["loss"], rel=1e-4)
@@ -417,7 +440,7 @@ def test_an_export_gives_the_logits_of_the_best_model(dense: bool, tmp_path: Pat
     import recap_cli
     from recap_cli.models import build
 
-    state = run(tiny("vit", rounds=1), tmp_path / "state")
+    state = made(tmp_path / "state", "merge", rounds=1)
     facts = export(state, tmp_path / "out", dense=dense)
     context = Context(state)
     best = state.manifest.best
@@ -449,7 +472,7 @@ def test_every_criterion_prunes_and_masks(criterion: str, tmp_path: Path) -> Non
 def test_a_checkpoint_with_values_that_are_not_finite_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    exported = export(run(tiny("vit", rounds=1), tmp_path / "first"), tmp_path / "model", dense=True)
+    exported = export(made(tmp_path / "first", "merge", rounds=1), tmp_path / "model", dense=True)
     file = Path(exported["path"]) / "model.safetensors"
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("weight"))
@@ -488,12 +511,9 @@ def test_a_dry_run_says_what_would_happen() -> None:
 # Settings that may be changed, and a device whose memory runs out
 
 
-def masked(place: Path, name: str = "vit", **sections: Any) -> State:
+def masked(place: Path, **sections: Any) -> State:
     """A state whose next stage is the first `finetune`."""
-    state = init(tiny(name, **sections), place)
-    for stage in (prune, mask):
-        stage(state)
-    return state
+    return made(place, "mask", **sections)
 
 
 def test_execution_settings_are_changed_in_the_state_and_the_run_goes_on(tmp_path: Path) -> None:

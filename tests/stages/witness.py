@@ -1,10 +1,11 @@
 """A run of the stages, one after another as their commands would, with a record of what they looked at and what they wrote."""
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -72,7 +73,7 @@ class Record:
 
     def model(self) -> nn.Module:
         """A full model of the run's architecture, with weights of no meaning."""
-        return build._build(ModelSpec.from_json(self.texts["spec.json"]))
+        return copy.deepcopy(_built(self.texts["spec.json"]))
 
     def full(self, round: int) -> dict[str, Tensor]:
         """The full model's weights after a round, 0 being `init`."""
@@ -118,6 +119,11 @@ class Record:
             for stage in ("prune", "mask")
             for number, looks in enumerate(self.seen(round, stage).values())
         }
+
+
+@lru_cache(maxsize=4)
+def _built(spec: str) -> nn.Module:
+    return build._build(ModelSpec.from_json(spec))
 
 
 def groups_of(unit_mask: dict[str, Tensor]) -> list[Group]:

@@ -35,7 +35,7 @@ from recap_cli.trainable import token_rows
 from recap_cli.trainable.optim import Optimizer
 from recap_cli.trainable.token_rows import TokenRows, used_token_rows
 from tests.pico import LABELS, PICO, WORDS
-from tests.tiny import is_text, tiny
+from tests.tiny import is_text, one_layer, tiny
 
 TEXTS = sorted(name for name in PICO if is_text(name))
 SPECIAL = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
@@ -344,7 +344,7 @@ def test_there_is_no_such_table_where_the_model_uses_it_otherwise() -> None:
     ],
 )
 def test_a_prediction_holds_the_rows_that_finetuning_holds(weights: str, embeddings: bool | str, tmp_path: Path) -> None:
-    given = recipe(tmp_path, "bert", embeddings, rounds=1, finetune={"weights": weights})
+    given = recipe(tmp_path, "bert", embeddings, rounds=1, model=one_layer("bert"), finetune={"weights": weights})
     model, notes = meta_model.of_recipe_with_data(given)
     assert (notes, model.token_rows is None) == ([], False)
     fakes = Fakes()
