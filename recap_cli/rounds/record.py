@@ -12,6 +12,7 @@ from recap_cli.core.method import Embeddings, Plan, Trains
 from recap_cli.core.task import LOSS
 from recap_cli.errors import CorruptStateError
 from recap_cli.recipe import recipe as recipes
+from recap_cli.recipe.recipe import Recipe
 from recap_cli.state.manifest import COMMIT, START_OVER, Manifest
 from recap_cli.state.names import folder_of
 from recap_cli.state.store import State
@@ -23,9 +24,10 @@ WEIGHTS, BUFFERS, SPEC, LAYOUT, MOMENTS = (
     "layout.json",
     "moments.safetensors",
 )
-PLAN, IMPORTANCE, MASK, ROWS, SMALL, TRAINED, SCORES = (
+PLAN, IMPORTANCE, COMPENSATION, MASK, ROWS, SMALL, TRAINED, SCORES = (
     "plan.safetensors",
     "importance.safetensors",
+    "compensation.safetensors",
     "mask.safetensors",
     "rows.safetensors",
     "small.safetensors",
@@ -109,8 +111,18 @@ class InitFacts(BaseModel):
 Kinds = Annotated[dict[str, list[Count]], Field(min_length=1)]  # how many groups there are in each layer, by kind
 
 
+class Compensated(BaseModel):
+    """How much of what a cut took its compensation gives back."""
+
+    model_config = OPEN
+
+    given_back_share: float
+    left_shares: dict[str, float]
+    ridges: dict[str, float | None]
+
+
 class PruneFacts(BaseModel):
-    """What `prune` notes."""
+    """What `prune` notes; `compensated` with `prune.compensate`, null where the plan cuts no inputs."""
 
     model_config = OPEN
 
@@ -121,6 +133,7 @@ class PruneFacts(BaseModel):
     kept_share_of_prunable: float
     kept: Kinds
     of: Kinds
+    compensated: Compensated | None = None
 
 
 class MaskFacts(BaseModel):
@@ -178,14 +191,14 @@ def check(state: State) -> None:
     Raises:
         CorruptStateError: a stage's facts, or a file that it must have written, are missing or not what they should be.
     """
-    metric = recipes.parse(state.recipe_text, str(state.path / state.manifest.recipe)).metric.name
-    if problem := next(_problems(state.manifest, metric), None):
+    recipe = recipes.parse(state.recipe_text, str(state.path / state.manifest.recipe))
+    if problem := next(_problems(state.manifest, recipe), None):
         raise CorruptStateError(f"{state.path / COMMIT}: {problem}", hint=START_OVER)
 
 
-def _problems(manifest: Manifest, metric: str) -> Iterator[str]:
+def _problems(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
     for number, entry in enumerate(manifest.history):
-        if wrong := _wrong_facts(entry, metric):
+        if wrong := _wrong_facts(entry, recipe):
             yield f"history[{number}].{wrong} is missing or not what it should be"
     if manifest.round > len(manifest.history[0]["round_plans"]):
         yield f"round {manifest.round} is more than were planned"
@@ -194,19 +207,25 @@ def _problems(manifest: Manifest, metric: str) -> Iterator[str]:
     for key, place in current.items():
         if (found := getattr(manifest, key)) != place:
             yield f"{key} is {found!r}, and after {manifest.stage} of round {manifest.round} it is {place!r}"
-    for file in _needed(manifest):
-        if file not in manifest.files:
-            yield f"{file} is not in files"
+    needed = set(_needed(manifest))
+    for file in sorted(needed - manifest.files.keys()):
+        yield f"{file} is not in files"
+    change = f"{current['small']}/{COMPENSATION}"
+    if change in manifest.files.keys() - needed:
+        yield f"{change} is in files, and `prune` of round {manifest.round} has noted no change"
 
 
-def _wrong_facts(entry: Mapping[str, Any], metric: str) -> str | None:
-    """The place of the first fact of a stage that is not what it should be, or None. `metric` is that of the recipe."""
+def _wrong_facts(entry: Mapping[str, Any], recipe: Recipe) -> str | None:
+    """The place of the first fact of a stage that is not what it should be, or None."""
+    metric = recipe.metric.name
     try:
         FACTS[entry["stage"]].model_validate(entry)
         if entry["stage"] == "finetune":
             NUMBER.validate_python(entry.get(entry["metric"]))
         if entry.get("metric", metric) != metric:
             return "metric"
+        if ("compensated" in entry) != (entry["stage"] == "prune" and recipe.prune.compensate is not False):
+            return "compensated"
         for name in ("chance", "warmed_up") if entry["stage"] == "init" else ():
             figures = entry.get(name)
             if lacking := [of for of in (LOSS.name, metric) if figures is not None and of not in figures]:
@@ -226,5 +245,7 @@ def _needed(manifest: Manifest) -> Iterator[str]:
         number, stage = entry["round"], entry["stage"]
         folder = folder_of("round", number)
         yield from (f"{folder}/{name}" for name in STAGE_FILES.get(stage, ()))
+        if stage == "prune" and number == manifest.round and entry.get("compensated") is not None:
+            yield f"{folder}/{COMPENSATION}"
         if number == manifest.round and manifest.stage != "merge":
             yield from (f"{folder}/{name}" for name in UNTIL_MERGED.get(stage, ()))
