@@ -51,6 +51,10 @@ class Moments:
         sums = (k.T @ k, lost.T @ k, lost.square().sum())
         return cls(*(found.cpu().double() for found in sums))
 
+    @property
+    def rows(self) -> int:
+        return int(self.kk[-1, -1])
+
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.kk + other.kk, self.yk + other.yk, self.yy + other.yy)
 
@@ -80,7 +84,7 @@ def changes(moments: Moments, ridges: Sequence[float], *, has_bias: bool) -> Ite
     The best shift, which is not penalised, makes the means agree; the rest is a regression of centred y on centred x_kept. One
     eigendecomposition serves all ridges. A direction without data and without a ridge gets 0.
     """
-    rows = moments.kk[-1, -1].clamp(min=1.0)
+    rows = max(moments.rows, 1)
     kk, yk = moments.kk[:-1, :-1] / rows, moments.yk[:, :-1] / rows  # (kept, kept), (out, kept)
     mean_x, mean_y = moments.kk[:-1, -1] / rows, moments.yk[:, -1] / rows  # (kept,), (out,)
     penalty = kk.diagonal().mean()
@@ -116,7 +120,7 @@ def best_change(halves: tuple[Moments, Moments], ridges: Sequence[float], *, has
     both, lost = first + second, float(first.yy + second.yy)
     nothing = torch.zeros_like(both.yk)
     if lost == 0.0:
-        return Change(nothing, None, 0.0)
+        return Change(nothing, None, 0.0 if both.rows else 1.0)
     left = [0.0] * len(ridges)
     for fitted, judged in ((first, second), (second, first)):
         for at, entries in enumerate(changes(fitted, ridges, has_bias=has_bias)):

@@ -42,7 +42,7 @@ class Sums:
 def write_change(
     context: Context, transaction: Transaction, full: dict[str, Tensor], plan: UnitMask, track: Track
 ) -> dict[str, Tensor]:
-    """Write what the cut weights and biases of this round absorb, and note how much of the loss that gives back.
+    """Write what the cut weights and biases of this round absorb, and note how much of what the cut took that gives back.
 
     Args:
         context: the state.

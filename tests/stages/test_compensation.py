@@ -12,18 +12,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from recap_cli.commands import tables
 from recap_cli.core.axes import counts
 from recap_cli.core.blocks import block_paths
 from recap_cli.core.compensation import RIDGES
 from recap_cli.core.streaming import streamed
-from recap_cli.core.surgery import compose_index_maps, gather, indices, take
+from recap_cli.core.surgery import compose_index_maps, gather, indices, put, take
 from recap_cli.data.sampling import sample
+from recap_cli.errors import SelectionError
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import compensation
 from recap_cli.rounds.compensation import rows_of
 from recap_cli.rounds.record import COMPENSATION, SMALL, TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import trainable_entries
+from recap_cli.rounds.status import describe, summary
 from recap_cli.stages.eval import evaluate
 from recap_cli.stages.export import export
 from recap_cli.stages.finetune import finetune
@@ -233,13 +236,10 @@ def test_a_merge_writes_what_was_trained_less_the_change_and_leaves_every_other_
         wanted = values - take(change[key], in_small.get(key, {})) if key in change else values
         assert torch.equal(take(new[key], in_full.get(key, {})), wanted)
     for key, tensor in old.items():
-        outside = torch.ones(tensor.shape, dtype=torch.bool)
+        inside = torch.zeros(tensor.shape, dtype=torch.bool)
         if key in trained:
-            for dim, chosen in in_full.get(key, {}).items():
-                along = torch.zeros(tensor.shape[dim], dtype=torch.bool).index_fill(0, chosen, True)
-                outside &= along.reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
-            outside = ~outside
-        assert torch.equal(tensor[outside], new[key][outside]), key
+            put(inside, torch.ones(trained[key].shape, dtype=torch.bool), in_full.get(key, {}))
+        assert torch.equal(tensor[~inside], new[key][~inside]), key
     assert any(not torch.equal(old[key], new[key]) for key in change)
 
 
@@ -296,6 +296,27 @@ def test_where_nothing_is_pruned_nothing_changes_to_the_bit(tmp_path: Path) -> N
     assert stored_files(found.path) == stored_files(plain.path)
     assert [entry["compensated"] for entry in found.manifest.history if entry["stage"] == "prune"] == [None]
     assert not any("compensated" in entry for entry in plain.manifest.history)
+
+
+def test_what_is_given_back_is_said_by_prune_by_status_and_before_a_run() -> None:
+    found = rounds_of("bert").at(1, "prune").state
+    facts, (row,) = found.manifest.history[-1], summary(found)["rounds"]
+    assert row["given_back_share"] == (share := facts["compensated"]["given_back_share"])
+    assert tables.STAGE_TEXTS["prune"](facts).endswith(f"; compensated: {share:.1%} of what the cut took is given back")
+    columns, cells = tables._training(summary(found))
+    assert (columns[-1], cells[-1][-1]) == ("given back", f"{share:.1%}")
+    assert {len(line) for line in cells} == {len(columns)}
+    assert sum(", compensated; " in line for line in describe(compensated("bert"))) == 2
+    assert not any("compensated" in line for line in describe(compensated("bert", False)))
+
+
+def test_inputs_that_are_not_finite_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = init(compensated("vit"), tmp_path / "state")
+    monkeypatch.setattr(compensation, "rows_of", lambda inputs, mask: rows_of(inputs, mask) * float("inf"))
+    with pytest.raises(SelectionError, match=r"vit\.layers\.0\..*: its inputs over D_s are not finite") as caught:
+        prune(state)
+    assert "prune.compensate=false" in str(caught.value.hint)
+    assert State.open(state.path).next_stage() == "prune"
 
 
 # --- however it is run ------------------------------------------------------------------------------------------------
