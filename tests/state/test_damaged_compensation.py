@@ -15,6 +15,7 @@ from recap_cli.errors import CorruptStateError
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.status import summary
 from recap_cli.stages.eval import evaluate
+from recap_cli.stages.init import init
 from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
@@ -122,7 +123,8 @@ def test_a_state_yaml_that_does_not_agree_with_the_change_is_refused(
 
 
 def test_a_note_of_a_change_that_the_recipe_does_not_make_is_refused(tmp_path: Path) -> None:
-    state = run(tiny("vit", rounds=1, prune={"steps": 1}, finetune={"steps": 1}), tmp_path / "state")
+    state = init(tiny("vit", head={"warmup_epochs": 0}), tmp_path / "state")
+    prune(state)
     manifest = read_manifest(state.path)
     history = [{**entry, "compensated": None} if entry["stage"] == "prune" else entry for entry in manifest.history]
     (state.path / "state.yaml").write_text(manifest_text(replace(manifest, history=history)))
