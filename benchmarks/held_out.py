@@ -19,8 +19,7 @@ import torch
 import yaml
 from record import command_line, parser, write
 
-from recap_cli.core.axes import counts, shapes_of
-from recap_cli.core.surgery import gather, indices
+from recap_cli.core.axes import counts
 from recap_cli.data.split import Split
 from recap_cli.data.splits import make_split
 from recap_cli.models import build
@@ -80,8 +79,9 @@ def recipe_from(values: dict[str, Any]) -> Recipe:
 
 def score(context: Context, split: Split) -> dict[str, float]:
     """The metrics of the small model of a state's last round."""
-    full, plan = context.full_tensors(), context.plan(str(context.state.manifest.small))
-    model = context.model(gather(full, indices(context.layout.axes, plan, shapes_of(full))), counts(plan))
+    folder = str(context.state.manifest.small)
+    plan = context.plan(folder)
+    model = context.model(context.gathered(folder, plan), counts(plan))
     return evaluate(forward_of(context.spec, model), split, context.objective, how=Pass(batch_size=64))
 
 

@@ -63,6 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "per-layer-prune": {"prune.scope": "per-layer"},
     "global-prune": {"prune.scope": "global"},
     "higher-floor": {"prune.floor": 0.3},
+    "compensated": {"prune.compensate": "auto"},
     "bf16": {"finetune.weights": "bf16", "finetune.checkpointing": True},
     "int8": {"finetune.weights": "int8", "finetune.checkpointing": True},
     "nf4": {"finetune.weights": "nf4", "finetune.checkpointing": True},

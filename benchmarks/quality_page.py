@@ -60,6 +60,7 @@ SAID = {
     "per-layer-prune": "RECAP, all layers pruned alike (`prune.scope: per-layer`)",
     "global-prune": "RECAP, all groups ranked together (`prune.scope: global`)",
     "higher-floor": "RECAP, `prune.floor: 0.3`",
+    "compensated": "RECAP, the cut compensated (`prune.compensate: auto`)",
     "bf16": "RECAP, bf16 residents, checkpoints",
     "int8": "RECAP, int8 residents, checkpoints",
     "nf4": "RECAP, NF4 residents, checkpoints",

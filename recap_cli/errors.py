@@ -124,7 +124,7 @@ class TrainingError(RecapError):
 
 
 class SelectionError(RecapError):
-    """A ratio that the groups there are cannot meet."""
+    """A ratio that the groups there are cannot meet; a cut to compensate whose inputs are not finite."""
 
     exit_code = 14
 

@@ -522,13 +522,13 @@ def test_the_page_on_states_names_all_settings_that_may_be_changed() -> None:
 def test_the_page_on_states_names_all_files_of_a_round() -> None:
     from recap_cli.rounds import record
 
-    files = {record.PLAN, record.IMPORTANCE, record.MASK, record.ROWS, record.SCORES, record.METRICS, record.MEMORY}
+    files = {record.PLAN, record.IMPORTANCE, record.COMPENSATION, record.MASK, record.ROWS, record.SCORES}
+    files |= {record.METRICS, record.MEMORY}
     page = text_of("docs/reference/state.md")
     tree = page.partition("  round-001/\n")[2].partition("  round-002/")[0]
     assert set(re.findall(r"^    (\S+)", tree, re.MULTILINE)) == files
     table = page.partition("## What each stage does to it")[2].partition("`small` are")[0]
     named = set(re.findall(r"`(?:round-NNN/)?(\w+)`", table)) - {"init", "prune", "mask", "finetune", "merge"} | {"mask"}
-    stems = {
-        file.partition(".")[0] for file in (record.PLAN, record.MASK, record.ROWS, record.SMALL, record.TRAINED, record.MOMENTS)
-    }
+    written = (record.PLAN, record.SMALL, record.COMPENSATION, record.MASK, record.ROWS, record.TRAINED, record.MOMENTS)
+    stems = {file.partition(".")[0] for file in written}
     assert named == stems

@@ -54,12 +54,19 @@ def _init_text(facts: Mapping[str, Any]) -> str:
 def _prune_text(facts: Mapping[str, Any]) -> str:
     small, full = console.millions(facts["params_small"]), console.millions(facts["params_full"])
     if facts["plan"] == "same":
-        return f"kept the groups of the round before; the small model has {small} of {full} parameters"
+        return f"kept the groups of the round before; the small model has {small} of {full} parameters{_given_back(facts)}"
     if facts["prune_ratio"] == 0:
         return f"pruned nothing; the small model has all {full} parameters"
     share = console.percent(1 - facts["kept_share_of_prunable"])
     by = "learned scores" if facts["plan"] == "learned" else "importance"
-    return f"pruned {share} of the prunable parameters by {by}; the small model has {small} of {full} parameters"
+    left = f"the small model has {small} of {full} parameters"
+    return f"pruned {share} of the prunable parameters by {by}; {left}{_given_back(facts)}"
+
+
+def _given_back(facts: Mapping[str, Any]) -> str:
+    """What a compensated cut gives back, to stand at the end of a line."""
+    found = facts.get("compensated")
+    return f"; compensated: {console.percent(found['given_back_share'])} of what the cut took is given back" if found else ""
 
 
 def _mask_text(facts: Mapping[str, Any]) -> str:
@@ -123,7 +130,12 @@ def _training(summary: Mapping[str, Any]) -> Table:
     first = summary.get("warm_up")
     warm_up = ["0 warm-up", console.value_text("metric", first), console.value_text("parameters", rounds[0]["full_parameters"])]
     before = [] if first is None else [[*warm_up, *[""] * (len(columns) - len(warm_up))]]
-    return columns, before + [_training_row(row) for row in rounds]
+    cells = before + [_training_row(row) for row in rounds]
+    if any("given_back_share" in row for row in rounds):  # with `prune.compensate`
+        columns.append("given back")
+        given_back = [console.value_text("share", row.get("given_back_share")) for row in rounds]
+        cells = [[*line, text] for line, text in zip(cells, [""] * len(before) + given_back, strict=True)]
+    return columns, cells
 
 
 def _training_row(row: Row) -> list[str]:

@@ -1,5 +1,6 @@
 """What must hold between the keys of a recipe, each of which is well-formed by itself (`recap_cli.recipe.schema`)."""
 
+import json
 from collections.abc import Iterator
 from os.path import normpath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,7 @@ FAITHFUL: dict[str, Any] = {
     "prune.hold_plan": 0.0,
     "prune.ema": 0.0,
     "prune.ramp": 1.0,
+    "prune.compensate": False,
     "mask.random": 0.0,
     "finetune.head_lr": None,
     "finetune.lr_schedule_span": "round",
@@ -68,7 +70,7 @@ def _value(recipe: "Recipe", key: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def conflicts_in(recipe: "Recipe") -> Iterator[Conflict]:

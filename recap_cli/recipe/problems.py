@@ -90,7 +90,8 @@ def without(values: Mapping[str, Any], suspects: Iterable[KeyPath], stand_in: Ma
 def expected(node: _Schema) -> str:
     """Return what a node of the JSON Schema accepts, in words: "a whole number >= 1 or null"."""
     if "anyOf" in node:
-        return " or ".join("true, false" if option.get("type") == "boolean" else expected(option) for option in node["anyOf"])
+        options = ("true, false" if option == {"type": "boolean"} else expected(option) for option in node["anyOf"])
+        return " or ".join(options)
     if "enum" in node:
         return "one of " + ", ".join(node["enum"])
     kind = "const" if "const" in node else "object" if "$ref" in node else node.get("type", "")
@@ -103,7 +104,8 @@ def expected(node: _Schema) -> str:
     if kind == "string" and ("$comment" in node or "examples" in node):  # the comment describes it for people
         return str(node.get("$comment") or "text such as " + ", ".join(node["examples"]))
     words = {"string": "text", "boolean": "true or false", "null": "null", "object": "a section (keys with values)"}
-    return words.get(kind, f'"{node["const"]}"' if kind == "const" else "text, a number, true, false, null or a list of such")
+    words["const"] = json.dumps(node.get("const"))
+    return words.get(kind, "text, a number, true, false, null or a list of such")
 
 
 def _number(node: _Schema) -> str:

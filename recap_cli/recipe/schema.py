@@ -19,6 +19,7 @@ from recap_cli.recipe.conflicts import (
 )
 from recap_cli.recipe.values import (
     AutoPositive,
+    AutoPositiveOrFalse,
     Bytes,
     Count,
     Device,
@@ -170,6 +171,11 @@ class Prune(BaseModel):
         default=0.5,
         description="In the first round, the trainable share relative to that of the last round. "
         "The memory this saves allows a lower prune ratio. The paper has 1.",
+    )
+    compensate: AutoPositiveOrFalse = Field(
+        default=False,
+        description="Let output matrices absorb what their pruned inputs contributed, by ridge regression on D_s. A number is "
+        "the ridge, relative to the mean square of an input. auto finds one for each matrix. The paper has false.",
     )
     round_to: Million = Field(default=1, description="Keep a multiple of this many rows or columns of each matrix.")
 

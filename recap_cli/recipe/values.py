@@ -36,6 +36,13 @@ def _one_of(value: object, handler: ValidatorFunctionWrapHandler) -> object:
         raise PydanticCustomError("one_of", "none of the types fits") from error
 
 
+def _false(value: object) -> object:
+    """Return False. Raises `PydanticCustomError` for any other value, also for 0, which is equal to it."""
+    if value is not False:
+        raise PydanticCustomError("not_false", "not false")
+    return value
+
+
 def _tuple(value: object) -> object:
     """Return a list of YAML as a tuple, which is frozen."""
     return tuple(value) if isinstance(value, list) else value
@@ -79,6 +86,9 @@ PartialShare = Annotated[float, Field(strict=True, gt=0, lt=1), BeforeValidator(
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1), BeforeValidator(as_number)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), BeforeValidator(as_number)]
 AutoPositive = Annotated[Positive | Literal["auto"], WrapValidator(_one_of)]
+AutoPositiveOrFalse = Annotated[
+    Positive | Literal["auto"] | Annotated[Literal[False], BeforeValidator(_false)], WrapValidator(_one_of)
+]
 TextOrTexts = Annotated[
     Text | Annotated[tuple[Text, ...], Field(min_length=2, max_length=10**4)], BeforeValidator(_tuple), WrapValidator(_one_of)
 ]

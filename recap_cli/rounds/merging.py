@@ -7,8 +7,9 @@ from math import inf, isnan
 from torch import Tensor
 
 from recap_cli.core.axes import Shape, shapes_of
-from recap_cli.core.surgery import IndexMap, compose_index_maps, gather, indices, scatter
+from recap_cli.core.surgery import IndexMap, compose_index_maps, indices, scatter
 from recap_cli.core.task import LOSS, Metric
+from recap_cli.rounds.compensation import without_change
 from recap_cli.rounds.record import MOMENTS, PLAN, WEIGHTS
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import rule_of, trainable_entries
@@ -35,19 +36,23 @@ class Merged:
 
 
 def merge_round(context: Context, folder: str) -> Merged:
-    """The trained values and moments of a round in full-model coordinates, eq. (5) and (6)."""
+    """The trained values and moments of a round in full-model coordinates, eq. (5) and (6).
+
+    The change of a compensated cut is taken off the values, so that the full model stays one that is not cut. The small model
+    keeps it.
+    """
     plan, weights = context.plan(folder), context.full_weights()
     shapes, small = shapes_of(weights), context.small(folder, plan)
     kept = indices(context.layout.axes, plan, shapes)
     in_small = trainable_entries(context.layout, plan, context.mask(folder, plan), small, context.rows(folder))
     in_full, trained = compose_index_maps(kept, in_small), context.trained(folder, plan, in_small)
-    scatter(weights, trained, in_full)  # eq. (6)
+    scatter(weights, without_change(trained, context.compensation(folder, plan), in_small), in_full)  # eq. (6)
     moments = None
     if context.recipe.finetune.carry_moments:
         kinds = tuple(rule_of(context.recipe.finetune).idle_decay)
         moments = _moments(context, folder, context.tuned_moments(folder, plan, in_small, kinds), in_full, shapes)
-    product = gather(weights, kept) | {name: tensor for name, tensor in small.items() if name not in weights}
-    return Merged(weights, moments, product, sum(tensor.numel() for tensor in trained.values()))
+    scatter(small, trained, in_small)
+    return Merged(weights, moments, small, sum(tensor.numel() for tensor in trained.values()))
 
 
 def _moments(

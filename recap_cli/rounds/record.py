@@ -24,9 +24,10 @@ WEIGHTS, BUFFERS, SPEC, LAYOUT, MOMENTS = (
     "layout.json",
     "moments.safetensors",
 )
-PLAN, IMPORTANCE, MASK, ROWS, SMALL, TRAINED, SCORES = (
+PLAN, IMPORTANCE, COMPENSATION, MASK, ROWS, SMALL, TRAINED, SCORES = (
     "plan.safetensors",
     "importance.safetensors",
+    "compensation.safetensors",
     "mask.safetensors",
     "rows.safetensors",
     "small.safetensors",
@@ -123,8 +124,18 @@ class InitFacts(BaseModel):
 Kinds = Annotated[dict[str, list[Count]], Field(min_length=1)]  # how many groups there are in each layer, by kind
 
 
+class Compensated(BaseModel):
+    """How much of what a cut took its compensation gives back."""
+
+    model_config = OPEN
+
+    given_back_share: float
+    left_shares: dict[str, float]
+    ridges: dict[str, float | None]
+
+
 class PruneFacts(BaseModel):
-    """What `prune` notes."""
+    """What `prune` notes; `compensated` with `prune.compensate`, null where the plan cuts no inputs."""
 
     model_config = OPEN
 
@@ -135,6 +146,7 @@ class PruneFacts(BaseModel):
     kept_share_of_prunable: float
     kept: Kinds
     of: Kinds
+    compensated: Compensated | None = None
 
 
 class MaskFacts(BaseModel):
@@ -199,7 +211,7 @@ def check(state: State) -> None:
 
 def _problems(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
     for number, entry in enumerate(manifest.history):
-        if wrong := _wrong_facts(entry, recipe.metric.name):
+        if wrong := _wrong_facts(entry, recipe):
             yield f"history[{number}].{wrong} is missing or not what it should be"
     if (manifest.made.get("teacher") is None) != (recipe.distill.teacher is None):
         yield "history[0].teacher is not that of the recipe"
@@ -210,19 +222,25 @@ def _problems(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
     for key, place in current.items():
         if (found := getattr(manifest, key)) != place:
             yield f"{key} is {found!r}, and after {manifest.stage} of round {manifest.round} it is {place!r}"
-    for file in _needed(manifest):
-        if file not in manifest.files:
-            yield f"{file} is not in files"
+    needed = set(_needed(manifest))
+    for file in sorted(needed - manifest.files.keys()):
+        yield f"{file} is not in files"
+    change = f"{current['small']}/{COMPENSATION}"
+    if change in manifest.files.keys() - needed:
+        yield f"{change} is in files, and `prune` of round {manifest.round} has noted no change"
 
 
-def _wrong_facts(entry: Mapping[str, Any], metric: str) -> str | None:
-    """The place of the first fact of a stage that is not what it should be, or None. `metric` is that of the recipe."""
+def _wrong_facts(entry: Mapping[str, Any], recipe: Recipe) -> str | None:
+    """The place of the first fact of a stage that is not what it should be, or None."""
+    metric = recipe.metric.name
     try:
         FACTS[entry["stage"]].model_validate(entry)
         if entry["stage"] == "finetune":
             NUMBER.validate_python(entry.get(entry["metric"]))
         if entry.get("metric", metric) != metric:
             return "metric"
+        if ("compensated" in entry) != (entry["stage"] == "prune" and recipe.prune.compensate is not False):
+            return "compensated"
         for name, figures in _figures(entry):
             if lacking := [of for of in (LOSS.name, metric) if figures is not None and of not in figures]:
                 return f"{name}.{lacking[0]}"
@@ -250,5 +268,7 @@ def _needed(manifest: Manifest) -> Iterator[str]:
         number, stage = entry["round"], entry["stage"]
         folder = folder_of("round", number)
         yield from (f"{folder}/{name}" for name in STAGE_FILES.get(stage, ()))
+        if stage == "prune" and number == manifest.round and entry.get("compensated") is not None:
+            yield f"{folder}/{COMPENSATION}"
         if number == manifest.round and manifest.stage != "merge":
             yield from (f"{folder}/{name}" for name in UNTIL_MERGED.get(stage, ()))

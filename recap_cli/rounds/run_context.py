@@ -9,9 +9,11 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from recap_cli.core.adapter import Adapter
-from recap_cli.core.axes import Shape, UnitMask, check_axes, mask_axes, shrink
+from recap_cli.core.axes import Shape, UnitMask, check_axes, mask_axes, shapes_of, shrink
+from recap_cli.core.compensation import with_change
+from recap_cli.core.cut_inputs import cut_inputs
 from recap_cli.core.method import RoundPlan
-from recap_cli.core.surgery import IndexMap, indices
+from recap_cli.core.surgery import IndexMap, gather, indices
 from recap_cli.core.task import Objective
 from recap_cli.data.soft_targets import SoftTargets
 from recap_cli.data.split import Split
@@ -28,6 +30,7 @@ from recap_cli.rounds.plans import round_plans_of
 from recap_cli.rounds.recipe_model import objective_of
 from recap_cli.rounds.record import (
     BUFFERS,
+    COMPENSATION,
     IMPORTANCE,
     LAYOUT,
     MASK,
@@ -201,6 +204,22 @@ class Context:
         tensors = self.state.load_tensors(rel)
         stored.check_model(self.state.path / rel, tensors, self._shapes_by_name, self.small_shapes(plan))
         return tensors
+
+    def compensation(self, folder: str, plan: UnitMask) -> dict[str, Tensor]:
+        """What the small model in `folder` has beside the full model's entries at its plan: parameter → change, fp32, in the
+        small model's shapes. It is empty where the cut is not compensated.
+        """
+        rel = f"{folder}/{COMPENSATION}"
+        if rel not in self.state.manifest.files:
+            return {}
+        found = cut_inputs(build.on_meta(self.spec), indices(self.layout.axes, plan, self.layout.shapes))
+        small, names = self.small_shapes(plan), {name for cut in found for name in (cut.weight, cut.bias)}
+        return stored.change(self.state, rel, {name: shape for name, shape in small.items() if name in names})
+
+    def gathered(self, folder: str, plan: UnitMask) -> dict[str, Tensor]:
+        """The small model in `folder` as the full model has it: gathered at its plan, with the change of its cut."""
+        full = self.full_tensors()
+        return with_change(gather(full, indices(self.layout.axes, plan, shapes_of(full))), self.compensation(folder, plan))
 
     def trained(self, folder: str, plan: UnitMask, index_map: IndexMap) -> dict[str, Tensor]:
         """The values of the trained entries, which are `index_map` in the small model."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recap_cli.core.axes import counts, shapes_of
-from recap_cli.core.surgery import gather, indices, scatter
+from recap_cli.core.axes import counts
+from recap_cli.core.surgery import scatter
 from recap_cli.core.task import Labels
 from recap_cli.data import other_data
 from recap_cli.data.split import Split
@@ -175,8 +175,8 @@ def _full(context: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
 def _small(context: Context) -> tuple[dict[str, Tensor], dict[str, int], int]:
     """The small model of the newest round as far as that round is: cut, finetuned, or merged."""
     state, folder = context.state, str(context.state.manifest.small)
-    plan, full = context.plan(folder), context.full_tensors()
-    tensors = gather(full, indices(context.layout.axes, plan, shapes_of(full)))
+    plan = context.plan(folder)
+    tensors = context.gathered(folder, plan)
     if f"{folder}/{TRAINED}" in state.manifest.files:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         index_map = trainable_entries(context.layout, plan, context.mask(folder, plan), tensors, context.rows(folder))

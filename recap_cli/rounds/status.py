@@ -148,6 +148,8 @@ def _round_plan_text(recipe: Recipe, round_plan: RoundPlan) -> str:
         averaged = f", averaged over rounds ({prune.ema:g})" if prune.ema else ""
         how = f"{prune.criterion}{averaged}, {prune.scope}, in {prune.steps} steps"
         pruned = f"prune {round_plan.prune_ratio:.1%} of the prunable parameters by {how}"
+    if round_plan.prune_ratio > 0 and prune.compensate is not False:
+        pruned += ", compensated"
     trains = {
         "head": "the task head is trained",
         "training": f"what {recipe.method} names is trained",
@@ -216,6 +218,8 @@ def _row(number: int, stages: Mapping[str, Mapping[str, Any]], *, best: bool) ->
         **{f"full_{kind}": pruned["of"].get(kind, []) for kind in ("heads", "neurons")},
         "seconds": {name: entry["seconds"] for name, entry in stages.items()},
     }
+    if found := pruned.get("compensated"):
+        row["given_back_share"] = found["given_back_share"]
     if masked := stages.get("mask"):
         row["trainable_share_of_prunable"] = masked.get("trainable_share_of_prunable")
     if tuned := stages.get("finetune"):

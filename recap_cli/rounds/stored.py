@@ -203,6 +203,13 @@ def scores(state: State, rel: str, axes: Sequence[Axis]) -> dict[str, Tensor]:
     return found
 
 
+def change(state: State, rel: str, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """What the parameters of these shapes absorb of a cut. Raises as `State.verified`, and `CorruptStateError`."""
+    found = state.load_tensors(rel)
+    check_all(state.path / rel, found, shapes, torch.float32)
+    return found
+
+
 def moments(
     state: State, rel: str, shapes: Mapping[str, Shape], kinds: Sequence[str], along: Mapping[str, int]
 ) -> dict[str, Tensor]:

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from recap_cli.core.compensation import with_change
 from recap_cli.models.build import tensors_of
 from recap_cli.progress import Track, silent
+from recap_cli.rounds.compensation import write_change
 from recap_cli.rounds.pruning import prune_model, pruning_facts
 from recap_cli.rounds.record import IMPORTANCE, PLAN, SMALL
 from recap_cli.rounds.run_context import Context
@@ -14,7 +16,7 @@ from recap_cli.state.store import State
 
 @on_fitting_threads
 def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
-    """Begin a round: write the plan and the small model.
+    """Begin a round: write the plan and the small model, with what it absorbs of the cut (`prune.compensate`).
 
     Returns:
         The facts of the stage: what was kept.
@@ -32,7 +34,8 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
         if pruned.importance is not None:
             transaction.save_tensors(f"{folder}/{IMPORTANCE}", pruned.importance)
         transaction.save_tensors(f"{folder}/{PLAN}", as_bytes(pruned.plan))
-        transaction.save_tensors(f"{folder}/{SMALL}", tensors_of(model))
+        change = write_change(context, transaction, tensors, pruned.plan, track)
+        transaction.save_tensors(f"{folder}/{SMALL}", with_change(tensors_of(model), change))
         transaction.set_small(folder)
         transaction.facts |= pruning_facts(context, number, tensors, model, pruned.plan)
     return state.manifest.history[-1]

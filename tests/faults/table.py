@@ -30,6 +30,11 @@ SHARES = "tests/rounds/test_importance.py::test_the_shares_of_d_s_are_those_of_w
 EVALUATED = "tests/training/test_evaluation.py::test_the_loss_is_the_mean_over_all_words_however_they_are_batched"
 GLOBAL = f"{SETTINGS}test_scopes_floors_and_criteria_choose_what_the_reference_chooses[global-bert]"
 
+CUT = "tests/stages/test_compensation.py::"
+SHARED = f"{CUT}test_the_small_model_is_the_full_one_cut_with_the_change_of_least_squares"
+WRITTEN_BACK = f"{CUT}test_a_merge_writes_what_was_trained_less_the_change_and_leaves_every_other_bit[1-bert]"
+RIDGE = "tests/core/test_compensation.py::test_the_ridge_is_the_one_that_leaves_least_where_it_was_not_fitted"
+
 
 class Fault(NamedTuple):
     name: str
@@ -67,6 +72,34 @@ FAULTS = (
         'torch.randperm(count, generator=generator_for(seed, round, f"sample for {stage}"))[:size]',
         "torch.arange(count)[:size]",
         (SAMPLE,),
+    ),
+    Fault(
+        "a merge writes the change of a compensated cut into the full model",
+        "recap_cli/rounds/merging.py",
+        "without_change(trained, context.compensation(folder, plan), in_small)",
+        "trained",
+        (WRITTEN_BACK,),
+    ),
+    Fault(
+        "padding counts in the compensation of a cut",
+        "recap_cli/rounds/compensation.py",
+        "inputs = inputs[mask.bool()]",
+        "pass",
+        (f"{SHARED}[bert]",),
+    ),
+    Fault(
+        "of a layer that is called many times the last call is compensated",
+        "recap_cli/rounds/compensation.py",
+        "sums.moments[cut.weight] += Moments",
+        "sums.moments[cut.weight] = Moments",
+        (f"{SHARED}[albert]",),
+    ),
+    Fault(
+        "a ridge is judged on the examples that it was fitted on",
+        "recap_cli/core/compensation.py",
+        "((first, second), (second, first))",
+        "((first, first), (second, second))",
+        (RIDGE,),
     ),
     Fault(
         "the worst round becomes the product",

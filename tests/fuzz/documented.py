@@ -70,6 +70,10 @@ def _fits(key: str, told: str, value: Any) -> bool:  # noqa: PLR0911, PLR0912  (
         if value is None:
             return True
         told = told.removesuffix(" or null")
+    if told.endswith(" or false"):
+        if value is False:
+            return True
+        told = told.removesuffix(" or false")
     if LISTED in told:
         alone, _, each = told.partition(LISTED)
         listed = isinstance(value, list | tuple) and len(value) >= 2 and all(_fits(key, each, item) for item in value)

@@ -211,6 +211,15 @@ CORPUS = {
     "S15 small without a name": _case(
         "bert/prune1", ("tensor", "round-001/small.safetensors", 0.3, "drop"), ("renew_checksums",), calls=("next",)
     ),
+    "a change of a compensated cut without a name": _case(
+        "vit/finetune1", ("tensor", "round-001/compensation.safetensors", 0.3, "drop"), ("renew_checksums",), calls=("next",)
+    ),
+    "a change of a compensated cut of another shape, for a round that keeps it": _case(
+        "vit/merge1", ("tensor", "round-001/compensation.safetensors", 0.0, "longer"), ("renew_checksums",), calls=("next",)
+    ),
+    "a compensated cut without its note": _case(
+        "vit/merge1", ("at", "state.yaml", "history/1/compensated", None), ("renew_checksums",), calls=("status", "next")
+    ),
     "S15 layout.json a list": _case(
         "vit/init", ("write", "full-000/layout.json", "[1]"), ("renew_checksums",), calls=("next",)
     ),

@@ -43,6 +43,7 @@ def test_a_case_is_one_line_and_comes_back_as_it_was() -> None:
         ("prune.ramp", [1, 0.1], [0, 1.1]),
         ("finetune.betas", [[0.9, 0.999]], [[0.9], [0.9, 1.0], 0.9, None]),
         ("finetune.head_lr", ["auto", None, 0.1], ["x", 0, True]),
+        ("prune.compensate", [False, "auto", 0.1, "1e-2"], [True, 0, -1, "x", None]),
         ("mask.train_embeddings", [True, False, "tokens"], ["true", 1, None]),
         ("finetune.device", ["auto", "cuda:1"], ["gpu", 1, "cuda:"]),
         ("finetune.memory_budget", ["2GiB", "0.5GB", None], ["2", "GB", 2]),

@@ -78,6 +78,8 @@ def test_the_faithful_recipe_is_the_papers_algorithm() -> None:
     assert round_plans_for(recipe) == (RoundPlan(0.4, 0.6, share=1 / 3),) * 3
     with pytest.raises(RecipeError, match=r"prune.hold_plan  expected 0.0 with faithful: true"):
         tiny("vit", faithful=True, prune={"hold_plan": 0.5})
+    with pytest.raises(RecipeError, match=r"prune.compensate  expected false with faithful: true.*; found auto"):
+        tiny("vit", faithful=True, prune={"compensate": "auto"})
 
 
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.25, 0.5, 0.875, 0.95])

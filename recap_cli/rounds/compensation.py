@@ -1,0 +1,182 @@
+"""A compensated cut: output matrices absorb what their pruned inputs contributed, over D_s (`prune.compensate`).
+
+The change of a round is a file of its own, in the coordinates of the small model. A round that keeps the plan keeps it. The
+full model never has it: a merge writes the trained values less the change.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recap_cli.core.axes import UnitMask
+from recap_cli.core.compensation import RIDGES, Change, Moments, best_change
+from recap_cli.core.cut_inputs import CutInputs, cut_inputs
+from recap_cli.core.surgery import IndexMap, indices, take
+from recap_cli.core.task import Batch
+from recap_cli.data.sampling import batches
+from recap_cli.errors import SelectionError
+from recap_cli.models import build
+from recap_cli.progress import Track
+from recap_cli.rounds.device_policy import on_device
+from recap_cli.rounds.importance import Sample, draw_sample
+from recap_cli.rounds.record import COMPENSATION
+from recap_cli.rounds.run_context import Context
+from recap_cli.state.store import Transaction
+
+OFF = "leave the cut as it is, in a new state: --set prune.compensate=false"
+
+
+@dataclass
+class Sums:
+    """The moments of one half of D_s as they add up, by weight; and the attention mask of the batch under way."""
+
+    moments: dict[str, Moments] = field(default_factory=dict)
+    mask: Tensor | None = None
+
+
+def write_change(
+    context: Context, transaction: Transaction, full: dict[str, Tensor], plan: UnitMask, track: Track
+) -> dict[str, Tensor]:
+    """Write what the cut weights and biases of this round absorb, and note how much of what the cut took that gives back.
+
+    Args:
+        context: the state.
+        transaction: of `prune`. The change of the round before, which nothing needs after it, is dropped.
+        full: the tensors of the full model.
+        plan: what the round keeps.
+        track: hears of progress.
+
+    Returns:
+        Parameter → change, fp32, in the shapes of the small model; empty where nothing is cut, or nothing is to be compensated.
+
+    Raises:
+        SelectionError: the inputs of a matrix are not finite.
+    """
+    number, before = transaction.round, f"round-{transaction.round - 1:03d}"
+    if context.recipe.prune.compensate is False:
+        return {}
+    if context.round_plans[number - 1].plan == "same":
+        change, facts = context.compensation(before, plan), _facts_before(context)
+    else:
+        change, facts = _computed(context, full, number, plan, track)
+    if change:
+        transaction.save_tensors(f"round-{number:03d}/{COMPENSATION}", change)
+    if f"{before}/{COMPENSATION}" in context.state.manifest.files:
+        transaction.drop(f"{before}/{COMPENSATION}")
+    transaction.facts["compensated"] = facts
+    return change
+
+
+def _facts_before(context: Context) -> Any:
+    return next(entry["compensated"] for entry in reversed(context.state.manifest.history) if entry["stage"] == "prune")
+
+
+def without_change(trained: Mapping[str, Tensor], change: Mapping[str, Tensor], in_small: IndexMap) -> dict[str, Tensor]:
+    """The values at the entries `in_small` as the full model is to have them: less the change of the small model there."""
+    return {
+        name: values - take(change[name], in_small.get(name, {})) if name in change else values
+        for name, values in trained.items()
+    }
+
+
+def _computed(
+    context: Context, full: dict[str, Tensor], number: int, plan: UnitMask, track: Track
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The change of a new plan, and its facts; None where the plan cuts no inputs."""
+    setting, model = context.recipe.prune.compensate, context.model(full)
+    found = cut_inputs(model, indices(context.layout.axes, plan, context.layout.shapes))
+    if not found:
+        return {}, None
+    train, _ = context.splits(track)
+    sample = draw_sample(context.recipe, train, number, "compensate", "compensation of the cut")
+    first, second = _moments(context, model, found, sample, track)
+    changes: dict[str, Change] = {}
+    for cut in found:
+        halves = first.pop(cut.weight), second.pop(cut.weight)
+        if not all(half.is_finite for half in halves):
+            raise SelectionError(f"{cut.weight}: its inputs over D_s are not finite: its cut cannot be compensated", hint=OFF)
+        changes[cut.weight] = best_change(
+            halves,
+            RIDGES if setting == "auto" else (float(setting),),
+            has_bias=cut.bias is not None,
+            may_be_none=setting == "auto",
+        )
+    named = (cut.named(changes[cut.weight].entries) for cut in found)
+    return {name: tensor for of in named for name, tensor in of.items()}, _facts(changes)
+
+
+def _facts(changes: Mapping[str, Change]) -> dict[str, Any]:
+    left = {name: change.left_share for name, change in changes.items()}
+    return {
+        "given_back_share": 1.0 - fmean(left.values()),
+        "left_shares": left,
+        "ridges": {name: change.ridge for name, change in changes.items()},
+    }
+
+
+def _moments(
+    context: Context, model: nn.Module, found: Sequence[CutInputs], sample: Sample, track: Track
+) -> tuple[dict[str, Moments], dict[str, Moments]]:
+    """The moments of every weight over each half of D_s: one pass over all of it, without gradients."""
+    forward, sums = build.forward(context.spec), (Sums(), Sums())
+    parts = list(_halves(sample, context.recipe.importance.batch_size))
+    with torch.no_grad(), on_device(model, context.layout.axes, sample.device, context.spec.model_type):
+        steps = sum(-(-len(part) // sample.batch_size) for part in parts)
+        for half, batch in track(_batches(sample, parts), sample.label, steps):
+            with adding(model, found, sums[half], batch):
+                forward(model, batch)
+    return sums[0].moments, sums[1].moments
+
+
+def _halves(sample: Sample, batch_size: int) -> tuple[Tensor, Tensor]:
+    """The examples of D_s, in batches of the recipe that alternate; of a single batch its two halves."""
+    size = min(batch_size, -(-len(sample.indices) // 2))
+    is_second = torch.arange(len(sample.indices)) // size % 2 == 1  # (examples,)
+    return sample.indices[~is_second], sample.indices[is_second]
+
+
+def _batches(sample: Sample, parts: Sequence[Tensor]) -> Iterator[tuple[int, Batch]]:
+    for half, part in enumerate(parts):
+        for batch in batches(sample.split, part, sample.batch_size, device=sample.device):
+            yield half, batch
+
+
+@contextmanager
+def adding(model: nn.Module, found: Sequence[CutInputs], sums: Sums, batch: Batch) -> Iterator[None]:
+    """Inside, every call of a layer that holds one of the weights adds its rows to the sums."""
+    sums.mask = batch.get("attention_mask")
+    with ExitStack() as stack:
+        for cut in found:
+            sums.moments.setdefault(cut.weight, Moments.none(len(cut.kept), _outputs(model, cut)))
+            for path in cut.layers:
+                handle = model.get_submodule(path).register_forward_pre_hook(_adder(cut, sums), with_kwargs=True)
+                stack.callback(handle.remove)
+        yield
+
+
+def _outputs(model: nn.Module, cut: CutInputs) -> int:
+    return int(model.get_parameter(cut.weight).shape[1 - cut.dim])
+
+
+def _adder(cut: CutInputs, sums: Sums) -> Callable[..., None]:
+    def add(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows = rows_of(next(iter((*args, *kwargs.values()))), sums.mask)  # (rows, in)
+        sums.moments[cut.weight] += Moments.of_rows(*cut.split(rows, layer.weight))
+
+    return add
+
+
+def rows_of(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows that count of a layer's inputs, (rows, in).
+
+    Of inputs (batch, tokens, …, in) those tokens are left out where the attention mask, (batch, tokens), is 0. Of inputs of any
+    other form every row counts.
+    """
+    if mask is not None and inputs.dim() > 2 and inputs.shape[:2] == mask.shape:
+        inputs = inputs[mask.bool()]  # (tokens that count, …, in)
+    return inputs.reshape(-1, inputs.shape[-1])
