@@ -244,6 +244,34 @@ thread. int8 and NF4 have checkpoints, which change nothing but memory. {found.g
 """
 
 
+def distillation(found: Result) -> str:
+    """What a teacher is worth: the same runs with it and without, on examples that nothing was chosen by."""
+    cells = {(cell["case"], cell["seed"], cell["taught"]): cell for cell in found["cells"]}
+    rows = []
+    for case, seed in dict.fromkeys((case, seed) for case, seed, _ in cells if case != "teacher"):
+        name, ratio, mask = case.split(":")
+        start = "the finetuned model" if name.startswith("compress") else "the pretrained model"
+        teacher = cells["teacher", seed, False]
+        both = [cells.get((case, seed, taught)) for taught in (False, True)]
+        figures = [f"{100 * cell[key]:.1f}" if cell else "" for key in ("held_out", "validation") for cell in both]
+        size = next(f"{cell['parameters'] / cell['full_parameters']:.0%}" for cell in both if cell)
+        rows.append(
+            [start, f"{float(ratio):.0%}", f"{float(mask):.0%}", seed, f"{100 * teacher['held_out']:.1f}", *figures, size]
+        )
+    steps = max(cell["steps"] for cell in found["cells"])
+    header = ["begins at", "r_p", "r_f", "seed", "teacher, held out", "alone, held out", "taught, held out"]
+    header += ["alone, validation", "taught, validation", "parameters left"]
+    return f"""## A teacher: {found["benchmark"].removeprefix("distillation_")}
+
+RECAP in four rounds of {steps} steps in all, by the recipe of [quality.md](quality.md), {found["metric"]} in %, *measured*.
+The teacher is full finetuning at its best rate, of as many steps again: what has a teacher, or begins at one, has twice the
+steps in all.
+*Held out* are {found["held_out"]}; the best round was chosen by the validation data.
+
+{table(header, rows)}
+"""
+
+
 def quality(found: Result) -> str:
     """RECAP beside plain full finetuning, on real weights and data."""
     cells = found["cells"]
@@ -294,6 +322,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "frozen_weights": frozen_weights,
     "frozen_weights_sst2": frozen_weights_quality,
     "frozen_weights_cifar100": frozen_weights_quality,
+    "distillation_cifar100": distillation,
 }
 
 
