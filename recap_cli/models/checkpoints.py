@@ -137,6 +137,10 @@ def check_weights(folder: Path) -> list[Path]:
                     f"{path} holds no weights, only the pointer of git LFS to them", hint="git lfs pull, in that folder"
                 ) from error
             raise ModelError(f"{path} is truncated or damaged: {error}", hint="copy or download it again") from error
+        except MemoryError as error:
+            raise ModelError(
+                f"{path} is larger than the memory that is left", hint="end other programs, or name another"
+            ) from error
     return files
 
 

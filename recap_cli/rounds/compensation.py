@@ -97,7 +97,7 @@ def _computed(
     first, second = _moments(context, model, found, sample, track)
     changes: dict[str, Change] = {}
     for cut in found:
-        halves = first.pop(cut.weight), second.pop(cut.weight)
+        halves = first.pop(cut.weight), second.pop(cut.weight, Moments.none(len(cut.kept), _outputs(model, cut)))
         if not all(half.is_finite for half in halves):
             raise SelectionError(f"{cut.weight}: its inputs over D_s are not finite: its cut cannot be compensated", hint=OFF)
         changes[cut.weight] = best_change(
@@ -124,7 +124,7 @@ def _moments(
 ) -> tuple[dict[str, Moments], dict[str, Moments]]:
     """The moments of every weight over each half of D_s: one pass over all of it, without gradients."""
     forward, sums = build.forward(context.spec), (Sums(), Sums())
-    parts = list(_halves(sample, context.recipe.importance.batch_size))
+    parts = _halves(sample, context.recipe.importance.batch_size)
     with torch.no_grad(), on_device(model, context.layout.axes, sample.device, context.spec.model_type):
         steps = sum(-(-len(part) // sample.batch_size) for part in parts)
         for half, batch in track(_batches(sample, parts), sample.label, steps):
@@ -142,6 +142,8 @@ def _halves(sample: Sample, batch_size: int) -> tuple[Tensor, Tensor]:
 
 def _batches(sample: Sample, parts: Sequence[Tensor]) -> Iterator[tuple[int, Batch]]:
     for half, part in enumerate(parts):
+        if len(part) == 0:  # D_s is one example
+            continue
         for batch in batches(sample.split, part, sample.batch_size, device=sample.device):
             yield half, batch
 

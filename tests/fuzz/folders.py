@@ -114,7 +114,7 @@ def play(case: Case, world: World, box: Box) -> Iterator[Call]:
         names=(str(folder),),
         writes=(box.root / "state",),
     )
-    data = world.data() / ("train.csv" if "text" in values["data"] else "train")
+    data = world.data() / ("train" if case.base.startswith("vit") else "train.csv")
     yield Call(("compress", str(folder), "--data", str(data), "--dry-run"), state=folder, reads_only=True)
 
 
@@ -161,6 +161,7 @@ HALF = ("must-refuse", "a checkpoint has more layers than its configuration")
 CORPUS = {
     "S6 half of a checkpoint": _case(("put", "config.json", "num_hidden_layers", 1), HALF, base="vit"),
     "S6 half of a checkpoint of bert": _case(("put", "config.json", "num_hidden_layers", 1), HALF),
+    "weights beyond the memory that is left": _case(("delete", 12), ("sparse", 37), base="vit"),
     "S7 an index that leads out": _case(("index", "relative")),
     "a tokenizer without its padding token": _case(("drop-line", "tokenizer_config.json", 0.5175)),
     "S7 an index with absolute names": _case(("index", "absolute"), base="vit"),

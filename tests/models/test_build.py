@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -555,3 +556,13 @@ def test_a_model_on_meta_is_one_of_its_own_each_time(name):
         module.register_parameter("mine", torch.nn.Parameter(torch.zeros(1)))
     assert {parameter for parameter, _ in second.named_parameters()} == names
     assert {parameter for parameter, _ in build.on_meta(spec).named_parameters()} == names
+
+
+def test_weights_that_do_not_fit_into_main_memory_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    monkeypatch.setattr(checkpoints, "safe_open", full)
+    with pytest.raises(ModelError, match=r"model\.safetensors is larger than the memory that is left"):
+        checkpoints.check_weights(tmp_path)

@@ -239,6 +239,12 @@ def test_what_is_given_back_is_said_by_prune_by_status_and_before_a_run() -> Non
     assert not any("compensated" in line for line in describe(compensated("bert", False)))
 
 
+def test_one_example_is_a_half_without_another(tmp_path: Path) -> None:
+    state = init(compensated("vit", "auto", importance={"batches": 1, "batch_size": 1}), tmp_path / "state")
+    facts = prune(state)["compensated"]
+    assert set(facts["left_shares"].values()) == {1.0}  # there is nothing that a fit could be judged on
+
+
 def test_inputs_that_are_not_finite_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = init(compensated("vit"), tmp_path / "state")
     monkeypatch.setattr(compensation, "rows_of", lambda inputs, mask: rows_of(inputs, mask) * float("inf"))
