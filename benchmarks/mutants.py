@@ -44,13 +44,25 @@ from record import parser, write
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = Path(__file__).resolve().parent / "mutants_equivalent.yaml"
 STAGES = ("prune", "mask", "finetune", "merge")
-ROUNDS = ("warm_up", "pruning", "masking", "training_round", "round_results", "merging")  # what the stages call
+ROUNDS = (  # what the stages call
+    *("warm_up", "pruning", "compensation", "masking", "training_round", "teacher", "round_results", "merging"),
+)
 TESTS = (  # those that run the heart; others of the stages' folder are of comparisons, budgets and reports
     "tests/core",
     "tests/trainable",
+    "tests/training",
     *(
         f"tests/stages/test_{name}.py"
-        for name in ("algorithm", "algorithm_settings", "best", "decoders", "invariants", "kinds")
+        for name in (
+            "algorithm",
+            "algorithm_settings",
+            "best",
+            "compensation",
+            "decoders",
+            "distillation",
+            "invariants",
+            "kinds",
+        )
     ),
     *(f"tests/stages/test_{name}.py" for name in ("methods", "on_device", "random_mask", "stages", "ties")),
 )
