@@ -44,9 +44,7 @@ from record import parser, write
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = Path(__file__).resolve().parent / "mutants_equivalent.yaml"
 STAGES = ("prune", "mask", "finetune", "merge")
-ROUNDS = (  # what the stages call
-    *("warm_up", "pruning", "compensation", "masking", "training_round", "teacher", "round_results", "merging"),
-)
+ROUNDS = ("warm_up", "pruning", "compensation", "masking", "training_round", "teacher", "round_results", "merging")
 TESTS = (  # those that run the heart; others of the stages' folder are of comparisons, budgets and reports
     "tests/core",
     "tests/trainable",
