@@ -2,7 +2,7 @@
 
 A layer `x ↦ W x + b` whose inputs are pruned loses `y = W_gone x_gone`. Of `k = [x_kept, 1]` the change
 
-    D = E[y kᵀ] (E[k kᵀ] + ridge · m · I)⁻¹        m: the mean of the diagonal of E[x_kept x_keptᵀ]
+    D = E[y kᵀ] (E[k kᵀ] + ridge · m · diag(1, …, 1, 0))⁻¹        m: the mean of the diagonal of E[x_kept x_keptᵀ]
 
 makes the linear function of k that is nearest to y: `W_kept += D[:, :-1]`, `b += D[:, -1]`. Without a bias there is no 1. It is
 not penalised: with a large ridge only the mean of y is left, which FLAP (2312.11983) adds to the bias. Relatives are the least

@@ -28,6 +28,7 @@ from recap_cli.rounds.record import COMPENSATION
 from recap_cli.rounds.run_context import Context
 from recap_cli.state.store import Transaction
 
+MOST_BYTES = 2 * 2**30  # of moments at a time; what is more takes another pass over D_s
 OFF = "leave the cut as it is, in a new state: --set prune.compensate=false"
 
 
@@ -55,12 +56,14 @@ def write_change(
         Parameter → change, fp32, in the shapes of the small model; empty where nothing is cut, or nothing is to be compensated.
 
     Raises:
-        SelectionError: the inputs of a matrix are not finite.
+        SelectionError: the inputs of a matrix, or the sums over them, are not finite.
     """
     number, before = transaction.round, f"round-{transaction.round - 1:03d}"
     if context.recipe.prune.compensate is False:
         return {}
-    if context.round_plans[number - 1].plan == "same":
+    if context.round_plans[number - 1].plan == "learned":  # its training has closed what the plan cuts: nothing is lost
+        change, facts = {}, None
+    elif context.round_plans[number - 1].plan == "same":
         change, facts = context.compensation(before, plan), _facts_before(context)
     else:
         change, facts = _computed(context, full, number, plan, track)
@@ -94,20 +97,40 @@ def _computed(
         return {}, None
     train, _ = context.splits(track)
     sample = draw_sample(context.recipe, train, number, "compensate", "compensation of the cut")
-    first, second = _moments(context, model, found, sample, track)
     changes: dict[str, Change] = {}
-    for cut in found:
-        halves = first.pop(cut.weight), second.pop(cut.weight, Moments.none(len(cut.kept), _outputs(model, cut)))
-        if not all(half.is_finite for half in halves):
-            raise SelectionError(f"{cut.weight}: its inputs over D_s are not finite: its cut cannot be compensated", hint=OFF)
-        changes[cut.weight] = best_change(
-            halves,
-            RIDGES if setting == "auto" else (float(setting),),
-            has_bias=cut.bias is not None,
-            may_be_none=setting == "auto",
-        )
+    for together in _in_parts(model, found):
+        first, second = _moments(context, model, together, sample, track)
+        for cut in track(together, "compensation, matrix by matrix", len(together)):
+            none = Moments.none(len(cut.kept), _outputs(model, cut))
+            changes[cut.weight] = _change(cut, (first.pop(cut.weight, none), second.pop(cut.weight, none)), setting)
     named = (cut.named(changes[cut.weight].entries) for cut in found)
     return {name: tensor for of in named for name, tensor in of.items()}, _facts(changes)
+
+
+def _in_parts(model: nn.Module, found: Sequence[CutInputs]) -> Iterator[list[CutInputs]]:
+    """The matrices in parts whose moments are held together: at most `MOST_BYTES` of them, or one matrix."""
+    part, count_bytes = list[CutInputs](), 0
+    for cut in found:
+        kept, out = len(cut.kept) + 1, _outputs(model, cut)
+        needed = 2 * torch.float64.itemsize * (kept * kept + out * kept)  # of both halves
+        if part and count_bytes + needed > MOST_BYTES:
+            yield part
+            part, count_bytes = [], 0
+        part.append(cut)
+        count_bytes += needed
+    yield part
+
+
+def _change(cut: CutInputs, halves: tuple[Moments, Moments], setting: float | str | bool) -> Change:
+    if not all(half.is_finite for half in halves):
+        raise SelectionError(
+            f"{cut.weight}: the sums over its inputs in D_s are not finite: its cut cannot be compensated", hint=OFF
+        )
+    auto = setting == "auto"
+    try:
+        return best_change(halves, RIDGES if auto else (float(setting),), has_bias=cut.bias is not None, may_be_none=auto)
+    except torch._C._LinAlgError as error:  # torch.linalg.LinAlgError, which is not exported
+        raise SelectionError(f"{cut.weight}: its cut cannot be compensated: {error}", hint=OFF) from error
 
 
 def _facts(changes: Mapping[str, Change]) -> dict[str, Any]:

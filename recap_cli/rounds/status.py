@@ -148,7 +148,7 @@ def _round_plan_text(recipe: Recipe, round_plan: RoundPlan) -> str:
         averaged = f", averaged over rounds ({prune.ema:g})" if prune.ema else ""
         how = f"{prune.criterion}{averaged}, {prune.scope}, in {prune.steps} steps"
         pruned = f"prune {round_plan.prune_ratio:.1%} of the prunable parameters by {how}"
-    if round_plan.prune_ratio > 0 and prune.compensate is not False:
+    if round_plan.prune_ratio > 0 and prune.compensate is not False and round_plan.plan != "learned":
         pruned += ", compensated"
     trains = {
         "head": "the task head is trained",

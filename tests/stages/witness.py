@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -139,8 +138,8 @@ def watching(record: Record, at: list[Any]) -> Iterator[Any]:
     """Inside, every batch that is made of any split is put down in `record`; gives the `track` that tells what it is for."""
     plain, label = Split.batch, [""]
 
-    def batch(split: Split, indices: Tensor, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        made = plain(split, indices, generator=generator)
+    def batch(split: Split, indices: Tensor, variants: Tensor | None = None) -> dict[str, Tensor]:
+        made = plain(split, indices, variants)
         copies = {name: tensor.clone() for name, tensor in made.items()}
         record.looks.append(Look(*at, label[0], tuple(indices.tolist()), copies, len(split) == VALIDATION))
         return made
