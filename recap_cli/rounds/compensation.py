@@ -129,7 +129,7 @@ def _change(cut: CutInputs, halves: tuple[Moments, Moments], setting: float | st
     auto = setting == "auto"
     try:
         return best_change(halves, RIDGES if auto else (float(setting),), has_bias=cut.bias is not None, may_be_none=auto)
-    except torch._C._LinAlgError as error:  # torch.linalg.LinAlgError, which is not exported
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise SelectionError(f"{cut.weight}: its cut cannot be compensated: {error}", hint=OFF) from error
 
 
