@@ -11,7 +11,7 @@ from recap_cli.core.axes import UnitMask
 from recap_cli.core.method import RoundPlan
 from recap_cli.data import sources
 from recap_cli.errors import ConformanceError, DataError, ModelError
-from recap_cli.models import build, create, spec_from_config
+from recap_cli.models import build, conformance, create, spec_from_config
 from recap_cli.models.build import ModelSpec
 from recap_cli.progress import Track, silent
 from recap_cli.recipe.recipe import Recipe
@@ -52,6 +52,7 @@ def of_recipe(recipe: Recipe, label_names: Sequence[str] = ()) -> MetaModel:
         ConformanceError: the adapter does not describe it.
     """
     spec = spec_from_config.spec_of(source_of(recipe, label_names))
+    conformance.check_patches(spec)
     adapter, model = build.adapter_of(spec), build.on_meta(spec)
     try:
         layout = Layout.of_model(adapter, model)

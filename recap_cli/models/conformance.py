@@ -175,6 +175,22 @@ def _logits_of(spec: ModelSpec) -> Callable[[nn.Module], Tensor]:
     return logits
 
 
+def check_patches(spec: ModelSpec) -> None:
+    """Check that an image of a model holds a patch, as far as the configuration says it, without running the model.
+
+    Raises:
+        ModelError: It does not.
+    """
+    values = spec.config["args"] if spec.library == "timm" else spec.config
+    patch = values.get("patch_size")
+    sides = patch if isinstance(patch, list | tuple) else [patch]
+    if spec.image and any(isinstance(side, int) and side > spec.image["size"] for side in sides):
+        raise ModelError(
+            f"images of {spec.image['size']} pixels hold no patch of {' × '.join(map(str, sides))}",
+            hint="raise it: --set data.image_size=224",
+        )
+
+
 def _untouched(model: nn.Module, spec: ModelSpec) -> Tensor:
     """Return the logits of the uncut model. Raises `ModelError` if it does not run: that is not the adapter's fault."""
     try:

@@ -316,6 +316,9 @@ CORPUS = {
     "S4 a comment as an override": _empty("data.train=#a.csv"),
     "S4 an anchor as an override": _empty("data.train=&x"),
     "S4 an empty section": _empty("prune="),
+    "a budget for images that hold no patch": _case(
+        ("set", "finetune.memory_budget", "2GiB"), ("set", "data.image_size", 1), calls=("run",)
+    ),
     "a compensated cut over one example": _case(("set", "importance.batch_size", 1), base="vit", calls=("run-named",)),
     "S9 an alias bomb in options (slow)": _case(("bomb", FILE, 9, 10, "options")),
     "S9 an alias bomb in model.config (slow)": _case(

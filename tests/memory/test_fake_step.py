@@ -469,6 +469,12 @@ def test_what_does_not_fit_is_refused_in_an_meta_model_too(name: str, arguments:
         described(name, **arguments)
 
 
+@pytest.mark.parametrize("name", ["vit", "timm-vit"])
+def test_an_image_that_holds_no_patch_is_refused_before_a_step_is_predicted(name: str) -> None:
+    with pytest.raises(ModelError, match="images of 4 pixels hold no patch of 8"):
+        meta_model.of_recipe(tiny(name, data={"image_size": 4}), LABELS)
+
+
 def test_a_model_type_without_an_adapter_is_named_with_the_recipe() -> None:
     config = {"architecture": "resnet18"}
     recipe = tiny("timm-vit", model={"library": "timm", "config": config})
