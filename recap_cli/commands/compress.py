@@ -48,7 +48,10 @@ def compress(
     if dry_run:
         from recap_cli.rounds.status import describe
 
-        for line in describe(guessed.recipe):
+        lines = describe(guessed.recipe)
+        if as_json:
+            console.emit_json({"recipe": guessed.recipe.model_dump(mode="json"), "guessed": guessed.reasons, "plan": lines})
+        for line in () if as_json else lines:
             console.line(line)
         return
     from recap_cli.commands.tables import print_summary, say_change, say_stage

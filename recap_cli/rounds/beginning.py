@@ -1,12 +1,13 @@
 """What a state begins with: the data are read, the model is made and checked, its head is warmed up (paper, Step 1)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recap_cli import registry
 from recap_cli.core.method import RoundPlan
+from recap_cli.core.task import Metric
 from recap_cli.data.split import Split
 from recap_cli.machine import devices, threads
 from recap_cli.progress import Track
@@ -61,7 +62,7 @@ def begin(recipe: Recipe, round_plans: Sequence[RoundPlan], path: Path, track: T
         "method": recipe.method,
         "round_plans": [round_plan.to_json() for round_plan in round_plans],
         **model_facts(full),
-        "notes": [*raw.notes, *full.notes, *(taught.notes if taught else ()), *train.notes, *validation.notes],
+        "notes": [*raw.notes, *full.notes, *_teacher_notes(recipe.metric, taught, by_chance), *train.notes, *validation.notes],
         "train_examples": len(train),
         "label_places": raw.labels.from_dataset,
         "label_words": raw.labels.words,
@@ -72,6 +73,19 @@ def begin(recipe: Recipe, round_plans: Sequence[RoundPlan], path: Path, track: T
         **warm,
     }
     return Beginning(full, taught, facts, plugins)
+
+
+def _teacher_notes(metric: Metric, taught: Taught | None, chance: Mapping[str, float] | None) -> Iterator[str]:
+    """Yield what a user should know of a teacher: how it was made, and whether it knows anything."""
+    if taught is None:
+        return
+    yield from taught.notes
+    value = taught.facts["figures"][metric.name]
+    if chance is not None and not metric.is_better(value, chance[metric.name]):
+        yield (
+            f"the teacher's {metric.name} of {value:.4f} is no better than chance ({chance[metric.name]:.4f}): are its "
+            "labels in the order that its config.json says?"
+        )
 
 
 def _chance(recipe: Recipe, full: FullModel, validation: Split) -> dict[str, float] | None:

@@ -249,5 +249,10 @@ def test_bad_input_is_named(
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(tmp_path, "--dry-run")) == 0
     assert "small-full-000: text-classification, best by accuracy" in capsys.readouterr().out
+    assert main(command(tmp_path, "--dry-run", "--json")) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["recipe"]["distill"]["teacher"] == "self"
+    assert told["plan"][0].startswith("small-full-000: text-classification")
+    assert any(reason.startswith("data.text=sentence") for reason in told["guessed"])
     assert not (tmp_path / "state").exists()
     assert torch.is_grad_enabled()
