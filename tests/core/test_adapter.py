@@ -195,6 +195,13 @@ def stack(heads: dict[str, int]) -> nn.Module:
     return model
 
 
+def rows_for_each(heads: int) -> nn.Module:
+    """One block with two rows of something for each head."""
+    model = stack({"blocks.0": heads})
+    model.get_submodule("blocks.0.attn").register_parameter("rows", nn.Parameter(torch.zeros(2 * heads, 5)))
+    return model
+
+
 def test_extra_parameters_have_entries_for_each_head_where_a_block_has_them():
     tables = (replace(SEPARATE, extra=(("attn.table", 1),)),)
     axes = find_axes(Adapter(tables, (), ()), stack({"blocks.0": 4, "blocks.1": 4}))
@@ -202,6 +209,8 @@ def test_extra_parameters_have_entries_for_each_head_where_a_block_has_them():
         [Cut("blocks.0.attn.table", 1, 1, 0, "attn.table")],
         [],
     ]
+    (axis,) = find_axes(Adapter((replace(SEPARATE, extra=(("attn.rows", 0),)),), (), ()), rows_for_each(4))
+    assert axis.cuts[-1] == Cut("blocks.0.attn.rows", 0, 2, 0, "attn.rows")
     for wrong in (replace(SEPARATE, extra=(("attn.table", 0),)), replace(SEPARATE, extra=(("attn.table", 2),))):
         with pytest.raises(LookupError, match=r"blocks\.0\.attn\.table of shape \(5, 4\) has no entries for each of 4 heads"):
             find_axes(Adapter((wrong,), (), ()), stack({"blocks.0": 4}))
@@ -213,6 +222,8 @@ def test_heads_that_all_blocks_share_are_one_axis_and_the_mask_is_each_blocks_ow
     axes = find_axes(adapter, model)
     assert [(axis.name, axis.size, len(axis.cuts)) for axis in axes] == [("a.blocks.heads", 4, 14), ("b.blocks.heads", 3, 7)]
     assert [axis.name for axis in mask_axes(axes)] == ["a.blocks.heads/0", "a.blocks.heads/1", "b.blocks.heads/0"]
+    extra = find_axes(Adapter((replace(SEPARATE, shared=True, block="**blocks.*", extra=(("attn.table", 1),)),), (), ()), model)
+    assert [cut.couple for cut in extra[0].cuts if cut.param.endswith("table")] == ["0/attn.table"]
     for path in ("a.blocks.0", "a.blocks.1", "b.blocks.0"):
         count_on(model, f"{path}.attn", num_heads=9)
     resize(adapter, model, {"a.blocks.heads": 2})
@@ -271,11 +282,11 @@ def test_resize_invents_no_attribute():
 
 
 def test_an_adapter_of_functions_goes_its_own_way():
-    seen = []
-    adapter = Adapter((), (), (), axes=lambda model: [], resize=lambda model, sizes: seen.append(sizes))
-    assert find_axes(adapter, nn.Linear(1, 1)) == []
-    resize(adapter, nn.Linear(1, 1), {"a": 1})
-    assert seen == [{"a": 1}]
+    seen, model = [], nn.Linear(1, 1)
+    adapter = Adapter((), (), (), axes=lambda model: [], resize=lambda *given: seen.append(given))
+    assert find_axes(adapter, model) == []
+    resize(adapter, model, {"a": 1})
+    assert seen == [(model, {"a": 1})]
 
 
 def test_a_transposed_layer_is_cut_along_the_other_dimension():

@@ -168,3 +168,9 @@ def test_an_unknown_name_is_answered_with_near_ones() -> None:
     with pytest.raises(PluginError, match="there is no frozen weight named 'nf5'; there are: bf16, fp32, int8, nf4") as caught:
         frozen_weight_of("nf5")
     assert "did you mean nf4" in str(caught.value.hint)
+
+
+def test_a_check_draws_nothing_from_the_generator_of_torch() -> None:
+    before = torch.random.get_rng_state()
+    check(WEIGHTS["int8"])
+    assert torch.equal(torch.random.get_rng_state(), before)
