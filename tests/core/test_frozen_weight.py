@@ -174,3 +174,14 @@ def test_a_check_draws_nothing_from_the_generator_of_torch() -> None:
     before = torch.random.get_rng_state()
     check(WEIGHTS["int8"])
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_check_tries_the_type_that_the_forward_reads() -> None:
+    seen = set()
+
+    def dense(parts: Mapping[str, Tensor], out: Tensor) -> None:
+        seen.add(out.dtype)
+        WEIGHTS["int8"].dense(parts, out)  # type: ignore[misc]
+
+    check(replace(WEIGHTS["int8"], dtype=torch.bfloat16, dense=dense))
+    assert seen == {torch.bfloat16}

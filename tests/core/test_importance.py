@@ -233,8 +233,11 @@ def test_group_scores_that_change_the_model_are_refused_by_name(how: str) -> Non
         writing(model, how)
         return {axis.name: torch.ones(axis.size) for axis in axes}
 
-    with pytest.raises(PluginError, match=r"the criterion 'spoil' has changed the model: bert\.encoder\.layer\.1\.attention"):
+    with pytest.raises(
+        PluginError, match=r"the criterion 'spoil' has changed the model: bert\.encoder\.layer\.1\.attention"
+    ) as caught:
         group_scores(model, axes, Criterion(score_groups=spoil), losses_of(model, spec, data), named="spoil")
+    assert ("and 1 more tensors" in str(caught.value)) == (how == "replaced")  # a weight and its bias
 
 
 @pytest.mark.parametrize("fails", [False, True])
