@@ -97,8 +97,11 @@ def test_a_mask_may_leave_a_layer_without_any_group() -> None:
 
 def test_a_ratio_that_the_floor_forbids_is_refused() -> None:
     a = axis("a", 10)
-    with pytest.raises(SelectionError, match="floor of 50%"):
+    with pytest.raises(SelectionError, match="parameters from a: the floor of 50%"):
         select([a], rising(a), {"a": 1}, limits=Limits(floor=0.5), original={"a": 10}, keep_share=0.2)
+    b = axis("b", 10)
+    with pytest.raises(SelectionError, match=r"parameters from 2 axes \(a …\): the floor"):
+        select([a, b], rising(a, b), {"a": 1, "b": 1}, limits=Limits(floor=0.5), original=sizes([a, b]), keep_share=0.2)
 
 
 def test_uniform_leaves_every_layer_alike() -> None:

@@ -326,6 +326,8 @@ class Changing(nn.Module):
             seen.append(out)
         if self.how == "notes":
             notes["last"]["out"] = out
+        if self.how == "another tensor in notes":
+            notes["sum"] = out.sum().detach()
         if self.how == "x":
             x.add_(1)
         if self.how == "a view of x":
@@ -346,7 +348,14 @@ class Around(nn.Module):
 
 @pytest.mark.parametrize(
     ("how", "argument"),
-    [("seen", "seen"), ("notes", "notes"), ("x", "x"), ("a view of x", "x"), ("a tensor in notes", "notes")],
+    [
+        ("seen", "seen"),
+        ("notes", "notes"),
+        ("x", "x"),
+        ("a view of x", "x"),
+        ("a tensor in notes", "notes"),
+        ("another tensor in notes", "notes"),
+    ],
 )
 def test_an_argument_that_a_block_changes_is_refused(how: str, argument: str) -> None:
     model = Around(how).eval()
