@@ -164,12 +164,11 @@ def _rows(distillation: Distillation, teacher: _Teacher, split: Split, variant: 
     forward, everything = forward_of(teacher.spec, teacher.model), torch.arange(len(split))
     stream = batches(split, everything, how.batch_size, variant=variant, device=how.device)
     label = "outputs of the teacher" + (" for flipped images" if variant else "")
-    kept = stored_as(teacher.spec.num_labels)
     with torch.inference_mode():
-        return [
-            distillation.rows(forward(batch), batch).to("cpu", kept, copy=True)
-            for batch in how.track(stream, label, -(-len(split) // how.batch_size))
-        ]
+        found = (
+            distillation.rows(forward(batch), batch) for batch in how.track(stream, label, -(-len(split) // how.batch_size))
+        )
+        return [rows.to("cpu", stored_as(rows.shape[-1]), copy=True) for rows in found]
 
 
 def _check_rows(recipe: Recipe, variants: Sequence[Sequence[Tensor]], wanted: int) -> None:

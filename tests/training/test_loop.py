@@ -1,5 +1,7 @@
 """The training loop on a task that counts words: a micro-batch weighs by what it has of them."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,7 +43,9 @@ TASKS: dict[str, Task] = {
 }
 
 
-def stepped(name: str, micro_batch_size: int | None, *, fused: bool = False) -> tuple[dict[str, Tensor], Training]:
+def stepped(
+    name: str, micro_batch_size: int | None, *, batch: Batch | None = None, **how: Any
+) -> tuple[dict[str, Tensor], Training]:
     """The weights of a linear model after one step of SGD, so the gradient times the rate; and the facts of it."""
     torch.manual_seed(0)
     model = nn.Linear(WIDTH, 1 if name == "numbers" else LABELS)
@@ -51,8 +55,8 @@ def stepped(name: str, micro_batch_size: int | None, *, fused: bool = False) -> 
         lambda batch: model(batch["x"]),
         TASKS[name],
         Optimizer(trainables, sgd(momentum=0.0)),
-        [batch_of(name)],
-        Steps(rate=lambda _: 1.0, micro_batch_size=micro_batch_size, fused_backward=fused),
+        [batch_of(name) if batch is None else batch],
+        Steps(rate=lambda _: 1.0, micro_batch_size=micro_batch_size, **how),
     )
     return {trainable.name: before[trainable.name] - trainable.master for trainable in trainables}, facts
 
@@ -83,7 +87,7 @@ def test_the_gradient_of_micro_batches_is_that_of_the_whole_batch(size: int | No
 
 
 def test_a_fused_step_waits_for_the_last_micro_batch() -> None:
-    plain, fused = stepped("words", 2)[0], stepped("words", 2, fused=True)[0]
+    plain, fused = stepped("words", 2)[0], stepped("words", 2, fused_backward=True)[0]
     assert all(torch.equal(plain[name], fused[name]) for name in plain)
 
 
