@@ -1,11 +1,15 @@
-"""Checks of a configuration before memory is allocated: values that no model can have."""
+"""Checks of a configuration before memory is allocated: values that no model can have, and what fits into no machine."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recap_cli.errors import ModelError
 from recap_cli.untrusted.model_limits import beyond
 
+if TYPE_CHECKING:
+    from torch import nn
+
+NEW_HEAD = 100_000_000  # the most weights of a new head; they are made in a second
 HINT = "correct it in model.config, or in the config.json of the model's folder"
 
 
@@ -30,3 +34,28 @@ def check_padding(config: Any) -> None:
         raise ModelError(
             f"pad_token_id of this {config.model_type} is {pad}, and its vocabulary has the tokens 0 to {size - 1}", hint=HINT
         )
+
+
+def check_fit(kind: str, on_meta: "nn.Module", held: int | None = None) -> None:
+    """Check that a model fits into this machine and has the size of its checkpoint.
+
+    Args:
+        kind: The name of its type, for messages.
+        on_meta: The model on the meta device.
+        held: How many numbers its checkpoint has, if there is one.
+
+    Raises:
+        ModelError: Its float32 weights need more memory than this machine has, or are far more than those of its checkpoint.
+    """
+    import psutil
+
+    wanted = sum(param.numel() for param in on_meta.parameters())
+    machine_bytes = psutil.virtual_memory().total + psutil.swap_memory().total
+    if 4 * wanted > machine_bytes:
+        raise ModelError(
+            f"a {kind} of this configuration has {4 * wanted / 1e9:,.1f} GB of weights, but this machine has "
+            f"{machine_bytes / 1e9:,.1f} GB of memory",
+            hint=HINT,
+        )
+    if held is not None and wanted > 2 * held + NEW_HEAD:
+        raise ModelError(f"a {kind} of this configuration has {wanted:,} weights, but its files hold {held:,}", hint=HINT)

@@ -34,6 +34,7 @@ from recap_cli.core.ties import first_names
 from recap_cli.errors import ModelError, StorageError
 from recap_cli.models import build, export_manifest, stock_config, timm_models, transformers_models
 from recap_cli.models.checkpoints import WEIGHTS, check_weights, count_weights, read_config
+from recap_cli.models.config_checks import check_fit
 from recap_cli.models.specs import ModelSpec
 from recap_cli.state import files
 from recap_cli.untrusted.files import named
@@ -229,7 +230,7 @@ def _open_stock(folder: Path, spec: ModelSpec) -> nn.Module:
     """Open the folder with a public call of its library. Raises `ModelError` if a weight does not fit."""
     if spec.library == "timm":
         timm_models.check_config(folder, spec)
-        transformers_models.check_fit(spec.model_type, build.on_meta(spec), count_weights(folder))
+        check_fit(spec.model_type, build.on_meta(spec), count_weights(folder))
         return cast(nn.Module, timm_models.open_folder(folder))
     config = transformers_models.configure(read_config(folder))
     if config.model_type != spec.model_type:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from recap_cli.errors import ModelError
 from recap_cli.models.checkpoints import FOLDER_HINT, LoadReport, locate, quiet_timm, read_config
 from recap_cli.models.config_checks import HINT as CONFIG_HINT
+from recap_cli.models.config_checks import check_fit
 from recap_cli.models.specs import ModelSpec, image_facts
-from recap_cli.models.transformers_models import check_fit
 from recap_cli.models.unfilled import meta_device
 from recap_cli.untrusted.files import LIBRARY_ERRORS
 from recap_cli.untrusted.model_limits import LARGEST, LIMITS

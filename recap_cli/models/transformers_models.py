@@ -16,7 +16,7 @@ from torch import nn
 from recap_cli.errors import ModelError
 from recap_cli.models.checkpoints import FOLDER_HINT, QUANTIZED_HINT, LoadReport, count_weights, quiet
 from recap_cli.models.config_checks import HINT as CONFIG_HINT
-from recap_cli.models.config_checks import check_limits, check_padding
+from recap_cli.models.config_checks import check_fit, check_limits, check_padding
 from recap_cli.models.specs import INTERPOLATIONS, ModelSpec, image_facts
 from recap_cli.models.unfilled import meta_device
 from recap_cli.untrusted import files
@@ -28,7 +28,6 @@ SIZES = (  # keys of configurations that must be 1 or more; `conformance` checks
     *("vocab_size", "max_position_embeddings", "image_size", "patch_size", "num_channels"),
 )
 LAYERS = ("num_hidden_layers", "n_layers", "depth")  # keys for the number of layers
-NEW_HEAD = 100_000_000  # the most weights of a new head; they are made in a second
 ACTIVATIONS = ("hidden_act", "activation")
 DTYPES = ("dtype", "torch_dtype")
 CHOICES = (
@@ -133,33 +132,6 @@ def check_size(config: Any, wanted: ForTask, held: int | None = None) -> None:
     """Check a model of this configuration as `check_fit` does, without allocating it."""
     with quiet(), meta_device():
         check_fit(config.model_type, from_config(copy.deepcopy(config), wanted), held)
-
-
-def check_fit(kind: str, on_meta: nn.Module, held: int | None = None) -> None:
-    """Check that a model fits into this machine and has the size of its checkpoint.
-
-    Args:
-        kind: The name of its type, for messages.
-        on_meta: The model on the meta device.
-        held: How many numbers its checkpoint has, if there is one.
-
-    Raises:
-        ModelError: Its float32 weights need more memory than this machine has, or are far more than those of its checkpoint.
-    """
-    import psutil
-
-    wanted = sum(param.numel() for param in on_meta.parameters())
-    machine_bytes = psutil.virtual_memory().total + psutil.swap_memory().total
-    if 4 * wanted > machine_bytes:
-        raise ModelError(
-            f"a {kind} of this configuration has {4 * wanted / 1e9:,.1f} GB of weights, but this machine has "
-            f"{machine_bytes / 1e9:,.1f} GB of memory",
-            hint=CONFIG_HINT,
-        )
-    if held is not None and wanted > 2 * held + NEW_HEAD:
-        raise ModelError(
-            f"a {kind} of this configuration has {wanted:,} weights, but its files hold {held:,}", hint=CONFIG_HINT
-        )
 
 
 def from_folder(folder: Path, wanted: ForTask, config: Any) -> tuple[nn.Module, LoadReport]:
