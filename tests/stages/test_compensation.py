@@ -39,7 +39,7 @@ from recap_cli.state.store import State
 from tests import decoders, strange
 from tests.pico import logits_for
 from tests.stages.least_squares import regressions
-from tests.stages.test_invariants import STEPWISE, StopHere, stored_files
+from tests.stages.test_invariants import STEPWISE, run_with_stops, stored_files
 from tests.tiny import data_folder, tiny
 
 RIDGE = 0.1
@@ -268,22 +268,7 @@ def test_a_round_stage_by_stage_is_that_of_run(before: str, after: str, tmp_path
 
 def test_stopped_in_every_stage_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
     expected, path = stored_files(rounds_of("bert").root / "state"), tmp_path / "state"
-    seen: set[tuple[int, str]] = set()
-
-    def stop_once(items: Any, label: str, total: int | None = None) -> Any:
-        for i, item in enumerate(items):
-            moment = (State.open(path).manifest.round, label) if (path / "state.yaml").exists() else (0, label)
-            if i == 1 and moment not in seen:
-                seen.add(moment)
-                raise StopHere
-            yield item
-
-    for _ in range(40):
-        try:
-            run(compensated("bert"), path, track=stop_once)
-            break
-        except StopHere:
-            continue
+    seen = run_with_stops(compensated("bert"), path)
     assert (0, "compensation of the cut") in seen
     assert stored_files(path) == expected
 

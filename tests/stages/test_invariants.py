@@ -16,6 +16,7 @@ from recap_cli import registry
 from recap_cli.core.axes import chosen_params, counts, mask_axes, prunable_params, shapes_of, shrink, unit_params
 from recap_cli.core.surgery import compose_index_maps, gather, indices, scatter, take
 from recap_cli.data.sampling import batches, order, seed_for
+from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import training_round
 from recap_cli.rounds.record import MASK, MOMENTS, SMALL, TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
@@ -313,10 +314,8 @@ class StopHere(KeyboardInterrupt):
     """What Ctrl-C does, at a chosen moment."""
 
 
-@pytest.mark.parametrize("name", ["bert", "timm-vit"])
-def test_i6_stopped_in_every_stage_and_resumed_is_uninterrupted(name: str, tmp_path: Path) -> None:
-    expected = stored_files(rounds_of(name).root / "state")
-    recipe, path = tiny(name), tmp_path / "state"
+def run_with_stops(recipe: Recipe, path: Path) -> set[tuple[int, str]]:
+    """Run a recipe to its end, stopped once in every loop of every round; the round and the label of each stop."""
     seen: set[tuple[int, str]] = set()
 
     def stop_once(items: Any, label: str, total: int | None = None) -> Any:
@@ -333,8 +332,14 @@ def test_i6_stopped_in_every_stage_and_resumed_is_uninterrupted(name: str, tmp_p
             break
         except StopHere:
             continue
+    return seen
+
+
+@pytest.mark.parametrize("name", ["bert", "timm-vit"])
+def test_i6_stopped_in_every_stage_and_resumed_is_uninterrupted(name: str, tmp_path: Path) -> None:
+    seen = run_with_stops(tiny(name), tmp_path / "state")
     assert len(seen) >= 7  # init, the importances and the finetuning of both rounds were each stopped once
-    assert stored_files(path) == expected
+    assert stored_files(tmp_path / "state") == stored_files(rounds_of(name).root / "state")
 
 
 def test_runs_from_the_same_seed_are_equal_and_from_another_are_not(tmp_path: Path) -> None:
