@@ -46,6 +46,7 @@ def quiet() -> Iterator[None]:
     """Silence load reports, progress bars and warnings of transformers, which ruin logs. Errors are shown.
 
     Its handlers are silenced, not its loggers: a change of a logger's level makes `logging` look through all loggers.
+    Where its records go on to the handlers of the whole process, as in CI, those drop only what is transformers'.
     Inside another such block it does nothing.
     """
     from transformers.utils import logging as hf_logging
@@ -55,9 +56,10 @@ def quiet() -> Iterator[None]:
         return
     silenced, bars = _QUIET.set(True), hf_logging.is_progress_bar_enabled()
     hf_logging.get_logger()  # makes the library's own handler, if nothing has
-    levels = {handler: handler.level for handler in logging.getLogger("transformers").handlers}
-    for handler, level in levels.items():
-        handler.setLevel(max(level, logging.ERROR))
+    library = logging.getLogger("transformers")
+    handlers = [*library.handlers, *(logging.getLogger().handlers if library.propagate else ())]
+    for handler in handlers:
+        handler.addFilter(_is_worth_hearing)
     hf_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -65,10 +67,15 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         _QUIET.reset(silenced)
-        for handler, level in levels.items():
-            handler.setLevel(level)
+        for handler in handlers:
+            handler.removeFilter(_is_worth_hearing)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+def _is_worth_hearing(record: logging.LogRecord) -> bool:
+    """Whether a record is an error, or not of transformers."""
+    return record.levelno >= logging.ERROR or record.name.partition(".")[0] != "transformers"
 
 
 @contextmanager

@@ -432,18 +432,20 @@ def test_files_from_the_hub_are_read_as_a_folder(saved, monkeypatch):
     assert not any(pattern.endswith((".bin", "*")) for pattern in asked["allow_patterns"])
 
 
-def test_quiet_silences_warnings_of_the_libraries_and_gives_them_their_voice_back():
+@pytest.mark.parametrize("propagates", [False, True], ids=["own-handler", "and-those-of-the-process"])  # as in CI
+def test_quiet_silences_warnings_of_the_libraries_and_gives_them_their_voice_back(propagates, monkeypatch):
     import logging
 
     from transformers.utils import logging as hf_logging
 
     loggers = hf_logging.get_logger("transformers.modeling_utils"), logging.getLogger("timm.models._builder")
     (handler,) = [one for one in logging.getLogger("transformers").handlers if one is hf_logging._default_handler]
-    heard = []
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", propagates)
+    own, process = [], []
     shouted = logging.Handler()
-    shouted.emit = lambda record: heard.append(record.getMessage())
+    shouted.emit = lambda record: process.append(record.getMessage())
     logging.getLogger().addHandler(shouted)
-    handler.emit, emit = shouted.emit, handler.emit
+    monkeypatch.setattr(handler, "emit", lambda record: own.append(record.getMessage()))
     try:
         for number, silence in enumerate((nullcontext, checkpoints.quiet_timm, nullcontext)):
             with silence():
@@ -451,11 +453,18 @@ def test_quiet_silences_warnings_of_the_libraries_and_gives_them_their_voice_bac
                 for logger in loggers:
                     logger.warning(f"{logger.name} {number}")
                     logger.error(f"{logger.name} {number}!")
+                logging.getLogger("mine").warning(f"mine {number}")
     finally:
-        handler.emit = emit
         logging.getLogger().removeHandler(shouted)
-    expected = [f"{logger.name} {number}{mark}" for number in (0, 1, 2) for logger in loggers for mark in ("", "!")]
-    assert heard == [text for text in expected if "1" not in text or text.endswith("!")]
+
+    def said(*names):
+        every = [f"{name} {number}{mark}" for number in (0, 1, 2) for name in names for mark in ("", "!")]
+        return [text for text in every if not text.endswith("1")]  # a warning while all is silent
+
+    transformers, timm = (logger.name for logger in loggers)
+    assert own == said(transformers)
+    assert [text for text in process if not text.startswith("mine")] == said(*((transformers, timm) if propagates else (timm,)))
+    assert [text for text in process if text.startswith("mine")] == ["mine 0", "mine 1", "mine 2"]
 
 
 def labelled(folder: Path, names: list[str]) -> torch.Tensor:
