@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, is_linear, is_transposed
     from recap_cli.core.axes import Axis, Cut, UnitMask, mask_axes
-    from recap_cli.core.criterion import Criterion, GroupScores
+    from recap_cli.core.criterion import Criterion, GroupScores, Losses
     from recap_cli.core.frozen_weight import FrozenWeight
     from recap_cli.core.method import Method, RoundPlan, Settings, TrainContext, TrainerHook
     from recap_cli.core.ragged import Ragged
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "recap_cli.core.adapter": ("Adapter", "Heads", "Neurons", "find_axes", "is_linear", "is_transposed"),
     "recap_cli.core.axes": ("Axis", "Cut", "UnitMask", "mask_axes"),
-    "recap_cli.core.criterion": ("Criterion", "GroupScores"),
+    "recap_cli.core.criterion": ("Criterion", "GroupScores", "Losses"),
     "recap_cli.core.frozen_weight": ("FrozenWeight",),
     "recap_cli.core.method": ("Method", "RoundPlan", "Settings", "TrainContext", "TrainerHook"),
     "recap_cli.core.ragged": ("Ragged",),
@@ -50,6 +50,7 @@ __all__ = [
     "Heads",
     "LabelColumn",
     "Labels",
+    "Losses",
     "Method",
     "Metric",
     "MissingExtraError",

@@ -43,7 +43,7 @@ def distribution(tmp_path, monkeypatch):
 
 
 def test_ours_are_listed_as_a_strangers_would_be():
-    assert set(registry.names("criteria")) >= {"taylor", "fisher", "fisher-per-example", "magnitude", "random"}
+    assert set(registry.names("criteria")) >= {"taylor", "fisher", "fisher-per-example", "magnitude", "random", "wanda"}
     assert set(registry.names("adapters")) >= {"bert", "roberta", "electra", "distilbert", "vit", "deit", "dinov2", "timm-vit"}
     entry = next(entry for entry in registry.entries("criteria") if entry.name == "taylor")
     assert (entry.distribution, entry.target) == ("recap-cli", "recap_cli.plugins.criteria.taylor:TAYLOR")

@@ -377,3 +377,67 @@ def test_a_gradient_that_the_last_batch_does_not_reach_counts() -> None:
     (0.5 * model(x, whole=True) + 0.5 * model(x, whole=False)).backward()
     for name in "ab":
         torch.testing.assert_close(found[name], model.get_parameter(f"{name}.weight").grad.square().sum(1))  # type: ignore[union-attr]
+
+
+def naive_inputs(
+    model: nn.Module, spec: build.ModelSpec, data: list[tuple[dict[str, Tensor], Tensor]]
+) -> dict[str, list[Tensor]]:
+    """What each module with a weight reads, call by call, example by example: (tokens, in)."""
+    seen: dict[str, list[Tensor]] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0].detach()[0]))
+        for name, module in model.named_modules()
+        if getattr(module, "weight", None) is not None
+    ]
+    for inputs, labels in data:
+        for i in range(len(labels)):
+            logits_for(spec)(model, {name: tensor[i : i + 1] for name, tensor in inputs.items()})
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def naive_wanda(model: nn.Module, axis: Axis, unit: int, inputs: dict[str, list[Tensor]]) -> float:
+    """Σ |W_ij| · ‖x_j‖ over the columns that read a unit; over its own rows where no column does."""
+    ways: dict[bool, float] = {}
+    for cut in axis.cuts:
+        path, _, attribute = cut.param.rpartition(".")
+        module, weight = model.get_submodule(path), model.get_parameter(cut.param).detach().double()
+        if attribute != "weight" or weight.dim() != 2 or isinstance(module, nn.Embedding):
+            continue
+        is_conv1d = type(module).__name__ == "Conv1D"  # GPT-2's, (in, out)
+        norm = sum(call.reshape(-1, call.shape[-1]).double().square().sum(0) for call in inputs[path]).sqrt()
+        reads = cut.dim == (0 if is_conv1d else 1)
+        for index in range(cut.offset + unit * cut.width, cut.offset + (unit + 1) * cut.width):
+            row = weight.select(cut.dim, index).abs()
+            ways[reads] = ways.get(reads, 0.0) + float((row * (norm[index] if reads else norm)).sum())
+    return ways[True] if True in ways else ways[False]
+
+
+@pytest.mark.parametrize("name", sorted(PICO))
+def test_wanda_is_a_naive_sum_over_what_reads_each_group_and_runs_no_backward(name: str) -> None:
+    model, axes, data, spec = prepared(name)
+    inputs = naive_inputs(model, spec, data)
+    for of in (axes, mask_axes(axes)):
+        with torch.no_grad():  # a backward would fail
+            scores = group_scores(model, of, registry.load("criteria", "wanda"), losses_of(model, spec, data))
+        for axis in of:
+            wanted = [naive_wanda(model, axis, unit, inputs) for unit in range(axis.size)]
+            torch.testing.assert_close(
+                scores[axis.name].double(), torch.tensor(wanted, dtype=torch.double), rtol=1e-4, atol=1e-7
+            )
+
+
+def test_wanda_scores_the_rows_of_what_no_layer_reads_and_refuses_what_is_no_matrix() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    x = torch.tensor([[1.0, 0.0, 2.0], [1.0, 0.0, 0.0]])
+
+    def losses(each: bool) -> Iterator[tuple[Tensor, float]]:
+        yield model(x).sum(), 1.0
+
+    wanda = registry.load("criteria", "wanda")
+    rows = Axis("0.keys", "keys", 0, 2, (Cut("0.weight", 0, width=2), Cut("0.bias", 0, width=2)))
+    entries = model[0].weight.detach().abs() * torch.tensor([2.0**0.5, 0.0, 2.0])
+    torch.testing.assert_close(group_scores(model, [rows], wanda, losses)["0.keys"], entries.sum(1).view(2, 2).sum(1))
+    with pytest.raises(PluginError, match="meets no linear layer"):
+        group_scores(model, [Axis("1.gains", "gains", 0, 4, (Cut("1.weight", 0),))], wanda, losses)
