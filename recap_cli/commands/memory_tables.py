@@ -172,6 +172,8 @@ def _closing(found: Row) -> Iterator[str]:
     yield from (f"note: {note}" for note in found["notes"])
     if "importance_peak_bytes" in found:
         yield f"importance, with the full model streamed to its device: {_mb(found['importance_peak_bytes'])} MB at the peak"
+    if "teacher_peak_bytes" in found:
+        yield f"the teacher's round, with the full model streamed too: {_mb(found['teacher_peak_bytes'])} MB at the peak"
     yield MEANING
     yield f"Not included; a GPU holds in addition: {', '.join(NOT_INCLUDED)}."
     for sentence in dict.fromkeys(s for row in found.get("measured", ()) for s in row["not_seen"]):

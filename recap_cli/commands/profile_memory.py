@@ -114,8 +114,7 @@ def profile_memory(
     if by_module:
         for row, prediction in zip(found["predicted"], predictions, strict=True):
             row["by_module"] = predict.by_block(model, prediction.usage)
-    if recipe.importance.device != "cpu":
-        found["importance_peak_bytes"] = predict.importance_bytes(model, recipe)
+    found |= _streamed(model, recipe)
     if measure:
         found["measured"] = measuring.measure(model, recipe, asked, track=console.track, snapshot_to=snapshot)
     if plot is not None:
@@ -129,6 +128,16 @@ def profile_memory(
         console.emit_json(found | {"not_included": tables.NOT_INCLUDED})
     else:
         tables.show(found)
+
+
+def _streamed(model: "MetaModel", recipe: "Recipe") -> dict[str, int]:
+    """Return the peaks of what runs the full model a block at a time: importance on an accelerator, and a teacher's round."""
+    from recap_cli.memory.predict import importance_bytes
+    from recap_cli.memory.teacher import teacher_bytes
+
+    peaks = {"importance_peak_bytes": importance_bytes} if recipe.importance.device != "cpu" else {}
+    peaks |= {"teacher_peak_bytes": teacher_bytes} if recipe.distill.is_own else {}
+    return {name: peak(model, recipe) for name, peak in peaks.items()}
 
 
 def _methods(text: str) -> list[str]:

@@ -72,6 +72,8 @@ def _given_back(facts: Mapping[str, Any]) -> str:
 def _mask_text(facts: Mapping[str, Any]) -> str:
     if facts["trains"] == "head":
         return "only the task head is trainable"
+    if facts["trains"] == "teacher":
+        return "the full model is the teacher of the rounds after this one"
     if facts["trains"] == "training":
         return "the method chooses what is trainable"
     if facts["mask_ratio"] == 0:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # so that `recap status` reads rounds without torch
     from recap_cli.core.axes import Axis, UnitMask
 
 Plan = Literal["importance", "same", "learned"]
-Trains = Literal["mask", "head", "training"]
+Trains = Literal["mask", "head", "training", "teacher"]
 Embeddings = bool | Literal["tokens"]
 Option = bool | int | float | str | Sequence[str] | None
 
@@ -30,7 +30,8 @@ class RoundPlan:
         plan: which groups stay: by `importance` down to a share `1 − prune_ratio`, the `same` as in the round before, or those
             of the highest scores that a training of the round before has `learned`.
         trains: what is trained: what the `mask` makes trainable (a share `1 − mask_ratio`, and what lies outside every group),
-            the `head` alone, or what the method's `training` names.
+            the `head` alone, or what the method's `training` names. A recipe whose teacher is finetuned first
+            (`distill.teacher`) puts a round before those of the method that trains the `teacher`; no method gives one.
         share: of the optimizer steps of the run.
         lr_window: the window of the learning-rate schedule, from its rise to its decay; (0, 1) is all of it.
         embeddings: whether they are trainable too, where the mask decides: True for all of them, "tokens" for the rows of those

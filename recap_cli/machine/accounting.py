@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -44,6 +44,46 @@ def held(model: nn.Module, optimizer: Optimizer, gradient_bytes: int) -> dict[st
         "optimizer_bytes": 0 if away else optimizer.state_bytes(),
         "offloaded_bytes": storage_bytes(away),
     }
+
+
+def held_by_blocks(model: nn.Module, blocks: Sequence[str], optimizer: Optimizer) -> dict[str, int]:
+    """Return the bytes that a device holds while a model on the CPU visits it a block at a time: counted, also on the CPU.
+
+    That is the largest block, what stands outside the blocks, and the gradients and moments of the latter. Tables of embeddings
+    are looked up on the CPU (`core.streaming`).
+
+    Args:
+        model: The model, partly trainable.
+        blocks: The paths of its blocks.
+        optimizer: Its optimizer.
+
+    Returns:
+        As `held`; `offloaded_bytes` are the moments of what is in a block, or in a table.
+    """
+    places = {f"{name}." for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    inside = {name: next((f"{path}." for path in blocks if name.startswith(f"{path}.")), "") for name in _tensors(model)}
+
+    def most(sizes: Mapping[str, int]) -> int:
+        """The bytes outside, and those of the block that has most."""
+        by_block: dict[str, int] = {}
+        for name, size in sizes.items():
+            if inside[name] or not any(name.startswith(place) for place in places):
+                by_block[inside[name]] = by_block.get(inside[name], 0) + size
+        return by_block.pop("", 0) + max(by_block.values(), default=0)
+
+    trained = {one.name: one.grad_param for one in optimizer.trainables}
+    moments = {name: storage_bytes(kept.values()) for name, kept in optimizer.moments.items()}
+    stay = {name for name in trained if not inside[name] and not any(name.startswith(place) for place in places)}
+    return {
+        "weights_bytes": most({name: tensor.nbytes for name, tensor in _tensors(model).items()}),
+        "gradients_bytes": most({name: param.nbytes for name, param in trained.items()}),
+        "optimizer_bytes": sum(moments[name] for name in stay),
+        "offloaded_bytes": sum(size for name, size in moments.items() if name not in stay),
+    }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def held_now(device: torch.device, model: nn.Module | None, optimizer: Optimizer | None) -> dict[str, int]:

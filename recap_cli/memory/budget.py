@@ -17,6 +17,7 @@ from recap_cli.errors import BudgetError
 from recap_cli.memory import meta_model
 from recap_cli.memory.meta_model import MetaModel, anew, with_token_rows
 from recap_cli.memory.predict import Prediction, evaluation_bytes, importance_bytes, predict
+from recap_cli.memory.teacher import teacher_bytes
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
@@ -146,6 +147,8 @@ def fit(
         changes.append(_change(SCORING, "nothing: the validation data in smaller batches", now, scored, scoring=True))
     if scored.evaluation_bytes > allowed:
         raise _nothing_fits(model, scored, budget_bytes, may_change)
+    scored, smaller = _teacher(model, scored, allowed, may_change)
+    changes += [smaller] if smaller else []
     if moved := _importance(model, scored.recipe, allowed, may_change):
         changes.append(moved)
         scored = replace(scored, recipe=recipes.changed(scored.recipe, {IMPORTANCE: moved.after}))
@@ -305,6 +308,32 @@ def _scoring(model: MetaModel, now: Prediction, allowed: int, may_change: Callab
         recipe = recipes.changed(now.recipe, {SCORING: size})
         peak = evaluation_bytes(model, recipe, recipe.method)
     return replace(now, recipe=recipe, evaluation_bytes=peak)
+
+
+def _teacher(
+    model: MetaModel, now: Prediction, allowed: int, may_change: Callable[[str], bool]
+) -> tuple[Prediction, Change | None]:
+    """The same with micro-batches so small that the round of a teacher fits too, if the run finetunes its own; and the change.
+
+    Raises:
+        BudgetError: one example at a time is too much.
+    """
+    if not now.recipe.distill.is_own:
+        return now, None
+    first = peak = teacher_bytes(model, now.recipe)
+    recipe, before = now.recipe, _current(now.recipe, MICRO)
+    while peak > allowed and (size := _current(recipe, MICRO)) > 1 and may_change(MICRO):
+        recipe = recipes.changed(recipe, {MICRO: size // 2})
+        peak = teacher_bytes(model, recipe)
+    if peak > allowed:
+        raise BudgetError(
+            f"the teacher's round does not fit: a block of the full model at a time takes {peak + WORKSPACE_BYTES:,} bytes",
+            hint=f"a budget of {_enough(peak + WORKSPACE_BYTES)} fits; or a teacher that is there: --set distill.teacher=DIR",
+        )
+    if recipe is now.recipe:
+        return now, None
+    change = Change(MICRO, before, _current(recipe, MICRO), first, peak, "time: the teacher's round in smaller parts")
+    return replace(now, recipe=recipe), change
 
 
 def _importance(model: MetaModel, recipe: Recipe, allowed: int, may_change: Callable[[str], bool]) -> Change | None:

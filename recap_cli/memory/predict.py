@@ -31,7 +31,7 @@ from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.custom_training import attach, make_hook_trainable
 from recap_cli.rounds.device_policy import blocks_of, importance_batch_size
-from recap_cli.rounds.plans import method_of_name, round_plans_for
+from recap_cli.rounds.plans import method_of_name, round_plans_for, teaches
 from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.selection import limits_of
 from recap_cli.rounds.small_model import SmallModel, fine_axes, in_dtype, make_trainable, placement_of, rule_of
@@ -114,13 +114,11 @@ def predict(model: MetaModel, recipe: Recipe, method: str, *, kernels: Kernels =
 
 def planned(model: MetaModel, recipe: Recipe, method: str) -> tuple[RoundPlan, ...]:
     """The rounds that a method, by its name or short name, plans with the settings of a recipe; a state's own where it has
-    begun.
+    begun. That of a teacher is not among them, as it trains a block at a time (`memory.teacher`).
     """
-    return (
-        model.round_plans
-        if model.round_plans and with_method(recipe, method) is recipe
-        else round_plans_for(with_method(recipe, method))
-    )
+    own = model.round_plans and with_method(recipe, method) is recipe
+    found = model.round_plans if own else round_plans_for(with_method(recipe, method))
+    return tuple(round_plan for round_plan in found if not teaches(round_plan))
 
 
 def with_method(recipe: Recipe, method: str) -> Recipe:
@@ -275,7 +273,7 @@ def prepare(
     weights = sum(param.numel() for param in built.parameters())
     token_rows = model.token_rows or (all_token_rows(built) if round_plans[0].embeddings == "tokens" else None)
     small = SmallModel(built, model.layout, round_plans[0], plan, chosen, token_rows)
-    hook = _hook(small, recipe, round_plans, like) if round_plans[0].trains == "training" else None
+    hook = with_hook(small, recipe, round_plans, like) if round_plans[0].trains == "training" else None
     if tune.checkpointing:
         build.enable_checkpointing(built)
     trainables = make_trainable(small, placement) if hook is None else make_hook_trainable(small, hook, placement)
@@ -308,7 +306,7 @@ def batch_of(spec: ModelSpec, recipe: Recipe, size: int) -> Batch:
         return {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), **mask, "labels": labels}
 
 
-def _hook(small: SmallModel, recipe: Recipe, round_plans: Sequence[RoundPlan], like: Like) -> TrainerHook:
+def with_hook(small: SmallModel, recipe: Recipe, round_plans: Sequence[RoundPlan], like: Like) -> TrainerHook:
     """Attach a method's own training, and make what it puts into the model as `like` makes tensors."""
     built = small.model
     known = {*dict(built.named_parameters()).values(), *dict(built.named_buffers()).values()}

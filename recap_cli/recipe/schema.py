@@ -49,6 +49,7 @@ from recap_cli.tasks.calls import task_named
 
 _FROZEN = ConfigDict(extra="forbid", frozen=True)
 SELF = "self"  # as a teacher: the model itself
+OWN_TEACHERS = {"lora": 1e-3, "full": 2e-4}  # which a run finetunes itself, each with its `distill.lr: auto`
 MAX_HEAD_LR_RATIO = 10.0  # to `lr`, with `auto`: larger ratios were not measured
 
 
@@ -264,9 +265,16 @@ class Distill(BaseModel):
 
     teacher: Text | None = Field(
         default=None,
-        examples=[SELF, "DIR", None],
-        description="self is the model itself, which is finetuned already. Else the hub id or the folder of a model that is "
-        "finetuned for these labels, of any size. null is no teacher.",
+        examples=[SELF, *OWN_TEACHERS, "DIR", None],
+        description="self is the model itself, which is finetuned already. With lora or full the first round finetunes the "
+        "full model, by LoRA or whole, a block at a time on the device; the others begin there. Else the hub id or the folder "
+        "of a model that is finetuned for these labels, of any size. null is no teacher.",
+    )
+    steps_share: PartialShare = Field(
+        default=0.5, description="With teacher: lora or full, the share of the run's optimizer steps that the teacher takes."
+    )
+    lr: AutoPositive = Field(
+        default="auto", description="Learning rate of a teacher: lora or full; auto is 1e-3 for the first, 2e-4 for the second."
     )
     library: Literal["transformers", "timm"] | None = Field(
         default=None, description="The library that builds the teacher; null is that of the model."
@@ -274,6 +282,16 @@ class Distill(BaseModel):
     revision: Text | None = Field(default=None, description="Branch, tag or commit of the teacher on the hub.")
     temperature: Positive = Field(default=2.0, description="What the logits of both are divided by. Hinton et al.: T.")
     weight: Fraction = Field(default=0.7, description="Weight of the teacher's outputs in the loss; the labels have the rest.")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the run finetunes its teacher itself."""
+        return self.teacher in OWN_TEACHERS
+
+    @property
+    def own_lr(self) -> float:
+        """The learning rate of a teacher that the run finetunes itself."""
+        return OWN_TEACHERS[self.teacher or ""] if self.lr == "auto" else self.lr
 
 
 class Evaluate(BaseModel):

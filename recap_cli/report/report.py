@@ -124,7 +124,7 @@ def _changes(context: Context, numbers: Sequence[int]) -> Iterator[dict[str, Any
 def _trained(context: Context, number: int, plan: UnitMask) -> UnitMask | None:
     """The fine groups that a round has trained, or None where it has not yet, or where no mask says which."""
     done = {entry["stage"] for entry in context.state.manifest.history if entry["round"] == number}
-    if "finetune" not in done or context.round_plans[number - 1].trains == "training":
+    if "finetune" not in done or context.round_plans[number - 1].trains in ("training", "teacher"):
         return None
     layout = context.layout
     return visited(layout.axes, plan, context.mask(f"round-{number:03d}", plan), layout.whole)

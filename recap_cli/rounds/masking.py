@@ -64,7 +64,7 @@ def mask_facts(context: Context, number: int, plan: UnitMask, mask: UnitMask) ->
     """What a round notes of its mask: how much of the small model is trainable."""
     round_plan, axes, shapes = context.round_plans[number - 1], fine_axes(context.layout, plan), context.small_shapes(plan)
     facts = {"trains": round_plan.trains, "mask_ratio": round_plan.mask_ratio}
-    if round_plan.trains == "training":  # which says itself what it trains
+    if round_plan.trains in ("training", "teacher"):  # which says itself what it trains
         return facts
     trainable, prunable = chosen_params(axes, shapes, mask), prunable_params(axes, shapes)
     return facts | {

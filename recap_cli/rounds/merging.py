@@ -9,11 +9,13 @@ from torch import Tensor
 from recap_cli.core.axes import Shape, shapes_of
 from recap_cli.core.surgery import IndexMap, compose_index_maps, indices, scatter
 from recap_cli.core.task import LOSS, Metric
+from recap_cli.progress import Track
 from recap_cli.rounds.compensation import without_change
-from recap_cli.rounds.record import MOMENTS, PLAN, WEIGHTS
+from recap_cli.rounds.record import MOMENTS, PLAN, TARGETS, TEACHER_FOLDER, WEIGHTS
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import rule_of, trainable_entries
 from recap_cli.rounds.stored import as_bytes
+from recap_cli.rounds.teacher import Teacher, ask_own_teacher
 from recap_cli.state.store import Transaction
 from recap_cli.trainable.moments import put_moments
 
@@ -71,6 +73,15 @@ def copy_the_rest(context: Context, transaction: Transaction, full: str) -> None
         name = rel.removeprefix(f"{context.full}/")
         if name != rel and name not in (WEIGHTS, MOMENTS):
             transaction.path(f"{full}/{name}").write_bytes(context.state.verified(rel).read_bytes())
+
+
+def write_teacher(context: Context, transaction: Transaction, weights: dict[str, Tensor], track: Track) -> None:
+    """Write what the full model with these weights gives for the training examples, and note it as the teacher."""
+    model = context.model(context.full_tensors() | weights)
+    teacher = Teacher(model, context.spec, context.layout.axes, context.splits(track))
+    taught = ask_own_teacher(context.recipe, teacher, context.metrics(f"round-{transaction.round:03d}"), track)
+    transaction.save_tensors(f"{TEACHER_FOLDER}/{TARGETS}", taught.targets.to_tensors())
+    transaction.facts["teacher"] = taught.facts
 
 
 def keep_best(context: Context, transaction: Transaction, tuned: dict[str, Tensor], folder: str) -> None:

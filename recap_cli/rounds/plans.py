@@ -1,6 +1,7 @@
 """What each round of a state does: the rounds that its method gave when the state was made, or those of a recipe."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from math import ceil, isclose
 from typing import Any, cast, get_args
@@ -8,12 +9,13 @@ from typing import Any, cast, get_args
 from recap_cli import extras, registry
 from recap_cli.core.method import Method, Option, Plan, RoundPlan, Settings, Trains
 from recap_cli.errors import PluginError, RecipeError
-from recap_cli.recipe.recipe import Recipe
+from recap_cli.recipe.recipe import Distill, Recipe
 from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.state.store import Manifest
 from recap_cli.tasks.calls import task_named
 from recap_cli.untrusted.code import guarded
 
+METHOD_OF_TEACHER = {"lora": "lora-ft", "full": "full-ft"}  # whose training a teacher has that the run finetunes itself
 MOST = 10_000  # rounds; what gives more has no end
 
 
@@ -28,13 +30,15 @@ def method_of_name(name: str) -> Method:
 
 
 def require_extras(recipe: Recipe) -> None:
-    """Do nothing if what the method and the task of a recipe need is installed. A command asks before it computes.
+    """Do nothing if what the method, the teacher and the task of a recipe need is installed. A command asks first.
 
     Raises:
         MissingExtraError: the extra that brings it is not installed.
         PluginError: there is no such method, or one of them names an extra that recap-cli does not have.
     """
     require_extra(recipe.method)
+    if recipe.distill.is_own:
+        require_extra(METHOD_OF_TEACHER[recipe.distill.teacher or ""])
     require_extra_of_task(recipe)
 
 
@@ -68,7 +72,7 @@ def _require(extra: str | None, who: str) -> None:
 
 
 def round_plans_for(recipe: Recipe) -> tuple[RoundPlan, ...]:
-    """The rounds that a recipe's method plans for it.
+    """The rounds that a recipe's method plans for it, after that of a teacher which the run finetunes itself.
 
     Raises:
         PluginError: there is no such method, or what it gives makes no sense.
@@ -95,7 +99,20 @@ def round_plans_for(recipe: Recipe) -> tuple[RoundPlan, ...]:
             raise RecipeError(f"{recipe.name}: {error}", hint=_options_hint(recipe.method, method)) from error
     if problem := _problem(round_plans, method):
         raise PluginError(f"the method {recipe.method!r}: {problem}", hint="see RoundPlan in docs/plugins/method.md")
-    return round_plans
+    return _after_teacher(recipe.distill, round_plans)
+
+
+def _after_teacher(distill: Distill, round_plans: tuple[RoundPlan, ...]) -> tuple[RoundPlan, ...]:
+    """The rounds of a method, after one in which the full model becomes the teacher, if the run finetunes its own."""
+    if not distill.is_own:
+        return round_plans
+    teacher = RoundPlan(trains="teacher", share=distill.steps_share, embeddings=distill.teacher == "full", product=False)
+    return (teacher, *(replace(each, share=each.share * (1.0 - distill.steps_share)) for each in round_plans))
+
+
+def teaches(round_plan: RoundPlan) -> bool:
+    """Whether a round makes the teacher of those after it."""
+    return round_plan.trains == "teacher"
 
 
 def options_of(recipe: Recipe, method: Method) -> dict[str, Option]:
@@ -213,7 +230,8 @@ def _malformed(round_plan: Any) -> str | None:
         )
     if not isinstance(round_plan.embeddings, bool) and round_plan.embeddings != "tokens":
         return f"has embeddings={round_plan.embeddings!r}, which is none of True, False, 'tokens'"
-    for name, value, known in (("plan", round_plan.plan, get_args(Plan)), ("trains", round_plan.trains, get_args(Trains))):
+    trains = [word for word in get_args(Trains) if word != "teacher"]
+    for name, value, known in (("plan", round_plan.plan, get_args(Plan)), ("trains", round_plan.trains, trains)):
         if value not in known:
             return f"has {name}={value!r}, which is none of {', '.join(known)}"
     return None

@@ -85,7 +85,7 @@ Figures = dict[str, float]  # the loss and all metrics of an evaluation
 
 
 class TeacherFacts(BaseModel):
-    """What `init` notes of a teacher; `examples` is the fingerprint of those that it has seen."""
+    """What is noted of a teacher; `examples` is the fingerprint of those that it has seen."""
 
     model_config = OPEN
 
@@ -180,12 +180,13 @@ class FinetuneFacts(Held):
 
 
 class MergeFacts(BaseModel):
-    """What `merge` notes."""
+    """What `merge` notes; `teacher` after the round that has made one."""
 
     model_config = OPEN
 
     trained: Count
     best_round: Size | None
+    teacher: TeacherFacts | None = None
 
 
 FACTS: Mapping[str, type[BaseModel]] = {
@@ -196,6 +197,11 @@ FACTS: Mapping[str, type[BaseModel]] = {
     "merge": MergeFacts,
 }
 NUMBER = TypeAdapter(float, config=ConfigDict(strict=True))
+
+
+def teacher_of(manifest: Manifest) -> dict[str, Any] | None:
+    """What was noted of the teacher: by `init`, or by the `merge` of the round that has made it; None before, without one."""
+    return next((entry["teacher"] for entry in manifest.history if entry.get("teacher")), None)
 
 
 def check(state: State) -> None:
@@ -213,8 +219,14 @@ def _problems(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
     for number, entry in enumerate(manifest.history):
         if wrong := _wrong_facts(entry, recipe):
             yield f"history[{number}].{wrong} is missing or not what it should be"
-    if (manifest.made.get("teacher") is None) != (recipe.distill.teacher is None):
+    if (manifest.made.get("teacher") is None) != (recipe.distill.teacher is None or recipe.distill.is_own):
         yield "history[0].teacher is not that of the recipe"
+    own = [number for number, plan in enumerate(manifest.history[0]["round_plans"], 1) if plan["trains"] == "teacher"]
+    if own != [1] * recipe.distill.is_own:
+        yield "history[0].round_plans are not those of the recipe's teacher"
+    merges = [entry for entry in manifest.history if entry["stage"] == "merge"]
+    if [entry["round"] for entry in merges if entry.get("teacher")] != own[: len(merges)]:
+        yield "the teacher that `merge` has noted is not that of the recipe"
     if manifest.round > len(manifest.history[0]["round_plans"]):
         yield f"round {manifest.round} is more than were planned"
     merged = manifest.round if manifest.stage in ("init", "merge") else manifest.round - 1
@@ -251,15 +263,16 @@ def _wrong_facts(entry: Mapping[str, Any], recipe: Recipe) -> str | None:
 
 
 def _figures(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float] | None]]:
-    """The figures of other models that `init` notes, by their place."""
+    """The figures of other models than the small ones, by their place."""
     if entry["stage"] == "init":
         yield from ((name, entry.get(name)) for name in ("chance", "warmed_up"))
+    if entry["stage"] in ("init", "merge"):
         yield "teacher.figures", (entry.get("teacher") or {}).get("figures")
 
 
 def _needed(manifest: Manifest) -> Iterator[str]:
     """The files that the finished stages must have left."""
-    if manifest.made.get("teacher") is not None and manifest.stage != "merge":  # the last merge drops them
+    if teacher_of(manifest) is not None and manifest.stage != "merge":  # the last merge drops them
         yield f"{TEACHER_FOLDER}/{TARGETS}"
     yield from (f"{manifest.full}/{name}" for name in FULL_FILES)
     if manifest.best is not None:

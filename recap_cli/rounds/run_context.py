@@ -26,7 +26,7 @@ from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import record, stored
 from recap_cli.rounds.examples import splits_of
 from recap_cli.rounds.layout import Layout
-from recap_cli.rounds.plans import round_plans_of
+from recap_cli.rounds.plans import round_plans_of, teaches
 from recap_cli.rounds.recipe_model import objective_of
 from recap_cli.rounds.record import (
     BUFFERS,
@@ -154,13 +154,13 @@ class Context:
             DataError: the training examples are not those that the teacher has seen.
         """
         train, validation = self.splits(track)
-        if self.recipe.distill.teacher is None:
+        if self.recipe.distill.teacher is None or teaches(self.round_plans[self.state.manifest.round - 1]):
             return train, validation
         rel = f"{TEACHER_FOLDER}/{TARGETS}"
         path, tensors = self.state.path / rel, self.state.load_tensors(rel)
         with stored.meant(path):
             targets = SoftTargets.from_tensors(tensors)
-        return with_teacher(train, targets, self.state.manifest.made["teacher"]["examples"]), validation
+        return with_teacher(train, targets, (record.teacher_of(self.state.manifest) or {})["examples"]), validation
 
     def full_weights(self) -> dict[str, Tensor]:
         """The weights of the full model, on the CPU, without what no checkpoint of it holds."""
@@ -228,7 +228,7 @@ class Context:
         stored.check_each(path, tensors, stored.cut_shapes(self.small_shapes(plan), index_map), torch.float32)
         tuned = next(entry for entry in reversed(self.state.manifest.history) if entry["stage"] == "finetune")
         count = sum(tensor.numel() for tensor in tensors.values())
-        if self.round_plans[tuned["round"] - 1].trains != "training" and count != tuned["trainable"]:
+        if self.round_plans[tuned["round"] - 1].trains not in ("training", "teacher") and count != tuned["trainable"]:
             raise stored.corrupt(path, f"it holds {count:,} entries, and {tuned['trainable']:,} were trained")
         return tensors
 

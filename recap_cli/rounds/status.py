@@ -10,7 +10,7 @@ from recap_cli.core.method import RoundPlan
 from recap_cli.errors import DataError, ModelError
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.recipe.schema import SELF
+from recap_cli.recipe.schema import OWN_TEACHERS, SELF
 from recap_cli.rounds import record
 from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.rounds.plans import check_steps, require_extras, round_plans_for, round_plans_of
@@ -62,7 +62,7 @@ def check(recipe: Recipe) -> None:
     round_plans_for(recipe)
     require_extras(recipe)
     _check_folder(recipe.model.name, "model.name")
-    if recipe.distill.teacher != SELF:
+    if recipe.distill.teacher not in (SELF, *OWN_TEACHERS):
         _check_folder(recipe.distill.teacher, "distill.teacher")
     data = recipe.data
     for key, place in (("train", data.train), ("validation", data.validation)):
@@ -113,8 +113,14 @@ def _teacher_text(recipe: Recipe) -> Iterator[str]:
     """A line on the teacher, if there is one."""
     distill = recipe.distill
     if distill.teacher is not None:
-        who = "the model itself, as it is before the first round" if distill.teacher == SELF else distill.teacher
+        words = {SELF: "the model itself, as it is before the first round", **dict.fromkeys(OWN_TEACHERS, "made in round 1")}
+        who = words.get(distill.teacher, distill.teacher)
         yield f"teacher: {who}; {distill.weight:.0%} of the loss, at temperature {distill.temperature:g}"
+
+
+def _own_teacher_text(recipe: Recipe) -> str:
+    how = "by LoRA" if recipe.distill.teacher == "lora" else "whole"
+    return f"the full model becomes the teacher, finetuned {how} at {recipe.distill.own_lr:g}, a block at a time"
 
 
 def _head_text(recipe: Recipe, *, alone: bool) -> str:
@@ -152,6 +158,7 @@ def _round_plan_text(recipe: Recipe, round_plan: RoundPlan) -> str:
         pruned += ", compensated"
     trains = {
         "head": "the task head is trained",
+        "teacher": _own_teacher_text(recipe),
         "training": f"what {recipe.method} names is trained",
         "mask": "everything is trained",
     }[round_plan.trains]
@@ -168,7 +175,8 @@ def summary(state: State) -> dict[str, Any]:
     manifest = state.manifest
     recipe = recipes.parse(state.recipe_text, str(state.path / manifest.recipe))
     start, following = start_of(manifest, recipe.metric.name), next_stage(recipe, state)
-    judged = start if recipe.distill.teacher != SELF else {**start, "teacher": None}  # to be better than oneself is no fault
+    own = recipe.distill.teacher == SELF or recipe.distill.is_own
+    judged = {**start, "teacher": None} if own else start  # to be better than oneself is no fault
     ended = manifest.best if following is None else None
     return {
         "recipe": recipe.name,

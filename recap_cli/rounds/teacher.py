@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,9 @@ class Taught:
 
 
 @dataclass(frozen=True)
-class _Teacher:
+class Teacher:
+    """A teacher on the CPU, and the training and validation examples as it sees them."""
+
     model: nn.Module
     spec: ModelSpec
     axes: Sequence[Axis]
@@ -93,19 +95,45 @@ def ask_teacher(
     item_bytes = stored_as(full.spec.num_labels).itemsize
     weights = sum(param.nbytes for param in full.model.parameters())  # which are written first
     _check_room(path, splits[0].variants * int(lengths.sum()) * full.spec.num_labels * item_bytes, weights)
+    if recipe.distill.is_own:  # there is none yet: the first round makes it
+        return None
     teacher = _itself(recipe, full, splits) if recipe.distill.teacher == SELF else _another(recipe, raw, track)
-    train, validation = teacher.splits
-    _check_alike(lengths, _lengths(distillation, train))
     device = devices.pick(recipe.importance.device)
     how = Pass(recipe.evaluate.batch_size, device, track, "validation of the teacher")
     with teacher.on(device):
-        figures = evaluate(forward_of(teacher.spec, teacher.model), validation, objective_of(recipe, teacher.spec), how)
-        rows = [_rows(distillation, teacher, train, variant, how) for variant in range(train.variants)]
+        forward = forward_of(teacher.spec, teacher.model)
+        figures = evaluate(forward, teacher.splits[1], objective_of(recipe, teacher.spec), how)
+        return _taught(recipe, teacher, splits[0], figures, how)
+
+
+def ask_own_teacher(recipe: Recipe, teacher: Teacher, figures: dict[str, float], track: Track) -> Taught:
+    """The outputs of the teacher that a run has finetuned itself for all training examples.
+
+    Args:
+        recipe: of the run.
+        teacher: the full model as its first round has left it, with the student's own examples.
+        figures: of it on the validation data.
+        track: hears of progress.
+
+    Raises:
+        ModelError: its outputs are not finite.
+    """
+    device = devices.pick(recipe.importance.device)
+    with teacher.on(device):
+        return _taught(recipe, teacher, teacher.splits[0], figures, Pass(recipe.evaluate.batch_size, device, track))
+
+
+def _taught(recipe: Recipe, teacher: Teacher, student: Split, figures: dict[str, float], how: Pass) -> Taught:
+    """What a teacher, on its device, leaves for the training examples of the student."""
+    distillation = cast(Distillation, task_named(recipe.task.kind).distillation)  # no recipe has a teacher for a task without
+    lengths, train = _lengths(distillation, student), teacher.splits[0]
+    _check_alike(lengths, _lengths(distillation, train))
+    rows = [_rows(distillation, teacher, train, variant, how) for variant in range(train.variants)]
     _check_rows(recipe, rows, int(lengths.sum()))
     facts = {
         "name": recipe.distill.teacher,
         "parameters": sum(param.numel() for param in teacher.model.parameters()),
-        "examples": fingerprint(splits[0]),
+        "examples": fingerprint(student),
         "figures": figures,
     }
     return Taught(SoftTargets.of(rows, lengths), facts, teacher.notes)
@@ -130,17 +158,17 @@ def with_teacher(split: Split, targets: SoftTargets, examples: str) -> Split:
     return replace(split, soft=targets)
 
 
-def _itself(recipe: Recipe, full: FullModel, splits: tuple[Split, Split]) -> _Teacher:
+def _itself(recipe: Recipe, full: FullModel, splits: tuple[Split, Split]) -> Teacher:
     if full.has_new_head:
         reason = next((note for note in full.notes if "head" in note), "it has random weights")
         raise ModelError(
             f"{recipe.model.name or 'model.config'} has nothing to teach (distill.teacher: self): {reason}",
             hint="give a model that is finetuned for these labels; or, in a recipe, another teacher: --set distill.teacher=DIR",
         )
-    return _Teacher(full.model, full.spec, full.layout.axes, splits)
+    return Teacher(full.model, full.spec, full.layout.axes, splits)
 
 
-def _another(recipe: Recipe, raw: Raw, track: Track) -> _Teacher:
+def _another(recipe: Recipe, raw: Raw, track: Track) -> Teacher:
     """Another model of the same task and labels; it sees images at its own size, and texts by its own tokenizer."""
     name, library = recipe.distill.teacher, recipe.distill.library or recipe.model.library
     own = recipe.model_copy(
@@ -157,10 +185,10 @@ def _another(recipe: Recipe, raw: Raw, track: Track) -> _Teacher:
         raise ModelError(f"the teacher {name} has nothing to teach: {created.notes[0]}", hint=OTHER_TEACHER)
     axes = Layout.of_model(build.adapter_of(created.spec), created.model).axes
     splits = make_splits(own, created.spec, created.processor, track, raw)
-    return _Teacher(created.model, created.spec, axes, splits, tuple(f"teacher: {note}" for note in created.notes))
+    return Teacher(created.model, created.spec, axes, splits, tuple(f"teacher: {note}" for note in created.notes))
 
 
-def _rows(distillation: Distillation, teacher: _Teacher, split: Split, variant: int, how: Pass) -> list[Tensor]:
+def _rows(distillation: Distillation, teacher: Teacher, split: Split, variant: int, how: Pass) -> list[Tensor]:
     forward, everything = forward_of(teacher.spec, teacher.model), torch.arange(len(split))
     stream = batches(split, everything, how.batch_size, variant=variant, device=how.device)
     label = "outputs of the teacher" + (" for flipped images" if variant else "")

@@ -1,6 +1,6 @@
 """One round of finetuning: a small model made trainable, trained where its mask allows, and scored (paper, sec. 3.2)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite
 
@@ -19,7 +19,8 @@ from recap_cli.models import build
 from recap_cli.progress import Track
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.custom_training import attach, make_hook_trainable, rates_of, stepping
-from recap_cli.rounds.plans import lr_window_of, steps_in_round, steps_of
+from recap_cli.rounds.device_policy import blocks_of, importance_batch_size
+from recap_cli.rounds.plans import lr_window_of, steps_in_round, steps_of, teaches
 from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import SmallModel, in_dtype, make_trainable, placement_of, rule_of
@@ -50,6 +51,11 @@ class Trainer:
     hook: TrainerHook | None
     device: torch.device
 
+    @property
+    def teaches(self) -> bool:
+        """Whether this is the round that makes the teacher of those after it."""
+        return teaches(self.small.round_plan)
+
 
 def read_small_model(context: Context, number: int, examples: tuple[Split, Split]) -> SmallModel:
     """The small model of a round as it was cut, with its mask, and the token rows that the `examples` use."""
@@ -69,7 +75,7 @@ def make_trainer(context: Context, number: int, small: SmallModel, device: torch
     if small.round_plan.trains == "training":
         torch.manual_seed(seed_for(recipe.seed, number, "training"))
         hook = attach(small, recipe, context.round_plans[number - 1 :])
-    carried = _carried_state(context, small, index_map)
+    carried = carried_state(context, small, index_map)
     if settings.checkpointing:
         build.enable_checkpointing(small.model)
     if hook is None:
@@ -84,7 +90,7 @@ def make_trainer(context: Context, number: int, small: SmallModel, device: torch
     return Trainer(number, small, optimizer, hook, device)
 
 
-def _carried_state(context: Context, small: SmallModel, index_map: IndexMap) -> CarriedState:
+def carried_state(context: Context, small: SmallModel, index_map: IndexMap) -> CarriedState:
     """The moments and step counts that the entries at `index_map` of a small model have in the full one."""
     in_full = compose_index_maps(indices(context.layout.axes, small.plan, context.layout.shapes), index_map)
     moments, steps = take_moments(context.full_moments(tuple(rule_of(context.recipe.finetune).idle_decay)), in_full)
@@ -97,28 +103,42 @@ def train_round(context: Context, trainer: Trainer, split: Split, track: Track) 
     torch.manual_seed(seed_for(recipe.seed, number, "finetune"))
     each = steps_of(context.round_plans, recipe.rounds * steps_in_round(recipe, len(split)))
     before, steps = sum(each[: number - 1]), each[number - 1]
-    whole, first = lr_window_of(trainer.small.round_plan, before, steps, sum(each))
+    whole, first = _lr_window(context, number, each)
 
     def rate(step: int) -> float:
         warmup = settings.warmup_ratio
         return learning_rate(first + step, steps=whole, peak=settings.lr, schedule=settings.schedule, warmup_ratio=warmup)
 
     return train(
-        _forward(context, trainer.small.model.train()),
+        _forward(context, trainer, trainer.small.model.train(not trainer.teaches)),
         context.objective.task,
         trainer.optimizer,
         track(_epochs(recipe, split, before, steps, device), f"finetune, round {number}", steps),
         steps=Steps(
             rate=rate,
-            micro_batch_size=settings.micro_batch_size,
+            micro_batch_size=_micro_batch_size(recipe, trainer),
             max_grad_norm=settings.max_grad_norm,
             fused_backward=settings.fused_backward,
             before_step=stepping(trainer.hook, trainer.optimizer, steps),
             if_not_finite=NOT_COMMITTED,
             hint=LOWER_THE_RATE,
-            lesson=lesson_of(recipe),
+            lesson=None if trainer.teaches else lesson_of(recipe),
         ),
     )
+
+
+def _lr_window(context: Context, number: int, each: Sequence[int]) -> tuple[int, int]:
+    """The steps of the learning-rate schedule of a round, and its first step there; a teacher's has a schedule of its own."""
+    mine = teaches(context.round_plans[number - 1])
+    alike = [steps if teaches(plan) == mine else 0 for plan, steps in zip(context.round_plans, each, strict=True)]
+    return lr_window_of(context.round_plans[number - 1], sum(alike[: number - 1]), each[number - 1], sum(alike))
+
+
+def _micro_batch_size(recipe: Recipe, trainer: Trainer) -> int | None:
+    """The examples at a time; where the full model visits a device, as many as importance has there."""
+    if trainer.teaches and trainer.device.type != "cpu":
+        return importance_batch_size(recipe, trainer.device)
+    return recipe.finetune.micro_batch_size
 
 
 def _epochs(recipe: Recipe, split: Split, before: int, steps: int, device: torch.device) -> Iterator[Batch]:
@@ -136,9 +156,14 @@ def _epochs(recipe: Recipe, split: Split, before: int, steps: int, device: torch
             steps, before = steps - 1, before + 1
 
 
-def held_in_training(trainer: Trainer, run: Training) -> tuple[dict[str, int], dict[str, int] | None]:
+def held_in_training(context: Context, trainer: Trainer, run: Training) -> tuple[dict[str, int], dict[str, int] | None]:
     """Bytes held on the device by kind, and the allocator's peak; asked before the evaluation, which may have a higher one."""
-    held = accounting.held(trainer.small.model, trainer.optimizer, run.gradient_bytes)
+    model, optimizer = trainer.small.model, trainer.optimizer
+    if trainer.teaches:
+        blocks = blocks_of(model, trainer.small.layout.axes, context.spec.model_type)
+        held = accounting.held_by_blocks(model, blocks, optimizer)
+    else:
+        held = accounting.held(model, optimizer, run.gradient_bytes)
     return held, accounting.training_peak(trainer.device, held)
 
 
@@ -149,13 +174,14 @@ def score_round(context: Context, trainer: Trainer, validation: Split, track: Tr
         TrainingError: the loss, or a trained value, is not finite.
     """
     how = Pass(context.recipe.evaluate.batch_size, trainer.device, track, "validation")
-    metrics = evaluate(_forward(context, trainer.small.model.eval()), validation, context.objective, how)
+    metrics = evaluate(_forward(context, trainer, trainer.small.model.eval()), validation, context.objective, how)
     _check_finite(metrics["loss"], trainer.optimizer)
     return metrics
 
 
-def _forward(context: Context, model: nn.Module) -> Forward:
-    return in_dtype(forward_of(context.spec, model), placement_of(context.recipe.finetune).dtype)
+def _forward(context: Context, trainer: Trainer, model: nn.Module) -> Forward:
+    dtype = torch.float32 if trainer.teaches else placement_of(context.recipe.finetune).dtype
+    return in_dtype(forward_of(context.spec, model), dtype)
 
 
 def _check_finite(loss: float, optimizer: Optimizer) -> None:

@@ -3,6 +3,7 @@
 from typing import TypedDict
 
 from recap_cli.core.task import Metric
+from recap_cli.rounds.record import teacher_of
 from recap_cli.state.store import Manifest
 
 TRY = (
@@ -27,7 +28,7 @@ def start_of(manifest: Manifest, metric: str) -> Start:
     The first is None without a warm-up, the second for a task that does not say it, the third without a teacher. The manifest
     is one that `record.check` has passed.
     """
-    warmed_up, chance, teacher = (manifest.made.get(name) for name in ("warmed_up", "chance", "teacher"))
+    warmed_up, chance, teacher = manifest.made.get("warmed_up"), manifest.made.get("chance"), teacher_of(manifest)
     return {
         "warm_up": warmed_up[metric] if warmed_up else None,
         "chance": chance[metric] if chance else None,
