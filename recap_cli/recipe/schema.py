@@ -376,14 +376,15 @@ class Recipe(BaseModel):
         """The metric that decides which round is best."""
         return task_named(self.task.kind).metric(self.task.metric or "")  # never null: `_first_metric` has filled it in
 
-    def head_lr(self, *, new: bool, alone: bool = False) -> float:
+    def head_lr(self, *, new: bool, alone: bool = False, lr: float | None = None) -> float:
         """Return the peak learning rate of the task head while finetuning.
 
         Args:
             new: True for a new head, False for that of the checkpoint.
             alone: True if only the head is trainable.
+            lr: The rate of the rest; None is that of the recipe.
         """
-        head_lr, lr = self.finetune.head_lr, self.finetune.lr
+        head_lr, lr = self.finetune.head_lr, self.finetune.lr if lr is None else lr
         if head_lr == "auto":
             is_raised = new and not alone and self.finetune.optimizer == "adamw"  # the optimizer of the warm-up
             return max(lr, min(self.head.lr, MAX_HEAD_LR_RATIO * lr)) if is_raised else lr

@@ -46,15 +46,15 @@ def write_results(transaction: Transaction, context: Context, trainer: Trainer, 
     held |= accounting.measured(trainer.device, outcome.peak)
     transaction.save_json(f"{folder}/{MEMORY}", held)
     transaction.save_json(f"{folder}/{METRICS}", outcome.metrics)
-    head_lr = context.head_lr(trainer.small.round_plan)
+    lr, head_lr = context.lr(trainer.small.round_plan), context.head_lr(trainer.small.round_plan)
     transaction.facts |= {
         "metric": recipe.task.metric,
         **outcome.metrics,
         "evaluated_in": recipe.finetune.weights,
         "train_loss": run.loss,
         "steps": run.steps,
-        "lr": recipe.finetune.lr,
-        **({} if head_lr == recipe.finetune.lr else {"head_lr": head_lr}),
+        "lr": lr,
+        **({} if head_lr == lr else {"head_lr": head_lr}),
         "step_seconds": run.seconds / max(1, run.steps),
         "trainable": sum(trainable.grad_param.numel() for trainable in optimizer.trainables),
         **{name: held[name] for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "full_finetuning")},

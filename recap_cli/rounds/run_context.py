@@ -131,9 +131,14 @@ class Context:
         """What the models are trained and scored for."""
         return objective_of(self.recipe, self.spec)
 
+    def lr(self, round_plan: RoundPlan) -> float:
+        """The peak learning rate of a round."""
+        return self.recipe.distill.own_lr if teaches(round_plan) else self.recipe.finetune.lr
+
     def head_lr(self, round_plan: RoundPlan) -> float:
         """The peak learning rate of the task head in a round."""
-        return self.recipe.head_lr(new=self.state.manifest.made["head_new"], alone=round_plan.trains == "head")
+        is_new, is_alone = self.state.manifest.made["head_new"], round_plan.trains == "head"
+        return self.recipe.head_lr(new=is_new, alone=is_alone, lr=self.lr(round_plan))
 
     def processor(self) -> Any:
         """The tokenizer of the full model, or None for images."""

@@ -49,9 +49,7 @@ def teaching(context: Context, number: int, full: SmallModel, device: torch.devi
     carried = carried_state(context, full, index_map)
     with on_device(full.model.eval(), full.layout.axes, device, context.spec.model_type):
         trainables = _trainables(full.model, hook)
-        scale = {one.name: recipe.distill.own_lr / settings.lr for one in trainables}
-        if (rate := context.head_lr(full.round_plan)) != settings.lr:
-            scale |= dict.fromkeys(scale.keys() & set(context.layout.head), rate / settings.lr)
+        scale = dict.fromkeys(context.layout.head, context.head_lr(full.round_plan) / context.lr(full.round_plan))
         optimizer = Optimizer(trainables, rule_of(settings), weight_decay=settings.weight_decay, carried=carried, scale=scale)
         yield Trainer(number, full, optimizer, hook, device)
 

@@ -103,11 +103,11 @@ def train_round(context: Context, trainer: Trainer, split: Split, track: Track) 
     torch.manual_seed(seed_for(recipe.seed, number, "finetune"))
     each = steps_of(context.round_plans, recipe.rounds * steps_in_round(recipe, len(split)))
     before, steps = sum(each[: number - 1]), each[number - 1]
-    whole, first = _lr_window(context, number, each)
+    (whole, first), peak = _lr_window(context, number, each), context.lr(trainer.small.round_plan)
 
     def rate(step: int) -> float:
         warmup = settings.warmup_ratio
-        return learning_rate(first + step, steps=whole, peak=settings.lr, schedule=settings.schedule, warmup_ratio=warmup)
+        return learning_rate(first + step, steps=whole, peak=peak, schedule=settings.schedule, warmup_ratio=warmup)
 
     return train(
         _forward(context, trainer, trainer.small.model.train(not trainer.teaches)),
