@@ -588,18 +588,37 @@ def test_export_prints_the_path_and_how_to_load_it(
 ) -> None:
     seen = []
 
-    def export(state: State, out: Path, *, dense: bool, track: Any) -> dict[str, Any]:
-        seen.append(dense)
+    def export(state: State, out: Path, *, which: str, dense: bool, track: Any) -> dict[str, Any]:
+        seen.append((which, dense))
         return {"path": str(out), "form": form, "reason": "its layers differ" if form == "ragged" else None}
 
     fake("export", export=export)
     assert main(["export", str(folder), "out", *(["--dense"] if form == "dense" else [])]) == 0
     out, err = capsys.readouterr()
-    assert seen == [form == "dense"]
+    assert seen == [("best", form == "dense")]
     assert out == "out\n"
     assert "    model = recap_cli.load('out')\n" in err
     assert ("AutoModelForImageClassification.from_pretrained('out')" in err) is stock
     assert ("its layers differ" in err) is not stock
+
+
+def test_export_of_the_full_model_and_what_it_refuses(fake: Fake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+
+    def export(state: State, out: Path, **settings: Any) -> dict[str, Any]:
+        seen.append(settings["which"])
+        return {"path": str(out), "form": "stock", "reason": None}
+
+    fake("export", export=export)
+    assert main(["export", str(folder), "out", "--which", "full"]) == 0
+    for arguments, said in (
+        (["--which", "small"], "has no such model to export"),
+        (["--which", "full", "--dense"], "nothing is"),
+    ):
+        capsys.readouterr()
+        assert main(["export", str(folder), "out", *arguments]) == 2
+        assert said in capsys.readouterr().err
+    assert seen == ["full"]
 
 
 # Lists

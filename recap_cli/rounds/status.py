@@ -13,7 +13,7 @@ from recap_cli.recipe.recipe import Recipe
 from recap_cli.recipe.schema import OWN_TEACHERS, SELF
 from recap_cli.rounds import record
 from recap_cli.rounds.frozen_weights import frozen_weight_of
-from recap_cli.rounds.plans import check_steps, require_extras, round_plans_for, round_plans_of
+from recap_cli.rounds.plans import check_steps, require_extras, round_plans_for, round_plans_of, teaches
 from recap_cli.rounds.verdict import start_of, warning
 from recap_cli.state.store import Manifest, State
 
@@ -202,10 +202,10 @@ def _rows(state: State) -> Iterator[dict[str, Any]]:
     by_round: dict[int, dict[str, dict[str, Any]]] = {}
     for entry in state.manifest.history:
         by_round.setdefault(entry["round"], {})[entry["stage"]] = entry
-    best = (state.manifest.best or {}).get("round")
+    best, round_plans = (state.manifest.best or {}).get("round"), round_plans_of(state.manifest)
     for number, stages in by_round.items():
         if "prune" in stages:
-            yield _row(number, stages, best=number == best)
+            yield _row(number, stages, best=number == best) | {"teaches": teaches(round_plans[number - 1])}
 
 
 def _row(number: int, stages: Mapping[str, Mapping[str, Any]], *, best: bool) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""`export`: the best small model as a folder that three lines of Python load."""
+"""`export`: the best small model, or the full one, as a folder that three lines of Python load."""
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from recap_cli.errors import StateError
 from recap_cli.models import export as product
@@ -11,12 +11,15 @@ from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.scoring import best_tensors
 from recap_cli.state.store import State
 
+Which = Literal["best", "full"]
 
-def export(state: State, out: Path, *, dense: bool = False, track: Track = silent) -> dict[str, Any]:
+
+def export(state: State, out: Path, *, which: Which = "best", dense: bool = False, track: Track = silent) -> dict[str, Any]:
     """Write the best small model to the new folder `out`, or with `dense` a zero-filled checkpoint of the original shapes.
 
-    What was written is loaded again, and its logits are compared, before this returns the facts of it. What a stopped writer
-    has left in the state goes first.
+    `which="full"` writes the full model as it is after the rounds that are merged: of the size that it had, and trained where
+    they trained it. What was written is loaded again, and its logits are compared, before this returns the facts of it. What a
+    stopped writer has left in the state goes first.
 
     Raises:
         UsageError: there is no best model yet.
@@ -26,8 +29,10 @@ def export(state: State, out: Path, *, dense: bool = False, track: Track = silen
     with suppress(StateError):  # another process is writing, and tidies up itself; what is read here is checked by itself
         state.tidy()
     context = Context(state)
-    tensors, _, best = best_tensors(context)
-    small = product.Product(
-        context.spec, context.processor(), context.adapter, tensors, context.layout.axes, context.plan(best["folder"])
-    )
-    return product.export(small, out, dense=dense, facts={key: best[key] for key in ("round", "metric", "value")})
+    if which == "full":
+        tensors, plan, facts = context.full_tensors(), {}, {"round": int(context.full.rpartition("-")[2]), "model": "full"}
+    else:
+        tensors, _, best = best_tensors(context)
+        plan, facts = context.plan(best["folder"]), {key: best[key] for key in ("round", "metric", "value")}
+    made = product.Product(context.spec, context.processor(), context.adapter, tensors, context.layout.axes, plan)
+    return product.export(made, out, dense=dense, facts=facts)

@@ -435,6 +435,18 @@ def test_a_round_of_the_ramp_gives_no_best_model_and_nothing_is_scored_before_th
         export(state, tmp_path / "out")
 
 
+def test_the_full_model_is_exported_as_the_rounds_have_left_it(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageClassification
+
+    state = made(tmp_path / "state", "merge", rounds=2)
+    facts = export(state, tmp_path / "out", which="full")
+    assert (facts["form"], facts["facts"]) == ("stock", {"round": 1, "model": "full"})
+    context = Context(state)
+    wanted = context.full_weights()
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_an_export_gives_the_logits_of_the_best_model(dense: bool, tmp_path: Path) -> None:
     import recap_cli
