@@ -14,4 +14,4 @@ def head(_: Settings) -> list[RoundPlan]:
 
 
 FULL = Method("Full finetuning: every weight is trainable, nothing is pruned.", whole)
-HEAD = Method("Head finetuning: only the task head is trainable, nothing is pruned.", head)
+HEAD = Method("Head finetuning: only the task head is trainable, nothing is pruned.", head, lr=3e-3)

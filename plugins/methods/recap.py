@@ -50,4 +50,4 @@ def _ratios(settings: Settings, progress: float) -> tuple[float, float]:
     return 0.0, 1 - min(last, trainable)
 
 
-RECAP = Method("RECAP: prune, mask, finetune, merge, round by round.", round_plans, prunes=True, masks=True)
+RECAP = Method("RECAP: prune, mask, finetune, merge, round by round.", round_plans, prunes=True, masks=True, lr=4e-4)

@@ -51,4 +51,5 @@ RECAP_LORA = Method(
     training=attach,
     options={"rank": 8, "alpha": 16, "targets": lora.PLACES, "blocks": 1.0},
     extra="lora",
+    lr=1e-3,
 )

@@ -138,7 +138,8 @@ class Method:
     """How a pretrained model is finetuned: the rounds of a run and, where it needs one, a training step of its own.
 
     `prunes` and `masks` say whether the ratios r_p and r_f mean anything to it. `options` are the method's own settings with
-    their defaults; a recipe gives others under `options`. `extra` names the extra of recap-cli that its training needs.
+    their defaults; a recipe gives others under `options`. `extra` names the extra of recap-cli that its training needs. `lr` is
+    the peak learning rate of AdamW that `finetune.lr: auto` stands for, of a small model.
     """
 
     title: str
@@ -148,3 +149,4 @@ class Method:
     training: Training | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
     extra: str | None = None
+    lr: float = 2e-4

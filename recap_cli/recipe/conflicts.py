@@ -175,6 +175,8 @@ def _training_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
             "expected null with finetune.fused_backward, which never holds all gradients at once; "
             f"found {finetune.max_grad_norm:g}",
         )
+    if finetune.lr == "auto" and finetune.optimizer != "adamw":
+        yield Conflict(("finetune.lr", "finetune.optimizer"), f"expected a number with {finetune.optimizer}; found auto")
     if finetune.epochs is None and finetune.steps is None:
         keys = ("finetune.epochs", "finetune.steps")
         yield Conflict(keys, "expected a number, or one in finetune.steps; found null in both")
@@ -185,10 +187,11 @@ def _overflows(recipe: "Recipe") -> Iterator[Conflict]:
     """Yield the factors of an update that float32 cannot hold. The first of AdamW is `lr / (1 - beta_1)`."""
     finetune = recipe.finetune
     update = FLOAT32_MAX * (1 - finetune.betas[0]) if finetune.optimizer == "adamw" else FLOAT32_MAX
+    lr = 0.0 if finetune.lr == "auto" else finetune.lr  # a method's own is small
     limits = {
         "head.lr": (recipe.head.lr, FLOAT32_MAX * (1 - 0.9)),
-        "finetune.lr": (finetune.lr, update),
-        "finetune.head_lr": (recipe.head_lr(new=True) if finetune.lr <= update else 0.0, update),
+        "finetune.lr": (lr, update),
+        "finetune.head_lr": (recipe.head_lr(lr, new=True) if lr <= update else 0.0, update),
         "finetune.weight_decay": (finetune.weight_decay, FLOAT32_MAX),
         "finetune.eps": (finetune.eps, FLOAT32_MAX),
     }

@@ -49,7 +49,7 @@ from recap_cli.tasks.calls import task_named
 
 _FROZEN = ConfigDict(extra="forbid", frozen=True)
 SELF = "self"  # as a teacher: the model itself
-OWN_TEACHERS = {"lora": 1e-3, "full": 2e-4}  # which a run finetunes itself, each with its `distill.lr: auto`
+OWN_TEACHERS = ("lora", "full")  # which a run finetunes itself
 MAX_HEAD_LR_RATIO = 10.0  # to `lr`, with `auto`: larger ratios were not measured
 
 
@@ -222,7 +222,9 @@ class Finetune(BaseModel):
         description="Examples per backward pass, a divisor of `batch_size`; null is the whole batch.",
     )
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="The update rule.")
-    lr: Positive = Field(default=1e-4, description="Peak learning rate.")
+    lr: AutoPositive = Field(
+        default=1e-4, description="Peak learning rate; auto is the method's own for adamw, and less for a model wider than 384."
+    )
     head_lr: AutoPositive | None = Field(
         default="auto",
         description="Peak learning rate of the task head; null is `lr`. auto is `head.lr`, but at least `lr` and at most ten "
@@ -274,7 +276,7 @@ class Distill(BaseModel):
         default=0.5, description="With teacher: lora or full, the share of the run's optimizer steps that the teacher takes."
     )
     lr: AutoPositive = Field(
-        default="auto", description="Learning rate of a teacher: lora or full; auto is 1e-3 for the first, 2e-4 for the second."
+        default="auto", description="Peak learning rate of a teacher: lora or full; auto is that of lora-ft, or of full-ft."
     )
     library: Literal["transformers", "timm"] | None = Field(
         default=None, description="The library that builds the teacher; null is that of the model."
@@ -287,11 +289,6 @@ class Distill(BaseModel):
     def is_own(self) -> bool:
         """Whether the run finetunes its teacher itself."""
         return self.teacher in OWN_TEACHERS
-
-    @property
-    def own_lr(self) -> float:
-        """The learning rate of a teacher that the run finetunes itself."""
-        return OWN_TEACHERS[self.teacher or ""] if self.lr == "auto" else self.lr
 
 
 class Evaluate(BaseModel):
@@ -376,15 +373,15 @@ class Recipe(BaseModel):
         """The metric that decides which round is best."""
         return task_named(self.task.kind).metric(self.task.metric or "")  # never null: `_first_metric` has filled it in
 
-    def head_lr(self, *, new: bool, alone: bool = False, lr: float | None = None) -> float:
+    def head_lr(self, lr: float, *, new: bool, alone: bool = False) -> float:
         """Return the peak learning rate of the task head while finetuning.
 
         Args:
+            lr: That of the rest.
             new: True for a new head, False for that of the checkpoint.
             alone: True if only the head is trainable.
-            lr: The rate of the rest; None is that of the recipe.
         """
-        head_lr, lr = self.finetune.head_lr, self.finetune.lr if lr is None else lr
+        head_lr = self.finetune.head_lr
         if head_lr == "auto":
             is_raised = new and not alone and self.finetune.optimizer == "adamw"  # the optimizer of the warm-up
             return max(lr, min(self.head.lr, MAX_HEAD_LR_RATIO * lr)) if is_raised else lr

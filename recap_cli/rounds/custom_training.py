@@ -11,6 +11,7 @@ from recap_cli.core.method import RoundPlan, Scores, TrainContext, TrainerHook
 from recap_cli.errors import PluginError
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.plans import method_of, options_of
+from recap_cli.rounds.rates import peak_lr
 from recap_cli.rounds.selection import choose
 from recap_cli.rounds.small_model import SmallModel
 from recap_cli.trainable.build import Trainable, make_partial
@@ -29,9 +30,9 @@ def attach(small: SmallModel, recipe: Recipe, round_plans: Sequence[RoundPlan]) 
     """
     method, axes, model = method_of(recipe), small.axes, small.model
     shapes = {cut.param: tuple(model.get_parameter(cut.param).shape) for axis in axes for cut in axis.cuts}
-    options = options_of(recipe, method)
+    options, lr = options_of(recipe, method), peak_lr(recipe, small.layout, small.round_plan)
     train_context = TrainContext(
-        model, axes, small.layout.head, round_plans, recipe.finetune.lr, options, partial(choose, recipe, axes, shapes)
+        model, axes, small.layout.head, round_plans, lr, options, partial(choose, recipe, axes, shapes)
     )
     with guarded(f"the training of the method {recipe.method!r} failed", HINT):
         made: Any = None if method.training is None else method.training(train_context)

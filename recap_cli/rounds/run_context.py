@@ -27,6 +27,7 @@ from recap_cli.rounds import record, stored
 from recap_cli.rounds.examples import splits_of
 from recap_cli.rounds.layout import Layout
 from recap_cli.rounds.plans import round_plans_of, teaches
+from recap_cli.rounds.rates import peak_lr
 from recap_cli.rounds.recipe_model import objective_of
 from recap_cli.rounds.record import (
     BUFFERS,
@@ -133,12 +134,12 @@ class Context:
 
     def lr(self, round_plan: RoundPlan) -> float:
         """The peak learning rate of a round."""
-        return self.recipe.distill.own_lr if teaches(round_plan) else self.recipe.finetune.lr
+        return peak_lr(self.recipe, self.layout, round_plan)
 
     def head_lr(self, round_plan: RoundPlan) -> float:
         """The peak learning rate of the task head in a round."""
         is_new, is_alone = self.state.manifest.made["head_new"], round_plan.trains == "head"
-        return self.recipe.head_lr(new=is_new, alone=is_alone, lr=self.lr(round_plan))
+        return self.recipe.head_lr(self.lr(round_plan), new=is_new, alone=is_alone)
 
     def processor(self) -> Any:
         """The tokenizer of the full model, or None for images."""

@@ -13,7 +13,16 @@ from recap_cli.recipe.recipe import Recipe
 from recap_cli.recipe.schema import OWN_TEACHERS, SELF
 from recap_cli.rounds import record
 from recap_cli.rounds.frozen_weights import frozen_weight_of
-from recap_cli.rounds.plans import check_steps, require_extras, round_plans_for, round_plans_of, teaches
+from recap_cli.rounds.plans import (
+    METHOD_OF_TEACHER,
+    check_steps,
+    method_of_name,
+    require_extras,
+    round_plans_for,
+    round_plans_of,
+    teaches,
+)
+from recap_cli.rounds.rates import WIDTH
 from recap_cli.rounds.verdict import start_of, warning
 from recap_cli.state.store import Manifest, State
 
@@ -102,7 +111,7 @@ def describe(recipe: Recipe) -> list[str]:
         f"data: {source}{f' ({data.subset})' if data.subset else ''}",
         f"init: check the adapter on the model, warm up the head: {warm}",
         *_teacher_text(recipe),
-        f"finetuning in all: {recipe.rounds} x {length} of {tune.batch_size} with {tune.optimizer} at {tune.lr:g}{head} "
+        f"finetuning in all: {recipe.rounds} x {length} of {tune.batch_size} with {tune.optimizer} at {_lr_text(recipe)}{head} "
         f"({tune.schedule}, over {'the run' if tune.lr_schedule_span == 'run' else 'each round'}), {tune.weights} weights",
         f"{len(round_plans)} rounds{fewer}, each prune, mask, finetune, merge:" if len(round_plans) > 1 else "1 round:",
         *_described(recipe, round_plans),
@@ -119,16 +128,29 @@ def _teacher_text(recipe: Recipe) -> Iterator[str]:
 
 
 def _own_teacher_text(recipe: Recipe) -> str:
-    how = "by LoRA" if recipe.distill.teacher == "lora" else "whole"
-    return f"the full model becomes the teacher, finetuned {how} at {recipe.distill.own_lr:g}, a block at a time"
+    teacher = recipe.distill.teacher or ""
+    rate = _nominal_lr(recipe.distill.lr, METHOD_OF_TEACHER.get(teacher, recipe.method))
+    how = "by LoRA" if teacher == "lora" else "whole"
+    return f"the full model becomes the teacher, finetuned {how} at {rate:g}, a block at a time"
+
+
+def _lr_text(recipe: Recipe) -> str:
+    """The rate of a recipe; of `auto` that of its method, which a wide model has less of."""
+    rate = f"{_nominal_lr(recipe.finetune.lr, recipe.method):g}"
+    return f"{rate} (auto: less where the model is wider than {WIDTH})" if recipe.finetune.lr == "auto" else rate
+
+
+def _nominal_lr(given: float | str, method: str) -> float:
+    return method_of_name(method).lr if isinstance(given, str) else given
 
 
 def _head_text(recipe: Recipe, *, alone: bool) -> str:
     """The rate of the head, where it has one of its own; whether a checkpoint has a head shows when it is loaded."""
-    rate = recipe.head_lr(new=True, alone=alone)
-    if rate == recipe.finetune.lr:
+    lr = _nominal_lr(recipe.finetune.lr, recipe.method)
+    rate = recipe.head_lr(lr, new=True, alone=alone)
+    if rate == lr:
         return ""
-    unsure = recipe.model.name is not None and rate != recipe.head_lr(new=False, alone=alone)
+    unsure = recipe.model.name is not None and rate != recipe.head_lr(lr, new=False, alone=alone)
     return f", the head{', if it is new,' if unsure else ''} at {rate:g}"
 
 

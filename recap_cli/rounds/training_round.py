@@ -84,8 +84,8 @@ def make_trainer(context: Context, number: int, small: SmallModel, device: torch
     else:
         trainables = make_hook_trainable(small, hook, placement_of(settings, device))
         scale = rates_of(hook, trainables)
-    if (rate := context.head_lr(small.round_plan)) != settings.lr:
-        scale |= {name: scale[name] * rate / settings.lr for name in scale.keys() & set(context.layout.head)}
+    if (rate := context.head_lr(small.round_plan)) != (lr := context.lr(small.round_plan)):
+        scale |= {name: scale[name] * rate / lr for name in scale.keys() & set(context.layout.head)}
     optimizer = Optimizer(trainables, rule_of(settings), weight_decay=settings.weight_decay, carried=carried, scale=scale)
     return Trainer(number, small, optimizer, hook, device)
 

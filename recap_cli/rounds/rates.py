@@ -1,0 +1,40 @@
+"""The peak learning rate of a round: the recipe's, or what `auto` stands for."""
+
+from typing import TYPE_CHECKING
+
+from recap_cli.core.method import RoundPlan
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds.plans import METHOD_OF_TEACHER, method_of, method_of_name, teaches
+
+if TYPE_CHECKING:  # so that `recap status` says rates without torch
+    from recap_cli.rounds.layout import Layout
+
+WIDTH = 384  # of the widest model that the rates of our methods were fitted on
+
+
+def peak_lr(recipe: Recipe, layout: "Layout", round_plan: RoundPlan) -> float:
+    """The peak learning rate of a round, the recipe's `finetune.lr`, or `distill.lr` of the round that makes the teacher.
+
+    `auto` is the rate of the method (`Method.lr`). A model wider than `WIDTH` has less in proportion, as AdamW wants of its
+    hidden matrices (µP, 2203.03466).
+
+    Args:
+        recipe: of the run.
+        layout: of the full model.
+        round_plan: of the round.
+
+    Raises:
+        PluginError: there is no such method.
+    """
+    is_teacher = teaches(round_plan)
+    given = recipe.distill.lr if is_teacher else recipe.finetune.lr
+    if given != "auto":
+        return given
+    method = method_of_name(METHOD_OF_TEACHER[recipe.distill.teacher or ""]) if is_teacher else method_of(recipe)
+    return method.lr * min(1.0, WIDTH / width_of(layout))
+
+
+def width_of(layout: "Layout") -> int:
+    """The hidden size of a model: how long the rows are that its first pruned matrix cuts."""
+    matrices = ((cut.dim, layout.shapes[cut.param]) for axis in layout.axes for cut in axis.cuts)
+    return next((shape[1 - dim] for dim, shape in matrices if len(shape) == 2), WIDTH)
