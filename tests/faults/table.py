@@ -33,6 +33,11 @@ GLOBAL = f"{SETTINGS}test_scopes_floors_and_criteria_choose_what_the_reference_c
 CUT = "tests/stages/test_compensation.py::"
 SHARED = f"{CUT}test_the_small_model_is_the_full_one_cut_with_the_change_of_least_squares"
 WRITTEN_BACK = f"{CUT}test_a_merge_writes_what_was_trained_less_the_change_and_leaves_every_other_bit[1-bert]"
+OWN_TEACHER = (
+    "tests/stages/test_own_teacher.py::"
+    "test_the_teacher_is_the_full_model_as_torch_trains_it_and_the_others_begin_there[full-vit]"
+)
+WANDA = "tests/core/test_importance.py::test_wanda_scores_the_rows_of_what_no_layer_reads_and_refuses_what_is_no_matrix"
 RIDGE = "tests/core/test_compensation.py::test_the_ridge_is_the_one_that_leaves_least_where_it_was_not_fitted"
 
 
@@ -387,6 +392,27 @@ FAULTS = (
         "temperature**2 * F.kl_div",
         "F.kl_div",
         ("tests/training/test_distillation.py::test_soft_cross_entropy_is_the_divergence_of_the_softened_classes[5.0]",),
+    ),
+    Fault(
+        "the students of a run's own teacher learn from the model before it was taught",
+        "recap_cli/rounds/merging.py",
+        "context.full_tensors() | weights",
+        "context.full_tensors()",
+        (OWN_TEACHER,),
+    ),
+    Fault(
+        "a teacher's learning rate is the student's",
+        "recap_cli/rounds/rates.py",
+        "given = recipe.distill.lr if is_teacher else recipe.finetune.lr",
+        "given = recipe.finetune.lr",
+        ("tests/rounds/test_rates.py::test_auto_is_the_rate_of_the_method_and_less_for_a_wide_model",),
+    ),
+    Fault(
+        "wanda counts weights, whatever they read",
+        "plugins/criteria/wanda.py",
+        "entries = weight * norms.to(weight.device)",
+        "entries = weight",
+        (WANDA,),
     ),
     Fault(
         "patience is one round longer",
