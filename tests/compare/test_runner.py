@@ -19,12 +19,15 @@ import pytest
 from recap_cli.compare import cell as cells
 from recap_cli.compare import grid, processes, runner, store
 from recap_cli.compare.schema import Outcome, groups
+from recap_cli.core.task import Metric
 from recap_cli.errors import PluginError, RecipeError, StateError, StateLockedError, UsageError
 from recap_cli.recipe import recipe as recipes
 from recap_cli.stages.run import run
 from recap_cli.state.lock import locked
 from tests.limits import HANG_SECONDS
 from tests.tiny import tiny
+
+ACCURACY = Metric("accuracy")
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def quick(commands: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def plan(recipe: str, *overrides: str, **given: Any) -> grid.Plan:
-    return grid.plan(recipe, overrides, **{"methods": ["full-ft", "recap"], "seeds": [0], **given})
+    return grid.plan(recipe, overrides, grid.Grid(**{"methods": ["full-ft", "recap"], "seeds": [0], **given}))
 
 
 def stored(out: Path) -> dict[str, Any]:
@@ -502,7 +505,7 @@ def test_groups_are_means_and_deviations_over_the_seeds_that_are_done(recipe: st
     for record, value in zip(records, (0.8, 0.9), strict=False):
         record |= {"status": "done", "value": value, "steps": 10, "product": {"bytes": 4, "latency_seconds": value}}
     records[2] |= {"status": "failed", "error": "it broke"}
-    (group,) = groups(records)
+    (group,) = groups(records, ACCURACY)
     assert (group["n"], group["of"], group["steps"]) == (2, 3, 10)
     assert group["value"] == pytest.approx(0.85)
     assert group["deviation"] == pytest.approx(math.sqrt(0.005))
