@@ -3,7 +3,6 @@
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -21,9 +20,10 @@ Wanted = tuple[str, str]  # what a list is of, and an example
 
 METHODS: Wanted = ("names of methods, each once", "full-ft,recap")
 RATIOS: Wanted = ("shares from 0 to below 1, each once", "0.166,0.333,0.5")
-RATES: Wanted = ("positive numbers, each once", "1e-4,3e-4,1e-3")
+RATES: Wanted = ("positive numbers of at most a million, each once", "1e-4,3e-4,1e-3")
 SEEDS: Wanted = ("whole numbers from 0, each once", "0,1,2")
 MOST_SEED = 2**32 - 1
+MOST_RATE = 1e6
 MethodsOption = Annotated[
     str | None,
     typer.Option("--methods", metavar="LIST", help="Methods to compare, as in full-ft,pre-ft,recap.", show_default="all"),
@@ -170,13 +170,20 @@ def _rates(given: Sequence[str]) -> dict[str | None, list[float]]:
         method, colon, listed = text.rpartition(":")
         found.setdefault(method if colon else None, []).append(listed)
     return {
-        method: _list(f"--lrs {method}:" if method is not None else "--lrs ", ",".join(texts), float, RATES, _is_rate)
+        method: _list(
+            f"--lrs {method}:" if method is not None else "--lrs ",
+            ",".join(texts),
+            _rate,
+            RATES,
+            lambda lr: 0 < lr <= MOST_RATE,
+        )
         for method, texts in found.items()
     }
 
 
-def _is_rate(number: float) -> bool:
-    return isfinite(number) and number > 0
+def _rate(part: str) -> float:
+    """Return a rate to as many digits as the names of cells have, so that two of them are two cells."""
+    return float(f"{float(part):.12g}")
 
 
 def _list(

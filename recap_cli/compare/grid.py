@@ -13,6 +13,7 @@ from urllib.parse import quote
 from recap_cli import registry
 from recap_cli.compare import rate_axis
 from recap_cli.compare.held_out import HeldOut
+from recap_cli.compare.schema import LARGEST
 from recap_cli.core.method import Method
 from recap_cli.errors import MissingExtraError, PluginError, RecipeError, UsageError
 from recap_cli.recipe import recipe as recipes
@@ -81,8 +82,9 @@ class Cell:
 
     @property
     def rate(self) -> float | None:
-        """The learning rate that it trains at; None without a recipe."""
-        return None if self.recipe is None else rate_axis.rate_of(self.recipe, self.rate_key)
+        """The learning rate that it trains at; None without a recipe, or if results cannot say it."""
+        rate = None if self.recipe is None else rate_axis.rate_of(self.recipe, self.rate_key)
+        return None if rate is None or rate > LARGEST else rate
 
     @property
     def name(self) -> str:

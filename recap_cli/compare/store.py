@@ -14,7 +14,7 @@ from typing import Any
 
 from recap_cli.compare import rate_axis
 from recap_cli.compare.grid import AXES, Cell, Plan, place
-from recap_cli.compare.schema import KIND, RESULTS, SCHEMA, Outcome, Seconds, Status, parse
+from recap_cli.compare.schema import KIND, LARGEST, RESULTS, SCHEMA, Outcome, Seconds, Status, parse
 from recap_cli.errors import DataError, RecapError, StateError
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
@@ -192,7 +192,8 @@ def _rate_older(records: Iterable[Record], plan: Plan) -> None:
     for record in records:
         if record["rate"] is None and record["status"] == "done" and (key := keys.get(record["method"])) is not None:
             own = [record["settings"][name] for name in (key, rate_axis.LR) if name in record["settings"]]
-            record["rate"] = own[0] if own else rate_axis.rate_of(plan.base, key)
+            rate = own[0] if own else rate_axis.rate_of(plan.base, key)
+            record["rate"] = rate if isinstance(rate, int | float) and rate <= LARGEST else None  # settings may hold `auto`
 
 
 def _changed(record: Record, cell: Cell) -> list[str]:
