@@ -106,6 +106,7 @@ def compare(
     from recap_cli.commands import comparison_tables as tables
     from recap_cli.compare import grid, held_out
     from recap_cli.compare import runner as stage
+    from recap_cli.compare.schema import groups, metric_of
     from recap_cli.rounds.scoring import OtherData
 
     plan = grid.plan(recipe, overrides or (), grid.Grid(**given, lrs=rates))
@@ -129,7 +130,7 @@ def compare(
     console.say(f"{len(plan.cells)} cells in {path}, {done} of them done already; logs are in {path / 'logs'}")
     results = stage.compare(plan, path, jobs=jobs, command=command, track=console.track, on_cell=tables.say_cell)
     if as_json:
-        console.emit_json(results)
+        console.emit_json({**results, "groups": groups(results["cells"], metric_of(results))})
     else:
         tables.print_results(results, path)
     _check_done(results, plan, path, command)

@@ -118,7 +118,7 @@ def _quality(rows: Sequence[Record], metrics: Mapping[str, str], varied: bool) -
         [
             *_place(row, ratios),
             *([text(row["lr"]) if row["n"] else ""] if varied else []),
-            *(_value_text(row, key) for key in metrics),
+            *(_value_text(row, key, " ± " if len(metrics) == 1 else "±") for key in metrics),
             console.value_text("metric", row["last"]),
             f"{row['n']}" if row["n"] == row["of"] else f"{row['n']} of {row['of']}",
             "" if row["steps"] is None else f"{row['steps']:,.0f}",
@@ -154,15 +154,16 @@ def _place(row: Record, ratios: Sequence[str]) -> list[str]:
     return [row["method"], *("" if row[key] is None else f"{row[key]:.4g}" for key in ratios)]
 
 
-def _value_text(row: Record, key: str) -> str:
-    """Return a mean with its deviation, and of how many seeds if a held-out one lacks some."""
+def _value_text(row: Record, key: str, between: str) -> str:
+    """Return a mean with its deviation, and of how many seeds if a held-out one lacks some.
+
+    What stands `between` the two is a sign, and in narrow columns no blanks: a cell is folded at these.
+    """
     if row[key] is None:
         return ""
     deviation = row["test_deviation" if key == "test" else "deviation"]
-    spread = "" if deviation is None else f" ± {deviation:.4f}"
-    return f"{row[key]:.4f}{spread}" + (
-        f" ({row['test_n']} of {row['n']})" if key == "test" and row["test_n"] < row["n"] else ""
-    )
+    seeds = f" ({row['test_n']} of {row['n']})" if key == "test" and row["test_n"] < row["n"] else ""
+    return f"{row[key]:.4f}" + ("" if deviation is None else f"{between}{deviation:.4f}") + seeds
 
 
 def _seconds_text(row: Record) -> str:

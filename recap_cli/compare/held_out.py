@@ -36,33 +36,26 @@ def checked(recipe: Recipe, other: OtherData) -> HeldOut:
             recipe's own training or validation data.
         StorageError: They cannot be read.
     """
-    _refuse_own(recipe, other)
+    data = recipe.data
+    if other.data is None and data.name is not None and other.split in (data.train_split, data.validation_split):
+        raise _own(f"--test-split {other.split}")
     try:
         found = labelled_others(recipe, other)
     except DataError as error:
         raise DataError(error.message, hint=_with_options(error.hint)) from error
     if other.data is None:
         return HeldOut(other, found.origin, sha256(found.origin.encode()).hexdigest(), found.notes)
+    place = Path(found.origin)
+    if any(Path(own).expanduser().samefile(place) for own in (data.train, data.validation) if own is not None):
+        raise _own(f"--test {place}")
     name = other.data.expanduser().resolve().name
-    said = name if other.split is None else f"{name}, split {other.split}"
-    return HeldOut(other, said, _digest(Path(found.origin)), found.notes)
+    return HeldOut(other, name if other.split is None else f"{name}, split {other.split}", _digest(place), found.notes)
 
 
-def _refuse_own(recipe: Recipe, other: OtherData) -> None:
-    """Refuse the data that a recipe trains on, and those by which its rounds and rates are chosen."""
-    data = recipe.data
-    if other.data is None:
-        own = other.split is not None and other.split in (data.train_split, data.validation_split) and data.name is not None
-    else:
-        place = other.data.expanduser() if other.split is None else other.data.expanduser() / other.split
-        named = [Path(path).expanduser() for path in (data.train, data.validation) if path is not None]
-        own = place.exists() and any(path.exists() and path.samefile(place) for path in named)
-    if own:
-        raise DataError(
-            f"--test{'-split' if other.data is None else ''} {other.split if other.data is None else other.data}: "
-            "the recipe trains or chooses by these data",
-            hint="name data that nothing is chosen by: --test FILE",
-        )
+def _own(given: str) -> DataError:
+    return DataError(
+        f"{given}: the recipe trains or chooses by these data", hint="name data that nothing is chosen by: --test FILE"
+    )
 
 
 def _digest(place: Path) -> str:

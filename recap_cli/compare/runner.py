@@ -188,7 +188,7 @@ def _score_held_out(out: Path, results: Results, held_out: HeldOut | None, track
     done = [record for record in results["cells"] if record["status"] == "done"]
     if held_out is None:
         if any(record["test"] for record in done) and (count := sum(record["test"] is None for record in done)):
-            _note(results, f"{count} cells are not scored on held-out data: name these again with --test")
+            _note(results, f"{count} of {len(done)} cells are not scored on held-out data: name these again with --test")
         return
     if others := [record for record in done if record["test"] and record["test"]["digest"] != held_out.digest]:
         before = ", ".join(dict.fromkeys(record["test"]["data"] for record in others))
