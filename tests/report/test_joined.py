@@ -43,6 +43,13 @@ def table(text: str, label: str) -> list[list[str]]:
     return [[" ".join(re.sub(r"<[^>]+>", " ", one).split()) for one in row] for row in cells]
 
 
+def check_ids(text: str) -> None:
+    """Every id of a page is there once, and every reference has one."""
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= set(ids)
+
+
 @pytest.fixture
 def written(tmp_path: Path) -> Callable[[str, dict[str, Any]], Path]:
     """Writes results into a folder of a name; returns it."""
@@ -106,9 +113,7 @@ def test_several_comparisons_have_a_table_over_all_and_a_section_each(written: A
     ]
     words = said(text)
     assert words.index("Summary") < words.index("test.csv, 1234 examples") < words.index("f1, more is better")
-    ids = re.findall(r'\bid="([^"]+)"', text)
-    assert len(ids) == len(set(ids))
-    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= set(ids)
+    check_ids(text)
     assert len(re.findall('aria-label="accuracy on test.csv over memory', text)) == 1
     assert len(re.findall('aria-label="f1 over memory', text)) == 1
     levels = [int(level) for level in re.findall(r"<h(\d)", text)]
@@ -148,9 +153,10 @@ def test_what_cannot_be_joined_is_refused(written: Any, tmp_path: Path) -> None:
 
 
 def test_the_command_takes_several(written: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, b = written("a", tuned()), written("b", sample())
+    a, b = written("a", sample()), written("b", sample())  # with figures of every kind
     out = tmp_path / "all.html"
     assert main(["report", str(a), str(b), "--out", str(out)]) == 0
+    check_ids(out.read_text(encoding="utf-8"))
     assert capsys.readouterr().out == f"{out}\n"
     assert main(["report", str(a), str(b)]) == UsageError.exit_code
     assert "hint: say where it goes: --out report.html" in capsys.readouterr().err
