@@ -134,13 +134,13 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(ask: Any) -> None:
         ("tiny.yaml --lrs inf", UsageError, "--lrs inf: expected positive numbers"),
         ("tiny.yaml --lrs 1e-3,0.001", UsageError, "--lrs 1e-3,0.001: 0.001 occurs twice"),
         ("tiny.yaml --lrs 1e-3 --lrs 2e-3,1e-3", UsageError, "--lrs 1e-3,2e-3,1e-3: 0.001 occurs twice"),
-        ("tiny.yaml --lrs 0.1,0.1000000000000001", UsageError, "0.1 occurs twice"),  # cells have one name
+        ("tiny.yaml --dry-run --lrs 0.1,0.1000000000000001", UsageError, "0.1 occurs twice"),  # cells have one name
         ("tiny.yaml --lrs recap:", UsageError, "--lrs recap:'': expected positive numbers"),
         ("tiny.yaml --lrs recap:0.1,x", UsageError, "--lrs recap:0.1,x: expected positive numbers"),
         ("tiny.yaml --lrs recp:0.1", UsageError, "--lrs recp:0.1: there is no method recp; compared are full-ft"),
         ("tiny.yaml --lrs 0.1 --set finetune.lr=1", UsageError, "--set finetune.lr=1: the grid varies finetune.lr"),
-        ("tiny.yaml --test missing.csv", DataError, "there is no file or folder missing.csv"),
-        ("tiny.yaml --test-split test", DataError, "the recipe's data are no data set of the hub"),
+        ("tiny.yaml --dry-run --test missing.csv", DataError, "there is no file or folder missing.csv"),
+        ("tiny.yaml --dry-run --test-split test", DataError, "the recipe's data are no data set of the hub"),
         ("tiny.yaml --set seed=1", UsageError, "--set seed=1: the grid varies seed"),
         ("tiny.yaml --set finetune.lrr=1", RecipeError, "finetune.lrr"),
         ("tiny.yaml --out tiny.yaml --methods recap --seeds 0", StateError, "tiny.yaml: is a file, not a folder"),
