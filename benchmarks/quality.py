@@ -169,7 +169,7 @@ def measure(
     method = method_of(variant)
     given = {"ratios": ratios} if method_of_name(method).prunes else {}
     given |= {"mask_ratios": mask_ratios} if method_of_name(method).masks else {}
-    plan = grid.plan(str(recipe), overrides_of(task, variant), methods=[method], seeds=seeds, **given)
+    plan = grid.plan(str(recipe), overrides_of(task, variant), grid.Grid([method], seeds=seeds, **given))
     results = compare(plan, work / f"{task}-{variant}", jobs=jobs)
     return [short(variant, cell) for cell in results["cells"] if cell["status"] != "waiting"]
 

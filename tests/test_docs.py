@@ -19,7 +19,7 @@ from recap_cli import errors, registry
 from recap_cli.api import Adapter, Criterion
 from recap_cli.cli import INTERRUPTED, app, main
 from recap_cli.compare import processes
-from recap_cli.compare.grid import plan
+from recap_cli.compare.grid import Grid, plan
 from recap_cli.compare.runner import compare
 from recap_cli.core.adapter import find_axes
 from recap_cli.core.axes import mask_axes
@@ -361,7 +361,7 @@ def test_the_method_of_the_documentation_is_compared_on_texts(extra, tmp_path, m
     monkeypatch.setattr(processes, "run", here)
     recipe = tmp_path / "texts.yaml"
     recipe.write_text(dump(tiny("bert")), encoding="utf-8")
-    results = compare(plan(str(recipe), methods=["recap", "headstart"], seeds=[0]), tmp_path / "out")
+    results = compare(plan(str(recipe), asked=Grid(["recap", "headstart"], seeds=[0])), tmp_path / "out")
     ours, theirs = results["cells"]
     assert [(cell["method"], cell["status"], cell["error"]) for cell in results["cells"]] == [
         ("recap", "done", None),

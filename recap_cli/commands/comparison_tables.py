@@ -9,6 +9,7 @@ from recap_cli import console
 
 Record = Mapping[str, Any]
 RATIOS = {"prune_ratio": "r_p", "mask_ratio": "r_f"}
+RATE = "lr"
 STARTS = {"the warmed-up head": "warm_up", "chance": "chance"}
 HELD = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
@@ -35,10 +36,19 @@ def print_plan(records: Sequence[Record], path: Path) -> None:
 
 def print_results(results: Mapping[str, Any], path: Path) -> None:
     """Print the tables of a comparison on stdout, and on stderr its notes and its files."""
-    from recap_cli.compare.schema import groups
+    from recap_cli.compare import rates
+    from recap_cli.compare.schema import groups, metric_of
+    from recap_cli.compare.shown import held_out_name
 
-    rows = groups(results["cells"])
-    console.table(*_quality(rows, results["metric"]), title=f"{results['recipe']}: means over the seeds", is_result=True)
+    rows, data = groups(results["cells"], metric_of(results)), held_out_name(results["cells"])
+    varied = rates.are_varied(results["cells"])
+    title = f"{results['recipe']}: means over the seeds" + (", each at its best rate on the validation data" if varied else "")
+    console.table(*_quality(rows, _metrics(results["metric"], data), varied), title=title, is_result=True)
+    for row in rows if varied else ():
+        if note := rates.note(row, _name(row)):
+            console.line(note)
+    if data is not None:
+        console.line(f"held out: {_tested(results['cells'], data)}; nothing was chosen by them")
     if any(row["memory"]["weights_bytes"] is not None for row in rows):
         title = "Memory of finetuning (activations and peak: predicted)"
         console.table(*_memory(rows), title=title, is_result=True)
@@ -71,12 +81,32 @@ def _plan_text(record: Record) -> str:
     return "run, or continue where it stopped"
 
 
-def _quality(rows: Sequence[Record], metric: str) -> tuple[list[str], list[list[str]]]:
+def _metrics(metric: str, data: str | None) -> dict[str, str]:
+    """Return the heads of the columns of the metric: by the key of its mean, the main one first."""
+    return {"value": metric} if data is None else {"test": f"{metric}, held out", "value": f"{metric}, validation"}
+
+
+def _tested(cells: Sequence[Record], data: str) -> str:
+    """Return what the held-out data are, and of how many examples."""
+    counts = dict.fromkeys(cell["test"]["examples"] for cell in cells if cell["test"])
+    return f"{data}, {' or '.join(f'{count:,}' for count in counts if count is not None)} examples"
+
+
+def _name(row: Record) -> str:
+    """Return a method with its ratios, as `recap, r_p 0.5, r_f 0.7`."""
+    return ", ".join([row["method"], *(f"{short} {row[key]:.4g}" for key, short in RATIOS.items() if row[key] is not None)])
+
+
+def _quality(rows: Sequence[Record], metrics: Mapping[str, str], varied: bool) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and the rows of the table. True `varied` adds the learning rate."""
+    from recap_cli.compare.rates import text
+
     ratios = _ratios(rows)
     columns = [
         "method",
         *(RATIOS[key] for key in ratios),
-        f"{metric} ± s.d.",
+        *([RATE] if varied else []),
+        *(f"{name} ± s.d." for name in metrics.values()),
         "last round",
         "n",
         "steps",
@@ -87,7 +117,8 @@ def _quality(rows: Sequence[Record], metric: str) -> tuple[list[str], list[list[
     cells = [
         [
             *_place(row, ratios),
-            _value_text(row),
+            *([text(row["lr"]) if row["n"] else ""] if varied else []),
+            *(_value_text(row, key, " ± " if len(metrics) == 1 else "±") for key in metrics),
             console.value_text("metric", row["last"]),
             f"{row['n']}" if row["n"] == row["of"] else f"{row['n']} of {row['of']}",
             "" if row["steps"] is None else f"{row['steps']:,.0f}",
@@ -123,10 +154,16 @@ def _place(row: Record, ratios: Sequence[str]) -> list[str]:
     return [row["method"], *("" if row[key] is None else f"{row[key]:.4g}" for key in ratios)]
 
 
-def _value_text(row: Record) -> str:
-    if row["value"] is None:
+def _value_text(row: Record, key: str, between: str) -> str:
+    """Return a mean with its deviation, and of how many seeds if a held-out one lacks some.
+
+    What stands `between` the two is a sign, and in narrow columns no blanks: a cell is folded at these.
+    """
+    if row[key] is None:
         return ""
-    return f"{row['value']:.4f}" + ("" if row["deviation"] is None else f" ± {row['deviation']:.4f}")
+    deviation = row["test_deviation" if key == "test" else "deviation"]
+    seeds = f" ({row['test_n']} of {row['n']})" if key == "test" and row["test_n"] < row["n"] else ""
+    return f"{row[key]:.4f}" + ("" if deviation is None else f"{between}{deviation:.4f}") + seeds
 
 
 def _seconds_text(row: Record) -> str:

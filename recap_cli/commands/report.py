@@ -1,4 +1,4 @@
-"""`recap report`: a page of a state, or of a comparison, for a browser."""
+"""`recap report`: a page of a state, or of one or several comparisons, for a browser."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,15 +7,21 @@ import typer
 
 from recap_cli import console, extras
 
-SOURCE_HELP = "A state's folder, or the results.json of [bold]recap compare[/bold] (or its folder)."
-SOURCE = typer.Argument(metavar="STATE|RESULTS", help=SOURCE_HELP, show_default=False)
-OUT_HELP = "The page; replaces an older page of recap's. [default: report.html in the folder of what is reported]"
+SOURCE_HELP = (
+    "A state's folder, or the results.json of [bold]recap compare[/bold] (or its folder); several of these make one page."
+)
+SOURCE = typer.Argument(metavar="STATE|RESULTS...", help=SOURCE_HELP, show_default=False)
+OUT_HELP = (
+    "The page; replaces an older page of recap's; required for several comparisons. "
+    "[default: report.html in the folder of what is reported]"
+)
 OUT = typer.Option("--out", metavar="FILE", help=OUT_HELP, show_default=False)
 
 
-def report(source: Annotated[Path, SOURCE], out: Annotated[Path | None, OUT] = None) -> None:
+def report(sources: Annotated[list[Path], SOURCE], out: Annotated[Path | None, OUT] = None) -> None:
     """Write one HTML page on a state or a comparison: results, pictures, memory, time, settings.
 
+    Of several comparisons the page has a table over all of them, and a section for each.
     The page needs no network. Its path is printed on standard output.
 
     Example: [bold]recap report runs/cola[/bold]
@@ -23,4 +29,4 @@ def report(source: Annotated[Path, SOURCE], out: Annotated[Path | None, OUT] = N
     extras.require("report")
     from recap_cli.report import report as stage
 
-    console.result(str(stage.report(source, out)))
+    console.result(str(stage.report(sources[0], out) if len(sources) == 1 else stage.report_joined(sources, out)))

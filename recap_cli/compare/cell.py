@@ -24,7 +24,8 @@ from recap_cli.rounds import record, status, stored
 from recap_cli.rounds.latency import forward_seconds, measured_on
 from recap_cli.rounds.record import MEMORY
 from recap_cli.rounds.run_context import Context
-from recap_cli.rounds.scoring import best_tensors
+from recap_cli.rounds.scoring import OtherData, best_tensors
+from recap_cli.stages.eval import evaluate
 from recap_cli.state.store import State
 
 BATCH = 32
@@ -112,6 +113,17 @@ def measured_product(path: Path) -> dict[str, Any]:
         "latency_batch": len(batch["labels"]),
         "latency_on": measured_on(device),
     }
+
+
+def tested(path: Path, other: OtherData) -> dict[str, Any]:
+    """Return the metric of the product on other data, and of how many examples.
+
+    Raises:
+        RecapError: The state, the data or the model cannot be read, or there is no product.
+    """
+    state = State.open(path)
+    (row,) = evaluate(state, which=["best"], other=other)
+    return {"value": _number(row[Context(state).recipe.metric.name]), "examples": row["examples"]}
 
 
 def _batch(context: Context, device: torch.device) -> dict[str, Tensor]:

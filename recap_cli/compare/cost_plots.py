@@ -33,7 +33,7 @@ def parts(found: Comparison) -> Picture:
         numbers(right.xaxis, "time of a run (seconds)")
         for axes, place in ((left, "lower left"), (right, "lower right")):
             legend_below(drawn, axes, place=place, columns=2)
-        note = f"each method at the ratios of its best {found.metric.name}" if len(best) < len(found.costed) else ""
+        note = "each method at the ratios that are best on the validation data" if len(best) < len(found.costed) else ""
         title(drawn, "; ".join(filter(None, [f"{found.name}: memory and time", note])))
     return drawn
 
@@ -54,12 +54,13 @@ def time_bars(rows: Sequence[Row], text: Callable[[float], str]) -> Picture | No
 
 
 def best_rows(rows: Iterable[Row], metric: Metric) -> list[Row]:
-    """For each method the row of its best mean."""
-    found: dict[str, Row] = {}
+    """For each method the row of its best mean on the validation data: nothing is chosen by held-out data."""
+    found: dict[str, tuple[float, Row]] = {}
     for row in rows:
-        if row["method"] not in found or metric.is_better(row["value"], found[row["method"]]["value"]):
-            found[row["method"]] = row
-    return list(found.values())
+        value = row.get("validation", row["value"])
+        if row["method"] not in found or metric.is_better(value, found[row["method"]][0]):
+            found[row["method"]] = value, row
+    return [row for _, row in found.values()]
 
 
 def _components(rows: Sequence[Row], unit: float = 1.0) -> list[Part]:

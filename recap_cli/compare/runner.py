@@ -14,7 +14,8 @@ from recap_cli import extras
 from recap_cli.compare import cell as cells
 from recap_cli.compare import plots, processes, store
 from recap_cli.compare.grid import Cell, Plan
-from recap_cli.compare.schema import groups, metric_of
+from recap_cli.compare.held_out import HeldOut
+from recap_cli.compare.shown import comparison_of
 from recap_cli.compare.store import Record, Results
 from recap_cli.errors import MissingExtraError, RecapError
 from recap_cli.progress import Track, silent
@@ -75,6 +76,7 @@ def compare(
                 store.write(out, results)
                 on_cell(record)
         _measure_products(out, results, track)
+        _score_held_out(out, results, plan.held_out, track)
         _draw(out, results)
     return results
 
@@ -181,11 +183,37 @@ def _measure_products(out: Path, results: Results, track: Track) -> None:
         store.write(out, results)
 
 
+def _score_held_out(out: Path, results: Results, held_out: HeldOut | None, track: Track) -> None:
+    """Score the products on held-out data, those that were not scored on them yet; other scores go first."""
+    done = [record for record in results["cells"] if record["status"] == "done"]
+    if held_out is None:
+        if any(record["test"] for record in done) and (count := sum(record["test"] is None for record in done)):
+            _note(results, f"{count} of {len(done)} cells are not scored on held-out data: name these again with --test")
+        return
+    if others := [record for record in done if record["test"] and record["test"]["digest"] != held_out.digest]:
+        before = ", ".join(dict.fromkeys(record["test"]["data"] for record in others))
+        said = (
+            f"{before} before, with other content" if before == held_out.name else f"{before} before, and {held_out.name} now"
+        )
+        _note(results, f"the held-out data are others: {said}; all cells are scored anew")
+        for record in others:
+            record["test"] = None
+    left = [record for record in done if record["test"] is None]
+    for record in track(left, "held-out scores", len(left)) if left else ():
+        try:
+            scores = cells.tested(out / record["state"], held_out.other)
+            record["test"] = {**scores, "data": held_out.name, "digest": held_out.digest}
+        except Exception as error:  # noqa: BLE001  (the cell is done, even if its product cannot be scored)
+            why = "its state is gone" if not (out / record["state"]).exists() else _message(error)
+            _note(results, f"{record['state']}: its product was not scored on {held_out.name}: {why}")
+        store.write(out, results)
+
+
 def _draw(out: Path, results: Results) -> None:
-    rows = groups(results["cells"])
+    shown = comparison_of(results)
     try:
         extras.require("plots")
-        results["pictures"] = plots.draw(rows, out, metric=metric_of(results), title=results["recipe"])
+        results["pictures"] = plots.draw(shown.rows, out, metric=shown.metric, title=shown.name)
     except Exception as error:  # noqa: BLE001  (matplotlib's errors, of fonts and files; the results need no pictures)
         _note(results, f"no pictures were drawn: {_message(error)}")
     store.write(out, results)

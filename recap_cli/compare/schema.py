@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from recap_cli.compare import rates
 from recap_cli.core.task import Better, Metric
 from recap_cli.errors import DataError
 
@@ -88,12 +89,26 @@ class Product(_Part):
     latency_batch: Number = None
 
 
+class Tested(_Part):
+    """The product's metric on held-out data, and what these are: their name, and the SHA-256 of their content."""
+
+    value: Number = None
+    examples: Number = None
+    data: str
+    digest: str | None = None
+
+
 class Outcome(_Part):
-    """A cell: a method with its ratios and a seed, and its results."""
+    """A cell: a method with its ratios, a learning rate and a seed, and its results.
+
+    `lr` is the rate of the grid, None if the cell has that of the recipe. `rate` is the one that it trains at.
+    """
 
     method: str
     prune_ratio: Number = None
     mask_ratio: Number = None
+    lr: Number = None
+    rate: Number = None
     seed: int = Field(ge=0, lt=2**63)
     settings: dict[str, Any] = Field(default_factory=dict)
     state: str | None = None
@@ -111,6 +126,7 @@ class Outcome(_Part):
     memory: Memory | None = None
     parameters: Parameters | None = None
     product: Product | None = None
+    test: Tested | None = None
 
 
 def metric_of(found: Mapping[str, Any]) -> Metric:
@@ -157,7 +173,7 @@ def read(source: Path) -> dict[str, Any]:
         raise DataError(f"{place}: cannot be read: {error.strerror}", hint=HINT) from error
     found = parse(raw, place)
     cells = [cell | {part: cell[part] or kind().model_dump() for part, kind in PARTS.items()} for cell in found["cells"]]
-    return {**found, "place": str(place), "cells": cells, "groups": groups(cells)}
+    return {**found, "place": str(place), "cells": cells, "groups": groups(cells, metric_of(found))}
 
 
 def parse(raw: bytes, place: Path) -> dict[str, Any]:
@@ -208,14 +224,18 @@ def _is_deeper(found: object, *, than: int) -> bool:
     )
 
 
-def groups(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def groups(cells: Iterable[Mapping[str, Any]], metric: Metric) -> list[dict[str, Any]]:
     """Return a row for each method with its ratios, over the seeds that are done. A value that no seed has is None.
+
+    Of several learning rates a row has the one with the best validation metric (`rates.choose`).
 
     The keys of a row:
 
+    - `lr`, `rates`, `edge`: the rate, all that were tried, and whether it is the lowest or the highest of these.
     - `n`, `of`: how many cells are done, and how many there are.
     - `statuses`, `errors`: the number of cells by status, and the errors of those that are not done.
     - `value`, `deviation`: mean and sample standard deviation of the product's metric (None for fewer than one, or two, seeds).
+    - `test`, `test_deviation`, `test_n`: those of the metric on held-out data, and of how many seeds.
     - `last`: mean metric after the last round.
     - `warm_up`, `chance`: mean metric of the warmed-up head, and of chance.
     - `warning`: the warning of seeds that ended no better than they began.
@@ -225,13 +245,19 @@ def groups(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     by_group: dict[tuple[str, float | None, float | None], list[Mapping[str, Any]]] = {}
     for cell in cells:
         by_group.setdefault((cell["method"], cell["prune_ratio"], cell["mask_ratio"]), []).append(cell)
-    return [_group(*key, of_group) for key, of_group in by_group.items()]
+    rows = []
+    for key, of_group in by_group.items():
+        chosen = rates.choose(of_group, metric)
+        at_rate = {"lr": chosen.lr, "rates": chosen.rates, "edge": chosen.edge}
+        rows.append(_group(*key, chosen.cells) | at_rate)
+    return rows
 
 
 def _group(method: str, ratio: float | None, mask_ratio: float | None, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     done = [cell for cell in cells if cell["status"] == "done"]
     values = [cell["value"] for cell in done if cell["value"] is not None]
     lasts = [cell["last"] for cell in done if cell.get("last") is not None]
+    tests = [cell["test"]["value"] for cell in done if cell.get("test") and cell["test"]["value"] is not None]
 
     def over(take: Any, part: str) -> dict[str, Any]:
         parts = [cell[part] for cell in done if cell[part]]
@@ -255,6 +281,9 @@ def _group(method: str, ratio: float | None, mask_ratio: float | None, cells: Se
         "warning": _warning(done),
         "value": fmean(values) if values else None,
         "deviation": stdev(values) if len(values) > 1 else None,
+        "test": fmean(tests) if tests else None,
+        "test_deviation": stdev(tests) if len(tests) > 1 else None,
+        "test_n": len(tests),
         "steps": fmean(steps) if steps else None,
         "statuses": {status: sum(cell["status"] == status for cell in cells) for status in STATUSES},
         "errors": list(dict.fromkeys(cell["error"] for cell in cells if cell["error"])),

@@ -12,8 +12,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from recap_cli.compare.grid import Cell, Plan, place
-from recap_cli.compare.schema import KIND, RESULTS, SCHEMA, Outcome, Seconds, Status, parse
+from recap_cli.compare import rate_axis
+from recap_cli.compare.grid import AXES, Cell, Plan, place
+from recap_cli.compare.schema import KIND, LARGEST, RESULTS, SCHEMA, Outcome, Seconds, Status, parse
 from recap_cli.errors import DataError, RecapError, StateError
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
@@ -77,12 +78,11 @@ def check(out: Path, found: Results, plan: Plan) -> None:
             f"{out} holds a comparison of the recipe {found.get('recipe')} that differs from this one in {', '.join(keys)}",
             hint=f"keep it and name another folder: --out {quoted(out.with_name(f'{out.name}-2'))}",
         )
-    by_method = {cell.method: _overridden(cell.settings) for cell in plan.cells}
+    by_method = {cell.method: cell for cell in plan.cells}
     for record in found["cells"]:
         if record["method"] not in by_method or record["status"] == "impossible":
             continue
-        before, now = _overridden(record["settings"]), by_method[record["method"]]
-        keys = [key for key in before | now if before.get(key) != now.get(key)]
+        keys = _changed(record, by_method[record["method"]])
         if keys and not _may_change(out, record, keys):
             raise StateError(
                 f"{out} has cells of {record['method']} with other settings: {', '.join(keys)}",
@@ -103,6 +103,7 @@ def merged(found: Results | None, plan: Plan, facts: Mapping[str, Any]) -> Resul
         if cells.get(state_of(cell), {}).get("status") != "done":
             cells[state_of(cell)] = _waiting(cell)
     records = sorted(cells.values(), key=_place)
+    _rate_older(records, plan)
     base = recipes.changed(plan.base, VARIED)
     commands = [*str((found or {}).get("command") or "").splitlines(), str(facts.get("command", ""))]
     return {
@@ -124,6 +125,7 @@ def merged(found: Results | None, plan: Plan, facts: Mapping[str, Any]) -> Resul
             "methods": list(dict.fromkeys(record["method"] for record in records)),
             "ratios": _values(records, "prune_ratio"),
             "mask_ratios": _values(records, "mask_ratio"),
+            **({"lrs": lrs} if (lrs := _values(records, "lr")) else {}),
             "seeds": _values(records, "seed"),
         },
         "notes": _notes(found, records, facts),
@@ -173,6 +175,8 @@ def _waiting(cell: Cell) -> Record:
         method=cell.method,
         prune_ratio=cell.prune_ratio,
         mask_ratio=cell.mask_ratio,
+        lr=cell.lr,
+        rate=cell.rate,
         seed=cell.seed,
         settings=dict(cell.settings),
         state=state_of(cell),
@@ -182,9 +186,21 @@ def _waiting(cell: Cell) -> Record:
     ).model_dump()
 
 
-def _overridden(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the overridden settings of a cell's method, without those that the grid varies."""
-    return {key: value for key, value in settings.items() if key not in ("method", "seed", "prune.ratio", "mask.ratio")}
+def _rate_older(records: Iterable[Record], plan: Plan) -> None:
+    """Add the rate of cells that older versions have run, which had that of the recipe."""
+    keys = {cell.method: cell.rate_key for cell in plan.cells}
+    for record in records:
+        if record["rate"] is None and record["status"] == "done" and (key := keys.get(record["method"])) is not None:
+            own = [record["settings"][name] for name in (key, rate_axis.LR) if name in record["settings"]]
+            rate = own[0] if own else rate_axis.rate_of(plan.base, key)
+            record["rate"] = rate if isinstance(rate, int | float) and rate <= LARGEST else None  # settings may hold `auto`
+
+
+def _changed(record: Record, cell: Cell) -> list[str]:
+    """Return the settings of a cell's method that are others in a record of it, without those that the grid varies."""
+    before, now = record["settings"], cell.settings
+    varied = {*AXES, *rate_axis.keys_in(before, record["lr"]), *rate_axis.keys_in(now, cell.lr)}
+    return [key for key in {**before, **now} if key not in varied and before.get(key) != now.get(key)]
 
 
 def _may_change(out: Path, record: Record, keys: Iterable[str]) -> bool:
@@ -204,7 +220,8 @@ def _differences(found: Results, base: Recipe) -> list[str]:
 
 
 def _place(record: Record) -> tuple[Any, ...]:
-    return (*place(record["method"]), record["prune_ratio"] or 0.0, record["mask_ratio"] or 0.0, record["seed"])
+    ratios = record["prune_ratio"] or 0.0, record["mask_ratio"] or 0.0
+    return (*place(record["method"]), *ratios, record["lr"] or 0.0, record["seed"])
 
 
 def _values(records: Iterable[Record], key: str) -> list[Any]:
@@ -233,7 +250,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", " ".join(map(str, value))
         elif key == "latency_seconds":  # tables are for people, and show milliseconds
             yield f"{prefix}latency_ms", None if value is None else float(f"{value * 1e3:.6g}")
-        elif value is not None or key not in ("memory", "parameters", "product"):  # other rows have their columns
+        elif value is not None or key not in ("memory", "parameters", "product", "test"):  # other rows have their columns
             yield f"{prefix}{key}", value
 
 

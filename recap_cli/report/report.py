@@ -49,6 +49,37 @@ def report(source: Path, out: Path | None = None) -> Path:
     place = out if out is not None else (source if source.is_dir() else source.parent) / PAGE
     _check_out(place)
     text = pages.state_page(of_state(State.open(source))) if kind == "state" else pages.results_page(schema.read(source))
+    return _written(place, text)
+
+
+def report_joined(sources: Sequence[Path], out: Path | None) -> Path:
+    """Write one page of the results of several comparisons, each a file or the folder it is in; returns where.
+
+    Raises:
+        StateError: one of them does not exist.
+        DataError: as in `report`.
+        UsageError: as in `report`; one is a state, or named twice, or there is no `out`.
+        StorageError: `out` cannot be written.
+    """
+    files = [source / RESULTS if source.is_dir() else source for source in sources]
+    for number, source in enumerate(sources):
+        if _kind(source) == "state":
+            raise UsageError(
+                f"{source}: is a state, and several are joined only if all are comparisons",
+                hint=f"recap report {quoted(source)} writes a page of the state alone",
+            )
+        if any(files[number].samefile(before) for before in files[:number]):
+            raise UsageError(f"{source}: is named twice", hint="name each comparison once")
+    if out is None:
+        raise UsageError(
+            "a page of several comparisons belongs to no folder of theirs", hint=f"say where it goes: --out {PAGE}"
+        )
+    _check_out(out)
+    return _written(out, pages.joined_results_page([schema.read(source) for source in sources]))
+
+
+def _written(place: Path, text: str) -> Path:
+    """Write a page and return its place. Raises `StorageError` if it cannot be written."""
     try:
         place.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -16,9 +16,10 @@ from recap_cli.core.task import Labels
 from recap_cli.data import other_data
 from recap_cli.data.split import Split
 from recap_cli.data.splits import make_split
-from recap_cli.errors import UsageError
+from recap_cli.errors import DataError, UsageError
 from recap_cli.machine import devices
 from recap_cli.progress import Track
+from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.device_policy import on_device
 from recap_cli.rounds.examples import inputs_of, read_raw, splits_of
 from recap_cli.rounds.recipe_model import forward_of
@@ -26,6 +27,7 @@ from recap_cli.rounds.record import TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import trainable_entries
 from recap_cli.state.manifest import quoted
+from recap_cli.tasks.calls import task_named
 from recap_cli.training.evaluation import Pass, Predictions, evaluate
 
 
@@ -99,6 +101,19 @@ def read_others(context: Context, other: OtherData, say: Callable[[str], None], 
         say(f"note: {note}")
     said = {"data": made.origin, "examples": len(made)}
     return Scored(made, found.labelled, found.places, None if other.data is None else found.files, said)
+
+
+def labelled_others(recipe: Recipe, other: OtherData) -> other_data.Other:
+    """Other data with labels, read as those of a recipe that no state has been made of.
+
+    Raises:
+        DataError: they do not fit, or have no labels.
+    """
+    labels, task = read_raw(recipe).labels, task_named(recipe.task.kind)
+    found = other_data.read_other(task, other.data, other.split, labels, recipe.data.model_dump())
+    if not found.labelled:
+        raise DataError(f"{found.origin} has no labels to score with", hint="name data that have labels: --data FILE")
+    return found
 
 
 def _labels(context: Context) -> Labels:

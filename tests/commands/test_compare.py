@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,9 @@ import pytest
 
 from recap_cli.cli import INTERRUPTED, main
 from recap_cli.compare import cell, processes
-from recap_cli.errors import ComparisonError, PluginError, RecipeError, StateError, UsageError
+from recap_cli.errors import ComparisonError, DataError, PluginError, RecipeError, StateError, UsageError
 from recap_cli.recipe import recipe as recipes
-from tests.tiny import tiny
+from tests.tiny import data_folder, tiny
 
 Answer = tuple[int, str, str]
 SMALL = "tiny.yaml --methods full-ft,recap --seeds 0 --out out"
@@ -46,12 +47,14 @@ def found_share() -> float:
 
 
 def test_a_comparison_runs_its_cells_and_then_has_nothing_left_to_do(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, err = ask("tiny.yaml --methods recap --seeds 0 --ratios 0.3,0.9 --out out --set finetune.steps=2")
+    grid = "--methods recap --ratios 0.3,0.9 --seeds 0 --out out --lrs 0.01 --set finetune.steps=2"
+    code, out, err = ask(f"tiny.yaml {grid}")
     assert code == ComparisonError.exit_code
     lines = [line.split() for line in out.splitlines()]
-    assert any(line[:5] == ["method", "r_p", "r_f", "accuracy", "±"] for line in lines)
-    (row,) = [line for line in lines if line[:3] == ["recap", "0.3", "0.6"] and "1" in line]
-    assert row[3].startswith("0.")
+    assert any(line[:4] == ["method", "r_p", "r_f", "lr"] for line in lines)
+    assert "tiny-vit: means over the seeds, each at its best rate on the validation data" in out
+    (row,) = [line for line in lines if line[:4] == ["recap", "0.3", "0.6", "0.01"] and "1" in line]
+    assert row[4].startswith("0.")
     assert any(line[:4] == ["recap", "0.9", "0.6", "0"] and line[4:6] == ["of", "1"] for line in lines)
     assert row[-1] == "ms"
     assert len(row[-2].replace(".", "").lstrip("0")) >= 3
@@ -59,20 +62,34 @@ def test_a_comparison_runs_its_cells_and_then_has_nothing_left_to_do(ask: Any, m
     assert f"{found_share():.1%}" in held
     for shown in ("Memory of finetuning", "of full", "Not done", "impossible", "prune.floor keeps 0.15"):
         assert shown in out
-    for shown in ("2 cells in out", "recap-rp0.3-rf0.6-s0: 0.", "cells: 0 of 1", "1 of 2 cells are not done: 1 impossible"):
+    name = "recap-rp0.3-rf0.6-lr0.01-s0"
+    for shown in ("2 cells in out", f"{name}: 0.", "cells: 0 of 1", "1 of 2 cells are not done: 1 impossible"):
         assert shown in err
     found = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
-    assert found["command"].startswith("recap compare tiny.yaml --methods recap --ratios 0.3,0.9 --seeds 0 --out out --set")
+    assert found["command"] == f"recap compare tiny.yaml {grid}"
+    assert "recap, r_p 0.3, r_f 0.6: one rate was tried, 0.01; another may be better: add --lrs recap:0.0033,0.03" in out
     done = found["cells"][0]
     assert (done["status"], done["steps"]) == ("done", 2)
     assert (Path("out") / done["state"] / "state.yaml").exists()
-    assert "round 1 merge" in Path("out/logs/recap-rp0.3-rf0.6-s0.log").read_text(encoding="utf-8")
+    assert "round 1 merge" in Path(f"out/logs/{name}.log").read_text(encoding="utf-8")
     assert Path("out/metric-prune-ratio.png").stat().st_size > 1000
 
     monkeypatch.setattr(cell, "command", lambda *_: pytest.fail("the cell is done"))
-    code, out, _ = ask("tiny.yaml --methods recap --seeds 0 --ratios 0.3 --out out --set finetune.steps=2 --json")
+    grid = grid.replace("0.3,0.9", "0.3")
+    code, out, _ = ask(f"tiny.yaml {grid} --json")
     assert code == 0
     assert json.loads(out)["cells"][0] == done
+    assert [(row["lr"], row["n"]) for row in json.loads(out)["groups"] if row["n"]] == [(0.01, 1)]
+
+    shutil.copytree(data_folder() / "validation", "held")
+    code, out, err = ask(f"tiny.yaml {grid} --test held")
+    assert code == 0
+    assert "accuracy, held out" in " ".join(out.split())
+    assert "held out: held, 18 examples; nothing was chosen by them" in out
+    assert "every finished cell is scored on held, by which nothing is chosen" in err
+    found = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
+    assert found["cells"][0]["test"]["value"] == pytest.approx(done["value"])  # as these are the same images
+    assert found["command"].endswith("--lrs 0.01 --test held --set finetune.steps=2")
 
 
 def test_a_failed_cell_is_shown_with_its_error_and_how_to_go_on(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +127,20 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(ask: Any) -> None:
         ("tiny.yaml --seeds 0,-1", UsageError, "--seeds 0,-1: expected whole numbers from 0"),
         ("tiny.yaml --seeds 1,1", UsageError, "--seeds 1,1: 1 occurs twice"),
         ("tiny.yaml --seeds ''", UsageError, "--seeds '': expected whole numbers from 0"),
+        ("tiny.yaml --lrs ''", UsageError, "--lrs '': expected positive numbers of at most a million, each once"),
+        ("tiny.yaml --lrs 0.1,-1", UsageError, "--lrs 0.1,-1: expected positive numbers"),
+        ("tiny.yaml --lrs 0", UsageError, "--lrs 0: expected positive numbers"),
+        ("tiny.yaml --lrs nan", UsageError, "--lrs nan: expected positive numbers"),
+        ("tiny.yaml --lrs inf", UsageError, "--lrs inf: expected positive numbers"),
+        ("tiny.yaml --lrs 1e-3,0.001", UsageError, "--lrs 1e-3,0.001: 0.001 occurs twice"),
+        ("tiny.yaml --lrs 1e-3 --lrs 2e-3,1e-3", UsageError, "--lrs 1e-3,2e-3,1e-3: 0.001 occurs twice"),
+        ("tiny.yaml --dry-run --lrs 0.1,0.1000000000000001", UsageError, "0.1 occurs twice"),  # cells have one name
+        ("tiny.yaml --lrs recap:", UsageError, "--lrs recap:'': expected positive numbers"),
+        ("tiny.yaml --lrs recap:0.1,x", UsageError, "--lrs recap:0.1,x: expected positive numbers"),
+        ("tiny.yaml --lrs recp:0.1", UsageError, "--lrs recp:0.1: there is no method recp; compared are full-ft"),
+        ("tiny.yaml --lrs 0.1 --set finetune.lr=1", UsageError, "--set finetune.lr=1: the grid varies finetune.lr"),
+        ("tiny.yaml --dry-run --test missing.csv", DataError, "there is no file or folder missing.csv"),
+        ("tiny.yaml --dry-run --test-split test", DataError, "the recipe's data are no data set of the hub"),
         ("tiny.yaml --set seed=1", UsageError, "--set seed=1: the grid varies seed"),
         ("tiny.yaml --set finetune.lrr=1", RecipeError, "finetune.lrr"),
         ("tiny.yaml --out tiny.yaml --methods recap --seeds 0", StateError, "tiny.yaml: is a file, not a folder"),
@@ -123,6 +154,17 @@ def test_what_makes_no_sense_is_refused_with_a_hint(ask: Any, line: str, kind: A
     assert "hint: " in err
     assert out == ""
     assert [path.name for path in Path().iterdir()] == ["tiny.yaml"]
+
+
+def test_a_dry_run_says_the_rates_of_the_cells(ask: Any) -> None:
+    line = "tiny.yaml --methods head-ft,recap --seeds 4 --lrs 1e-3,2e-3 --lrs recap:0.5 --lrs recap:0.25 --dry-run"
+    code, out, _ = ask(line)
+    assert code == 0
+    cells_of = [line.split()[0] for line in out.splitlines() if "-s4" in line]
+    assert cells_of == [
+        f"{name}-s4" for name in ("head-ft-lr0.001", "head-ft-lr0.002", "recap-rp0.4-rf0.6-lr0.5", "recap-rp0.4-rf0.6-lr0.25")
+    ]
+    assert [record["lr"] for record in json.loads(ask(f"{line} --json")[1])] == [0.001, 0.002, 0.5, 0.25]
 
 
 def test_what_has_no_effect_is_noted(ask: Any) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from recap_cli.compare.metric_plots import name_of
-from recap_cli.compare.schema import groups
+from recap_cli.compare.schema import groups, metric_of
+from recap_cli.core.task import Metric
 from recap_cli.report import pages
 from recap_cli.report.template import duration
 from tests.report.drawing import boxes, figure_of, heights, marks, on_a_line
 
+ACCURACY = Metric("accuracy")
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 SHAPES_OF_SVG = {"path", "rect", "line", "circle"}
 NASTY = "<script>alert('x')</script>\"&"
@@ -107,7 +109,7 @@ def sample() -> dict[str, Any]:
 
 
 def page_of(found: dict[str, Any]) -> str:
-    return pages.results_page({**found, "place": "results.json", "groups": list(groups(found["cells"]))})
+    return pages.results_page({**found, "place": "results.json", "groups": list(groups(found["cells"], metric_of(found)))})
 
 
 @cache
@@ -191,7 +193,7 @@ def test_means_and_deviations_are_those_of_the_seeds_that_are_done() -> None:
     parts: dict[str, Any] = {name: cell("pre-ft", 0, 0.5)[name] for name in ("seconds", "memory", "parameters", "product")}
     cells = [{**found, **parts, "value": value} for value in (0.5, 0.7)]
     cells.append({**cells[0], "status": "failed", "value": None, "error": "no"})
-    (group,) = groups(cells)
+    (group,) = groups(cells, ACCURACY)
     assert (group["n"], group["statuses"]["failed"], group["errors"]) == (2, 1, ["no"])
     assert group["value"] == pytest.approx(0.6)
     assert group["deviation"] == pytest.approx(0.02**0.5)
@@ -275,7 +277,7 @@ def test_results_that_are_the_same_are_on_the_front_together() -> None:
 
 def test_marks_stand_where_their_values_say_and_say_their_values() -> None:
     text = sample_page()
-    rows = {name_of(row): row for row in groups(sample()["cells"]) if row["value"] is not None}
+    rows = {name_of(row): row for row in groups(sample()["cells"], ACCURACY) if row["value"] is not None}
     drawing = figure_of(text, "accuracy over memory, with the Pareto front")
     found = {name.partition(":")[0]: (name, *place) for name, place in marks(drawing).items()}
     assert found.keys() == rows.keys()
@@ -289,7 +291,7 @@ def test_marks_stand_where_their_values_say_and_say_their_values() -> None:
 
 
 def test_lines_over_a_ratio_go_through_the_values() -> None:
-    rows = {name_of(row): row for row in groups(sample()["cells"]) if row["value"] is not None}
+    rows = {name_of(row): row for row in groups(sample()["cells"], ACCURACY) if row["value"] is not None}
     found = marks(figure_of(sample_page(), "accuracy over r_p"))
     names = {said.partition(":")[0]: place for said, place in found.items()}
     assert names.keys() == rows.keys()  # those without the ratio are level, with a mark at the end
@@ -300,7 +302,7 @@ def test_lines_over_a_ratio_go_through_the_values() -> None:
     "label", ["memory by component, of each method at its ratios", "time by stage, of each method at its ratios"]
 )
 def test_parts_of_bars_are_as_long_as_their_amounts(label: str) -> None:
-    rows = [row for row in groups(sample()["cells"]) if row["value"] is not None]
+    rows = [row for row in groups(sample()["cells"], ACCURACY) if row["value"] is not None]
     amounts = {}
     for row in rows:
         parts: list[tuple[str, Any]] = [(f"{row['memory'][key] / 1e6:,.1f} MB", row["memory"][key] / 1e6) for key in MEMORY]

@@ -220,12 +220,12 @@ def test_a_comparison_says_which_of_its_runs_came_to_nothing(
     bad = cell.figures(ended(tmp_path / "bad", monkeypatch, 0.9, 0.5).path)
     good = cell.figures(ended(tmp_path / "good", monkeypatch, 0.7, 0.9).path)
     found = [schema.Outcome(**{**CELL, **one, "seed": seed}).model_dump() for seed, one in ((3, bad), (4, good))]
-    (row,) = schema.groups(found)
+    (row,) = schema.groups(found, Metric("accuracy"))
     assert row["warm_up"] == pytest.approx(0.8)
     assert row["chance"] == pytest.approx(1 / 3)
-    print_results({"cells": found, "metric": "accuracy", "recipe": "x", "notes": []}, tmp_path)
+    print_results({"cells": found, "metric": "accuracy", "better": "more", "recipe": "x", "notes": []}, tmp_path)
     shown = capsys.readouterr().out
     assert "before round 1: accuracy of the warmed-up head 0.8000, of chance 0.3333" in shown
     assert "warning: recap 0.5 0.5, seed 3: accuracy 0.5000 is worse than what the warmed-up head had" in shown
-    (row,) = schema.groups([found[1]])
+    (row,) = schema.groups([found[1]], Metric("accuracy"))
     assert row["warning"] is None
