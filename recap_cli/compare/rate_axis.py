@@ -43,9 +43,12 @@ def key_of(recipe: Recipe) -> str:
     return HEAD_LR if not recipe.faithful and all(one.trains == "head" for one in round_plans) else LR
 
 
-def rate_of(recipe: Recipe, key: str) -> float:
-    """Return the rate of a recipe that has this key."""
-    return recipe.head_lr(new=False, alone=True) if key == HEAD_LR else recipe.finetune.lr
+def rate_of(recipe: Recipe, key: str) -> float | None:
+    """Return the rate of a recipe that has this key; None where it is `auto`, which the model decides."""
+    lr = None if recipe.finetune.lr == "auto" else recipe.finetune.lr
+    if key == LR:
+        return lr
+    return recipe.finetune.head_lr if isinstance(recipe.finetune.head_lr, int | float) else lr
 
 
 def keys_in(settings: Mapping[str, object], lr: float | None) -> tuple[str, ...]:

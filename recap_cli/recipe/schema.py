@@ -275,7 +275,7 @@ class Distill(BaseModel):
     steps_share: PartialShare = Field(
         default=0.5, description="With teacher: lora or full, the share of the run's optimizer steps that the teacher takes."
     )
-    lr: AutoPositive = Field(
+    teacher_lr: AutoPositive = Field(
         default="auto", description="Peak learning rate of a teacher: lora or full; auto is that of lora-ft, or of full-ft."
     )
     library: Literal["transformers", "timm"] | None = Field(

@@ -13,7 +13,7 @@ WIDTH = 384  # of the widest model that the rates of our methods were fitted on
 
 
 def peak_lr(recipe: Recipe, layout: "Layout", round_plan: RoundPlan) -> float:
-    """The peak learning rate of a round, the recipe's `finetune.lr`, or `distill.lr` of the round that makes the teacher.
+    """The peak learning rate of a round, the recipe's `finetune.lr`, or `distill.teacher_lr` of its teacher.
 
     `auto` is the rate of the method (`Method.lr`). A model wider than `WIDTH` has less in proportion, as AdamW wants of its
     hidden matrices (µP, 2203.03466).
@@ -27,7 +27,7 @@ def peak_lr(recipe: Recipe, layout: "Layout", round_plan: RoundPlan) -> float:
         PluginError: there is no such method.
     """
     is_teacher = teaches(round_plan)
-    given = recipe.distill.lr if is_teacher else recipe.finetune.lr
+    given = recipe.distill.teacher_lr if is_teacher else recipe.finetune.lr
     if given != "auto":
         return given
     method = method_of_name(METHOD_OF_TEACHER[recipe.distill.teacher or ""]) if is_teacher else method_of(recipe)

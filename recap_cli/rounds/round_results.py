@@ -7,7 +7,7 @@ from recap_cli.machine import accounting
 from recap_cli.rounds.custom_training import result_of
 from recap_cli.rounds.record import MEMORY, METRICS, MOMENTS, ROWS, SCORES, TRAINED
 from recap_cli.rounds.run_context import Context
-from recap_cli.rounds.training_round import Trainer
+from recap_cli.rounds.trainer import Trainer
 from recap_cli.state.store import Transaction
 from recap_cli.trainable.embedding import PartialEmbedding
 from recap_cli.trainable.moments import COUNT

@@ -129,7 +129,7 @@ def _teacher_text(recipe: Recipe) -> Iterator[str]:
 
 def _own_teacher_text(recipe: Recipe) -> str:
     teacher = recipe.distill.teacher or ""
-    rate = _nominal_lr(recipe.distill.lr, METHOD_OF_TEACHER.get(teacher, recipe.method))
+    rate = _nominal_lr(recipe.distill.teacher_lr, METHOD_OF_TEACHER.get(teacher, recipe.method))
     how = "by LoRA" if teacher == "lora" else "whole"
     return f"the full model becomes the teacher, finetuned {how} at {rate:g}, a block at a time"
 

@@ -19,7 +19,7 @@ from recap_cli.rounds.device_policy import on_device
 from recap_cli.rounds.plans import METHOD_OF_TEACHER
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import SmallModel, rule_of
-from recap_cli.rounds.training_round import Trainer, carried_state
+from recap_cli.rounds.trainer import Trainer, carried_state
 from recap_cli.trainable.build import Trainable
 from recap_cli.trainable.optim import Optimizer
 

@@ -1,32 +1,30 @@
 """One round of finetuning: a small model made trainable, trained where its mask allows, and scored (paper, sec. 3.2)."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from math import ceil, isfinite
 
 import torch
 from torch import nn
 
 from recap_cli.core.axes import counts
-from recap_cli.core.method import TrainerHook
-from recap_cli.core.surgery import IndexMap, compose_index_maps, indices
 from recap_cli.core.task import Batch
 from recap_cli.data.sampling import batches, order, seed_for
 from recap_cli.data.split import Split
 from recap_cli.errors import TrainingError
 from recap_cli.machine import accounting
-from recap_cli.models import build
 from recap_cli.progress import Track
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds.custom_training import attach, make_hook_trainable, rates_of, stepping
+from recap_cli.rounds.custom_training import stepping
 from recap_cli.rounds.device_policy import blocks_of, importance_batch_size
 from recap_cli.rounds.plans import lr_window_of, steps_in_round, steps_of, teaches
 from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.run_context import Context
-from recap_cli.rounds.small_model import SmallModel, in_dtype, make_trainable, placement_of, rule_of
+from recap_cli.rounds.small_model import SmallModel, in_dtype, placement_of
 from recap_cli.rounds.teacher import lesson_of
-from recap_cli.trainable.moments import take_moments
-from recap_cli.trainable.optim import CarriedState, Optimizer, learning_rate
+from recap_cli.rounds.teacher_round import teaching
+from recap_cli.rounds.trainer import Trainer, make_trainer
+from recap_cli.trainable.optim import Optimizer, learning_rate
 from recap_cli.trainable.token_rows import used_token_rows
 from recap_cli.training.evaluation import Pass, evaluate
 from recap_cli.training.loop import Forward, Steps, Training, train
@@ -38,25 +36,6 @@ LOWER_THE_RATE = (
 )
 
 
-@dataclass(frozen=True)
-class Trainer:
-    """The small model of round `number` on its device, with what trains it.
-
-    `hook` is that of a method that trains in its own way; None where the mask says what is trainable.
-    """
-
-    number: int
-    small: SmallModel
-    optimizer: Optimizer
-    hook: TrainerHook | None
-    device: torch.device
-
-    @property
-    def teaches(self) -> bool:
-        """Whether this is the round that makes the teacher of those after it."""
-        return teaches(self.small.round_plan)
-
-
 def read_small_model(context: Context, number: int, examples: tuple[Split, Split]) -> SmallModel:
     """The small model of a round as it was cut, with its mask, and the token rows that the `examples` use."""
     folder = f"round-{number:03d}"
@@ -66,35 +45,11 @@ def read_small_model(context: Context, number: int, examples: tuple[Split, Split
     return SmallModel(model, context.layout, context.round_plans[number - 1], plan, context.mask(folder, plan), token_rows)
 
 
-def make_trainer(context: Context, number: int, small: SmallModel, device: torch.device) -> Trainer:
-    """Make a small model trainable, in place and on the device, with the moments that its entries had."""
-    accounting.reset(device)
-    recipe, settings = context.recipe, context.recipe.finetune
-    index_map = small.trainable_entries()  # of the model as it is: what follows changes it
-    hook = None
-    if small.round_plan.trains == "training":
-        torch.manual_seed(seed_for(recipe.seed, number, "training"))
-        hook = attach(small, recipe, context.round_plans[number - 1 :])
-    carried = carried_state(context, small, index_map)
-    if settings.checkpointing:
-        build.enable_checkpointing(small.model)
-    if hook is None:
-        trainables = make_trainable(small, placement_of(settings, device))
-        scale = {trainable.name: 1.0 for trainable in trainables}
-    else:
-        trainables = make_hook_trainable(small, hook, placement_of(settings, device))
-        scale = rates_of(hook, trainables)
-    if (rate := context.head_lr(small.round_plan)) != (lr := context.lr(small.round_plan)):
-        scale |= {name: scale[name] * rate / lr for name in scale.keys() & set(context.layout.head)}
-    optimizer = Optimizer(trainables, rule_of(settings), weight_decay=settings.weight_decay, carried=carried, scale=scale)
-    return Trainer(number, small, optimizer, hook, device)
-
-
-def carried_state(context: Context, small: SmallModel, index_map: IndexMap) -> CarriedState:
-    """The moments and step counts that the entries at `index_map` of a small model have in the full one."""
-    in_full = compose_index_maps(indices(context.layout.axes, small.plan, context.layout.shapes), index_map)
-    moments, steps = take_moments(context.full_moments(tuple(rule_of(context.recipe.finetune).idle_decay)), in_full)
-    return CarriedState(moments, steps, small.along)
+def trainer_of(context: Context, number: int, small: SmallModel, device: torch.device) -> AbstractContextManager[Trainer]:
+    """What trains the small model of a round on the device, or the full model that becomes the teacher."""
+    if teaches(small.round_plan):
+        return teaching(context, number, small, device)
+    return nullcontext(make_trainer(context, number, small, device))
 
 
 def train_round(context: Context, trainer: Trainer, split: Split, track: Track) -> Training:

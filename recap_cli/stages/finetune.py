@@ -1,31 +1,19 @@
 """`finetune`: train what the mask makes trainable, on the GPU if there is one (paper, sec. 3.2, Step 4)."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from recap_cli.errors import lacks_device_memory
 from recap_cli.machine import devices, snapshot
 from recap_cli.memory import oom
 from recap_cli.progress import Track, silent
-from recap_cli.rounds.plans import require_extras, teaches
+from recap_cli.rounds.plans import require_extras
 from recap_cli.rounds.round_results import Outcome, write_results
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.settings import OnChange, adopt, ignore, recipe_of
-from recap_cli.rounds.small_model import SmallModel
-from recap_cli.rounds.teacher_round import teaching
 from recap_cli.rounds.threads import on_fitting_threads
-from recap_cli.rounds.training_round import (
-    Trainer,
-    held_in_training,
-    make_trainer,
-    read_small_model,
-    score_round,
-    train_round,
-)
+from recap_cli.rounds.training_round import held_in_training, read_small_model, score_round, train_round, trainer_of
 from recap_cli.state.store import State
 
 
@@ -86,7 +74,7 @@ def _finetune(context: Context, report: oom.OOMReport, track: Track, snapshot_to
         examples, validation = context.training_examples(track)
         small = read_small_model(context, transaction.round, (examples, validation))
         report.model = small.model
-        with _trainer(context, transaction.round, small, report.device) as trainer:
+        with trainer_of(context, transaction.round, small, report.device) as trainer:
             report.optimizer, report.doing = trainer.optimizer, oom.TRAINING
             run = train_round(context, trainer, examples, track)
             held, peak = held_in_training(context, trainer, run)
@@ -94,10 +82,3 @@ def _finetune(context: Context, report: oom.OOMReport, track: Track, snapshot_to
             metrics = score_round(context, trainer, validation, track)
             write_results(transaction, context, trainer, Outcome(run, held, peak, metrics))
     return state.manifest.history[-1]
-
-
-def _trainer(context: Context, number: int, small: SmallModel, device: torch.device) -> AbstractContextManager[Trainer]:
-    """What trains the small model of a round on the device, or the full model that becomes the teacher."""
-    if teaches(small.round_plan):
-        return teaching(context, number, small, device)
-    return nullcontext(make_trainer(context, number, small, device))

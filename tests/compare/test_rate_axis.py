@@ -12,6 +12,7 @@ from recap_cli.compare.schema import groups, metric_of
 from recap_cli.errors import StateError, UsageError
 from recap_cli.recipe import recipe as recipes
 from tests.compare.test_runner import plan, stored
+from tests.tiny import tiny
 
 
 def rows_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -167,3 +168,11 @@ def test_a_rate_beyond_what_results_can_say_does_not_spoil_them(recipe: str) -> 
     made = plan(recipe, "finetune.lr=1e30", methods=["recap"])
     store.write(Path("."), store.merged(None, made, {"versions": {}, "machine": {}}) | {"created": "2026"})
     assert stored(Path())["cells"][0]["rate"] is None
+
+
+def test_the_rate_of_auto_is_not_known_before_the_model() -> None:
+    recipe = recipes.changed(tiny("vit"), {"finetune.lr": "auto"})
+    assert rate_axis.rate_of(recipe, rate_axis.LR) is None
+    assert rate_axis.rate_of(recipe, rate_axis.HEAD_LR) is None
+    assert rate_axis.rate_of(recipes.changed(recipe, {"finetune.head_lr": 0.02}), rate_axis.HEAD_LR) == 0.02
+    assert rate_axis.rate_of(tiny("vit", finetune={"lr": 0.03}), rate_axis.HEAD_LR) == 0.03

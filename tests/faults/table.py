@@ -255,7 +255,7 @@ FAULTS = (
     ),
     Fault(
         "the head's learning rate is that of everything",
-        "recap_cli/rounds/training_round.py",
+        "recap_cli/rounds/trainer.py",
         "for name in scale.keys() & set(context.layout.head)}",
         "for name in scale}",
         (ADAMW,),
@@ -403,7 +403,7 @@ FAULTS = (
     Fault(
         "a teacher's learning rate is the student's",
         "recap_cli/rounds/rates.py",
-        "given = recipe.distill.lr if is_teacher else recipe.finetune.lr",
+        "given = recipe.distill.teacher_lr if is_teacher else recipe.finetune.lr",
         "given = recipe.finetune.lr",
         ("tests/rounds/test_rates.py::test_auto_is_the_rate_of_the_method_and_less_for_a_wide_model",),
     ),

@@ -19,7 +19,7 @@ from recap_cli.recipe import recipe as recipes
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.settings import recipe_of
 from recap_cli.rounds.small_model import SmallModel, in_dtype, placement_of
-from recap_cli.rounds.training_round import make_trainer
+from recap_cli.rounds.trainer import make_trainer
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.prune import prune

@@ -1,4 +1,4 @@
-"""`finetune.lr: auto` and `distill.lr: auto`: the rate of the method, less for a wide model, and where it is used."""
+"""`finetune.lr: auto` and `distill.teacher_lr: auto`: the rate of the method, less for a wide model, and where it is used."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def test_auto_is_the_rate_of_the_method_and_less_for_a_wide_model(monkeypatch: p
     taught = tiny("vit", distill={"teacher": "lora"}, finetune={"lr": 0.03})
     assert peak_lr(taught, layout, teacher) == method_of_name("lora-ft").lr
     assert peak_lr(recipes.changed(taught, {"distill.teacher": "full"}), layout, teacher) == method_of_name("full-ft").lr
-    assert peak_lr(recipes.changed(taught, {"distill.lr": 0.02}), layout, teacher) == 0.02
+    assert peak_lr(recipes.changed(taught, {"distill.teacher_lr": 0.02}), layout, teacher) == 0.02
     assert peak_lr(taught, layout, plan) == 0.03
     wide = recipes.changed(taught, {"finetune.lr": "auto"})
     monkeypatch.setattr("recap_cli.rounds.rates.width_of", lambda _: 2 * WIDTH)

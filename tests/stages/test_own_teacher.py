@@ -237,7 +237,7 @@ def test_a_budget_makes_its_micro_batches_smaller_and_says_where_a_block_is_too_
 
 
 def test_a_dry_run_and_the_stages_say_what_the_round_is(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = describe(taught("vit", "lora", distill={"lr": 3e-3}))
+    lines = describe(taught("vit", "lora", distill={"teacher_lr": 3e-3}))
     assert "teacher: made in round 1; 70% of the loss, at temperature 2" in lines
     assert any("the full model becomes the teacher, finetuned by LoRA at 0.003, a block at a time" in line for line in lines)
     assert any("finetuned whole at 0.0002" in line for line in describe(taught("vit", "full")))
@@ -266,7 +266,7 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(tmp_path: Path, m
     for values, said in (
         ({"steps_share": 1.0}, "steps_share"),
         ({"steps_share": 0}, "steps_share"),
-        ({"lr": -1}, "distill.lr"),
+        ({"teacher_lr": -1}, "distill.teacher_lr"),
     ):
         with pytest.raises(RecipeError, match=said):
             taught("vit", "lora", distill=values)

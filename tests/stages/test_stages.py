@@ -34,6 +34,7 @@ from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.selection import choose
 from recap_cli.rounds.settings import EXECUTION
 from recap_cli.rounds.status import describe, next_stage, summary
+from recap_cli.rounds.trainer import Trainer
 from recap_cli.stages import eval as evaluation
 from recap_cli.stages.export import export
 from recap_cli.stages.init import init
@@ -621,13 +622,13 @@ def lacking(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
 
     def put(step: str) -> list[Any]:
         seen: list[Any] = []
-        module = training_round if step == "evaluate" else finetuning
+        module = training_round if step in ("evaluate", "make_trainer") else finetuning
         real = getattr(module, step)
 
         def fail(*given: Any, **settings: Any) -> Any:
             made = real(*given, **settings) if step == "make_trainer" else None  # all on the device, and then one more
             activations = torch.zeros(1000)
-            trainer = next((thing for thing in (*given, made) if isinstance(thing, training_round.Trainer)), None)
+            trainer = next((thing for thing in (*given, made) if isinstance(thing, Trainer)), None)
             held = [] if trainer is None else [trainer.small.model, trainer.optimizer]
             seen.extend(weakref.ref(thing) for thing in (*held, activations))
             raise torch.OutOfMemoryError(LACK)
