@@ -44,7 +44,10 @@ from record import parser, write
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = Path(__file__).resolve().parent / "mutants_equivalent.yaml"
 STAGES = ("prune", "mask", "finetune", "merge")
-ROUNDS = ("warm_up", "pruning", "compensation", "masking", "training_round", "teacher", "round_results", "merging")
+ROUNDS = (
+    *("warm_up", "pruning", "compensation", "masking", "trainer", "training_round", "teacher", "teacher_round", "rates"),
+    *("round_results", "merging"),
+)
 TESTS = (  # those that run the heart; others of the stages' folder are of comparisons, budgets and reports
     "tests/core",
     "tests/trainable",
@@ -53,6 +56,7 @@ TESTS = (  # those that run the heart; others of the stages' folder are of compa
         f"tests/stages/test_{name}.py"
         for name in (
             "algorithm",
+            "own_teacher",
             "algorithm_settings",
             "best",
             "compensation",
