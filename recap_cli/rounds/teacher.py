@@ -163,7 +163,7 @@ def _itself(recipe: Recipe, full: FullModel, splits: tuple[Split, Split]) -> Tea
         reason = next((note for note in full.notes if "head" in note), "it has random weights")
         raise ModelError(
             f"{recipe.model.name or 'model.config'} has nothing to teach (distill.teacher: self): {reason}",
-            hint="give a model that is finetuned for these labels; or, in a recipe, another teacher: --set distill.teacher=DIR, "
+            hint="give a model that is finetuned for these labels; in a recipe, another teacher: --set distill.teacher=DIR, "
             "or =lora for one that the run makes of this model",
         )
     return Teacher(full.model, full.spec, full.layout.axes, splits)
