@@ -26,6 +26,7 @@ __all__ = [
     "adapter_named",
     "adapter_of",
     "assemble",
+    "copied",
     "describe",
     "embedding_names",
     "enable_checkpointing",
@@ -74,10 +75,10 @@ def on_meta(spec: ModelSpec) -> nn.Module:
             made = _build(spec)
         _ON_META.clear()
         _ON_META[key] = made
-    return _copied(_ON_META[key])
+    return copied(_ON_META[key])
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
     """Return a deep copy. Half of the time of `copy.deepcopy` went into tables of hooks that are empty: they are made here."""
     tables = (value for module in model.modules() for value in vars(module).values() if type(value) in _TABLES and not value)
     return copy.deepcopy(model, {id(table): type(table)() for table in tables})
