@@ -79,7 +79,7 @@ def _execute(box: Box) -> None:
 
 
 def _hold(box: Box) -> None:
-    held = b"x" * 2**28
+    held = b"x" * 2**30
     print(len(held), file=sys.stderr)
 
 
