@@ -66,7 +66,7 @@ def thread_of_autograd() -> None:
 @pytest.mark.usefixtures("thread_of_autograd")
 def test_killed_in_the_middle_of_training_and_run_again_is_uninterrupted(tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(recipes.dump(tiny("vit", finetune={"epochs": 20})))
+    recipe.write_text(recipes.dump(tiny("vit", rounds=1, finetune={"epochs": 20})))
     assert main(["run", str(recipe), "--state", str(tmp_path / "whole")]) == 0
     killed = Fork(["run", str(recipe), "--state", str(tmp_path / "killed")], tmp_path / "printed")
     wait_for_mask(killed, tmp_path / "killed")

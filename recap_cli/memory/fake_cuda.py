@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recap_cli.memory.tracker import ASKED, one
+
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD_DIM = 256  # the most that flash attention takes
 BIAS_ALIGNMENT = 16  # entries of a row of the mask, to which the memory-efficient kernel pads it
@@ -36,18 +38,10 @@ def cuda_kernels() -> Iterator[None]:
 
 
 class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answers where a program asks a fake tensor for its value: every number is 1, and what is asked for being true is."""
+    """Answers where a program asks a fake tensor for its value, and no tracker that `answers` is there."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return _one(args[0].dtype)
-        return func(*args, **(kwargs or {}))
-
-
-def _one(dtype: torch.dtype) -> bool | int | float:
-    if dtype == torch.bool:
-        return True
-    return 1.0 if dtype.is_floating_point else 1
+        return one(args[0].dtype) if func is ASKED else func(*args, **(kwargs or {}))
 
 
 def _attention(

@@ -58,13 +58,13 @@ class Fakes:
 
     def usage(self, step: Step, kernels: Kernels = "cuda") -> Usage:
         """What a step on fake tensors would hold."""
-        with self.pretending(kernels):
-            return usage(step)
+        with self._pretending(kernels):
+            return usage(step, answers=True)
 
     def evaluation_bytes(self, step: Step, batch: Batch, kernels: Kernels = "cuda") -> int:
         """The peak of scoring one batch with the model of a step, its optimizer's state held all the while."""
-        with self.pretending(kernels):
-            return evaluation_bytes(step, batch)
+        with self._pretending(kernels):
+            return evaluation_bytes(step, batch, answers=True)
 
     def peak_bytes(
         self, work: Callable[[], None], *, host: Iterable[Tensor], inputs: Mapping[str, Tensor], kernels: Kernels = "cuda"
@@ -73,7 +73,8 @@ class Fakes:
         tracker = Tracker()
         tracker.ignore(host)
         tracker.know(inputs, "other")
-        with self.pretending(kernels), tracker.watch([]):
+        tracker.answers = True
+        with self._pretending(kernels), tracker.watch([]):
             work()
         return tracker.usage().peak_bytes
 
@@ -84,9 +85,14 @@ class Fakes:
         Raises:
             ModelError: the shapes of a model depend on the values of its tensors, which fake ones do not have.
         """
+        with self._pretending(kernels), Answers():  # type: ignore[no-untyped-call]
+            yield
+
+    @contextmanager
+    def _pretending(self, kernels: Kernels) -> Iterator[None]:
+        """The same without answers to a program that asks for values: a tracker gives them faster than a mode below it."""
         with ExitStack() as stack:
             stack.enter_context(self.mode)
-            stack.enter_context(Answers())  # type: ignore[no-untyped-call]
             if kernels == "cuda":
                 stack.enter_context(cuda_kernels())
             stack.enter_context(_silence())
@@ -97,9 +103,13 @@ class Fakes:
                 raise ModelError(f"{what} ({type(error).__name__})", hint=WITHOUT) from error
 
 
-def usage(step: Step) -> Usage:
-    """What a step holds, counted while it runs on the tensors that it is given. It takes the step: weights change."""
+def usage(step: Step, *, answers: bool = False) -> Usage:
+    """What a step holds, counted while it runs on the tensors that it is given. It takes the step: weights change.
+
+    With `answers` these are fake, and whoever asks for a value of them hears 1.
+    """
     tracker = _tracker(step, step.batch)
+    tracker.answers = answers
     with tracker.watch([(trainable.name, trainable.grad_param) for trainable in step.optimizer.trainables]):
         take_step(step)
     return tracker.usage()
@@ -116,9 +126,10 @@ def take_step(step: Step) -> None:
     )
 
 
-def evaluation_bytes(step: Step, batch: Batch) -> int:
-    """The peak of scoring one batch, counted while it runs."""
+def evaluation_bytes(step: Step, batch: Batch, *, answers: bool = False) -> int:
+    """The peak of scoring one batch, counted while it runs; `answers` as in `usage`."""
     tracker = _tracker(step, batch)
+    tracker.answers = answers
     step.model.eval()
     with torch.no_grad(), tracker.watch([]):
         mean_loss(step.task, step.forward(batch), batch)

@@ -4,7 +4,6 @@ The check is structural, so it uses random weights with a fixed seed. Real weigh
 bias, could hide a wrong cut.
 """
 
-import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -147,7 +146,7 @@ def _differences(
 ) -> tuple[float, float]:
     """Return how far cutting is from zeroing, and from the nearer control, both relative to the largest logit."""
     logits = _logits_of(spec)
-    trial = _randomize(copy.deepcopy(model).eval())
+    trial = _randomize(build.copied(model).eval())
     uncut = _untouched(trial, spec)
     zero_groups(trial, axes, {name: ~keep for name, keep in plan.items()})
     wrong = logits(trial)

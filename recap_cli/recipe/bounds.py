@@ -26,8 +26,8 @@ _ONE = _Size(1, 1, 0)
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
-def check_size(text: str) -> None:
-    """Check that a text is not larger or deeper than any recipe, and has no tags.
+def check_size(text: str) -> list[yaml.Event]:
+    """Return the events of a text, checked not to be larger or deeper than any recipe, and to have no tags.
 
     Raises:
         yaml.MarkedYAMLError: It is, or has; with the place.
@@ -37,8 +37,10 @@ def check_size(text: str) -> None:
         raise yaml.YAMLError(f"it is larger than {MOST_BYTES // 1024} KiB")
     sizes: dict[str, _Size] = {}  # by anchor
     above: list[tuple[str | None, list[_Size]]] = []  # the open collections: anchor and contents so far
+    events: list[yaml.Event] = []
     values = characters = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        events.append(event)
         mark = cast(yaml.Mark, event.start_mark)
         if tag := getattr(event, "tag", None):  # PyYAML's constructors raise a bare KeyError for `!!bool maybe`
             raise yaml.MarkedYAMLError(problem=f"the tag {tag}; only plain values are allowed", problem_mark=mark)
@@ -66,6 +68,7 @@ def check_size(text: str) -> None:
             most = f"{MOST_VALUES:,} values of {MOST_CHARACTERS:,} characters in total"
             problem = f"it holds more than {most}, with aliases written out"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+    return events
 
 
 def _put(sizes: dict[str, _Size], above: list[tuple[str | None, list[_Size]]], anchor: str | None, size: _Size) -> None:

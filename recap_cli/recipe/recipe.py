@@ -7,7 +7,6 @@ against each other. `recap_cli.recipe.problems` makes the messages, with the pla
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -70,12 +69,20 @@ def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: The text is not a YAML mapping, or keys are unknown, missing, doubled, wrong, or contradict each other. The
             message lists all problems.
     """
-    return _parsed(text, origin, tuple(overrides)).model_copy(deep=True)  # a copy: its `model.config` is a dictionary
+    key = (text, tuple(overrides))
+    recipe = _SOUND.pop(key, None) or _parsed(text, origin, overrides)
+    _SOUND[key] = recipe
+    if len(_SOUND) > _KEPT:
+        del _SOUND[next(iter(_SOUND))]
+    return recipe.model_copy(deep=True)  # a copy: its `model.config` is a dictionary
 
 
-@lru_cache(maxsize=8)
-def _parsed(text: str, origin: str, overrides: tuple[str, ...]) -> Recipe:
-    """Return what `parse` returns. Cached: every stage of a run asks for the same recipe, and parsing YAML is slow."""
+# The recipes parsed last: every stage of a run asks for the same one, and parsing YAML is slow. Only messages name the origin.
+_SOUND: dict[tuple[str, tuple[str, ...]], Recipe] = {}
+_KEPT = 16
+
+
+def _parsed(text: str, origin: str, overrides: Sequence[str]) -> Recipe:
     document = load(text, origin, overrides, ALTERNATIVES, NEEDS)
     found = list(document.problems)
     recipe = None

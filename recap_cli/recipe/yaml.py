@@ -143,10 +143,17 @@ def _find(root: yaml.Node | None, path: KeyPath, *, at_key: bool) -> tuple[yaml.
 
 def _parse(text: str) -> tuple[yaml.Node | None, Any, list[tuple[yaml.Mark, str, str]]]:
     """Return the node tree, the value, and wrong keys as (mark, key, reason)."""
-    check_size(text)
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    root = _composed(check_size(text))
     odd = list(_odd_keys(root, (), frozenset(), set()))
     return root, yaml.safe_load(text) if "<<" in text else _value_of(root), odd
+
+
+def _composed(events: Iterable[yaml.Event]) -> yaml.Node | None:
+    """Return the node tree of events, as `yaml.compose` does of their text, which it would parse again."""
+    loader: Any = yaml.SafeLoader("")
+    loader.state = iter(events).__next__  # what gives PyYAML's parser its next event
+    node: yaml.Node | None = loader.get_single_node()
+    return node
 
 
 def _value_of(root: yaml.Node | None) -> Any:

@@ -197,6 +197,7 @@ FACTS: Mapping[str, type[BaseModel]] = {
     "merge": MergeFacts,
 }
 NUMBER = TypeAdapter(float, config=ConfigDict(strict=True))
+_PASSED: list[tuple[Manifest, str]] = []  # the last record that was sound, with its recipe: a stage checks it twice
 
 
 def teacher_of(manifest: Manifest) -> dict[str, Any] | None:
@@ -210,14 +211,18 @@ def check(state: State) -> None:
     Raises:
         CorruptStateError: a stage's facts, or a file that it must have written, are missing or not what they should be.
     """
+    if (state.manifest, state.recipe_text) in _PASSED:
+        return
     recipe = recipes.parse(state.recipe_text, str(state.path / state.manifest.recipe))
     if problem := next(_problems(state.manifest, recipe), None):
         raise CorruptStateError(f"{state.path / COMMIT}: {problem}", hint=START_OVER)
+    _PASSED[:] = [(state.manifest, state.recipe_text)]
 
 
 def _problems(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
+    metric = recipe.metric.name
     for number, entry in enumerate(manifest.history):
-        if wrong := _wrong_facts(entry, recipe):
+        if wrong := _wrong_facts(entry, recipe, metric):
             yield f"history[{number}].{wrong} is missing or not what it should be"
     if (manifest.made.get("teacher") is None) != (recipe.distill.teacher is None or recipe.distill.is_own):
         yield "history[0].teacher is not that of the recipe"
@@ -242,9 +247,8 @@ def _problems(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
         yield f"{change} is in files, and `prune` of round {manifest.round} has noted no change"
 
 
-def _wrong_facts(entry: Mapping[str, Any], recipe: Recipe) -> str | None:
+def _wrong_facts(entry: Mapping[str, Any], recipe: Recipe, metric: str) -> str | None:
     """The place of the first fact of a stage that is not what it should be, or None."""
-    metric = recipe.metric.name
     try:
         FACTS[entry["stage"]].model_validate(entry)
         if entry["stage"] == "finetune":

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -17,6 +18,7 @@ import torch
 from recap_cli.errors import CorruptStateError, StateLockedError
 from recap_cli.state import files
 from recap_cli.state.store import State
+from tests.limits import HANG_SECONDS
 from tests.state.made import RECIPE, advance, committed, contents, create, script, tree
 
 PLACES = ("state.yaml", "recipe.yaml", "full-000", "full-000/model.txt", "full-000/deep")
@@ -43,13 +45,44 @@ def test_a_link_in_the_place_of_what_was_committed_is_refused_by_name_and_nothin
     assert place.is_symlink()
 
 
+OPENED = """
+import sys
+from recap_cli.errors import CorruptStateError
+from recap_cli.state.store import State
+for path in sys.argv[1:]:
+    try:
+        with State.open(path).writing("prune"):
+            print("written")
+    except CorruptStateError as error:
+        print(error.message)
+"""
+
+
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
-@pytest.mark.parametrize("rel", ["state.yaml", "recipe.yaml", "full-000/model.txt", *MADE])
 def test_a_pipe_a_socket_or_a_device_is_refused_and_not_waited_for(
-    state: State, monkeypatch: pytest.MonkeyPatch, rel: str, kind: str
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    place = state.path / rel
-    place.unlink(missing_ok=True)
+    places = []
+    for number, rel in enumerate(["state.yaml", "recipe.yaml", "full-000/model.txt", *MADE]):
+        root = tmp_path / f"opened-{number}"
+        shutil.copytree(state.path, root)
+        (root / rel).unlink(missing_ok=True)
+        _make(kind, root / rel, monkeypatch)
+        places.append((root, root / rel))
+    done = subprocess.run(
+        [sys.executable, "-c", OPENED, *(str(root) for root, _ in places)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG_SECONDS,
+    )
+    said = done.stdout.splitlines()
+    assert len(said) == len(places), done.stderr
+    for (_, place), line in zip(places, said, strict=True):
+        assert line.startswith(f"{place}: is a {kind}, ")
+
+
+def _make(kind: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "pipe":
         os.mkfifo(place)
     elif kind == "socket":
@@ -61,15 +94,6 @@ def test_a_pipe_a_socket_or_a_device_is_refused_and_not_waited_for(
             os.mknod(place, stat.S_IFCHR | 0o666, os.makedev(1, 5))  # /dev/zero
         except PermissionError:
             pytest.skip("no device may be made here")
-    program = "import sys; from recap_cli.state.store import State\nwith State.open(sys.argv[1]).writing('prune'): pass"
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(state.path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert f"CorruptStateError: {place}: is a {kind}, " in done.stderr
 
 
 @pytest.mark.parametrize("error", [RuntimeError("nan"), KeyboardInterrupt(), SystemExit(1)])
