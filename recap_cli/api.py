@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from recap_cli.core.frozen_weight import FrozenWeight
     from recap_cli.core.method import Method, RoundPlan, Settings, TrainContext, TrainerHook
     from recap_cli.core.ragged import Ragged
+    from recap_cli.core.rows import rows_of
     from recap_cli.core.surgery import owner_of
     from recap_cli.core.task import IGNORED, Batch, Distillation, LabelColumn, Labels, Metric, Outputs, Target, Task
     from recap_cli.core.ties import names_of
@@ -27,6 +28,7 @@ _HOMES = {
     "recap_cli.core.frozen_weight": ("FrozenWeight",),
     "recap_cli.core.method": ("Method", "RoundPlan", "Settings", "TrainContext", "TrainerHook"),
     "recap_cli.core.ragged": ("Ragged",),
+    "recap_cli.core.rows": ("rows_of",),
     "recap_cli.core.surgery": ("owner_of",),
     "recap_cli.core.task": ("IGNORED", "Batch", "Distillation", "LabelColumn", "Labels", "Metric", "Outputs", "Target", "Task"),
     "recap_cli.core.ties": ("names_of",),
@@ -76,6 +78,7 @@ __all__ = [
     "owner_of",
     "read_labels",
     "repeats",
+    "rows_of",
     "soft_binary_cross_entropy",
     "soft_cross_entropy",
     "squared_errors",

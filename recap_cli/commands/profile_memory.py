@@ -133,11 +133,13 @@ def profile_memory(
 def _streamed(model: "MetaModel", recipe: "Recipe") -> dict[str, int]:
     """Return the peaks of what runs the full model a block at a time: importance on an accelerator, and a teacher's round."""
     from recap_cli.memory.predict import importance_bytes
-    from recap_cli.memory.teacher import teacher_bytes
+    from recap_cli.memory.teacher import teacher_bytes, teacher_scoring_bytes
 
     peaks = {"importance_peak_bytes": importance_bytes} if recipe.importance.device != "cpu" else {}
-    peaks |= {"teacher_peak_bytes": teacher_bytes} if recipe.distill.is_own else {}
-    return {name: peak(model, recipe) for name, peak in peaks.items()}
+    found = {name: peak(model, recipe) for name, peak in peaks.items()}
+    if recipe.distill.is_own:
+        found["teacher_peak_bytes"] = max(teacher_bytes(model, recipe), teacher_scoring_bytes(model, recipe))
+    return found
 
 
 def _methods(text: str) -> list[str]:
@@ -282,7 +284,7 @@ def _fit(subject: _Subject, target: str, overrides: Sequence[str], text: str) ->
     """Return the changes for a budget and the commands that run with them, as plain values, and the changed recipe."""
     from dataclasses import asdict
 
-    from recap_cli.memory import budget
+    from recap_cli.memory import budget, changes
     from recap_cli.recipe import recipe as recipes
     from recap_cli.rounds.settings import EXECUTION, recipe_of
 
@@ -299,7 +301,7 @@ def _fit(subject: _Subject, target: str, overrides: Sequence[str], text: str) ->
     found = {
         "memory_budget": text,
         "budget_bytes": _bytes_of(text),
-        "workspace_bytes": budget.WORKSPACE_BYTES,
+        "workspace_bytes": changes.WORKSPACE_BYTES,
         "training_peak_bytes": fit.prediction.usage.peak_bytes,
         "evaluation_peak_bytes": fit.prediction.evaluation_bytes,
         "changes": [asdict(change) for change in fit.changes],

@@ -17,6 +17,7 @@ from recap_cli.data.sampling import batches
 from recap_cli.errors import RecapError
 from recap_cli.machine import devices
 from recap_cli.memory import meta_model, predict
+from recap_cli.memory.teacher import teacher_bytes
 from recap_cli.progress import silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
@@ -71,14 +72,14 @@ def figures(path: Path) -> dict[str, Any]:
         "warning": facts["warning"],
         "last": _number(rows[-1]["value"]) if rows else None,
         "product_round": best["round"] if best else None,
-        "per_round": [_number(row["value"]) for row in rows],
+        "per_round": [_number(row["value"]) for row in rows if not row["teaches"]],
         "steps": sum(row["steps"] for row in rows),
         "seconds": _seconds(facts),
         "memory": _memory(state, rows) if rows else None,
         "parameters": {
             "full": product["full_parameters"],
             "product": product["small_parameters"],
-            "trainable": max(row["trainable_entries"] for row in rows),
+            "trainable": max(row["trainable_entries"] for row in rows if not row["teaches"]),
         }
         if product
         else None,
@@ -88,8 +89,10 @@ def figures(path: Path) -> dict[str, Any]:
 def predicted(path: Path) -> dict[str, int]:
     """Return the predicted activations and peak of a training step, for the round that holds most."""
     context = Context(State.open(path))
-    usage = predict.predict(meta_model.of_state(context), context.recipe, context.recipe.method).usage
-    return {"activations_bytes": usage.maxima["activations"], "peak_bytes": usage.peak_bytes}
+    model, recipe = meta_model.of_state(context), context.recipe
+    usage = predict.predict(model, recipe, recipe.method).usage
+    teacher = teacher_bytes(model, recipe) if recipe.distill.is_own else 0
+    return {"activations_bytes": usage.maxima["activations"], "peak_bytes": max(usage.peak_bytes, teacher)}
 
 
 def measured_product(path: Path) -> dict[str, Any]:

@@ -48,8 +48,12 @@ def checked(recipe: Recipe, other: OtherData) -> HeldOut:
     place = Path(found.origin)
     if any(Path(own).expanduser().samefile(place) for own in (data.train, data.validation) if own is not None):
         raise _own(f"--test {place}")
-    name = other.data.expanduser().resolve().name
-    return HeldOut(other, name if other.split is None else f"{name}, split {other.split}", _digest(place), found.notes)
+    name, digest = other.data.expanduser().resolve().name, _digest(place)
+    if place.is_file() and digest in {
+        _of_file(Path(own)) for own in (data.train, data.validation) if own and Path(own).is_file()
+    }:
+        raise _own(f"--test {place}, a copy of them")
+    return HeldOut(other, name if other.split is None else f"{name}, split {other.split}", digest, found.notes)
 
 
 def _own(given: str) -> DataError:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from recap_cli.errors import PluginError, RecipeError
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds.plans import round_plans_for
+from recap_cli.rounds.plans import round_plans_for, teaches
 
 LR, HEAD_LR = "finetune.lr", "finetune.head_lr"
 KEYS = (LR, HEAD_LR)
@@ -37,7 +37,7 @@ def key_of(recipe: Recipe) -> str:
     A faithful recipe has no rate of the head.
     """
     try:
-        round_plans = round_plans_for(recipe)
+        round_plans = [one for one in round_plans_for(recipe) if not teaches(one)]
     except (PluginError, RecipeError):  # its cells are impossible, and say why
         return LR
     return HEAD_LR if not recipe.faithful and all(one.trains == "head" for one in round_plans) else LR

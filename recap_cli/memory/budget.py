@@ -8,16 +8,16 @@ around that, as far as the peak is no straight line, until the first value that 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import ceil
 from typing import Any
 
 import torch
 
 from recap_cli.errors import BudgetError
 from recap_cli.memory import meta_model
+from recap_cli.memory.changes import MICRO, SCORING, WORKSPACE_BYTES, Change, current, enough, micro_batches
 from recap_cli.memory.meta_model import MetaModel, anew, with_token_rows
 from recap_cli.memory.predict import Prediction, evaluation_bytes, importance_bytes, predict
-from recap_cli.memory.teacher import teacher_bytes
+from recap_cli.memory.teacher_budget import fit_teacher
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
@@ -26,9 +26,6 @@ from recap_cli.rounds.frozen_weights import frozen_weight_of, smaller_quantized
 from recap_cli.rounds.run_context import Context
 from recap_cli.state.store import State
 
-# Stated, not measured here: what cuBLAS takes from the allocator on Hopper (8.1 MiB before it), on each of two threads, as the
-# backward runs on one of its own.
-WORKSPACE_BYTES = 2 * 32 * 2**20
 MOST_FROZEN, MOST_PRUNED, RATIO_STEP = 0.95, 0.75, 0.005
 LINE_TRIES = 2  # values tried around the straight line's estimate, before what is left is halved
 
@@ -44,18 +41,6 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Change:
-    """One setting that was changed: from what to what, and the predicted peak of a training step before and after."""
-
-    key: str
-    before: Any
-    after: Any
-    before_bytes: int
-    after_bytes: int
-    cost: str
-
-
-@dataclass(frozen=True)
 class Fit:
     """A recipe that fits the budget, what was changed to get there, and its prediction."""
 
@@ -66,11 +51,6 @@ class Fit:
 
 def _switch(key: str, value: Any, cost: str, can: Callable[[Recipe], bool]) -> Rung:
     return Rung(key, lambda recipe: [value] if can(recipe) else [], lambda _: 0.0, cost)
-
-
-def _micro_batches(recipe: Recipe) -> list[int]:
-    whole, now = recipe.finetune.batch_size, recipe.finetune.micro_batch_size or recipe.finetune.batch_size
-    return [size for size in range(now - 1, 0, -1) if whole % size == 0]
 
 
 def _ratios(now: float, most: float) -> list[float]:
@@ -92,7 +72,7 @@ LADDER = (
         lambda r: not (weights := frozen_weight_of(r.finetune.weights)).quantizes and weights.dtype == torch.float32,
     ),
     _switch("finetune.checkpointing", True, "time: each block runs twice", lambda r: not r.finetune.checkpointing),
-    Rung("finetune.micro_batch_size", _micro_batches, float, "time: the same batch in smaller parts"),
+    Rung("finetune.micro_batch_size", micro_batches, float, "time: the same batch in smaller parts"),
     _switch("finetune.offload", True, "time: masters and moments are in main memory", lambda r: not r.finetune.offload),
     Rung("mask.ratio", lambda r: _ratios(r.mask.ratio, MOST_FROZEN), lambda x: 1 - x, "quality: less of the model is trained"),
     Rung(
@@ -102,8 +82,6 @@ LADDER = (
         "quality: a smaller model",
     ),
 )
-SCORING = "evaluate.batch_size"
-MICRO = "finetune.micro_batch_size"
 IMPORTANCE = "importance.device"
 WEIGHTS = "finetune.weights"  # quantized ones are for a user to choose
 
@@ -147,8 +125,7 @@ def fit(
         changes.append(_change(SCORING, "nothing: the validation data in smaller batches", now, scored, scoring=True))
     if scored.evaluation_bytes > allowed:
         raise _nothing_fits(model, scored, budget_bytes, may_change)
-    scored, smaller = _teacher(model, scored, allowed, may_change)
-    changes += [smaller] if smaller else []
+    scored, changes = fit_teacher(model, scored, changes, allowed, may_change)
     if moved := _importance(model, scored.recipe, allowed, may_change):
         changes.append(moved)
         scored = replace(scored, recipe=recipes.changed(scored.recipe, {IMPORTANCE: moved.after}))
@@ -210,7 +187,7 @@ def as_solved(recipe: Recipe, state: State, overridden: Collection[str] = ()) ->
     values = {
         c["key"]: c["after"]
         for c in first["changes"]
-        if c["key"] not in overridden and _current(recipe, c["key"]) == c["before"]
+        if c["key"] not in overridden and current(recipe, c["key"]) == c["before"]
     }
     return recipes.changed(recipe, values)
 
@@ -258,7 +235,7 @@ def _climb(model: MetaModel, now: Prediction, rung: Rung, allowed: int) -> Predi
         return found
     sizes = [rung.size(value) for value in values]
     low, high = -1, len(values) - 1  # the one does not fit, the other does
-    guess, tries = _estimate(sizes, rung.size(_current(now.recipe, rung.key)), now, found, allowed), 0
+    guess, tries = _estimate(sizes, rung.size(current(now.recipe, rung.key)), now, found, allowed), 0
     while high - low > 1:
         guess = min(max(guess, low + 1), high - 1)
         tried, tries = at(values[guess]), tries + 1
@@ -310,32 +287,6 @@ def _scoring(model: MetaModel, now: Prediction, allowed: int, may_change: Callab
     return replace(now, recipe=recipe, evaluation_bytes=peak)
 
 
-def _teacher(
-    model: MetaModel, now: Prediction, allowed: int, may_change: Callable[[str], bool]
-) -> tuple[Prediction, Change | None]:
-    """The same with micro-batches so small that the round of a teacher fits too, if the run finetunes its own; and the change.
-
-    Raises:
-        BudgetError: one example at a time is too much.
-    """
-    if not now.recipe.distill.is_own:
-        return now, None
-    first = peak = teacher_bytes(model, now.recipe)
-    recipe, before = now.recipe, _current(now.recipe, MICRO)
-    while peak > allowed and (size := _current(recipe, MICRO)) > 1 and may_change(MICRO):
-        recipe = recipes.changed(recipe, {MICRO: size // 2})
-        peak = teacher_bytes(model, recipe)
-    if peak > allowed:
-        raise BudgetError(
-            f"the teacher's round does not fit: a block of the full model at a time takes {peak + WORKSPACE_BYTES:,} bytes",
-            hint=f"a budget of {_enough(peak + WORKSPACE_BYTES)} fits; or a teacher that is there: --set distill.teacher=DIR",
-        )
-    if recipe is now.recipe:
-        return now, None
-    change = Change(MICRO, before, _current(recipe, MICRO), first, peak, "time: the teacher's round in smaller parts")
-    return replace(now, recipe=recipe), change
-
-
 def _importance(model: MetaModel, recipe: Recipe, allowed: int, may_change: Callable[[str], bool]) -> Change | None:
     """Importance back to the CPU, if an accelerator is to compute it (`auto` may mean one) and has not the memory."""
     device = recipe.importance.device
@@ -344,15 +295,9 @@ def _importance(model: MetaModel, recipe: Recipe, allowed: int, may_change: Call
     return Change(IMPORTANCE, device, "cpu", peak, 0, "time: importance is computed on the CPU")
 
 
-def _current(recipe: Recipe, key: str) -> Any:
-    section, name = key.split(".")
-    value = getattr(getattr(recipe, section), name)
-    return recipe.finetune.batch_size if key == "finetune.micro_batch_size" and value is None else value
-
-
 def _change(key: str, cost: str, before: Prediction, after: Prediction, *, scoring: bool = False) -> Change:
     first, second = ((p.evaluation_bytes if scoring else p.usage.peak_bytes) for p in (before, after))
-    return Change(key, _current(before.recipe, key), _current(after.recipe, key), first, second, cost)
+    return Change(key, current(before.recipe, key), current(after.recipe, key), first, second, cost)
 
 
 def _nothing_fits(model: MetaModel, least: Prediction, budget_bytes: int, may_change: Callable[[str], bool]) -> BudgetError:
@@ -364,24 +309,19 @@ def _nothing_fits(model: MetaModel, least: Prediction, budget_bytes: int, may_ch
 
     needed = least_bytes(least.recipe)
     keys = [rung.key for rung in LADDER if may_change(rung.key)]
-    settings = ", ".join(f"{key}={value_text(_current(least.recipe, key))}" for key in keys)
-    hint = f"a budget of {_enough(needed)} fits"
+    settings = ", ".join(f"{key}={value_text(current(least.recipe, key))}" for key in keys)
+    hint = f"a budget of {enough(needed)} fits"
     for name in smaller_quantized(least.recipe.finetune.weights) if may_change(WEIGHTS) else ():
         quantized = least_bytes(recipes.changed(least.recipe, {WEIGHTS: name}))
         if quantized <= needed - 1e5:
-            hint += f"; with --set {WEIGHTS}={name}, which is not chosen here, one of {_enough(quantized)}"
+            hint += f"; with --set {WEIGHTS}={name}, which is not chosen here, one of {enough(quantized)}"
     if fixed := [rung.key for rung in LADDER if not may_change(rung.key)]:
         hint += f"; a new state may have another {' and '.join(fixed)}, too: ask with its recipe"
     return BudgetError(
-        f"nothing fits in {budget_bytes // 10**5 / 10:.1f}MB: the least is {_enough(needed)}, with {settings} "
+        f"nothing fits in {budget_bytes // 10**5 / 10:.1f}MB: the least is {enough(needed)}, with {settings} "
         f"({_mb(WORKSPACE_BYTES)} of it allowed for cuBLAS)",
         hint=hint,
     )
-
-
-def _enough(count: int) -> str:
-    """A budget that is no less than `count` bytes, as `--budget` takes it."""
-    return f"{ceil(count / 1e5) / 10:.1f}MB"
 
 
 def _mb(count: int) -> str:

@@ -6,17 +6,21 @@ Who catches the lack first measures (`OOMReport.measure`), while the traceback s
 
 import gc
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from recap_cli.errors import DeviceMemoryError
+from recap_cli.core.method import RoundPlan
+from recap_cli.errors import DeviceMemoryError, lacks_device_memory
 from recap_cli.machine import accounting, nvml
 from recap_cli.memory import budget
+from recap_cli.memory.teacher_budget import teacher_savings
 from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds.plans import teaches
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.settings import EXECUTION
 from recap_cli.state.manifest import quoted
@@ -42,7 +46,9 @@ class OOMReport:
     seen: dict[str, Any] = field(default_factory=dict)
 
     def measure(self, error: Exception) -> None:
-        """Note what is held now and what was asked for, and let go of model and optimizer. Raises nothing."""
+        """Note what is held now and what was asked for, once, and let go of model and optimizer. Raises nothing."""
+        if self.seen:
+            return
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         self.seen = {
             "asked": asked[1] if asked else None,
@@ -50,6 +56,16 @@ class OOMReport:
             **_device(self.device),
         }
         self.model = self.optimizer = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, an error of the device's memory is measured where it happens, before a model leaves the device."""
+        try:
+            yield
+        except Exception as error:
+            if lacks_device_memory(error):
+                self.measure(error)
+            raise
 
 
 def explained(context: Context, round: int, report: OOMReport) -> DeviceMemoryError:
@@ -133,7 +149,7 @@ def _hint(context: Context, report: OOMReport) -> str:
 def _savings(context: Context) -> list[tuple[str, int]]:
     """Settings that would need less, each with the bytes it is predicted to save."""
     try:
-        return budget.savings(context)
+        return teacher_savings(context) if teaches(_round_plan(context)) else budget.savings(context)
     except Exception:  # noqa: BLE001  (a prediction that fails must not take the place of the error that it explains)
         return []
 
@@ -144,6 +160,10 @@ def _lighter(recipe: Recipe, doing: str) -> list[str]:
         size = recipe.evaluate.batch_size
         return [f"evaluate.batch_size={size // 2}"] if size > 1 else []
     return [f"{key}={budget.value_text(value)}" for key, value in budget.single_changes(recipe)]
+
+
+def _round_plan(context: Context) -> RoundPlan:
+    return context.round_plans[context.state.manifest.round - 1]
 
 
 def _mb(count: int) -> str:

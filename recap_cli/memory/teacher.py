@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from recap_cli.core.axes import all_units
 from recap_cli.core.method import RoundPlan, TrainerHook
 from recap_cli.core.streaming import streamed
+from recap_cli.core.task import Batch
 from recap_cli.memory.fake_step import Fakes, Kernels
 from recap_cli.memory.meta_model import MetaModel
 from recap_cli.memory.predict import batch_of, with_hook
@@ -26,26 +27,47 @@ def teacher_bytes(model: MetaModel, recipe: Recipe, kernels: Kernels = "cuda") -
     Beside that step it has the moments of what stands outside the blocks and is trained. Moments of the blocks are not there.
     """
     fakes = Fakes()
-    batch = fakes.like(batch_of(model.spec, recipe, importance_batch_size(recipe, torch.device("cuda"))))
-    built = build.assemble(model.spec, fakes.like(model.tensors), model.adapter, {})
-    axes, task = model.layout.axes, task_named(recipe.task.kind)
-    hook = _hook(model, recipe, built, fakes)
-    built.eval()  # what was put in, too
-    blocks, forward = blocks_of(built, axes, model.spec.model_type), forward_of(model.spec, built)
+    built, hook = _made(model, recipe, fakes)
+    blocks = blocks_of(built, model.layout.axes, model.spec.model_type)
     tables = {f"{name}." for name, module in built.named_modules() if isinstance(module, nn.Embedding)}
     away = tuple({*tables, *(f"{path}." for path in blocks)})
     for name, param in built.named_parameters():
         param.requires_grad_(hook.trains(name))
         if param.requires_grad and name.startswith(away):  # its gradient leaves for the CPU
             param.register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
-
-    def step() -> None:
-        with streamed(built, blocks, "cpu"):
-            mean_loss(task, forward(batch), batch)[0].backward()  # type: ignore[no-untyped-call]
-
-    peak = fakes.peak_bytes(step, host=[*built.parameters(), *built.buffers()], inputs=batch, kernels=kernels)
+    batch = fakes.like(batch_of(model.spec, recipe, importance_batch_size(recipe, torch.device("cuda"))))
+    peak = _peak_bytes(model, recipe, built, batch, fakes, kernels)
     stay = sum(param.nbytes for name, param in built.named_parameters() if param.requires_grad and not name.startswith(away))
     return peak + len(rule_of(recipe.finetune).idle_decay) * stay
+
+
+def teacher_scoring_bytes(model: MetaModel, recipe: Recipe, kernels: Kernels = "cuda") -> int:
+    """The peak on the device of a batch that such a teacher is scored on, or gives its outputs for."""
+    fakes = Fakes()
+    built, _ = _made(model, recipe, fakes)
+    batch = fakes.like(batch_of(model.spec, recipe, recipe.evaluate.batch_size))
+    with torch.no_grad():
+        return _peak_bytes(model, recipe, built, batch, fakes, kernels)
+
+
+def _made(model: MetaModel, recipe: Recipe, fakes: Fakes) -> tuple[nn.Module, TrainerHook]:
+    built = build.assemble(model.spec, fakes.like(model.tensors), model.adapter, {})
+    hook = _hook(model, recipe, built, fakes)
+    return built.eval(), hook  # what was put in, too
+
+
+def _peak_bytes(model: MetaModel, recipe: Recipe, built: nn.Module, batch: Batch, fakes: Fakes, kernels: Kernels) -> int:
+    """The peak of a forward of a batch and, with gradients on, of its backward."""
+    blocks = blocks_of(built, model.layout.axes, model.spec.model_type)
+    task, forward = task_named(recipe.task.kind), forward_of(model.spec, built)
+
+    def run() -> None:
+        with streamed(built, blocks, "cpu"):
+            loss = mean_loss(task, forward(batch), batch)[0]
+            if torch.is_grad_enabled():
+                loss.backward()  # type: ignore[no-untyped-call]
+
+    return fakes.peak_bytes(run, host=[*built.parameters(), *built.buffers()], inputs=batch, kernels=kernels)
 
 
 def _hook(model: MetaModel, recipe: Recipe, built: nn.Module, fakes: Fakes) -> TrainerHook:

@@ -177,6 +177,9 @@ def _training_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
         )
     if finetune.lr == "auto" and finetune.optimizer != "adamw":
         yield Conflict(("finetune.lr", "finetune.optimizer"), f"expected a number with {finetune.optimizer}; found auto")
+    if recipe.distill.is_own and recipe.distill.teacher_lr == "auto" and finetune.optimizer != "adamw":
+        keys = ("distill.teacher_lr", "finetune.optimizer")
+        yield Conflict(keys, f"expected a number with {finetune.optimizer}; found auto")
     if finetune.epochs is None and finetune.steps is None:
         keys = ("finetune.epochs", "finetune.steps")
         yield Conflict(keys, "expected a number, or one in finetune.steps; found null in both")
@@ -188,7 +191,9 @@ def _overflows(recipe: "Recipe") -> Iterator[Conflict]:
     finetune = recipe.finetune
     update = FLOAT32_MAX * (1 - finetune.betas[0]) if finetune.optimizer == "adamw" else FLOAT32_MAX
     lr = 0.0 if finetune.lr == "auto" else finetune.lr  # a method's own is small
+    teacher_lr = 0.0 if recipe.distill.teacher_lr == "auto" else recipe.distill.teacher_lr
     limits = {
+        "distill.teacher_lr": (teacher_lr, update),
         "head.lr": (recipe.head.lr, FLOAT32_MAX * (1 - 0.9)),
         "finetune.lr": (lr, update),
         "finetune.head_lr": (recipe.head_lr(lr, new=True) if lr <= update else 0.0, update),

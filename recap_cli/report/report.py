@@ -27,6 +27,7 @@ from recap_cli.core.axes import (
 from recap_cli.errors import StateError, StorageError, UsageError
 from recap_cli.report import pages
 from recap_cli.rounds.layout import Layout
+from recap_cli.rounds.plans import teaches
 from recap_cli.rounds.record import WEIGHTS
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.status import summary
@@ -143,6 +144,9 @@ def _changes(context: Context, numbers: Sequence[int]) -> Iterator[dict[str, Any
     seen: UnitMask | None = {axis.name: torch.zeros(axis.size, dtype=torch.bool) for axis in fine}
     before: UnitMask | None = None
     for number in numbers:
+        if teaches(context.round_plans[number - 1]):  # it prunes and masks nothing
+            yield {"overlap": None, "coverage": None}
+            continue
         plan = context.plan(f"round-{number:03d}")
         trained = _trained(context, number, plan)
         seen = None if seen is None or trained is None else {name: seen[name] | trained[name] for name in seen}
@@ -155,7 +159,7 @@ def _changes(context: Context, numbers: Sequence[int]) -> Iterator[dict[str, Any
 def _trained(context: Context, number: int, plan: UnitMask) -> UnitMask | None:
     """The fine groups that a round has trained, or None where it has not yet, or where no mask says which."""
     done = {entry["stage"] for entry in context.state.manifest.history if entry["round"] == number}
-    if "finetune" not in done or context.round_plans[number - 1].trains in ("training", "teacher"):
+    if "finetune" not in done or context.round_plans[number - 1].trains == "training":
         return None
     layout = context.layout
     return visited(layout.axes, plan, context.mask(f"round-{number:03d}", plan), layout.whole)

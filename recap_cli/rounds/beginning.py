@@ -1,13 +1,12 @@
 """What a state begins with: the data are read, the model is made and checked, its head is warmed up (paper, Step 1)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recap_cli import registry
 from recap_cli.core.method import RoundPlan
-from recap_cli.core.task import Metric
 from recap_cli.data.split import Split
 from recap_cli.machine import devices, threads
 from recap_cli.progress import Track
@@ -16,8 +15,8 @@ from recap_cli.rounds.examples import read_raw, splits_of
 from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.rounds.full_model import FullModel, fitting_threads, make_full_model, model_facts
 from recap_cli.rounds.importance import load_criterion
-from recap_cli.rounds.plans import check_steps, steps_in_round
-from recap_cli.rounds.teacher import Taught, ask_teacher
+from recap_cli.rounds.plans import METHOD_OF_TEACHER, check_steps, steps_in_round
+from recap_cli.rounds.teacher import Taught, ask_teacher, teacher_notes
 from recap_cli.rounds.warm_up import warm_up
 from recap_cli.tasks.calls import task_named
 
@@ -62,7 +61,7 @@ def begin(recipe: Recipe, round_plans: Sequence[RoundPlan], path: Path, track: T
         "method": recipe.method,
         "round_plans": [round_plan.to_json() for round_plan in round_plans],
         **model_facts(full),
-        "notes": [*raw.notes, *full.notes, *_teacher_notes(recipe.metric, taught, by_chance), *train.notes, *validation.notes],
+        "notes": [*raw.notes, *full.notes, *teacher_notes(recipe.metric, taught, by_chance), *train.notes, *validation.notes],
         "train_examples": len(train),
         "label_places": raw.labels.from_dataset,
         "label_words": raw.labels.words,
@@ -73,19 +72,6 @@ def begin(recipe: Recipe, round_plans: Sequence[RoundPlan], path: Path, track: T
         **warm,
     }
     return Beginning(full, taught, facts, plugins)
-
-
-def _teacher_notes(metric: Metric, taught: Taught | None, chance: Mapping[str, float] | None) -> Iterator[str]:
-    """Yield what a user should know of a teacher: how it was made, and whether it knows anything."""
-    if taught is None:
-        return
-    yield from taught.notes
-    value = taught.facts["figures"][metric.name]
-    if chance is not None and not metric.is_better(value, chance[metric.name]):
-        yield (
-            f"the teacher's {metric.name} of {value:.4f} is no better than chance ({chance[metric.name]:.4f}): are its "
-            "labels in the order that its config.json says?"
-        )
 
 
 def _chance(recipe: Recipe, full: FullModel, validation: Split) -> dict[str, float] | None:
@@ -103,6 +89,7 @@ def _plugins(recipe: Recipe) -> list[dict[str, str]]:
     frozen_weight_of(weights)
     plugins = [
         registry.used("methods", recipe.method),
+        *([registry.used("methods", METHOD_OF_TEACHER[recipe.distill.teacher or ""])] if recipe.distill.is_own else []),
         registry.used("tasks", recipe.task.kind),
         registry.used("weights", weights),
     ]

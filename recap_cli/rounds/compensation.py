@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from recap_cli.core.axes import UnitMask
 from recap_cli.core.compensation import RIDGES, Change, Moments, best_change
 from recap_cli.core.cut_inputs import CutInputs, cut_inputs
+from recap_cli.core.rows import rows_of
 from recap_cli.core.surgery import IndexMap, indices, take
 from recap_cli.core.task import Batch
 from recap_cli.data.sampling import batches
@@ -194,14 +195,3 @@ def _adder(cut: CutInputs, sums: Sums) -> Callable[..., None]:
         sums.moments[cut.weight] += Moments.of_rows(*cut.split(rows, layer.weight))
 
     return add
-
-
-def rows_of(inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows that count of a layer's inputs, (rows, in).
-
-    Of inputs (batch, tokens, …, in) those tokens are left out where the attention mask, (batch, tokens), is 0. Of inputs of any
-    other form every row counts.
-    """
-    if mask is not None and inputs.dim() > 2 and inputs.shape[:2] == mask.shape:
-        inputs = inputs[mask.bool()]  # (tokens that count, …, in)
-    return inputs.reshape(-1, inputs.shape[-1])

@@ -30,7 +30,8 @@ def blocks_of(model: nn.Module, axes: Sequence[Axis], adapter: str) -> list[str]
     except LookupError as error:
         raise PluginError(
             f"the adapter {adapter!r} does not say which blocks can go to a device one at a time: {error}",
-            hint="let its function `axes` name them PATH.KIND, PATH being a block's; or --set importance.device=cpu",
+            hint="let its function `axes` name them PATH.KIND, PATH being a block's; or --set importance.device=cpu, "
+            "and with a teacher that the run makes --set finetune.device=cpu",
         ) from error
 
 

@@ -15,7 +15,7 @@ from recap_cli.rounds.record import MOMENTS, PLAN, TARGETS, TEACHER_FOLDER, WEIG
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import rule_of, trainable_entries
 from recap_cli.rounds.stored import as_bytes
-from recap_cli.rounds.teacher import Teacher, ask_own_teacher
+from recap_cli.rounds.teacher import Teacher, ask_own_teacher, check_examples, teacher_notes
 from recap_cli.state.store import Transaction
 from recap_cli.trainable.moments import put_moments
 
@@ -76,12 +76,19 @@ def copy_the_rest(context: Context, transaction: Transaction, full: str) -> None
 
 
 def write_teacher(context: Context, transaction: Transaction, weights: dict[str, Tensor], track: Track) -> None:
-    """Write what the full model with these weights gives for the training examples, and note it as the teacher."""
-    model = context.model(context.full_tensors() | weights)
+    """Write what the full model with these weights gives for the training examples, and note it as the teacher.
+
+    Raises:
+        DataError: the training examples are not those that it was trained on.
+    """
+    model, manifest = context.model(context.full_tensors() | weights), context.state.manifest
     teacher = Teacher(model, context.spec, context.layout.axes, context.splits(track))
+    trained_on = next(entry["examples"] for entry in reversed(manifest.history) if entry["stage"] == "finetune")
+    check_examples(teacher.splits[0], trained_on)
     taught = ask_own_teacher(context.recipe, teacher, context.metrics(f"round-{transaction.round:03d}"), track)
     transaction.save_tensors(f"{TEACHER_FOLDER}/{TARGETS}", taught.targets.to_tensors())
-    transaction.facts["teacher"] = taught.facts
+    notes = list(teacher_notes(context.recipe.metric, taught, manifest.made["chance"]))
+    transaction.facts |= {"metric": context.recipe.metric.name, "teacher": taught.facts, "notes": notes}
 
 
 def keep_best(context: Context, transaction: Transaction, tuned: dict[str, Tensor], folder: str) -> None:

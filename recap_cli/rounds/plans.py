@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from math import ceil, isclose
+from math import ceil, inf, isclose
 from typing import Any, cast, get_args
 
 from recap_cli import extras, registry
@@ -199,7 +199,9 @@ def check_steps(round_plans: Sequence[RoundPlan], total: int, recipe: Recipe) ->
 
 
 def _problem(round_plans: Sequence[RoundPlan], method: Method) -> str | None:
-    """What is wrong with the rounds of a method, or None."""
+    """What is wrong with the rounds of a method, or with its learning rate, or None."""
+    if isinstance(method.lr, bool) or not isinstance(method.lr, (int, float)) or not 0 < method.lr < inf:
+        return f"has the learning rate {method.lr!r}, which is no number above 0"
     if not 0 < len(round_plans) < MOST:
         return f"gives {'no' if not round_plans else MOST} rounds"
     for number, round_plan in enumerate(round_plans, 1):

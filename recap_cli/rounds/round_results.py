@@ -50,7 +50,7 @@ def write_results(transaction: Transaction, context: Context, trainer: Trainer, 
     transaction.facts |= {
         "metric": recipe.task.metric,
         **outcome.metrics,
-        "evaluated_in": recipe.finetune.weights,
+        "evaluated_in": "fp32" if trainer.teaches else recipe.finetune.weights,
         "train_loss": run.loss,
         "steps": run.steps,
         "lr": lr,

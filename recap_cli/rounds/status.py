@@ -100,7 +100,7 @@ def describe(recipe: Recipe) -> list[str]:
     epochs = recipe.head.warmup_epochs
     warm = f"{epochs} epoch{'s' if epochs > 1 else ''} at {recipe.head.lr:g}" if epochs else "not at all"
     round_plans = round_plans_for(recipe)
-    head = _head_text(recipe, alone=all(round_plan.trains == "head" for round_plan in round_plans))
+    head = _head_text(recipe, alone=all(round_plan.trains == "head" for round_plan in round_plans if not teaches(round_plan)))
     if tune.steps is not None:
         check_steps(round_plans, recipe.rounds * tune.steps, recipe)
     fewer = f", fewer after {recipe.patience} without improvement" if recipe.patience else ""

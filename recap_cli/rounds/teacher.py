@@ -1,6 +1,6 @@
 """A teacher: the finetuned model whose outputs a recipe's rounds learn from (`distill`), run once when the state is made."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli.core.axes import Axis
-from recap_cli.core.task import Distillation
+from recap_cli.core.task import Distillation, Metric
 from recap_cli.data.sampling import batches
 from recap_cli.data.soft_targets import SoftTargets, fingerprint, stored_as
 from recap_cli.data.sources import Raw
@@ -150,12 +150,36 @@ def with_teacher(split: Split, targets: SoftTargets, examples: str) -> Split:
     Raises:
         DataError: they are not the same examples.
     """
-    if len(split) != len(targets) or split.variants != len(targets.values) or fingerprint(split) != examples:
-        raise DataError(
-            f"{split.origin} does not hold the examples that the teacher has seen when the state was made",
-            hint="put the data back as they were, or start a new state: recap init RECIPE --state NEW",
-        )
+    if len(split) != len(targets) or split.variants != len(targets.values):
+        raise _other_examples(split)
+    check_examples(split, examples)
     return replace(split, soft=targets)
+
+
+def check_examples(split: Split, examples: str) -> None:
+    """Do nothing if a split has this fingerprint. Raises `DataError`: they are not the examples that the teacher has seen."""
+    if fingerprint(split) != examples:
+        raise _other_examples(split)
+
+
+def _other_examples(split: Split) -> DataError:
+    return DataError(
+        f"{split.origin} does not hold the examples that the teacher has seen",
+        hint="put the data back as they were, or start a new state: recap init RECIPE --state NEW",
+    )
+
+
+def teacher_notes(metric: Metric, taught: Taught | None, chance: Mapping[str, float] | None) -> Iterator[str]:
+    """Yield what a user should know of a teacher: how it was made, and whether it knows anything."""
+    if taught is None:
+        return
+    yield from taught.notes
+    value = taught.facts["figures"][metric.name]
+    if chance is not None and not metric.is_better(value, chance[metric.name]):
+        yield (
+            f"the teacher's {metric.name} of {value:.4f} is no better than chance ({chance[metric.name]:.4f}): are its "
+            "labels in the order that its config.json says?"
+        )
 
 
 def _itself(recipe: Recipe, full: FullModel, splits: tuple[Split, Split]) -> Teacher:

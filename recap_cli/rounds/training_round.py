@@ -10,6 +10,7 @@ from torch import nn
 from recap_cli.core.axes import counts
 from recap_cli.core.task import Batch
 from recap_cli.data.sampling import batches, order, seed_for
+from recap_cli.data.soft_targets import fingerprint
 from recap_cli.data.split import Split
 from recap_cli.errors import TrainingError
 from recap_cli.machine import accounting
@@ -109,6 +110,11 @@ def _epochs(recipe: Recipe, split: Split, before: int, steps: int, device: torch
         for batch in batches(split, chosen, size, augment_seed=augment_seed, device=device):
             yield batch
             steps, before = steps - 1, before + 1
+
+
+def taught_on(trainer: Trainer, examples: Split) -> dict[str, str]:
+    """What a round notes of its examples, if it makes a teacher: the outputs that `merge` stores must be for the same ones."""
+    return {"examples": fingerprint(examples)} if trainer.teaches else {}
 
 
 def held_in_training(context: Context, trainer: Trainer, run: Training) -> tuple[dict[str, int], dict[str, int] | None]:

@@ -4,11 +4,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from recap_cli.errors import StateError
+from recap_cli.errors import StateError, UsageError
 from recap_cli.models import export as product
 from recap_cli.progress import Track, silent
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.scoring import best_tensors
+from recap_cli.state.manifest import quoted
 from recap_cli.state.store import State
 
 Which = Literal["best", "full"]
@@ -22,7 +23,7 @@ def export(state: State, out: Path, *, which: Which = "best", dense: bool = Fals
     stopped writer has left in the state goes first.
 
     Raises:
-        UsageError: there is no best model yet.
+        UsageError: there is no best model yet; or, of the full one, no round is merged yet.
         StorageError: `out` is there already, or cannot be written.
     """
     product.check_out(out)
@@ -30,7 +31,12 @@ def export(state: State, out: Path, *, which: Which = "best", dense: bool = Fals
         state.tidy()
     context = Context(state)
     if which == "full":
-        tensors, plan, facts = context.full_tensors(), {}, {"round": int(context.full.rpartition("-")[2]), "model": "full"}
+        if (merged := int(context.full.rpartition("-")[2])) == 0:
+            raise UsageError(
+                f"{state.path}: no round is merged, so that the full model is as it began",
+                hint=f"recap run --state {quoted(state.path)}",
+            )
+        tensors, plan, facts = context.full_tensors(), {}, {"round": merged, "model": "full"}
     else:
         tensors, _, best = best_tensors(context)
         plan, facts = context.plan(best["folder"]), {key: best[key] for key in ("round", "metric", "value")}

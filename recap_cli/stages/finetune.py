@@ -13,7 +13,14 @@ from recap_cli.rounds.round_results import Outcome, write_results
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.settings import OnChange, adopt, ignore, recipe_of
 from recap_cli.rounds.threads import on_fitting_threads
-from recap_cli.rounds.training_round import held_in_training, read_small_model, score_round, train_round, trainer_of
+from recap_cli.rounds.training_round import (
+    held_in_training,
+    read_small_model,
+    score_round,
+    taught_on,
+    train_round,
+    trainer_of,
+)
 from recap_cli.state.store import State
 
 
@@ -58,7 +65,7 @@ def finetune(
     except Exception as error:
         if not lacks_device_memory(error):
             raise
-        report.measure(error)
+        report.measure(error)  # if it was not, while it was there
     # The error, with the frames that hold the model and its activations, ends above: `explained` has the device to itself.
     raise oom.explained(context, state.manifest.round, report)
 
@@ -74,11 +81,12 @@ def _finetune(context: Context, report: oom.OOMReport, track: Track, snapshot_to
         examples, validation = context.training_examples(track)
         small = read_small_model(context, transaction.round, (examples, validation))
         report.model = small.model
-        with trainer_of(context, transaction.round, small, report.device) as trainer:
+        with trainer_of(context, transaction.round, small, report.device) as trainer, report.watching():
             report.optimizer, report.doing = trainer.optimizer, oom.TRAINING
             run = train_round(context, trainer, examples, track)
             held, peak = held_in_training(context, trainer, run)
             report.doing = oom.EVALUATING
             metrics = score_round(context, trainer, validation, track)
             write_results(transaction, context, trainer, Outcome(run, held, peak, metrics))
+            transaction.facts |= taught_on(trainer, examples)
     return state.manifest.history[-1]

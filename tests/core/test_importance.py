@@ -391,7 +391,13 @@ def naive_inputs(
     ]
     for inputs, labels in data:
         for i in range(len(labels)):
+            before = {name: len(calls) for name, calls in seen.items()}
             logits_for(spec)(model, {name: tensor[i : i + 1] for name, tensor in inputs.items()})
+            counts = inputs["attention_mask"][i].bool() if "attention_mask" in inputs else None
+            for name, calls in seen.items():
+                for at in range(before.get(name, 0), len(calls)):
+                    if counts is not None and calls[at].ndim > 1 and len(calls[at]) == len(counts):
+                        calls[at] = calls[at][counts]
     for handle in handles:
         handle.remove()
     return seen
@@ -426,6 +432,25 @@ def test_wanda_is_a_naive_sum_over_what_reads_each_group_and_runs_no_backward(na
             torch.testing.assert_close(
                 scores[axis.name].double(), torch.tensor(wanted, dtype=torch.double), rtol=1e-4, atol=1e-7
             )
+
+
+def test_wanda_does_not_count_what_pads_a_text_so_that_batches_do_not_matter() -> None:
+    model, axes, _, spec = prepared("bert")
+    torch.manual_seed(0)
+    ids, lengths = torch.randint(5, 60, (6, 12)), torch.tensor([3, 12, 5, 8, 4, 10])
+    mask, labels = (torch.arange(12) < lengths[:, None]).long(), torch.zeros(6, dtype=torch.int64)
+    texts = {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": 0 * ids}
+    wanda = registry.load("criteria", "wanda")
+    whole = group_scores(model, axes, wanda, losses_of(model, spec, [(texts, labels)]))
+    alone = [
+        ({name: tensor[at : at + 1, :length] for name, tensor in texts.items()}, labels[:1])
+        for at, length in enumerate(lengths.tolist())
+    ]
+    one_by_one = group_scores(model, axes, wanda, losses_of(model, spec, alone))
+    for axis in axes:
+        torch.testing.assert_close(whole[axis.name], one_by_one[axis.name], rtol=1e-4, atol=1e-6)
+    padded = group_scores(model, axes, wanda, losses_of(model, spec, [({**texts, "attention_mask": 0 * mask + 1}, labels)]))
+    assert any(not torch.allclose(whole[axis.name], padded[axis.name], rtol=1e-2) for axis in axes)
 
 
 def test_wanda_scores_the_rows_of_what_no_layer_reads_and_refuses_what_is_no_matrix() -> None:

@@ -16,13 +16,13 @@ from recap_cli.commands import tables
 from recap_cli.core.axes import counts
 from recap_cli.core.blocks import block_paths
 from recap_cli.core.compensation import RIDGES
+from recap_cli.core.rows import rows_of
 from recap_cli.core.streaming import streamed
 from recap_cli.core.surgery import compose_index_maps, gather, indices, put, take
 from recap_cli.data.sampling import sample
 from recap_cli.errors import SelectionError
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import compensation
-from recap_cli.rounds.compensation import rows_of
 from recap_cli.rounds.record import COMPENSATION, SMALL, TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import trainable_entries

@@ -23,11 +23,10 @@ from recap_cli.plugins.tasks import classification
 from recap_cli.progress import silent
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import examples, teacher
-from recap_cli.rounds.beginning import _teacher_notes
 from recap_cli.rounds.record import TARGETS, TEACHER_FOLDER, TRAINED
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.status import describe, summary
-from recap_cli.rounds.teacher import Taught
+from recap_cli.rounds.teacher import Taught, teacher_notes
 from recap_cli.rounds.verdict import warning
 from recap_cli.stages.eval import evaluate
 from recap_cli.stages.init import init
@@ -311,10 +310,10 @@ def test_a_teacher_that_knows_nothing_is_noted_when_the_state_is_made(tmp_path: 
     state = init(distilled("text-classification"), tmp_path / "state")
     taught = Taught(targets_of(state), {"figures": {"accuracy": 0.3, "loss": 2.0}}, ("teacher: made",))
     metric = tiny("bert").metric
-    assert list(_teacher_notes(metric, taught, {"accuracy": 0.2, "loss": 1.0})) == ["teacher: made"]
-    notes = list(_teacher_notes(metric, taught, {"accuracy": 0.3, "loss": 1.0}))
+    assert list(teacher_notes(metric, taught, {"accuracy": 0.2, "loss": 1.0})) == ["teacher: made"]
+    notes = list(teacher_notes(metric, taught, {"accuracy": 0.3, "loss": 1.0}))
     assert notes[1].startswith("the teacher's accuracy of 0.3000 is no better than chance (0.3000)")
-    assert list(_teacher_notes(metric, None, None)) == []
+    assert list(teacher_notes(metric, None, None)) == []
 
 
 def test_a_student_that_is_better_than_itself_is_no_reason_to_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,18 @@ from recap_cli.core.method import Method, RoundPlan
 from recap_cli.core.streaming import streamed
 from recap_cli.data.sampling import batches, order, seed_for
 from recap_cli.data.soft_targets import SoftTargets
-from recap_cli.errors import BudgetError, CorruptStateError, MissingExtraError, PluginError, RecipeError, StorageError
-from recap_cli.memory import budget, meta_model, predict, teacher
+from recap_cli.errors import (
+    BudgetError,
+    CorruptStateError,
+    DataError,
+    DeviceMemoryError,
+    MissingExtraError,
+    PluginError,
+    RecipeError,
+    StorageError,
+)
+from recap_cli.memory import budget, meta_model, predict, teacher, teacher_budget
+from recap_cli.memory.changes import MICRO, Change
 from recap_cli.progress import silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
@@ -27,6 +38,7 @@ from recap_cli.rounds.plans import round_plans_for, steps_of
 from recap_cli.rounds.record import TARGETS, TEACHER_FOLDER
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.status import describe, summary
+from recap_cli.stages import finetune as finetuning
 from recap_cli.stages.init import init
 from recap_cli.stages.run import STAGES, run
 from recap_cli.state.manifest import COMMIT, manifest_text, read_manifest
@@ -100,8 +112,11 @@ def test_the_teacher_is_the_full_model_as_torch_trains_it_and_the_others_begin_t
     for param, tensor in wanted.items():
         torch.testing.assert_close(full[param], tensor, rtol=1e-4, atol=1e-5)
     moved = {param for param in wanted if not torch.equal(full[param], before[param])}
-    assert moved > set(context.layout.head)
-    assert (moved == set(wanted)) == (kind == "full") or name == "bert"  # rows of tokens that no text has stay
+    tables = {param for param in wanted if "embeddings." in param and name == "bert"}  # rows of tokens that no text has stay
+    parts = (".query.weight", ".value.weight", ".q_proj.weight", ".v_proj.weight")
+    lora = {param for param in wanted if param.endswith(parts)} | set(context.layout.head)
+    assert moved - tables == (set(wanted) - tables if kind == "full" else lora)
+    assert bool(moved & tables) == (kind == "full" and name == "bert")
     targets = SoftTargets.from_tensors(state.load_tensors(PLACE))
     split, _ = context.splits(silent)
     with torch.no_grad():
@@ -132,12 +147,20 @@ def test_its_steps_are_of_the_runs_and_each_schedule_is_whole() -> None:
     assert windows == [(94, 0), (282, 0), (282, 70), (282, 141), (282, 212)]
 
 
-@pytest.mark.parametrize("name", ["bert", "vit"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "kind", "settings"),
+    [
+        ("bert", "lora", {"fused_backward": True}),
+        ("vit", "lora", {"max_grad_norm": 0.5, "micro_batch_size": 4}),
+        ("bert", "full", {"max_grad_norm": 0.5}),
+        ("timm-vit-packed-glu", "full", {"fused_backward": True, "micro_batch_size": 2, "weights": "int8", "offload": True}),
+    ],
+)
 def test_a_block_at_a_time_gives_the_same_to_the_bit(
-    kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, name: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = after_the_teacher(taught(name, kind), tmp_path / "plain")
+    recipe = taught(name, kind, finetune=settings)
+    plain = after_the_teacher(recipe, tmp_path / "plain")
     entered: list[list[str]] = []
 
     def on_cpu(model: nn.Module, axes: Sequence[Axis], device: torch.device, adapter: str) -> AbstractContextManager[None]:
@@ -146,11 +169,12 @@ def test_a_block_at_a_time_gives_the_same_to_the_bit(
 
     for module in ("teacher_round", "teacher"):
         monkeypatch.setattr(f"recap_cli.rounds.{module}.on_device", on_cpu)
-    found = after_the_teacher(taught(name, kind), tmp_path / "streamed")
+    found = after_the_teacher(recipe, tmp_path / "streamed")
     assert [len(blocks) for blocks in entered] == [2, 2]  # training, and the outputs
     for rel in (PLACE, "full-001/model.safetensors"):
         assert found.manifest.files[rel].sha256 == plain.manifest.files[rel].sha256
-    assert found.manifest.history[3]["weights_bytes"] == plain.manifest.history[3]["weights_bytes"]
+    facts = found.manifest.history[3]
+    assert (facts["weights_bytes"], facts["evaluated_in"]) == (plain.manifest.history[3]["weights_bytes"], "fp32")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -173,10 +197,12 @@ def test_a_run_is_its_stages_and_the_product_is_never_the_teacher(
     told = summary(whole)
     assert told["teacher"] == whole.manifest.history[3]["accuracy"]
     assert [row["steps"] for row in told["rounds"]] == [5, 3, 2]
-    scripted(monkeypatch, [(1.0, 0.1), (0.5, 0.5), (0.4, 0.6)])
-    best = run(recipe, tmp_path / "scripted").manifest.best
-    assert best is not None
-    assert best["round"] == 2
+    scripted(monkeypatch, [(1.0, 0.1), (0.4, 0.6), (0.5, 0.5), (0.4, 0.6), (0.9, 0.1)])
+    longer = taught("bert", kind, patience=1, rounds=4, finetune={"epochs": 0.5}, prune={"ramp": 1})
+    patient = run(longer, tmp_path / "scripted")
+    assert patient.manifest.round == 4  # the teacher's 1.0 does not count: the second student round is better than the first
+    assert patient.manifest.best is not None
+    assert patient.manifest.best["round"] == 3
 
 
 def test_what_it_holds_is_a_block_and_what_stands_outside_counted_by_hand(tmp_path: Path) -> None:
@@ -215,25 +241,78 @@ def base_of(recipe: Recipe) -> Recipe:
     return recipes.changed(recipe, {"distill.teacher": None})
 
 
-def test_a_budget_makes_its_micro_batches_smaller_and_says_where_a_block_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = taught("vit", "lora")
-    of_recipe = meta_model.of_recipe(recipe, LABELS)
-    ample = 10**9
+def test_a_budget_makes_its_parts_smaller_and_says_where_a_block_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = taught("vit", "lora", finetune={"batch_size": 30}, evaluate={"batch_size": 8})
+    of_recipe, ample = meta_model.of_recipe(recipe, LABELS), 10**9
     asked: list[int] = []
 
     def peak(_: Any, tried: Recipe) -> int:
         asked.append(tried.finetune.micro_batch_size or tried.finetune.batch_size)
-        return asked[-1] * 2 * 10**8
+        return asked[-1] * 10**8
 
-    monkeypatch.setattr(budget, "teacher_bytes", peak)
+    monkeypatch.setattr(teacher_budget, "teacher_bytes", peak)
+    monkeypatch.setattr(teacher_budget, "teacher_scoring_bytes", lambda _, tried: tried.evaluate.batch_size * 3 * 10**8)
     fit = budget.fit(of_recipe, recipe, ample)
-    assert asked == [8, 4]
-    assert [(change.key, change.before, change.after) for change in fit.changes] == [("finetune.micro_batch_size", 8, 4)]
-    monkeypatch.setattr(budget, "teacher_bytes", lambda *_: 2 * 10**9)
+    assert asked == [30, 15, 10, 6]  # divisors, as a recipe must have
+    assert [(change.key, change.before, change.after) for change in fit.changes] == [
+        ("finetune.micro_batch_size", 30, 6),
+        ("evaluate.batch_size", 8, 2),
+    ]
+    monkeypatch.setattr(teacher_budget, "teacher_scoring_bytes", lambda *_: 2 * 10**9)
     with pytest.raises(BudgetError, match="the teacher's round does not fit") as caught:
         budget.fit(of_recipe, recipe, ample)
     assert "--set distill.teacher=DIR" in str(caught.value.hint)
-    assert budget.fit(of_recipe, base_of(recipe), ample).changes == ()
+    with pytest.raises(BudgetError) as caught:  # in a state, whose teacher is what it is
+        budget.fit(of_recipe, recipe, ample, may_change=lambda key: key != "distill.teacher")
+    assert "distill.teacher" not in str(caught.value.hint)
+    for made in (replace(of_recipe, round_plan=RoundPlan(0.4)), of_recipe):
+        asked_of = recipe if made is not of_recipe else base_of(recipe)
+        assert budget.fit(made, asked_of, ample).changes == ()
+
+
+def test_changes_of_a_budget_that_are_of_one_setting_become_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = taught("vit", "lora")
+    model = meta_model.of_recipe(recipe, LABELS)
+    now = replace(predict.predict(model, recipe, "recap"), recipe=recipes.changed(recipe, {MICRO: 4}))
+    monkeypatch.setattr(teacher_budget, "teacher_bytes", lambda _, tried: tried.finetune.micro_batch_size * 100)
+    monkeypatch.setattr(teacher_budget, "teacher_scoring_bytes", lambda *_: 0)
+    before = [Change(MICRO, 8, 4, 900, 500, "time"), Change("finetune.offload", False, True, 500, 400, "time")]
+    fitted, changes = teacher_budget.fit_teacher(model, now, before, 150, lambda _: True)
+    assert fitted.recipe.finetune.micro_batch_size == 1
+    told = [(change.key, change.before, change.after) for change in changes]
+    assert told == [("finetune.offload", False, True), (MICRO, 8, 1)]
+
+
+def test_a_device_that_is_too_small_for_it_is_told_what_its_round_could_do_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = init(taught("vit", "lora"), tmp_path / "state")
+    for stage in ("prune", "mask"):
+        STAGES[stage](state)
+
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(finetuning, "train_round", fail)
+    with pytest.raises(DeviceMemoryError, match="in `finetune` of round 1, while training") as caught:
+        finetuning.finetune(state)
+    hint = str(caught.value.hint)
+    assert "by finetune.micro_batch_size=4 (about" in hint
+    assert not any(word in hint for word in ("offload", "mask.ratio", "prune.ratio", "weights"))
+
+
+def test_a_teacher_that_learned_nothing_or_whose_data_changed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, [(0.1, 2.0)])
+    state = init(taught("vit", "lora"), tmp_path / "state")
+    for name in ("prune", "mask", "finetune"):
+        STAGES[name](state)
+    monkeypatch.setattr(teachers, "fingerprint", lambda _: "other")
+    with pytest.raises(DataError, match="does not hold the examples that the teacher has seen"):
+        STAGES["merge"](state)
+    monkeypatch.undo()
+    facts = STAGES["merge"](state)
+    assert facts["notes"][0].startswith("the teacher's accuracy of 0.1000 is no better than chance (0.3333)")
+    assert state.next_stage() == "prune"
 
 
 def test_a_dry_run_and_the_stages_say_what_the_round_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,6 +349,10 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(tmp_path: Path, m
     ):
         with pytest.raises(RecipeError, match=said):
             taught("vit", "lora", distill=values)
+    with pytest.raises(RecipeError, match=r"distill\.teacher_lr.*expected a number with sgd; found auto"):
+        taught("vit", "lora", finetune={"optimizer": "sgd"})
+    with pytest.raises(RecipeError, match=r"distill\.teacher_lr.*float32 overflows"):
+        taught("vit", "lora", distill={"teacher_lr": 1e38})
     one_step = taught("vit", "lora", finetune={"steps": 1, "epochs": None}, rounds=2)
     with pytest.raises(RecipeError, match="2 optimizer steps are too few for the 3 rounds"):
         describe(one_step)
@@ -285,6 +368,13 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(tmp_path: Path, m
     describe(taught("vit", "full"))
     with pytest.raises(MissingExtraError, match="no lora"):
         describe(taught("vit", "lora"))
+
+
+@pytest.mark.parametrize("lr", [0.0, -1.0, float("nan"), "fast", True])
+def test_the_rate_of_a_method_is_a_number_above_0(lr: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "method_of_name", lambda _: Method("mine", lambda _: [RoundPlan()], lr=lr))
+    with pytest.raises(PluginError, match="has the learning rate"):
+        round_plans_for(tiny("vit"))
 
 
 def test_no_method_may_make_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
