@@ -142,7 +142,7 @@ def _training(summary: Mapping[str, Any]) -> Table:
 
 def _training_row(row: Row) -> list[str]:
     return [
-        f"{row['round']}{' *' if row['best'] else ''}{' teacher' if row['teaches'] else ''}",
+        f"{row['round']}{' *' if row['best'] else ''}{' teacher' if row.get('teaches') else ''}",
         console.value_text("metric", row.get("value")),
         console.value_text("parameters", row["full_parameters"]),
         console.value_text("parameters", row["small_parameters"]),

@@ -46,9 +46,7 @@ class OOMReport:
     seen: dict[str, Any] = field(default_factory=dict)
 
     def measure(self, error: Exception) -> None:
-        """Note what is held now and what was asked for, once, and let go of model and optimizer. Raises nothing."""
-        if self.seen:
-            return
+        """Note what is held now and what was asked for, and let go of model and optimizer. Raises nothing."""
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         self.seen = {
             "asked": asked[1] if asked else None,

@@ -42,8 +42,7 @@ def fit_teacher(
     Raises:
         BudgetError: one example at a time is too much.
     """
-    is_made = model.round_plan is not None and not teaches(model.round_plan)
-    if not now.recipe.distill.is_own or is_made:
+    if not now.recipe.distill.is_own or (model.round_plan is not None and not teaches(model.round_plan)):  # it is made
         return now, list(changes)
     scoring = [now.recipe.evaluate.batch_size >> bits for bits in range(1, now.recipe.evaluate.batch_size.bit_length())]
     for dial in (

@@ -65,7 +65,8 @@ def finetune(
     except Exception as error:
         if not lacks_device_memory(error):
             raise
-        report.measure(error)  # if it was not, while it was there
+        if not report.seen:
+            report.measure(error)
     # The error, with the frames that hold the model and its activations, ends above: `explained` has the device to itself.
     raise oom.explained(context, state.manifest.round, report)
 

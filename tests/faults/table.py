@@ -87,7 +87,7 @@ FAULTS = (
     ),
     Fault(
         "padding counts in the compensation of a cut",
-        "recap_cli/rounds/compensation.py",
+        "recap_cli/core/rows.py",
         "inputs = inputs[mask.bool()]",
         "pass",
         (f"{SHARED}[bert]",),

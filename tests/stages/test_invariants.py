@@ -17,7 +17,7 @@ from recap_cli.core.axes import chosen_params, counts, mask_axes, prunable_param
 from recap_cli.core.surgery import compose_index_maps, gather, indices, scatter, take
 from recap_cli.data.sampling import batches, order, seed_for
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import training_round
+from recap_cli.rounds import trainer
 from recap_cli.rounds.record import MASK, MOMENTS, SMALL, TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import frozen_whole, trainable_entries
@@ -293,7 +293,7 @@ def test_the_second_round_starts_from_the_moments_and_ages_of_the_first(
         indices(context.layout.axes, plan, context.layout.shapes), trainable_entries(context.layout, plan, chosen, small)
     )
     stored = context.state.load_tensors(f"{context.full}/{MOMENTS}")
-    monkeypatch.setattr(training_round, "Optimizer", spy)
+    monkeypatch.setattr(trainer, "Optimizer", spy)
     with pytest.raises(Stop):
         finetune(context.state)
     ages: set[int] = set()

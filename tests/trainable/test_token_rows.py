@@ -20,7 +20,7 @@ from recap_cli.memory import budget, meta_model, predict
 from recap_cli.memory.fake_step import Fakes, usage
 from recap_cli.memory.measure import random_tensors
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import custom_training, examples, small_model, training_round
+from recap_cli.rounds import custom_training, examples, small_model, trainer
 from recap_cli.rounds import plans as planning
 from recap_cli.rounds.record import MOMENTS, TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
@@ -180,13 +180,13 @@ def test_a_merge_writes_the_rows_that_trained_and_leaves_every_other_bit(name: s
 
 def test_a_later_round_has_the_moments_and_ages_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
-    made = training_round.Optimizer
+    made = trainer.Optimizer
 
     def spy(trainables: Any, rule: Any, **given: Any) -> Any:
         seen.append(given)
         return made(trainables, rule, **given)
 
-    monkeypatch.setattr(training_round, "Optimizer", spy)
+    monkeypatch.setattr(trainer, "Optimizer", spy)
     state = run(recipe(tmp_path, "bert", "tokens"), tmp_path / "state")
     table, rows = table_of(state), Context(state).token_rows("round-001")
     assert rows is not None
@@ -253,7 +253,7 @@ def test_a_strangers_training_may_hook_the_table_and_look_up_any_token(
         monkeypatch.setattr(module, "method_of", lambda _: method)
     made: list[Any] = []
     monkeypatch.setattr(
-        training_round,
+        trainer,
         "Optimizer",
         lambda trainables, *args, **given: made.append(trainables) or Optimizer(trainables, *args, **given),
     )
