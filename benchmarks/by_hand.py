@@ -34,7 +34,7 @@ from recap_cli.rounds.run_context import Context
 from recap_cli.stages.run import run
 from recap_cli.training.evaluation import Pass, evaluate
 
-RATES = {"lora": {"cifar100": 2e-3, "sst2": 1e-3, "mrpc": 1e-3}, "full": {"cifar100": 2e-4, "sst2": 2e-4, "mrpc": 2e-4}}
+RATES = {"lora": {"cifar100": 5e-3, "sst2": 1e-3, "mrpc": 1e-3}, "full": {"cifar100": 2e-4, "sst2": 2e-4, "mrpc": 2e-4}}
 TEMPERATURE, WEIGHT = 2.0, 0.7  # RECAP's
 SAMPLE, STEPS = 320, 4  # examples of an importance, and times that it is computed
 Forward = Any
