@@ -142,6 +142,9 @@ def test_texts_without_the_columns_of_the_recipe_are_refused(tmp_path: Path) -> 
             held_out.checked(tiny("bert"), OtherData(place))
     with pytest.raises(DataError, match="trains or chooses by these data"):
         held_out.checked(tiny("bert"), OtherData(data_folder(), "validation"))  # validation.csv
+    place.write_bytes((data_folder() / "validation.csv").read_bytes())
+    with pytest.raises(DataError, match="a copy of them: the recipe trains or chooses by these data"):
+        held_out.checked(tiny("bert"), OtherData(place))
     place.write_text("sentence,label\nw1,cat\n")
     assert held_out.checked(tiny("bert"), OtherData(place)).name == "test.csv"
 

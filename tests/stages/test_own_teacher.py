@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from recap_cli.compare import cell as cells
+from recap_cli.compare import rate_axis
 from recap_cli.core.axes import Axis
 from recap_cli.core.blocks import block_paths
 from recap_cli.core.method import Method, RoundPlan
@@ -32,6 +34,8 @@ from recap_cli.memory.changes import MICRO, Change
 from recap_cli.progress import silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
+from recap_cli.report.report import _changes as changes_of
+from recap_cli.report.report import report
 from recap_cli.rounds import plans, training_round
 from recap_cli.rounds import teacher as teachers
 from recap_cli.rounds.plans import round_plans_for, steps_of
@@ -320,6 +324,29 @@ def test_a_dry_run_and_the_stages_say_what_the_round_is(capsys: pytest.CaptureFi
     assert "teacher: made in round 1; 70% of the loss, at temperature 2" in lines
     assert any("the full model becomes the teacher, finetuned by LoRA at 0.003, a block at a time" in line for line in lines)
     assert any("finetuned whole at 0.0002" in line for line in describe(taught("vit", "full")))
+
+
+def test_a_page_figures_of_a_comparison_and_the_record_know_it(tmp_path: Path) -> None:
+    state = run(taught("vit", "full"), tmp_path / "state")
+    page = report(state.path, tmp_path / "page.html").read_text()
+    assert "1 (the teacher)" in page
+    first, *others = changes_of(Context(state), [1, 2, 3])
+    assert first == {"overlap": None, "coverage": None}
+    assert [row["overlap"] for row in others] == [None, 1.0]  # the last round keeps the plan
+    assert all(0 < row["coverage"] <= 1 for row in others)
+    found = cells.figures(state.path)
+    assert len(found["per_round"]) == 2
+    assert found["steps"] == 10
+    assert found["parameters"]["trainable"] < found["parameters"]["product"]
+    peak = cells.predicted(state.path)["peak_bytes"]
+    assert peak >= teacher.teacher_bytes(meta_model.of_state(Context(state)), Context(state).recipe)
+    assert [plugin["name"] for plugin in state.manifest.plugins["used"]][:2] == ["recap", "full-ft"]
+
+
+def test_the_rate_of_a_method_that_trains_the_head_alone_is_the_heads_beside_a_teacher_too() -> None:
+    recipe = recipes.changed(taught("vit", "full"), {"method": "head-ft"})
+    assert rate_axis.key_of(recipe) == rate_axis.HEAD_LR
+    assert not any(", the head at" in line for line in describe(recipe))
 
 
 def test_a_state_whose_teacher_is_not_that_of_the_recipe_is_damaged(tmp_path: Path) -> None:

@@ -436,6 +436,13 @@ def test_a_round_of_the_ramp_gives_no_best_model_and_nothing_is_scored_before_th
         export(state, tmp_path / "out")
 
 
+def test_a_full_model_that_no_round_has_trained_is_not_exported(tmp_path: Path) -> None:
+    state = init(tiny("vit"), tmp_path / "state")
+    with pytest.raises(UsageError, match="no round is merged, so that the full model is as it began"):
+        export(state, tmp_path / "out", which="full")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_full_model_is_exported_as_the_rounds_have_left_it(tmp_path: Path) -> None:
     from transformers import AutoModelForImageClassification
 
