@@ -143,5 +143,5 @@ LORA = Method(
     training=attach,
     options={"rank": 8, "alpha": 16, "targets": ("query", "value")},
     extra="lora",
-    lr=1e-3,
+    lr=5e-3,
 )

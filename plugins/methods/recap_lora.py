@@ -51,5 +51,5 @@ RECAP_LORA = Method(
     training=attach,
     options={"rank": 8, "alpha": 16, "targets": lora.PLACES, "blocks": 1.0},
     extra="lora",
-    lr=1e-3,
+    lr=2e-3,
 )

