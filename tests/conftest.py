@@ -5,13 +5,18 @@ import ctypes
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.util import Finalize
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would its children
 
 ROOM_BYTES = 4 * 2**30
 LONG = (  # files of 6 s and more, the longest first: one that begins last would leave the other worker idle
@@ -24,6 +29,7 @@ LONG = (  # files of 6 s and more, the longest first: one that begins last would
     "tests/memory/test_fake_step.py",
     "tests/stages/test_algorithm.py",
     "tests/stages/test_algorithm_settings.py",
+    "tests/stages/test_own_teacher.py",
     "tests/commands/test_profile_memory.py",
     "tests/test_kill.py",
     "tests/state/test_damage.py",

@@ -83,7 +83,7 @@ def by_torch(state: State, kind: str) -> dict[str, Tensor]:
         inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=targets), model)
     model.eval()
     trained = {name: param for name, param in model.named_parameters() if kind == "full" or name in head or ".lora_" in name}
-    rate = 5e-3 if kind == "lora" else 2e-4
+    rate = 1e-3 if kind == "lora" else 2e-4
     rates = {name: recipe.head.lr if name in head else rate for name in trained}  # that of the warm-up: the head is new
     groups = [{"params": [param], "name": name} for name, param in trained.items()]
     for param in trained.values():
@@ -106,7 +106,7 @@ def by_torch(state: State, kind: str) -> dict[str, Tensor]:
 def test_the_teacher_is_the_full_model_as_torch_trains_it_and_the_others_begin_there(
     kind: str, name: str, tmp_path: Path
 ) -> None:
-    recipe = taught(name, kind, finetune={"weight_decay": 0.0})
+    recipe = taught(name, kind, finetune={"weight_decay": 0.0}, distill={"teacher_lr": 1e-3 if kind == "lora" else "auto"})
     state = init(recipe, tmp_path / "state")
     before, wanted = Context(state).full_tensors(), by_torch(state, kind)
     for stage in STAGES.values():
