@@ -22,6 +22,7 @@ import quality
 from record import parser, write
 
 from recap_cli.core.axes import counts
+from recap_cli.progress import silent
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.run_context import Context
@@ -59,7 +60,7 @@ def cut(recipe: Recipe, task: str, place: Path) -> dict[str, Any]:
     plan = context.plan(folder)
     model = context.model(context.small(folder, plan), counts(plan)).eval()
     found = {}
-    for name, split in (("validation", context.splits()[1]), ("held_out", held_out.split_of(context, task))):
+    for name, split in (("validation", context.splits(silent)[1]), ("held_out", held_out.split_of(context, task))):
         metrics = evaluate(forward_of(context.spec, model), split, context.objective, how=Pass(batch_size=64))
         found |= {name: metrics[recipe.metric.name], f"{name}_loss": metrics["loss"]}
     shutil.rmtree(place)
