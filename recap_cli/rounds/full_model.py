@@ -66,8 +66,7 @@ def make_full_model(recipe: Recipe, label_names: Sequence[str], round_plans: Seq
     with threads.limited(threads.fitting_alone(model)):
         report = conformance.check(model, adapter, spec)
     layout = Layout.of_model(adapter, model)
-    visited = [recipe.importance.device, *([recipe.finetune.device] if recipe.distill.is_own else [])]
-    if any(devices.pick(device).type != "cpu" for device in visited):
+    if recipe.distill.is_own or devices.pick(recipe.importance.device).type != "cpu":
         blocks_of(model, layout.axes, spec.model_type)
     has_new_head = recipe.model.name is None or bool(created.new)
     found = {

@@ -229,6 +229,9 @@ def _problems(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
     own = [number for number, plan in enumerate(manifest.history[0]["round_plans"], 1) if plan["trains"] == "teacher"]
     if own != [1] * recipe.distill.is_own:
         yield "history[0].round_plans are not those of the recipe's teacher"
+    for number, entry in enumerate(manifest.history):  # of the teacher's round `merge` asks on which examples it was trained
+        if entry["stage"] == "finetune" and entry["round"] in own and not isinstance(entry.get("examples"), str):
+            yield f"history[{number}].examples is missing or not what it should be"
     merges = [entry for entry in manifest.history if entry["stage"] == "merge"]
     if [entry["round"] for entry in merges if entry.get("teacher")] != own[: len(merges)]:
         yield "the teacher that `merge` has noted is not that of the recipe"

@@ -1,7 +1,7 @@
 """The round in which a run makes its own teacher (`distill.teacher: lora` or `full`) of the full model, a block at a time.
 
 Nothing is pruned or masked. The weights stay on the CPU, and each block visits the device for its forward and its backward. So
-the promise of RECAP holds here too: the device never has room for the full model. Moments of what is in a block lie in main
+the promise of RECAP holds here too: the device needs no room for the full model. Moments of what is in a block lie in main
 memory. The model is in evaluation mode, as a block's backward runs it once more: there is no dropout.
 """
 

@@ -355,10 +355,17 @@ def test_a_state_whose_teacher_is_not_that_of_the_recipe_is_damaged(tmp_path: Pa
     def forget(history: list[dict[str, Any]]) -> None:
         del history[-1]["teacher"]
 
+    def forget_examples(history: list[dict[str, Any]]) -> None:
+        del history[3]["examples"]
+
     def plain(history: list[dict[str, Any]]) -> None:
         history[0]["round_plans"][0]["trains"] = "mask"
 
-    for change, said in ((forget, "the teacher that `merge` has noted"), (plain, "round_plans are not those of the recipe's")):
+    for change, said in (
+        (forget, "the teacher that `merge` has noted"),
+        (forget_examples, r"history\[3\]\.examples is missing"),
+        (plain, "round_plans are not those of the recipe's"),
+    ):
         text = (state.path / COMMIT).read_text()
         manifest = copy.deepcopy(read_manifest(state.path))
         change(manifest.history)
@@ -402,6 +409,19 @@ def test_the_rate_of_a_method_is_a_number_above_0(lr: Any, monkeypatch: pytest.M
     monkeypatch.setattr(plans, "method_of_name", lambda _: Method("mine", lambda _: [RoundPlan()], lr=lr))
     with pytest.raises(PluginError, match="has the learning rate"):
         round_plans_for(tiny("vit"))
+
+
+def test_an_adapter_that_says_no_blocks_is_refused_before_a_teacher_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: Any) -> list[str]:
+        raise LookupError("no list holds it")
+
+    monkeypatch.setattr("recap_cli.rounds.device_policy.block_paths", unknown)
+    with pytest.raises(PluginError, match="does not say which blocks can go to a device one at a time"):
+        init(taught("vit", "lora"), tmp_path / "state")
+    assert not (tmp_path / "state" / "state.yaml").exists()
+    init(tiny("vit"), tmp_path / "plain")
 
 
 def test_no_method_may_make_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
