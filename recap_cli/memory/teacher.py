@@ -13,7 +13,7 @@ from recap_cli.memory.predict import batch_of, with_hook
 from recap_cli.models import build
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.device_policy import blocks_of, importance_batch_size
-from recap_cli.rounds.plans import METHOD_OF_TEACHER
+from recap_cli.rounds.plans import for_teacher
 from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.small_model import SmallModel, fine_axes, rule_of
 from recap_cli.rounds.teacher_round import WHOLE
@@ -75,9 +75,8 @@ def _hook(model: MetaModel, recipe: Recipe, built: nn.Module, fakes: Fakes) -> T
         return WHOLE
     everything = all_units(model.layout.axes)
     fine = all_units(fine_axes(model.layout, everything))
-    as_lora = recipe.model_copy(update={"method": METHOD_OF_TEACHER["lora"], "options": {}})
     plan = RoundPlan(trains="training")
-    return with_hook(SmallModel(built, model.layout, plan, everything, fine), as_lora, [plan], fakes.like)
+    return with_hook(SmallModel(built, model.layout, plan, everything, fine), for_teacher(recipe), [plan], fakes.like)
 
 
 def _drop(param: Tensor) -> None:

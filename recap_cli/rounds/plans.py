@@ -110,6 +110,11 @@ def _after_teacher(distill: Distill, round_plans: tuple[RoundPlan, ...]) -> tupl
     return (teacher, *(replace(each, share=each.share * (1.0 - distill.steps_share)) for each in round_plans))
 
 
+def for_teacher(recipe: Recipe) -> Recipe:
+    """A recipe whose run finetunes its own teacher, with the method that trains it, at that method's own options."""
+    return recipe.model_copy(update={"method": METHOD_OF_TEACHER[recipe.distill.teacher or ""], "options": {}})
+
+
 def teaches(round_plan: RoundPlan) -> bool:
     """Whether a round makes the teacher of those after it."""
     return round_plan.trains == "teacher"

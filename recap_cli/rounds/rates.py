@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from recap_cli.core.method import RoundPlan
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds.plans import METHOD_OF_TEACHER, method_of, method_of_name, teaches
+from recap_cli.rounds.plans import for_teacher, method_of, teaches
 
 if TYPE_CHECKING:  # so that `recap status` says rates without torch
     from recap_cli.rounds.layout import Layout
@@ -30,7 +30,7 @@ def peak_lr(recipe: Recipe, layout: "Layout", round_plan: RoundPlan) -> float:
     given = recipe.distill.teacher_lr if is_teacher else recipe.finetune.lr
     if given != "auto":
         return given
-    method = method_of_name(METHOD_OF_TEACHER[recipe.distill.teacher or ""]) if is_teacher else method_of(recipe)
+    method = method_of(for_teacher(recipe) if is_teacher else recipe)
     return method.lr * min(1.0, WIDTH / width_of(layout))
 
 

@@ -16,7 +16,7 @@ from recap_cli.data.sampling import seed_for
 from recap_cli.machine import accounting
 from recap_cli.rounds.custom_training import attach
 from recap_cli.rounds.device_policy import on_device
-from recap_cli.rounds.plans import METHOD_OF_TEACHER
+from recap_cli.rounds.plans import for_teacher
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import SmallModel, rule_of
 from recap_cli.rounds.trainer import Trainer, carried_state
@@ -44,8 +44,7 @@ def teaching(context: Context, number: int, full: SmallModel, device: torch.devi
     torch.manual_seed(seed_for(recipe.seed, number, "training"))
     hook = WHOLE
     if recipe.distill.teacher == "lora":
-        as_lora = recipe.model_copy(update={"method": METHOD_OF_TEACHER["lora"], "options": {}})
-        hook = attach(full, as_lora, context.round_plans[number - 1 :])
+        hook = attach(full, for_teacher(recipe), context.round_plans[number - 1 :])
     carried = carried_state(context, full, index_map)
     with on_device(full.model.eval(), full.layout.axes, device, context.spec.model_type):
         trainables = _trainables(full.model, hook)
