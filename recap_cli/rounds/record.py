@@ -258,6 +258,8 @@ def _wrong_facts(entry: Mapping[str, Any], recipe: Recipe, metric: str) -> str |
             NUMBER.validate_python(entry.get(entry["metric"]))
         if entry.get("metric", metric) != metric:
             return "metric"
+        if entry["stage"] == "prune" and not _are_counts_of(entry["kept"], entry["of"]):
+            return "of"
         if ("compensated" in entry) != (entry["stage"] == "prune" and recipe.prune.compensate is not False):
             return "compensated"
         for name, figures in _figures(entry):
@@ -267,6 +269,14 @@ def _wrong_facts(entry: Mapping[str, Any], recipe: Recipe, metric: str) -> str |
         where = error.errors(include_url=False)[0]["loc"] or (entry.get("metric"),)
         return ".".join(map(str, where))
     return None
+
+
+def _are_counts_of(kept: Mapping[str, list[int]], there: Mapping[str, list[int]]) -> bool:
+    """Whether what is kept, by kind and layer, is of what was there."""
+    return kept.keys() == there.keys() and all(
+        len(layers) == len(there[kind]) and all(few <= many for few, many in zip(layers, there[kind], strict=True))
+        for kind, layers in kept.items()
+    )
 
 
 def _figures(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float] | None]]:

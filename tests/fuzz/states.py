@@ -177,6 +177,9 @@ CORPUS = {
     "S15 bytes that are a list": _case(
         "bert/finetune1", ("at", "state.yaml", "history/3/weights_bytes", [1]), ("renew_checksums",)
     ),
+    "a kind of groups that was not there": _case(
+        "vit/merge1", ("at", "state.yaml", "history/1/of/heads", "$delete"), ("renew_checksums",), calls=("status",)
+    ),
     "S15 best round that is a text": _case(
         "bert/merge1", ("at", "state.yaml", "best/round", ".."), ("renew_checksums",), calls=("eval",)
     ),
