@@ -162,6 +162,10 @@ def _read_parquet(path: Path, _: list[str]) -> "pa.Table":
 
     table = parquet.read_table(path)
     for i, field in enumerate(table.schema):
+        try:
+            table.column(i).validate(full=True)  # a reader of parquet takes any bytes for a text
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"the column {field.name!r} is damaged: {error}") from error
         if pa.types.is_dictionary(field.type):  # a categorical column of pandas
             table = table.set_column(i, field.name, table.column(i).cast(field.type.value_type))
     return table

@@ -299,6 +299,15 @@ def test_a_truncated_parquet_file(tmp_path: Path) -> None:
     assert "cannot be read as parquet" in fails(file)[0]
 
 
+def test_a_damaged_text_of_a_parquet_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"sentence": ["a long sentence", "b"], "label": [0, 1]}), file, compression="none")
+    file.write_bytes(file.read_bytes().replace(b"a long sentence", b"a long \xb2entence"))
+    message, hint = fails(file)
+    assert message.startswith(f"{file} cannot be read as parquet: the column 'sentence' is damaged: ")
+    assert hint.startswith("repair the file")
+
+
 def test_a_broken_line_of_a_jsonl_is_named(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"sentence": "a", "label": 0}\n{"sentence": "b", \n', encoding="utf-8")

@@ -357,6 +357,7 @@ CORPUS = {
     "S15 float16 as labels": _case(("column", "train", "float16"), base="parquet"),
     "S15 metadata that are no JSON": _case(("column", "train", "huggingface"), base="parquet"),
     "S15 metadata of an unknown type": _case(("column", "train", "strange type"), base="parquet"),
+    "a text of a parquet that is not UTF-8": _case(("bytes", "train", ("flip", 20, 0.4294, 7)), base="parquet"),
     "S15 an image of 20,000 x 20,000": _case(("png", 0.1, "bomb", 0.0), base="images"),
     "S15 a class that is not UTF-8": _case(("beside", "n\\udcfft/1.png"), base="images"),
     "S15 a file that is not UTF-8": _case(("beside", "cat/b\\udcff.png"), base="images"),
