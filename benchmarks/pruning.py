@@ -61,8 +61,10 @@ def ours(model: Any, batches: Batches, *, steps: int, scope: Any) -> None:
     gradual.prune(
         model,
         find_axes(VIT, model),
-        score=lambda small, axes, _: group_scores(small, axes, TAYLOR, losses),
-        resize=lambda small, sizes: resize(VIT, small, sizes),
+        gradual.Step(
+            score=lambda small, axes, _: group_scores(small, axes, TAYLOR, losses),
+            resize=lambda small, sizes: resize(VIT, small, sizes),
+        ),
         keep_shares=gradual.shares_left(RATIO, steps),
         limits=Limits(scope=scope, floor=0.15),
     )

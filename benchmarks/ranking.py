@@ -132,11 +132,10 @@ def pruned(model: nn.Module, data: Examples, rule: RankBy, ratio: float, seed: i
         return group_scores(small, axes, TAYLOR, losses)
 
     axes = find_axes(SWIN, model)
-    plan = gradual.prune(
+    plan, _ = gradual.prune(
         model,
         axes,
-        score=score,
-        resize=lambda small, sizes: resize(SWIN, small, sizes),
+        gradual.Step(score, lambda small, sizes: resize(SWIN, small, sizes)),
         keep_shares=gradual.shares_left(ratio, 4),
         limits=Limits(floor=0.15, rank_by=rule),
     )

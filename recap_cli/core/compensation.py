@@ -70,12 +70,19 @@ class Change:
     Attributes:
         entries: D, float64, (out, kept + 1); the last column is of the bias.
         ridge: what it was fitted with; None where no change was better, and D is 0.
-        left_share: of Σ |y|², what is left on rows that the fit has not seen.
+        lost: Σ |y|².
+        left: what of it is left on rows that the fit has not seen.
     """
 
     entries: Tensor
     ridge: float | None
-    left_share: float
+    lost: float
+    left: float
+
+    @property
+    def left_share(self) -> float:
+        """What of Σ |y|² is left; 0 where nothing is lost."""
+        return self.left / self.lost if self.lost else 0.0
 
 
 def changes(moments: Moments, ridges: Sequence[float], *, has_bias: bool) -> Iterator[Tensor]:
@@ -120,16 +127,16 @@ def best_change(halves: tuple[Moments, Moments], ridges: Sequence[float], *, has
     both, lost = first + second, float(first.yy + second.yy)
     nothing = torch.zeros_like(both.yk)
     if lost == 0.0:
-        return Change(nothing, None, 0.0 if both.rows else 1.0)
+        return Change(nothing, None, lost=0.0, left=0.0)
     left = [0.0] * len(ridges)
     for fitted, judged in ((first, second), (second, first)):
         for at, entries in enumerate(changes(fitted, ridges, has_bias=has_bias)):
             left[at] += left_over(judged, entries)
     best = min(range(len(ridges)), key=left.__getitem__)
     if may_be_none and left[best] >= lost:
-        return Change(nothing, None, 1.0)
+        return Change(nothing, None, lost, left=lost)
     (entries,) = changes(both, ridges[best : best + 1], has_bias=has_bias)
-    return Change(entries, ridges[best], left[best] / lost)
+    return Change(entries, ridges[best], lost, left[best])
 
 
 def with_change(tensors: Mapping[str, Tensor], change: Mapping[str, Tensor]) -> dict[str, Tensor]:

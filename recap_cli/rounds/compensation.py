@@ -1,7 +1,8 @@
 """A compensated cut: output matrices absorb what their pruned inputs contributed, over D_s (`prune.compensate`).
 
-The change of a round is a file of its own, in the coordinates of the small model. A round that keeps the plan keeps it. The
-full model never has it: a merge writes the trained values less the change.
+Each gradual step is compensated before the next one scores the model. The change of a round is a file of its own, in the
+coordinates of the small model. A round that keeps the plan keeps it. The full model never has it: a merge writes the trained
+values less the change.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recap_cli.core.axes import UnitMask
+from recap_cli.core.axes import Axis, UnitMask
 from recap_cli.core.compensation import RIDGES, Change, Moments, best_change
 from recap_cli.core.cut_inputs import CutInputs, cut_inputs
 from recap_cli.core.rows import rows_of
-from recap_cli.core.surgery import IndexMap, indices, take
+from recap_cli.core.surgery import IndexMap, take
 from recap_cli.core.task import Batch
 from recap_cli.data.sampling import batches
 from recap_cli.errors import SelectionError
@@ -33,6 +34,19 @@ MOST_BYTES = 2 * 2**30  # of moments at a time; what is more takes another pass 
 OFF = "leave the cut as it is, in a new state: --set prune.compensate=false"
 
 
+@dataclass(frozen=True)
+class Absorbed:
+    """What the weights of a round's small model make up for of its cut.
+
+    Attributes:
+        change: parameter → change, fp32, in the shapes of the small model; empty where there is none.
+        facts: what `prune` notes of it; None where the plan cuts no inputs.
+    """
+
+    change: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] | None = None
+
+
 @dataclass
 class Sums:
     """The moments of one half of D_s as they add up, by weight; and the attention mask of the batch under way."""
@@ -41,43 +55,75 @@ class Sums:
     mask: Tensor | None = None
 
 
-def write_change(
-    context: Context, transaction: Transaction, full: dict[str, Tensor], plan: UnitMask, track: Track
-) -> dict[str, Tensor]:
-    """Write what the cut weights and biases of this round absorb, and note how much of what the cut took that gives back.
+class Absorbing:
+    """The gradual steps of a round, each of which gives back what it takes (`gradual.Step.absorb`)."""
 
-    Args:
-        context: the state.
-        transaction: of `prune`. The change of the round before, which nothing needs after it, is dropped.
-        full: the tensors of the full model.
-        plan: what the round keeps.
-        track: hears of progress.
+    def __init__(self, context: Context, number: int, track: Track) -> None:
+        self._context, self._number, self._track, self._found = context, number, track, list[dict[str, Change]]()
 
-    Returns:
-        Parameter → change, fp32, in the shapes of the small model; empty where nothing is cut, or nothing is to be compensated.
+    def __call__(self, model: nn.Module, axes: Sequence[Axis], index_map: IndexMap) -> dict[str, Tensor]:
+        """What the weights whose inputs are about to be cut absorb, in the shapes after the cut.
 
-    Raises:
-        SelectionError: the inputs of a matrix, or the sums over them, are not finite.
+        Raises:
+            SelectionError: the inputs of a matrix, or the sums over them, are not finite.
+        """
+        context, recipe = self._context, self._context.recipe
+        found, step = cut_inputs(model, index_map), len(self._found) + 1
+        self._found.append({})
+        if not found:
+            return {}
+        train, _ = context.splits(self._track)
+        label = f"compensation, step {step} of {recipe.prune.steps}"
+        sample = draw_sample(recipe, train, self._number, f"compensate {step}", label)
+        changes = self._found[-1]
+        for together in _in_parts(model, found):
+            with on_device(model, axes, sample.device, context.spec.model_type):
+                first, second = _moments(context, model, together, sample, self._track)
+            for cut in self._track(together, f"{label}, matrix by matrix", len(together)):
+                none = Moments.none(len(cut.kept), _outputs(model, cut))
+                halves = first.pop(cut.weight, none), second.pop(cut.weight, none)
+                changes[cut.weight] = _change(cut, halves, recipe.prune.compensate)
+        named = (cut.named(changes[cut.weight].entries) for cut in found)
+        return {name: tensor for of in named for name, tensor in of.items()}
+
+    @property
+    def facts(self) -> dict[str, Any] | None:
+        """How much of what all steps took of each matrix is given back; None where they cut no inputs."""
+        weights = list(dict.fromkeys(name for step in self._found for name in step))
+        if not weights:
+            return None
+        left = {name: _left_share([step[name] for step in self._found if name in step]) for name in weights}
+        return {
+            "given_back_share": 1.0 - fmean(left.values()),
+            "left_shares": left,
+            "ridges": {name: [step[name].ridge for step in self._found if name in step][-1] for name in weights},
+        }
+
+
+def _left_share(steps: Sequence[Change]) -> float:
+    lost = sum(step.lost for step in steps)
+    return sum(step.left for step in steps) / lost if lost else 0.0
+
+
+def absorbed_before(context: Context, number: int, plan: UnitMask) -> Absorbed:
+    """What the round before has absorbed, whose plan round `number` keeps."""
+    before = next(entry for entry in reversed(context.state.manifest.history) if entry["stage"] == "prune")
+    return Absorbed(context.compensation(f"round-{number - 1:03d}", plan), before.get("compensated"))
+
+
+def write_change(context: Context, transaction: Transaction, absorbed: Absorbed) -> None:
+    """Write the change of a round, and note how much of what the cut took it gives back.
+
+    The change of the round before, which nothing needs after it, is dropped.
     """
-    number, before = transaction.round, f"round-{transaction.round - 1:03d}"
     if context.recipe.prune.compensate is False:
-        return {}
-    if context.round_plans[number - 1].plan == "learned":  # its training has closed what the plan cuts: nothing is lost
-        change, facts = {}, None
-    elif context.round_plans[number - 1].plan == "same":
-        change, facts = context.compensation(before, plan), _facts_before(context)
-    else:
-        change, facts = _computed(context, full, number, plan, track)
-    if change:
-        transaction.save_tensors(f"round-{number:03d}/{COMPENSATION}", change)
-    if f"{before}/{COMPENSATION}" in context.state.manifest.files:
-        transaction.drop(f"{before}/{COMPENSATION}")
-    transaction.facts["compensated"] = facts
-    return change
-
-
-def _facts_before(context: Context) -> Any:
-    return next(entry["compensated"] for entry in reversed(context.state.manifest.history) if entry["stage"] == "prune")
+        return
+    before = f"round-{transaction.round - 1:03d}/{COMPENSATION}"
+    if absorbed.change:
+        transaction.save_tensors(f"round-{transaction.round:03d}/{COMPENSATION}", absorbed.change)
+    if before in context.state.manifest.files:
+        transaction.drop(before)
+    transaction.facts["compensated"] = absorbed.facts
 
 
 def without_change(trained: Mapping[str, Tensor], change: Mapping[str, Tensor], in_small: IndexMap) -> dict[str, Tensor]:
@@ -86,26 +132,6 @@ def without_change(trained: Mapping[str, Tensor], change: Mapping[str, Tensor], 
         name: values - take(change[name], in_small.get(name, {})) if name in change else values
         for name, values in trained.items()
     }
-
-
-def _computed(
-    context: Context, full: dict[str, Tensor], number: int, plan: UnitMask, track: Track
-) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The change of a new plan, and its facts; None where the plan cuts no inputs."""
-    setting, model = context.recipe.prune.compensate, context.model(full)
-    found = cut_inputs(model, indices(context.layout.axes, plan, context.layout.shapes))
-    if not found:
-        return {}, None
-    train, _ = context.splits(track)
-    sample = draw_sample(context.recipe, train, number, "compensate", "compensation of the cut")
-    changes: dict[str, Change] = {}
-    for together in _in_parts(model, found):
-        first, second = _moments(context, model, together, sample, track)
-        for cut in track(together, "compensation, matrix by matrix", len(together)):
-            none = Moments.none(len(cut.kept), _outputs(model, cut))
-            changes[cut.weight] = _change(cut, (first.pop(cut.weight, none), second.pop(cut.weight, none)), setting)
-    named = (cut.named(changes[cut.weight].entries) for cut in found)
-    return {name: tensor for of in named for name, tensor in of.items()}, _facts(changes)
 
 
 def _in_parts(model: nn.Module, found: Sequence[CutInputs]) -> Iterator[list[CutInputs]]:
@@ -134,22 +160,16 @@ def _change(cut: CutInputs, halves: tuple[Moments, Moments], setting: float | st
         raise SelectionError(f"{cut.weight}: its cut cannot be compensated: {error}", hint=OFF) from error
 
 
-def _facts(changes: Mapping[str, Change]) -> dict[str, Any]:
-    left = {name: change.left_share for name, change in changes.items()}
-    return {
-        "given_back_share": 1.0 - fmean(left.values()),
-        "left_shares": left,
-        "ridges": {name: change.ridge for name, change in changes.items()},
-    }
-
-
 def _moments(
     context: Context, model: nn.Module, found: Sequence[CutInputs], sample: Sample, track: Track
 ) -> tuple[dict[str, Moments], dict[str, Moments]]:
-    """The moments of every weight over each half of D_s: one pass over all of it, without gradients."""
+    """The moments of every weight over each half of D_s: one pass over all of it, without gradients.
+
+    The model is on the device of the sample.
+    """
     forward, sums = build.forward(context.spec), (Sums(), Sums())
     parts = _halves(sample, context.recipe.importance.batch_size)
-    with torch.no_grad(), on_device(model, context.layout.axes, sample.device, context.spec.model_type):
+    with torch.no_grad():
         steps = sum(-(-len(part) // sample.batch_size) for part in parts)
         for half, batch in track(_batches(sample, parts), sample.label, steps):
             with adding(model, found, sums[half], batch):

@@ -1,7 +1,7 @@
 """Which groups of the full model a round keeps: by importance on D_s (paper, sec. 3.1), as before, or as they were learned."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from recap_cli.core import adapter, gradual
 from recap_cli.core.axes import Axis, UnitMask, chosen_params, counts, kept_per_layer, prunable_params, shapes_of, unit_params
+from recap_cli.core.compensation import with_change
 from recap_cli.core.importance import Scores, averaged
 from recap_cli.core.ranking import ranked_together
-from recap_cli.core.surgery import cut_model, indices
+from recap_cli.core.surgery import cut_model, gather, indices
 from recap_cli.data.sampling import seed_for
 from recap_cli.progress import Track
+from recap_cli.rounds.compensation import Absorbed, Absorbing, absorbed_before
 from recap_cli.rounds.importance import draw_sample, score_units
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.selection import choose, limits_of
@@ -23,9 +25,16 @@ Scorer = Callable[[nn.Module, Sequence[Axis], UnitMask], Scores]
 
 @dataclass(frozen=True)
 class Pruned:
-    """The plan of a round, and the averaged importance that the rounds after it begin from, where there is one."""
+    """What a round is cut by.
+
+    Attributes:
+        plan: the groups that it keeps.
+        absorbed: what the weights that are left make up for (`prune.compensate`).
+        importance: averaged, which the rounds after it begin from, where there is one.
+    """
 
     plan: UnitMask
+    absorbed: Absorbed = field(default_factory=Absorbed)
     importance: Scores | None = None
 
 
@@ -42,25 +51,34 @@ def prune_model(context: Context, model: nn.Module, number: int, track: Track) -
 
 def _by_importance(context: Context, model: nn.Module, number: int, track: Track) -> Pruned:
     """Cut the model in gradual steps, each by an importance of its own."""
-    recipe, averages = context.recipe, list[Scores]()
-    plan = gradual.prune(
+    recipe, averages, absorbing = context.recipe, list[Scores](), Absorbing(context, number, track)
+    plan, change = gradual.prune(
         model,
         context.layout.axes,
-        score=_scorer(context, number, track, averages.append),
-        resize=lambda cut, sizes: adapter.resize(context.adapter, cut, sizes),
+        gradual.Step(
+            score=_scorer(context, number, track, averages.append),
+            resize=lambda cut, sizes: adapter.resize(context.adapter, cut, sizes),
+            absorb=gradual.nothing if recipe.prune.compensate is False else absorbing,
+        ),
         keep_shares=gradual.shares_left(context.round_plans[number - 1].prune_ratio, recipe.prune.steps),
         limits=limits_of(recipe),
     )
-    return Pruned(plan, averages[0] if averages and recipe.prune.ema > 0 else None)
+    importance = averages[0] if averages and recipe.prune.ema > 0 else None
+    return Pruned(plan, Absorbed(change, absorbing.facts), importance)
 
 
 def _as_before(context: Context, model: nn.Module, number: int, track: Track) -> Pruned:
     """Cut the model to the plan of the round before."""
-    return _cut(context, model, context.plan(f"round-{number - 1:03d}"))
+    plan = context.plan(f"round-{number - 1:03d}")
+    absorbed = Absorbed() if context.recipe.prune.compensate is False else absorbed_before(context, number, plan)
+    return _cut(context, model, plan, absorbed)
 
 
 def _as_learned(context: Context, model: nn.Module, number: int, track: Track) -> Pruned:
-    """Cut the model to the groups whose scores, of the training in the round before, are highest."""
+    """Cut the model to the groups whose scores, of the training in the round before, are highest.
+
+    The training has closed the others, so that nothing is lost with them.
+    """
     scores, keep_share = context.scores(f"round-{number - 1:03d}"), 1.0 - context.round_plans[number - 1].prune_ratio
     return _cut(context, model, choose(context.recipe, context.layout.axes, context.layout.shapes, scores, keep_share))
 
@@ -68,10 +86,10 @@ def _as_learned(context: Context, model: nn.Module, number: int, track: Track) -
 _PLANS = {"importance": _by_importance, "same": _as_before, "learned": _as_learned}
 
 
-def _cut(context: Context, model: nn.Module, plan: UnitMask) -> Pruned:
+def _cut(context: Context, model: nn.Module, plan: UnitMask, absorbed: Absorbed | None = None) -> Pruned:
     cut_model(model, indices(context.layout.axes, plan, context.layout.shapes))
     adapter.resize(context.adapter, model, counts(plan))
-    return Pruned(plan)
+    return Pruned(plan, absorbed or Absorbed())
 
 
 def _scorer(context: Context, number: int, track: Track, on_average: Callable[[Scores], None]) -> Scorer:
@@ -105,6 +123,12 @@ def _past(context: Context, number: int) -> Scores | None:
     """The averaged importance that the last of the rounds before has written: axis name → a score for each group."""
     found = (context.importance(f"round-{before:03d}") for before in range(number - 1, 0, -1))
     return next((scores for scores in found if scores is not None), None)
+
+
+def changed(context: Context, full: Mapping[str, Tensor], pruned: Pruned) -> dict[str, Tensor]:
+    """The tensors of the small model that have a change, as those of the `full` model and the change give them, to the bit."""
+    index_map, change = indices(context.layout.axes, pruned.plan, context.layout.shapes), pruned.absorbed.change
+    return with_change(gather({name: full[name] for name in change}, index_map), change)
 
 
 def pruning_facts(

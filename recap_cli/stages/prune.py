@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from recap_cli.core.compensation import with_change
 from recap_cli.models.build import tensors_of
 from recap_cli.progress import Track, silent
 from recap_cli.rounds.compensation import write_change
-from recap_cli.rounds.pruning import prune_model, pruning_facts
+from recap_cli.rounds.pruning import changed, prune_model, pruning_facts
 from recap_cli.rounds.record import IMPORTANCE, PLAN, SMALL
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.stored import as_bytes
@@ -34,8 +33,8 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
         if pruned.importance is not None:
             transaction.save_tensors(f"{folder}/{IMPORTANCE}", pruned.importance)
         transaction.save_tensors(f"{folder}/{PLAN}", as_bytes(pruned.plan))
-        change = write_change(context, transaction, tensors, pruned.plan, track)
-        transaction.save_tensors(f"{folder}/{SMALL}", with_change(tensors_of(model), change))
+        write_change(context, transaction, pruned.absorbed)
+        transaction.save_tensors(f"{folder}/{SMALL}", tensors_of(model) | changed(context, tensors, pruned))
         transaction.set_small(folder)
         transaction.facts |= pruning_facts(context, number, tensors, model, pruned.plan)
     return state.manifest.history[-1]
