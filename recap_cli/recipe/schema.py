@@ -175,8 +175,9 @@ class Prune(BaseModel):
     )
     compensate: AutoPositiveOrFalse = Field(
         default=False,
-        description="Let output matrices absorb what their pruned inputs contributed, by ridge regression on D_s. A number is "
-        "the ridge, relative to the mean square of an input. auto finds one for each matrix. The paper has false.",
+        description="Let output matrices absorb what their pruned inputs contributed, by ridge regression on D_s, after each "
+        "gradual step. A number is the ridge, relative to the mean square of an input. auto finds one for each matrix. The "
+        "paper has false.",
     )
     round_to: Million = Field(default=1, description="Keep a multiple of this many rows or columns of each matrix.")
 
