@@ -191,10 +191,10 @@ def _form_of(table: Heads, model: nn.Module, path: str) -> _Form | None:
     if table.fused:
         rest = rows[0] - q_rows
         rows = [q_rows, rest // 2, rest - rest // 2]
-    fits = rows[0] == q_rows and rows[1] == rows[2] > 0 and head_dim > 0
-    if not fits or q_rows % rows[1] != 0 or rows[1] % head_dim != 0:
+    q, k, v = rows
+    if q != q_rows or k != v or k <= 0 or head_dim <= 0 or q % k != 0 or k % head_dim != 0:
         return None
-    return _Form(q_rows, rows[1], head_dim)
+    return _Form(q_rows, k, head_dim)
 
 
 def _head_axis(table: Heads, model: nn.Module, block: _Block) -> Axis | None:

@@ -108,6 +108,19 @@ def test_a_fused_matrix_is_three_cuts_of_one_parameter():
     assert weight == [Cut("blocks.3.attn.qkv.weight", 0, HEAD_DIM, section * WIDTH) for section in range(3)]
 
 
+def test_a_fused_matrix_without_keys_is_no_attention() -> None:
+    model = model_of("timm")
+    model.get_submodule("blocks.3.attn").qkv = nn.Linear(WIDTH, WIDTH)
+    with pytest.raises(LookupError, match="no heads found"):
+        find_axes(TIMM_VIT, model)
+
+
+def test_a_parameter_that_there_is_not_keeps_its_name_for_the_message() -> None:
+    axis = Axis("units", "units", 0, 4, (Cut("gone.weight", 0), Cut("a.weight", 0)))
+    (found,) = find_axes(Adapter((), (), (), axes=lambda model: [axis]), tree({"a": nn.Linear(4, 4)}))
+    assert found == axis
+
+
 def test_gate_and_value_of_a_packed_matrix_are_cut_together():
     _, neurons = find_axes(DINOV2, model_of("dinov2 SwiGLU, earlier"))
     offsets = [cut.offset for cut in neurons.cuts if cut.param.endswith("weights_in.weight")]

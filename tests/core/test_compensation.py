@@ -101,7 +101,7 @@ def test_dead_inputs_and_no_rows_give_no_change_and_no_nan() -> None:
     assert torch.equal(dead.entries[:, :-1], torch.zeros(4, 6, dtype=torch.float64))
     torch.testing.assert_close(dead.entries[:, -1], lost.mean(0))
     nothing = best_change(halves_of(left, lost * 0), [0.1], has_bias=True, may_be_none=False)
-    assert (nothing.ridge, nothing.left_share, float(nothing.entries.abs().max())) == (None, 0.0, 0.0)
+    assert (nothing.ridge, nothing.lost, nothing.left_share, float(nothing.entries.abs().max())) == (None, 0.0, 0.0, 0.0)
     never = best_change((Moments.none(6, 4), Moments.none(6, 4)), RIDGES, has_bias=True, may_be_none=True)
     assert (never.ridge, never.left_share, float(never.entries.abs().max())) == (None, 0.0, 0.0)  # a layer that is not called
     alone = Moments.of_rows(left, lost), Moments.none(6, 4)
