@@ -290,8 +290,9 @@ def test_scores_that_are_no_importances_are_refused_by_the_criterions_name(made,
     with pytest.raises(PluginError, match=f"the criterion 'odd' gave .*{told}"):
         group_scores(model, axes, Criterion("none", lambda w, g: made(w)), losses, named="odd")
     grouped = Criterion(score_groups=lambda model, axes, losses: {a.name: made(torch.ones(a.size)) for a in axes})
-    with pytest.raises(PluginError, match=f"the criterion 'odd' gave .*{told}"):
+    with pytest.raises(PluginError, match=f"the criterion 'odd' gave .*{told}") as caught:
         group_scores(model, axes, grouped, losses, named="odd")
+    assert "`score_groups` returns a tensor for every axis" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("needs", ["none", "mean"])

@@ -112,6 +112,34 @@ def test_uniform_leaves_every_layer_alike() -> None:
     assert {int(k.sum()) for k in kept.values()} == {8}
 
 
+def test_uniform_wants_layers_that_were_alike() -> None:
+    axes = [axis("a", 12, "heads", 64), axis("b", 8, "heads", 64)]
+    with pytest.raises(SelectionError, match=r"the layers have different numbers of heads: \[8, 12\]"):
+        select(
+            axes,
+            rising(*axes),
+            dict.fromkeys(sizes(axes), 5),
+            limits=Limits(uniform=True),
+            original=sizes(axes),
+            keep_share=0.5,
+        )
+
+
+def test_in_one_ranking_groups_compete_per_parameter_whatever_the_rule_says() -> None:
+    axes, scores = [axis("small", 4), axis("large", 4)], {"small": torch.full((4,), 2.0), "large": torch.full((4,), 4.0)}
+    limits = Limits(scope="global", rank_by="sum", least=0)
+    kept = select(axes, scores, UNEQUAL, limits=limits, original=sizes(axes), keep_share=160 / 200)
+    assert {name: int(keep.sum()) for name, keep in kept.items()} == {"small": 4, "large": 3}  # 0.2 and 0.1 a parameter
+
+
+def test_what_is_left_goes_to_no_layer_that_wanted_a_multiple() -> None:
+    axes = [axis("a", 8), axis("b", 11)]
+    scores = {"a": torch.tensor([9.0, 9, 9, 9, 0, 0, 0, 0]), "b": torch.full((11,), 9.0)}
+    limits = Limits(round_to=4)
+    kept = select(axes, scores, dict.fromkeys(scores, 1), limits=limits, original=sizes(axes), keep_share=15 / 19)
+    assert {name: int(keep.sum()) for name, keep in kept.items()} == {"a": 4, "b": 8}  # b has no room for 12
+
+
 def test_round_to_makes_multiples_and_keeps_the_total() -> None:
     axes = [axis(f"n{i}", 96) for i in range(3)]
     generator = torch.Generator().manual_seed(0)
