@@ -1,14 +1,12 @@
 """Linear layers that read pruned inputs: those whose output a cut changes, and whose weights can make up for it."""
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from recap_cli.core.adapter import is_linear, is_transposed
-from recap_cli.core.axes import Axis
 from recap_cli.core.surgery import IndexMap, owner_of
 from recap_cli.core.ties import names_of
 
@@ -50,30 +48,27 @@ class CutInputs:
         return {name: tensor.float().contiguous() for name, tensor in found.items()}
 
 
-def cut_inputs(model: nn.Module, axes: Iterable[Axis], index_map: IndexMap) -> list[CutInputs]:
+def cut_inputs(model: nn.Module, index_map: IndexMap) -> list[CutInputs]:
     """The weights of linear layers that `index_map` cuts along their inputs. The model may be on the meta device.
 
-    A weight that something else holds too, such as an embedding, is none of them: what helps one would harm the other. Nor is
-    one that an axis cuts along its outputs, whether this cut does or another: all steps of a plan have the same weights.
+    A weight that something else holds too, such as an embedding, is none of them: what helps one would harm the other.
     """
-    return list(_found(model, axes, index_map))
+    return list(_found(model, index_map))
 
 
-def _found(model: nn.Module, axes: Iterable[Axis], index_map: IndexMap) -> Iterator[CutInputs]:
-    called, along = names_of(model), defaultdict[str, set[int]](set)
-    for cut in (cut for axis in axes for cut in axis.cuts):
-        along[cut.param].add(cut.dim)
+def _found(model: nn.Module, index_map: IndexMap) -> Iterator[CutInputs]:
+    called = names_of(model)
     for name, dims in index_map.items():
         holders = [owner_of(model, each) for each in called[name]]
         layers = [layer for layer, attribute in holders if attribute == "weight" and is_linear(layer)]
         inputs = {0 if is_transposed(layer) else 1 for layer in layers}
-        if len(layers) == len(holders) and along[name] == inputs:
+        if len(layers) == len(holders) and dims.keys() == inputs:
             ((dim, kept),) = dims.items()
             paths = tuple(each.rpartition(".")[0] for each in called[name])
-            yield CutInputs(name, _bias(called, along, paths), paths, dim, kept)
+            yield CutInputs(name, _bias(called, index_map, paths), paths, dim, kept)
 
 
-def _bias(called: Mapping[str, list[str]], along: Collection[str], paths: Sequence[str]) -> str | None:
+def _bias(called: Mapping[str, list[str]], index_map: IndexMap, paths: Sequence[str]) -> str | None:
     """The bias that all the layers have and nothing else has, if no axis cuts it."""
     own = {f"{path}.bias" for path in paths}
-    return next((name for name, names in called.items() if set(names) == own and name not in along), None)
+    return next((name for name, names in called.items() if set(names) == own and name not in index_map), None)

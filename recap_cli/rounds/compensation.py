@@ -68,7 +68,7 @@ class Absorbing:
             SelectionError: the inputs of a matrix, or the sums over them, are not finite.
         """
         context, recipe = self._context, self._context.recipe
-        found, step = cut_inputs(model, axes, index_map), len(self._found) + 1
+        found, step = cut_inputs(model, index_map), len(self._found) + 1
         self._found.append({})
         if not found:
             return {}

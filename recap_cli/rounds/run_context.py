@@ -218,7 +218,7 @@ class Context:
         rel = f"{folder}/{COMPENSATION}"
         if rel not in self.state.manifest.files:
             return {}
-        found = cut_inputs(build.on_meta(self.spec), self.layout.axes, indices(self.layout.axes, plan, self.layout.shapes))
+        found = cut_inputs(build.on_meta(self.spec), indices(self.layout.axes, plan, self.layout.shapes))
         small, names = self.small_shapes(plan), {name for cut in found for name in (cut.weight, cut.bias)}
         return stored.change(self.state, rel, {name: shape for name, shape in small.items() if name in names})
 

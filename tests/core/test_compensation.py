@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.compensation import RIDGES, Moments, best_change, changes, left_over, with_change
 from recap_cli.core.cut_inputs import CutInputs, cut_inputs
 
@@ -135,8 +134,7 @@ def test_only_weights_that_linear_layers_alone_hold_are_compensated() -> None:
     model, kept = Several(), torch.tensor([0, 2, 5])
     weights = ("plain", "bare", "first", "third", "table")
     index_map = {f"{name}.weight": {1: kept} for name in weights} | {"transposed.weight": {0: kept}, "normal.weight": {0: kept}}
-    axes = [axis_of(*((name, dim) for name, dims in index_map.items() for dim in dims))]
-    found = {cut.weight: cut for cut in cut_inputs(model, axes, index_map)}
+    found = {cut.weight: cut for cut in cut_inputs(model, index_map)}
     assert {name: (cut.bias, cut.layers, cut.dim) for name, cut in found.items()} == {
         "plain.weight": ("plain.bias", ("plain",), 1),
         "transposed.weight": ("transposed.bias", ("transposed",), 0),
@@ -144,27 +142,16 @@ def test_only_weights_that_linear_layers_alone_hold_are_compensated() -> None:
         "first.weight": (None, ("first", "second"), 1),  # two biases, and one shift could not be right for both
         "third.weight": ("third.bias", ("third", "fourth"), 1),
     }
-    rows_only = [axis_of(("plain.weight", 0), ("transposed.weight", 1))]
-    assert cut_inputs(model, rows_only, {"plain.weight": {0: kept}, "transposed.weight": {1: kept}}) == []
-
-
-def test_what_another_step_cuts_is_compensated_in_none() -> None:
-    model, cut = Several(), {"plain.weight": {1: torch.tensor([0, 2, 5])}}
-    inputs, bias, outputs = (axis_of(at) for at in (("plain.weight", 1), ("plain.bias", 0), ("plain.weight", 0)))
-    assert [found.bias for found in cut_inputs(model, [inputs], cut)] == ["plain.bias"]
-    assert [found.bias for found in cut_inputs(model, [inputs, bias], cut)] == [None]
-    assert cut_inputs(model, [inputs, outputs], cut) == []
-
-
-def axis_of(*cuts: tuple[str, int]) -> Axis:
-    return Axis("units", "units", 0, 4, tuple(Cut(name, dim) for name, dim in cuts))
+    rows_only = {"plain.weight": {0: kept}, "transposed.weight": {1: kept}}
+    assert cut_inputs(model, rows_only) == []
+    (cut_bias,) = cut_inputs(model, {"plain.weight": {1: kept}, "plain.bias": {0: kept}})
+    assert cut_bias.bias is None
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 4), Conv1D(4, 6)], ids=["linear", "conv1d"])
 def test_what_is_left_and_what_is_lost_add_up_to_the_output(layer: nn.Module) -> None:
     kept, inputs = torch.tensor([0, 2, 5]), torch.randn(7, 6)
-    dim = 1 if isinstance(layer, nn.Linear) else 0
-    (cut,) = cut_inputs(layer_in(layer), [axis_of(("layer.weight", dim))], {"layer.weight": {dim: kept}})
+    (cut,) = cut_inputs(layer_in(layer), {"layer.weight": {1 if isinstance(layer, nn.Linear) else 0: kept}})
     weight = layer.get_parameter("weight").detach()
     left, lost = cut.split(inputs, weight)
     matrix = weight if isinstance(layer, nn.Linear) else weight.T
