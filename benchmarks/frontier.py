@@ -28,14 +28,17 @@ from recap_cli.progress import silent
 from recap_cli.rounds.latency import forward_seconds
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.scoring import best_tensors
+from recap_cli.rounds.status import finished
 from recap_cli.state.store import State
 
 BATCHES = (1, 32)
 
 
 def point(task: str, name: str, states: Sequence[Path]) -> dict[str, Any]:
-    """The figures of one setting, over its seeds."""
+    """The figures of one setting: accuracy over its seeds, what is held the most of them, sizes and times of the first."""
     contexts = sorted((Context(State.open(path)) for path in states), key=lambda context: context.recipe.seed)
+    if stopped := [context.state.path for context in contexts if not finished(context.recipe, context.state.manifest)]:
+        raise SystemExit(f"{name}: {stopped[0]} is not finished")
     scores = [distillation.scored(context, task, held_out.split_of(context, task)) for context in contexts]
     first, metric = contexts[0], contexts[0].recipe.metric
     return {
@@ -90,7 +93,7 @@ HEADER = ["setting", "seeds", "held out", "parameters, M", "latency, batch 1", "
 
 
 def drawn(points: Sequence[dict[str, Any]]) -> Picture:
-    """Accuracy against the latency of the product, and against what finetuning held."""
+    """The metric against the latency of the product, and against what finetuning held."""
     with picture(FILE, 3.6) as found:
         left, right = found.figure.subplots(1, 2, sharey=True)
         for axes, cost, label in (
@@ -114,7 +117,7 @@ def drawn(points: Sequence[dict[str, Any]]) -> Picture:
             numbers(axes.xaxis, label)
             axes.margins(x=0.22, y=0.12)
         numbers(left.yaxis, "")
-        y_label(found, left, "accuracy on held-out data (%)")
+        y_label(found, left, f"{points[0]['metric']} on held-out data (%)")
     return found
 
 

@@ -64,25 +64,43 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class Balance:
+    """What a layer loses by a cut, and how much of it a change does not give back.
+
+    Attributes:
+        rows: how many were seen; 0: the layer was never called.
+        lost: Σ |y|² over them.
+        left: what of it is left on rows that the fit has not seen.
+    """
+
+    rows: int = 0
+    lost: float = 0.0
+    left: float = 0.0
+
+    @property
+    def left_share(self) -> float:
+        """What of Σ |y|² is left: 0 where nothing is lost, 1 where nothing was seen."""
+        if self.rows == 0:
+            return 1.0
+        return self.left / self.lost if self.lost else 0.0
+
+    def __add__(self, other: "Balance") -> "Balance":
+        return Balance(self.rows + other.rows, self.lost + other.lost, self.left + other.left)
+
+
+@dataclass(frozen=True)
 class Change:
     """What a layer absorbs.
 
     Attributes:
         entries: D, float64, (out, kept + 1); the last column is of the bias.
-        ridge: what it was fitted with; None where no change was better, and D is 0.
-        lost: Σ |y|².
-        left: what of it is left on rows that the fit has not seen.
+        ridge: what it was fitted with; None where no change was better, or nothing was lost, and D is 0.
+        balance: what was lost, and what is left of it.
     """
 
     entries: Tensor
     ridge: float | None
-    lost: float
-    left: float
-
-    @property
-    def left_share(self) -> float:
-        """What of Σ |y|² is left; 0 where nothing is lost."""
-        return self.left / self.lost if self.lost else 0.0
+    balance: Balance
 
 
 def changes(moments: Moments, ridges: Sequence[float], *, has_bias: bool) -> Iterator[Tensor]:
@@ -127,16 +145,16 @@ def best_change(halves: tuple[Moments, Moments], ridges: Sequence[float], *, has
     both, lost = first + second, float(first.yy + second.yy)
     nothing = torch.zeros_like(both.yk)
     if lost == 0.0:
-        return Change(nothing, None, lost=0.0, left=0.0)
+        return Change(nothing, None, Balance(both.rows))
     left = [0.0] * len(ridges)
     for fitted, judged in ((first, second), (second, first)):
         for at, entries in enumerate(changes(fitted, ridges, has_bias=has_bias)):
             left[at] += left_over(judged, entries)
     best = min(range(len(ridges)), key=left.__getitem__)
     if may_be_none and left[best] >= lost:
-        return Change(nothing, None, lost, left=lost)
+        return Change(nothing, None, Balance(both.rows, lost, left=lost))
     (entries,) = changes(both, ridges[best : best + 1], has_bias=has_bias)
-    return Change(entries, ridges[best], lost, left[best])
+    return Change(entries, ridges[best], Balance(both.rows, lost, left[best]))
 
 
 def with_change(tensors: Mapping[str, Tensor], change: Mapping[str, Tensor]) -> dict[str, Tensor]:

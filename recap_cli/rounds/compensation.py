@@ -5,6 +5,7 @@ coordinates of the small model. A round that keeps the plan keeps it. The full m
 values less the change.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli.core.axes import Axis, UnitMask
-from recap_cli.core.compensation import RIDGES, Change, Moments, best_change
+from recap_cli.core.compensation import RIDGES, Balance, Change, Moments, best_change
 from recap_cli.core.cut_inputs import CutInputs, cut_inputs
 from recap_cli.core.rows import rows_of
 from recap_cli.core.surgery import IndexMap, take
@@ -59,7 +60,9 @@ class Absorbing:
     """The gradual steps of a round, each of which gives back what it takes (`gradual.Step.absorb`)."""
 
     def __init__(self, context: Context, number: int, track: Track) -> None:
-        self._context, self._number, self._track, self._found = context, number, track, list[dict[str, Change]]()
+        self._context, self._number, self._track, self._step = context, number, track, 0
+        self._balances, self._ridges = defaultdict[str, Balance](Balance), dict[str, float | None]()  # by weight
+        self._train, _ = context.splits(track)
 
     def __call__(self, model: nn.Module, axes: Sequence[Axis], index_map: IndexMap) -> dict[str, Tensor]:
         """What the weights whose inputs are about to be cut absorb, in the shapes after the cut.
@@ -67,42 +70,31 @@ class Absorbing:
         Raises:
             SelectionError: the inputs of a matrix, or the sums over them, are not finite.
         """
-        context, recipe = self._context, self._context.recipe
-        found, step = cut_inputs(model, index_map), len(self._found) + 1
-        self._found.append({})
+        recipe, found, absorbed = self._context.recipe, cut_inputs(model, index_map), dict[str, Tensor]()
+        self._step += 1
         if not found:
-            return {}
-        train, _ = context.splits(self._track)
-        label = f"compensation, step {step} of {recipe.prune.steps}"
-        sample = draw_sample(recipe, train, self._number, f"compensate {step}", label)
-        changes = self._found[-1]
+            return absorbed
+        label = f"compensation, step {self._step} of {recipe.prune.steps}"
+        sample = draw_sample(recipe, self._train, self._number, f"compensate {self._step}", label)
         for together in _in_parts(model, found):
-            with on_device(model, axes, sample.device, context.spec.model_type):
-                first, second = _moments(context, model, together, sample, self._track)
+            with on_device(model, axes, sample.device, self._context.spec.model_type):
+                first, second = _moments(self._context, model, together, sample, self._track)
             for cut in self._track(together, f"{label}, matrix by matrix", len(together)):
                 none = Moments.none(len(cut.kept), _outputs(model, cut))
                 halves = first.pop(cut.weight, none), second.pop(cut.weight, none)
-                changes[cut.weight] = _change(cut, halves, recipe.prune.compensate)
-        named = (cut.named(changes[cut.weight].entries) for cut in found)
-        return {name: tensor for of in named for name, tensor in of.items()}
+                change = _change(cut, halves, recipe.prune.compensate)
+                absorbed |= cut.named(change.entries)
+                self._balances[cut.weight] += change.balance
+                self._ridges[cut.weight] = change.ridge
+        return absorbed
 
     @property
     def facts(self) -> dict[str, Any] | None:
         """How much of what all steps took of each matrix is given back; None where they cut no inputs."""
-        weights = list(dict.fromkeys(name for step in self._found for name in step))
-        if not weights:
+        if not self._balances:
             return None
-        left = {name: _left_share([step[name] for step in self._found if name in step]) for name in weights}
-        return {
-            "given_back_share": 1.0 - fmean(left.values()),
-            "left_shares": left,
-            "ridges": {name: [step[name].ridge for step in self._found if name in step][-1] for name in weights},
-        }
-
-
-def _left_share(steps: Sequence[Change]) -> float:
-    lost = sum(step.lost for step in steps)
-    return sum(step.left for step in steps) / lost if lost else 0.0
+        left = {name: balance.left_share for name, balance in self._balances.items()}
+        return {"given_back_share": 1.0 - fmean(left.values()), "left_shares": left, "ridges": self._ridges}
 
 
 def absorbed_before(context: Context, number: int, plan: UnitMask) -> Absorbed:

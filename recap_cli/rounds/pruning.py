@@ -39,10 +39,12 @@ class Pruned:
 
 
 def prune_model(context: Context, model: nn.Module, number: int, track: Track) -> Pruned:
-    """Cut the full model, in place, to the small model of round `number`.
+    """Cut the full model, in place, to the sizes of the small model of round `number`.
+
+    What the round absorbs is in the result; the cut model has it up to rounding, or not at all (`changed`).
 
     Raises:
-        SelectionError: the ratio cannot be met.
+        SelectionError: the ratio cannot be met, or the inputs of a matrix that is compensated are not finite.
     """
     torch.manual_seed(seed_for(context.recipe.seed, number, "prune"))
     round_plan = context.round_plans[number - 1]
@@ -51,20 +53,21 @@ def prune_model(context: Context, model: nn.Module, number: int, track: Track) -
 
 def _by_importance(context: Context, model: nn.Module, number: int, track: Track) -> Pruned:
     """Cut the model in gradual steps, each by an importance of its own."""
-    recipe, averages, absorbing = context.recipe, list[Scores](), Absorbing(context, number, track)
+    recipe, averages = context.recipe, list[Scores]()
+    absorbing = None if recipe.prune.compensate is False else Absorbing(context, number, track)
     plan, change = gradual.prune(
         model,
         context.layout.axes,
         gradual.Step(
             score=_scorer(context, number, track, averages.append),
             resize=lambda cut, sizes: adapter.resize(context.adapter, cut, sizes),
-            absorb=gradual.nothing if recipe.prune.compensate is False else absorbing,
+            absorb=absorbing or gradual.nothing,
         ),
         keep_shares=gradual.shares_left(context.round_plans[number - 1].prune_ratio, recipe.prune.steps),
         limits=limits_of(recipe),
     )
     importance = averages[0] if averages and recipe.prune.ema > 0 else None
-    return Pruned(plan, Absorbed(change, absorbing.facts), importance)
+    return Pruned(plan, Absorbed(change, absorbing.facts if absorbing else None), importance)
 
 
 def _as_before(context: Context, model: nn.Module, number: int, track: Track) -> Pruned:

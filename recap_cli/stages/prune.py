@@ -22,7 +22,7 @@ def prune(state: State, *, track: Track = silent) -> dict[str, Any]:
 
     Raises:
         StageOrderError: another stage is next, or no round is left.
-        SelectionError: the ratio cannot be met.
+        SelectionError: the ratio cannot be met, or the inputs of a matrix that is compensated are not finite.
     """
     context = Context(state)
     with state.writing("prune") as transaction:

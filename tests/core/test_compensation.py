@@ -50,7 +50,7 @@ def test_inputs_that_are_linear_in_those_left_are_given_back_exactly() -> None:
         (Moments.of_rows(left[:20], lost[:20]), Moments.of_rows(left[20:], lost[20:])), [1e-9], has_bias=True, may_be_none=True
     )
     torch.testing.assert_close(left @ found.entries[:, :-1].T + found.entries[:, -1], lost, rtol=1e-6, atol=1e-6)
-    assert found.left_share < 1e-9
+    assert found.balance.left_share < 1e-9
 
 
 def test_a_ridge_without_end_leaves_the_mean_of_what_is_lost_in_the_bias() -> None:
@@ -76,7 +76,7 @@ def test_the_ridge_is_the_one_that_leaves_least_where_it_was_not_fitted() -> Non
     found = best_change(halves_of(left, lost), RIDGES, has_bias=True, may_be_none=True)
     assert RIDGES[0] < best < RIDGES[-1]
     assert found.ridge == best
-    assert found.left_share == pytest.approx(left_of[best] / float(lost.square().sum()))
+    assert found.balance.left_share == pytest.approx(left_of[best] / float(lost.square().sum()))
     torch.testing.assert_close(found.entries, by_least_squares(left, lost, best, has_bias=True))
     clean = best_change(halves_of(*rows(24, kept=10, noise=0.0)), RIDGES, has_bias=True, may_be_none=True)
     assert clean.ridge == RIDGES[0]
@@ -87,10 +87,10 @@ def test_where_every_ridge_does_harm_there_is_no_change_unless_the_recipe_names_
     left, lost = (torch.randn(16, width, generator=generator, dtype=torch.float64) for width in (12, 3))
     halves = halves_of(left, lost)
     found = best_change(halves, [0.001, 0.01], has_bias=False, may_be_none=True)
-    assert (found.ridge, found.left_share, float(found.entries.abs().max())) == (None, 1.0, 0.0)
+    assert (found.ridge, found.balance.left_share, float(found.entries.abs().max())) == (None, 1.0, 0.0)
     named = best_change(halves, [0.001], has_bias=False, may_be_none=False)
     assert named.ridge == 0.001
-    assert named.left_share > 1.0
+    assert named.balance.left_share > 1.0
     torch.testing.assert_close(named.entries, by_least_squares(left, lost, 0.001, has_bias=False))
 
 
@@ -100,9 +100,18 @@ def test_dead_inputs_and_no_rows_give_no_change_and_no_nan() -> None:
     assert torch.equal(dead.entries[:, :-1], torch.zeros(4, 6, dtype=torch.float64))
     torch.testing.assert_close(dead.entries[:, -1], lost.mean(0))
     nothing = best_change(halves_of(left, lost * 0), [0.1], has_bias=True, may_be_none=False)
-    assert (nothing.ridge, nothing.lost, nothing.left_share, float(nothing.entries.abs().max())) == (None, 0.0, 0.0, 0.0)
+    assert (nothing.ridge, nothing.balance.lost, nothing.balance.left_share, float(nothing.entries.abs().max())) == (
+        None,
+        0.0,
+        0.0,
+        0.0,
+    )
     never = best_change((Moments.none(6, 4), Moments.none(6, 4)), RIDGES, has_bias=True, may_be_none=True)
-    assert (never.ridge, never.left_share, float(never.entries.abs().max())) == (None, 0.0, 0.0)  # a layer that is not called
+    assert (never.ridge, never.balance.left_share, float(never.entries.abs().max())) == (
+        None,
+        1.0,
+        0.0,
+    )  # a layer that is not called
     alone = Moments.of_rows(left, lost), Moments.none(6, 4)
     assert best_change(alone, RIDGES, has_bias=True, may_be_none=True).ridge is None
 

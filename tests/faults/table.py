@@ -31,13 +31,14 @@ EVALUATED = "tests/training/test_evaluation.py::test_the_loss_is_the_mean_over_a
 GLOBAL = f"{SETTINGS}test_scopes_floors_and_criteria_choose_what_the_reference_chooses[global-bert]"
 
 CUT = "tests/stages/test_compensation.py::"
-SHARED = f"{CUT}test_the_small_model_is_the_full_one_cut_with_the_change_of_least_squares"
+SHARED = f"{CUT}test_each_gradual_step_scores_what_the_one_before_has_absorbed_and_absorbs_by_least_squares"
 WRITTEN_BACK = f"{CUT}test_a_merge_writes_what_was_trained_less_the_change_and_leaves_every_other_bit[1-bert]"
 OWN_TEACHER = (
     "tests/stages/test_own_teacher.py::"
     "test_the_teacher_is_the_full_model_as_torch_trains_it_and_the_others_begin_there[full-vit]"
 )
 WANDA = "tests/core/test_importance.py::test_wanda_scores_the_rows_of_what_no_layer_reads_and_refuses_what_is_no_matrix"
+IN_STEPS = "tests/core/test_gradual.py::test_a_weight_that_both_steps_cut_has_both_changes_and_the_full_model_neither"
 RIDGE = "tests/core/test_compensation.py::test_the_ridge_is_the_one_that_leaves_least_where_it_was_not_fitted"
 
 
@@ -98,6 +99,27 @@ FAULTS = (
         "sums.moments[cut.weight] += Moments",
         "sums.moments[cut.weight] = Moments",
         (f"{SHARED}[albert]",),
+    ),
+    Fault(
+        "the next gradual step scores a model without what the one before has absorbed",
+        "recap_cli/core/gradual.py",
+        "        _add(model, change)\n",
+        "",
+        (f"{SHARED}[gpt2]",),
+    ),
+    Fault(
+        "what a gradual step absorbs replaces what those before it have",
+        "recap_cli/core/gradual.py",
+        "absorbed[name] + tensor if name in absorbed else tensor",
+        "tensor",
+        (f"{SHARED}[gpt2]", IN_STEPS),
+    ),
+    Fault(
+        "what a gradual step absorbs is written into the memory of the full model",
+        "recap_cli/core/gradual.py",
+        "param.data = torch.add(param.data, tensor.to(param.dtype))",
+        "param.data.add_(tensor.to(param.dtype))",
+        (IN_STEPS,),
     ),
     Fault(
         "a ridge is judged on the examples that it was fitted on",

@@ -322,7 +322,7 @@ def test_right_after_the_cut_of_a_trained_model_the_loss_is_lower_with_compensat
         stage(state)
     context = Context(state)
     (split, _), plan = context.splits(lambda items, label, total=None: iter(items)), context.plan("round-002")
-    batch = split.batch(sample(len(split), 16, seed=context.recipe.seed, round=2, stage="compensate"))
+    batch = split.batch(sample(len(split), 16, seed=context.recipe.seed, round=2, stage="compensate 2"))
     full, small = context.full_tensors(), context.small("round-002", plan)
     cut = gather(full, indices(context.layout.axes, plan, context.layout.shapes))
 
