@@ -1,0 +1,34 @@
+"""What the record of a plugin means where it says nothing."""
+
+from dataclasses import fields
+
+import pytest
+
+from recap_cli.core.adapter import Heads
+from recap_cli.core.method import Method
+from recap_cli.core.ragged import Ragged
+from recap_cli.core.task import Task
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "default"),
+    [
+        (Method, "prunes", False),
+        (Method, "masks", False),
+        (Method, "training", None),
+        (Method, "extra", None),
+        (Method, "lr", 2e-4),
+        (Task, "constant", None),
+        (Task, "distillation", None),
+        (Task, "problem_type", None),
+        (Task, "timm", False),
+        (Task, "fewest", 2),
+        (Task, "extra", None),
+        (Heads, "shared", False),
+        (Ragged, "left", False),
+    ],
+)
+def test_a_default_is_the_one_that_plugins_rely_on(record: type, name: str, default: object) -> None:
+    (found,) = (field.default for field in fields(record) if field.name == name)
+    assert found == default
+    assert type(found) is type(default)
