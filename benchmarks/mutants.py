@@ -110,11 +110,11 @@ def mutations_of(file: str) -> tuple[Any, list[Any]]:
 
 
 def _is_alias(line: Any) -> bool:
-    """Whether a line of a module names a type: `Scope = Literal["per-kind", "global"]`."""
+    """Whether a line of a module names a type: `Scope = Literal["per-kind", "global"]`, or a `TypeVar`."""
     import libcst
     import libcst.matchers as m
 
-    types = m.Subscript() | m.BinaryOperation(operator=m.BitOr())
+    types = m.Subscript() | m.BinaryOperation(operator=m.BitOr()) | m.Call(func=m.Name("TypeVar"))
     return isinstance(line, libcst.SimpleStatementLine) and m.matches(line.body[0], m.Assign(value=types))
 
 
