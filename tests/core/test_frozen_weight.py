@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from recap_cli import registry
 from recap_cli.core.frozen_weight import FrozenWeight, check, quantized
@@ -139,9 +140,10 @@ def test_a_record_that_is_neither_plain_nor_whole_is_refused(given: dict[str, An
 
 def test_a_matrix_that_is_not_accepted_stays_dense_and_the_rest_is_quantized() -> None:
     picky = replace(TRUE, accepts=lambda shape: None if shape[1] % 16 == 0 else "16 columns at a time")
-    model = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 3), nn.Embedding(5, 12))
+    model = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 3), nn.Embedding(5, 12), Conv1D(12, 16), Conv1D(16, 12))
     make_partial(model, {}, frozen=lambda _: True, placement=Placement(weights=picky))
-    assert model[0].matrix.shape == (12, 16)
+    assert (model[0].matrix.shape, model[3].matrix.shape) == ((12, 16), (12, 16))  # a Conv1D's weight is (in, out)
+    assert isinstance(model[4], Conv1D)
     assert (model[1].weight.dtype, model[2].weight.dtype) == (torch.bfloat16, torch.bfloat16)
     with pytest.raises(PluginError, match=r"failed in accepts\(\(12, 16\)\): TypeError: expected None, or why not; found bool"):
         make_partial(nn.Linear(16, 12), {}, frozen=lambda _: True, placement=Placement(weights=replace(TRUE, accepts=bool)))
