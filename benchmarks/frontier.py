@@ -100,22 +100,16 @@ def drawn(points: Sequence[dict[str, Any]]) -> Picture:
             (left, lambda one: one["latency"]["32"]["ratio"], "latency of 32 examples, of the full model's (%)"),
             (right, lambda one: one["held_share"], "held while finetuning, of full finetuning's (%)"),
         ):
-            for one in points:
+            places = [(100 * cost(one), 100 * fmean(one["held_out"])) for one in points]
+            for one, (x, y) in zip(points, places, strict=True):
                 ours = one["name"].endswith("*")
                 look = METHODS["recap"] if ours else METHODS["full-ft"]
-                x, y = 100 * cost(one), 100 * fmean(one["held_out"])
                 axes.plot(x, y, look.marker, color=look.colour if ours else SOFT, markersize=6)
-                axes.annotate(
-                    one["name"].removesuffix("*"),
-                    (x, y),
-                    (0, 6),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=7.5,
-                    color=INK,
-                )
+                crowded = any(0 < up - y < 2.5 and abs(across - x) < 8 for across, up in places)  # a label above is in the way
+                text = {"textcoords": "offset points", "ha": "center", "va": "top" if crowded else "bottom", "fontsize": 7.5}
+                axes.annotate(one["name"].removesuffix("*"), (x, y), (0, -6 if crowded else 5), color=INK, **text)
             numbers(axes.xaxis, label)
-            axes.margins(x=0.22, y=0.12)
+            axes.margins(x=0.34, y=0.14)
         numbers(left.yaxis, "")
         y_label(found, left, f"{points[0]['metric']} on held-out data (%)")
     return found

@@ -83,10 +83,10 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def _options() -> list[str]:
-    """The command line without `--out` and `--work`, which change no figure and may name a folder of this machine."""
+    """The command line without what changes no figure and may name a folder of this machine."""
     known, rest = argparse.ArgumentParser(add_help=False), sys.argv[1:]
-    known.add_argument("--out")
-    known.add_argument("--work")
+    for name in ("--out", "--work", "--plot"):
+        known.add_argument(name)
     return known.parse_known_args(rest)[1]
 
 
