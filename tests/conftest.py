@@ -50,14 +50,10 @@ LONG = (  # files of 6 s and more, the longest first: one that begins last would
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Modules are compiled once, and folders of tests lie in the machine's memory where it has room.
-
-    Stages wait for the disk, and no test pulls its plug.
+    """Folders of tests lie in the machine's memory where it has room: stages wait for the disk, and no test pulls its plug.
 
     A `TMPDIR` that is set is left as it is; workers, and the processes that tests start, have that of the first process.
     """
-    sys.dont_write_bytecode = False  # the processes that tests start compile every module anew where it is forbidden
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     place = "/dev/shm"
     if "TMPDIR" not in os.environ and os.path.isdir(place) and shutil.disk_usage(place).free > ROOM_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", place)  # of `tmp_path`, which stays where a test has failed

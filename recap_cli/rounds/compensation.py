@@ -80,8 +80,8 @@ class Absorbing:
             with on_device(model, axes, sample.device, self._context.spec.model_type):
                 first, second = _moments(self._context, model, together, sample, self._track)
             for cut in self._track(together, f"{label}, matrix by matrix", len(together)):
-                none = Moments.none(len(cut.kept), _outputs(model, cut))
-                halves = first.pop(cut.weight, none), second.pop(cut.weight, none)
+                none = Moments.none(len(cut.kept), _outputs(model, cut))  # D_s may be one example
+                halves = first.pop(cut.weight), second.pop(cut.weight, none)
                 change = _change(cut, halves, recipe.prune.compensate)
                 absorbed |= cut.named(change.entries)
                 self._balances[cut.weight] += change.balance

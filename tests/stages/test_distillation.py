@@ -117,6 +117,15 @@ def test_another_model_teaches_with_its_own_size_and_weights(tmp_path: Path) -> 
     assert any(note.startswith("teacher: ") for note in state.manifest.made["notes"])
 
 
+def test_another_model_sees_images_at_its_own_size(tmp_path: Path) -> None:
+    folder = finetuned("image-classification", seed=1)
+    larger = init(distilled("image-classification", str(folder), data={"image_size": 24}), tmp_path / "larger")
+    usual = init(distilled("image-classification", str(folder)), tmp_path / "usual")
+    assert torch.equal(targets_of(larger).values, targets_of(usual).values)
+    first = [Context(of).splits(silent)[0].batch(torch.tensor([0])) for of in (larger, usual)]
+    assert [batch["pixel_values"].shape[-1] for batch in first] == [24, 16]
+
+
 def one_round(**distill: Any) -> Recipe:
     """Another seed's model is the teacher: what learns from itself has gradients that are rounding errors."""
     return distilled(
