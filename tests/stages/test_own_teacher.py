@@ -200,6 +200,7 @@ def test_a_run_is_its_stages_and_the_product_is_never_the_teacher(
     assert not [rel for rel in whole.manifest.files if rel.startswith(TEACHER_FOLDER)]
     told = summary(whole)
     assert told["teacher"] == whole.manifest.history[3]["accuracy"]
+    assert whole.manifest.history[4]["metric"] == "accuracy"  # which `merge` prints the teacher's figure by
     assert [row["steps"] for row in told["rounds"]] == [5, 3, 2]
     scripted(monkeypatch, [(1.0, 0.1), (0.4, 0.6), (0.5, 0.5), (0.4, 0.6), (0.9, 0.1)])
     longer = taught("bert", kind, patience=1, rounds=4, finetune={"epochs": 0.5}, prune={"ramp": 1})
