@@ -8,6 +8,7 @@ import pytest
 from tests.faults.server import FaultServer, Outcomes
 from tests.faults.table import CHOSEN, DRAWN, FAULTS, ROOT, TOGETHER, Fault
 
+pytestmark = pytest.mark.proof
 ALL = sorted({test for fault in FAULTS for test in fault.tests})
 
 

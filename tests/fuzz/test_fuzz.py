@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 CASES = 200
 
 
+@pytest.mark.proof
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each case is played in a fork")
 @pytest.mark.timeout(1200)  # against a hang only: it takes half a minute of one core
 def test_no_drawn_or_known_input_breaks_a_command(tmp_path: Path) -> None:
