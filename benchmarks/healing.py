@@ -44,6 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lr2": {"finetune": {"lr": 2.0}},
     "untaught": {"distill": {"teacher": None}},
     "quarter": {"distill": {"steps_share": 0.25}},
+    **{f"hidden{weight}": {"distill": {"hidden_weight": float(weight)}} for weight in (1, 10, 100)},
 }
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # a target that has no loss, as torch and transformers have it
 TEACHER = "teacher_outputs"  # of a batch: what a teacher gives for it, (examples, most rows, outputs), float32
+TEACHER_STATES = "teacher_states"  # of a batch: hidden states of the teacher's blocks, (examples, sum of widths), float32
 Inputs = Literal["text", "words", "image"]
 Better = Literal["more", "less"]
 Batch = dict[str, Any]  # the inputs of a model, and `labels`; tensors with the examples first, unless the task says otherwise

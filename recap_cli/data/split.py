@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recap_cli.core.ragged import Ragged
-from recap_cli.core.task import TEACHER, Batch
+from recap_cli.core.task import TEACHER, TEACHER_STATES, Batch
 from recap_cli.progress import Track
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Split:
         content: Yields the bytes that the inputs are made of, for a digest of them.
         variants: How many there are of each example: with random flips two, the second being flipped.
         soft: What a teacher gives for the examples, if there is one.
+        states: What its blocks give, where they are learned too: one row for each example.
         tokens: For texts, the token ids that occur, sorted, int64.
         special: For texts, the ids that the tokenizer may add, such as padding, sorted, int64.
         notes: What a user should know.
@@ -48,6 +49,7 @@ class Split:
     content: Callable[[], Iterable[bytes | memoryview]] = tuple
     variants: int = 1
     soft: "SoftTargets | None" = None
+    states: "SoftTargets | None" = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -58,6 +60,8 @@ class Split:
         `variants` has the variant of each, (batch,), int64; None is the first, the example as it is.
         """
         taught = {} if self.soft is None else {TEACHER: self.soft.at(indices, variants)}
+        if self.states is not None:
+            taught[TEACHER_STATES] = self.states.at(indices, variants)[:, 0]
         return {**self.fetch(indices, variants), **self.labels(indices), **taught}
 
     def draw_variants(self, count: int, generator: torch.Generator | None) -> Tensor | None:

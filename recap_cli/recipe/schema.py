@@ -285,6 +285,11 @@ class Distill(BaseModel):
     revision: Text | None = Field(default=None, description="Branch, tag or commit of the teacher on the hub.")
     temperature: Positive = Field(default=2.0, description="What the logits of both are divided by. Hinton et al.: T.")
     weight: Fraction = Field(default=0.7, description="Weight of the teacher's outputs in the loss; the labels have the rest.")
+    hidden_weight: NonNegative = Field(
+        default=0.0,
+        description="Weight of the distance between the hidden states of both, averaged over tokens, at each block; it is "
+        "added to the loss. 0: they are not learned. Sun et al. (2019): β.",
+    )
 
     @property
     def is_own(self) -> bool:

@@ -11,11 +11,11 @@ from recap_cli.core.surgery import IndexMap, compose_index_maps, indices, scatte
 from recap_cli.core.task import LOSS, Metric
 from recap_cli.progress import Track
 from recap_cli.rounds.compensation import without_change
-from recap_cli.rounds.record import MOMENTS, PLAN, TARGETS, TEACHER_FOLDER, WEIGHTS
+from recap_cli.rounds.record import MOMENTS, PLAN, STATES, TARGETS, TEACHER_FOLDER, WEIGHTS
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import rule_of, trainable_entries
 from recap_cli.rounds.stored import as_bytes
-from recap_cli.rounds.teacher import Teacher, ask_own_teacher, check_examples, teacher_notes
+from recap_cli.rounds.teacher import Taught, Teacher, ask_own_teacher, check_examples, teacher_notes
 from recap_cli.state.store import Transaction
 from recap_cli.trainable.moments import put_moments
 
@@ -75,6 +75,13 @@ def copy_the_rest(context: Context, transaction: Transaction, full: str) -> None
             transaction.path(f"{full}/{name}").write_bytes(context.state.verified(rel).read_bytes())
 
 
+def write_taught(transaction: Transaction, taught: Taught) -> None:
+    """Write what a teacher has left for the training examples."""
+    transaction.save_tensors(f"{TEACHER_FOLDER}/{TARGETS}", taught.targets.to_tensors())
+    if taught.states is not None:
+        transaction.save_tensors(f"{TEACHER_FOLDER}/{STATES}", taught.states.to_tensors())
+
+
 def write_teacher(context: Context, transaction: Transaction, weights: dict[str, Tensor], track: Track) -> None:
     """Write what the full model with these weights gives for the training examples, and note it as the teacher.
 
@@ -86,7 +93,7 @@ def write_teacher(context: Context, transaction: Transaction, weights: dict[str,
     trained_on = next(entry["examples"] for entry in reversed(manifest.history) if entry["stage"] == "finetune")
     check_examples(teacher.splits[0], trained_on)
     taught = ask_own_teacher(context.recipe, teacher, context.metrics(f"round-{transaction.round:03d}"), track)
-    transaction.save_tensors(f"{TEACHER_FOLDER}/{TARGETS}", taught.targets.to_tensors())
+    write_taught(transaction, taught)
     notes = list(teacher_notes(context.recipe.metric, taught, manifest.made["chance"]))
     transaction.facts |= {"metric": context.recipe.metric.name, "teacher": taught.facts, "notes": notes}
 

@@ -35,7 +35,7 @@ PLAN, IMPORTANCE, COMPENSATION, MASK, ROWS, SMALL, TRAINED, SCORES = (
     "scores.safetensors",
 )
 METRICS, MEMORY = "metrics.json", "memory.json"
-TEACHER_FOLDER, TARGETS = "teacher-000", "targets.safetensors"
+TEACHER_FOLDER, TARGETS, STATES = "teacher-000", "targets.safetensors", "states.safetensors"
 
 FULL_FILES = (WEIGHTS, SPEC, LAYOUT)
 BEST_FILES = (WEIGHTS, PLAN)
@@ -242,7 +242,7 @@ def _problems(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
     for key, place in current.items():
         if (found := getattr(manifest, key)) != place:
             yield f"{key} is {found!r}, and after {manifest.stage} of round {manifest.round} it is {place!r}"
-    needed = set(_needed(manifest))
+    needed = set(_needed(manifest, recipe))
     for file in sorted(needed - manifest.files.keys()):
         yield f"{file} is not in files"
     change = f"{current['small']}/{COMPENSATION}"
@@ -287,10 +287,12 @@ def _figures(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float
         yield "teacher.figures", (entry.get("teacher") or {}).get("figures")
 
 
-def _needed(manifest: Manifest) -> Iterator[str]:
+def _needed(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
     """The files that the finished stages must have left."""
     if teacher_of(manifest) is not None and manifest.stage != "merge":  # the last merge drops them
         yield f"{TEACHER_FOLDER}/{TARGETS}"
+        if recipe.distill.hidden_weight:
+            yield f"{TEACHER_FOLDER}/{STATES}"
     yield from (f"{manifest.full}/{name}" for name in FULL_FILES)
     if manifest.best is not None:
         yield from (f"{manifest.best['folder']}/{name}" for name in BEST_FILES)

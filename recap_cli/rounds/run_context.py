@@ -43,6 +43,7 @@ from recap_cli.rounds.record import (
     SCORES,
     SMALL,
     SPEC,
+    STATES,
     TARGETS,
     TEACHER_FOLDER,
     TRAINED,
@@ -162,11 +163,16 @@ class Context:
         train, validation = self.splits(track)
         if self.recipe.distill.teacher is None or teaches(self.round_plans[self.state.manifest.round - 1]):
             return train, validation
-        rel = f"{TEACHER_FOLDER}/{TARGETS}"
+        targets = self._of_teacher(TARGETS)
+        states = self._of_teacher(STATES) if self.recipe.distill.hidden_weight else None
+        seen = (record.teacher_of(self.state.manifest) or {})["examples"]
+        return with_teacher(train, targets, states, seen), validation
+
+    def _of_teacher(self, file: str) -> SoftTargets:
+        rel = f"{TEACHER_FOLDER}/{file}"
         path, tensors = self.state.path / rel, self.state.load_tensors(rel)
         with stored.meant(path):
-            targets = SoftTargets.from_tensors(tensors)
-        return with_teacher(train, targets, (record.teacher_of(self.state.manifest) or {})["examples"]), validation
+            return SoftTargets.from_tensors(tensors)
 
     def full_weights(self) -> dict[str, Tensor]:
         """The weights of the full model, on the CPU, without what no checkpoint of it holds."""

@@ -124,7 +124,8 @@ def _teacher_text(recipe: Recipe) -> Iterator[str]:
     if distill.teacher is not None:
         words = {SELF: "the model itself, as it is before the first round", **dict.fromkeys(OWN_TEACHERS, "made in round 1")}
         who = words.get(distill.teacher, distill.teacher)
-        yield f"teacher: {who}; {distill.weight:.0%} of the loss, at temperature {distill.temperature:g}"
+        hidden = f", and hidden states at weight {distill.hidden_weight:g}" if distill.hidden_weight else ""
+        yield f"teacher: {who}; {distill.weight:.0%} of the loss, at temperature {distill.temperature:g}{hidden}"
 
 
 def _own_teacher_text(recipe: Recipe) -> str:

@@ -1,15 +1,16 @@
 """A teacher: the finetuned model whose outputs a recipe's rounds learn from (`distill`), run once when the state is made."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from recap_cli.core.axes import Axis
+from recap_cli.core.hidden_states import HiddenStates, spread, watched
 from recap_cli.core.task import Distillation, Metric
 from recap_cli.data.sampling import batches
 from recap_cli.data.soft_targets import SoftTargets, fingerprint, stored_as
@@ -22,7 +23,7 @@ from recap_cli.models.build import ModelSpec
 from recap_cli.progress import Track
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.recipe.schema import SELF, Model
-from recap_cli.rounds.device_policy import on_device
+from recap_cli.rounds.device_policy import blocks_of, on_device
 from recap_cli.rounds.examples import make_splits
 from recap_cli.rounds.full_model import FullModel
 from recap_cli.rounds.layout import Layout
@@ -41,11 +42,13 @@ class Taught:
 
     Attributes:
         targets: its outputs for the training examples.
+        states: the hidden states of its blocks for them, one row each; None where they are not learned.
         facts: what `init` notes of it: its name, its figures on the validation data, and the fingerprint of the examples.
         notes: what a user should know of it.
     """
 
     targets: SoftTargets
+    states: SoftTargets | None
     facts: dict[str, Any]
     notes: tuple[str, ...]
 
@@ -67,7 +70,8 @@ class Teacher:
 
 def lesson_of(recipe: Recipe) -> Lesson | None:
     """How much a recipe's rounds learn from a teacher; None where it has none."""
-    return None if recipe.distill.teacher is None else Lesson(recipe.distill.weight, recipe.distill.temperature)
+    distill = recipe.distill
+    return None if distill.teacher is None else Lesson(distill.weight, distill.temperature, distill.hidden_weight)
 
 
 def ask_teacher(
@@ -92,9 +96,11 @@ def ask_teacher(
     if recipe.distill.teacher is None or distillation is None:  # a recipe has no teacher for a task that cannot
         return None
     lengths = _lengths(distillation, splits[0])
-    item_bytes = stored_as(full.spec.num_labels).itemsize
+    widths = _widths(recipe, Teacher(full.model, full.spec, full.layout.axes, splits), torch.device("cpu"))
+    needed = int(lengths.sum()) * full.spec.num_labels * stored_as(full.spec.num_labels).itemsize
+    needed += len(lengths) * sum(widths) * stored_as(sum(widths)).itemsize
     weights = sum(param.nbytes for param in full.model.parameters())  # which are written first
-    _check_room(path, splits[0].variants * int(lengths.sum()) * full.spec.num_labels * item_bytes, weights)
+    _check_room(path, splits[0].variants * needed, weights)
     if recipe.distill.is_own:  # there is none yet: the first round makes it
         return None
     teacher = _itself(recipe, full, splits) if recipe.distill.teacher == SELF else _another(recipe, raw, track)
@@ -103,7 +109,7 @@ def ask_teacher(
     with teacher.on(device):
         forward = forward_of(teacher.spec, teacher.model)
         figures = evaluate(forward, teacher.splits[1], objective_of(recipe, teacher.spec), how)
-        return _taught(recipe, teacher, splits[0], figures, how)
+        return _taught(recipe, teacher, splits[0], figures, how, widths)
 
 
 def ask_own_teacher(recipe: Recipe, teacher: Teacher, figures: dict[str, float], track: Track) -> Taught:
@@ -120,40 +126,48 @@ def ask_own_teacher(recipe: Recipe, teacher: Teacher, figures: dict[str, float],
     """
     device = devices.pick(recipe.importance.device)
     with teacher.on(device):
-        return _taught(recipe, teacher, teacher.splits[0], figures, Pass(recipe.evaluate.batch_size, device, track))
+        how = Pass(recipe.evaluate.batch_size, device, track)
+        return _taught(recipe, teacher, teacher.splits[0], figures, how, _widths(recipe, teacher, device))
 
 
-def _taught(recipe: Recipe, teacher: Teacher, student: Split, figures: dict[str, float], how: Pass) -> Taught:
-    """What a teacher, on its device, leaves for the training examples of the student."""
+def _taught(
+    recipe: Recipe, teacher: Teacher, student: Split, figures: dict[str, float], how: Pass, widths: Sequence[int]
+) -> Taught:
+    """What a teacher, on its device, leaves for the training examples of the student, whose blocks have these widths."""
     distillation = cast(Distillation, task_named(recipe.task.kind).distillation)  # no recipe has a teacher for a task without
     lengths, train = _lengths(distillation, student), teacher.splits[0]
     _check_alike(lengths, _lengths(distillation, train))
-    rows = [_rows(distillation, teacher, train, variant, how) for variant in range(train.variants)]
-    _check_rows(recipe, rows, int(lengths.sum()))
+    with _watched(recipe, teacher) as hidden:
+        given = [_Given(*_rows(distillation, teacher, variant, how, hidden)) for variant in range(train.variants)]
+    _check_rows(recipe, [each.rows for each in given], int(lengths.sum()))
+    states = [_of_student_blocks(recipe, each.states, widths) for each in given] if hidden else None
     facts = {
         "name": recipe.distill.teacher,
         "parameters": sum(param.numel() for param in teacher.model.parameters()),
         "examples": fingerprint(student),
         "figures": figures,
     }
-    return Taught(SoftTargets.of(rows, lengths), facts, teacher.notes)
+    kept = SoftTargets.of(states, torch.ones_like(lengths)) if states else None
+    return Taught(SoftTargets.of([each.rows for each in given], lengths), kept, facts, teacher.notes)
 
 
-def with_teacher(split: Split, targets: SoftTargets, examples: str) -> Split:
+def with_teacher(split: Split, targets: SoftTargets, states: SoftTargets | None, examples: str) -> Split:
     """The training examples, with what a teacher gives for them.
 
     Args:
         split: as the student sees them.
         targets: of the teacher.
+        states: of its blocks, where they are learned too.
         examples: the fingerprint of those that the teacher has seen.
 
     Raises:
         DataError: they are not the same examples.
     """
-    if len(split) != len(targets) or split.variants != len(targets.values):
-        raise _other_examples(split)
+    for given in (targets, states):
+        if given is not None and (len(split) != len(given) or split.variants != len(given.values)):
+            raise _other_examples(split)
     check_examples(split, examples)
-    return replace(split, soft=targets)
+    return replace(split, soft=targets, states=states)
 
 
 def check_examples(split: Split, examples: str) -> None:
@@ -213,15 +227,64 @@ def _another(recipe: Recipe, raw: Raw, track: Track) -> Teacher:
     return Teacher(created.model, created.spec, axes, splits, tuple(f"teacher: {note}" for note in created.notes))
 
 
-def _rows(distillation: Distillation, teacher: Teacher, split: Split, variant: int, how: Pass) -> list[Tensor]:
-    forward, everything = forward_of(teacher.spec, teacher.model), torch.arange(len(split))
-    stream = batches(split, everything, how.batch_size, variant=variant, device=how.device)
-    label = "outputs of the teacher" + (" for flipped images" if variant else "")
-    with torch.inference_mode():
-        found = (
-            distillation.rows(forward(batch), batch) for batch in how.track(stream, label, -(-len(split) // how.batch_size))
+class _Given(NamedTuple):
+    """What a teacher gives for all examples, batch by batch."""
+
+    rows: list[Tensor]  # (rows, outputs) each
+    states: list[list[Tensor]]  # block by block, (examples, width) each; no blocks where they are not watched
+
+
+def _watched(recipe: Recipe, teacher: Teacher) -> AbstractContextManager[HiddenStates | None]:
+    """Inside, the hidden states of a teacher, or of a student, can be heard; None where a recipe does not learn them."""
+    if not recipe.distill.hidden_weight:
+        return nullcontext()
+    return watched(teacher.model, blocks_of(teacher.model, teacher.axes, teacher.spec.model_type))
+
+
+def _widths(recipe: Recipe, teacher: Teacher, device: torch.device) -> list[int]:
+    """The width of what each block gives, in the order of their runs; none where hidden states are not learned."""
+    batch = next(iter(batches(teacher.splits[0], torch.arange(1), 1, device=device)))
+    teacher.model.eval()
+    with _watched(recipe, teacher) as hidden, torch.inference_mode():
+        if hidden is None:
+            return []
+        hidden.heard(forward_of(teacher.spec, teacher.model))(batch)
+        return [states.shape[1] for states in hidden.take(batch)]
+
+
+def _of_student_blocks(recipe: Recipe, states: Sequence[Sequence[Tensor]], widths: Sequence[int]) -> list[Tensor]:
+    """Of the hidden states of a teacher, batch by batch, those that a student's blocks of these widths learn, side by side.
+
+    Raises:
+        ModelError: they are of other widths.
+    """
+    places = spread(len(widths), len(states[0]))
+    found = [states[0][place].shape[1] for place in places]
+    if found != list(widths):
+        theirs, ours = (" or ".join(map(str, sorted(set(of)))) for of in (found, widths))
+        raise ModelError(
+            f"the blocks of the teacher {recipe.distill.teacher} are {theirs} wide, and those of the model {ours}",
+            hint="learn from its outputs alone: --set distill.hidden_weight=0",
         )
-        return [rows.to("cpu", stored_as(rows.shape[-1]), copy=True) for rows in found]
+    return [torch.cat([of[place] for place in places], 1) for of in states]
+
+
+def _rows(
+    distillation: Distillation, teacher: Teacher, variant: int, how: Pass, hidden: HiddenStates | None
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The outputs of a teacher for a variant of its training examples, and its hidden states, batch by batch."""
+    split, forward = teacher.splits[0], forward_of(teacher.spec, teacher.model)
+    if hidden is not None:
+        forward = hidden.heard(forward)
+    stream = batches(split, torch.arange(len(split)), how.batch_size, variant=variant, device=how.device)
+    label = "outputs of the teacher" + (" for flipped images" if variant else "")
+    rows, states = list[Tensor](), list[list[Tensor]]()
+    with torch.inference_mode():
+        for batch in how.track(stream, label, -(-len(split) // how.batch_size)):
+            given = distillation.rows(forward(batch), batch)
+            rows.append(given.to("cpu", stored_as(given.shape[-1]), copy=True))
+            states.append([of.to("cpu", torch.bfloat16) for of in hidden.take(batch)] if hidden else [])
+    return rows, states
 
 
 def _check_rows(recipe: Recipe, variants: Sequence[Sequence[Tensor]], wanted: int) -> None:

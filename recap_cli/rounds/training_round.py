@@ -1,13 +1,15 @@
 """One round of finetuning: a small model made trainable, trained where its mask allows, and scored (paper, sec. 3.2)."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from math import ceil, isfinite
 
 import torch
 from torch import nn
 
 from recap_cli.core.axes import counts
+from recap_cli.core.hidden_states import watched
 from recap_cli.core.task import Batch
 from recap_cli.data.sampling import batches, order, seed_for
 from recap_cli.data.soft_targets import fingerprint
@@ -25,6 +27,7 @@ from recap_cli.rounds.small_model import SmallModel, in_dtype, placement_of
 from recap_cli.rounds.teacher import lesson_of
 from recap_cli.rounds.teacher_round import teaching
 from recap_cli.rounds.trainer import Trainer, make_trainer
+from recap_cli.tasks.losses import Lesson
 from recap_cli.trainable.optim import Optimizer, learning_rate
 from recap_cli.trainable.token_rows import used_token_rows
 from recap_cli.training.evaluation import Pass, evaluate
@@ -65,22 +68,35 @@ def train_round(context: Context, trainer: Trainer, split: Split, track: Track) 
         warmup = settings.warmup_ratio
         return learning_rate(first + step, steps=whole, peak=peak, schedule=settings.schedule, warmup_ratio=warmup)
 
-    return train(
-        _forward(context, trainer, trainer.small.model.train(not trainer.teaches)),
-        context.objective.task,
-        trainer.optimizer,
-        track(_epochs(recipe, split, before, steps, device), f"finetune, round {number}", steps),
-        steps=Steps(
-            rate=rate,
-            micro_batch_size=_micro_batch_size(recipe, trainer),
-            max_grad_norm=settings.max_grad_norm,
-            fused_backward=settings.fused_backward,
-            before_step=stepping(trainer.hook, trainer.optimizer, steps),
-            if_not_finite=NOT_COMMITTED,
-            hint=LOWER_THE_RATE,
-            lesson=None if trainer.teaches else lesson_of(recipe),
-        ),
-    )
+    with _taught_forward(context, trainer) as (forward, lesson):
+        return train(
+            forward,
+            context.objective.task,
+            trainer.optimizer,
+            track(_epochs(recipe, split, before, steps, device), f"finetune, round {number}", steps),
+            steps=Steps(
+                rate=rate,
+                micro_batch_size=_micro_batch_size(recipe, trainer),
+                max_grad_norm=settings.max_grad_norm,
+                fused_backward=settings.fused_backward,
+                before_step=stepping(trainer.hook, trainer.optimizer, steps),
+                if_not_finite=NOT_COMMITTED,
+                hint=LOWER_THE_RATE,
+                lesson=lesson,
+            ),
+        )
+
+
+@contextmanager
+def _taught_forward(context: Context, trainer: Trainer) -> Iterator[tuple[Forward, Lesson | None]]:
+    """Inside, the forward of a model in training, and how much it learns from a teacher, its hidden states being heard."""
+    model, axes = trainer.small.model.train(not trainer.teaches), trainer.small.layout.axes
+    forward, lesson = _forward(context, trainer, model), None if trainer.teaches else lesson_of(context.recipe)
+    if lesson is None or not lesson.hidden_weight:
+        yield forward, lesson
+        return
+    with watched(model, blocks_of(model, axes, context.spec.model_type)) as states:
+        yield states.heard(forward), replace(lesson, states=states.take)
 
 
 def _lr_window(context: Context, number: int, each: Sequence[int]) -> tuple[int, int]:

@@ -11,8 +11,8 @@ from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.beginning import begin
 from recap_cli.rounds.full_model import write_full_model
+from recap_cli.rounds.merging import write_taught
 from recap_cli.rounds.plans import require_extras, round_plans_for
-from recap_cli.rounds.record import TARGETS, TEACHER_FOLDER
 from recap_cli.state.store import State
 
 _version = cache(version)  # the metadata of torch are long
@@ -41,7 +41,7 @@ def init(recipe: Recipe, path: Path, *, track: Track = silent) -> State:
         begun = begin(recipe, round_plans, path, track)
         write_full_model(transaction, FULL, begun.full)
         if begun.taught is not None:
-            transaction.save_tensors(f"{TEACHER_FOLDER}/{TARGETS}", begun.taught.targets.to_tensors())
+            write_taught(transaction, begun.taught)
         transaction.plugins = {"used": begun.plugins}
         transaction.versions = {"recap": _version("recap-cli"), "python": python_version()}
         transaction.versions |= {name: _version(name) for name in LIBRARIES}

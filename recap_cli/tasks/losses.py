@@ -1,9 +1,10 @@
 """The mean loss of a task, alone or with that of a teacher, and whether its targets are among the outputs of a head."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from recap_cli.core.task import IGNORED, TEACHER, Batch, Outputs, Task
+from recap_cli.core.task import IGNORED, TEACHER, TEACHER_STATES, Batch, Distillation, Outputs, Task
 from recap_cli.errors import DataError, PluginError
 
 if TYPE_CHECKING:
@@ -28,25 +29,34 @@ class Lesson:
     Attributes:
         weight: Of the teacher's loss; that of the labels has the rest.
         temperature: What both sides' logits are divided by.
+        hidden_weight: Of the distance of hidden states, which is added.
+        states: `states(batch)` are the student's, block by block, in the forward of this batch (`core.hidden_states`); None
+            where they are not learned.
     """
 
     weight: float
     temperature: float
+    hidden_weight: float = 0.0
+    states: "Callable[[Batch], Sequence[Tensor]] | None" = None
 
 
 def training_loss(task: Task, outputs: Outputs, batch: Batch, lesson: Lesson | None) -> "tuple[Tensor, int | Tensor]":
     """Return the mean loss that a model is trained by, a float32 scalar, and of how many losses it is the mean.
 
     That is `(1 - w) · L(labels) + w · L(teacher)`, w being the `weight` of the lesson (Hinton et al., 2015); without a lesson
-    it is `mean_loss`. Raises `PluginError` if the task does not give a row for each row of the teacher.
+    it is `mean_loss`. Where hidden states are learned, `hidden_weight` times their mean squared distance is added.
+
+    Raises:
+        PluginError: the task does not give a row for each row of the teacher, or leaves out what a teacher gave for a part.
     """
     mean, count = mean_loss(task, outputs, batch)
     if lesson is None or task.distillation is None:
         return mean, count
-    if TEACHER not in batch:
-        raise PluginError(
-            f"the task has left out {TEACHER!r} of a part of a batch", hint="see `part` of Task in docs/plugins/task.md"
-        )
+    for key in (TEACHER,) if lesson.states is None else (TEACHER, TEACHER_STATES):
+        if key not in batch:
+            raise PluginError(
+                f"the task has left out {key!r} of a part of a batch", hint="see `part` of Task in docs/plugins/task.md"
+            )
     student = task.distillation.rows(outputs, batch)  # (rows, outputs)
     teacher = _rows(batch[TEACHER], task.distillation.rows_of_each(batch), len(student))  # (rows, outputs)
     if student.shape != teacher.shape:
@@ -56,7 +66,19 @@ def training_loss(task: Task, outputs: Outputs, batch: Batch, lesson: Lesson | N
         )
     soft = task.distillation.loss(student.float(), teacher, lesson.temperature)
     soft = soft / (max(count, 1) if isinstance(count, int) else count.clamp(min=1))
-    return (1 - lesson.weight) * mean + lesson.weight * soft, count
+    taught = (1 - lesson.weight) * mean + lesson.weight * soft
+    if lesson.states is not None:
+        taught = taught + lesson.hidden_weight * _mean_distance(task.distillation, lesson.states(batch), batch)
+    return taught, count
+
+
+def _mean_distance(distillation: Distillation, states: "Sequence[Tensor]", batch: Batch) -> "Tensor":
+    """Return the mean distance of hidden states; an example counts as often as it has rows, so that parts add up to a batch."""
+    from recap_cli.core.hidden_states import distances
+
+    found = distances(states, batch[TEACHER_STATES])  # (examples,)
+    rows = distillation.rows_of_each(batch).to(found)  # (examples,)
+    return (found * rows).sum() / rows.sum().clamp(min=1)
 
 
 def _rows(padded: "Tensor", lengths: "Tensor", count: int) -> "Tensor":
