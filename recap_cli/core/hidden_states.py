@@ -77,25 +77,6 @@ def spread(count: int, over: int) -> list[int]:
     return [-(-(place + 1) * over // count) - 1 for place in range(count)]
 
 
-def distances(student: Sequence[Tensor], teacher: Tensor) -> Tensor:
-    """Return the squared distance of each example, averaged over the blocks, float32, (examples,); each is at most 4.
-
-    Args:
-        student: (examples, width) each, of length 1.
-        teacher: those of the teacher one after another, (examples, sum of widths).
-
-    Raises:
-        PluginError: they are not as wide.
-    """
-    ours = torch.cat(list(student), 1)  # (examples, sum of widths)
-    if ours.shape != teacher.shape:
-        raise PluginError(
-            f"the blocks give hidden states of {tuple(ours.shape)}, and {tuple(teacher.shape)} are kept of the teacher",
-            hint="each forward must run the same blocks; or learn from the outputs alone: --set distill.hidden_weight=0",
-        )
-    return (ours - teacher).square().sum(1) / len(student)
-
-
 def _direction(states: Tensor, batch: Batch) -> Tensor:
     if states.ndim < 3 or len(states) != len(batch["labels"]):
         raise PluginError(

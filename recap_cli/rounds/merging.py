@@ -15,7 +15,8 @@ from recap_cli.rounds.record import MOMENTS, PLAN, STATES, TARGETS, TEACHER_FOLD
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import rule_of, trainable_entries
 from recap_cli.rounds.stored import as_bytes
-from recap_cli.rounds.teacher import Taught, Teacher, ask_own_teacher, check_examples, teacher_notes
+from recap_cli.rounds.teacher import Taught, ask_own_teacher, check_examples, teacher_notes
+from recap_cli.rounds.teacher_outputs import Teacher
 from recap_cli.state.store import Transaction
 from recap_cli.trainable.moments import put_moments
 

@@ -1,39 +1,30 @@
 """A teacher: the finetuned model whose outputs a recipe's rounds learn from (`distill`), run once when the state is made."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from recap_cli.core.axes import Axis
-from recap_cli.core.hidden_states import HiddenStates, spread, watched
-from recap_cli.core.task import Distillation, Metric
-from recap_cli.data.sampling import batches
+from recap_cli.core.task import Metric
 from recap_cli.data.soft_targets import SoftTargets, fingerprint, stored_as
 from recap_cli.data.sources import Raw
-from recap_cli.data.split import CHUNK, Split
-from recap_cli.errors import DataError, ModelError, PluginError, StorageError
+from recap_cli.data.split import Split
+from recap_cli.errors import DataError, ModelError, StorageError
 from recap_cli.machine import devices
 from recap_cli.models import build, create
-from recap_cli.models.build import ModelSpec
 from recap_cli.progress import Track
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.recipe.schema import SELF, Model
-from recap_cli.rounds.device_policy import blocks_of, on_device
 from recap_cli.rounds.examples import make_splits
 from recap_cli.rounds.full_model import FullModel
 from recap_cli.rounds.layout import Layout
 from recap_cli.rounds.recipe_model import forward_of, objective_of, source_of
+from recap_cli.rounds.teacher_outputs import OTHER_TEACHER, Teacher, block_widths, rows_of_each, soft_targets
 from recap_cli.state.files import free_bytes
-from recap_cli.tasks.calls import task_named
 from recap_cli.tasks.losses import Lesson
 from recap_cli.training.evaluation import Pass, evaluate
-
-OTHER_TEACHER = "--set distill.teacher=DIR, a model that is finetuned for these labels, or null"
 
 
 @dataclass(frozen=True)
@@ -51,21 +42,6 @@ class Taught:
     states: SoftTargets | None
     facts: dict[str, Any]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A teacher on the CPU, and the training and validation examples as it sees them."""
-
-    model: nn.Module
-    spec: ModelSpec
-    axes: Sequence[Axis]
-    splits: tuple[Split, Split]
-    notes: tuple[str, ...] = ()
-
-    def on(self, device: torch.device) -> AbstractContextManager[None]:
-        """Inside, the model runs on a device, a block at a time."""
-        return on_device(self.model.eval(), self.axes, device, self.spec.model_type)
 
 
 def lesson_of(recipe: Recipe) -> Lesson | None:
@@ -92,11 +68,10 @@ def ask_teacher(
         DataError: the teacher reads fewer words of a text than the student, or more.
         StorageError: the disk has no room for the outputs.
     """
-    distillation = task_named(recipe.task.kind).distillation
-    if recipe.distill.teacher is None or distillation is None:  # a recipe has no teacher for a task that cannot
+    if recipe.distill.teacher is None:
         return None
-    lengths = _lengths(distillation, splits[0])
-    widths = _widths(recipe, Teacher(full.model, full.spec, full.layout.axes, splits), torch.device("cpu"))
+    lengths = rows_of_each(recipe, splits[0])
+    widths = block_widths(recipe, Teacher(full.model, full.spec, full.layout.axes, splits), torch.device("cpu"))
     needed = int(lengths.sum()) * full.spec.num_labels * stored_as(full.spec.num_labels).itemsize
     needed += len(lengths) * sum(widths) * stored_as(sum(widths)).itemsize
     weights = sum(param.nbytes for param in full.model.parameters())  # which are written first
@@ -127,28 +102,21 @@ def ask_own_teacher(recipe: Recipe, teacher: Teacher, figures: dict[str, float],
     device = devices.pick(recipe.importance.device)
     with teacher.on(device):
         how = Pass(recipe.evaluate.batch_size, device, track)
-        return _taught(recipe, teacher, teacher.splits[0], figures, how, _widths(recipe, teacher, device))
+        return _taught(recipe, teacher, teacher.splits[0], figures, how, block_widths(recipe, teacher, device))
 
 
 def _taught(
     recipe: Recipe, teacher: Teacher, student: Split, figures: dict[str, float], how: Pass, widths: Sequence[int]
 ) -> Taught:
     """What a teacher, on its device, leaves for the training examples of the student, whose blocks have these widths."""
-    distillation = cast(Distillation, task_named(recipe.task.kind).distillation)  # no recipe has a teacher for a task without
-    lengths, train = _lengths(distillation, student), teacher.splits[0]
-    _check_alike(lengths, _lengths(distillation, train))
-    with _watched(recipe, teacher) as hidden:
-        given = [_Given(*_rows(distillation, teacher, variant, how, hidden)) for variant in range(train.variants)]
-    _check_rows(recipe, [each.rows for each in given], int(lengths.sum()))
-    states = [_of_student_blocks(recipe, each.states, widths) for each in given] if hidden else None
+    targets, states = soft_targets(recipe, teacher, student, widths, how)
     facts = {
         "name": recipe.distill.teacher,
         "parameters": sum(param.numel() for param in teacher.model.parameters()),
         "examples": fingerprint(student),
         "figures": figures,
     }
-    kept = SoftTargets.of(states, torch.ones_like(lengths)) if states else None
-    return Taught(SoftTargets.of([each.rows for each in given], lengths), kept, facts, teacher.notes)
+    return Taught(targets, states, facts, teacher.notes)
 
 
 def with_teacher(split: Split, targets: SoftTargets, states: SoftTargets | None, examples: str) -> Split:
@@ -225,95 +193,6 @@ def _another(recipe: Recipe, raw: Raw, track: Track) -> Teacher:
     axes = Layout.of_model(build.adapter_of(created.spec), created.model).axes
     splits = make_splits(own, created.spec, created.processor, track, raw)
     return Teacher(created.model, created.spec, axes, splits, tuple(f"teacher: {note}" for note in created.notes))
-
-
-class _Given(NamedTuple):
-    """What a teacher gives for all examples, batch by batch."""
-
-    rows: list[Tensor]  # (rows, outputs) each
-    states: list[list[Tensor]]  # block by block, (examples, width) each; no blocks where they are not watched
-
-
-def _watched(recipe: Recipe, teacher: Teacher) -> AbstractContextManager[HiddenStates | None]:
-    """Inside, the hidden states of a teacher, or of a student, can be heard; None where a recipe does not learn them."""
-    if not recipe.distill.hidden_weight:
-        return nullcontext()
-    return watched(teacher.model, blocks_of(teacher.model, teacher.axes, teacher.spec.model_type))
-
-
-def _widths(recipe: Recipe, teacher: Teacher, device: torch.device) -> list[int]:
-    """The width of what each block gives, in the order of their runs; none where hidden states are not learned."""
-    batch = next(iter(batches(teacher.splits[0], torch.arange(1), 1, device=device)))
-    teacher.model.eval()
-    with _watched(recipe, teacher) as hidden, torch.inference_mode():
-        if hidden is None:
-            return []
-        hidden.heard(forward_of(teacher.spec, teacher.model))(batch)
-        return [states.shape[1] for states in hidden.take(batch)]
-
-
-def _of_student_blocks(recipe: Recipe, states: Sequence[Sequence[Tensor]], widths: Sequence[int]) -> list[Tensor]:
-    """Of the hidden states of a teacher, batch by batch, those that a student's blocks of these widths learn, side by side.
-
-    Raises:
-        ModelError: they are of other widths.
-    """
-    places = spread(len(widths), len(states[0]))
-    found = [states[0][place].shape[1] for place in places]
-    if found != list(widths):
-        theirs, ours = (" or ".join(map(str, sorted(set(of)))) for of in (found, widths))
-        raise ModelError(
-            f"the blocks of the teacher {recipe.distill.teacher} are {theirs} wide, and those of the model {ours}",
-            hint="learn from its outputs alone: --set distill.hidden_weight=0",
-        )
-    return [torch.cat([of[place] for place in places], 1) for of in states]
-
-
-def _rows(
-    distillation: Distillation, teacher: Teacher, variant: int, how: Pass, hidden: HiddenStates | None
-) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """The outputs of a teacher for a variant of its training examples, and its hidden states, batch by batch."""
-    split, forward = teacher.splits[0], forward_of(teacher.spec, teacher.model)
-    if hidden is not None:
-        forward = hidden.heard(forward)
-    stream = batches(split, torch.arange(len(split)), how.batch_size, variant=variant, device=how.device)
-    label = "outputs of the teacher" + (" for flipped images" if variant else "")
-    rows, states = list[Tensor](), list[list[Tensor]]()
-    with torch.inference_mode():
-        for batch in how.track(stream, label, -(-len(split) // how.batch_size)):
-            given = distillation.rows(forward(batch), batch)
-            rows.append(given.to("cpu", stored_as(given.shape[-1]), copy=True))
-            states.append([of.to("cpu", torch.bfloat16) for of in hidden.take(batch)] if hidden else [])
-    return rows, states
-
-
-def _check_rows(recipe: Recipe, variants: Sequence[Sequence[Tensor]], wanted: int) -> None:
-    """Refuse outputs that are not finite, and rows that are not as many as the task has said."""
-    for batches_of_rows in variants:
-        if not all(bool(rows.isfinite().all()) for rows in batches_of_rows):
-            raise ModelError(
-                f"the teacher {recipe.distill.teacher} gives outputs that are not finite",
-                hint=f"its weights are damaged, or too large for fp32: {OTHER_TEACHER}",
-            )
-        if (found := sum(map(len, batches_of_rows))) != wanted:
-            raise PluginError(
-                f"the task {recipe.task.kind!r} gave {found:,} rows for a teacher, and by `rows_of_each` there are {wanted:,}",
-                hint="see Distillation in docs/plugins/task.md",
-            )
-
-
-def _lengths(distillation: Distillation, split: Split) -> Tensor:
-    """How many rows each example has, int64, (examples,)."""
-    pieces = torch.split(torch.arange(len(split)), CHUNK)
-    return torch.cat([distillation.rows_of_each(split.labels(some)).cpu() for some in pieces])
-
-
-def _check_alike(student: Tensor, teacher: Tensor) -> None:
-    if count := int((student != teacher).sum()):
-        raise DataError(
-            f"the teacher's tokenizer reads other words of {count:,} of {len(student):,} texts than the student's",
-            hint="raise data.max_length, so that no text is cut, or choose a teacher with the student's tokenizer",
-        )
 
 
 def _check_room(path: Path, needed_bytes: int, model_bytes: int) -> None:

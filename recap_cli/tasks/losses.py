@@ -74,11 +74,30 @@ def training_loss(task: Task, outputs: Outputs, batch: Batch, lesson: Lesson | N
 
 def _mean_distance(distillation: Distillation, states: "Sequence[Tensor]", batch: Batch) -> "Tensor":
     """Return the mean distance of hidden states; an example counts as often as it has rows, so that parts add up to a batch."""
-    from recap_cli.core.hidden_states import distances
-
-    found = distances(states, batch[TEACHER_STATES])  # (examples,)
+    found = _distances(states, batch[TEACHER_STATES])  # (examples,)
     rows = distillation.rows_of_each(batch).to(found)  # (examples,)
     return (found * rows).sum() / rows.sum().clamp(min=1)
+
+
+def _distances(student: "Sequence[Tensor]", teacher: "Tensor") -> "Tensor":
+    """Return the squared distance of each example's hidden states, averaged over the blocks, float32, (examples,); at most 4.
+
+    Args:
+        student: (examples, width) each, of length 1.
+        teacher: those of the teacher one after another, (examples, sum of widths).
+
+    Raises:
+        PluginError: they are not as wide.
+    """
+    import torch
+
+    ours = torch.cat(list(student), 1)  # (examples, sum of widths)
+    if ours.shape != teacher.shape:
+        raise PluginError(
+            f"the blocks give hidden states of {tuple(ours.shape)}, and {tuple(teacher.shape)} are kept of the teacher",
+            hint="each forward must run the same blocks; or learn from the outputs alone: --set distill.hidden_weight=0",
+        )
+    return (ours - teacher).square().sum(1) / len(student)
 
 
 def _rows(padded: "Tensor", lengths: "Tensor", count: int) -> "Tensor":

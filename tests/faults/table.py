@@ -33,6 +33,14 @@ GLOBAL = f"{SETTINGS}test_scopes_floors_and_criteria_choose_what_the_reference_c
 CUT = "tests/stages/test_compensation.py::"
 SHARED = f"{CUT}test_each_gradual_step_scores_what_the_one_before_has_absorbed_and_absorbs_by_least_squares"
 WRITTEN_BACK = f"{CUT}test_a_merge_writes_what_was_trained_less_the_change_and_leaves_every_other_bit[1-bert]"
+HIDDEN = (
+    "tests/stages/test_hidden_states.py::"
+    "test_what_is_kept_are_the_averages_of_what_each_block_of_the_teacher_gives[text-classification]"
+)
+HIDDEN_ROWS = (
+    "tests/stages/test_hidden_states.py::"
+    "test_an_example_counts_as_often_as_it_has_rows_so_that_parts_add_up_to_the_batch"
+)
 OWN_TEACHER = (
     "tests/stages/test_own_teacher.py::"
     "test_the_teacher_is_the_full_model_as_torch_trains_it_and_the_others_begin_there[full-vit]"
@@ -414,6 +422,20 @@ FAULTS = (
         "temperature**2 * F.kl_div",
         "F.kl_div",
         ("tests/training/test_distillation.py::test_soft_cross_entropy_is_the_divergence_of_the_softened_classes[5.0]",),
+    ),
+    Fault(
+        "padding counts in the mean of hidden states",
+        "recap_cli/core/hidden_states.py",
+        "mask is None or mask.shape != tokens.shape[:2]",
+        "True",
+        (HIDDEN,),
+    ),
+    Fault(
+        "the distance of hidden states has no weight",
+        "recap_cli/tasks/losses.py",
+        "lesson.hidden_weight * _mean_distance(",
+        "_mean_distance(",
+        (HIDDEN_ROWS,),
     ),
     Fault(
         "the students of a run's own teacher learn from the model before it was taught",

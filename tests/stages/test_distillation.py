@@ -317,7 +317,7 @@ def test_a_text_without_a_word_has_no_row_beside_texts_of_one() -> None:
 
 def test_a_teacher_that_knows_nothing_is_noted_when_the_state_is_made(tmp_path: Path) -> None:
     state = init(distilled("text-classification"), tmp_path / "state")
-    taught = Taught(targets_of(state), {"figures": {"accuracy": 0.3, "loss": 2.0}}, ("teacher: made",))
+    taught = Taught(targets_of(state), None, {"figures": {"accuracy": 0.3, "loss": 2.0}}, ("teacher: made",))
     metric = tiny("bert").metric
     assert list(teacher_notes(metric, taught, {"accuracy": 0.2, "loss": 1.0})) == ["teacher: made"]
     notes = list(teacher_notes(metric, taught, {"accuracy": 0.3, "loss": 1.0}))

@@ -39,7 +39,7 @@ from recap_cli.report.report import report
 from recap_cli.rounds import plans, training_round
 from recap_cli.rounds import teacher as teachers
 from recap_cli.rounds.plans import round_plans_for, steps_of
-from recap_cli.rounds.record import TARGETS, TEACHER_FOLDER
+from recap_cli.rounds.record import STATES, TARGETS, TEACHER_FOLDER
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.status import describe, summary
 from recap_cli.stages import finetune as finetuning
@@ -163,7 +163,7 @@ def test_its_steps_are_of_the_runs_and_each_schedule_is_whole() -> None:
 def test_a_block_at_a_time_gives_the_same_to_the_bit(
     kind: str, name: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = taught(name, kind, finetune=settings)
+    recipe = taught(name, kind, finetune=settings, distill={"hidden_weight": 1.0})
     plain = after_the_teacher(recipe, tmp_path / "plain")
     entered: list[list[str]] = []
 
@@ -171,11 +171,11 @@ def test_a_block_at_a_time_gives_the_same_to_the_bit(
         entered.append(block_paths(model, axes))
         return streamed(model, entered[-1], device)
 
-    for module in ("teacher_round", "teacher"):
+    for module in ("teacher_round", "teacher_outputs"):
         monkeypatch.setattr(f"recap_cli.rounds.{module}.on_device", on_cpu)
     found = after_the_teacher(recipe, tmp_path / "streamed")
     assert [len(blocks) for blocks in entered] == [2, 2]  # training, and the outputs
-    for rel in (PLACE, "full-001/model.safetensors"):
+    for rel in (PLACE, f"{TEACHER_FOLDER}/{STATES}", "full-001/model.safetensors"):
         assert found.manifest.files[rel].sha256 == plain.manifest.files[rel].sha256
     facts = found.manifest.history[3]
     assert (facts["weights_bytes"], facts["evaluated_in"]) == (plain.manifest.history[3]["weights_bytes"], "fp32")
