@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from recap_cli.core.task import Batch, Outputs
 from recap_cli.errors import PluginError
@@ -52,9 +53,9 @@ class HiddenStates:
         return [_direction(states, batch) for states in given]
 
     def hear(self, _: nn.Module, __: Any, output: Any) -> None:
-        """Keep what a block gives: a hook of its forward."""
+        """Keep what a block gives, of several tensors the first: a hook of its forward."""
         if self._listens:
-            self._given.append(output if isinstance(output, Tensor) else output[0])
+            self._given.append(next(iter(tree_leaves(output)), output))
 
 
 @contextmanager
@@ -78,9 +79,10 @@ def spread(count: int, over: int) -> list[int]:
 
 
 def _direction(states: Tensor, batch: Batch) -> Tensor:
-    if states.ndim < 3 or len(states) != len(batch["labels"]):
+    if not isinstance(states, Tensor) or states.ndim < 3 or len(states) != len(batch["labels"]):
+        what = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
         raise PluginError(
-            f"a block gives {tuple(states.shape)} for {len(batch['labels'])} examples, and no width after examples and tokens",
+            f"a block gives {what} for {len(batch['labels'])} examples, and no width after examples and tokens",
             hint="its hidden states cannot be learned: --set distill.hidden_weight=0",
         )
     tokens = states.flatten(1, -2)  # (examples, tokens, width)

@@ -171,7 +171,7 @@ def test_timm_recomputes_its_blocks_and_learns_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(usual[name], recomputed[name]) for name in usual)
 
 
-@pytest.mark.parametrize("method", ["recap", "post-ft", "movement", "recap-lora"])
+@pytest.mark.parametrize("method", ["recap", "full-ft", "lora-ft", "post-ft", "movement", "recap-lora"])
 def test_every_method_learns_them(method: str, tmp_path: Path) -> None:
     name = str(finetuned("image-classification", seed=1))
     apart = [
