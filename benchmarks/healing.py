@@ -40,10 +40,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "half": {"prune": {"ratio": 0.5}},
     "flip": {"data": {"augment": "flip"}},
     "rf0": {"mask": {"ratio": 0.0}},
+    "rf25": {"mask": {"ratio": 0.25}},
     "lr0.4": {"finetune": {"lr": 0.4}},  # times the student's own rate, as are the others
     "lr2": {"finetune": {"lr": 2.0}},
     "untaught": {"distill": {"teacher": None}},
     "quarter": {"distill": {"steps_share": 0.25}},
+    "third": {"distill": {"steps_share": 0.333}},
     **{f"hidden{weight}": {"distill": {"hidden_weight": float(weight)}} for weight in (1, 10, 100)},
 }
 

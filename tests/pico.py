@@ -1,4 +1,4 @@
-"""The smallest models there are of every registered adapter: hidden 32, two layers, four heads, fixed weights, no network."""
+"""The smallest models there are of every registered adapter, with fixed weights: hidden 32, two layers, four heads, or so."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +21,10 @@ HF_SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_atte
 TEXT: dict[str, Any] = {**HF_SIZES, "intermediate_size": 48, "vocab_size": len(WORDS), "max_position_embeddings": 40}
 VISION: dict[str, Any] = {**HF_SIZES, "intermediate_size": 48, "image_size": 16, "patch_size": 8, "num_channels": 3}
 DINO: dict[str, Any] = {**HF_SIZES, "mlp_ratio": 2, "image_size": 16, "patch_size": 8}
+SWIN: dict[str, Any] = {
+    **{"image_size": 16, "patch_size": 2, "num_channels": 3, "embed_dim": 16, "depths": [2, 2], "num_heads": [4, 8]},
+    **{"window_size": 2, "mlp_ratio": 2.0, "drop_path_rate": 0.0},
+}
 DISTIL: dict[str, Any] = {
     "dim": 32,
     "n_layers": 2,
@@ -58,6 +62,7 @@ PICO: dict[str, Callable[[], ModelSpec]] = {
     "deit": partial(_hf, "deit", VISION),
     "dinov2": partial(_hf, "dinov2", DINO),
     "dinov2-swiglu": partial(_hf, "dinov2", {**DINO, "use_swiglu_ffn": True}),
+    "swin": partial(_hf, "swin", SWIN),  # two stages of other width
     "timm-vit": partial(_timm, "vit_tiny_patch16_224"),
     "timm-vit-distilled": partial(_timm, "deit_tiny_distilled_patch16_224"),
     "timm-vit-qk-norm": partial(_timm, "vit_tiny_patch16_224", qk_norm=True, init_values=1e-5),

@@ -1,7 +1,6 @@
 """Models that no adapter of ours is for, each with an adapter of a few lines: what of them has units of its own size.
 
 - llama-grouped: two query heads share a key and a value, so a prune unit has another width in each of them;
-- swin: stages differ in width, and a head owns a column of a bias table, which is no linear layer's;
 - albert: one layer is all layers;
 - t5-encoder: all layers add the position bias of the first, so their heads are one axis.
 """
@@ -29,10 +28,6 @@ SIZES: dict[str, dict[str, Any]] = {
         **{"intermediate_size": 48, "vocab_size": len(WORDS), "max_position_embeddings": 40, "pad_token_id": 0},
         **{"attention_bias": True},
     },
-    "swin": {
-        **{"image_size": 16, "patch_size": 2, "num_channels": 3, "embed_dim": 16, "depths": [2, 2], "num_heads": [4, 8]},
-        **{"window_size": 2, "mlp_ratio": 2.0, "drop_path_rate": 0.0},
-    },
     "albert": {
         **{"hidden_size": 32, "embedding_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48},
         **{"vocab_size": len(WORDS), "max_position_embeddings": 40, "classifier_dropout_prob": 0.0},
@@ -59,24 +54,6 @@ ADAPTERS = {
         ),
         embeddings=("*.embed_tokens.*",),
         head=("score.*",),
-    ),
-    "swin": Adapter(
-        tables=(
-            Heads(
-                block="**encoder.layers.*.blocks.*",
-                attention="attention",
-                q="attention.q_proj",
-                k="attention.k_proj",
-                v="attention.v_proj",
-                out="attention.o_proj",
-                head_dim="head_dim",
-                count=("num_attention_heads",),
-                extra=(("attention.relative_position_bias.relative_position_bias_table", 1),),
-            ),
-            Neurons(block="**encoder.layers.*.blocks.*", up=("mlp.fc1",), down="mlp.fc2"),
-        ),
-        embeddings=("*embeddings.*",),
-        head=("classifier.*",),
     ),
     "albert": Adapter(
         tables=(

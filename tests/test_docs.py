@@ -486,7 +486,7 @@ def test_the_table_for_swin_of_the_documentation_is_the_one_that_is_tested():
     (text,) = [
         block for block in blocks("docs/plugins/adapter.md", "python") if block.startswith("Heads(") and "blocks" in block
     ]
-    assert eval(text, {name: getattr(api, name) for name in api.__all__}) == ADAPTERS["swin"].tables[0]
+    assert eval(text, {name: getattr(api, name) for name in api.__all__}) == registry.load("adapters", "swin").tables[0]
 
 
 def test_the_short_examples_of_criterion_and_adapter_are_plugins():

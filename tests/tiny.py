@@ -52,6 +52,8 @@ def model_section(name: str) -> dict[str, Any]:
 def one_layer(name: str) -> dict[str, Any]:
     """The same with one layer."""
     section = model_section(name)
+    if "depths" in section["config"]:  # of stages
+        return {**section, "config": {**section["config"], "depths": [1], "num_heads": section["config"]["num_heads"][:1]}}
     key = next(key for key in ("num_hidden_layers", "n_layers", "depth") if key in section["config"])
     return {**section, "config": {**section["config"], key: 1}}
 

@@ -35,6 +35,6 @@ def peak_lr(recipe: Recipe, layout: "Layout", round_plan: RoundPlan) -> float:
 
 
 def width_of(layout: "Layout") -> int:
-    """The hidden size of a model: how long the rows are that its first pruned matrix cuts."""
-    matrices = ((cut.dim, layout.shapes[cut.param]) for axis in layout.axes for cut in axis.cuts)
-    return next((shape[1 - dim] for dim, shape in matrices if len(shape) == 2), WIDTH)
+    """The hidden size of a model, of its widest stage: how long the rows are that the first matrix of an axis cuts."""
+    firsts = (next((cut for cut in axis.cuts if len(layout.shapes[cut.param]) == 2), None) for axis in layout.axes)
+    return max((layout.shapes[cut.param][1 - cut.dim] for cut in firsts if cut is not None), default=WIDTH)

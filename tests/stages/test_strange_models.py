@@ -27,6 +27,7 @@ from recap_cli.memory import fake_step, meta_model, predict
 from recap_cli.memory.fake_step import Fakes
 from recap_cli.models import build, conformance
 from recap_cli.models.specs import ModelSpec
+from recap_cli.plugins.adapters.swin import SWIN
 from recap_cli.plugins.criteria.magnitude import MAGNITUDE
 from recap_cli.plugins.criteria.taylor import TAYLOR
 from recap_cli.plugins.methods.lora import targets
@@ -44,16 +45,16 @@ from recap_cli.stages.run import run
 from recap_cli.state.store import State
 from tests.core.test_importance import losses_of
 from tests.memory.test_fake_step import real
-from tests.pico import LABELS
+from tests.pico import LABELS, pico
 from tests.strange import ADAPTERS, STRANGE, register, strange
 from tests.tiny import tiny
 
 BLOCKS = {
     "llama-grouped": ["model.layers.0", "model.layers.1"],
-    "swin": [f"swin.encoder.layers.{stage}.blocks.{block}" for stage in (0, 1) for block in (0, 1)],
     "albert": ["albert.encoder.albert_layer_groups.0.albert_layers.0"],
     "t5-encoder": [f"encoder.block.{block}" for block in (0, 1, 2)],
 }
+SWIN_BLOCKS = [f"swin.encoder.layers.{stage}.blocks.{block}" for stage in (0, 1) for block in (0, 1)]
 TABLE = "attention.relative_position_bias.relative_position_bias_table"
 
 
@@ -68,7 +69,7 @@ def test_i1_cutting_is_zeroing_and_the_controls_differ(name: str) -> None:
     found = conformance.check(model, ADAPTERS[name], spec)
     assert found.max_difference <= 1e-5
     assert found.control_difference > 1e-2
-    assert found.coverage == (["swin.encoder.layers.0.downsample.reduction"] if name == "swin" else [])
+    assert found.coverage == []
 
 
 @pytest.mark.parametrize("name", STRANGE)
@@ -93,7 +94,7 @@ def test_what_heads_own_has_the_width_of_its_tensor() -> None:
         4,
         {"q_proj": 8, "k_proj": 4, "v_proj": 4, "o_proj": 8},
     )
-    stages = find_axes(ADAPTERS["swin"], strange("swin")[0])
+    stages = find_axes(SWIN, pico("swin")[0])
     assert [(axis.layer, axis.kind, axis.size) for axis in stages] == [
         (layer, kind, size * of) for layer, size in enumerate([4, 4, 8, 8]) for kind, of in (("heads", 1), ("neurons", 8))
     ]
@@ -105,9 +106,9 @@ def test_what_heads_own_has_the_width_of_its_tensor() -> None:
 
 
 def test_what_cannot_be_trained_in_part_is_trained_whole_while_it_is_small() -> None:
-    model, _ = strange("swin")
-    layout = Layout.of_model(ADAPTERS["swin"], model)
-    blocks = [f"{block}.{TABLE}" for block in BLOCKS["swin"]]
+    model, _ = pico("swin")
+    layout = Layout.of_model(SWIN, model)
+    blocks = [f"{block}.{TABLE}" for block in SWIN_BLOCKS]
     assert (layout.whole_trained, layout.whole_frozen) == (tuple(blocks[:3]), tuple(blocks[3:]))
     sizes = [model.get_parameter(name).numel() for name in blocks]
     prunable = sum(model.get_parameter(name).numel() for name in layout.shapes)
@@ -263,10 +264,11 @@ LIES: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize("lie", LIES)
 def test_a_table_that_lies_about_shapes_is_refused_before_there_is_a_state(lie: str) -> None:
     name, changes, problem = LIES[lie]
-    model, spec = strange(name)
-    tables = tuple(replace(t, **changes) if isinstance(t, Heads) else t for t in ADAPTERS[name].tables)
+    model, spec = pico(name) if name == "swin" else strange(name)
+    adapter = SWIN if name == "swin" else ADAPTERS[name]
+    tables = tuple(replace(t, **changes) if isinstance(t, Heads) else t for t in adapter.tables)
     with pytest.raises(ConformanceError, match=problem) as caught:
-        conformance.check(model, replace(ADAPTERS[name], tables=tables), spec)
+        conformance.check(model, replace(adapter, tables=tables), spec)
     assert caught.value.exit_code == 6
 
 
