@@ -193,7 +193,7 @@ def check_axes(axes: Sequence[Axis], shapes: Mapping[str, Shape]) -> list[str]:
     are coupled must have the same width.
     """
     problems = [f"{axis.name}: it has no units, or no cuts" for axis in axes if not _is_count(axis.size, 1) or not axis.cuts]
-    problems += problems or [
+    problems = problems or [
         f"{axis.name}: {problem}" for axis in axes for cut in axis.cuts if (problem := _misfit(axis, cut, shapes))
     ]
     if problems:

@@ -92,6 +92,22 @@ def test_every_layout_gives_one_axis_of_heads_and_one_of_neurons(name):
         (f"{path}.neurons", HIDDEN, 3),
     ]
     assert check_axes(axes, shapes_of(model.named_parameters())) == []
+    assert {cut.couple for axis in axes for cut in axis.cuts} == {""}  # rows and columns of a group move together
+
+
+@pytest.mark.parametrize("count", [0, -2, 3])
+def test_heads_of_a_size_that_does_not_divide_the_rows_are_no_heads(count: int) -> None:
+    model = count_on(model_of("vit"), "vit.layers.3.attention", head_dim=count)
+    with pytest.raises(LookupError, match="no heads found"):
+        find_axes(VIT, model)
+
+
+def test_heads_may_be_one_wide_and_one_alone() -> None:
+    layers = {f"vit.layers.0.attention.{name}": nn.Linear(WIDTH, 1) for name in ("q_proj", "k_proj", "v_proj")}
+    layers |= {"vit.layers.0.attention.o_proj": nn.Linear(1, WIDTH), "vit.layers.0.mlp.fc1": nn.Linear(WIDTH, HIDDEN)}
+    model = tree({**layers, "vit.layers.0.mlp.fc2": nn.Linear(HIDDEN, WIDTH)})
+    heads, _ = find_axes(VIT, count_on(model, "vit.layers.0.attention", head_dim=1))
+    assert (heads.size, heads.cuts[0].width) == (1, 1)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

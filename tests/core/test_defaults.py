@@ -7,7 +7,10 @@ import pytest
 from recap_cli.core.adapter import Heads
 from recap_cli.core.method import Method
 from recap_cli.core.ragged import Ragged
-from recap_cli.core.task import Task
+from recap_cli.core.ranking import Limits
+from recap_cli.core.task import Labels, Task
+from recap_cli.trainable.optim import adamw, sgd
+from recap_cli.training.loop import Steps
 
 
 @pytest.mark.parametrize(
@@ -26,9 +29,16 @@ from recap_cli.core.task import Task
         (Task, "extra", None),
         (Heads, "shared", False),
         (Ragged, "left", False),
+        (Labels, "words", True),
+        (Limits, "rank_by", "parameter"),
+        (Steps, "hint", None),
     ],
 )
 def test_a_default_is_the_one_that_plugins_rely_on(record: type, name: str, default: object) -> None:
     (found,) = (field.default for field in fields(record) if field.name == name)
     assert found == default
     assert type(found) is type(default)
+
+
+def test_a_rule_has_the_name_that_a_recipe_gives_it() -> None:
+    assert [adamw(betas=(0.9, 0.999), eps=1e-8).name, sgd(momentum=0.9).name] == ["adamw", "sgd"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from recap_cli import registry
-from recap_cli.core.frozen_weight import FrozenWeight, check, quantized
+from recap_cli.core.frozen_weight import FrozenWeight, _wrong_values, check, quantized
 from recap_cli.errors import PluginError
 from recap_cli.rounds.frozen_weights import frozen_weight_of, smaller_quantized
 from recap_cli.trainable.build import make_partial
@@ -189,3 +189,16 @@ def test_a_check_tries_the_type_that_the_forward_reads() -> None:
 
     check(replace(WEIGHTS["int8"], dtype=torch.bfloat16, dense=dense))
     assert seen == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_rows_are_near_by_the_size_of_the_weight(size: float) -> None:
+    """A thousandth of it is near, a tenth is not, however small or large the weights are."""
+
+    def rows_off(by: float) -> Any:
+        return lambda parts, ids, out: out.copy_((parts["codes"] * parts["scale"])[ids] * (1 + by))
+
+    matrix = size * torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    assert _wrong_values(replace(TRUE, rows=rows_off(0.0)), TRUE.quantize(matrix), matrix, torch.float32) is None  # type: ignore[misc, arg-type]
+    found = _wrong_values(replace(TRUE, rows=rows_off(0.1)), TRUE.quantize(matrix), matrix, torch.float32)  # type: ignore[misc, arg-type]
+    assert found == "rows gives other values than dense"

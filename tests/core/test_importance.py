@@ -472,3 +472,13 @@ def test_wanda_scores_the_rows_of_what_no_layer_reads_and_refuses_what_is_no_mat
     torch.testing.assert_close(group_scores(model, [rows], wanda, losses)["0.keys"], entries.sum(1).view(2, 2).sum(1))
     with pytest.raises(PluginError, match="meets no linear layer"):
         group_scores(model, [Axis("1.gains", "gains", 0, 4, (Cut("1.weight", 0),))], wanda, losses)
+
+
+def test_a_criterion_without_a_name_is_called_the_criterion() -> None:
+    model, axes, data, spec = prepared("vit")
+
+    def fails(*_: object) -> Tensor:
+        raise ValueError("no")
+
+    with pytest.raises(PluginError, match=r"^the criterion failed"):
+        group_scores(model, axes, Criterion("mean", fails), losses_of(model, spec, data))

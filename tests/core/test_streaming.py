@@ -137,6 +137,26 @@ def test_with_one_batch_no_two_blocks_hold_gradients_at_once() -> None:
     assert held[-1] == {"0"}
 
 
+class Counting(nn.Module):
+    """Writes into its buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)  # type: ignore[operator]
+        return self.layer(x)
+
+
+def test_what_a_block_writes_into_its_buffers_is_dropped() -> None:
+    model = nn.Sequential(Counting()).eval()
+    with streamed(model, ["0"], "cpu"):
+        model(torch.ones(1, 2))
+    assert float(model[0].calls) == 0.0  # type: ignore[arg-type]
+
+
 class Copies(TorchDispatchMode):
     """Which copies of the blocks' weights are alive whenever another one is made."""
 

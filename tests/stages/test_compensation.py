@@ -358,3 +358,17 @@ def test_moments_that_are_too_many_are_taken_in_several_passes(tmp_path: Path, m
     plan = together.plan("round-001")
     ours = Context(State.open(apart.path)).compensation("round-001", plan)
     assert all(torch.equal(ours[name], tensor) for name, tensor in together.compensation("round-001", plan).items())
+
+
+def test_a_part_holds_no_more_than_the_most_bytes_and_each_matrix_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 2) for _ in range(5)))
+    cuts: list[Any] = [type("Cut", (), {"weight": f"{at}.weight", "kept": torch.arange(3)})() for at in range(5)]
+    monkeypatch.setattr(compensation, "_outputs", lambda *_: 2)
+    each = 2 * 8 * (4 * 4 + 2 * 4)  # fp64, of both halves
+    monkeypatch.setattr(compensation, "MOST_BYTES", 2 * each)
+    parts = list(compensation._in_parts(model, cuts))
+    assert [[cut.weight for cut in part] for part in parts] == [
+        ["0.weight", "1.weight"],
+        ["2.weight", "3.weight"],
+        ["4.weight"],
+    ]

@@ -12,9 +12,12 @@ from recap_cli.core.ranking import Limits, select
 from recap_cli.errors import PluginError
 from recap_cli.rounds import importance
 from recap_cli.rounds.masking import choose_fine_units
+from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
+from recap_cli.stages.merge import merge
 from recap_cli.stages.prune import prune
+from recap_cli.state.store import State
 from tests.tiny import tiny
 
 SIZES = {"a": 10, "b": 400}
@@ -59,3 +62,14 @@ def test_a_criterion_whose_scores_are_refused_is_named(
         prune(state)
     with pytest.raises(PluginError, match=f"the criterion '{name}' gave scores below zero"):
         (prune if stage == "prune" else mask)(state)
+
+
+def test_a_criterion_that_draws_draws_anew_in_each_round(tmp_path: Path) -> None:
+    recipe = tiny("vit", prune={"ratio": 0.0, "ramp": 1.0}, mask={"criterion": "random"}, finetune={"steps": 2})
+    state, masks = init(recipe, tmp_path / "state"), []
+    for number in (1, 2):
+        for stage in (prune, mask, finetune):
+            stage(State.open(state.path))
+        masks.append(State.open(state.path).load_tensors(f"round-00{number}/mask.safetensors"))
+        merge(State.open(state.path))
+    assert any(not torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
