@@ -130,6 +130,9 @@ def _task_conflicts(recipe: "Recipe", task: Task) -> Iterator[Conflict]:
         meant = did_you_mean(near(recipe.task.metric or "", metrics))
         text = f"expected one of {', '.join(metrics)}, for {kind}; found {recipe.task.metric}{meant}"
         yield Conflict(("task.metric", "task.kind"), text)
+    if recipe.distill.hidden_weight > 0 and recipe.distill.teacher is None:
+        text = f"expected 0 without distill.teacher; found {recipe.distill.hidden_weight:g}"
+        yield Conflict(("distill.hidden_weight", "distill.teacher"), text)
     if recipe.distill.teacher is not None and task.distillation is None:
         text = f"expected null, as {kind} does not say how a student learns from a teacher; found {recipe.distill.teacher}"
         yield Conflict(("distill.teacher", "task.kind"), text)

@@ -26,6 +26,8 @@ from recap_cli.state.files import free_bytes
 from recap_cli.tasks.losses import Lesson
 from recap_cli.training.evaluation import Pass, evaluate
 
+NEW_STATE = "start a new state: recap init RECIPE --state NEW"
+
 
 @dataclass(frozen=True)
 class Taught:
@@ -73,9 +75,9 @@ def ask_teacher(
     lengths = rows_of_each(recipe, splits[0])
     widths = block_widths(recipe, Teacher(full.model, full.spec, full.layout.axes, splits), torch.device("cpu"))
     needed = int(lengths.sum()) * full.spec.num_labels * stored_as(full.spec.num_labels).itemsize
-    needed += len(lengths) * sum(widths) * stored_as(sum(widths)).itemsize
+    of_states = len(lengths) * sum(widths) * torch.bfloat16.itemsize
     weights = sum(param.nbytes for param in full.model.parameters())  # which are written first
-    _check_room(path, splits[0].variants * needed, weights)
+    _check_room(path, splits[0].variants * needed, splits[0].variants * of_states, weights)
     if recipe.distill.is_own:  # there is none yet: the first round makes it
         return None
     teacher = _itself(recipe, full, splits) if recipe.distill.teacher == SELF else _another(recipe, raw, track)
@@ -134,6 +136,8 @@ def with_teacher(split: Split, targets: SoftTargets, states: SoftTargets | None,
     for given in (targets, states):
         if given is not None and (len(split) != len(given) or split.variants != len(given.values)):
             raise _other_examples(split)
+    if states is not None and not bool((states.ends.diff(prepend=states.ends.new_zeros(1)) == 1).all()):
+        raise DataError("the hidden states of the teacher are not one row for each example", hint=NEW_STATE)
     check_examples(split, examples)
     return replace(split, soft=targets, states=states)
 
@@ -147,7 +151,7 @@ def check_examples(split: Split, examples: str) -> None:
 def _other_examples(split: Split) -> DataError:
     return DataError(
         f"{split.origin} does not hold the examples that the teacher has seen",
-        hint="put the data back as they were, or start a new state: recap init RECIPE --state NEW",
+        hint=f"put the data back as they were, or {NEW_STATE}",
     )
 
 
@@ -195,12 +199,14 @@ def _another(recipe: Recipe, raw: Raw, track: Track) -> Teacher:
     return Teacher(created.model, created.spec, axes, splits, tuple(f"teacher: {note}" for note in created.notes))
 
 
-def _check_room(path: Path, needed_bytes: int, model_bytes: int) -> None:
-    """Refuse outputs that the disk of a state has no room for beside the model, before any of them is computed."""
+def _check_room(path: Path, outputs_bytes: int, states_bytes: int, model_bytes: int) -> None:
+    """Refuse what the disk of a state has no room for beside the model, before any of it is computed."""
     free = free_bytes(path)
-    if free is not None and needed_bytes + model_bytes > free:
+    if free is not None and outputs_bytes + states_bytes + model_bytes > free:
+        hidden = f", its hidden states {states_bytes / 1e6:,.1f} MB" if states_bytes else ""
+        less = "; hidden states are left out by --set distill.hidden_weight=0" if states_bytes else ""
         raise StorageError(
-            f"the model and the teacher's outputs take {model_bytes / 1e6:,.1f} and {needed_bytes / 1e6:,.1f} MB, and the disk "
-            f"of {path} has {free / 1e6:,.1f} MB free",
-            hint="make room, name a --state on another disk, or train on fewer examples: --set data.train_samples=…",
+            f"the model and the teacher's outputs take {model_bytes / 1e6:,.1f} and {outputs_bytes / 1e6:,.1f} MB{hidden}, and "
+            f"the disk of {path} has {free / 1e6:,.1f} MB free",
+            hint=f"make room, name a --state on another disk, or train on fewer examples: --set data.train_samples=…{less}",
         )

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from recap_cli.core.axes import Axis
-from recap_cli.core.hidden_states import HiddenStates, spread, watched
+from recap_cli.core.blocks import block_paths
+from recap_cli.core.hidden_states import NO_STATES, HiddenStates, spread, watched
 from recap_cli.core.task import Distillation
 from recap_cli.data.sampling import batches
 from recap_cli.data.soft_targets import SoftTargets, stored_as
@@ -17,13 +19,12 @@ from recap_cli.data.split import CHUNK, Split
 from recap_cli.errors import DataError, ModelError, PluginError
 from recap_cli.models.build import ModelSpec
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds.device_policy import blocks_of, on_device
+from recap_cli.rounds.device_policy import on_device
 from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.tasks.calls import task_named
 from recap_cli.training.evaluation import Pass
 
 OTHER_TEACHER = "--set distill.teacher=DIR, a model that is finetuned for these labels, or null"
-NO_STATES = "learn from the outputs alone: --set distill.hidden_weight=0"
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,16 @@ def soft_targets(
         ModelError: the outputs are not finite, or the blocks are of other widths.
         PluginError: the task gives other rows than it has said.
     """
-    distillation = _distillation(recipe)
-    lengths, variants = rows_of_each(recipe, student), range(teacher.splits[0].variants)
-    _check_alike(lengths, rows_of_each(recipe, teacher.splits[0]))
-    with _watched(recipe, teacher) as hidden:
-        given = [_given(distillation, teacher, variant, how, hidden) for variant in variants]
-    _check_rows(recipe, [each.rows for each in given], int(lengths.sum()))
-    targets = SoftTargets.of([each.rows for each in given], lengths)
-    if not recipe.distill.hidden_weight:
-        return targets, None
-    states = [_of_student_blocks(recipe, each.states, widths) for each in given]
-    return targets, SoftTargets.of(states, torch.ones_like(lengths))
+    distillation, train = _distillation(recipe), teacher.splits[0]
+    lengths = rows_of_each(recipe, student)
+    _check_alike(lengths, rows_of_each(recipe, train))
+    places = _places(recipe, widths, block_widths(recipe, teacher, torch.device(how.device)))
+    states = torch.empty((train.variants, len(train), sum(widths)), dtype=torch.bfloat16)
+    with watched(teacher.model, hidden_blocks(recipe, teacher.model, teacher.axes, teacher.spec.model_type)) as hidden:
+        rows = [_rows(distillation, teacher, at, how, hidden, _Kept(states[at], places)) for at in range(train.variants)]
+    _check_rows(recipe, rows, int(lengths.sum()))
+    ones = torch.ones_like(lengths)
+    return SoftTargets.of(rows, lengths), SoftTargets(states, ones.cumsum(0)) if places else None
 
 
 def rows_of_each(recipe: Recipe, split: Split) -> Tensor:
@@ -75,11 +75,25 @@ def rows_of_each(recipe: Recipe, split: Split) -> Tensor:
 
 def block_widths(recipe: Recipe, model: Teacher, device: torch.device) -> list[int]:
     """The width of what each block of a teacher, or student, gives, in the order of their runs; none where none is learned."""
+    blocks = hidden_blocks(recipe, model.model, model.axes, model.spec.model_type)
+    if not blocks:
+        return []
     batch = next(iter(batches(model.splits[0], torch.arange(1), 1, device=device)))
-    model.model.eval()
-    with _watched(recipe, model) as hidden, torch.inference_mode():
+    with watched(model.model.eval(), blocks) as hidden, torch.inference_mode():
         hidden.heard(forward_of(model.spec, model.model))(batch)
-        return [states.shape[1] for states in hidden.take(batch)]
+        return [states.shape[1] for states in hidden.take()]
+
+
+def hidden_blocks(recipe: Recipe, model: nn.Module, axes: Sequence[Axis], adapter: str) -> list[str]:
+    """The paths of the blocks whose hidden states a recipe learns; none where it learns none.
+
+    Raises:
+        PluginError: the adapter, which is named, does not say what the blocks are.
+    """
+    try:
+        return block_paths(model, axes) if recipe.distill.hidden_weight > 0 else []
+    except LookupError as error:
+        raise PluginError(f"the adapter {adapter!r} does not say what the blocks are: {error}", hint=NO_STATES) from error
 
 
 def _distillation(recipe: Recipe) -> Distillation:
@@ -87,48 +101,48 @@ def _distillation(recipe: Recipe) -> Distillation:
     return cast(Distillation, task_named(recipe.task.kind).distillation)
 
 
-class _Given(NamedTuple):
-    """What a teacher gives for all examples, batch by batch."""
-
-    rows: list[Tensor]  # (rows, outputs) each
-    states: list[list[Tensor]]  # block by block, (examples, width) each
-
-
-def _watched(recipe: Recipe, teacher: Teacher) -> AbstractContextManager[HiddenStates]:
-    """Inside, the hidden states of a teacher, or of a student, can be heard; those of no block where a recipe learns none."""
-    model, learns = teacher.model, recipe.distill.hidden_weight > 0
-    return watched(model, blocks_of(model, teacher.axes, teacher.spec.model_type) if learns else [])
-
-
-def _of_student_blocks(recipe: Recipe, states: Sequence[Sequence[Tensor]], widths: Sequence[int]) -> list[Tensor]:
-    """Of the hidden states of a teacher, batch by batch, those that a student's blocks of these widths learn, side by side.
+def _places(recipe: Recipe, student: Sequence[int], teacher: Sequence[int]) -> list[int]:
+    """Which blocks of the teacher those of the student learn from, by the widths of both; none where no state is learned.
 
     Raises:
         ModelError: they are of other widths.
     """
-    places = spread(len(widths), len(states[0]))
-    found = [states[0][place].shape[1] for place in places]
-    if found != list(widths):
-        theirs, ours = (" or ".join(map(str, sorted(set(of)))) for of in (found, widths))
+    if (places := spread(student, teacher)) is None:
+        theirs, ours = (_as_text(widths) for widths in (teacher, student))
         raise ModelError(
             f"the blocks of the teacher {recipe.distill.teacher} are {theirs} wide, and those of the model {ours}",
             hint=NO_STATES,
         )
-    return [torch.cat([of[place] for place in places], 1) for of in states]
+    return places
 
 
-def _given(distillation: Distillation, teacher: Teacher, variant: int, how: Pass, hidden: HiddenStates) -> _Given:
-    """What a teacher gives for a variant of its training examples."""
-    split, forward = teacher.splits[0], hidden.heard(forward_of(teacher.spec, teacher.model))
+def _as_text(widths: Sequence[int]) -> str:
+    return ", then ".join(str(width) for width, _ in groupby(widths))
+
+
+class _Kept(NamedTuple):
+    """Where the hidden states of a variant are written, (examples, sum of widths), and of which blocks."""
+
+    rows: Tensor
+    places: Sequence[int]
+
+
+def _rows(
+    distillation: Distillation, teacher: Teacher, variant: int, how: Pass, hidden: HiddenStates, kept: _Kept
+) -> list[Tensor]:
+    """The outputs of a teacher for a variant of its training examples, batch by batch; its hidden states are written."""
+    split, forward, done = teacher.splits[0], hidden.heard(forward_of(teacher.spec, teacher.model)), 0
     stream = batches(split, torch.arange(len(split)), how.batch_size, variant=variant, device=how.device)
     label = "outputs of the teacher" + (" for flipped images" if variant else "")
-    rows, states = list[Tensor](), list[list[Tensor]]()
+    found = list[Tensor]()
     with torch.inference_mode():
         for batch in how.track(stream, label, -(-len(split) // how.batch_size)):
-            given = distillation.rows(forward(batch), batch)
-            rows.append(given.to("cpu", stored_as(given.shape[-1]), copy=True))
-            states.append([of.to("cpu", torch.bfloat16) for of in hidden.take(batch)])
-    return _Given(rows, states)
+            rows, states = distillation.rows(forward(batch), batch), hidden.take()
+            found.append(rows.to("cpu", stored_as(rows.shape[-1]), copy=True))
+            if kept.places:
+                kept.rows[done : done + how.batch_size] = torch.cat([states[place] for place in kept.places], 1).cpu()
+            done += how.batch_size
+    return found
 
 
 def _check_rows(recipe: Recipe, variants: Sequence[Sequence[Tensor]], wanted: int) -> None:

@@ -25,6 +25,7 @@ from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import SmallModel, in_dtype, placement_of
 from recap_cli.rounds.teacher import lesson_of
+from recap_cli.rounds.teacher_outputs import hidden_blocks
 from recap_cli.rounds.teacher_round import teaching
 from recap_cli.rounds.trainer import Trainer, make_trainer
 from recap_cli.tasks.losses import Lesson
@@ -95,7 +96,7 @@ def _taught_forward(context: Context, trainer: Trainer) -> Iterator[tuple[Forwar
     if lesson is None or not lesson.hidden_weight:
         yield forward, lesson
         return
-    with watched(model, blocks_of(model, axes, context.spec.model_type)) as states:
+    with watched(model, hidden_blocks(context.recipe, model, axes, context.spec.model_type)) as states:
         yield states.heard(forward), replace(lesson, states=states.take)
 
 

@@ -30,14 +30,14 @@ class Lesson:
         weight: Of the teacher's loss; that of the labels has the rest.
         temperature: What both sides' logits are divided by.
         hidden_weight: Of the distance of hidden states, which is added.
-        states: `states(batch)` are the student's, block by block, in the forward of this batch (`core.hidden_states`); None
-            where they are not learned.
+        states: `states()` are the student's, block by block, in the last forward (`core.hidden_states`); None where they are
+            not learned.
     """
 
     weight: float
     temperature: float
     hidden_weight: float = 0.0
-    states: "Callable[[Batch], Sequence[Tensor]] | None" = None
+    states: "Callable[[], Sequence[Tensor]] | None" = None
 
 
 def training_loss(task: Task, outputs: Outputs, batch: Batch, lesson: Lesson | None) -> "tuple[Tensor, int | Tensor]":
@@ -68,7 +68,7 @@ def training_loss(task: Task, outputs: Outputs, batch: Batch, lesson: Lesson | N
     soft = soft / (max(count, 1) if isinstance(count, int) else count.clamp(min=1))
     taught = (1 - lesson.weight) * mean + lesson.weight * soft
     if lesson.states is not None:
-        taught = taught + lesson.hidden_weight * _mean_distance(task.distillation, lesson.states(batch), batch)
+        taught = taught + lesson.hidden_weight * _mean_distance(task.distillation, lesson.states(), batch)
     return taught, count
 
 

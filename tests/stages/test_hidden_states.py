@@ -1,5 +1,6 @@
 """`distill.hidden_weight`: what is kept of a teacher's blocks, what a round learns from it, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ from recap_cli.core.hidden_states import spread, watched
 from recap_cli.core.task import IGNORED, TEACHER, TEACHER_STATES
 from recap_cli.data.sampling import batches, order, seed_for
 from recap_cli.data.soft_targets import SoftTargets
-from recap_cli.errors import CorruptStateError, ModelError, PluginError, StorageError
+from recap_cli.errors import CorruptStateError, DataError, ModelError, PluginError, RecipeError, StorageError
 from recap_cli.progress import silent
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.rounds import teacher
+from recap_cli.rounds import teacher, teacher_outputs
 from recap_cli.rounds.record import STATES, TARGETS, TEACHER_FOLDER
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.status import describe
 from recap_cli.stages.init import init
 from recap_cli.stages.run import STAGES, run
-from recap_cli.state.manifest import COMMIT
+from recap_cli.state.manifest import COMMIT, manifest_text
 from recap_cli.state.store import State
 from recap_cli.tasks.calls import task_named
 from recap_cli.tasks.losses import Lesson, training_loss
@@ -104,7 +105,10 @@ def init_of(recipe: Recipe, path: Path) -> State:
     """A state whose full model is the teacher of a recipe."""
     model = recipe.model.model_copy(update={"name": recipe.distill.teacher})
     return init(
-        recipe.model_copy(update={"model": model, "distill": recipe.distill.model_copy(update={"teacher": None})}), path
+        recipe.model_copy(
+            update={"model": model, "distill": recipe.distill.model_copy(update={"teacher": None, "hidden_weight": 0.0})}
+        ),
+        path,
     )
 
 
@@ -143,10 +147,15 @@ def test_an_example_counts_as_often_as_it_has_rows_so_that_parts_add_up_to_the_b
     labels = torch.tensor([[0, 1, 2], [1, IGNORED, IGNORED], [2, 2, IGNORED], [IGNORED] * 3])
     generator = torch.Generator().manual_seed(0)
     logits, rows, ours, theirs = (torch.randn(4, *size, generator=generator) for size in ((3, 3), (3, 3), (5,), (5,)))
-    batch = {"labels": labels, TEACHER: rows, TEACHER_STATES: theirs, "ours": ours}
-    task, lesson = task_named("token-classification"), Lesson(0.5, 2.0, 3.0, lambda part: [part["ours"]])
-    whole, count = training_loss(task, logits, batch, lesson)
-    parts = [training_loss(task, logits[at : at + 2], task.part(batch, at, at + 2), lesson) for at in (0, 2)]
+    batch = {"labels": labels, TEACHER: rows, TEACHER_STATES: theirs}
+    task = task_named("token-classification")
+    whole, count = training_loss(task, logits, batch, Lesson(0.5, 2.0, 3.0, lambda: [ours]))
+    parts = [
+        training_loss(
+            task, logits[at : at + 2], task.part(batch, at, at + 2), Lesson(0.5, 2.0, 3.0, lambda at=at: [ours[at : at + 2]])
+        )
+        for at in (0, 2)
+    ]
     assert float(sum(mean * share for mean, share in parts) / count) == pytest.approx(float(whole))
     alone, _ = training_loss(task, logits, batch, Lesson(0.5, 2.0))
     distances = (ours - theirs).square().sum(1)
@@ -199,10 +208,22 @@ def of_layers(count: int, path: Path, seed: int = 0, **config: Any) -> State:
 
 
 @pytest.mark.parametrize(
-    ("count", "over", "places"), [(2, 2, [0, 1]), (6, 12, [1, 3, 5, 7, 9, 11]), (4, 6, [1, 2, 4, 5]), (3, 2, [0, 1, 1])]
+    ("student", "teacher", "places"),
+    [
+        ([8] * 2, [8] * 2, [0, 1]),
+        ([8] * 6, [8] * 12, [1, 3, 5, 7, 9, 11]),
+        ([8] * 4, [8] * 6, [1, 2, 4, 5]),
+        ([8] * 3, [8] * 2, [0, 1, 1]),
+        ([4, 4, 8, 8, 16], [4, 4, 8, 8, 8, 8, 16], [0, 1, 3, 5, 6]),  # in each stage by itself
+        ([4, 8], [4, 4], None),
+        ([4, 8], [8, 4], None),
+        ([], [], []),
+    ],
 )
-def test_a_student_learns_from_blocks_that_are_spread_evenly(count: int, over: int, places: list[int]) -> None:
-    assert spread(count, over) == places
+def test_a_student_learns_from_blocks_that_are_spread_evenly(
+    student: list[int], teacher: list[int], places: list[int] | None
+) -> None:
+    assert spread(student, teacher) == places
 
 
 def test_a_teacher_of_other_depth_teaches_the_blocks_that_fit(tmp_path: Path) -> None:
@@ -260,6 +281,11 @@ def at_finetune(path: Path) -> State:
         ({"values": torch.zeros(1, TRAIN, 3)}, CorruptStateError, "it holds values"),
         ({"values": torch.zeros(1, TRAIN, 64), "ends": torch.arange(1, TRAIN + 1)}, CorruptStateError, "other shapes or types"),
         (
+            {"values": torch.zeros(1, TRAIN, 64).bfloat16(), "ends": torch.tensor([2, 2, *range(3, TRAIN + 1)])},
+            DataError,
+            "the hidden states of the teacher are not one row for each example",
+        ),
+        (
             {"values": torch.zeros(1, TRAIN, 32).bfloat16(), "ends": torch.arange(1, TRAIN + 1)},
             PluginError,
             r"the blocks give hidden states of \(8, 64\), and \(8, 32\) are kept of the teacher",
@@ -278,10 +304,10 @@ def test_states_that_no_stage_writes_are_refused(
 
 def test_a_record_without_them_is_refused(tmp_path: Path) -> None:
     state = at_finetune(tmp_path / "state")
-    manifest = state.path / COMMIT
-    assert f"{PLACE}:" in manifest.read_text() or PLACE in manifest.read_text()
-    (state.path / PLACE).unlink()
-    with pytest.raises(CorruptStateError, match=PLACE):
+    manifest = State.open(state.path).manifest
+    files = {rel: checksum for rel, checksum in manifest.files.items() if rel != PLACE}
+    (state.path / COMMIT).write_text(manifest_text(replace(manifest, files=files)))
+    with pytest.raises(CorruptStateError, match=f"{PLACE} is not in files"):
         STAGES["finetune"](State.open(state.path))
 
 
@@ -298,20 +324,57 @@ def test_a_disk_without_room_for_them_is_said_before(tmp_path: Path, monkeypatch
 
 def test_a_task_that_leaves_them_out_of_a_part_is_refused() -> None:
     batch = {"labels": torch.tensor([[1, IGNORED]]), TEACHER: torch.ones(1, 1, 3)}
-    lesson = Lesson(0.5, 1.0, 1.0, lambda _: [torch.ones(1, 4)])
+    lesson = Lesson(0.5, 1.0, 1.0, lambda: [torch.ones(1, 4)])
     with pytest.raises(PluginError, match="has left out 'teacher_states' of a part of a batch"):
         training_loss(task_named("token-classification"), torch.zeros(1, 2, 3), batch, lesson)
 
 
-def test_a_block_that_gives_no_tokens_is_refused() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+@pytest.mark.parametrize(
+    ("give", "mask", "message"),
+    [
+        (lambda x: x[:, 0], None, r"a block gives \(2, 3\) for 2 examples, and no width"),
+        (lambda x: x[:1], None, r"a block gives \(1, 4, 3\) for 2 examples"),
+        (lambda _: "nothing", None, "a block gives str for 2 examples"),
+        (lambda x: x, torch.ones(2, 3), r"hidden states of \(2, 4, 3\), and which tokens are padding is said for \(2, 3\)"),
+    ],
+)
+def test_a_block_that_gives_no_states_of_tokens_is_refused(give: Any, mask: Tensor | None, message: str) -> None:
+    class Block(torch.nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return give(x)
+
+    model, batch = torch.nn.Sequential(Block()), {"x": torch.zeros(2, 4, 3), "labels": torch.zeros(2)}
+    if mask is not None:
+        batch["attention_mask"] = mask
+    with watched(model, ["0"]) as states, pytest.raises(PluginError, match=message) as caught:
+        states.heard(lambda given: model(given["x"]))(batch)
+    assert "--set distill.hidden_weight=0" in str(caught.value.hint)
+
+
+def test_what_is_heard_is_of_one_forward_and_taken_once() -> None:
+    model, batch = torch.nn.Sequential(torch.nn.Linear(3, 3)), {"x": torch.randn(2, 4, 3), "labels": torch.zeros(2)}
     with watched(model, ["0"]) as states:
-        states.heard(lambda batch: model(batch["x"]))({"x": torch.zeros(2, 3)})
-        with pytest.raises(PluginError, match=r"a block gives \(2, 3\) for 2 examples"):
-            states.take({"labels": torch.zeros(2)})
-        assert states.take({"labels": torch.zeros(2)}) == []
-    model(torch.zeros(2, 3))
-    assert states.take({"labels": torch.zeros(2)}) == []
+        heard = states.heard(lambda given: model(given["x"]))
+        heard(batch), heard(batch), model(batch["x"])
+        assert len(states.take()) == 1
+        assert states.take() == []
+    heard(batch)
+    assert states.take() == []
+
+
+def test_an_adapter_that_says_no_blocks_is_refused_by_what_can_be_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nowhere(*_: Any) -> list[str]:
+        raise LookupError("no list holds it")
+
+    monkeypatch.setattr(teacher_outputs, "block_paths", nowhere)
+    with pytest.raises(PluginError, match="the adapter 'bert' does not say what the blocks are: no list holds it") as caught:
+        init(learning("text-classification"), tmp_path / "state")
+    assert caught.value.hint == "learn from the outputs alone: --set distill.hidden_weight=0"
+
+
+def test_without_a_teacher_there_is_nothing_to_learn() -> None:
+    with pytest.raises(RecipeError, match=r"distill\.hidden_weight +expected 0 without distill\.teacher; found 10"):
+        tiny("vit", distill={"hidden_weight": 10})
 
 
 def test_a_dry_run_says_so() -> None:
