@@ -30,6 +30,7 @@ LONG = (  # files of 6 s and more, the longest first: one that begins last would
     "tests/stages/test_algorithm.py",
     "tests/stages/test_algorithm_settings.py",
     "tests/stages/test_own_teacher.py",
+    "tests/stages/test_hidden_states.py",
     "tests/commands/test_profile_memory.py",
     "tests/test_kill.py",
     "tests/state/test_damage.py",

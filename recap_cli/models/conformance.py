@@ -167,7 +167,7 @@ def _logits_of(spec: ModelSpec) -> Callable[[nn.Module], Tensor]:
     def logits(model: nn.Module) -> Tensor:
         try:
             return build.flat_outputs(spec, model, batch).double()
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # of the library, on a cut model
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:  # of the library
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise _Failure(first_line) from error
 

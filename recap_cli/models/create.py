@@ -92,8 +92,9 @@ def _create_transformers(source: ModelSource) -> Created:
     )
     transformers_models.keep_no_cache(model)
     if image is not None and source.image_size not in (None, image["size"]):
-        model, spec = _resized(model, spec, adapter, source.image_size)
-        notes.append(f"position embeddings resampled from {image['size']} to {source.image_size} pixels")
+        model, spec, resampled = _resized(model, spec, adapter, source.image_size)
+        if resampled:
+            notes.append(f"position embeddings resampled from {image['size']} to {source.image_size} pixels")
     return Created(model, spec, processor, tuple(new), (*notes, *([note] if note else [])))
 
 
@@ -179,15 +180,15 @@ def _renew_output(model: nn.Module, adapter: Adapter, num_labels: int) -> list[s
     return sorted(new)
 
 
-def _resized(model: nn.Module, spec: ModelSpec, adapter: Adapter, size: int) -> tuple[nn.Module, ModelSpec]:
-    """Return the model for square images of another size, with the configuration of such a model."""
+def _resized(model: nn.Module, spec: ModelSpec, adapter: Adapter, size: int) -> tuple[nn.Module, ModelSpec, list[str]]:
+    """Return the model for square images of another size, its spec, and the names of what was resampled for it."""
     patch = spec.config["patch_size"]
     height, width = patch if isinstance(patch, list | tuple) else (patch, patch)
     if size < max(height, width):
         raise ModelError(f"images of {size} pixels hold no patch of {height} × {width}", hint="raise data.image_size")
     tensors = tensors_of(model)
-    for name in tensors:
-        if name.endswith("embeddings.position_embeddings"):
-            tensors[name] = resample(tensors[name], (size // height, size // width))
+    positions = [name for name in tensors if name.endswith("embeddings.position_embeddings")]
+    for name in positions:
+        tensors[name] = resample(tensors[name], (size // height, size // width))
     new = replace(spec, config={**spec.config, "image_size": size}, image={**(spec.image or {}), "size": size})
-    return assemble(new, tensors, adapter, {}), new
+    return assemble(new, tensors, adapter, {}), new, positions

@@ -14,7 +14,8 @@ def resample(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     Bicubic without antialiasing, as `interpolate_pos_encoding` of transformers' ViT, DeiT and DINOv2.
 
     Args:
-        positions: Shape (1, prefix + side · side, hidden). The prefix (class and distillation token) does not change.
+        positions: Shape (1, prefix + side · side, hidden). The prefix (class and distillation token) does not change. There is
+            none where the positions are a square, as of Swin.
         grid: The new (height, width).
 
     Returns:
@@ -27,7 +28,7 @@ def resample(positions: Tensor, grid: tuple[int, int]) -> Tensor:
         raise ModelError(
             f"position embeddings of shape {tuple(positions.shape)} cannot be resampled: expected (1, tokens, hidden)"
         )
-    side = isqrt(positions.shape[1] - 1)  # these models have a class token: at least one position is no patch
+    side = isqrt(positions.shape[1])
     prefix = positions.shape[1] - side * side
     if (side, side) == grid:
         return positions

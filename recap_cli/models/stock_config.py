@@ -24,10 +24,9 @@ def stock_spec(
     alike: dict[str, int] = {}
     for axis in axes:
         if alike.setdefault(axis.kind, sizes[axis.name]) != sizes[axis.name]:
-            return (
-                None,
-                f"layers differ in their {axis.kind} ({_range(axes, sizes, axis.kind)}): prune.uniform makes them alike",
-            )
+            differ = f"layers differ in their {axis.kind} ({_range(axes, sizes, axis.kind)})"
+            before = {other.size for other in axes if other.kind == axis.kind}
+            return None, f"{differ}: prune.uniform makes them alike" if len(before) == 1 else f"{differ}, as before the cut"
         if axis.kind not in USUAL and sizes[axis.name] != axis.size:
             return None, f"a stock configuration has no known key for the number of {axis.kind}"
     stock = replace(spec, config=_with_sizes(spec, axes, alike, shapes))

@@ -26,6 +26,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", 
 SIZES = (  # keys of configurations that must be 1 or more; `conformance` checks the layers
     *("hidden_size", "dim", "num_attention_heads", "n_heads", "intermediate_size", "hidden_dim"),
     *("vocab_size", "max_position_embeddings", "image_size", "patch_size", "num_channels"),
+    *("embed_dim", "num_heads", "depths", "window_size"),  # of models in stages
 )
 LAYERS = ("num_hidden_layers", "n_layers", "depth")  # keys for the number of layers
 ACTIVATIONS = ("hidden_act", "activation")

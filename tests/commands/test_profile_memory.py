@@ -28,7 +28,7 @@ from tests.tiny import one_layer, tiny
 
 Answer = tuple[int, str, str]
 KINDS = ("weights", "gradients", "optimizer state", "activations", "temporary", "other")
-UNKNOWN = "name: u\nmodel: {config: {model_type: swin}}\ntask: {kind: image-classification}\ndata: {builtin: digits}\n"
+UNKNOWN = "name: u\nmodel: {config: {model_type: swinv2}}\ntask: {kind: image-classification}\ndata: {builtin: digits}\n"
 
 
 def vit() -> Recipe:
@@ -326,7 +326,7 @@ def test_a_budget_below_the_least_names_the_least(ask: Any, monkeypatch: pytest.
         ("empty", 8, "empty: is not a state", "recap init RECIPE --state empty"),
         ("empty/state.yaml", 2, "empty/state.yaml is the record of a state", "name its folder: empty"),
         ("bad.yaml", 3, "bad.yaml:1:5", "recap recipes show"),
-        ("unknown.yaml", 5, "the model type 'swin' is unknown", "recap.adapters"),
+        ("unknown.yaml", 5, "the model type 'swinv2' is unknown", "recap.adapters"),
         (
             "unknown.yaml --set model.config=null --set model.name=./none",
             5,

@@ -575,3 +575,9 @@ def test_weights_that_do_not_fit_into_main_memory_are_named(tmp_path: Path, monk
     monkeypatch.setattr(checkpoints, "safe_open", full)
     with pytest.raises(ModelError, match=r"model\.safetensors is larger than the memory that is left"):
         checkpoints.check_weights(tmp_path)
+
+
+def test_positions_without_a_class_token_are_all_patches() -> None:
+    positions = torch.randn(1, 16, 4)  # as of Swin with absolute embeddings
+    assert resample(positions, (4, 4)) is positions
+    assert resample(positions, (2, 3)).shape == (1, 6, 4)

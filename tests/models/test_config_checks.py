@@ -89,3 +89,15 @@ def test_the_look_before_takes_no_random_numbers(name: str, monkeypatch: pytest.
     without = weights()
     assert with_look.keys() == without.keys()
     assert all(torch.equal(with_look[key], without[key]) for key in without)
+
+
+@pytest.mark.parametrize(("key", "value"), [("window_size", 0), ("num_heads", [0, 8]), ("embed_dim", 0), ("depths", [1, 0])])
+def test_a_size_of_a_stage_that_is_none_is_refused_by_its_key(key: str, value: Any) -> None:
+    assert f"{key} of this swin is 0; expected 1 or more" in refusal("swin", **{key: value})
+
+
+def test_a_model_without_positions_has_nothing_resampled_for_another_image_size() -> None:
+    section = model_section("swin")
+    made = create_model(source_for("image-classification", config=section["config"], label_names=LABELS, image_size=32))
+    assert made.notes == ("random weights, from a configuration",)
+    assert (made.spec.image or {})["size"] == 32
