@@ -287,8 +287,8 @@ class Distill(BaseModel):
     weight: Fraction = Field(default=0.7, description="Weight of the teacher's outputs in the loss; the labels have the rest.")
     hidden_weight: NonNegative = Field(
         default=0.0,
-        description="Weight of the distance between the hidden states of both, averaged over tokens, at each block; it is "
-        "added to the loss. 0: they are not learned. Sun et al. (2019): β.",
+        description="Weight of the squared distance between the hidden states of both, each averaged over tokens, averaged over "
+        "blocks; it is added to the loss. 0: they are not learned. As in Sun et al. (2019), who add up over blocks.",
     )
 
     @property
