@@ -287,7 +287,7 @@ class Distill(BaseModel):
     weight: Fraction = Field(default=0.7, description="Weight of the teacher's outputs in the loss; the labels have the rest.")
     hidden_weight: NonNegative = Field(
         default=0.0,
-        description="Weight of the squared distance between the hidden states of both, each averaged over tokens, averaged over "
+        description="Weight of the squared distance between the hidden states of both, averaged over tokens, and over "
         "blocks; it is added to the loss. 0: they are not learned. As in Sun et al. (2019), who add up over blocks.",
     )
 
