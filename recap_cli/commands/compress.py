@@ -32,7 +32,7 @@ def compress(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a finetuned model small: prune it round by round, and let what is left learn from the whole.
+    """Make a finetuned model small: prune it, and let what is left learn from the whole.
 
     The task is read from the model's head, and the columns from the data; each guess is printed, and --set says it otherwise.
     After a stop, the same command continues.

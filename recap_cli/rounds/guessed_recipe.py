@@ -17,16 +17,20 @@ from recap_cli.recipe.recipe import Recipe
 from recap_cli.recipe.schema import SELF
 from recap_cli.tasks.calls import task_named
 
-# A first choice; docs/guide/compress.md says what was measured.
+# The best of those that were tried; docs/guide/compress.md says which, and what was measured.
 SETTINGS: dict[str, Any] = {
-    "rounds": 4,
+    "rounds": 1,
     "head": {"warmup_epochs": 0},
+    "prune": {"scope": "global", "compensate": "auto"},
     "mask": {"ratio": 0.0},
-    "finetune": {"epochs": 2, "lr": 3e-4},
-    "distill": {"teacher": SELF},
+    "finetune": {"epochs": 8, "lr": 3e-4},
+    "distill": {"teacher": SELF, "hidden_weight": 10.0},
     "importance": {"device": "auto"},  # which the teacher runs on, too
 }
-TRAINING = ("rounds", "mask.ratio", "finetune.lr", "finetune.epochs", "distill.weight", "distill.temperature")
+TRAINING = (
+    *("rounds", "prune.scope", "prune.compensate", "mask.ratio", "finetune.lr", "finetune.epochs"),
+    *("distill.weight", "distill.temperature", "distill.hidden_weight"),
+)
 MAX_LENGTH = 128  # tokens: the default of the recipe
 HELD_OUT = 0.1  # of the training examples, where there are no others for validation
 ARGUMENTS = {  # keys that the command has an argument for
@@ -89,6 +93,11 @@ def guess_recipe(model: str, data: str, validation: str | None, ratio: float, ov
     """
     sets = (f"prune.ratio={ratio}", *overrides)
     given = _given(sets)
+    if (teacher := given.get("distill.teacher", SELF)) != SELF:
+        raise RecipeError(
+            f"compress has the model itself as its teacher, not {teacher}",
+            hint="leave distill.teacher out, or write a recipe for `recap run`",
+        )
     checkpoint = _checkpoint(model, given)
     kind = str(given.get("task.kind") or _kind(checkpoint, model))
     section, reasons = _data_section(data, validation, given)
@@ -105,14 +114,9 @@ def guess_recipe(model: str, data: str, validation: str | None, ratio: float, ov
         "data": {**section, **columns},
     }
     recipe = recipes.parse(yaml.safe_dump(values, sort_keys=False), ORIGIN, sets)
-    if recipe.distill.teacher != SELF:
-        raise RecipeError(
-            f"compress has the model itself as its teacher, not {recipe.distill.teacher}",
-            hint="leave distill.teacher out, or write a recipe for `recap run`",
-        )
     why = [f"task.kind={kind}: the checkpoint is a {checkpoint.saved}", *reasons]
     why += [f"data.{key}={name}: {_why_column(key)}" for key, name in columns.items()]
-    why += [f"{key}={_value(recipe, key)}: a first choice" for key in TRAINING]
+    why += [f"{key}={_value(recipe, key)}: what did best where it was measured" for key in TRAINING]
     return Guessed(recipe, tuple(reason for reason in why if reason.partition("=")[0] not in given))
 
 

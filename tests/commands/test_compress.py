@@ -48,7 +48,8 @@ def test_the_task_is_that_of_the_head_and_the_columns_are_those_that_fit(kind: s
     assert {key: getattr(recipe.data, key) for key in COLUMNS[kind]} == COLUMNS[kind]
     assert recipe.distill.teacher == "self"
     assert recipe.prune.ratio == 0.5
-    assert recipe.head.warmup_epochs == 0
+    assert (recipe.rounds, recipe.head.warmup_epochs) == (1, 0)
+    assert (recipe.prune.scope, recipe.prune.compensate, recipe.distill.hidden_weight) == ("global", "auto", 10.0)
     assert recipe.data.validation == files(kind)[1]
 
 
@@ -71,7 +72,9 @@ def test_what_is_set_is_not_guessed() -> None:
     found = guess_recipe(str(finetuned("text-classification")), train, None, 0.5, sets)
     assert found.recipe.finetune.lr == 0.01
     said = [reason.partition("=")[0] for reason in found.reasons]
-    assert said == ["task.kind", "data.validation_share", "rounds", "mask.ratio", "distill.weight", "distill.temperature"]
+    training = ["rounds", "prune.scope", "prune.compensate", "mask.ratio"]
+    lesson = ["distill.weight", "distill.temperature", "distill.hidden_weight"]
+    assert said == ["task.kind", "data.validation_share", *training, *lesson]
 
 
 def refusal(error: type[RecapError], *given: Any) -> tuple[str, str]:
