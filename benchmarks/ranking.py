@@ -24,10 +24,11 @@ from record import cpu_seconds, parser, table, write
 from torch import Tensor, nn
 
 from recap_cli.core import gradual
-from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, resize
+from recap_cli.core.adapter import find_axes, resize
 from recap_cli.core.axes import Axis, UnitMask, kept_per_layer, prunable_params, shapes_of
 from recap_cli.core.importance import Scores, group_scores
 from recap_cli.core.ranking import Limits, RankBy
+from recap_cli.plugins.adapters.swin import SWIN
 from recap_cli.plugins.criteria.taylor import TAYLOR
 
 ROOT = Path(__file__).parents[1]
@@ -39,24 +40,6 @@ SIZES: dict[str, Any] = {
     **{"image_size": 32, "patch_size": 4, "window_size": 2, "embed_dim": 32, "depths": [2, 2, 2], "num_heads": [4, 8, 16]},
     **{"drop_path_rate": 0.0, "num_labels": CLASSES},
 }
-SWIN = Adapter(
-    tables=(
-        Heads(
-            block="**encoder.layers.*.blocks.*",
-            attention="attention",
-            q="attention.q_proj",
-            k="attention.k_proj",
-            v="attention.v_proj",
-            out="attention.o_proj",
-            head_dim="head_dim",
-            count=("num_attention_heads",),
-            extra=(("attention.relative_position_bias.relative_position_bias_table", 1),),
-        ),
-        Neurons(block="**encoder.layers.*.blocks.*", up=("mlp.fc1",), down="mlp.fc2"),
-    ),
-    embeddings=("*embeddings.*",),
-    head=("classifier.*",),
-)
 Examples = tuple[Tensor, Tensor]  # images (count, 3, 32, 32), labels (count,)
 
 
