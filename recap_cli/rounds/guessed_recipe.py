@@ -17,7 +17,7 @@ from recap_cli.recipe.recipe import Recipe
 from recap_cli.recipe.schema import SELF
 from recap_cli.tasks.calls import task_named
 
-# The best of those that were tried; docs/guide/compress.md says which, and what was measured.
+# docs/guide/compress.md says what was measured.
 SETTINGS: dict[str, Any] = {
     "rounds": 1,
     "head": {"warmup_epochs": 0},
@@ -27,10 +27,11 @@ SETTINGS: dict[str, Any] = {
     "distill": {"teacher": SELF, "hidden_weight": 10.0},
     "importance": {"device": "auto"},  # which the teacher runs on, too
 }
-TRAINING = (
-    *("rounds", "prune.scope", "prune.compensate", "mask.ratio", "finetune.lr", "finetune.epochs"),
-    *("distill.weight", "distill.temperature", "distill.hidden_weight"),
-)
+FIRST, BEST = "a first choice", "did best of what was tried"
+TRAINING = {
+    **{"rounds": BEST, "prune.scope": BEST, "prune.compensate": BEST, "mask.ratio": FIRST, "finetune.lr": FIRST},
+    **{"finetune.epochs": FIRST, "distill.weight": FIRST, "distill.temperature": FIRST, "distill.hidden_weight": BEST},
+}
 MAX_LENGTH = 128  # tokens: the default of the recipe
 HELD_OUT = 0.1  # of the training examples, where there are no others for validation
 ARGUMENTS = {  # keys that the command has an argument for
@@ -116,7 +117,7 @@ def guess_recipe(model: str, data: str, validation: str | None, ratio: float, ov
     recipe = recipes.parse(yaml.safe_dump(values, sort_keys=False), ORIGIN, sets)
     why = [f"task.kind={kind}: the checkpoint is a {checkpoint.saved}", *reasons]
     why += [f"data.{key}={name}: {_why_column(key)}" for key, name in columns.items()]
-    why += [f"{key}={_value(recipe, key)}: what did best where it was measured" for key in TRAINING]
+    why += [f"{key}={_value(recipe, key)}: {reason}" for key, reason in TRAINING.items()]
     return Guessed(recipe, tuple(reason for reason in why if reason.partition("=")[0] not in given))
 
 
