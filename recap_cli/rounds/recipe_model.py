@@ -4,13 +4,18 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from recap_cli.core.task import Objective
+from recap_cli.core.task import Batch, Objective, Outputs
+from recap_cli.errors import ModelError
 from recap_cli.models import build
 from recap_cli.models.build import ModelSpec
 from recap_cli.models.source import ModelSource
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.tasks.calls import task_named
 from recap_cli.training.loop import Forward
+
+OTHER_INDICES = (
+    "its buffers hold indices that are not its own: restore the state from a copy, or start a new one with recap init"
+)
 
 
 def source_of(recipe: Recipe, label_names: Sequence[str] = ()) -> ModelSource:
@@ -31,6 +36,18 @@ def objective_of(recipe: Recipe, spec: ModelSpec) -> Objective:
 
 
 def forward_of(spec: ModelSpec, model: nn.Module) -> Forward:
-    """A function from a batch to the model's outputs, as its task reads them."""
+    """A function from a batch to the model's outputs, as its task reads them.
+
+    It raises `ModelError` where the model looks up what is not there, as with an index that a damaged file holds.
+    """
     call, read = build.forward(spec), task_named(spec.task_kind).read
-    return lambda batch: read(call(model, batch))
+
+    def forward(batch: Batch) -> Outputs:
+        try:
+            return read(call(model, batch))
+        except (IndexError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "is out of bounds" not in str(error):  # of `gather`
+                raise
+            raise ModelError(f"the model looks up a row that it does not have ({error})", hint=OTHER_INDICES) from error
+
+    return forward

@@ -170,6 +170,7 @@ CORPUS = {
     "S1 best names a folder without files": _case("vit/merge1", ("at", "state.yaml", "best/folder", "best-009")),
     "S11 a folder on another disk": _case("bert/merge1", ("link", "full-001")),
     "S11 a folder on another disk, for the mask": _case("vit/prune1", ("link", "full-000")),
+    "an index of a buffer that no table has": _case("bert/init", ("tensor", 14, 0.846, "inf"), ("renew_checksums",)),
     "S15 history without a round": _case(
         "bert/merge1", ("at", "state.yaml", "history", [{"stage": "init"}]), ("renew_checksums",), calls=("status", "next")
     ),

@@ -383,3 +383,18 @@ def test_a_finished_state_whose_product_was_altered_is_not_called_finished(tmp_p
     place.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(CorruptStateError, match=r"best-001/model\.safetensors: its sha256"):
         run(recipe, state.path)
+
+
+@pytest.mark.parametrize(
+    "name", ["bert.embeddings.position_ids", "bert.embeddings.token_type_ids"]
+)  # one is looked up, one gathered
+def test_an_index_of_a_buffer_that_no_table_has_is_said_and_nothing_is_written(name: str, tmp_path: Path) -> None:
+    state = init(tiny("bert", rounds=1), tmp_path / "state")
+    rel = "full-000/buffers.safetensors"
+    tensors = load((state.path / rel).read_bytes())
+    forged = forge(state.path, rel, save({**tensors, name: 10_000 + tensors[name]}))
+    before = contents(state.path)
+    with pytest.raises(ModelError, match="the model looks up a row that it does not have") as caught:
+        STAGES["prune"](forged)
+    assert "restore the state from a copy" in str(caught.value.hint)
+    assert contents(state.path) == before
