@@ -105,7 +105,7 @@ def drawn(points: Sequence[dict[str, Any]]) -> Picture:
                 ours = one["name"].endswith("*")
                 look = METHODS["recap"] if ours else METHODS["full-ft"]
                 axes.plot(x, y, look.marker, color=look.colour if ours else SOFT, markersize=6)
-                crowded = any(0 < up - y < 2.5 and abs(across - x) < 8 for across, up in places)  # a label above is in the way
+                crowded = any(0 < up - y < 2.5 and abs(across - x) < 12 for across, up in places)  # a label above is in the way
                 text = {"textcoords": "offset points", "ha": "center", "va": "top" if crowded else "bottom", "fontsize": 7.5}
                 axes.annotate(one["name"].removesuffix("*"), (x, y), (0, -6 if crowded else 5), color=INK, **text)
             numbers(axes.xaxis, label)
