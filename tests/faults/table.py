@@ -425,8 +425,8 @@ FAULTS = (
     Fault(
         "padding counts in the mean of hidden states",
         "recap_cli/core/hidden_states.py",
-        "mask is None or mask.shape != tokens.shape[:2]",
-        "True",
+        "    if mask is not None:\n        return",
+        "    if mask is not None and False:\n        return",
         (HIDDEN,),
     ),
     Fault(
