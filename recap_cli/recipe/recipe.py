@@ -18,9 +18,10 @@ from pydantic import ValidationError
 from recap_cli.errors import RecipeError
 from recap_cli.recipe.bounds import MOST_BYTES
 from recap_cli.recipe.conflicts import ALTERNATIVES, NEEDS, STAND_IN
+from recap_cli.recipe.distill import Distill
 from recap_cli.recipe.near import near
 from recap_cli.recipe.problems import conflicts, explain, recipe_error, without
-from recap_cli.recipe.schema import Data, Distill, Evaluate, Finetune, Head, Importance, Mask, Model, Prune, Recipe, Task
+from recap_cli.recipe.schema import Data, Evaluate, Finetune, Head, Importance, Mask, Model, Prune, Recipe, Task
 from recap_cli.recipe.values import bytes_of
 from recap_cli.recipe.yaml import Document, KeyPath, Problem, load
 

@@ -13,8 +13,8 @@ from recap_cli.errors import ModelError, RecipeError, UsageError
 from recap_cli.models import transformers_models
 from recap_cli.models.checkpoints import locate, read_config
 from recap_cli.recipe import recipe as recipes
+from recap_cli.recipe.distill import SELF
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.recipe.schema import SELF
 from recap_cli.tasks.calls import task_named
 
 # docs/guide/compress.md says what was measured.
@@ -94,11 +94,7 @@ def guess_recipe(model: str, data: str, validation: str | None, ratio: float, ov
     """
     sets = (f"prune.ratio={ratio}", *overrides)
     given = _given(sets)
-    if (teacher := given.get("distill.teacher", SELF)) != SELF:
-        raise RecipeError(
-            f"compress has the model itself as its teacher, not {teacher}",
-            hint="leave distill.teacher out, or write a recipe for `recap run`",
-        )
+    _check_teacher(given.get("distill.teacher", SELF))
     checkpoint = _checkpoint(model, given)
     kind = str(given.get("task.kind") or _kind(checkpoint, model))
     section, reasons = _data_section(data, validation, given)
@@ -115,10 +111,19 @@ def guess_recipe(model: str, data: str, validation: str | None, ratio: float, ov
         "data": {**section, **columns},
     }
     recipe = recipes.parse(yaml.safe_dump(values, sort_keys=False), ORIGIN, sets)
+    _check_teacher(recipe.distill.teacher)  # which a whole section may have set
     why = [f"task.kind={kind}: the checkpoint is a {checkpoint.saved}", *reasons]
     why += [f"data.{key}={name}: {_why_column(key)}" for key, name in columns.items()]
     why += [f"{key}={_value(recipe, key)}: {reason}" for key, reason in TRAINING.items()]
     return Guessed(recipe, tuple(reason for reason in why if reason.partition("=")[0] not in given))
+
+
+def _check_teacher(teacher: object) -> None:
+    if teacher != SELF:
+        raise RecipeError(
+            f"compress has the model itself as its teacher, not {teacher}",
+            hint="leave distill.teacher out, or write a recipe for `recap run`",
+        )
 
 
 def _given(overrides: Sequence[str]) -> dict[str, Any]:

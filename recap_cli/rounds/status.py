@@ -9,8 +9,8 @@ from recap_cli import registry
 from recap_cli.core.method import RoundPlan
 from recap_cli.errors import DataError, ModelError
 from recap_cli.recipe import recipe as recipes
+from recap_cli.recipe.distill import OWN_TEACHERS, SELF
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.recipe.schema import OWN_TEACHERS, SELF
 from recap_cli.rounds import record
 from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.rounds.plans import (

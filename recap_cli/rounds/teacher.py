@@ -15,8 +15,9 @@ from recap_cli.errors import DataError, ModelError, StorageError
 from recap_cli.machine import devices
 from recap_cli.models import build, create
 from recap_cli.progress import Track
+from recap_cli.recipe.distill import SELF
 from recap_cli.recipe.recipe import Recipe
-from recap_cli.recipe.schema import SELF, Model
+from recap_cli.recipe.schema import Model
 from recap_cli.rounds.examples import make_splits
 from recap_cli.rounds.full_model import FullModel
 from recap_cli.rounds.layout import Layout

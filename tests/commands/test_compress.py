@@ -237,6 +237,7 @@ def test_nothing_is_done_where_the_export_has_no_place(tmp_path: Path, capsys: p
         (("--set", "data.train=null"), 2, "compress has --data for it"),
         (("--set", "prune.rato=0.5"), 3, "did you mean prune.ratio"),
         (("--set", "distill.teacher=null"), 3, "compress has the model itself as its teacher"),
+        (("--set", "distill={teacher: lora}"), 3, "compress has the model itself as its teacher"),
     ],
 )
 def test_bad_input_is_named(
