@@ -6,7 +6,7 @@ what it is averaged over, which metrics there are, and how a prediction is writt
 Importing this module, and a module that makes a task of it, imports no torch: reading a recipe looks at its task.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,6 +97,9 @@ class Target:
         blank: the value of an example (or word) without labels, for a head of so many outputs.
         several: True if a recipe may name several columns.
         stratified: True if each value is to have its share of the examples that are held out.
+        maps: True if a label is a map: an image with a class for each pixel. Then `learn` and `encode` are given the values
+            that occur in the pixels, each once, and a batch has `labels` of (batch, height, width), int64, with `IGNORED`
+            where nothing is counted. Beside them `label_sizes` has the (height, width) of each map; the rest of it is padding.
     """
 
     holds: str
@@ -107,6 +110,7 @@ class Target:
     blank: Callable[[int], Any] = lambda _: 0
     several: bool = False
     stratified: bool = False
+    maps: bool = False
 
 
 def logits_of(output: Any) -> Any:
@@ -122,6 +126,11 @@ def count_examples(batch: Batch) -> "int | Tensor":
 def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     """Return the examples `start` to `stop` of a batch whose tensors all have the examples first."""
     return {name: tensor[start:stop] for name, tensor in batch.items()}
+
+
+def nothing_more(batch: Batch, wanted: Collection[str], outputs: int) -> Batch:
+    """Return no inputs of a model beside those of its examples."""
+    return {}
 
 
 def one_row_each(batch: Batch) -> "Tensor":
@@ -162,6 +171,7 @@ class Task:
         inputs: what an example is: a `text` (or a pair), a list of `words`, or an `image`.
         target: how its labels are read.
         auto_class: the class of transformers that makes its models, such as `AutoModelForSequenceClassification`.
+        other_classes: others that do; of all, the first that has a model of a configuration makes it.
         loss: `loss(outputs, batch)` is the sum of the losses of all that is counted, a float32 scalar.
         metrics: what `score` gives; the first is the default of `task.metric`. The mean `loss` need not be named.
         score: `score(stream, labels)` goes once over pairs of outputs and batch, on the model's device, and gives the metrics
@@ -173,6 +183,12 @@ class Task:
         count: how many losses the sum of a batch has.
         read: the outputs, of any structure, in what the model's forward returns.
         part: some examples of a batch, for micro-batches.
+        feed: `feed(batch, wanted, outputs)` are inputs of a model that computes its own loss, made from the labels. `wanted`
+            are the names that its forward has, and `outputs` is how many labels there are.
+        draws: True if a loss draws random numbers. Importance and evaluation then seed them.
+        by_label: the prefixes of further figures that `score` gives, one for each label: `iou` for `iou/road`.
+        maps_of: for labels that are maps: `maps_of(outputs, batch)` are the predicted ones, int64, (height, width) each, of
+            the size of their labels.
         distillation: how a student learns a teacher's outputs; None if it cannot.
         problem_type: as transformers' configurations call it, for its own loss.
         timm: True if models of timm can do it too, whose head then has an output for each label.
@@ -192,6 +208,11 @@ class Task:
     count: "Callable[[Batch], int | Tensor]" = count_examples
     read: Callable[[Any], Outputs] = logits_of
     part: Callable[[Batch, int, int], Batch] = rows_of
+    feed: Callable[[Batch, Collection[str], int], Batch] = nothing_more
+    draws: bool = False
+    by_label: Sequence[str] = ()
+    maps_of: "Callable[[Outputs, Batch], list[Tensor]] | None" = None
+    other_classes: Sequence[str] = ()
     distillation: Distillation | None = None
     problem_type: str | None = None
     timm: bool = False

@@ -71,13 +71,15 @@ class Found:
 
 
 def roles_for(task: Task, data: Mapping[str, Any]) -> Roles:
-    """Return the columns that a task reads, by the keys `text`, `text_pair`, `image` and `label` of a recipe's section `data`.
+    """Return the columns that a task reads, by the keys of a recipe's section `data`: `text`, `text_pair`, `image`, and `label`
+    or `label_map`.
 
-    A column that the recipe does not name has the name of its role.
+    A column that the recipe does not name has the name of its role; a column of maps that of `label`.
     """
-    label, target = data["label"], task.target
+    target = task.target
+    key, label = ("label_map", data["label_map"] or data["label"]) if target.maps else ("label", data["label"])
     labels = tuple(
-        Role("label", name, target.holds, target.can_be, target.is_likely)
+        Role(key, name, target.holds, target.can_be, target.is_likely)
         for name in ([label] if isinstance(label, str) else label)
     )
     if task.inputs == "image":
@@ -116,7 +118,9 @@ def pick(found: Found, roles: Roles, *, labelled: bool = True) -> Picked:
     for role in roles.labels if labelled else ():
         name = found.column(role)
         names, more = class_names(found, name)
-        labels.append(LabelColumn(_complete(found, name), name, found.place(name), names, words=not found.classes))
+        values = _complete(found, name)
+        values = _image(values, found) if roles.task.target.maps else values
+        labels.append(LabelColumn(values, name, found.place(name), names, words=not found.classes))
         notes += more
     return Picked(inputs, tuple(labels), tuple(notes))
 

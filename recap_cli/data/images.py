@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recap_cli.data import pixels
+from recap_cli.data import crops, pixels
+from recap_cli.data.crops import WHOLE, Window, in_pixels
+from recap_cli.data.label_maps import MapReading
 from recap_cli.data.split import Split, chunks, targets_of
 from recap_cli.errors import DataError, ModelError
 from recap_cli.progress import Track, silent
@@ -34,6 +36,7 @@ class ImageInputs:
         std: Per channel, of values from 0 to 1.
         interpolation: nearest, box, bilinear, hamming, bicubic or lanczos, as in Pillow.
         augment: The random change of training images.
+        maps: How the label maps of images are read; None where labels are no maps.
     """
 
     size: tuple[int, int]
@@ -41,7 +44,8 @@ class ImageInputs:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bilinear"
-    augment: Literal["none", "flip"] = "none"
+    augment: Literal["none", "flip", "crop"] = "none"
+    maps: MapReading | None = None
 
 
 def image_split(
@@ -56,7 +60,8 @@ def image_split(
     """Decode and resize the column `image`. A batch has `pixel_values`, (batch, channels, height, width), float32.
 
     Pixels are kept as uint8 if all of them fit into `ram_bytes`. Otherwise each batch decodes its images, with the same result.
-    With `augment="flip"` each has a second variant, flipped left to right. `workers` threads decode.
+    With `augment="flip"` each has a second variant, flipped left to right. With `"crop"` it has those of `crops.window`, which
+    are made of the whole image, so that each batch decodes. `workers` threads decode. Targets are the column `label`.
 
     Raises:
         ModelError: The channels are not 1 or 3 with a mean and a std each.
@@ -68,8 +73,9 @@ def image_split(
     decoded = _decoder(dataset, inputs, origin, workers)
     peaks: list[int] = []
     pixels_at: Callable[[Tensor], Tensor]
+    is_cropped = inputs.augment == "crop"
     content: Callable[[], Iterable[bytes | memoryview]]
-    if len(dataset) * inputs.channels * inputs.size[0] * inputs.size[1] <= ram_bytes:
+    if not is_cropped and len(dataset) * inputs.channels * inputs.size[0] * inputs.size[1] <= ram_bytes:
         held = torch.empty((len(dataset), inputs.channels, *inputs.size), dtype=torch.uint8)
         for chunk in chunks(len(dataset), track, f"decode {origin}"):
             held[chunk.start : chunk.stop] = decoded(torch.arange(chunk.start, chunk.stop), peaks)
@@ -81,15 +87,14 @@ def image_split(
         content = partial(_encoded, dataset)
 
     def fetch(indices: Tensor, variants: Tensor | None) -> dict[str, Tensor]:
-        values = pixels_at(indices)
-        if variants is not None:
+        values = decoded(indices, variants=variants) if is_cropped else pixels_at(indices)
+        if variants is not None and not is_cropped:
             values = torch.where((variants == 1).view(-1, 1, 1, 1), values.flip(-1), values)
         return {"pixel_values": values.to(torch.float32).div_(255).sub_(mean).div_(std)}
 
-    variants = 2 if inputs.augment == "flip" else 1
-    return Split(
-        origin, targets_of(dataset), fetch, notes=tuple(pixels.notes(peaks, origin)), content=content, variants=variants
-    )
+    variants = {"none": 1, "flip": 2, "crop": 1 + crops.VARIANTS}[inputs.augment]
+    targets = torch.zeros(len(dataset)) if inputs.maps else targets_of(dataset)
+    return Split(origin, targets, fetch, notes=tuple(pixels.notes(peaks, origin)), content=content, variants=variants)
 
 
 def _encoded(dataset: "Dataset") -> Iterator[bytes]:
@@ -119,23 +124,24 @@ def _decoder(dataset: "Dataset", inputs: ImageInputs, origin: str, workers: int)
 
     encoded = dataset.cast_column("image", datasets.Image(decode=False))
 
-    def decode(peaks: list[int] | None, image: Mapping[str, Any], row: int) -> Tensor:
+    def decode(peaks: list[int] | None, image: Mapping[str, Any], row: int, seen: Window) -> Tensor:
         try:
-            return _pixels(pixels.decode(image, peaks), inputs)
+            return _pixels(pixels.decode(image, peaks), inputs, seen)
         except pixels.BROKEN as error:
             file = f" {image['path']}" if image.get("path") else ""
             raise DataError(
                 f"the image{file} in row {row} of {origin} {_wrong_with(error)}: {error}", hint=_hint_for(error)
             ) from error
 
-    def pixels_at(indices: Tensor, peaks: list[int] | None = None) -> Tensor:
+    def pixels_at(indices: Tensor, peaks: list[int] | None = None, variants: Tensor | None = None) -> Tensor:
         examples = encoded.select(indices.tolist())[:]
         images, rows = examples["image"], examples["row"]
+        seen = [WHOLE] * len(images) if variants is None else list(map(crops.window, indices.tolist(), variants.tolist()))
         with pixels.careful():
             if workers == 0:
-                return torch.stack(list(map(partial(decode, peaks), images, rows)))
+                return torch.stack(list(map(partial(decode, peaks), images, rows, seen)))
             with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes without the interpreter's lock
-                return torch.stack(list(pool.map(partial(decode, peaks), images, rows)))
+                return torch.stack(list(pool.map(partial(decode, peaks), images, rows, seen)))
 
     return pixels_at
 
@@ -152,11 +158,18 @@ def _hint_for(error: Exception) -> str:
     return "replace the image, or remove its row"
 
 
-def _pixels(image: Any, inputs: ImageInputs) -> Tensor:
+def _pixels(image: Any, inputs: ImageInputs, seen: Window = WHOLE) -> Tensor:
     """Return a decoded image as (channels, height, width), uint8. Like ViT's processor, it does not keep the aspect ratio."""
     import PIL.Image
 
     height, width = inputs.size
     flat = image.convert("L" if inputs.channels == 1 else "RGB")
-    resized = flat.resize((width, height), PIL.Image.Resampling[inputs.interpolation.upper()])
-    return torch.from_numpy(np.array(resized).reshape(height, width, inputs.channels)).permute(2, 0, 1)
+    left, top, wide, high = map(round, in_pixels(seen.place, width, height))
+    box = None if seen is WHOLE else in_pixels(seen.box, *flat.size)
+    resized = flat.resize((wide, high), PIL.Image.Resampling[inputs.interpolation.upper()], box=box)
+    values = torch.from_numpy(np.array(resized).reshape(high, wide, inputs.channels)).permute(2, 0, 1)
+    if (high, wide) != inputs.size:
+        part, mean = values, torch.tensor(inputs.mean).mul(255).round().to(torch.uint8)
+        values = mean[:, None, None].repeat(1, height, width)  # (channels, height, width)
+        values[:, top : top + high, left : left + wide] = part
+    return values.flip(-1) if seen.flip else values

@@ -10,6 +10,7 @@ from recap_cli.core.task import Labels, Task
 from recap_cli.data import sources
 from recap_cli.data.class_folders import IMAGE_SUFFIXES, checked, is_junk_name
 from recap_cli.data.columns import Found, Roles, pick, roles_for
+from recap_cli.data.map_folders import SPLIT
 from recap_cli.data.tables import READERS
 from recap_cli.errors import DataError
 
@@ -88,11 +89,12 @@ def _find(roles: Roles, place: Path | None, split: str | None, data: Mapping[str
     place = place.expanduser()
     if not place.exists():
         raise DataError(f"there is no file or folder {place}", hint="name one that exists: --data FILE")
-    if split is not None:
+    in_names = roles.task.target.maps and any(SPLIT in role.name for role in roles.all)
+    if split is not None and not in_names:
         place = _split_of(place, split, folders=roles.task.inputs == "image")
     if place.is_dir() and roles.task.inputs == "image" and (flat := _flat(place)):
         return _unlabelled_images(place, flat)
-    return sources._read_path(place, KEY, roles)
+    return sources._read_path(place, KEY, roles, split or data["validation_split"])
 
 
 def _split_of(place: Path, split: str, *, folders: bool) -> Path:
@@ -132,15 +134,17 @@ def _labelled(found: Found, roles: Roles, labels: Labels) -> Other:
     are_classes = task.target.stratified
     labelled = not all(_is_unlabelled(found.table, found.column(role), are_classes) for role in roles.labels)
     picked = pick(found, roles, labelled=labelled)
-    targets = task.target.encode(picked.labels, labels) if labelled else _blank(picked.inputs, task, labels)
+    targets = sources.targets_of(picked, task, labels) if labelled else _blank(picked.inputs, task, labels)
     examples = sources.as_dataset(picked.inputs, targets, task, labels)
     return Other(examples, found.origin, labelled, (*found.notes, *picked.notes))
 
 
-def _blank(inputs: "Mapping[str, pa.ChunkedArray]", task: Task, labels: Labels) -> "pa.ChunkedArray":
-    """Return targets that mean nothing: one for each example, or each word of it."""
+def _blank(inputs: "Mapping[str, pa.ChunkedArray]", task: Task, labels: Labels) -> "pa.ChunkedArray | None":
+    """Return targets that mean nothing: one for each example, or each word of it; of maps none."""
     import pyarrow as pa
 
+    if task.target.maps:
+        return None
     blank, first = task.target.blank(len(labels.names)), next(iter(inputs.values()))
     if task.inputs == "words":
         return pa.chunked_array([pa.array([[blank] * len(words) for words in first.to_pylist()], pa.list_(pa.int64()))])

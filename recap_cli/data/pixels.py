@@ -23,6 +23,7 @@ BROKEN = (
     *(struct.error, zlib.error),
 )
 BITS_PER_SAMPLE = 258  # a tag of TIFF
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # a tag of EXIF, and its values that swap width and height
 DIM = 4096  # 16-bit images whose values are all below this hold 12 bits or fewer, and keep at most 16 shades of 256
 
 
@@ -71,7 +72,7 @@ def decode(stored: Mapping[str, Any], peaks: list[int] | None = None) -> "Image"
     import PIL.ImageOps
 
     try:
-        with PIL.Image.open(BytesIO(_content(stored))) as image:
+        with PIL.Image.open(BytesIO(content(stored))) as image:
             image.load()
             PIL.ImageOps.exif_transpose(image, in_place=True)
             return eight_bits(image, peaks)
@@ -79,6 +80,15 @@ def decode(stored: Mapping[str, Any], peaks: list[int] | None = None) -> "Image"
         raise ValueError("it is of no format that Pillow knows") from error
     except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError) as error:
         raise SizeError(f"it has more than {most_pixels():,} pixels") from error
+
+
+def size_of(stored: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the (width, height) of an image that is turned upright, without decoding it. Raises as `decode`."""
+    import PIL.Image
+
+    with PIL.Image.open(BytesIO(content(stored))) as image:
+        turned = image.getexif().get(ORIENTATION) in TURNED
+        return image.size[::-1] if turned else image.size
 
 
 def eight_bits(image: "Image", peaks: list[int] | None = None) -> "Image":
@@ -117,7 +127,7 @@ def notes(peaks: Collection[int], origin: str) -> Iterator[str]:
         )
 
 
-def _content(stored: Mapping[str, Any]) -> bytes:
+def content(stored: Mapping[str, Any]) -> bytes:
     """Return the bytes of the file, from the table or from the path. A path is never a network address."""
     if stored["bytes"] is not None:
         return bytes(stored["bytes"])

@@ -1,6 +1,7 @@
 """The order of examples: pure functions of (seed, round, stage), so that a resumed run sees the same examples."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 
 import torch
@@ -23,6 +24,17 @@ def seed_for(seed: int, round: int, stage: str) -> int:
 def generator_for(seed: int, round: int, stage: str) -> torch.Generator:
     """Return a separate CPU generator for one use of randomness. torch's global generator does not change."""
     return torch.Generator().manual_seed(seed_for(seed, round, stage))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
+    """Inside, torch's global generators begin at a seed; afterwards those of the CPU and of the device go on as before."""
+    place = torch.device(device)
+    with torch.random.fork_rng(
+        [] if place.type == "cpu" else [place], device_type=place.type if place.type != "cpu" else "cuda"
+    ):
+        torch.manual_seed(seed)
+        yield
 
 
 def order(count: int, *, seed: int, round: int, epoch: int) -> Tensor:

@@ -7,6 +7,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from recap_cli.core.label_maps import LabelMaps
 from recap_cli.core.ragged import Ragged
 from recap_cli.data.split import Split
 
@@ -85,8 +86,12 @@ def fingerprint(split: Split) -> str:
     """Return a digest of a split: its targets, and all that its inputs are made of."""
     digest = sha256(f"{len(split)} {split.variants}".encode())
     targets = split.targets
-    for tensor in (targets.values, targets.ends) if isinstance(targets, Ragged) else (targets,):
-        digest.update(tensor.contiguous().numpy().tobytes())
+    if isinstance(targets, LabelMaps):
+        for piece in targets.content():
+            digest.update(piece)
+    else:
+        for tensor in (targets.values, targets.ends) if isinstance(targets, Ragged) else (targets,):
+            digest.update(tensor.contiguous().numpy().tobytes())
     for piece in split.content():
         digest.update(piece)
     return digest.hexdigest()

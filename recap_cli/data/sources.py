@@ -5,7 +5,7 @@ The examples have the columns `text` (and `text_pair`) or `image`, then `label`,
 
 import gzip
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
@@ -17,8 +17,11 @@ from torch import Tensor
 
 from recap_cli.core.task import Labels, Task
 from recap_cli.data.class_folders import holds_images, read_folder
-from recap_cli.data.columns import Found, Roles, pick, roles_for
+from recap_cli.data.columns import Found, Picked, Roles, pick, roles_for
 from recap_cli.data.hub import read_hub
+from recap_cli.data.map_classes import map_classes
+from recap_cli.data.map_folders import read_pairs
+from recap_cli.data.map_split import values_in
 from recap_cli.data.sampling import generator_for
 from recap_cli.data.tables import read_file
 from recap_cli.errors import DataError
@@ -67,7 +70,7 @@ def read_splits(task: Task, data: Mapping[str, Any], *, seed: int) -> Raw:
     """
     roles, share = roles_for(task, data), data["validation_share"]
     if data["train"] is not None:
-        first, second = _read_files(roles, Path(data["train"]), data["validation"] and Path(data["validation"]), share)
+        first, second = _read_files(roles, data, share)
     elif data["builtin"] is not None:
         first, second, share = _read_builtin(data["builtin"], roles), None, share or DIGITS_SHARE
     elif data["name"] is not None:
@@ -75,7 +78,7 @@ def read_splits(task: Task, data: Mapping[str, Any], *, seed: int) -> Raw:
         first, second = _read_hub(data["name"], data["subset"], splits)
     else:
         raise DataError("the recipe names no data", hint="name a file with --set data.train=FILE, or try the recipe quickstart")
-    labels, examples, notes = _labelled(first, second, roles)
+    labels, examples, notes = _labelled(first, second, roles, data)
     if second is None:
         strata = torch.tensor(examples[0]["label"]) if task.target.stratified else torch.zeros(len(examples[0])).long()
         kept, held_out = hold_out(strata, share or 0.0, seed=seed, origin=first.origin)
@@ -119,19 +122,25 @@ def hold_out(labels: Tensor, share: float, *, seed: int, origin: str) -> tuple[T
     return by_label[~out].sort().values, by_label[out].sort().values
 
 
-def _read_files(roles: Roles, train: Path, validation: Path | None, share: float | None) -> tuple[Found, Found | None]:
+def _read_files(roles: Roles, data: Mapping[str, Any], share: float | None) -> tuple[Found, Found | None]:
+    train, validation = Path(data["train"]), data["validation"] and Path(data["validation"])
     if (validation is None) == (share is None):
         raise DataError(
             f"training data is {train}, but {'neither' if share is None else 'both'} data.validation "
             f"{'nor' if share is None else 'and'} data.validation_share {'is' if share is None else 'are'} set",
             hint="--set data.validation=FILE, or --set data.validation_share=0.1 to hold out a tenth of the training data",
         )
-    first = _read_path(train, "data.train", roles)
-    return first, None if validation is None else _read_path(validation, "data.validation", roles)
+    first = _read_path(train, "data.train", roles, data["train_split"])
+    second = None if validation is None else _read_path(validation, "data.validation", roles, data["validation_split"])
+    return first, second
 
 
-def _read_path(path: Path, key: str, roles: Roles) -> Found:
+def _read_path(path: Path, key: str, roles: Roles, split: str) -> Found:
+    """Return what stands in a file or a folder; `split` stands for `{split}` in the names of folders of maps."""
     path = path.expanduser()
+    if path.is_dir() and roles.task.target.maps:
+        table, notes = read_pairs(path, image=roles.inputs[0].name, label_map=roles.labels[0].name, split=split, key=key)
+        return Found(table, str(path), classes=True, notes=tuple(notes))
     if path.is_dir():
         if roles.task.inputs != "image":
             raise folder_for_texts(path, key)
@@ -188,17 +197,38 @@ def _read_builtin(name: str, roles: Roles) -> Found:
     return Found(table, "the digits of recap")
 
 
-def _labelled(first: Found, second: Found | None, roles: Roles) -> "tuple[Labels, list[Dataset], list[str]]":
+def _labelled(
+    first: Found, second: Found | None, roles: Roles, data: Mapping[str, Any]
+) -> "tuple[Labels, list[Dataset], list[str]]":
     """Return the labels, each source with its targets and its inputs by their key, and notes."""
-    target = roles.task.target
+    task = roles.task
     picked = [(found, pick(found, roles)) for found in (first, second) if found is not None]
-    labels = target.learn(picked[0][1].labels)
-    examples = [as_dataset(one.inputs, target.encode(one.labels, labels), roles.task, labels) for _, one in picked]
+    labels = task.target.learn(picked[0][1].labels) if not task.target.maps else _labels_of_maps(picked[0], task, data)
+    examples = [as_dataset(one.inputs, targets_of(one, task, labels), task, labels) for _, one in picked]
     return labels, examples, list(dict.fromkeys(note for found, one in picked for note in (*found.notes, *one.notes)))
 
 
-def as_dataset(inputs: "Mapping[str, pa.ChunkedArray]", targets: "pa.ChunkedArray", task: Task, labels: Labels) -> "Dataset":
-    """Return examples with the columns of their inputs, `label` and `row`."""
+def targets_of(picked: Picked, task: Task, labels: Labels) -> "pa.ChunkedArray":
+    """Return the targets of examples: encoded, or for maps, as they are stored."""
+    return picked.labels[0].values if task.target.maps else task.target.encode(picked.labels, labels)
+
+
+def _labels_of_maps(of: tuple[Found, Picked], task: Task, data: Mapping[str, Any]) -> Labels:
+    """Return the classes of maps: those that the recipe names, or the values that occur in the training data."""
+    import pyarrow as pa
+
+    classes = map_classes(data)
+    if classes.names:
+        return Labels(classes.names)
+    (column,) = of[1].labels
+    values = [value for value in values_in(column.values, of[0].origin) if value not in classes.ignored]
+    return task.target.learn([replace(column, values=pa.chunked_array([pa.array(values, pa.int64())]), words=True)])
+
+
+def as_dataset(
+    inputs: "Mapping[str, pa.ChunkedArray]", targets: "pa.ChunkedArray | None", task: Task, labels: Labels
+) -> "Dataset":
+    """Return examples with the columns of their inputs, `label` (if there are targets) and `row`."""
     import datasets
     import pyarrow as pa
 
@@ -207,14 +237,14 @@ def as_dataset(inputs: "Mapping[str, pa.ChunkedArray]", targets: "pa.ChunkedArra
         "words": datasets.List(datasets.Value("string")),
         "image": datasets.Image(),
     }
-    label = datasets.Features.from_arrow_schema(pa.schema([("label", targets.type)]))["label"]
-    if task.target.stratified:
-        label = datasets.ClassLabel(names=list(labels.names))
-    features = datasets.Features(
-        dict.fromkeys(inputs, kinds[task.inputs]) | {"label": label} | {"row": datasets.Value("int64")}
-    )
-    rows = pa.array(range(1, len(targets) + 1), pa.int64())
-    table = pa.table([*inputs.values(), targets, rows], schema=features.arrow_schema)
+    label = {}
+    if targets is not None:
+        label = datasets.Features.from_arrow_schema(pa.schema([("label", targets.type)]))
+        if task.target.stratified or task.target.maps:
+            label = {"label": datasets.Image() if task.target.maps else datasets.ClassLabel(names=list(labels.names))}
+    features = datasets.Features(dict.fromkeys(inputs, kinds[task.inputs]) | label | {"row": datasets.Value("int64")})
+    rows = pa.array(range(1, len(next(iter(inputs.values()))) + 1), pa.int64())
+    table = pa.table([*inputs.values(), *([] if targets is None else [targets]), rows], schema=features.arrow_schema)
     return datasets.Dataset(table, fingerprint="recap")  # no file is kept by it; to make one, `datasets` hashes the whole table
 
 

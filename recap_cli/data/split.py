@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recap_cli.core.label_maps import LabelMaps
 from recap_cli.core.ragged import Ragged
 from recap_cli.core.task import TEACHER, TEACHER_STATES, Batch
 from recap_cli.progress import Track
@@ -28,11 +29,12 @@ class Split:
 
     Attributes:
         origin: The file or data set that they come from, for messages.
-        targets: What the examples are to give, the examples first: (examples,), (examples, labels), or one row of a `Ragged`
-            each.
+        targets: What the examples are to give, the examples first: (examples,), (examples, labels), one row of a `Ragged`
+            each, or a map each.
         fetch: Returns the inputs at some indices, each in its variant.
         content: Yields the bytes that the inputs are made of, for a digest of them.
-        variants: How many there are of each example: with random flips two, the second being flipped.
+        variants: How many there are of each example: with random flips two, the second being flipped. Of more than two the
+            first is not drawn.
         soft: What a teacher gives for the examples, if there is one.
         states: What its blocks give, where they are learned too: one row for each example.
         tokens: For texts, the token ids that occur, sorted, int64.
@@ -41,7 +43,7 @@ class Split:
     """
 
     origin: str
-    targets: Tensor | Ragged
+    targets: Tensor | Ragged | LabelMaps
     fetch: Fetch
     tokens: Tensor | None = None
     special: Tensor | None = None
@@ -62,16 +64,20 @@ class Split:
         taught = {} if self.soft is None else {TEACHER: self.soft.at(indices, variants)}
         if self.states is not None:
             taught[TEACHER_STATES] = self.states.at(indices, variants)[:, 0]
-        return {**self.fetch(indices, variants), **self.labels(indices), **taught}
+        return {**self.fetch(indices, variants), **self.labels(indices, variants), **taught}
 
     def draw_variants(self, count: int, generator: torch.Generator | None) -> Tensor | None:
         """Return a drawn variant for each of `count` examples; None if there is only one, or no generator."""
         if generator is None or self.variants == 1:
             return None
+        if self.variants > 2:
+            return torch.randint(1, self.variants, (count,), generator=generator)  # (count,)
         return (torch.rand(count, generator=generator) < 0.5).long()  # (count,)
 
-    def labels(self, indices: Tensor) -> Batch:
+    def labels(self, indices: Tensor, variants: Tensor | None = None) -> Batch:
         """Return the `labels` alone of the batch at `indices`."""
+        if isinstance(self.targets, LabelMaps):
+            return self.targets.read(indices, variants)
         return {"labels": self.targets[indices]}
 
 

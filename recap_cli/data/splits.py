@@ -3,9 +3,11 @@
 `sampling` decides which examples a batch holds; `sources` reads them.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from recap_cli.data.images import RAM_BYTES, ImageInputs, image_split
+from recap_cli.data.map_split import label_maps
 from recap_cli.data.split import Split
 from recap_cli.data.texts import TextInputs, text_split, words_split
 from recap_cli.progress import Track, silent
@@ -34,4 +36,7 @@ def make_split(
     if isinstance(inputs, TextInputs):
         make = words_split if inputs.words else text_split
         return make(dataset, inputs, origin=origin, track=track)
-    return image_split(dataset, inputs, origin=origin, workers=workers, ram_bytes=ram_bytes, track=track)
+    split = image_split(dataset, inputs, origin=origin, workers=workers, ram_bytes=ram_bytes, track=track)
+    if inputs.maps is None:
+        return split
+    return replace(split, targets=label_maps(dataset, inputs, origin=origin, ram_bytes=ram_bytes, track=track))

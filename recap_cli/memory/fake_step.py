@@ -4,6 +4,7 @@ Weights, batch and optimizer state have shapes and no memory, and everything els
 the loop in `training`, the optimizer. The same function runs on real tensors too, which is how the prediction is tested.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from recap_cli.trainable.optim import Optimizer
 from recap_cli.training.loop import Forward, Steps, train
 
 Kernels = Literal["cuda", "cpu"]
+MATCHING = "linear_sum_assignment"
 WITHOUT = "training needs no prediction: recap run goes on without one, if the recipe has no finetune.memory_budget"
 
 
@@ -95,6 +97,7 @@ class Fakes:
             stack.enter_context(self.mode)
             if kernels == "cuda":
                 stack.enter_context(cuda_kernels())
+            stack.enter_context(any_matching())
             stack.enter_context(_silence())
             try:
                 yield
@@ -152,6 +155,30 @@ def _tracker(step: Step, batch: Batch) -> Tracker:
         tracker.know(states, "optimizer")
     tracker.know(batch, "other")
     return tracker
+
+
+@contextmanager
+def any_matching() -> Iterator[None]:
+    """Inside, models that match queries with objects by their costs match the first ones: fake tensors have no costs.
+
+    The library imports scipy's function into the modules of such models, where it is swapped.
+    """
+    users = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("transformers.models.") and MATCHING in vars(module)
+    ]
+    with ExitStack() as stack:
+        for module in users:
+            stack.callback(setattr, module, MATCHING, getattr(module, MATCHING))
+            setattr(module, MATCHING, _first_ones)
+        yield
+
+
+def _first_ones(costs: Tensor) -> tuple[list[int], list[int]]:
+    """Return a matching of as many as there are, by (queries, objects)."""
+    count = min(costs.shape)
+    return list(range(count)), list(range(count))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from recap_cli.core.axes import Axis, Shape, UnitMask, all_units, counts, shapes_of, unit_params
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.importance import group_scores
+from recap_cli.core.label_maps import SIZES
 from recap_cli.core.method import RoundPlan, TrainerHook
 from recap_cli.core.ranking import Limits, select
 from recap_cli.core.streaming import streamed
@@ -299,7 +300,9 @@ def batch_of(spec: ModelSpec, recipe: Recipe, size: int) -> Batch:
         labels = torch.zeros(size, *blank.shape, dtype=blank.dtype)  # (size,) or (size, labels)
         if spec.image is not None:
             side = spec.image["size"]
-            return {"pixel_values": torch.zeros(size, spec.image["channels"], side, side), "labels": labels}
+            labels = torch.zeros(size, side, side, dtype=torch.int64) if task.target.maps else labels
+            maps = {SIZES: torch.zeros(size, 2, dtype=torch.int64)} if task.target.maps else {}
+            return {"pixel_values": torch.zeros(size, spec.image["channels"], side, side), "labels": labels, **maps}
         ids = torch.zeros(size, min(recipe.data.max_length, build.positions(spec) or recipe.data.max_length), dtype=torch.int64)
         mask = {"attention_mask": torch.zeros_like(ids)} if size > 1 else {}
         labels = torch.zeros_like(ids) if task.inputs == "words" else labels  # one for each token

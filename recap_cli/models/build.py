@@ -16,7 +16,7 @@ from recap_cli.core.adapter import Adapter, matches
 from recap_cli.core.surgery import owner_of, state_sizes
 from recap_cli.core.ties import names_of
 from recap_cli.errors import ModelError
-from recap_cli.models import adapter_calls, timm_models, transformers_models
+from recap_cli.models import adapter_calls, preprocessing, timm_models, transformers_models
 from recap_cli.models.specs import ModelSpec
 from recap_cli.models.unfilled import meta_device
 from recap_cli.untrusted.files import some
@@ -34,6 +34,7 @@ __all__ = [
     "flat_outputs",
     "forward",
     "head_names",
+    "inputs_of",
     "load_processor",
     "on_meta",
     "positions",
@@ -128,6 +129,13 @@ def forward(spec: ModelSpec) -> Callable[[nn.Module, Batch], Any]:
     return run
 
 
+def inputs_of(spec: ModelSpec, model: nn.Module) -> frozenset[str]:
+    """Return the names of what the forward of a model of this spec takes."""
+    if spec.library == "timm":
+        return frozenset({"pixel_values"})
+    return transformers_models.inputs_of(cast(Hashable, type(model)))
+
+
 def flat_outputs(spec: ModelSpec, model: nn.Module, batch: Batch) -> Tensor:
     """Return all numbers that a model gives for a batch, one tensor after another, (numbers,)."""
     leaves = tree_leaves(forward(spec)(model, batch))
@@ -205,7 +213,7 @@ def describe(spec: ModelSpec, processor: Any) -> dict[str, str | bytes]:
         return {**files, "config.json": timm_models.config_json(spec)}
     files["config.json"] = transformers_models.configure(spec.config).to_json_string(use_diff=False)
     if spec.image is not None:
-        files["preprocessor_config.json"] = transformers_models.preprocessor_json(spec.image)
+        files["preprocessor_config.json"] = preprocessing.preprocessor_json(spec.image, spec.model_type)
     return {**files, **({} if processor is None else transformers_models.files_of(processor))}
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from recap_cli.core.adapter import Adapter, matches
 from recap_cli.errors import ModelError
-from recap_cli.models import timm_models, transformers_models, unexpected_weights
+from recap_cli.models import preprocessing, timm_models, transformers_models, unexpected_weights
 from recap_cli.models.build import adapter_of, assemble, tensors_of
 from recap_cli.models.checkpoints import LoadReport, count_weights, locate, read_weights
 from recap_cli.models.config_checks import check_limits
@@ -70,14 +70,16 @@ def tokenizer_of(source: ModelSource, vocab_size: int) -> Any:
 
 
 def _create_transformers(source: ModelSource) -> Created:
-    model_type, folder, given, config, adapter = read_transformers(source)
+    model_type, folder, given, config, adapter, source = read_transformers(source)
     words = source.task.inputs == "words"
     processor = None if source.is_image else _tokenizer(folder, given, config.vocab_size, words=words)
     said = SaidHead(transformers_models.label_names(config), given.get("architectures"), given.get("problem_type"))
     transformers_models.set_labels(config, source.labels, source.task.problem_type)
-    image, note = transformers_models.read_image_facts(folder, config) if source.is_image else (None, None)
+    image, note = preprocessing.read_image_facts(folder, config) if source.is_image else (None, None)
     if folder is None and image is not None and source.image_size is not None:
-        config.image_size = image["size"] = source.image_size
+        image["size"] = source.image_size
+        if hasattr(config, "image_size"):
+            config.image_size = source.image_size
     new: list[str] = []
     if folder is None:
         transformers_models.check_size(config, source)
@@ -182,7 +184,7 @@ def _renew_output(model: nn.Module, adapter: Adapter, num_labels: int) -> list[s
 
 def _resized(model: nn.Module, spec: ModelSpec, adapter: Adapter, size: int) -> tuple[nn.Module, ModelSpec, list[str]]:
     """Return the model for square images of another size, its spec, and the names of what was resampled for it."""
-    patch = spec.config["patch_size"]
+    patch = spec.config.get("patch_size", 1)
     height, width = patch if isinstance(patch, list | tuple) else (patch, patch)
     if size < max(height, width):
         raise ModelError(f"images of {size} pixels hold no patch of {height} × {width}", hint="raise data.image_size")
@@ -190,5 +192,6 @@ def _resized(model: nn.Module, spec: ModelSpec, adapter: Adapter, size: int) -> 
     positions = [name for name in tensors if name.endswith("embeddings.position_embeddings")]
     for name in positions:
         tensors[name] = resample(tensors[name], (size // height, size // width))
-    new = replace(spec, config={**spec.config, "image_size": size}, image={**(spec.image or {}), "size": size})
+    sized = {"image_size": size} if "image_size" in spec.config else {}
+    new = replace(spec, config={**spec.config, **sized}, image={**(spec.image or {}), "size": size})
     return assemble(new, tensors, adapter, {}), new, positions

@@ -1,7 +1,7 @@
 """Where a model comes from and what it is for, as a recipe says it; and its configuration, read from there."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ class ModelSource:
         revision: A branch, tag or commit on the hub.
         label_names: The labels of the data. Empty where they are not known: the head has those of the configuration.
         image_size: Side in pixels. Position embeddings are resampled once for another size than the checkpoint's.
+        made_by: Of the classes that the task has, the one that makes its model; None for the first.
     """
 
     library: Library
@@ -38,11 +39,12 @@ class ModelSource:
     revision: str | None = None
     label_names: Sequence[str] = ()
     image_size: int | None = None
+    made_by: str | None = None
 
     @property
     def auto_class(self) -> str | None:
         """The class of transformers that builds it; None for timm."""
-        return None if self.library == "timm" else self.task.auto_class
+        return None if self.library == "timm" else self.made_by or self.task.auto_class
 
     @property
     def is_image(self) -> bool:
@@ -78,6 +80,7 @@ class FromTransformers(NamedTuple):
         given: Its values as they stand there.
         config: The configuration itself.
         adapter: The adapter of its model type.
+        source: The source, with the class that makes the model.
     """
 
     model_type: str
@@ -85,6 +88,7 @@ class FromTransformers(NamedTuple):
     given: dict[str, Any]
     config: Any
     adapter: Adapter
+    source: ModelSource
 
 
 def read_transformers(source: ModelSource, *, only_config: bool = False) -> FromTransformers:
@@ -98,8 +102,11 @@ def read_transformers(source: ModelSource, *, only_config: bool = False) -> From
     kind = transformers_models.model_type(given, "model.config" if folder is None else str(folder / "config.json"))
     adapter = adapter_named(kind)
     config = transformers_models.configure(given, strict=folder is None)
+    for made_by in source.task.other_classes:
+        if not transformers_models.has_model(config, source):
+            source = replace(source, made_by=made_by)
     transformers_models.check_task(config, source)
-    return FromTransformers(kind, folder, given, config, adapter)
+    return FromTransformers(kind, folder, given, config, adapter, source)
 
 
 class FromTimm(NamedTuple):

@@ -2,7 +2,7 @@
 
 import torch
 
-from recap_cli.models import timm_models, transformers_models
+from recap_cli.models import preprocessing, timm_models, transformers_models
 from recap_cli.models.source import ModelSource, check_source, read_timm, read_transformers
 from recap_cli.models.specs import ModelSpec
 from recap_cli.untrusted.files import named
@@ -20,12 +20,14 @@ def spec_of(source: ModelSource) -> ModelSpec:
 
 
 def _of_transformers(source: ModelSource) -> ModelSpec:
-    model_type, folder, _, config, _ = read_transformers(source, only_config=True)
+    model_type, folder, _, config, _, source = read_transformers(source, only_config=True)
     if source.label_names:
         transformers_models.set_labels(config, source.labels, source.task.problem_type)
-    image = transformers_models.read_image_facts(folder, config)[0] if source.is_image else None
+    image = preprocessing.read_image_facts(folder, config)[0] if source.is_image else None
     if image is not None and source.image_size is not None:
-        config.image_size = image["size"] = source.image_size
+        image["size"] = source.image_size
+        if hasattr(config, "image_size"):
+            config.image_size = source.image_size
     names = [str(label) for label in config.id2label.values()]
     values = transformers_models.config_values(config)
     return ModelSpec(

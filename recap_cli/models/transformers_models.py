@@ -17,7 +17,7 @@ from recap_cli.errors import ModelError
 from recap_cli.models.checkpoints import FOLDER_HINT, QUANTIZED_HINT, LoadReport, count_weights, quiet
 from recap_cli.models.config_checks import HINT as CONFIG_HINT
 from recap_cli.models.config_checks import check_fit, check_limits, check_padding
-from recap_cli.models.specs import INTERPOLATIONS, ModelSpec, image_facts
+from recap_cli.models.specs import ModelSpec
 from recap_cli.models.unfilled import meta_device
 from recap_cli.untrusted import files
 from recap_cli.untrusted.files import LIBRARY_ERRORS
@@ -184,11 +184,16 @@ def check_task(config: Any, wanted: ForTask) -> None:
     Raises:
         ModelError: It has not.
     """
-    if type(config) not in _auto(wanted)._model_mapping:
+    if not has_model(config, wanted):
         raise ModelError(
             f"transformers has no {config.model_type} for {wanted.task_kind}",
             hint="do model.name and task.kind fit together?",
         )
+
+
+def has_model(config: Any, wanted: ForTask) -> bool:
+    """Whether the class that is wanted has a model of this configuration."""
+    return type(config) in _auto(wanted)._model_mapping
 
 
 def label_names(config: Any) -> list[str]:
@@ -213,54 +218,6 @@ def config_values(config: Any) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     values.pop("_name_or_path", None)
     return values
-
-
-def square_size(config: Any) -> int:
-    """Return the side, in pixels, of the images of a configuration.
-
-    Raises:
-        ModelError: They are not square.
-    """
-    size = config.image_size
-    sides = set(size) if isinstance(size, list | tuple) else {size}
-    if len(sides) != 1 or not isinstance(next(iter(sides)), int):
-        message = f"the model is for images of size {size}, not square ones"
-        raise ModelError(message, hint="give one side: --set data.image_size=224")
-    return int(next(iter(sides)))
-
-
-def read_image_facts(folder: Path | None, config: Any) -> tuple[dict[str, Any], str | None]:
-    """Return the preprocessing of the folder's preprocessor_config.json, and a note if there is no such file."""
-    size, channels = square_size(config), int(config.num_channels)
-    path = None if folder is None else folder / "preprocessor_config.json"
-    if path is None or not path.is_file():
-        note = None if path is None else f"{folder} has no preprocessor_config.json: assumes a mean and std of 0.5"
-        return image_facts(size, channels), note
-    given = files.read_object(path)
-    number = given.get("resample")
-    if isinstance(number, int) and not 0 <= number < len(INTERPOLATIONS):
-        raise ModelError(f"{path}: resample is {number}; expected 0 to {len(INTERPOLATIONS) - 1}", hint=files.AGAIN)
-    interpolation = INTERPOLATIONS[number] if isinstance(number, int) else "bilinear"
-    try:
-        return image_facts(size, channels, given.get("image_mean"), given.get("image_std"), interpolation), None
-    except ModelError as error:
-        raise ModelError(f"{path}: {error.message}", hint=files.AGAIN) from error
-
-
-def preprocessor_json(image: dict[str, Any]) -> str:
-    """Return a preprocessor_config.json with the preprocessing of the finetuning: resize to a square, no crop."""
-    values = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": image["size"], "width": image["size"]},
-        "resample": INTERPOLATIONS.index(image["interpolation"]),
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": image["mean"],
-        "image_std": image["std"],
-    }
-    return json.dumps(values, indent=2) + "\n"
 
 
 def read_tokenizer(folder: Path, vocab_size: int, *, words: bool = False) -> Any:

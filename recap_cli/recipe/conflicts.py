@@ -37,6 +37,7 @@ OTHER_KEYS = {  # of `data`, that mean nothing for a task with these inputs
     "words": ("text_pair", "image", "image_size"),
     "image": ("text", "text_pair"),
 }
+MAP_KEYS = ("label_map", "classes")  # of `data`, that mean nothing where labels are no maps
 ALTERNATIVES = (("model.name", "model.config"), ("data.name", "data.builtin", "data.train"))
 NEEDS = {  # key: the key that it requires
     "model.revision": "model.name",
@@ -143,8 +144,7 @@ def _task_conflicts(recipe: "Recipe", task: Task) -> Iterator[Conflict]:
     for name in OTHER_KEYS[task.inputs]:
         if (found := getattr(data, name)) is not None:
             yield Conflict((f"data.{name}", "task.kind"), f"expected null, for {kind}; found {found}")
-    if column == "text" and data.augment != "none":
-        yield Conflict(("data.augment", "task.kind"), f"expected none, for {kind}; found {data.augment}")
+    yield from _image_conflicts(recipe, task)
     if not isinstance(data.label, str):
         if not task.target.several:
             text = f"expected one column, for {kind}; found {len(data.label)}: {', '.join(data.label)}"
@@ -154,6 +154,21 @@ def _task_conflicts(recipe: "Recipe", task: Task) -> Iterator[Conflict]:
     if recipe.mask.train_embeddings == "tokens" and column == "image":
         keys = ("mask.train_embeddings", "task.kind")
         yield Conflict(keys, "expected true or false, as images have no tokens; found tokens")
+
+
+def _image_conflicts(recipe: "Recipe", task: Task) -> Iterator[Conflict]:
+    """Yield keys of label maps for a task that has none, and an augmentation that the task, or a teacher, cannot have."""
+    kind, data = recipe.task.kind, recipe.data
+    for name in () if task.target.maps else MAP_KEYS:
+        if (found := getattr(data, name)) is not None:
+            yield Conflict((f"data.{name}", "task.kind"), f"expected null, for {kind}; found {found}")
+    allowed = ["none", *(["flip"] if task.inputs == "image" else []), *(["crop"] if task.target.maps else [])]
+    if data.augment not in allowed:
+        text = f"expected {' or '.join(allowed)}, for {kind}; found {data.augment}"
+        yield Conflict(("data.augment", "task.kind"), text)
+    elif data.augment == "crop" and recipe.distill.teacher is not None:
+        text = "expected none or flip, as a teacher's outputs for every crop are too many to be kept; found crop"
+        yield Conflict(("data.augment", "distill.teacher"), text)
 
 
 def _config_conflicts(config: dict[str, Any]) -> Iterator[Conflict]:

@@ -31,6 +31,7 @@ from recap_cli.recipe.values import (
     Million,
     Name,
     NonNegative,
+    OneOrMore,
     PartialShare,
     Pixels,
     Positive,
@@ -105,7 +106,24 @@ class Data(BaseModel):
     )
     text: Text | None = Field(default=None, description="Column of the text, or of the first of two.")
     text_pair: Text | None = Field(default=None, description="Column of the second text.")
-    image: Text | None = Field(default=None, description="Column of the image; a folder of class folders has none.")
+    image: Text | None = Field(
+        default=None,
+        description="Column of the image; a folder of class folders has none. Of a folder with label maps, the folder of the "
+        "images in it, or a pattern; {split} stands for the split.",
+    )
+    label_map: Text | None = Field(
+        default=None,
+        description="Column of the label maps, which have a class for each pixel; null is that of `label`. Of a folder, their "
+        "folder in it, or a pattern.",
+    )
+    classes: Text | None = Field(
+        default=None,
+        description="JSON file of the classes of label maps: a list of names, an id2label, or objects with name, color and id. "
+        "null takes the values that occur.",
+    )
+    ignore_index: OneOrMore | None = Field(
+        default=255, description="Value of label maps, or a list of values, that are no class and not counted; null is none."
+    )
     label: TextOrTexts = Field(
         default="label", description="Column of the label; a list of columns of 0 and 1 for a task with several classes."
     )
@@ -113,7 +131,10 @@ class Data(BaseModel):
     image_size: Pixels | None = Field(default=None, description="Side of an image in pixels; null is the model's.")
     train_samples: Count | None = Field(default=None, description="Train on so many examples, after a seeded shuffle.")
     validation_samples: Count | None = Field(default=None, description="Validate on so many examples, likewise.")
-    augment: Literal["none", "flip"] = Field(default="none", description="Random flips of training images.")
+    augment: Literal["none", "flip", "crop"] = Field(
+        default="none",
+        description="Random flips of training images. crop is for label maps: a random resize by 0.5 to 2, a crop and a flip.",
+    )
     workers: Threads = Field(default=0, description="Threads that decode images; 0 is the main thread.")
 
 

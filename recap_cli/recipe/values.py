@@ -92,6 +92,10 @@ AutoPositiveOrFalse = Annotated[
 TextOrTexts = Annotated[
     Text | Annotated[tuple[Text, ...], Field(min_length=2, max_length=10**4)], BeforeValidator(_tuple), WrapValidator(_one_of)
 ]
+Value = Annotated[int, Field(strict=True, ge=0, le=2**16 - 1), BeforeValidator(_whole)]  # of a pixel of a label map
+OneOrMore = Annotated[
+    Value | Annotated[tuple[Value, ...], Field(min_length=1, max_length=2**16)], BeforeValidator(_tuple), WrapValidator(_one_of)
+]
 FlagOrTokens = Annotated[Flag | Literal["tokens"], WrapValidator(_one_of)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), BeforeValidator(as_number)]
 Device = Annotated[

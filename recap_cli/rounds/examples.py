@@ -1,9 +1,12 @@
 """The examples of a recipe, as tensors for its model: read once per process, whatever number of stages ask for them."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from recap_cli.data import sources
+from recap_cli.data.label_maps import reading_of
+from recap_cli.data.map_classes import map_classes
 from recap_cli.data.splits import ImageInputs, Split, TextInputs, make_split
 from recap_cli.models import build
 from recap_cli.models.build import ModelSpec
@@ -22,9 +25,9 @@ def read_raw(recipe: Recipe) -> sources.Raw:
 
 def inputs_of(recipe: Recipe, spec: ModelSpec, processor: Any) -> TextInputs | ImageInputs:
     """How the examples of a recipe become the inputs of a model."""
-    image = spec.image
+    image, task = spec.image, task_named(recipe.task.kind)
     if image is None:
-        words = task_named(recipe.task.kind).inputs == "words"
+        words = task.inputs == "words"
         return TextInputs(processor, recipe.data.max_length, build.positions(spec), words)
     return ImageInputs(
         size=(image["size"], image["size"]),
@@ -33,6 +36,7 @@ def inputs_of(recipe: Recipe, spec: ModelSpec, processor: Any) -> TextInputs | I
         std=tuple(image["std"]),
         interpolation=image["interpolation"],
         augment=recipe.data.augment,
+        maps=reading_of(map_classes(recipe.data.model_dump()), spec.label_names) if task.target.maps else None,
     )
 
 
@@ -61,11 +65,18 @@ def splits_of(
 def make_splits(recipe: Recipe, spec: ModelSpec, processor: Any, track: Track, raw: sources.Raw) -> tuple[Split, Split]:
     """The training and the validation examples as tensors for a model. Raises as `splits_of`."""
     check_names(raw.label_names, spec.label_names, raw.train_origin)
-    inputs = inputs_of(recipe, spec, processor)
+    inputs, workers = inputs_of(recipe, spec, processor), recipe.data.workers
     return (
-        make_split(raw.train, inputs, origin=raw.train_origin, workers=recipe.data.workers, track=track),
-        make_split(raw.validation, inputs, origin=raw.validation_origin, workers=recipe.data.workers, track=track),
+        make_split(raw.train, inputs, origin=raw.train_origin, workers=workers, track=track),
+        make_split(raw.validation, to_score(inputs), origin=raw.validation_origin, workers=workers, track=track),
     )
+
+
+def to_score(inputs: TextInputs | ImageInputs) -> TextInputs | ImageInputs:
+    """How examples are read that a model is scored by: as they are, and label maps at their own size."""
+    if isinstance(inputs, TextInputs):
+        return inputs
+    return replace(inputs, augment="none", maps=inputs.maps and replace(inputs.maps, native=True))
 
 
 def _split_key(recipe: Recipe, spec: ModelSpec) -> str:

@@ -195,7 +195,8 @@ def _kind(checkpoint: Checkpoint, model: str) -> str:
 
 def _fits(kind: str, checkpoint: Checkpoint) -> bool:
     task = task_named(kind)
-    is_class = str(checkpoint.saved).endswith(task.auto_class.removeprefix("AutoModel"))
+    classes = (task.auto_class, *task.other_classes)
+    is_class = str(checkpoint.saved).endswith(tuple(name.removeprefix("AutoModel") for name in classes))
     return is_class and task.problem_type in (None, checkpoint.problem_type)
 
 

@@ -40,11 +40,11 @@ def forward_of(spec: ModelSpec, model: nn.Module) -> Forward:
 
     It raises `ModelError` where the model looks up what is not there, as with an index that a damaged file holds.
     """
-    call, read = build.forward(spec), task_named(spec.task_kind).read
+    call, task, wanted = build.forward(spec), task_named(spec.task_kind), build.inputs_of(spec, model)
 
     def forward(batch: Batch) -> Outputs:
         try:
-            return read(call(model, batch))
+            return task.read(call(model, {**batch, **task.feed(batch, wanted, spec.num_labels)}))
         except (IndexError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "is out of bounds" not in str(error):  # of `gather`
                 raise

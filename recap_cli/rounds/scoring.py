@@ -21,7 +21,7 @@ from recap_cli.machine import devices
 from recap_cli.progress import Track
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.device_policy import on_device
-from recap_cli.rounds.examples import inputs_of, read_raw, splits_of
+from recap_cli.rounds.examples import inputs_of, read_raw, splits_of, to_score
 from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.record import TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
@@ -95,7 +95,7 @@ def read_others(context: Context, other: OtherData, say: Callable[[str], None], 
         say(f"note: {note}")
     if not found.labelled:
         say(f"note: {found.origin} has no labels: there are predictions of it, and no metrics")
-    inputs = inputs_of(recipe, spec, context.processor())
+    inputs = to_score(inputs_of(recipe, spec, context.processor()))
     made = make_split(found.examples, inputs, origin=found.origin, workers=recipe.data.workers, track=track)
     for note in made.notes:
         say(f"note: {note}")

@@ -71,6 +71,8 @@ def guarding(task: Task, name: str) -> Task:
         count=safe.checked(task.count, "a count that is no number", _is_count),
         read=safe(task.read),
         part=safe.checked(task.part, "no part of a batch", lambda part: isinstance(part, dict) and "labels" in part),
+        feed=safe.checked(task.feed, "inputs that are no dict", lambda found: isinstance(found, dict)),
+        maps_of=None if task.maps_of is None else safe(task.maps_of),
         score=_score(task, who),
         predict=_predict(safe(task.predict), who),
         constant=None if task.constant is None else _constant(task, safe),
@@ -81,7 +83,8 @@ def guarding(task: Task, name: str) -> Task:
 def _problem(task: Task) -> str | None:
     """What is wrong with the fields of a task, or None."""
     functions = {"loss": task.loss, "score": task.score, "predict": task.predict, "count": task.count, "read": task.read}
-    functions |= {"part": task.part} | ({} if task.constant is None else {"constant": task.constant})
+    functions |= {"part": task.part, "feed": task.feed} | ({} if task.constant is None else {"constant": task.constant})
+    functions |= {} if task.maps_of is None else {"maps_of": task.maps_of}
     for name, kind, parts in RECORDS:
         if (record := getattr(task, name)) is None and name not in NEEDED:
             continue
@@ -257,6 +260,8 @@ def _score(task: Task, who: str) -> Callable[[Iterable[tuple[Outputs, Batch]], S
         if failed:  # the task has hidden it
             raise failed[0]
         values = _numbers(found, (metric for metric in task.metrics if metric.name != LOSS.name), f"{who} gave")
+        places = {f"{prefix}/{label}" for prefix in task.by_label for label in labels}
+        values |= {name: float(value) for name, value in found.items() if name in places and isinstance(value, Real)}
         if not ended:
             raise PluginError(f"{who} has not scored all examples", hint=HINT)
         return values

@@ -10,6 +10,7 @@ from recap_cli.errors import DataError, PluginError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from recap_cli.core.label_maps import LabelMaps
     from recap_cli.core.ragged import Ragged
 
 
@@ -134,16 +135,19 @@ def squared_errors(student: "Tensor", teacher: "Tensor", _: float) -> "Tensor":
     return (student - teacher).square().sum()
 
 
-def check_targets(targets: "Tensor | Ragged", outputs: int, origin: str) -> None:
+def check_targets(targets: "Tensor | Ragged | LabelMaps", outputs: int, origin: str) -> None:
     """Check that there are targets, and that those that are numbers of outputs have one of the head's.
 
     Raises:
         DataError: There are none, or one has no output. The message names the `origin`.
     """
+    from recap_cli.core.label_maps import LabelMaps
     from recap_cli.core.ragged import Ragged
 
     if len(targets) == 0:
         raise DataError(f"{origin} holds no examples")
+    if isinstance(targets, LabelMaps):  # whose pixels are checked when they are read
+        return
     values = targets.values if isinstance(targets, Ragged) else targets
     if values.is_floating_point() or values.numel() == 0:
         return

@@ -1,17 +1,20 @@
 """Evaluation of a model on a split: its mean loss, and the metrics of its task."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from recap_cli.core.task import Batch, Objective, Outputs
-from recap_cli.data.sampling import batches
+from recap_cli.data.sampling import batches, seeded
 from recap_cli.data.split import Split
 from recap_cli.progress import Track, silent
 from recap_cli.tasks.losses import check_targets, mean_loss
 from recap_cli.training.loop import Forward
+
+SEED = 0  # of an evaluation whose loss draws random numbers: equal models have equal losses
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,6 @@ def evaluate(
                 each.add(task.predict(found, batch, objective.labels))
             yield found, batch
 
-    with torch.inference_mode():
+    with torch.inference_mode(), seeded(SEED, how.device) if task.draws else nullcontext():
         metrics = task.score(outputs(), objective.labels)
     return {"loss": total / max(counted, 1.0), **metrics}

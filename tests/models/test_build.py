@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recap_cli.errors import ModelError
-from recap_cli.models import build, checkpoints, transformers_models, unexpected_weights
+from recap_cli.models import build, checkpoints, preprocessing, transformers_models, unexpected_weights
 from recap_cli.models.build import ModelSpec
 from recap_cli.models.create import Created, create_model
 from recap_cli.models.pos_embed import resample
@@ -270,7 +270,7 @@ def test_the_preprocessing_of_a_checkpoint_is_taken_over(saved):
     (folder / "preprocessor_config.json").write_text(json.dumps(given))
     image = made(library="transformers", name=str(folder), **VISION).spec.image
     assert image == {"size": 16, "channels": 3, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bicubic"}
-    assert json.loads(transformers_models.preprocessor_json(image))["resample"] == 3
+    assert json.loads(preprocessing.preprocessor_json(image, "vit"))["resample"] == 3
     (folder / "preprocessor_config.json").unlink()
     assert made(library="transformers", name=str(folder), **VISION).notes[-1].endswith("a mean and std of 0.5")
 
