@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from recap_cli.core.axes import Axis, Cut
+from recap_cli.core.surgery import channels_of
 from recap_cli.core.ties import first_names
 
 
@@ -68,13 +69,15 @@ class Heads:
 class Neurons:
     """One feedforward block: `up` are the layers into the hidden dimension, `down` the layer out of it.
 
-    `chunks` is 2 where one `up` matrix holds gate and value one after another (SwiGLU), else 1.
+    `chunks` is 2 where one `up` matrix holds gate and value one after another (SwiGLU), else 1. `depthwise` are convolutions
+    between them that mix no two neurons (SegFormer's Mix-FFN): a neuron owns its channel.
     """
 
     block: str
     up: tuple[str, ...]
     down: str
     chunks: int = 1
+    depthwise: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -246,10 +249,12 @@ def _extra_cuts(model: nn.Module, name: str, dim: int, size: int, couple: str) -
 
 def _neuron_axis(table: Neurons, model: nn.Module, block: _Block) -> Axis | None:
     path = block.path
-    if not _has(model, path, table.down, *table.up):
+    if not _has(model, path, table.down, *table.up, *table.depthwise):
         return None
     size = _features(model.get_submodule(_join(path, table.down)))[1]
     if any(_features(model.get_submodule(_join(path, name)))[0] != table.chunks * size for name in table.up):
+        return None
+    if any(channels_of(model.get_submodule(_join(path, name))) != size for name in table.depthwise):
         return None
     cuts = [
         cut
@@ -257,6 +262,8 @@ def _neuron_axis(table: Neurons, model: nn.Module, block: _Block) -> Axis | None
         for chunk in range(table.chunks)
         for cut in _row_cuts(model, _join(path, name), 1, chunk * size)
     ]
+    for name in table.depthwise:
+        cuts += _row_cuts(model, _join(path, name), 1, 0)
     cuts.append(_column_cut(model, _join(path, table.down), 1))
     return Axis(f"{path}.neurons", "neurons", block.layer, size, tuple(cuts))
 

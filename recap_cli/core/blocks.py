@@ -13,8 +13,8 @@ def block_paths(model: nn.Module, axes: Sequence[Axis]) -> list[str]:
 
     A table names its axes `<block>.heads` and `<block>.neurons`. The functions of an adapter may choose any names: where they
     say no block, it is the smallest entry of a list of modules (`ModuleList`, `Sequential`, `ModuleDict`) that holds every cut
-    of the axis. Of an axis that no entry holds, as one of all layers, it is that of each cut by itself. Raises `LookupError`
-    for a cut that stands in no list.
+    of the axis. Of an axis that no entry holds, as one of all layers, it is that of each cut by itself; a cut that stands in no
+    list, as a table that all layers share, is in no block. Raises `LookupError` for an axis of which no cut stands in one.
     """
     names, modules = names_of(model), dict(model.named_modules())
     entries = sorted(_entries(model), key=lambda path: path.count("."), reverse=True)
@@ -39,9 +39,10 @@ def block_paths(model: nn.Module, axes: Sequence[Axis]) -> list[str]:
 
 
 def _block_of_each(axis: Axis, smallest: Callable[[Sequence[Cut]], str | None]) -> list[str]:
-    """The smallest entry of a list that holds each cut of an axis. Raises `LookupError` if there is none for some of them."""
+    """The smallest entry of a list that holds each cut of an axis. Raises `LookupError` if there is none for any of them."""
     blocks = {cut.param: smallest([cut]) for cut in axis.cuts}
-    if lacking := sorted(name for name, block in blocks.items() if block is None):
+    if not any(blocks.values()):
+        lacking = sorted(blocks)
         more = f" and {len(lacking) - 2} more" if len(lacking) > 2 else ""
         raise LookupError(
             f"the name of the axis {axis.name!r} is no module's, and no entry of a ModuleList holds what it cuts "

@@ -60,7 +60,7 @@ def group_scores(
         param = params[name].detach()
         reached.update(axis.kind for axis, _ in owners[name])
         for axis, along in _reduced(criterion, who, param, grad, owners[name]):
-            totals[axis.name] += share * along  # (axis.size,)
+            totals[axis.name] += share * along.to(totals[axis.name].device)  # (axis.size,); of a streamed model, on the CPU
 
     if criterion.needs == "none":
         for name, param in params.items():

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from recap_cli.core.axes import Axis, Shape, UnitMask
 from recap_cli.core.ties import names_of
@@ -108,7 +109,11 @@ def zero_groups(model: nn.Module, axes: Sequence[Axis], plan: UnitMask) -> None:
 
 
 def state_sizes(model: nn.Module, names: Iterable[str]) -> None:
-    """Make the `in_features` and `out_features` (`nx` and `nf` of a Conv1D) of layers whose weights are named true again."""
+    """Make the sizes of layers whose weights are named true again.
+
+    They are the `in_features` and `out_features` of a linear layer, the `nx` and `nf` of a Conv1D, and the channels and groups
+    of a depthwise convolution, whose forward reads its groups.
+    """
     for name in names:
         owner, attribute = owner_of(model, name)
         if attribute != "weight":
@@ -118,6 +123,14 @@ def state_sizes(model: nn.Module, names: Iterable[str]) -> None:
         elif hasattr(owner, "nf") and hasattr(owner, "nx"):
             nx, nf = owner.get_parameter("weight").shape
             owner.nx, owner.nf = nx, nf  # type: ignore[assignment]
+        elif isinstance(owner, _ConvNd) and channels_of(owner) is not None:
+            owner.in_channels = owner.out_channels = owner.groups = len(owner.weight)
+
+
+def channels_of(module: nn.Module) -> int | None:
+    """The channels of a depthwise convolution, one filter for each; None of any other module."""
+    is_depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels
+    return len(module.get_parameter("weight")) if is_depthwise else None
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

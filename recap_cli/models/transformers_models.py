@@ -67,7 +67,7 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
             if strict:
                 _check_keys(model_type, rest, defaults)
             _check_names(model_type, rest, defaults)
-            config = AutoConfig.for_model(model_type, **rest)
+            config = AutoConfig.for_model(model_type, **copy.deepcopy(rest))  # MaskFormer's of 5.17 empties nested ones
             config.architectures = config.architectures or []  # transformers 5.23 iterates over it, even if it is None
             names = {int(number): str(name) for number, name in config.id2label.items()}
             config.id2label = dict(sorted(names.items()))  # JSON may have them as texts, 10 before 2

@@ -9,7 +9,7 @@ from torch import nn
 from recap_cli.core.adapter import Adapter, Heads, Neurons, find_axes, is_linear, matches, names_found, resize
 from recap_cli.core.axes import Axis, Cut, check_axes, mask_axes, shapes_of
 from recap_cli.core.blocks import block_paths
-from recap_cli.core.surgery import cut_model, indices
+from recap_cli.core.surgery import cut_model, indices, state_sizes
 from recap_cli.plugins.adapters.bert import BERT, DISTILBERT
 from recap_cli.plugins.adapters.timm_vit import TIMM_VIT
 from recap_cli.plugins.adapters.vit import DINOV2, VIT
@@ -108,6 +108,50 @@ def test_heads_may_be_one_wide_and_one_alone() -> None:
     model = tree({**layers, "vit.layers.0.mlp.fc2": nn.Linear(HIDDEN, WIDTH)})
     heads, _ = find_axes(VIT, count_on(model, "vit.layers.0.attention", head_dim=1))
     assert (heads.size, heads.cuts[0].width) == (1, 1)
+
+
+def mixed(convolution: nn.Module) -> nn.Module:
+    """A feedforward block with a convolution between its layers."""
+    return tree({"b.0.fc1": nn.Linear(WIDTH, HIDDEN), "b.0.conv": convolution, "b.0.fc2": nn.Linear(HIDDEN, WIDTH)})
+
+
+MIXED = Adapter((Neurons("b.*", ("fc1",), "fc2", depthwise=("conv",)),), (), ())
+
+
+def test_a_neuron_owns_its_channel_of_a_depthwise_convolution_which_reads_its_groups():
+    model = mixed(nn.Conv2d(HIDDEN, HIDDEN, 3, groups=HIDDEN))
+    (neurons,) = find_axes(MIXED, model)
+    assert [cut for cut in neurons.cuts if "conv" in cut.param] == [Cut("b.0.conv.weight", 0), Cut("b.0.conv.bias", 0)]
+    assert check_axes([neurons], shapes_of(model.named_parameters())) == []
+    kept = {"b.0.neurons": torch.arange(HIDDEN) % 3 == 0}
+    cut_model(model, indices([neurons], kept, shapes_of(model.named_parameters())))
+    resize(MIXED, model, {"b.0.neurons": HIDDEN // 3})
+    convolution = model.get_submodule("b.0.conv")
+    assert {convolution.groups, convolution.in_channels, convolution.out_channels} == {HIDDEN // 3}
+    assert convolution(torch.ones(1, HIDDEN // 3, 3, 3)).shape == (1, HIDDEN // 3, 1, 1)
+    assert [axis.size for axis in find_axes(MIXED, model)] == [HIDDEN // 3]
+
+
+def test_a_convolution_of_one_channel_is_not_depthwise_and_keeps_its_sizes():
+    model = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Conv2d(4, 6, 1))  # of grey images
+    state_sizes(model, ["0.weight", "1.weight"])
+    assert [(layer.in_channels, layer.out_channels, layer.groups) for layer in model] == [(1, 4, 1), (4, 6, 1)]
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(HIDDEN, HIDDEN, 3),
+        nn.Conv2d(HIDDEN, HIDDEN, 3, groups=2),
+        nn.Conv2d(HIDDEN, 2 * HIDDEN, 3, groups=HIDDEN),
+        nn.Conv2d(WIDTH, WIDTH, 3, groups=WIDTH),
+        nn.Linear(HIDDEN, HIDDEN),
+    ],
+    ids=["all channels", "two groups", "two filters each", "of another width", "linear"],
+)
+def test_a_layer_that_mixes_neurons_is_no_depthwise_convolution(convolution):
+    with pytest.raises(LookupError, match="no neurons found"):
+        find_axes(MIXED, mixed(convolution))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

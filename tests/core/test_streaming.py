@@ -475,7 +475,12 @@ def test_the_blocks_of_an_axis_of_several_blocks_are_those_of_its_cuts() -> None
     assert block_paths(toy(), axes) == ["blocks.0", "blocks.1"]
 
 
-@pytest.mark.parametrize("params", [("head.weight",), ("head.weight", "blocks.1.second.bias")])
+def test_a_cut_outside_of_all_lists_is_in_no_block() -> None:
+    axes = [axis_of("blocks.0.heads", "blocks.0.first.weight"), axis_of("mine", "head.weight", "blocks.1.second.bias")]
+    assert block_paths(toy(), axes) == ["blocks.0", "blocks.1"]
+
+
+@pytest.mark.parametrize("params", [("head.weight",), ("head.weight", "head.bias")])
 def test_an_axis_that_no_entry_holds_is_an_error_and_never_the_whole_model(params: tuple[str, ...]) -> None:
     with pytest.raises(LookupError, match=rf"the axis 'mine' is no module's.*{params[0]}"):
         block_paths(toy(), [axis_of("blocks.0.heads", "blocks.0.first.weight"), axis_of("mine", *params)])

@@ -1,0 +1,73 @@
+"""Mask2Former and MaskFormer with a Swin backbone: its heads and neurons, and the feedforward blocks of the decoders.
+
+Mask2Former's decoders keep their attention: each of the three forms there has the width of the tokens built in. MaskFormer's
+decoder has plain attention, to itself and to the pixels, and both are pruned.
+
+For other classes the class predictor is new, and the weights of the classes in the loss; queries and masks of a checkpoint
+remain.
+"""
+
+from recap_cli.api import Adapter, Heads, Neurons
+
+BLOCK = "**encoder.layers.*.blocks.*"
+DECODER = "**transformer_module.decoder.layers.*"
+EMBEDDINGS = ("*embeddings.*",)
+HEAD = ("class_predictor.*", "criterion.empty_weight")
+
+
+def attention(name: str) -> Heads:
+    """Return the table of one attention of MaskFormer's decoder layers."""
+    return Heads(
+        block=f"{DECODER}.{name}",
+        attention="",
+        q="q_proj",
+        k="k_proj",
+        v="v_proj",
+        out="o_proj",
+        head_dim="head_dim",
+    )
+
+
+MASK2FORMER = Adapter(
+    tables=(
+        Heads(
+            block=BLOCK,
+            attention="attention",
+            q="attention.q_proj",
+            k="attention.k_proj",
+            v="attention.v_proj",
+            out="attention.o_proj",
+            head_dim="head_dim",
+            count=("num_attention_heads",),
+            extra=(("attention.relative_position_bias.relative_position_bias_table", 1),),
+        ),
+        Neurons(block=BLOCK, up=("mlp.fc1",), down="mlp.fc2"),
+        Neurons(block="**pixel_level_module.decoder.encoder.layers.*", up=("fc1",), down="fc2"),
+        Neurons(block=DECODER, up=("fc1",), down="fc2"),
+    ),
+    embeddings=EMBEDDINGS,
+    head=HEAD,
+)
+
+MASKFORMER = Adapter(
+    tables=(
+        Heads(
+            block=BLOCK,
+            attention="attention.self",
+            q="attention.self.query",
+            k="attention.self.key",
+            v="attention.self.value",
+            out="attention.output.dense",
+            head_dim="attention_head_size",
+            count=("num_attention_heads",),
+            width=("all_head_size",),
+            extra=(("attention.self.relative_position_bias_table", 1),),
+        ),
+        attention("self_attn"),
+        attention("encoder_attn"),
+        Neurons(block=BLOCK, up=("intermediate.dense",), down="output.dense"),
+        Neurons(block=DECODER, up=("mlp.fc1",), down="mlp.fc2"),
+    ),
+    embeddings=EMBEDDINGS,
+    head=HEAD,
+)
