@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recap_cli.core.axes import Axis, Shape, UnitMask, all_units, counts, shapes_of, unit_params
+from recap_cli.core.batch_norms import train_mode
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.importance import group_scores
 from recap_cli.core.label_maps import SIZES
@@ -285,7 +286,7 @@ def prepare(
     if token_rows is not None:
         batch["input_ids"] += int(token_rows.held[0])  # real ones are zeros, which may be no row that is held
     task = task_named(recipe.task.kind)
-    step = Step(built.train(), optimizer, forward, task, batch, tune.micro_batch_size, tune.fused_backward, tune.offload)
+    step = Step(train_mode(built), optimizer, forward, task, batch, tune.micro_batch_size, tune.fused_backward, tune.offload)
     return step, weights
 
 

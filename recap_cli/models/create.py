@@ -11,10 +11,10 @@ from torch import nn
 from recap_cli.core.adapter import Adapter, matches
 from recap_cli.errors import ModelError
 from recap_cli.models import preprocessing, timm_models, transformers_models, unexpected_weights
-from recap_cli.models.build import adapter_of, assemble, tensors_of
+from recap_cli.models.build import adapter_of, assemble, on_meta, tensors_of
 from recap_cli.models.checkpoints import LoadReport, count_weights, locate, read_weights
 from recap_cli.models.config_checks import check_limits
-from recap_cli.models.head_labels import SaidHead, places_of, reorder_output
+from recap_cli.models.head_labels import SaidHead, outputs_of, places_of, reorder_output
 from recap_cli.models.pos_embed import resample
 from recap_cli.models.source import ModelSource, check_source, read_timm, read_transformers
 from recap_cli.models.specs import ModelSpec
@@ -174,11 +174,10 @@ def _head_for(model: nn.Module, adapter: Adapter, new: list[str], said: SaidHead
 
 def _renew_output(model: nn.Module, adapter: Adapter, num_labels: int) -> list[str]:
     """Give the output layers of the head new weights, as transformers and timm do, and return their names."""
-    params = {name: param for name, param in model.named_parameters() if matches(name, adapter.head)}
-    new = [name for name, param in params.items() if param.shape[0] == num_labels]
+    new = outputs_of(model, adapter, num_labels)
     with torch.no_grad():
-        for name in new:
-            params[name].zero_() if params[name].dim() == 1 else params[name].normal_(std=0.02)
+        for param in new.values():
+            param.zero_() if param.dim() == 1 else param.normal_(std=0.02)
     return sorted(new)
 
 
@@ -194,4 +193,16 @@ def _resized(model: nn.Module, spec: ModelSpec, adapter: Adapter, size: int) -> 
         tensors[name] = resample(tensors[name], (size // height, size // width))
     sized = {"image_size": size} if "image_size" in spec.config else {}
     new = replace(spec, config={**spec.config, **sized}, image={**(spec.image or {}), "size": size})
+    _check_shapes(new, tensors)
     return assemble(new, tensors, adapter, {}), new, positions
+
+
+def _check_shapes(spec: ModelSpec, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse another image size where more than position embeddings hang on it, as tables of relative positions do."""
+    made = {name: tensor.shape for name, tensor in tensors_of(on_meta(spec)).items()}
+    if odd := sorted(name for name, tensor in tensors.items() if name in made and made[name] != tensor.shape):
+        raise ModelError(
+            f"this {spec.model_type} is for images of its own size: {some(odd)} has another shape for "
+            f"{(spec.image or {})['size']} pixels",
+            hint="leave out data.image_size",
+        )

@@ -57,15 +57,24 @@ def places_of(labels: Sequence[str], head_labels: Sequence[str] | None) -> list[
 
 
 def reorder_output(model: nn.Module, adapter: Adapter, places: Sequence[int]) -> bool:
-    """Reorder the outputs of the head. Return False, and do nothing, if a layer before the outputs has the same width."""
-    head = [param for name, param in model.named_parameters() if matches(name, adapter.head)]
-    outputs = [param for param in head if param.shape[0] == len(places)]
+    """Reorder the outputs of the head. Return False, and do nothing, if a layer before the outputs has the same width.
+
+    A predictor of queries' classes has one output more, the last, for no object.
+    """
+    outputs = list(outputs_of(model, adapter, len(places)).values())
     if any(param.dim() > 1 and param.shape[1] == len(places) for param in outputs):
         return False
     with torch.no_grad():
         for param in outputs:
-            param.copy_(param[list(places)])
+            param[: len(places)] = param[list(places)]
     return True
+
+
+def outputs_of(model: nn.Module, adapter: Adapter, labels: int) -> dict[str, nn.Parameter]:
+    """Return the parameters of the head with an output for each label, by name; or with one more where none has just these."""
+    head = {name: param for name, param in model.named_parameters() if matches(name, adapter.head)}
+    exact = {name: param for name, param in head.items() if param.shape[0] == labels}
+    return exact or {name: param for name, param in head.items() if param.shape[0] == labels + 1}
 
 
 def _plain(name: str) -> str:

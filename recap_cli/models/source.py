@@ -102,6 +102,8 @@ def read_transformers(source: ModelSource, *, only_config: bool = False) -> From
     kind = transformers_models.model_type(given, "model.config" if folder is None else str(folder / "config.json"))
     adapter = adapter_named(kind)
     config = transformers_models.configure(given, strict=folder is None)
+    if hasattr(config, "use_auxiliary_head"):  # of DPT and others: only a loss of its own would train it, and nothing reads it
+        config.use_auxiliary_head = False
     for made_by in source.task.other_classes:
         if not transformers_models.has_model(config, source):
             source = replace(source, made_by=made_by)

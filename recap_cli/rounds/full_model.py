@@ -36,6 +36,7 @@ class FullModel:
         processor: its tokenizer; None for images.
         layout: what is cut of it, and how.
         has_new_head: True where the head, or any weight of it, does not come from a checkpoint.
+        new: the names of the parameters that do not.
         notes: what a user should know of how it was made.
         found: what `init` notes of its check: the layouts that were found, what is not pruned, and what is cut and trained or
             frozen whole.
@@ -46,6 +47,7 @@ class FullModel:
     processor: Any
     layout: Layout
     has_new_head: bool
+    new: frozenset[str]
     notes: Sequence[str]
     found: dict[str, Any]
 
@@ -68,14 +70,14 @@ def make_full_model(recipe: Recipe, label_names: Sequence[str], round_plans: Seq
     layout = Layout.of_model(adapter, model)
     if recipe.distill.is_own or devices.pick(recipe.importance.device).type != "cpu":
         blocks_of(model, layout.axes, spec.model_type)
-    has_new_head = recipe.model.name is None or bool(created.new)
+    new = frozenset(created.new if recipe.model.name is not None else dict(model.named_parameters()))
     found = {
         "layouts": report.found,
         "not_pruned": report.coverage,
         "whole_trained": list(layout.whole_trained),
         "whole_frozen": list(layout.whole_frozen),
     }
-    return FullModel(model, spec, created.processor, layout, has_new_head, created.notes, found)
+    return FullModel(model, spec, created.processor, layout, bool(new), new, created.notes, found)
 
 
 def _check_weights(model: nn.Module, name: str | None) -> None:

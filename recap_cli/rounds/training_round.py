@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from recap_cli.core.axes import counts
+from recap_cli.core.batch_norms import train_mode
 from recap_cli.core.hidden_states import watched
 from recap_cli.core.task import Batch
 from recap_cli.data.sampling import batches, order, seed_for
@@ -91,7 +92,7 @@ def train_round(context: Context, trainer: Trainer, split: Split, track: Track) 
 @contextmanager
 def _taught_forward(context: Context, trainer: Trainer) -> Iterator[tuple[Forward, Lesson | None]]:
     """Inside, the forward of a model in training, and how much it learns from a teacher, its hidden states being heard."""
-    model, axes = trainer.small.model.train(not trainer.teaches), trainer.small.layout.axes
+    model, axes = train_mode(trainer.small.model, not trainer.teaches), trainer.small.layout.axes
     forward, lesson = _forward(context, trainer, model), None if trainer.teaches else lesson_of(context.recipe)
     if lesson is None or not lesson.hidden_weight:
         yield forward, lesson

@@ -4,10 +4,12 @@ from collections.abc import Iterator, Sequence
 from math import ceil, isfinite
 from typing import Any
 
+import torch
 from torch import nn
 
+from recap_cli.core.batch_norms import estimate_statistics, new_norms
 from recap_cli.core.task import Batch
-from recap_cli.data.sampling import batches, order
+from recap_cli.data.sampling import batches, order, sample
 from recap_cli.data.split import Split
 from recap_cli.errors import TrainingError
 from recap_cli.machine import devices
@@ -41,9 +43,10 @@ def warm_up(recipe: Recipe, full: FullModel, examples: tuple[Split, Split], trac
     settings, model, spec = recipe.head, full.model, full.spec
     split, validation = examples
     steps = settings.warmup_epochs * ceil(len(split) / settings.batch_size)
+    device, objective = devices.pick(recipe.importance.device), objective_of(recipe, spec)
+    estimate_norms(recipe, full, split, device)
     if steps == 0 or not full.has_new_head:
         return {}
-    device, objective = devices.pick(recipe.importance.device), objective_of(recipe, spec)
 
     def epochs() -> Iterator[Batch]:
         for epoch in range(settings.warmup_epochs):
@@ -74,6 +77,17 @@ def warm_up(recipe: Recipe, full: FullModel, examples: tuple[Split, Split], trac
     if not isfinite(found["loss"]):  # ruined by the last step, which no later one would show
         raise TrainingError(f"the validation loss is {found['loss']} after the head's warm-up; {NO_STATE}", hint=LOWER_THE_RATE)
     return {"head_steps": run.steps, "head_loss": run.loss, "warmed_up": found}
+
+
+def estimate_norms(recipe: Recipe, full: FullModel, split: Split, device: torch.device) -> None:
+    """Give new batch norms the statistics of a sample as large as D_s; a checkpoint's keep their own."""
+    if not (norms := new_norms(full.model, full.new)):
+        return
+    size = recipe.importance.batches * recipe.importance.batch_size
+    chosen = sample(len(split), size, seed=recipe.seed, round=0, stage="statistics of batch norms")
+    with on_device(full.model.eval(), full.layout.axes, device, full.spec.model_type):
+        stream = batches(split, chosen, importance_batch_size(recipe, device), device=device)
+        estimate_statistics(norms, forward_of(full.spec, full.model), stream)
 
 
 def _head_trainables(model: nn.Module, head: Sequence[str]) -> list[Trainable]:
