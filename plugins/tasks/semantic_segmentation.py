@@ -153,8 +153,7 @@ def loss(outputs: Any, batch: Batch) -> "Tensor":
             raise PluginError("a model with queries gave no loss")
         return outputs.loss.float() * count(batch)
     labels = batch["labels"]
-    sizes = batch[SIZES].tolist() if SIZES in batch else [list(labels.shape[1:])] * len(labels)
-    if all(size == list(labels.shape[1:]) for size in sizes) and outputs.requires_grad:
+    if SIZES not in batch and outputs.requires_grad:
         scores = at_size(outputs.float(), labels.shape[1:])  # (batch, labels, height, width)
         return F.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="sum")
     each = (_loss_of(outputs[i : i + 1], one) for i, one in enumerate(maps_in(batch)))  # one at a time: maps may be large

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recap_cli.core.task import IGNORED, Batch
 
-SIZES = "label_sizes"  # of a batch: the (height, width) of each map, int64, (batch, 2); the rest of it is padding
+SIZES = "label_sizes"  # of a batch of maps that differ in size: the (height, width) of each, int64, (batch, 2)
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class LabelMaps:
 
     Attributes:
         count: how many there are.
-        read: `read(indices, variants)` are the `labels` and `label_sizes` of a batch.
+        read: `read(indices, variants)` are the `labels` of a batch, and `label_sizes` where maps differ in size.
         content: yields the bytes that they are made of, for a digest.
     """
 
@@ -38,8 +38,10 @@ class LabelMaps:
 
 
 def padded(maps: list[Tensor]) -> Batch:
-    """Return `labels` and `label_sizes` of maps, int64, (height, width) each, the smaller ones padded with `IGNORED`."""
+    """Return the `labels` of maps, (height, width) each, int64. Smaller ones are padded, and there are `label_sizes` then."""
     sizes = torch.tensor([tuple(one.shape) for one in maps], dtype=torch.int64)  # (batch, 2)
+    if not bool((sizes != sizes[0]).any()):
+        return {"labels": torch.stack(maps).long()}
     height, width = (int(side) for side in sizes.amax(0))
     labels = torch.full((len(maps), height, width), IGNORED, dtype=torch.int64)
     for place, one in zip(labels, maps, strict=True):

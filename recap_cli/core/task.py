@@ -99,7 +99,8 @@ class Target:
         stratified: True if each value is to have its share of the examples that are held out.
         maps: True if a label is a map: an image with a class for each pixel. Then `learn` and `encode` are given the values
             that occur in the pixels, each once, and a batch has `labels` of (batch, height, width), int64, with `IGNORED`
-            where nothing is counted. Beside them `label_sizes` has the (height, width) of each map; the rest of it is padding.
+            where nothing is counted. Where maps differ in size, `label_sizes` has the (height, width) of each, and the rest
+            of it is padding.
     """
 
     holds: str

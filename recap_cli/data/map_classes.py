@@ -33,7 +33,7 @@ class MapClasses:
 
 
 def map_classes(data: Mapping[str, Any]) -> MapClasses:
-    """Return the classes that a recipe's section `data` names: those of its file `classes`, without `ignore_index`.
+    """Return the classes that a recipe's section `data` names in `classes`, or in the file there, without `ignore_index`.
 
     Raises:
         DataError: The file cannot be read, or does not say what the classes are.
@@ -42,8 +42,8 @@ def map_classes(data: Mapping[str, Any]) -> MapClasses:
     ignored = frozenset(() if given is None else [given] if isinstance(given, int) else given)
     if data["classes"] is None:
         return MapClasses(ignored=ignored)
-    path = Path(data["classes"]).expanduser()
-    entries = list(_entries(_read(path), path))
+    path: Path | str = Path(data["classes"]).expanduser() if isinstance(data["classes"], str) else "data.classes"
+    entries = list(_entries(_read(path) if isinstance(path, Path) else data["classes"], path))
     _check(entries, path)
     kept = [entry for entry in entries if entry.id not in ignored]
     if len(kept) < 2:
@@ -72,7 +72,7 @@ def _read(path: Path) -> Any:
     return found
 
 
-def _entries(found: Any, path: Path) -> Iterator[_Entry]:
+def _entries(found: Any, path: Path | str) -> Iterator[_Entry]:
     if not isinstance(found, dict | list) or not 0 < len(found) <= MOST_CLASSES:
         raise _odd(path, f"it holds {type(found).__name__}")
     pairs: Sequence[tuple[Any, Any]] = list(found.items()) if isinstance(found, dict) else list(enumerate(found))
@@ -88,7 +88,7 @@ def _entries(found: Any, path: Path) -> Iterator[_Entry]:
         yield _Entry(number, name.strip(), _colour(named.get("color", named.get("colour")), number, path))
 
 
-def _colour(value: Any, number: int, path: Path) -> Colour | None:
+def _colour(value: Any, number: int, path: Path | str) -> Colour | None:
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != 3 or not all(type(shade) is int and 0 <= shade <= 255 for shade in value):
@@ -96,7 +96,7 @@ def _colour(value: Any, number: int, path: Path) -> Colour | None:
     return value[0], value[1], value[2]
 
 
-def _check(entries: Sequence[_Entry], path: Path) -> None:
+def _check(entries: Sequence[_Entry], path: Path | str) -> None:
     coloured = [entry for entry in entries if entry.colour is not None]
     if coloured and len(coloured) < len(entries):
         lacking = next(entry.name for entry in entries if entry.colour is None)
@@ -110,7 +110,7 @@ def _check(entries: Sequence[_Entry], path: Path) -> None:
             raise _odd(path, f"several classes have the {what} {some(twice)}")
 
 
-def _odd(path: Path, why: str) -> DataError:
+def _odd(path: Path | str, why: str) -> DataError:
     return DataError(f"{path} does not say what the classes are: {why}", hint=_hint())
 
 

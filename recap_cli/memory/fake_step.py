@@ -23,6 +23,7 @@ from recap_cli.trainable.optim import Optimizer
 from recap_cli.training.loop import Forward, Steps, train
 
 Kernels = Literal["cuda", "cpu"]
+COMPILING = "is_torchdynamo_compiling"
 MATCHING = "linear_sum_assignment"
 WITHOUT = "training needs no prediction: recap run goes on without one, if the recipe has no finetune.memory_budget"
 
@@ -98,6 +99,7 @@ class Fakes:
             if kernels == "cuda":
                 stack.enter_context(cuda_kernels())
             stack.enter_context(any_matching())
+            stack.enter_context(_without_caches())
             stack.enter_context(_silence())
             try:
                 yield
@@ -179,6 +181,24 @@ def _first_ones(costs: Tensor) -> tuple[list[int], list[int]]:
     """Return a matching of as many as there are, by (queries, objects)."""
     count = min(costs.shape)
     return list(range(count)), list(range(count))
+
+
+@contextmanager
+def _without_caches() -> Iterator[None]:
+    """Inside, models of transformers keep no tensor from one call to the next: a fake one would be there for a real call.
+
+    Some keep positions by `compile_compatible_method_lru_cache`, which asks whether torch compiles, and keeps none then.
+    """
+    from transformers import pytorch_utils
+
+    asked = vars(pytorch_utils).get(COMPILING)
+    if asked is not None:
+        setattr(pytorch_utils, COMPILING, lambda: True)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            setattr(pytorch_utils, COMPILING, asked)
 
 
 @contextmanager

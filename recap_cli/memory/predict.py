@@ -16,7 +16,6 @@ from recap_cli.core.axes import Axis, Shape, UnitMask, all_units, counts, shapes
 from recap_cli.core.batch_norms import train_mode
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.importance import group_scores
-from recap_cli.core.label_maps import SIZES
 from recap_cli.core.method import RoundPlan, TrainerHook
 from recap_cli.core.ranking import Limits, select
 from recap_cli.core.streaming import streamed
@@ -302,8 +301,7 @@ def batch_of(spec: ModelSpec, recipe: Recipe, size: int) -> Batch:
         if spec.image is not None:
             side = spec.image["size"]
             labels = torch.zeros(size, side, side, dtype=torch.int64) if task.target.maps else labels
-            maps = {SIZES: torch.zeros(size, 2, dtype=torch.int64)} if task.target.maps else {}
-            return {"pixel_values": torch.zeros(size, spec.image["channels"], side, side), "labels": labels, **maps}
+            return {"pixel_values": torch.zeros(size, spec.image["channels"], side, side), "labels": labels}
         ids = torch.zeros(size, min(recipe.data.max_length, build.positions(spec) or recipe.data.max_length), dtype=torch.int64)
         mask = {"attention_mask": torch.zeros_like(ids)} if size > 1 else {}
         labels = torch.zeros_like(ids) if task.inputs == "words" else labels  # one for each token

@@ -22,6 +22,7 @@ from recap_cli.recipe.values import (
     AutoPositive,
     AutoPositiveOrFalse,
     Bytes,
+    Classes,
     Count,
     Device,
     Epochs,
@@ -116,10 +117,10 @@ class Data(BaseModel):
         description="Column of the label maps, which have a class for each pixel; null is that of `label`. Of a folder, their "
         "folder in it, or a pattern.",
     )
-    classes: Text | None = Field(
+    classes: Classes | None = Field(
         default=None,
-        description="JSON file of the classes of label maps: a list of names, an id2label, or objects with name, color and id. "
-        "null takes the values that occur.",
+        description="The classes of label maps, or a JSON file of them: a list of names, an id2label, or objects with name, "
+        "color and id. null takes the values that occur.",
     )
     ignore_index: OneOrMore | None = Field(
         default=255, description="Value of label maps, or a list of values, that are no class and not counted; null is none."

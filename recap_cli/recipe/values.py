@@ -5,7 +5,15 @@ import re
 import unicodedata
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic_core import PydanticCustomError
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -95,6 +103,12 @@ TextOrTexts = Annotated[
 Value = Annotated[int, Field(strict=True, ge=0, le=2**16 - 1), BeforeValidator(_whole)]  # of a pixel of a label map
 OneOrMore = Annotated[
     Value | Annotated[tuple[Value, ...], Field(min_length=1, max_length=2**16)], BeforeValidator(_tuple), WrapValidator(_one_of)
+]
+Classes = Annotated[
+    Text
+    | Annotated[list[JsonValue], Field(min_length=2, max_length=10**4)]
+    | Annotated[dict[str, JsonValue], Field(min_length=2, max_length=10**4)],
+    WrapValidator(_one_of),
 ]
 FlagOrTokens = Annotated[Flag | Literal["tokens"], WrapValidator(_one_of)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), BeforeValidator(as_number)]
