@@ -21,6 +21,7 @@ from recap_cli.memory.meta_model import MetaModel
 from recap_cli.memory.predict import Prediction
 from recap_cli.memory.tracker import Tracker
 from recap_cli.models import build
+from recap_cli.models.recomputing import enable_checkpointing
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.small_model import placement_of
@@ -175,7 +176,7 @@ def _plain(model: MetaModel, recipe: Recipe, *, offload: bool) -> dict[str, Any]
     shapes = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.tensors.items()}
     built = build.assemble(model.spec, fakes.like(shapes), model.adapter, {}).train()
     if recipe.finetune.checkpointing:
-        build.enable_checkpointing(built)
+        enable_checkpointing(built)
     shown = predict.batch_of(model.spec, recipe, recipe.finetune.batch_size)
     batch = fakes.like({n: t.to(dtype) if t.is_floating_point() else t for n, t in shown.items()})
     params, call, task = dict(built.named_parameters()), build.forward(model.spec), task_named(model.spec.task_kind)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from recap_cli.core.axes import Axis, Shape, UnitMask, all_units, counts, shapes_of, unit_params
 from recap_cli.core.batch_norms import train_mode
+from recap_cli.core.blocks import block_paths
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.importance import group_scores
 from recap_cli.core.method import RoundPlan, TrainerHook
@@ -27,6 +28,7 @@ from recap_cli.memory.meta_model import MetaModel, anew
 from recap_cli.memory.tracker import GRANULE_BYTES, KINDS, Kind, Usage
 from recap_cli.models import build
 from recap_cli.models.build import ModelSpec
+from recap_cli.models.recomputing import enable_checkpointing
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
@@ -276,7 +278,7 @@ def prepare(
     small = SmallModel(built, model.layout, round_plans[0], plan, chosen, token_rows)
     hook = with_hook(small, recipe, round_plans, like) if round_plans[0].trains == "training" else None
     if tune.checkpointing:
-        build.enable_checkpointing(built)
+        enable_checkpointing(built, block_paths(built, model.layout.axes))
     trainables = make_trainable(small, placement) if hook is None else make_hook_trainable(small, hook, placement)
     weights -= sum(module.absent for module in built.modules() if isinstance(module, PartialEmbedding))
     optimizer = Optimizer(trainables, rule_of(tune), weight_decay=tune.weight_decay)

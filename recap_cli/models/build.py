@@ -29,7 +29,6 @@ __all__ = [
     "copied",
     "describe",
     "embedding_names",
-    "enable_checkpointing",
     "example_batch",
     "flat_outputs",
     "forward",
@@ -140,41 +139,6 @@ def flat_outputs(spec: ModelSpec, model: nn.Module, batch: Batch) -> Tensor:
     """Return all numbers that a model gives for a batch, one tensor after another, (numbers,)."""
     leaves = tree_leaves(forward(spec)(model, batch))
     return torch.cat([leaf.flatten() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()])
-
-
-def enable_checkpointing(model: nn.Module) -> None:
-    """Recompute each block's activations in the backward pass instead of keeping them.
-
-    Where a model refuses that as a whole, as Mask2Former does, the models inside it that do not refuse recompute theirs: its
-    backbone, say. The activations outside these are kept.
-
-    Raises:
-        ModelError: Neither the model nor any part of it can.
-    """
-    if not _recomputes(model):
-        raise ModelError(f"{type(model).__name__} cannot recompute its activations", hint="--set finetune.checkpointing=false")
-
-
-def _recomputes(module: nn.Module) -> bool:
-    """Make a module recompute its activations, or else all of its parts that can; whether any does."""
-    switches: Any = module
-    how = {"use_reentrant": False}
-    try:
-        if hasattr(module, "activation_checkpointing_enable"):
-            switches.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
-        elif hasattr(module, "gradient_checkpointing_enable"):  # its name in earlier releases of transformers 5
-            switches.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
-        else:
-            switches.set_grad_checkpointing(True)
-        if hasattr(module, "disable_input_require_grads"):
-            # transformers makes the output of the embeddings require a gradient; the backward would run through frozen layers
-            switches.disable_input_require_grads()
-        if hasattr(getattr(module, "config", None), "use_cache"):
-            switches.config.use_cache = False  # with checkpointing transformers warns of it at every forward
-    except (AttributeError, ValueError):  # of the library: the module has no such switch, or does not support it
-        able = [_recomputes(part) for part in module.children()]  # each of them, and not up to the first that does
-        return any(able)
-    return True
 
 
 def head_names(adapter: Adapter, model: nn.Module) -> list[str]:

@@ -23,6 +23,7 @@ from recap_cli.core.surgery import gather, indices, take
 from recap_cli.errors import ModelError
 from recap_cli.models import build, conformance, transformers_models
 from recap_cli.models.checkpoints import LoadReport, quiet
+from recap_cli.models.recomputing import enable_checkpointing
 from recap_cli.rounds.layout import Layout
 from recap_cli.trainable.build import make_partial
 from recap_cli.trainable.neuron_order import bring_forward
@@ -263,9 +264,25 @@ def test_what_refuses_to_recompute_as_a_whole_recomputes_its_backbone(name: str)
     model, spec = segmenter(name)
     plain_bytes, plain = saved_bytes(spec, model)
     model, _ = segmenter(name)
-    build.enable_checkpointing(model)
+    enable_checkpointing(model)
     recomputed_bytes, gradients = saved_bytes(spec, model)
     assert recomputed_bytes < 0.8 * plain_bytes
+    for param, grad in plain.items():
+        torch.testing.assert_close(gradients[param], grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mask2former", "eomt", "upernet, ConvNeXt"])
+def test_blocks_that_no_switch_reaches_are_recomputed_one_by_one(name: str) -> None:
+    model, spec = segmenter(name)
+    plain_bytes, plain = saved_bytes(spec, model)
+    by_library, _ = segmenter(name)
+    if name == "mask2former":
+        enable_checkpointing(by_library)
+    library_bytes, _ = saved_bytes(spec, by_library)
+    model, _ = segmenter(name)
+    enable_checkpointing(model, block_paths(model, find_axes(build.adapter_of(spec), model)))
+    recomputed_bytes, gradients = saved_bytes(spec, model)
+    assert recomputed_bytes < 0.95 * min(library_bytes, plain_bytes)
     for param, grad in plain.items():
         torch.testing.assert_close(gradients[param], grad, rtol=0, atol=1e-6)
 
@@ -274,7 +291,7 @@ def test_what_refuses_to_recompute_as_a_whole_recomputes_its_backbone(name: str)
 def test_a_model_of_which_no_part_can_recompute_is_an_error(name: str) -> None:
     model, _ = segmenter(name)
     with pytest.raises(ModelError, match="cannot recompute its activations") as caught:
-        build.enable_checkpointing(model)
+        enable_checkpointing(model)
     assert caught.value.hint == "--set finetune.checkpointing=false"
 
 

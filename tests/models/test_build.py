@@ -14,6 +14,7 @@ from recap_cli.models import build, checkpoints, preprocessing, transformers_mod
 from recap_cli.models.build import ModelSpec
 from recap_cli.models.create import Created, create_model
 from recap_cli.models.pos_embed import resample
+from recap_cli.models.recomputing import enable_checkpointing
 from tests.pico import LABELS, PICO, WORDS, logits_for, pico, source_for, write_tokenizer
 
 VISION = {"kind": "image-classification", "label_names": LABELS}
@@ -75,7 +76,7 @@ def test_checkpointing_leaves_the_gradients_as_they_are(name):
     for checkpointed in (False, True):
         model, spec = pico(name)
         if checkpointed:
-            build.enable_checkpointing(model)
+            enable_checkpointing(model)
         for module in model.train().modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

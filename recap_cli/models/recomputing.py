@@ -1,0 +1,60 @@
+"""Activations that are recomputed in the backward pass instead of being kept (Chen et al., 2016), by a library or by block."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from recap_cli.errors import ModelError
+
+
+def enable_checkpointing(model: nn.Module, blocks: Sequence[str] = ()) -> None:
+    """Recompute each block's activations in the backward pass instead of keeping them.
+
+    Where a model refuses that as a whole, as Mask2Former does, the models inside it that do not refuse recompute theirs: its
+    backbone, say. Those of the `blocks` that are in none of them are recomputed one by one.
+
+    Raises:
+        ModelError: Neither the model nor any part of it can, and there are no blocks.
+    """
+    able = list(_recomputing(model, ""))
+    left = [path for path in blocks if not any(path == part or path.startswith(f"{part}.") for part in able if part)]
+    if "" in able:
+        return
+    for path in left:
+        block = model.get_submodule(path)
+        block.forward = partial(_recomputed, block.forward)
+    if not able and not left:
+        raise ModelError(f"{type(model).__name__} cannot recompute its activations", hint="--set finetune.checkpointing=false")
+
+
+def _recomputed(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return plain(*args, **kwargs)
+    return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+
+
+def _recomputing(module: nn.Module, path: str) -> Iterator[str]:
+    """Make a module recompute its activations, or else all of its parts that can; yields the paths of those that do."""
+    switches: Any = module
+    how = {"use_reentrant": False}
+    try:
+        if hasattr(module, "activation_checkpointing_enable"):
+            switches.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+        elif hasattr(module, "gradient_checkpointing_enable"):  # its name in earlier releases of transformers 5
+            switches.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        else:
+            switches.set_grad_checkpointing(True)
+        if hasattr(module, "disable_input_require_grads"):
+            # transformers makes the output of the embeddings require a gradient; the backward would run through frozen layers
+            switches.disable_input_require_grads()
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            switches.config.use_cache = False  # with checkpointing transformers warns of it at every forward
+    except (AttributeError, ValueError):  # of the library: the module has no such switch, or does not support it
+        for name, part in module.named_children():
+            yield from _recomputing(part, f"{path}.{name}" if path else name)
+        return
+    yield path
