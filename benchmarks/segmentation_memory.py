@@ -3,19 +3,25 @@
     python benchmarks/segmentation_memory.py
     python benchmarks/segmentation_memory.py --models base --sides 512
 
+    python benchmarks/segmentation_memory.py --step base 512 recap
+
 The paper states no crop. `--sides` are squares of so many pixels; 0 stands for the largest at which our lean full finetuning
 (fp32, SGD, a fused backward) holds no more than the paper's full finetuning. Every figure is one training step on tensors
 without memory, with CUDA's kernels (`recap profile-memory`), from the configuration alone: random weights, the 19 classes of
 Cityscapes all in the image. Nothing here ran on a GPU, which would add cuBLAS's workspace and the allocator's fragmentation.
+`--step` takes a real step on this CPU, with random weights, and compares the growth of the process's resident set with the
+prediction for CPU kernels.
 """
 
 import json
 import time
 from typing import Any
 
-from record import parser, table, write
+import torch
+from record import forget_peak, parser, status_bytes, table, write
 
-from recap_cli.memory import meta_model, predict
+from recap_cli.memory import measure, meta_model, predict
+from recap_cli.memory.fake_step import take_step
 from recap_cli.memory.meta_model import MetaModel
 from recap_cli.memory.predict import Prediction
 from recap_cli.recipe import recipe as recipes
@@ -39,6 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 METHODS = ("full", "head", "lora", "pre-ft", "recap")
 MB = 1e6
+HOW = "predicted; the real steps measured"
 
 
 def recipe_of(size: str, side: int, **settings: Any) -> Recipe:
@@ -74,6 +81,22 @@ def figures(found: Prediction) -> dict[str, Any]:
     return {**{key: values[key] for key in keys}, "maxima": found.usage.maxima, "at_peak": values["at_peak"]}
 
 
+def real_step(size: str, side: int, method: str) -> dict[str, Any]:
+    """The growth of this process's resident set over a real step on the CPU, beside the prediction for the CPU's kernels."""
+    recipe, model = recipe_of(size, side, **LEAN), model_of(size, side)
+    expected = predict.predict(model, recipe, method, kernels="cpu").usage
+    before = status_bytes("VmRSS")
+    forget_peak()
+    torch.manual_seed(0)
+    step, _ = predict.prepare(model, recipe, method, measure.random_tensors)
+    measure.show_all_classes(step, len(LABELS))
+    started = time.perf_counter()
+    take_step(step)
+    grown = status_bytes("VmHWM") - before
+    row = {"model": size, "side": side, "method": method, "predicted_bytes": expected.peak_bytes, "resident_bytes": grown}
+    return {**row, "share": grown / expected.peak_bytes, "seconds": time.perf_counter() - started}
+
+
 def crop_of(size: str) -> int:
     """The largest side, a multiple of 32, at which lean full finetuning holds no more than the paper's."""
     low, high = 2, 40  # times 32 pixels
@@ -88,7 +111,18 @@ def main() -> None:
     command = parser(__doc__, "segmentation_memory")
     command.add_argument("--models", default="base,large")
     command.add_argument("--sides", default="0,512,1024")
+    command.add_argument("--step", nargs=3, metavar=("MODEL", "SIDE", "METHOD"), help="a real step, and nothing else")
     args = command.parse_args()
+    before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    if args.step:
+        size, side, method = args.step
+        steps = [one for one in before.get("steps", []) if [one["model"], str(one["side"]), one["method"]] != args.step]
+        steps.append(real_step(size, int(side), method))
+        print(json.dumps(steps[-1]))
+        known = {key: before[key] for key in ("paper_mb", "crops", "cells") if key in before}
+        write(args.out, "segmentation_memory", {**known, "steps": steps}, how=HOW)
+        return
+    kept = {"steps": before["steps"]} if "steps" in before else {}
     cells: list[dict[str, Any]] = []
     crops: dict[str, int] = {}
     for size in args.models.split(","):
@@ -98,7 +132,7 @@ def main() -> None:
                 for method in METHODS:
                     cells.append(cell(size, side, method, settings))
                     print(size, side, settings, method, round(cells[-1]["training_peak_bytes"] / MB), flush=True)
-                    write(args.out, "segmentation_memory", {"paper_mb": PAPER, "crops": crops, "cells": cells}, how="predicted")
+                    write(args.out, "segmentation_memory", {"paper_mb": PAPER, "crops": crops, "cells": cells, **kept}, how=HOW)
     full = {(c["model"], c["side"], c["settings"]): c["training_peak_bytes"] for c in cells if c["method"] == "full"}
     rows = []
     for c in cells:

@@ -58,6 +58,7 @@ def _measured(model: MetaModel, recipe: Recipe, method: str, device: torch.devic
     _check_room(predicted.usage, method, device)
     torch.manual_seed(recipe.seed)
     step, _ = prepare(model, recipe, method, random_tensors, device=device, round_plans=predicted.round_plans)
+    show_all_classes(step, model.spec.num_labels)
     seen = _allocated(step, device) if device.type == "cuda" else {}
     counted = usage(step)
     measured = seen.get("max_allocated_bytes", counted.peak_bytes)
@@ -92,15 +93,25 @@ def _allocated(step: Step, device: torch.device) -> dict[str, int]:
 def random_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Real tensors on the CPU of the shapes of these: small random numbers, zeros where they are whole numbers.
 
-    Of a mask of tokens the last is masked and the others are not, so that there is padding and something beside it.
+    Of a mask of tokens the last is masked and the others are not, so that there is padding and something beside it. Variances
+    are 1.
     """
     made = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in tensors.items()}
     for name, tensor in made.items():
-        if tensor.is_floating_point():
+        if name.endswith("running_var"):
+            tensor.fill_(1)
+        elif tensor.is_floating_point():
             tensor.normal_(std=0.02)
         elif name == "attention_mask":
             tensor[:, :-1] = 1
     return made
+
+
+def show_all_classes(step: Step, classes: int) -> None:
+    """Let the label maps of a step, if it has such, show every class, as a prediction takes them."""
+    if step.task.target.maps:
+        labels = step.batch["labels"]  # (batch, height, width)
+        labels.copy_((torch.arange(labels.numel(), device=labels.device) % classes).view_as(labels))
 
 
 def _check_room(predicted: Usage, method: str, device: torch.device) -> None:
