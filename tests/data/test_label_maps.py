@@ -89,7 +89,7 @@ def test_black_and_white_of_8_bits_are_colours_where_these_have_names() -> None:
 
 def test_a_palette_of_which_some_colours_are_known_is_not_read_by_its_places() -> None:
     """Programs that make files smaller renumber a palette; without the check its places would be taken for values."""
-    image = palette(NUMBERS, [[*COLOURS][1], [*COLOURS][0], (9, 9, 8)])
+    image = palette(NUMBERS, [(0, 255, 0), (128, 64, 128), (9, 9, 8)])
     with pytest.raises(MapError, match=r"it has the colour \[9, 9, 8\] at row 1, column 3, which is no class") as caught:
         values_of(image, COLOURS)
     assert caught.value.hint == "say which colour is which class with --set data.classes=FILE"

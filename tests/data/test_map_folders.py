@@ -84,7 +84,7 @@ def test_kitti_is_read_by_its_folders_and_frames_without_a_map_by_a_pattern(tmp_
 
 LAYOUTS: dict[str, tuple[tuple[str, ...], str, str]] = {  # the files, two pairs in order; the names of both
     "usual names": (("images/0.jpg", "labels/0.png", "images/1.jpg", "labels/1.png"), "image", "label"),
-    "usual names in capitals": (("JPEGImages/0.jpg", "Annotations/0.png", "JPEGImages/1.jpg", "Annotations/1.png"), "image", "label"),
+    "usual names in capitals": (("RGB/0.jpg", "Masks/0.png", "RGB/1.jpg", "Masks/1.png"), "image", "label"),
     "folders in both": (("a/x/0.jpg", "b/x/0.png", "a/y/0.jpg", "b/y/0.png"), "a", "b"),
     "one folder": (("a/0.jpg", "a/0.png", "a/1.jpg", "a/1.png"), "a/*.jpg", "a/*.png"),
     "one folder, endings": (("a/0_img.png", "a/0_map.png", "a/1_img.png", "a/1_map.png"), "a/*_img.png", "a/*_map.png"),
