@@ -30,7 +30,7 @@ SIZES = "label_sizes"
 GRID = 4  # a student learns a teacher's outputs at every fourth pixel of a row and of a column, as fine as most models see
 SEEN = 200  # rows that are looked at
 MOST = 256  # classes that nobody has named: maps of depths or of objects have more values
-NAME = "name the classes with --set data.classes=FILE, and what is no class with --set data.ignore_index=[0,255]"
+NAME = "name the classes with --set data.classes=FILE, and what is no class with --set 'data.ignore_index=[0,255]'"
 LOSSLESS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")
 TINY = 1e-6  # of a probability, below which its logarithm is cut off
 

@@ -138,10 +138,11 @@ def numbers_of(values: np.ndarray[Any, Any], reading: MapReading) -> np.ndarray[
     numbers: np.ndarray[Any, Any] = reading.lookup[values]
     if (odd := numbers == UNKNOWN).any():
         row, column = (int(at[0]) for at in np.nonzero(odd))
+        ignored = ",".join(map(str, sorted({*reading.classes.ignored, int(values[row, column])})))
         raise MapError(
             f"it has the value {values[row, column]} at row {row + 1}, column {column + 1}, which is no class: they are "
             f"{some(reading.names)}",
-            f"ignore it with --set data.ignore_index={values[row, column]}, or name all classes in data.classes",
+            f"ignore it, too, with --set 'data.ignore_index=[{ignored}]', or name all classes in data.classes",
         )
     return numbers
 

@@ -128,7 +128,7 @@ def test_a_value_that_is_no_class_is_named_with_its_place_and_the_classes() -> N
     with pytest.raises(MapError) as caught:
         numbers_of(np.array([[0, 1], [1, 12]]), reading)
     assert str(caught.value) == "it has the value 12 at row 2, column 2, which is no class: they are road, tree"
-    assert "--set data.ignore_index=12" in caught.value.hint
+    assert "--set 'data.ignore_index=[12]'" in caught.value.hint
 
 
 def test_a_file_of_classes_that_has_changed_is_refused() -> None:

@@ -15,10 +15,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from recap_cli.core.task import IGNORED
-from recap_cli.data import crops
+from recap_cli.data import crops, map_split
 from recap_cli.data.crops import VARIANTS, window
 from recap_cli.data.images import LOOKED_AT, RAM_BYTES, ImageInputs
-from recap_cli.data.label_maps import reading_of
+from recap_cli.data.label_maps import open_map, reading_of
 from recap_cli.data.map_classes import MapClasses, map_classes
 from recap_cli.data.sampling import batches
 from recap_cli.data.soft_targets import fingerprint
@@ -250,7 +250,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, list[Any]]], None], str, str]] = {  #
     "a value that is no class": (
         with_map(5, png(Image.new("L", (8, 40), 12))),
         "the label map in row 5 of made.parquet: it has the value 12 at row 1, column 1, which is no class: they are 0, 1, 2",
-        "--set data.ignore_index=12",
+        "--set 'data.ignore_index=[12,255]'",
     ),
     "a broken file": (
         with_map(3, SMALL[:40]),
@@ -366,3 +366,22 @@ def test_colours_of_a_file_of_classes_give_the_classes(tmp_path: Path) -> None:
     classes = map_classes(Data(classes=str(tmp_path / "classes.json")).model_dump())
     inputs = replace(inputs_of(ROAD), maps=replace(reading_of(classes, raw.label_names), native=True))
     assert split_of(raw, inputs).batch(torch.tensor([0]))["labels"].tolist() == [[[1, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("augment", "ram_bytes", "times"),
+    [("flip", RAM_BYTES, 0), ("flip", 5 * 256 * 2, 0), ("flip", 5 * 256 * 2 - 1, 1), ("crop", RAM_BYTES, 1)],
+)
+def test_a_batch_decodes_maps_only_where_they_do_not_fit_or_are_cropped(
+    augment: str, ram_bytes: int, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = split_of(raw_of(tmp_path, noise(SIZES)), inputs_of(["0", "1", "2"], augment=augment), ram_bytes=ram_bytes)
+    opened: list[Any] = []
+
+    def counted(stored: Any, read: Any) -> Any:
+        opened.append(stored)
+        return open_map(stored, read)
+
+    monkeypatch.setattr(map_split, "open_map", counted)
+    split.labels(EVERY)
+    assert len(opened) == times * len(SIZES)
