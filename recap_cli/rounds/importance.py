@@ -1,7 +1,7 @@
 """How a stage scores groups: the criterion that a recipe names, on the losses of a sample D_s (paper, sec. 3.1.2)."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -72,12 +72,15 @@ def losses_over(context: Context, model: nn.Module, sample: Sample, track: Track
         steps = -(-len(sample.indices) // size)
         every = track(batches(sample.split, sample.indices, size, device=sample.device), sample.label, steps)
         for number, batch in enumerate(every):
-            seed = seed_for(context.recipe.seed, number, sample.label)
-            with seeded(seed, sample.device) if task.draws else nullcontext():
+            with _seeded(context, sample, number) if task.draws else nullcontext():
                 mean, count = mean_loss(task, forward(batch), batch)
             yield mean, float(count) / max(whole, 1.0)
 
     return losses
+
+
+def _seeded(context: Context, sample: Sample, number: int) -> AbstractContextManager[None]:
+    return seeded(seed_for(context.recipe.seed, number, sample.label), sample.device)
 
 
 def draw(recipe: Recipe, split: Split, round: int, stage: str) -> Tensor:
