@@ -97,10 +97,10 @@ class Target:
         blank: the value of an example (or word) without labels, for a head of so many outputs.
         several: True if a recipe may name several columns.
         stratified: True if each value is to have its share of the examples that are held out.
-        maps: True if a label is a map: an image with a class for each pixel. Then `learn` and `encode` are given the values
-            that occur in the pixels, each once, and a batch has `labels` of (batch, height, width), int64, with `IGNORED`
-            where nothing is counted. Where maps differ in size, `label_sizes` has the (height, width) of each, and the rest
-            of it is padding.
+        maps: True if a label is a map: an image with a class for each pixel. Then `learn` is given the values that occur in
+            the pixels, each once and sorted, and `encode` is not called. A batch has `labels` of (batch, height, width), int64,
+            with `IGNORED` where nothing is counted. Where maps differ in size, `label_sizes` has the (height, width) of each,
+            and the rest of it is padding.
     """
 
     holds: str

@@ -122,7 +122,7 @@ def _decoder(dataset: "Dataset", inputs: ImageInputs, origin: str, workers: int)
     """Return a function from indices to pixels, (batch, channels, height, width), uint8. It fills a list as `pixels.decode`."""
     import datasets
 
-    encoded = dataset.cast_column("image", datasets.Image(decode=False))
+    encoded = dataset.select_columns(["image", "row"]).cast_column("image", datasets.Image(decode=False))
 
     def decode(peaks: list[int] | None, image: Mapping[str, Any], row: int, seen: Window) -> Tensor:
         try:
