@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -285,6 +286,23 @@ def test_the_worst_example_is_the_worst_and_the_best_the_best(segmenter: State, 
     assert found.worst[0].small_miou == pytest.approx(figures["best"][order[0]])
     assert found.worst[0].full_miou == pytest.approx(figures["full"][order[0]])
     assert (found.looked_at, found.of) == (9, 9)
+
+
+@needs_adapter
+def test_the_small_model_says_which_are_the_best(segmenter: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = examples.map_examples(segmenter, silent)
+    predicted = examples._predicted
+
+    def all_as_the_first(context: Any, name: str, *rest: Any) -> Any:
+        found = predicted(context, name, *rest)
+        return found if name == "best" else replace(found, counts=found.counts[:1].expand_as(found.counts))
+
+    monkeypatch.setattr(examples, "_predicted", all_as_the_first)
+    found = examples.map_examples(segmenter, silent)
+    shown = [*found.best, *found.worst]
+    assert [one.place for one in shown] == [one.place for one in (*plain.best, *plain.worst)]
+    assert len({one.full_miou for one in shown}) == 1 < len({one.small_miou for one in shown})
+    assert found.small_iou == plain.small_iou != found.full_iou
 
 
 @needs_adapter
