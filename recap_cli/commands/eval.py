@@ -92,6 +92,8 @@ def _models(which: str) -> list[str]:
 
 def _by_label(state: "State", rows: "Sequence[Mapping[str, Any]]") -> dict[str, dict[str, list[float | None]]]:
     """Return the figures that there is one of for each label, by prefix and label, with a value for each row or None."""
+    if not any("/" in key for row in rows for key in row):
+        return {}
     from recap_cli.rounds.run_context import Context
 
     objective = Context(state).objective
