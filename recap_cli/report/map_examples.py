@@ -229,6 +229,8 @@ def _pairs(task: Task, outputs: Any, batch: Batch, classes: int) -> Iterator[tup
 
 def maps_in(batch: Batch) -> list[Tensor]:
     """Return the true map of each example, int64, (height, width), without padding."""
+    if SIZES not in batch:  # all are of one size
+        return list(batch["labels"])
     sizes = batch[SIZES].tolist()
     return [labels[:height, :width] for labels, (height, width) in zip(batch["labels"], sizes, strict=True)]
 

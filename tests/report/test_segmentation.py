@@ -7,8 +7,6 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 import yaml
 
 from recap_cli.cli import main
+from recap_cli.core.label_maps import padded
 from recap_cli.core.task import IGNORED
 from recap_cli.data.map_classes import MapClasses
 from recap_cli.errors import DataError
@@ -28,7 +27,7 @@ from recap_cli.recipe import recipe as recipes
 from recap_cli.report import map_examples as examples
 from recap_cli.report import pages
 from recap_cli.report import report as reporting
-from recap_cli.report.map_examples import Example, MapExamples, counts_of, extremes, iou_of, shrunk
+from recap_cli.report.map_examples import Example, MapExamples, counts_of, extremes, iou_of, maps_in, shrunk
 from recap_cli.report.map_page import described
 from recap_cli.report.map_pictures import VOIDS, class_colours, painted, png_uri, voc_colour, void_colour
 from recap_cli.report.report import of_state, report
@@ -37,12 +36,10 @@ from recap_cli.stages.eval import evaluate
 from recap_cli.stages.run import run
 from recap_cli.state.store import State
 from tests.report.test_pages import NASTY, read
+from tests.segmentation import CONFIGS
 from tests.tiny import tiny
 
 LABELS = ["road", "tree", "sky"]
-IS_REGISTERED = any(entry.name == "segformer" for entry in entry_points(group="recap.adapters"))
-HAS_SEGFORMER = IS_REGISTERED and find_spec("recap_cli.plugins.adapters.segformer") is not None
-needs_adapter = pytest.mark.skipif(not HAS_SEGFORMER, reason="the adapter of SegFormer is not merged yet")
 
 
 def pixels_of(address: str) -> Any:
@@ -113,6 +110,14 @@ def test_the_iou_of_each_class_is_that_of_the_sets_of_its_pixels() -> None:
         both, either = places["found"] & places["truth"], places["found"] | places["truth"]
         assert values[number] == pytest.approx(len(both) / len(either))
     assert np.isnan(values[3])
+
+
+def test_the_true_maps_of_a_batch_are_without_padding() -> None:
+    maps = [torch.full((2, 3), 1), torch.full((4, 2), 2)]
+    for batch in (padded(maps), padded(maps[:1]), padded(maps[1:])):  # of one size there are no sizes
+        found = maps_in(batch)
+        assert {tuple(one.shape): set(one.flatten().tolist()) for one in found}.items() <= {(2, 3): {1}, (4, 2): {2}}.items()
+        assert len(found) == len(batch["labels"])
 
 
 def test_the_extremes_are_the_best_first_the_worst_first_and_no_example_twice() -> None:
@@ -238,13 +243,12 @@ def test_a_page_without_pictures_says_why(
 
 
 def segmentation_recipe(root: Path) -> Any:
-    from tests.segmentation import CONFIGS
-
     random = np.random.default_rng(0)
     for split, count in (("train", 16), ("validation", 9)):
         for at in range(count):
-            numbers = random.integers(0, 3, (5, 6), dtype=np.uint8).repeat(8, 0).repeat(8, 1)  # (40, 48)
-            image = np.stack([numbers * 80] * 3, -1) + random.integers(0, 60, (40, 48, 3), dtype=np.uint8)
+            size = (5, 6 + at % 2)  # a batch has maps of two sizes, and some are padded
+            numbers = random.integers(0, 3, size, dtype=np.uint8).repeat(8, 0).repeat(8, 1)  # (40, 48) or (40, 56)
+            image = np.stack([numbers * 80] * 3, -1) + random.integers(0, 60, (*numbers.shape, 3), dtype=np.uint8)
             numbers[:4] = 255
             for kind, pixels in (("images", image), ("labels", numbers)):
                 file = root / split / kind / f"{at}.png"
@@ -275,7 +279,6 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> State:
     return run(segmentation_recipe(root / "data"), root / "state")
 
 
-@needs_adapter
 def test_the_worst_example_is_the_worst_and_the_best_the_best(segmenter: State, tmp_path: Path) -> None:
     file = tmp_path / "each.jsonl"
     evaluate(segmenter, which=["full", "best"], predictions=PredictionFile(file))
@@ -290,7 +293,6 @@ def test_the_worst_example_is_the_worst_and_the_best_the_best(segmenter: State, 
     assert (found.looked_at, found.of) == (9, 9)
 
 
-@needs_adapter
 def test_the_small_model_says_which_are_the_best(segmenter: State, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = examples.map_examples(segmenter, silent)
     predicted = examples._predicted
@@ -307,7 +309,6 @@ def test_the_small_model_says_which_are_the_best(segmenter: State, monkeypatch: 
     assert found.small_iou == plain.small_iou != found.full_iou
 
 
-@needs_adapter
 def test_what_is_shown_is_the_image_and_the_map_of_that_row(segmenter: State) -> None:
     found = examples.map_examples(segmenter, silent)
     one = found.best[0]
@@ -319,14 +320,12 @@ def test_what_is_shown_is_the_image_and_the_map_of_that_row(segmenter: State) ->
     assert (one.truth == np.where(wanted == 255, IGNORED, wanted)).all()
 
 
-@needs_adapter
 def test_the_iou_over_all_examples_is_that_of_an_evaluation(segmenter: State) -> None:
     found = examples.map_examples(segmenter, silent)
     for row, figures in zip(evaluate(segmenter, which=["full", "best"]), (found.full_iou, found.small_iou), strict=True):
         assert figures == pytest.approx({name: row[f"iou/{name}"] for name in LABELS if f"iou/{name}" in row})
 
 
-@needs_adapter
 def test_only_the_first_examples_are_looked_at(segmenter: State, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examples, "LOOKED_AT", 5)
     found = examples.map_examples(segmenter, silent)
@@ -342,7 +341,6 @@ def without_model(state: State) -> None:
     (state.path / str((state.manifest.best or {})["folder"]) / "model.safetensors").write_bytes(b"no model")
 
 
-@needs_adapter
 @pytest.mark.parametrize("damage", [without_data, without_model])
 def test_without_data_or_a_model_there_is_a_page_and_a_note(
     damage: Callable[[State], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -361,7 +359,6 @@ def test_without_data_or_a_model_there_is_a_page_and_a_note(
     assert "small model, in its round" in text
 
 
-@needs_adapter
 def test_figures_of_each_class_have_a_table_of_their_own(segmenter: State, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(segmenter.path), "--which", "full,best"]) == 0
     first, _, second = capsys.readouterr().out.partition("iou by class")
