@@ -6,7 +6,7 @@ what it is averaged over, which metrics there are, and how a prediction is writt
 Importing this module, and a module that makes a task of it, imports no torch: reading a recipe looks at its task.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -224,6 +224,13 @@ class Task:
     def all_metrics(self) -> tuple[Metric, ...]:
         """The metrics, and the loss."""
         return (*(metric for metric in self.metrics if metric.name != LOSS.name), LOSS)
+
+    def figures_by_label(self, figures: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Return the figures of `score` that there is one of for each label: by prefix, then by label, in their order."""
+        return {
+            prefix: {name.removeprefix(f"{prefix}/"): value for name, value in figures.items() if name.startswith(f"{prefix}/")}
+            for prefix in self.by_label
+        }
 
     def metric(self, name: str) -> Metric:
         """Return the metric of a name. Raises `KeyError` if the task does not have it."""
