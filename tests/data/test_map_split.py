@@ -96,7 +96,7 @@ def test_a_model_is_trained_on_maps_of_the_size_of_its_images(tmp_path: Path) ->
     batch = split_of(raw_of(tmp_path, columns), inputs_of(["0", "1", "2"])).batch(EVERY)
     assert batch["labels"].shape == (5, 16, 16)
     assert batch["labels"].dtype == torch.int64
-    assert batch["label_sizes"].tolist() == [[16, 16]] * 5
+    assert "label_sizes" not in batch  # all are of one size
     for label, stored in zip(batch["labels"], columns["label"], strict=True):
         wanted = Image.open(BytesIO(stored)).resize((16, 16), Image.Resampling.NEAREST)
         assert label.tolist() == np.array(wanted).tolist()
@@ -123,7 +123,7 @@ def test_maps_in_memory_are_those_that_each_batch_decodes(augment: str, workers:
     for indices in (EVERY, torch.tensor([3, 0, 0, 4, 1])):
         for variants in (None, torch.tensor([0, 1, 0, 1, 1])):
             found, wanted = held.batch(indices, variants), decoded.batch(indices, variants)
-            assert found.keys() == wanted.keys() == {"pixel_values", "labels", "label_sizes"}
+            assert found.keys() == wanted.keys() == {"pixel_values", "labels"}
             assert all(torch.equal(found[name], wanted[name]) for name in found)
 
 
@@ -223,7 +223,7 @@ def test_images_without_maps_have_blank_ones_of_their_size(native: bool, tmp_pat
     raw = raw_of(tmp_path, noise(SIZES))
     split = make_split(raw.train.remove_columns("label"), inputs_of(["0", "1"], native=native), origin="new")
     batch = split.batch(torch.tensor([2, 4]))
-    assert batch["label_sizes"].tolist() == ([[9, 31], [40, 8]] if native else [[16, 16]] * 2)
+    assert batch.get("label_sizes", torch.empty(0)).tolist() == ([[9, 31], [40, 8]] if native else [])
     assert bool((batch["labels"] == IGNORED).all())
     assert split.targets.pixels_of(2).tolist() == [0, 0]  # type: ignore[union-attr]
 
