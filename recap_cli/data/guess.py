@@ -62,6 +62,8 @@ def read_table(task: Task, data: Mapping[str, Any]) -> "pa.Table | None":
     if path.is_dir():
         if task.inputs != "image":
             raise folder_for_texts(path, "data.train")
+        if task.target.maps:  # whose folders have usual names
+            return None
         read_folder(path, key="data.train")
         return None
     return read_file(path, key="data.train", text_columns=[])
