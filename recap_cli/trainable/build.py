@@ -30,6 +30,7 @@ from recap_cli.trainable.frozen_weights import (
     place_of,
     rest_of,
 )
+from recap_cli.trainable.half_precision import buffer_dtype, keep_own_loss_in_fp32
 from recap_cli.trainable.linear import PartialLinear
 from recap_cli.trainable.placement import FP32_ON_CPU, Placement
 
@@ -146,7 +147,10 @@ def make_partial(
         if isinstance(module, PartialLinear | PartialEmbedding | QuantizedEmbedding | QuantizedMatrix):
             continue  # made where it lives, and its parameter may be a view of its weight
         for attribute, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            setattr(module, attribute, build.once.make(buffer, "a buffer", partial(buffer.to, placement.device)))
+            dtype = buffer_dtype(module, buffer, placement.dtype)
+            setattr(module, attribute, build.once.make(buffer, "a buffer", partial(buffer.to, placement.device, dtype)))
+    if placement.dtype != torch.float32:
+        keep_own_loss_in_fp32(model)
     return list(trainables.values())
 
 
