@@ -27,6 +27,10 @@ SIZES = (  # keys of configurations that must be 1 or more; `conformance` checks
     *("hidden_size", "dim", "num_attention_heads", "n_heads", "intermediate_size", "hidden_dim"),
     *("vocab_size", "max_position_embeddings", "image_size", "patch_size", "num_channels"),
     *("embed_dim", "num_heads", "depths", "window_size"),  # of models in stages
+    *("hidden_sizes", "patch_sizes", "strides", "sr_ratios", "num_encoder_blocks", "decoder_hidden_size"),  # of SegFormer
+    *("neck_hidden_sizes", "fusion_hidden_size", "pool_scales", "auxiliary_channels"),  # of heads that segment
+    *("feature_size", "mask_feature_size", "fpn_feature_size", "encoder_feedforward_dim", "dim_feedforward"),  # with queries
+    *("num_queries", "train_num_points"),
 )
 LAYERS = ("num_hidden_layers", "n_layers", "depth")  # keys for the number of layers
 ACTIVATIONS = ("hidden_act", "activation")
@@ -35,6 +39,8 @@ CHOICES = (
     "attn_implementation",
     "experts_implementation",
 )  # keys that choose code; also with leading underscores, and with the suffix _internal
+DOWNLOADS = ("backbone", "use_pretrained_backbone")  # keys of configurations that name other weights
+BACKBONE_HINT = "describe the backbone in backbone_config, and set this key to null"
 NOT_IN_DEFAULTS = {"head_dim", "architectures", "tokenizer", "transformers_version", "_name_or_path", "torch_dtype"}
 
 
@@ -307,6 +313,13 @@ def _check_values(model_type: str, values: Mapping[str, Any]) -> None:
             near = get_close_matches(value, sorted(ACT2FN), n=1)
             hint = f"did you mean {near[0]}?" if near else CONFIG_HINT
             raise ModelError(f"{key} of this {model_type} is {value!r}, which transformers does not know", hint=hint)
+    if key := next((key for key in DOWNLOADS if values.get(key)), None):
+        raise ModelError(
+            f"{key} of this {model_type} is {values[key]!r}: transformers would download a backbone", hint=BACKBONE_HINT
+        )
+    for value in values.values():
+        if isinstance(value, dict) and "model_type" in value:  # the configuration of a backbone, or of a decoder
+            _check_values(str(value["model_type"]), value)
 
 
 def _check_keys(model_type: str, values: dict[str, Any], defaults: Any) -> None:
