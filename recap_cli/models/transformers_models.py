@@ -39,7 +39,7 @@ CHOICES = (
     "attn_implementation",
     "experts_implementation",
 )  # keys that choose code; also with leading underscores, and with the suffix _internal
-DOWNLOADS = ("backbone", "use_pretrained_backbone")  # keys of configurations that name other weights
+PRETRAINED = "use_pretrained_backbone"
 BACKBONE_HINT = "describe the backbone in backbone_config, and set this key to null"
 NOT_IN_DEFAULTS = {"head_dim", "architectures", "tokenizer", "transformers_version", "_name_or_path", "torch_dtype"}
 
@@ -63,6 +63,7 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
     model_type = str(values.get("model_type"))
     check_limits(model_type, rest)
     _check_values(model_type, rest)
+    _check_backbone(model_type, rest)
     rest = {key: value for key, value in rest.items() if not key.strip("_").startswith(CHOICES)}
     if strict and (kind := next((rest[key] for key in DTYPES if key in rest), "float32")) != "float32":
         raise ModelError(f"the weights of a {model_type} are float32, not {kind}", hint="see finetune.weights for less memory")
@@ -313,13 +314,20 @@ def _check_values(model_type: str, values: Mapping[str, Any]) -> None:
             near = get_close_matches(value, sorted(ACT2FN), n=1)
             hint = f"did you mean {near[0]}?" if near else CONFIG_HINT
             raise ModelError(f"{key} of this {model_type} is {value!r}, which transformers does not know", hint=hint)
-    if key := next((key for key in DOWNLOADS if values.get(key)), None):
-        raise ModelError(
-            f"{key} of this {model_type} is {values[key]!r}: transformers would download a backbone", hint=BACKBONE_HINT
-        )
     for value in values.values():
         if isinstance(value, dict) and "model_type" in value:  # the configuration of a backbone, or of a decoder
             _check_values(str(value["model_type"]), value)
+
+
+def _check_backbone(model_type: str, values: Mapping[str, Any]) -> None:
+    """Refuse a backbone that would be downloaded. That of a decoder's own configuration is never built."""
+    if named := next((key for key in ("backbone", PRETRAINED) if values.get(key)), None):
+        raise ModelError(
+            f"{named} of this {model_type} is {values[named]!r}: transformers would download a backbone", hint=BACKBONE_HINT
+        )
+    inner = values.get("backbone_config")
+    if isinstance(inner, dict) and inner.get(PRETRAINED):
+        raise ModelError(f"{PRETRAINED} of this {model_type}'s backbone is set: it would be downloaded", hint=BACKBONE_HINT)
 
 
 def _check_keys(model_type: str, values: dict[str, Any], defaults: Any) -> None:
