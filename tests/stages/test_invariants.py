@@ -156,7 +156,7 @@ def test_i4_scatter_is_the_inverse_of_gather_and_two_plans_compose(rounds: Round
     assert all(torch.equal(twice[name], at_once[name]) for name in full)
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "timm-vit"])
+@pytest.mark.parametrize("name", ["bert", "vit", "timm-vit", "segformer"])
 def test_i7_stage_by_stage_is_run(name: str, tmp_path: Path) -> None:
     rounds, recipe = rounds_of(name), tiny(name)
     state = init(recipe, tmp_path / "state")
@@ -369,7 +369,7 @@ def run_with_stops(recipe: Recipe, path: Path) -> set[tuple[int, str]]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["bert", "timm-vit"])
+@pytest.mark.parametrize("name", ["bert", "timm-vit", "mask2former"])
 def test_i6_stopped_in_every_stage_and_resumed_is_uninterrupted(name: str, tmp_path: Path) -> None:
     seen = run_with_stops(tiny(name), tmp_path / "state")
     assert len(seen) >= 7  # init, the importances and the finetuning of both rounds were each stopped once
