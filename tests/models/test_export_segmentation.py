@@ -71,12 +71,15 @@ def test_a_dense_model_and_its_processor_are_opened_by_transformers_alone(name: 
     assert_a_shade(inputs["pixel_values"], batch["pixel_values"], std=0.5)
     with torch.no_grad():
         found = model(inputs["pixel_values"])
+    for key in found.keys() & {"logits", "class_queries_logits", "masks_queries_logits"}:
+        found[key] = 3 * torch.randn(found[key].shape, generator=torch.Generator().manual_seed(0))  # so that all classes occur
     (labels,) = processor.post_process_semantic_segmentation(found, target_sizes=[(height, width)])
     task = task_named("semantic-segmentation")
     assert task.maps_of is not None
     (ours,) = task.maps_of(task.read(found), batch)
     assert labels.shape == ours.shape == (height, width)
-    assert float((labels == ours).float().mean()) > 0.99  # some interpolate by way of another size
+    alike = 0.85 if name == "mask2former" else 0.999  # that of Mask2Former goes by way of masks of 384 × 384
+    assert float((labels == ours).float().mean()) > alike
 
 
 def first_of_validation(name: str, spec: ModelSpec) -> Batch:
