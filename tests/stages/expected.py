@@ -91,7 +91,9 @@ def check_training(record: Record, rounds: int, steps: int) -> None:
         naive.finetune(model, full, trains, memory, training, [look.batch for look in looks], rates)
         check_full_model(record, round, full, trains)
         if tune.carry_moments:
-            check_moments(record, round, memory)
+            # gradients of the next steps feel the rounding of those before: up to 7e-5 of the largest on one processor of three;
+            # with queries, whose points and masks a rounding may change, up to 5e-4
+            check_moments(record, round, memory, near=3e-3 if hasattr(model, "class_predictor") else 3e-4)
         else:
             memory = Memory(memory.shapes)
         check_metrics(record, round, model)
@@ -107,13 +109,12 @@ def check_full_model(record: Record, round: int, full: dict[str, Tensor], trains
     assert changed > 0.5 * sum(int(m.sum()) for m in trains.values())
 
 
-def check_moments(record: Record, round: int, memory: Memory) -> None:
+def check_moments(record: Record, round: int, memory: Memory, near: float) -> None:
     stored = record.files[round, "merge"][f"full-{round:03d}/moments.safetensors"]
     assert {key.rpartition("/")[0] for key in stored} == set(memory.counts)
     for param, of in memory.moments.items():
         for moment, expected in of.items():
-            # gradients of the next steps feel the rounding of those before: up to 7e-5 of the largest on one processor of three
-            assert_near(stored[f"{param}/{moment}"], expected, f"{param}/{moment} after round {round}", near=3e-4)
+            assert_near(stored[f"{param}/{moment}"], expected, f"{param}/{moment} after round {round}", near)
         dense, count = memory.counts[param], stored[f"{param}/count"]
         if len(count) == 1:
             assert dense.unique().tolist() == count.tolist(), param
