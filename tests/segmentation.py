@@ -70,6 +70,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # of another layout: the mo
     "upernet, ConvNeXt": ("upernet", {**UPERNET, "backbone_config": CONVNEXT}),
     "eomt, SwiGLU": ("eomt", {**EOMT, "use_swiglu_ffn": True}),
 }
+SEGMENTERS = ("segformer", "dpt", "mask2former", "maskformer")  # those that whole rounds are run of
 UNIVERSAL = ("eomt", "mask2former", "maskformer")  # those of masks and classes
 
 

@@ -11,14 +11,19 @@ from PIL import Image
 
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
+from tests import segmentation
 from tests.pico import LABELS, PICO, TIMM, write_tokenizer
 
 TRAIN, VALIDATION = 40, 18
+IGNORED_VALUE = 255  # of a label map
 
 
 @cache
 def data_folder() -> Path:
-    """Made once per test run: a tokenizer, texts as csv, and images in a folder per class, each with a mark of its own."""
+    """Made once per test run: a tokenizer, texts as csv, images in a folder per class, and images with label maps.
+
+    Each text and each image has a mark of its class, and so has each pixel that a map gives one.
+    """
     root = Path(mkdtemp(prefix="recap-tiny-"))
     write_tokenizer(root / "tokenizer")
     random = np.random.default_rng(0)
@@ -36,11 +41,31 @@ def data_folder() -> Path:
             place.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(place)
         (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    for split, count in (("train", TRAIN), ("validation", VALIDATION)):
+        for i in range(count):
+            side = segmentation.SIDE
+            write_map(root / "maps" / split, f"{i}.png", i, (side, side) if split == "train" or i % 3 else (24, 40))
     return root
+
+
+def write_map(folder: Path, name: str, seed: int, size: tuple[int, int]) -> None:
+    """Write an image of (height, width) and its label map: two or three classes side by side, and some pixels of none."""
+    random = np.random.default_rng(seed)
+    shown = random.permutation(len(segmentation.LABELS))[: 2 + seed % 2]  # every other map lacks a class
+    pixels = random.integers(0, 128, (*size, 3), dtype=np.uint8)
+    labels = shown[np.arange(size[1]) * len(shown) // size[1]][None].repeat(size[0], 0).astype(np.uint8)  # (height, width)
+    for label in shown:
+        pixels[labels == label, label] += 96
+    labels[::5] = IGNORED_VALUE
+    for place, content in (("images", pixels), ("labels", labels)):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(content).save(folder / place / name)
 
 
 def model_section(name: str) -> dict[str, Any]:
     """The `model` of a recipe that builds the pico or strange model of that name, with random weights."""
+    if name in segmentation.CONFIGS:
+        return {"config": {"model_type": name, **segmentation.CONFIGS[name]}}
     made: Any = PICO[name] if name in PICO else _strange(name)
     if made.args[0].startswith(("vit_", "deit_")):
         return {"library": "timm", "config": {"architecture": made.args[0], **TIMM, **made.keywords}}
@@ -70,21 +95,28 @@ def is_text(name: str) -> bool:
 
 def tiny(name: str, **sections: Any) -> Recipe:
     """A recipe of two rounds for a pico model; `sections` are merged over it."""
-    root, text = data_folder(), is_text(name)
-    kind = "text" if text else "image"
-    files = {s: str(root / (f"{s}.csv" if text else s)) for s in ("train", "validation")}
-    columns = {"text": "sentence"} if text else {"image": "image"}
+    text = is_text(name)
     whole: dict[str, Any] = {
         "name": f"tiny-{name}",
         "rounds": 2,
         "model": model_section(name),
-        "task": {"kind": f"{kind}-classification"},
-        "data": {**files, **columns, "max_length": 16} if text else {**files, **columns},
+        "task": {"kind": "text-classification" if text else "image-classification"},
+        "data": _data_section(name),
         "importance": {"batches": 2, "batch_size": 8},
         "prune": {"ratio": 0.4, "steps": 2},
         "mask": {"ratio": 0.6},
         "finetune": {"epochs": 1, "batch_size": 8, "lr": 0.01, "device": "cpu"},
     }
+    if name in segmentation.CONFIGS:
+        whole["task"] = {"kind": "semantic-segmentation"}
     for section, values in sections.items():
         whole[section] = {**whole.get(section, {}), **values} if isinstance(values, dict) else values
     return recipes.parse(yaml.safe_dump(whole), f"tiny {name}")
+
+
+def _data_section(name: str) -> dict[str, Any]:
+    root, text, maps = data_folder(), is_text(name), name in segmentation.CONFIGS
+    files = {s: str(root / (f"{s}.csv" if text else f"maps/{s}" if maps else s)) for s in ("train", "validation")}
+    if maps:
+        return {**files, "classes": segmentation.LABELS, "image_size": segmentation.SIDE}
+    return {**files, "text": "sentence", "max_length": 16} if text else {**files, "image": "image"}

@@ -37,9 +37,9 @@ Run = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]  # (tensors among the 
 def streamed(model: nn.Module, blocks: Sequence[str], device: torch.device | str) -> Iterator[None]:
     """Inside, `model` takes and gives tensors on `device`, and the weights of each of `blocks` are there only while it runs.
 
-    Afterwards all is as it was, the same tensors in the same place, and values that were trained outside the blocks have come
-    back. On CUDA the CPU adds up (or scores) gradients of one block while the device makes those of the next. A block may take
-    and give tensors in tuples, lists and dicts.
+    Afterwards all is as it was, the same tensors in the same place, and values that were trained, or statistics that were
+    estimated, outside the blocks have come back. On CUDA the CPU adds up (or scores) gradients of one block while the device
+    makes those of the next. A block may take and give tensors in tuples, lists and dicts.
 
     Args:
         model: on the CPU.
@@ -75,10 +75,10 @@ def _outside(model: nn.Module, blocks: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def _put_back(tensor: Tensor, original: Tensor) -> None:
-    """Let `tensor` be `original` again, with the values and the gradient that a parameter has got meanwhile."""
+    """Let `tensor` be `original` again, with the values that it has got meanwhile, and a parameter's gradient."""
     streamed_data, tensor.data = tensor.data, original
+    original.copy_(streamed_data)  # of a buffer too: the statistics of a batch norm may have been estimated
     if isinstance(tensor, nn.Parameter):
-        original.copy_(streamed_data)
         tensor.grad = None if tensor.grad is None else tensor.grad.to(original.device)
 
 

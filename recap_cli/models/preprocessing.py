@@ -14,12 +14,14 @@ PROCESSORS = {  # those with a `post_process_semantic_segmentation` that fits th
     "beit": "BeitImageProcessor",
     "data2vec-vision": "BeitImageProcessor",
     "dpt": "DPTImageProcessor",
-    "eomt": "EomtImageProcessor",
+    "eomt": "MaskFormerImageProcessor",  # its own makes no squares: it wants a size in edges, and keeps the image's shape
     "mask2former": "Mask2FormerImageProcessor",
     "maskformer": "MaskFormerImageProcessor",
     "segformer": "SegformerImageProcessor",
     "upernet": "SegformerImageProcessor",
 }
+
+ROUNDING = ("Mask2FormerImageProcessor", "MaskFormerImageProcessor")  # a size up to a multiple of 32, unless told another
 
 
 def value_of(config: Any, key: str, default: Any = None) -> Any:
@@ -77,8 +79,9 @@ def read_image_facts(folder: Path | None, config: Any) -> tuple[dict[str, Any], 
 
 def preprocessor_json(image: dict[str, Any], model_type: str) -> str:
     """Return a preprocessor_config.json with the preprocessing of the finetuning: resize to a square, no crop."""
+    processor = PROCESSORS.get(model_type, "ViTImageProcessor")
     values = {
-        "image_processor_type": PROCESSORS.get(model_type, "ViTImageProcessor"),
+        "image_processor_type": processor,
         "do_resize": True,
         "size": {"height": image["size"], "width": image["size"]},
         "resample": INTERPOLATIONS.index(image["interpolation"]),
@@ -87,5 +90,6 @@ def preprocessor_json(image: dict[str, Any], model_type: str) -> str:
         "do_normalize": True,
         "image_mean": image["mean"],
         "image_std": image["std"],
+        **({"size_divisor": 1} if processor in ROUNDING else {}),
     }
     return json.dumps(values, indent=2) + "\n"

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, interpolate
 
+IGNORED = -100  # of a label map, as `cross_entropy` has it
 Batch = dict[str, Tensor]
 Group = tuple[str, int]  # the name of an axis, and a unit of it; of the fine ones, a hidden dimension of it
 
@@ -91,8 +92,8 @@ def load(model: nn.Module, tensors: Mapping[str, Tensor], axes: Axes, alive: Seq
     """Put the full model's weights into `model`, those of groups that are not alive as zeros."""
     with torch.no_grad():
         params = dict(model.named_parameters())
-        for name, param in params.items():
-            param.copy_(tensors[name])
+        for name, tensor in (*params.items(), *((n, b) for n, b in model.named_buffers() if n in tensors)):
+            tensor.copy_(tensors[name])
         for group in set(everything(axes)) - set(alive):
             for param_name, dim, start, width in axes.stretches(group):
                 params[param_name].narrow(dim, start, width).zero_()
@@ -104,12 +105,53 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
+def maps_of(batch: Batch) -> list[Tensor]:
+    """The label map of each image, (height, width), of its own size."""
+    sizes = batch.get("label_sizes", torch.tensor([batch["labels"].shape[1:]] * len(batch["labels"])))
+    return [one[:height, :width] for one, (height, width) in zip(batch["labels"], sizes.tolist(), strict=True)]
+
+
+def queries_of(model: nn.Module, batch: Batch) -> Any:
+    """What a model with queries gives for a batch; its loss is made of the mask of each class that an image shows."""
+    height, width = batch["pixel_values"].shape[2:]
+    masks, classes = [], []
+    for labels in maps_of(batch):
+        rows = [int((i + 0.5) * labels.shape[0] / height) for i in range(height)]
+        columns = [int((i + 0.5) * labels.shape[1] / width) for i in range(width)]
+        nearest = labels[rows][:, columns]
+        classes.append(torch.tensor([label for label in nearest.unique().tolist() if label != IGNORED]))
+        masks.append(torch.stack([(nearest == label).float() for label in classes[-1]]))
+    return model(batch["pixel_values"], mask_labels=masks, class_labels=classes)
+
+
+def judged(model: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The sum of the losses of a batch; and of each example the scores, (classes, …), and the labels, (…) or (height, width)."""
+    if batch["labels"].ndim == 1:
+        logits = logits_of(model, batch)
+        return cross_entropy(logits, batch["labels"], reduction="sum"), list(logits), list(batch["labels"])
+    own, maps = None, maps_of(batch)
+    if hasattr(model, "class_predictor"):
+        out = queries_of(model, batch)
+        classes = out.class_queries_logits.softmax(2)[:, :, :-1]  # without "no object"
+        scores, own = (classes[..., None, None] * out.masks_queries_logits.sigmoid()[:, :, None]).sum(1), out.loss
+    else:
+        scores = model(batch["pixel_values"]).logits
+    found = [interpolate(one[None], labels.shape, mode="bilinear")[0] for one, labels in zip(scores, maps, strict=True)]
+    if own is not None:
+        return own * counted(maps), found, maps
+    losses = [cross_entropy(one[None], labels[None], reduction="sum") for one, labels in zip(found, maps, strict=True)]
+    return torch.stack(losses).sum(), found, maps
+
+
+def counted(labels: Sequence[Tensor]) -> int:
+    return sum(int((one != IGNORED).sum()) for one in labels)
+
+
 def gradients(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """The derivative of the mean loss over all examples of the batches, by parameter."""
+    """The derivative of the mean loss over all examples (or pixels) of the batches, by parameter."""
     model.zero_grad()
-    count = sum(len(batch["labels"]) for batch in batches)
-    losses = [cross_entropy(logits_of(model, batch), batch["labels"], reduction="sum") for batch in batches]
-    (torch.stack(losses).sum() / count).backward()
+    losses, _, labels = zip(*(judged(model, batch) for batch in batches), strict=True)
+    (torch.stack(losses).sum() / sum(map(counted, labels))).backward()
     return {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
 
 
@@ -272,6 +314,9 @@ def finetune(
         optimizer.state[values] = {"step": torch.tensor(float(age))}
         optimizer.state[values] |= {TORCH_NAMES[m]: tensor[at].clone() for m, tensor in memory.moments[name].items()}
     model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
     for batch, (rate, head_rate) in zip(batches, rates, strict=True):
         grads = gradients(model, [batch])
         if training.clip is not None:
@@ -294,15 +339,26 @@ def finetune(
             tensor[at] = optimizer.state[values][TORCH_NAMES[moment]]
 
 
-def evaluate(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
-    """The mean loss over all examples, and the share of them that is classified right."""
+def evaluate(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
+    """The mean loss over all examples, and the share of them that is classified right; or that of pixels, and the mean IoU."""
     model.eval()
+    found: list[int] = []
+    wanted: list[int] = []
+    total = 0.0
     with torch.no_grad():
-        logits = torch.cat([logits_of(model, batch) for batch in batches])
-    labels = torch.cat([batch["labels"] for batch in batches])
-    return float(cross_entropy(logits, labels)), sum(a == b for a, b in zip(logits.argmax(1), labels, strict=True)) / len(
-        labels
-    )
+        for batch in batches:
+            loss, scores, labels = judged(model, batch)
+            total += float(loss)
+            for of_one, true in zip(scores, labels, strict=True):
+                found += of_one.argmax(0)[true != IGNORED].tolist()
+                wanted += true[true != IGNORED].tolist()
+    mean, right = total / len(wanted), sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
+    if batches[0]["labels"].ndim == 1:
+        return {"loss": mean, "accuracy": right}
+    pairs, true_pixels, predicted = Counter(zip(found, wanted, strict=True)), Counter(wanted), Counter(found)
+    classes = true_pixels.keys() | predicted.keys()
+    iou = [pairs[c, c] / (true_pixels[c] + predicted[c] - pairs[c, c]) for c in classes]
+    return {"loss": mean, "pixel_accuracy": right, "miou": sum(iou) / len(iou)}
 
 
 def ratios(recipe: Any) -> list[tuple[float, float, bool]]:

@@ -5,10 +5,11 @@ import pytest
 from tests.pico import PICO
 from tests.stages.expected import check_training, naive_mask, naive_plan
 from tests.stages.witness import indices_of, record_of
+from tests.segmentation import SEGMENTERS
 from tests.strange import STRANGE, register
 from tests.tiny import TRAIN
 
-ADAPTERS = [*sorted(PICO), *STRANGE]
+ADAPTERS = [*sorted(PICO), *STRANGE, *SEGMENTERS]
 STEPS = 7  # a round: 1.2 epochs of 40 examples in batches of 7
 
 

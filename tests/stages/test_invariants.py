@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recap_cli import registry
 from recap_cli.core.axes import chosen_params, counts, mask_axes, prunable_params, shapes_of, shrink, unit_params
 from recap_cli.core.surgery import compose_index_maps, gather, indices, scatter, take
+from recap_cli.core.task import IGNORED, Batch
 from recap_cli.data.sampling import batches, order, seed_for
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds import trainer
+from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.record import MASK, MOMENTS, SMALL, TRAINED, WEIGHTS
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import frozen_whole, trainable_entries
@@ -33,6 +36,7 @@ from recap_cli.trainable.build import make_partial
 from recap_cli.trainable.moments import COUNT
 from recap_cli.trainable.neuron_order import bring_forward
 from tests.pico import PICO, logits_for
+from tests.segmentation import CONFIGS, SEGMENTERS
 from tests.strange import STRANGE, register
 from tests.tiny import tiny
 
@@ -69,7 +73,7 @@ def rounds_of(name: str) -> Rounds:
     return Rounds(root)
 
 
-@pytest.fixture(params=[*sorted(PICO), *STRANGE])
+@pytest.fixture(params=[*sorted(PICO), *STRANGE, *SEGMENTERS])
 def rounds(request: pytest.FixtureRequest) -> Rounds:
     return rounds_of(request.param)
 
@@ -78,13 +82,19 @@ def chosen_in(context: Context, folder: str) -> dict[str, Tensor]:
     return {name: c.bool() for name, c in context.state.load_tensors(f"{folder}/{MASK}").items()}
 
 
+def loss_of(context: Context, model: nn.Module, batch: Batch) -> Tensor:
+    """The mean loss of a batch; where it draws random numbers they are the same every time."""
+    torch.manual_seed(0)
+    return mean_loss(context.objective.task, forward_of(context.spec, model)(batch), batch)[0]
+
+
 def stored_files(root: Path) -> dict[str, bytes]:
     """Every tensor file of a state, and what it decided: all that must be equal where two runs are."""
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*.safetensors"))}
 
 
 def test_every_registered_adapter_has_a_pico_model() -> None:
-    types = {PICO[name]().model_type for name in PICO}
+    types = {PICO[name]().model_type for name in PICO} | set(CONFIGS)
     assert {entry.name for entry in registry.entries("adapters") if entry.distribution == "recap-cli"} == types
 
 
@@ -97,11 +107,10 @@ def test_i2_compact_gradients_are_the_dense_gradients_at_those_entries(rounds: R
     split, _ = context.splits(lambda items, label, total=None: iter(items))
     (batch,) = batches(split, torch.arange(6), 6)
     dense, partial = (context.model({n: t.clone() for n, t in small.items()}, counts(plan)) for _ in range(2))
-    forward, task = logits_for(context.spec), context.objective.task
-    mean_loss(task, forward(dense, batch), batch)[0].backward()
+    loss_of(context, dense, batch).backward()
     there = bring_forward(partial, shrink(context.layout.axes, plan), chosen, index_map)
     trainables = make_partial(partial, there, frozen=lambda n: frozen_whole(context.layout, context.round_plans[0], n))
-    mean_loss(task, forward(partial, batch), batch)[0].backward()
+    loss_of(context, partial, batch).backward()
     wanted = dict(dense.named_parameters())
     for trainable in trainables:
         if (grad := wanted[trainable.name].grad) is not None:
@@ -147,7 +156,7 @@ def test_i4_scatter_is_the_inverse_of_gather_and_two_plans_compose(rounds: Round
     assert all(torch.equal(twice[name], at_once[name]) for name in full)
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "timm-vit"])
+@pytest.mark.parametrize("name", ["bert", "vit", "timm-vit", "segformer"])
 def test_i7_stage_by_stage_is_run(name: str, tmp_path: Path) -> None:
     rounds, recipe = rounds_of(name), tiny(name)
     state = init(recipe, tmp_path / "state")
@@ -173,7 +182,10 @@ def test_i8_optimizer_state_is_two_moments_a_trainable_entry_and_nothing_more(ro
     trainable = sum(t.numel() for t in trained.values())
     assert entry["trainable"] == trainable
     assert entry["optimizer_bytes"] == 2 * 4 * trainable
-    assert entry["gradients_bytes"] == 4 * trainable
+    of_round = context.state.load_tensors(f"{folder}/{MOMENTS}")
+    idle = {name for name in trained if not of_round[f"{name}/{COUNT}"].any()}  # no gradient reaches them
+    assert bool(idle) == (context.spec.model_type in ("dpt", "mask2former", "maskformer"))
+    assert entry["gradients_bytes"] == 4 * (trainable - sum(trained[name].numel() for name in idle))
     moments = context.state.load_tensors(f"{folder}/{MOMENTS}")
     assert sum(t.numel() for name, t in moments.items() if not name.endswith(COUNT)) == 2 * trainable
 
@@ -223,7 +235,30 @@ def test_weights_held_are_the_small_model_and_the_scattered_entries_of_attention
     assert packed or neurons > 0  # these are views of the residents, and cost nothing
 
 
-@pytest.mark.parametrize("name", [*sorted(PICO), *STRANGE])
+def plain_loss(context: Context, model: nn.Module) -> Callable[[Batch], Tensor]:
+    """The loss as a plain loop has it: torch's mean over all examples, or all pixels of a class; or the model's own.
+
+    A mean over pixels is torch's sum by their number, which is its mean but for the last bit.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    forward, cross_entropy = forward_of(context.spec, model), torch.nn.functional.cross_entropy
+
+    def loss(batch: Batch) -> Tensor:
+        outputs, labels = forward(batch), batch["labels"]
+        if labels.ndim == 1:
+            return cross_entropy(outputs.float(), labels)
+        counted = (labels != IGNORED).sum()
+        if not isinstance(outputs, Tensor):
+            return outputs.loss * counted / counted
+        scores = torch.nn.functional.interpolate(outputs, labels.shape[1:], mode="bilinear")
+        return cross_entropy(scores, labels, reduction="sum") / counted
+
+    return loss
+
+
+@pytest.mark.parametrize("name", [*sorted(PICO), *STRANGE, *SEGMENTERS])
 def test_i5_both_ratios_zero_in_one_round_is_plain_finetuning_to_the_bit(name: str, tmp_path: Path) -> None:
     recipe = tiny(
         name, rounds=1, prune={"ratio": 0.0}, mask={"ratio": 0.0, "train_embeddings": True}, finetune={"weight_decay": 0.1}
@@ -239,13 +274,12 @@ def test_i5_both_ratios_zero_in_one_round_is_plain_finetuning_to_the_bit(name: s
     optimizer = torch.optim.AdamW(groups, lr=0.0, foreach=False)
     split, _ = context.splits(lambda items, label, total=None: iter(items))
     steps = 5  # one epoch of 40 in batches of 8
-    forward = logits_for(context.spec)
-    model.train()
+    loss_of = plain_loss(context, model.train())
     torch.manual_seed(seed_for(recipe.seed, 1, "finetune"))
     for step, batch in enumerate(batches(split, order(len(split), seed=recipe.seed, round=1, epoch=0), 8)):
         for group in optimizer.param_groups:
             group["lr"] = recipe.finetune.lr * (1 - step / steps)
-        torch.nn.functional.cross_entropy(forward(model, batch).float(), batch["labels"]).backward()
+        loss_of(batch).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     end = Context(run(recipe, tmp_path / "state"))
@@ -335,7 +369,7 @@ def run_with_stops(recipe: Recipe, path: Path) -> set[tuple[int, str]]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["bert", "timm-vit"])
+@pytest.mark.parametrize("name", ["bert", "timm-vit", "mask2former"])
 def test_i6_stopped_in_every_stage_and_resumed_is_uninterrupted(name: str, tmp_path: Path) -> None:
     seen = run_with_stops(tiny(name), tmp_path / "state")
     assert len(seen) >= 7  # init, the importances and the finetuning of both rounds were each stopped once

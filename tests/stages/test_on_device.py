@@ -36,8 +36,17 @@ def decided(state: State) -> dict[str, Any]:
     return {**files, "full": Context(state).full_tensors(), "loss": row["loss"]}
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "timm-vit-packed-glu"])
-def test_streamed_stages_choose_the_same_plan_and_mask(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "blocks", "times"),
+    [
+        *((name, 2, 5) for name in ("bert", "vit", "timm-vit-packed-glu")),  # warm-up, two gradual steps, mask, eval
+        ("segformer", 3, 6),  # and the statistics of its new batch norm
+        ("mask2former", 7, 5),
+    ],
+)
+def test_streamed_stages_choose_the_same_plan_and_mask(
+    name: str, blocks: int, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = decided(init(tiny(name), tmp_path / "plain"))
     entered: list[list[str]] = []
 
@@ -48,7 +57,7 @@ def test_streamed_stages_choose_the_same_plan_and_mask(name: str, tmp_path: Path
     for module in ("rounds.warm_up", "rounds.importance", "rounds.scoring"):
         monkeypatch.setattr(f"recap_cli.{module}.on_device", on_cpu)
     found = decided(init(tiny(name), tmp_path / "streamed"))
-    assert [len(blocks) for blocks in entered] == [2] * 5  # warm-up, two gradual steps, mask, eval
+    assert [len(paths) for paths in entered] == [blocks] * times
     assert found.pop("loss") == plain.pop("loss")
     for file, tensors in plain.items():
         assert tensors.keys() == found[file].keys()

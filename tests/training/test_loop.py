@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from recap_cli.core.batch_norms import train_mode
 from recap_cli.core.task import IGNORED, Batch, Task
 from recap_cli.plugins.tasks.classification import TEXT_CLASSIFICATION
 from recap_cli.plugins.tasks.multi_label import TEXT_MULTI_LABEL
+from recap_cli.plugins.tasks.semantic_segmentation import SEMANTIC_SEGMENTATION
 from recap_cli.plugins.tasks.text_regression import TEXT_REGRESSION
 from recap_cli.plugins.tasks.token_classification import TOKEN_CLASSIFICATION
 from recap_cli.trainable.build import make_partial
@@ -84,6 +86,24 @@ def test_the_gradient_of_micro_batches_is_that_of_the_whole_batch(size: int | No
     assert facts.loss == pytest.approx(loss, rel=1e-6)
     for param, gradient in wanted.items():
         torch.testing.assert_close(found[param], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [None, 1, 2])
+def test_with_a_batch_norm_the_gradient_of_micro_batches_is_that_of_the_whole_batch(size: int | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(WIDTH, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, LABELS, 1))
+    labels = torch.arange(EXAMPLES * 16).view(EXAMPLES, 4, 4) % LABELS  # (examples, height, width)
+    labels[0, 1:] = IGNORED
+    x = drawn(EXAMPLES, WIDTH, 4, 4)
+    logits = model.eval()(x)
+    wanted = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), list(model.parameters()))
+    before = [param.detach().clone() for param in model.parameters()]
+    trainables = make_partial(train_mode(model), {}, frozen=lambda _: False)
+    steps = Steps(rate=lambda _: 1.0, micro_batch_size=size)
+    batch = {"x": x, "labels": labels}
+    train(lambda b: model(b["x"]), SEMANTIC_SEGMENTATION, Optimizer(trainables, sgd(momentum=0.0)), [batch], steps)
+    for trainable, old, gradient in zip(trainables, before, wanted, strict=True):
+        torch.testing.assert_close(old - trainable.master, gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_a_fused_step_waits_for_the_last_micro_batch() -> None:
