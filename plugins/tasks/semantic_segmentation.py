@@ -255,8 +255,9 @@ def predict(outputs: Any, batch: Batch, labels: Sequence[str]) -> dict[str, list
         figures = metrics_of(confusion_of(found, wanted, len(labels)), labels)
         rows["label"].append(_shown(wanted[wanted != IGNORED], labels))
         rows["predicted"].append(_shown(found, labels))
-        rows["miou"].append(figures["miou"])
-        rows["pixel_accuracy"].append(figures["pixel_accuracy"])
+        counted = bool((wanted != IGNORED).any())
+        rows["miou"].append(figures["miou"] if counted else None)
+        rows["pixel_accuracy"].append(figures["pixel_accuracy"] if counted else None)
         logits = logits_of_scores(scores[i : i + 1], outputs)
         rows["loss"].append(float(_loss_of(logits, wanted)) / max(1, int((wanted != IGNORED).sum())))
     return rows
@@ -283,6 +284,11 @@ def rows(outputs: Any, batch: Batch) -> "Tensor":
 def soft_loss(student: "Tensor", teacher: "Tensor", temperature: float) -> "Tensor":
     """Return the loss of a teacher's rows, a float32 scalar; each stands for the pixels around it."""
     return soft_cross_entropy(student, teacher, temperature) * GRID**2
+
+
+def pixels(batch: Batch) -> int:
+    """Return for how many pixels a teacher's rows stand: all, also those that the labels leave out."""
+    return int(batch["labels"].numel())
 
 
 def rows_of_each(batch: Batch) -> "Tensor":
@@ -320,5 +326,6 @@ SEMANTIC_SEGMENTATION = Task(
     constant=constant,
     predict=predict,
     maps_of=maps_of,
-    distillation=Distillation(rows, soft_loss, rows_of_each),
+    distillation=Distillation(rows, soft_loss, rows_of_each, pixels),
+    extra="segmentation",
 )

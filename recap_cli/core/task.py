@@ -153,11 +153,13 @@ class Distillation:
         loss: `loss(student, teacher, temperature)` is the sum of the losses of these rows, a float32 scalar, in the unit of
             `Task.loss`. Both are (rows, outputs), float32.
         rows_of_each: `rows_of_each(batch)` is how many rows each example has, by its labels alone, int64, (examples,).
+        count: `count(batch)` is of how many losses that is the sum; None for as many as `Task.count` has.
     """
 
     rows: "Callable[[Outputs, Batch], Tensor]"
     loss: "Callable[[Tensor, Tensor, float], Tensor]"
     rows_of_each: "Callable[[Batch], Tensor]" = one_row_each
+    count: "Callable[[Batch], int | Tensor] | None" = None
 
 
 @dataclass(frozen=True)

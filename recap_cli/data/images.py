@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,6 +96,17 @@ def image_split(
     variants = {"none": 1, "flip": 2, "crop": 1 + crops.VARIANTS}[inputs.augment]
     targets = torch.zeros(len(dataset)) if inputs.maps else targets_of(dataset)
     return Split(origin, targets, fetch, notes=tuple(pixels.notes(peaks, origin)), content=content, variants=variants)
+
+
+def largest_image(dataset: "Dataset") -> tuple[int, int] | None:
+    """Return the greatest height and width of the images of a split, which are not decoded; None if none can be read."""
+    import datasets
+
+    found = []
+    for image in dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))["image"]:
+        with suppress(*pixels.BROKEN):
+            found.append(pixels.size_of(image))
+    return (max(height for _, height in found), max(width for width, _ in found)) if found else None
 
 
 def _encoded(dataset: "Dataset") -> Iterator[bytes]:

@@ -84,9 +84,11 @@ def values_of(image: "Image", colours: Mapping[Colour, int] | None) -> np.ndarra
         return numbers.astype(np.int32)
     if image.mode == "F":
         raise MapError("its pixels are floats, which are no classes", "save it with 8 or 16 bits for each pixel")
-    plain = np.asarray(image).astype(np.int32) if image.mode in ("1", "L", "P") else None
+    plain = np.asarray(image) if image.mode in ("1", "L", "P") else None
     if colours is None and plain is not None:
-        return plain
+        return plain.astype(np.int32)
+    if plain is not None and image.mode != "P":  # grey: colours are looked up for each shade, not for each pixel
+        return _of_shades(plain, colours or {})
     shades = np.asarray(image.convert("RGB")).astype(np.int32)  # (height, width, 3)
     if plain is None and (shades[..., :1] == shades).all():
         plain = shades[..., 0]
@@ -94,12 +96,25 @@ def values_of(image: "Image", colours: Mapping[Colour, int] | None) -> np.ndarra
     if not odd.any():
         return values
     if plain is not None and (image.mode != "P" or (plain == values)[~odd].all()):
-        return plain
+        return plain.astype(np.int32)
     if colours is None:
         raise MapError("it is coloured, and the colours have no names", PALETTE)
     row, column = (int(at[0]) for at in np.nonzero(odd))
     colour = shades[row, column].tolist()
     raise MapError(f"it has the colour {colour} at row {row + 1}, column {column + 1}, which is no class", PALETTE)
+
+
+def _of_shades(plain: np.ndarray[Any, Any], colours: Mapping[Colour, int]) -> np.ndarray[Any, Any]:
+    """Return the values of a grey image, int32: those of its shades as colours if all of them are known, else the shades."""
+    bright = 255 if plain.dtype == bool else 1
+    shades = np.unique(plain).tolist()
+    known = {int(shade): colours[(shade * bright,) * 3] for shade in shades if (shade * bright,) * 3 in colours}
+    if len(known) < len(shades):
+        return plain.astype(np.int32)
+    table = np.zeros(256, dtype=np.int32)
+    table[list(known)] = list(known.values())
+    values: np.ndarray[Any, Any] = table[plain.astype(np.uint8)]
+    return values
 
 
 def _looked_up(

@@ -1,6 +1,5 @@
 """What the pixels of label maps mean: the names of the classes, the value or colour that each has, and what is ignored."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recap_cli.errors import DataError
+from recap_cli.recipe.classes import read_classes
 from recap_cli.untrusted.files import some
 
 MOST_CLASSES = 10_000
@@ -64,14 +64,11 @@ class _Entry:
 
 def _read(path: Path) -> Any:
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        return read_classes(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}", hint=_hint()) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is no JSON: {error}", hint=_hint()) from error
-    if isinstance(found, dict):
-        found = next((found[key] for key in ("id2label", "classes") if isinstance(found.get(key), dict | list)), found)
-    return found
 
 
 def _entries(found: Any, path: Path | str) -> Iterator[_Entry]:

@@ -50,9 +50,9 @@ def label_maps(
     content: Callable[[], Iterable[bytes | memoryview]] = partial(_encoded, encoded)
     looked_at = torch.arange(0, len(dataset), -(-len(dataset) // LOOKED_AT))
     sizes = [one.numel() for one in decoded(looked_at, None)]  # whose faults are better told before a training than in it
-    if inputs.augment != "crop" and len(dataset) * max(sizes, default=0) * 2 <= ram_bytes:
-        every = chunks(len(dataset), track, f"decode the maps of {origin}")
-        held = [one for chunk in every for one in decoded(torch.arange(chunk.start, chunk.stop), None)]
+    fits = inputs.augment != "crop" and len(dataset) * max(sizes, default=0) * 2 <= ram_bytes
+    held = _decoded_within(ram_bytes, decoded, chunks(len(dataset), track, f"decode the maps of {origin}")) if fits else None
+    if held is not None:
         read = partial(_held, held)
         content = lambda: (one.numpy().data.cast("B") for one in held)  # noqa: E731
     if not any(bool((one != IGNORED).any()) for index in torch.arange(len(dataset)) for one in read(index[None], None)):
@@ -62,6 +62,16 @@ def label_maps(
         return padded(read(indices, variants))
 
     return LabelMaps(len(dataset), batch, content)
+
+
+def _decoded_within(ram_bytes: int, decoded: Read, every: Iterable[range]) -> list[Tensor] | None:
+    """Return all maps; None if they are larger than those that were looked at, and do not fit."""
+    held: list[Tensor] = []
+    for chunk in every:
+        held += decoded(torch.arange(chunk.start, chunk.stop), None)
+        if sum(one.nbytes for one in held) > ram_bytes:
+            return None
+    return held
 
 
 def all_ignored(origin: str) -> DataError:
@@ -115,13 +125,17 @@ def _encoded(dataset: "Dataset") -> Iterator[bytes]:
 
 
 def _decoder(encoded: "Dataset", inputs: ImageInputs, reading: MapReading, origin: str, workers: int) -> Read:
+    checked = set[int]()
+
     def one(stored: Mapping[str, Any], image: Mapping[str, Any], row: int, seen: Window) -> Tensor:
         values = _opened(stored, lambda picture: values_of(picture, reading.classes.colours), row, origin)
         try:
             numbers = numbers_of(values, reading)
         except MapError as error:
             raise _wrong(stored, row, origin, error) from error
-        _check_size(numbers, image, row, origin)
+        if row not in checked:
+            _check_size(numbers, image, row, origin)
+            checked.add(row)
         return torch.from_numpy(numbers) if reading.native else _windowed(numbers, inputs.size, seen)
 
     def read(indices: Tensor, variants: Tensor | None) -> list[Tensor]:

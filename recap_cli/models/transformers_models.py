@@ -326,8 +326,10 @@ def _check_backbone(model_type: str, values: Mapping[str, Any]) -> None:
             f"{named} of this {model_type} is {values[named]!r}: transformers would download a backbone", hint=BACKBONE_HINT
         )
     inner = values.get("backbone_config")
-    if isinstance(inner, dict) and inner.get(PRETRAINED):
-        raise ModelError(f"{PRETRAINED} of this {model_type}'s backbone is set: it would be downloaded", hint=BACKBONE_HINT)
+    if not isinstance(inner, dict):
+        return
+    if inner.get(PRETRAINED) or inner.get("backbone") or inner.get("model_type") == "timm_backbone":
+        raise ModelError(f"the backbone of this {model_type} is one to download, or of timm", hint=BACKBONE_HINT)
 
 
 def _check_keys(model_type: str, values: dict[str, Any], defaults: Any) -> None:
