@@ -3,9 +3,9 @@
 import pytest
 
 from tests.pico import PICO
+from tests.segmentation import SEGMENTERS
 from tests.stages.expected import check_training, naive_mask, naive_plan
 from tests.stages.witness import indices_of, record_of
-from tests.segmentation import SEGMENTERS
 from tests.strange import STRANGE, register
 from tests.tiny import TRAIN
 
