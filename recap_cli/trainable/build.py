@@ -30,7 +30,7 @@ from recap_cli.trainable.frozen_weights import (
     place_of,
     rest_of,
 )
-from recap_cli.trainable.half_precision import buffer_dtype, keep_own_loss_in_fp32
+from recap_cli.trainable.full_precision import compute_in_fp32
 from recap_cli.trainable.linear import PartialLinear
 from recap_cli.trainable.placement import FP32_ON_CPU, Placement
 
@@ -111,7 +111,8 @@ def make_partial(
     """Rebuild `model` in place so that just the entries at `index_map`, and what it does not name, are trainable.
 
     Everything goes to its place a layer at a time; buffers keep their type, and the masters are fp32. The model must not be
-    moved afterwards: compact parameters may be views of the weights that the forward reads.
+    moved afterwards: compact parameters may be views of the weights that the forward reads. What cannot compute in another
+    type than fp32 still does not (`full_precision`).
 
     Args:
         model: on the CPU, in fp32.
@@ -147,10 +148,9 @@ def make_partial(
         if isinstance(module, PartialLinear | PartialEmbedding | QuantizedEmbedding | QuantizedMatrix):
             continue  # made where it lives, and its parameter may be a view of its weight
         for attribute, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            dtype = buffer_dtype(module, buffer, placement.dtype)
-            setattr(module, attribute, build.once.make(buffer, "a buffer", partial(buffer.to, placement.device, dtype)))
+            setattr(module, attribute, build.once.make(buffer, "a buffer", partial(buffer.to, placement.device)))
     if placement.dtype != torch.float32:
-        keep_own_loss_in_fp32(model)
+        compute_in_fp32(model)
     return list(trainables.values())
 
 

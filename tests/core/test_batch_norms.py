@@ -22,7 +22,8 @@ def norms_of(model: nn.Module) -> list[nn.BatchNorm2d]:
 def plain_statistics(model: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
     """The mean and the unbiased variance of each channel of each batch, averaged over the batches, norm after norm."""
     found: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    for x in BATCHES:
+    for batch in BATCHES:
+        x = batch
         for place, layer in enumerate(model[:5]):
             if isinstance(layer, nn.BatchNorm2d):
                 rows = x.movedim(1, 0).flatten(1)  # (channels, all else)

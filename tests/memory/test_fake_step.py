@@ -105,9 +105,11 @@ def test_a_step_is_predicted_within_one_percent(case: Case) -> None:
     assert counted.maxima["gradients"] > 0
 
 
-@pytest.mark.parametrize("name", segmentation.CONFIGS)
-def test_a_step_on_label_maps_is_predicted_within_one_percent(name: str) -> None:
-    recipe, fakes = tiny(name), Fakes()
+@pytest.mark.parametrize(
+    ("name", "weights"), [*((name, "fp32") for name in segmentation.CONFIGS), ("segformer", "bf16"), ("maskformer", "bf16")]
+)
+def test_a_step_on_label_maps_is_predicted_within_one_percent(name: str, weights: str) -> None:
+    recipe, fakes = tiny(name, finetune={"weights": weights}), Fakes()
     of_recipe = meta_model.of_recipe(recipe, segmentation.LABELS)
     predicted = fakes.usage(predict.prepare(of_recipe, recipe, "recap", fakes.like)[0], "cpu")
     step = predict.prepare(of_recipe, recipe, "recap", real)[0]  # after a step on fakes: it has left none in the model's caches

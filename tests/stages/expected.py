@@ -91,8 +91,8 @@ def check_training(record: Record, rounds: int, steps: int) -> None:
         naive.finetune(model, full, trains, memory, training, [look.batch for look in looks], rates)
         check_full_model(record, round, full, trains)
         if tune.carry_moments:
-            # gradients of the next steps feel the rounding of those before: up to 7e-5 of the largest on one processor of three;
-            # with queries, whose points and masks a rounding may change, up to 5e-4
+            # gradients of the next steps feel the rounding of those before: up to 7e-5 of the largest on one processor of
+            # three; with queries, whose points and masks a rounding may change, up to 5e-4
             check_moments(record, round, memory, near=3e-3 if hasattr(model, "class_predictor") else 3e-4)
         else:
             memory = Memory(memory.shapes)

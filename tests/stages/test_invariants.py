@@ -37,6 +37,7 @@ from recap_cli.trainable.moments import COUNT
 from recap_cli.trainable.neuron_order import bring_forward
 from tests.pico import PICO, logits_for
 from tests.segmentation import CONFIGS, SEGMENTERS
+from tests.stages import naive
 from tests.strange import STRANGE, register
 from tests.tiny import tiny
 
@@ -236,13 +237,11 @@ def test_weights_held_are_the_small_model_and_the_scattered_entries_of_attention
 
 
 def plain_loss(context: Context, model: nn.Module) -> Callable[[Batch], Tensor]:
-    """The loss as a plain loop has it: torch's mean over all examples, or all pixels of a class; or the model's own.
+    """The loss as a plain loop in training has it: torch's mean over all examples, or pixels of a class; or the model's own.
 
     A mean over pixels is torch's sum by their number, which is its mean but for the last bit.
     """
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
+    naive.train_mode(model)
     forward, cross_entropy = forward_of(context.spec, model), torch.nn.functional.cross_entropy
 
     def loss(batch: Batch) -> Tensor:
@@ -274,7 +273,7 @@ def test_i5_both_ratios_zero_in_one_round_is_plain_finetuning_to_the_bit(name: s
     optimizer = torch.optim.AdamW(groups, lr=0.0, foreach=False)
     split, _ = context.splits(lambda items, label, total=None: iter(items))
     steps = 5  # one epoch of 40 in batches of 8
-    loss_of = plain_loss(context, model.train())
+    loss_of = plain_loss(context, model)
     torch.manual_seed(seed_for(recipe.seed, 1, "finetune"))
     for step, batch in enumerate(batches(split, order(len(split), seed=recipe.seed, round=1, epoch=0), 8)):
         for group in optimizer.param_groups:
