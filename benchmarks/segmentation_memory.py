@@ -39,11 +39,15 @@ PAPER = {  # MB
 }
 QUERIES = {"base": 100, "large": 200}
 LEAN = {"finetune.fused_backward": True}
+BF16 = {**LEAN, "finetune.weights": "bf16", "finetune.checkpointing": True}
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": LEAN,
-    "bf16, checkpoints": {**LEAN, "finetune.weights": "bf16", "finetune.checkpointing": True},
+    "bf16, checkpoints": BF16,
+    "fp32, checkpoints": {**LEAN, "finetune.checkpointing": True},
+    "bf16, checkpoints, offloaded": {**BF16, "finetune.offload": True},
 }
 METHODS = ("full", "head", "lora", "pre-ft", "recap")
+RIVALS = ("full", "lora", "recap")  # of the last two settings
 MB = 1e6
 HOW = "predicted; the real steps measured"
 
@@ -129,7 +133,7 @@ def main() -> None:
         for given in map(int, args.sides.split(",")):
             side = given or crops.setdefault(size, crop_of(size))
             for settings in SETTINGS:
-                for method in METHODS:
+                for method in METHODS if settings in list(SETTINGS)[:2] else RIVALS:
                     cells.append(cell(size, side, method, settings))
                     print(size, side, settings, method, round(cells[-1]["training_peak_bytes"] / MB), flush=True)
                     write(args.out, "segmentation_memory", {"paper_mb": PAPER, "crops": crops, "cells": cells, **kept}, how=HOW)

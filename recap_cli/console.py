@@ -162,7 +162,7 @@ UNITS: dict[str, Callable[[float], str]] = {
     "prunable": millions,
     "trainable": millions,
     "trained": millions,
-    **dict.fromkeys(("metric", "loss", "accuracy", "f1", "matthews"), "{:.4f}".format),
+    **dict.fromkeys(("metric", "loss", "accuracy", "f1", "matthews", "miou"), "{:.4f}".format),
 }
 
 

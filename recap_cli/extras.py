@@ -25,6 +25,7 @@ EXTRAS: Mapping[str, Extra] = MappingProxyType(
         "lora": Extra("finetune with LoRA: the methods lora-ft and recap-lora", ("peft",)),
         "plots": Extra("pictures of recap compare and recap profile-memory --plot", ("matplotlib",)),
         "report": Extra("pages for a browser: recap report", ("jinja2", "matplotlib")),
+        "segmentation": Extra("the task semantic-segmentation: models that match their queries with objects", ("scipy",)),
         "tokens": Extra("metrics of the task token-classification", ("seqeval",)),
     }
 )

@@ -192,7 +192,7 @@ def test_code_that_is_named_with_its_file_is_defined_there():
 
 
 def test_the_page_of_recipes_names_every_shipped_one_and_no_page_names_another():
-    named = {name: set(re.findall(r"`((?:bert|vit)_[a-z0-9_]+)`", text_of(name))) for name in NAMES}
+    named = {name: set(re.findall(r"`((?:bert|vit|mask2former|camvid)_[a-z0-9_]+)`", text_of(name))) for name in NAMES}
     every = {recipe.name for recipe in shipped()}
     assert named["docs/guide/paper.md"] | {"quickstart"} == every
     assert {name: unknown for name, found in named.items() if (unknown := found - every)} == {}

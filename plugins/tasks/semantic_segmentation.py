@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from recap_cli.api import (
     IGNORED,
     Batch,
+    DataError,
     Distillation,
     LabelColumn,
     Labels,
@@ -18,7 +19,6 @@ from recap_cli.api import (
     PluginError,
     Target,
     Task,
-    read_labels,
     soft_cross_entropy,
 )
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 SIZES = "label_sizes"
 GRID = 4  # a student learns a teacher's outputs at every fourth pixel of a row and of a column, as fine as most models see
+SEEN = 200  # rows that are looked at
+MOST = 256  # classes that nobody has named: maps of depths or of objects have more values
+NAME = "name the classes with --set data.classes=FILE, and what is no class with --set 'data.ignore_index=[0,255]'"
 LOSSLESS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")
 TINY = 1e-6  # of a probability, below which its logarithm is cut off
 
@@ -50,21 +53,34 @@ def may_be_maps(kind: "pa.DataType") -> bool:
     """Whether a column of this type may hold label maps: paths, encoded images, or structs of both."""
     from pyarrow import types
 
-    return bool(types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind) or types.is_string(kind))
+    return bool(types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind) or _is_text(kind))
 
 
 def are_maps(column: "pa.ChunkedArray") -> bool:
     """Whether a column looks like label maps: texts are paths of images without loss."""
-    from pyarrow import types
-
-    first = column.slice(0, 200).to_pylist() if types.is_string(column.type) else []
+    first = column.slice(0, SEEN).to_pylist() if _is_text(column.type) else []
     return all(str(value).lower().endswith(LOSSLESS) for value in first)
 
 
+def _is_text(kind: "pa.DataType") -> bool:
+    from pyarrow import types
+
+    return bool(types.is_string(kind) or types.is_large_string(kind))
+
+
 def learn(columns: Sequence[LabelColumn]) -> Labels:
-    """Return the classes of maps that nobody has named: the values that occur, sorted."""
+    """Return the classes of maps that nobody has named: the values that occur, which are sorted.
+
+    Raises:
+        DataError: There is only one, or there are more than classes have.
+    """
     (column,) = columns
-    return read_labels(column.values, None, column.place)
+    values = [str(value) for value in column.values.to_pylist()]
+    if len(values) < 2:
+        raise DataError(f"the maps of {column.place} have no value but {values[0]}, apart from what is ignored", hint=NAME)
+    if len(values) > MOST:
+        raise DataError(f"the maps of {column.place} have {len(values):,} different values, and so no classes", hint=NAME)
+    return Labels(tuple(values))
 
 
 def encode(columns: Sequence[LabelColumn], labels: Labels) -> "pa.ChunkedArray":
@@ -146,6 +162,7 @@ def at_size(scores: "Tensor", size: Sequence[int]) -> "Tensor":
 
 def loss(outputs: Any, batch: Batch) -> "Tensor":
     """Return the sum of the cross entropies of the pixels, a float32 scalar; or a model's own mean loss, as often."""
+    import torch
     import torch.nn.functional as F
 
     if isinstance(outputs, Queries):
@@ -157,7 +174,7 @@ def loss(outputs: Any, batch: Batch) -> "Tensor":
         scores = at_size(outputs.float(), labels.shape[1:])  # (batch, labels, height, width)
         return F.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="sum")
     each = (_loss_of(outputs[i : i + 1], one) for i, one in enumerate(maps_in(batch)))  # one at a time: maps may be large
-    return sum(each, start=outputs.new_zeros((), dtype=outputs.float().dtype))
+    return sum(each, start=torch.zeros((), device=outputs.device))
 
 
 def _loss_of(logits: "Tensor", labels: "Tensor") -> "Tensor":
@@ -238,8 +255,9 @@ def predict(outputs: Any, batch: Batch, labels: Sequence[str]) -> dict[str, list
         figures = metrics_of(confusion_of(found, wanted, len(labels)), labels)
         rows["label"].append(_shown(wanted[wanted != IGNORED], labels))
         rows["predicted"].append(_shown(found, labels))
-        rows["miou"].append(figures["miou"])
-        rows["pixel_accuracy"].append(figures["pixel_accuracy"])
+        counted = bool((wanted != IGNORED).any())
+        rows["miou"].append(figures["miou"] if counted else None)
+        rows["pixel_accuracy"].append(figures["pixel_accuracy"] if counted else None)
         logits = logits_of_scores(scores[i : i + 1], outputs)
         rows["loss"].append(float(_loss_of(logits, wanted)) / max(1, int((wanted != IGNORED).sum())))
     return rows
@@ -266,6 +284,11 @@ def rows(outputs: Any, batch: Batch) -> "Tensor":
 def soft_loss(student: "Tensor", teacher: "Tensor", temperature: float) -> "Tensor":
     """Return the loss of a teacher's rows, a float32 scalar; each stands for the pixels around it."""
     return soft_cross_entropy(student, teacher, temperature) * GRID**2
+
+
+def pixels(batch: Batch) -> int:
+    """Return for how many pixels a teacher's rows stand: all, also those that the labels leave out."""
+    return int(batch["labels"].numel())
 
 
 def rows_of_each(batch: Batch) -> "Tensor":
@@ -303,5 +326,6 @@ SEMANTIC_SEGMENTATION = Task(
     constant=constant,
     predict=predict,
     maps_of=maps_of,
-    distillation=Distillation(rows, soft_loss, rows_of_each),
+    distillation=Distillation(rows, soft_loss, rows_of_each, pixels),
+    extra="segmentation",
 )

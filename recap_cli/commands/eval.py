@@ -1,7 +1,7 @@
 """`recap eval`: score the full, the small and the best model of a state."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,8 @@ from recap_cli.commands.arguments import JsonOption, StateArgument, open_state
 from recap_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from recap_cli.state.store import State
 
 MODELS = ("full", "small", "best")
@@ -67,10 +69,15 @@ def evaluate(
     if as_json:
         console.emit_json(rows)
         return
-    shown = [{key: value for key, value in row.items() if key not in ("data", "examples")} for row in rows]
+    by_label = _by_label(state, rows)
+    apart = {"data", "examples"} | {f"{prefix}/{label}" for prefix, labels in by_label.items() for label in labels}
+    shown = [{key: value for key, value in row.items() if key not in apart} for row in rows]
     if rows and "data" in rows[0]:
         console.line(f"{rows[0]['data']}, {rows[0]['examples']:,} examples")
     console.records(shown, is_result=True)
+    for prefix, labels in by_label.items():
+        cells = [[label, *(console.value_text("metric", value) for value in values)] for label, values in labels.items()]
+        console.table(["class", *(row["model"] for row in rows)], cells, title=f"{prefix} by class", is_result=True)
     if predictions is not None:
         console.say(f"wrote {predictions}")
 
@@ -81,6 +88,21 @@ def _models(which: str) -> list[str]:
         if name not in MODELS:
             raise UsageError(f"--which: there is no model {name!r} in a state", hint=f"the models are {', '.join(MODELS)}")
     return names
+
+
+def _by_label(state: "State", rows: "Sequence[Mapping[str, Any]]") -> dict[str, dict[str, list[float | None]]]:
+    """Return the figures that there is one of for each label, by prefix and label, with a value for each row or None."""
+    if not any("/" in key for row in rows for key in row):
+        return {}
+    from recap_cli.rounds.run_context import Context
+
+    objective = Context(state).objective
+    found = [objective.task.figures_by_label(row) for row in rows]
+    return {
+        prefix: {label: [one[prefix].get(label) for one in found] for label in objective.labels}
+        for prefix in objective.task.by_label
+        if any(one[prefix] for one in found)
+    }
 
 
 def _present(state: "State") -> list[str]:

@@ -22,6 +22,7 @@ def report(sources: Annotated[list[Path], SOURCE], out: Annotated[Path | None, O
     """Write one HTML page on a state or a comparison: results, pictures, memory, time, settings.
 
     Of several comparisons the page has a table over all of them, and a section for each.
+    Of segmentation it has pictures: the full and the small model predict up to 64 validation examples for them.
     The page needs no network. Its path is printed on standard output.
 
     Example: [bold]recap report runs/cola[/bold]
@@ -29,4 +30,6 @@ def report(sources: Annotated[list[Path], SOURCE], out: Annotated[Path | None, O
     extras.require("report")
     from recap_cli.report import report as stage
 
-    console.result(str(stage.report(sources[0], out) if len(sources) == 1 else stage.report_joined(sources, out)))
+    one = len(sources) == 1
+    page = stage.report(sources[0], out, console.say, console.track) if one else stage.report_joined(sources, out)
+    console.result(str(page))

@@ -6,7 +6,7 @@ what it is averaged over, which metrics there are, and how a prediction is writt
 Importing this module, and a module that makes a task of it, imports no torch: reading a recipe looks at its task.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,10 +97,10 @@ class Target:
         blank: the value of an example (or word) without labels, for a head of so many outputs.
         several: True if a recipe may name several columns.
         stratified: True if each value is to have its share of the examples that are held out.
-        maps: True if a label is a map: an image with a class for each pixel. Then `learn` and `encode` are given the values
-            that occur in the pixels, each once, and a batch has `labels` of (batch, height, width), int64, with `IGNORED`
-            where nothing is counted. Where maps differ in size, `label_sizes` has the (height, width) of each, and the rest
-            of it is padding.
+        maps: True if a label is a map: an image with a class for each pixel. Then `learn` is given the values that occur in
+            the pixels, each once and sorted, and `encode` is not called. A batch has `labels` of (batch, height, width), int64,
+            with `IGNORED` where nothing is counted. Where maps differ in size, `label_sizes` has the (height, width) of each,
+            and the rest of it is padding.
     """
 
     holds: str
@@ -153,11 +153,13 @@ class Distillation:
         loss: `loss(student, teacher, temperature)` is the sum of the losses of these rows, a float32 scalar, in the unit of
             `Task.loss`. Both are (rows, outputs), float32.
         rows_of_each: `rows_of_each(batch)` is how many rows each example has, by its labels alone, int64, (examples,).
+        count: `count(batch)` is of how many losses that is the sum; None for as many as `Task.count` has.
     """
 
     rows: "Callable[[Outputs, Batch], Tensor]"
     loss: "Callable[[Tensor, Tensor, float], Tensor]"
     rows_of_each: "Callable[[Batch], Tensor]" = one_row_each
+    count: "Callable[[Batch], int | Tensor] | None" = None
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,13 @@ class Task:
     def all_metrics(self) -> tuple[Metric, ...]:
         """The metrics, and the loss."""
         return (*(metric for metric in self.metrics if metric.name != LOSS.name), LOSS)
+
+    def figures_by_label(self, figures: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Return the figures of `score` that there is one of for each label: by prefix, then by label, in their order."""
+        return {
+            prefix: {name.removeprefix(f"{prefix}/"): value for name, value in figures.items() if name.startswith(f"{prefix}/")}
+            for prefix in self.by_label
+        }
 
     def metric(self, name: str) -> Metric:
         """Return the metric of a name. Raises `KeyError` if the task does not have it."""

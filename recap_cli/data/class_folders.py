@@ -42,7 +42,7 @@ def read_folder(path: Path, *, key: str) -> "tuple[pa.Table, list[str]]":
     try:
         folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not is_junk_name(folder.name))
         for folder in folders:
-            files = sorted(_files(folder))
+            files = sorted(files_below(folder))
             hidden += [file for file in files if _is_image(file) and _is_hidden(file, folder)]
             images = [file for file in files if _is_image(file) and not _is_hidden(file, folder)]
             others.update(file.suffix.lower() for file in files if not _is_image(file) and not _is_junk(file, folder))
@@ -68,7 +68,7 @@ def holds_images(folder: Path) -> bool:
     return any(_is_image(file) for file in folder.rglob("*"))
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
     """Yield every file below a folder, without following links to folders. An unreadable folder raises `OSError`."""
 
     def fail(error: OSError) -> None:

@@ -51,7 +51,8 @@ class Found:
         table: All columns and rows.
         origin: The name of the source, for messages.
         folder: The folder that relative paths of images start at, if there is one.
-        classes: True for a folder of class folders: its columns are `image` and `label`, whatever the recipe names.
+        classes: True for a folder of class folders, or of images and label maps: its columns are called as their roles,
+            whatever the recipe names.
         notes: What a user should know of how it was read.
     """
 

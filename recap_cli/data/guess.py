@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SEEN = 200  # values of a column that are looked at
 USUAL = {  # what such columns are called most often, the first that is there first
     "label": ("label", "labels"),
+    "label_map": ("label_map", "label", "labels", "annotation", "mask", "segmentation", "semantic_segmentation"),
     "text": ("text", "sentence", "sentences", "content", "review", "document", "comment", "tokens", "words"),
     "image": ("image", "img", "picture", "photo"),
 }
@@ -62,6 +63,8 @@ def read_table(task: Task, data: Mapping[str, Any]) -> "pa.Table | None":
     if path.is_dir():
         if task.inputs != "image":
             raise folder_for_texts(path, "data.train")
+        if task.target.maps:  # whose folders have usual names
+            return None
         read_folder(path, key="data.train")
         return None
     return read_file(path, key="data.train", text_columns=[])
@@ -81,13 +84,13 @@ def guess_columns(task: Task, table: "pa.Table", origin: str, given: Mapping[str
     Raises:
         DataError: No column fits, or several do; the hint has the `--set` for one.
     """
-    key = "image" if task.inputs == "image" else "text"
-    taken = {str(given[name]) for name in (key, "text_pair", "label") if given.get(name) is not None}
+    key, label = "image" if task.inputs == "image" else "text", "label_map" if task.target.maps else "label"
+    taken = {str(given[name]) for name in (key, "text_pair", label) if given.get(name) is not None}
     found: dict[str, str] = {}
-    if given.get("label") is None:
+    if given.get(label) is None:
         target = task.target
-        role = Role("label", "label", target.holds, target.can_be, target.is_likely)
-        found["label"] = _the_one([name for name in _fitting(table, role) if name not in taken], role, table, origin)
+        role = Role(label, "label", target.holds, target.can_be, target.is_likely)
+        found[label] = _the_one([name for name in _fitting(table, role) if name not in taken], role, table, origin)
     if given.get(key) is None:
         role = Role(key, key, *{"text": TEXT, "words": WORDS, "image": IMAGE}[task.inputs])
         free = [name for name in _fitting(table, role) if name not in taken | set(found.values())]

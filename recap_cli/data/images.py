@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -97,6 +98,17 @@ def image_split(
     return Split(origin, targets, fetch, notes=tuple(pixels.notes(peaks, origin)), content=content, variants=variants)
 
 
+def largest_image(dataset: "Dataset") -> tuple[int, int] | None:
+    """Return the greatest height and width of the images of a split, which are not decoded; None if none can be read."""
+    import datasets
+
+    found = []
+    for image in dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))["image"]:
+        with suppress(*pixels.BROKEN):
+            found.append(pixels.size_of(image))
+    return (max(height for _, height in found), max(width for width, _ in found)) if found else None
+
+
 def _encoded(dataset: "Dataset") -> Iterator[bytes]:
     """Yield each image as it is stored: its bytes, or the path, size and time of its file."""
     import datasets
@@ -122,7 +134,7 @@ def _decoder(dataset: "Dataset", inputs: ImageInputs, origin: str, workers: int)
     """Return a function from indices to pixels, (batch, channels, height, width), uint8. It fills a list as `pixels.decode`."""
     import datasets
 
-    encoded = dataset.cast_column("image", datasets.Image(decode=False))
+    encoded = dataset.select_columns(["image", "row"]).cast_column("image", datasets.Image(decode=False))
 
     def decode(peaks: list[int] | None, image: Mapping[str, Any], row: int, seen: Window) -> Tensor:
         try:

@@ -12,6 +12,7 @@ from torch import Tensor
 from recap_cli.core.task import IGNORED
 from recap_cli.data import pixels
 from recap_cli.data.map_classes import LARGEST, Colour, MapClasses
+from recap_cli.errors import DataError
 from recap_cli.untrusted.files import some
 
 if TYPE_CHECKING:
@@ -47,7 +48,16 @@ class MapReading:
 
 
 def reading_of(classes: MapClasses, names: Sequence[str]) -> MapReading:
-    """Return how maps are read for outputs of these names, which are values as text where the classes have no names."""
+    """Return how maps are read for outputs of these names, which are values as text where the classes have no names.
+
+    Raises:
+        DataError: The classes have other names than the outputs: their file has changed.
+    """
+    if classes.names and classes.names != tuple(names):
+        raise DataError(
+            f"the classes of data.classes are now {some(classes.names)}, but those of the model are {some(names)}",
+            hint="restore that file as it was when the state was made",
+        )
     values = classes.ids if classes.names else [int(name) for name in names]
     lookup = np.full(LARGEST + 1, UNKNOWN, dtype=np.int16)
     lookup[list(classes.ignored)] = IGNORED
@@ -58,34 +68,53 @@ def reading_of(classes: MapClasses, names: Sequence[str]) -> MapReading:
 def values_of(image: "Image", colours: Mapping[Colour, int] | None) -> np.ndarray[Any, Any]:
     """Return the value of each pixel, (height, width), int32.
 
-    Grey images have their shades. Of coloured ones the colours are looked up; shades of grey may be stored as colours. Of a
-    palette its colours are looked up if all of them are known, else its indices are the values.
+    Where classes have colours, those of the image are looked up. If not all of them are known, the shades of a grey image,
+    stored as colours or not, are its values, and so are the indices of a palette whose known colours have their value as index.
 
     Raises:
         MapError: The image has colours that are no class, or floats.
     """
-    if image.mode in ("1", "L") or (image.mode == "P" and colours is None):
-        return np.asarray(image).astype(np.int32)
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > LARGEST:
-            raise MapError(f"it has values from {values.min()} to {values.max()}", f"expected values from 0 to {LARGEST}")
-        return values.astype(np.int32)
+        numbers = np.asarray(image).astype(np.int64)
+        if numbers.min() < 0 or numbers.max() > LARGEST:
+            raise MapError(
+                f"it has values from {numbers.min()} to {numbers.max()}; expected 0 to {LARGEST}",
+                "save it with 8 or 16 bits for each pixel",
+            )
+        return numbers.astype(np.int32)
     if image.mode == "F":
         raise MapError("its pixels are floats, which are no classes", "save it with 8 or 16 bits for each pixel")
+    plain = np.asarray(image) if image.mode in ("1", "L", "P") else None
+    if colours is None and plain is not None:
+        return plain.astype(np.int32)
+    if plain is not None and image.mode != "P":  # grey: colours are looked up for each shade, not for each pixel
+        return _of_shades(plain, colours or {})
     shades = np.asarray(image.convert("RGB")).astype(np.int32)  # (height, width, 3)
+    if plain is None and (shades[..., :1] == shades).all():
+        plain = shades[..., 0]
     values, odd = _looked_up(shades, colours or {})
     if not odd.any():
         return values
-    if image.mode == "P":
-        return np.asarray(image).astype(np.int32)
-    if (shades[..., :1] == shades).all():
-        return shades[..., 0]
+    if plain is not None and (image.mode != "P" or (plain == values)[~odd].all()):
+        return plain.astype(np.int32)
     if colours is None:
         raise MapError("it is coloured, and the colours have no names", PALETTE)
     row, column = (int(at[0]) for at in np.nonzero(odd))
     colour = shades[row, column].tolist()
     raise MapError(f"it has the colour {colour} at row {row + 1}, column {column + 1}, which is no class", PALETTE)
+
+
+def _of_shades(plain: np.ndarray[Any, Any], colours: Mapping[Colour, int]) -> np.ndarray[Any, Any]:
+    """Return the values of a grey image, int32: those of its shades as colours if all of them are known, else the shades."""
+    bright = 255 if plain.dtype == bool else 1
+    shades = np.unique(plain).tolist()
+    known = {int(shade): colours[(shade * bright,) * 3] for shade in shades if (shade * bright,) * 3 in colours}
+    if len(known) < len(shades):
+        return plain.astype(np.int32)
+    table = np.zeros(256, dtype=np.int32)
+    table[list(known)] = list(known.values())
+    values: np.ndarray[Any, Any] = table[plain.astype(np.uint8)]
+    return values
 
 
 def _looked_up(
@@ -124,18 +153,19 @@ def numbers_of(values: np.ndarray[Any, Any], reading: MapReading) -> np.ndarray[
     numbers: np.ndarray[Any, Any] = reading.lookup[values]
     if (odd := numbers == UNKNOWN).any():
         row, column = (int(at[0]) for at in np.nonzero(odd))
+        ignored = ",".join(map(str, sorted({*reading.classes.ignored, int(values[row, column])})))
         raise MapError(
             f"it has the value {values[row, column]} at row {row + 1}, column {column + 1}, which is no class: they are "
             f"{some(reading.names)}",
-            f"ignore it with --set data.ignore_index={values[row, column]}, or name all classes in data.classes",
+            f"ignore it, too, with --set 'data.ignore_index=[{ignored}]', or name all classes in data.classes",
         )
     return numbers
 
 
 def nearest(numbers: np.ndarray[Any, Any], size: tuple[int, int], box: tuple[float, float, float, float]) -> Tensor:
     """Return the part of a map in `box` (left, top, right, bottom, in pixels) at (height, width), by the nearest pixel."""
-    left, top, right, bottom = box
-    rows = np.floor(top + (np.arange(size[0]) + 0.5) * (bottom - top) / size[0]).astype(np.int64)  # (height,)
-    columns = np.floor(left + (np.arange(size[1]) + 0.5) * (right - left) / size[1]).astype(np.int64)  # (width,)
-    rows, columns = rows.clip(0, numbers.shape[0] - 1), columns.clip(0, numbers.shape[1] - 1)
-    return torch.from_numpy(numbers[rows[:, None], columns].astype(np.int16))
+    import PIL.Image
+
+    image = PIL.Image.fromarray(numbers.astype(np.int32))
+    resized = np.asarray(image.resize(size[::-1], PIL.Image.Resampling.NEAREST, box=box))
+    return torch.from_numpy(resized.astype(np.int16))

@@ -1,16 +1,18 @@
 """What the pixels of label maps mean: the names of the classes, the value or colour that each has, and what is ignored."""
 
-import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recap_cli.errors import DataError
+from recap_cli.recipe.classes import read_classes
 from recap_cli.untrusted.files import some
 
 MOST_CLASSES = 10_000
 LARGEST = 2**16 - 1  # of a value: maps have 8 or 16 bits
+MOST_DIGITS = 9  # of a value as text
 Colour = tuple[int, int, int]
 FORMS = 'a list of names, {"0": "road", …}, or [{"name": "road", "color": [128, 64, 128]}, …]'
 
@@ -62,27 +64,26 @@ class _Entry:
 
 def _read(path: Path) -> Any:
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        return read_classes(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}", hint=_hint()) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is no JSON: {error}", hint=_hint()) from error
-    if isinstance(found, dict):
-        found = next((found[key] for key in ("id2label", "classes") if isinstance(found.get(key), dict | list)), found)
-    return found
 
 
 def _entries(found: Any, path: Path | str) -> Iterator[_Entry]:
-    if not isinstance(found, dict | list) or not 0 < len(found) <= MOST_CLASSES:
-        raise _odd(path, f"it holds {type(found).__name__}")
+    if not isinstance(found, dict | list):
+        raise _odd(path, f"it holds {found!r:.80}")
+    if not 0 < len(found) <= MOST_CLASSES:
+        raise _odd(path, f"it has {len(found):,} entries; expected 1 to {MOST_CLASSES:,}")
     pairs: Sequence[tuple[Any, Any]] = list(found.items()) if isinstance(found, dict) else list(enumerate(found))
     for place, value in pairs:
         named = value if isinstance(value, dict) else {"name": value}
         number, name = named.get("id", place), named.get("name")
-        if isinstance(number, str) and number.isdecimal():
+        if isinstance(number, str) and number.isdecimal() and len(number) <= MOST_DIGITS:
             number = int(number)
         if type(number) is not int or not 0 <= number <= LARGEST:
-            raise _odd(path, f"it gives a class the value {number!r}; expected 0 to {LARGEST}")
+            raise _odd(path, f"it gives a class the value {number!r:.80}; expected 0 to {LARGEST}")
         if not isinstance(name, str) or not name.strip():
             raise _odd(path, f"it has no name for the value {number}")
         yield _Entry(number, name.strip(), _colour(named.get("color", named.get("colour")), number, path))
@@ -92,7 +93,7 @@ def _colour(value: Any, number: int, path: Path | str) -> Colour | None:
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != 3 or not all(type(shade) is int and 0 <= shade <= 255 for shade in value):
-        raise _odd(path, f"it gives the value {number} the colour {value!r}; expected three whole numbers from 0 to 255")
+        raise _odd(path, f"it gives the value {number} the colour {value!r:.80}; expected three whole numbers from 0 to 255")
     return value[0], value[1], value[2]
 
 
@@ -106,7 +107,7 @@ def _check(entries: Sequence[_Entry], path: Path | str) -> None:
         ("name", [entry.name for entry in entries]),
         ("colour", [str(list(entry.colour or ())) for entry in coloured]),
     ):
-        if twice := sorted({value for value in values if values.count(value) > 1}):
+        if twice := sorted(value for value, count in Counter(values).items() if count > 1):
             raise _odd(path, f"several classes have the {what} {some(twice)}")
 
 

@@ -2,13 +2,15 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recap_cli.data.class_folders import IMAGE_SUFFIXES, checked, is_junk_name
+from recap_cli.data.class_folders import IMAGE_SUFFIXES, checked, files_below, is_junk_name
 from recap_cli.errors import DataError
 from recap_cli.recipe.yaml import setting
+from recap_cli.untrusted.files import some
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -17,9 +19,11 @@ USUAL = {  # what such folders are called most often, in lower case
     "image": ("images", "image", "imgs", "img", "leftimg8bit", "jpegimages", "rgb"),
     "label_map": ("label_maps", "labels", "label", "annotations", "masks", "mask", "segmentation", "gtfine", "semantic"),
 }
+UNNAMED = {"image": ("image",), "label_map": ("label_map", "label")}  # what a recipe calls them that names no folder
 SPLIT = "{split}"
-MARKS = "_-."  # where a name may end, and what says the kind of a file begins
+MARKS = "_-./"  # where what says the kind of a file begins
 LISTED = 3
+Keyed = dict[str, Path]  # by the path below its folder, without suffix
 
 
 def read_pairs(path: Path, *, image: str, label_map: str, split: str, key: str) -> "tuple[pa.Table, list[str]]":
@@ -55,40 +59,47 @@ def read_pairs(path: Path, *, image: str, label_map: str, split: str, key: str) 
     return pa.table({"image": pa.array(of_images), "label_map": pa.array(of_maps)}), notes
 
 
-Keyed = dict[str, Path]  # by the path below its folder, without suffix
-
-
 def _files(path: Path, role: str, name: str, key: str) -> Keyed:
-    """Return the images that a name means. Raises `DataError` if there are none."""
+    """Return the images that a name means. Raises `DataError` if there are none, or two of one name."""
+    what = {"image": "images", "label_map": "label maps"}[role]
     folder, pattern = _place(path, role, name)
-    files = sorted(_below(folder, pattern)) if folder is not None and folder.is_dir() else []
+    try:
+        files = sorted(_below(folder, pattern)) if folder is not None and folder.is_dir() else []
+    except ValueError as error:  # of `glob`
+        raise DataError(f"{name!r} is no pattern of {what}: {error}", hint=PATTERN) from error
     if folder is None or not files:
         others = sorted(child.name for child in path.iterdir() if child.is_dir() and not is_junk_name(child.name))
         there = f"its folders are: {', '.join(others[:10])}" if others else "it has no folders"
-        what = {"image": "images", "label_map": "label maps"}[role]
         raise DataError(
             f"{path} has no {what} in {name!r}; {there}",
             hint=f"name their folder, or a pattern: {setting(f'data.{role}', others[0] if others else 'FOLDER')}; or another "
             f"folder above both: --set {key}=FOLDER",
         )
-    return {os.path.relpath(file.with_suffix(""), folder): file for file in files}
+    found: Keyed = {}
+    for file in files:
+        other = found.setdefault(os.path.relpath(file.with_suffix(""), folder), file)
+        if other != file:
+            raise DataError(f"{path} has two {what} of one name: {_named([other, file], path)}", hint=PATTERN)
+    return found
 
 
-def _place(path: Path, role: str, name: str) -> tuple[Path | None, str]:
-    """Return the folder that a name means and the pattern inside of it; no folder where nothing of such a name is there."""
+PATTERN = "name the files of one kind by a pattern, as in --set 'data.label_map=labels/**/*_labelIds.png'"
+
+
+def _place(path: Path, role: str, name: str) -> tuple[Path | None, str | None]:
+    """Return the folder that a name means and the pattern inside of it, if there is one; no folder where there is none."""
     parts = Path(name).parts
-    plain = [part for part in parts if not re.search(r"[*?\[]", part)]
-    if len(plain) < len(parts):
-        first = next(i for i, part in enumerate(parts) if part not in plain)
-        return path.joinpath(*parts[:first]), str(Path(*parts[first:]))
     if (path / name).is_dir():
-        return path / name, "**/*"
+        return path / name, None
+    if (first := next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)) is not None:
+        return path.joinpath(*parts[:first]), str(Path(*parts[first:]))
     by_name = {child.name.lower(): child for child in sorted(path.iterdir()) if child.is_dir()}
-    return next((by_name[usual] for usual in USUAL[role] if usual in by_name), None), "**/*"
+    usual = USUAL[role] if name in UNNAMED[role] else ()
+    return next((by_name[one] for one in usual if one in by_name), None), None
 
 
-def _below(folder: Path, pattern: str) -> Iterator[Path]:
-    for file in folder.glob(pattern):
+def _below(folder: Path, pattern: str | None) -> Iterator[Path]:
+    for file in files_below(folder) if pattern is None else folder.glob(pattern):
         parts = file.relative_to(folder).parts
         if file.suffix.lower() in IMAGE_SUFFIXES and not any(map(is_junk_name, parts)):
             yield file
@@ -96,40 +107,47 @@ def _below(folder: Path, pattern: str) -> Iterator[Path]:
 
 def _pairs(path: Path, images: Keyed, maps: Keyed) -> tuple[list[tuple[Path, Path]], list[str]]:
     """Return the pairs, and the names of maps without an image. Raises `DataError` for an image without a map."""
-    if not images.keys() <= maps.keys():
-        images, maps = _without_ending(path, images), _without_ending(path, maps)
-    if lacking := sorted(images.keys() - maps.keys()):
-        names = ", ".join(str(images[key].relative_to(path)) for key in lacking[:LISTED])
-        more = f" and {len(lacking) - LISTED} more" if len(lacking) > LISTED else ""
+    ways = product(_endings(images), _endings(maps))
+    of_images, of_maps = min(ways, key=lambda way: (len(_lacking(images, maps, *way)), len(way[0]) + len(way[1])))
+    if lacking := _lacking(images, maps, of_images, of_maps):
+        _check_several(path, images, maps)
         raise DataError(
-            f"{path}: no label map for {names}{more}",
-            hint="give each image a map of the same name, as in images/0.jpg and labels/0.png, or remove the image",
+            f"{path}: no label map for {_named([images[key] for key in lacking], path)}",
+            hint="give each image a map of the same name, as in images/0.jpg and labels/0.png; remove the image; or name the "
+            "images that have one by a pattern, as in --set 'data.image=images/**/*_10.png'",
         )
-    return [(images[key], maps[key]) for key in sorted(images)], sorted(maps.keys() - images.keys())
+    partners = {key.removesuffix(of_maps): key for key in maps}
+    pairs = {key: partners.pop(key.removesuffix(of_images)) for key in sorted(images)}
+    alone = [os.path.relpath(maps[key], path) for key in sorted(partners.values())]
+    return [(images[key], maps[other]) for key, other in pairs.items()], alone
 
 
-def _without_ending(path: Path, files: Keyed) -> Keyed:
-    """Return the files by their keys without the ending that all have, as `_leftImg8bit`. Raises `DataError` for doubles."""
-    ending = _ending(list(files))
-    found: Keyed = {}
-    for key, file in files.items():
-        short = key.removesuffix(ending)
-        if short in found:
-            raise DataError(
-                f"{path}: {found[short].relative_to(path)} and {file.relative_to(path)} may both belong to one image",
-                hint="name the files of one kind by a pattern, as in --set 'data.label_map=labels/*_labelIds.png'",
-            )
-        found[short] = file
-    return found
+def _endings(keys: Collection[str]) -> list[str]:
+    """Return what all keys end in, from a mark on, as `_leftImg8bit`, the shortest first; and before that, nothing.
+
+    An ending has a letter: `dog_1` and `dog_2` are two dogs.
+    """
+    common = os.path.commonprefix([key[::-1] for key in keys])[::-1]  # noqa: RUF071 (of letters, as it is meant)
+    most = min(map(len, keys)) - 1  # something is left of each
+    found = (common[at:] for at, sign in enumerate(common) if sign in MARKS)
+    return ["", *sorted((one for one in found if len(one) <= most and re.search(r"[^\W\d_]", one)), key=len)]
 
 
-def _ending(keys: Sequence[str]) -> str:
-    """Return what all keys end in, from a mark on; of one alone, what stands from the last mark on."""
-    if len(keys) == 1:
-        at = max((keys[0].rfind(mark) for mark in MARKS), default=-1)
-        return keys[0][at:] if at > 0 else ""
-    first, last = min(backwards := [key[::-1] for key in keys]), max(backwards)
-    alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    common = first[:alike][::-1]
-    at = min((place for mark in MARKS if (place := common.find(mark)) >= 0), default=-1)
-    return common[at:] if at >= 0 else ""
+def _lacking(images: Keyed, maps: Keyed, of_images: str, of_maps: str) -> list[str]:
+    """Return the images without a map of the same name, apart from these endings; sorted."""
+    there = {key.removesuffix(of_maps) for key in maps}
+    return sorted(key for key in images if key.removesuffix(of_images) not in there)
+
+
+def _check_several(path: Path, images: Keyed, maps: Keyed) -> None:
+    """Refuse maps of several kinds, as `x_color.png` and `x_labelIds.png`. Raises `DataError`."""
+    for key, ending in product(sorted(images)[:1], _endings(images)):
+        name = key.removesuffix(ending)
+        found = [maps[other] for other in sorted(maps) if other.startswith(name) and other[len(name) :][:1] in tuple(MARKS)]
+        if len(found) > 1:
+            image = os.path.relpath(images[key], path)
+            raise DataError(f"{path}: several label maps may belong to {image}: {_named(found, path)}", hint=PATTERN)
+
+
+def _named(files: Collection[Path], path: Path) -> str:
+    return some([os.path.relpath(file, path) for file in files], LISTED)

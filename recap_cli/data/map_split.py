@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
 Read = Callable[[Tensor, Tensor | None], list[Tensor]]  # of indices and variants: maps, int16, (height, width) each
 
 
-def label_maps(dataset: "Dataset", inputs: ImageInputs, *, origin: str, ram_bytes: int, track: Track) -> LabelMaps:
+def label_maps(
+    dataset: "Dataset", inputs: ImageInputs, *, origin: str, workers: int, ram_bytes: int, track: Track
+) -> LabelMaps:
     """Return the maps of the column `label`, each of the size of its image in a batch, or of its own (`MapReading.native`).
 
-    They are kept as int16 if all of them fit into `ram_bytes`, and are decoded in each batch otherwise.
+    They are kept as int16 if all of them fit into `ram_bytes`, and are decoded in each batch otherwise, by `workers` threads.
 
     Raises:
         DataError: A map cannot be decoded, is of another size than its image, or has a value that is no class; or no map has a
@@ -38,29 +41,45 @@ def label_maps(dataset: "Dataset", inputs: ImageInputs, *, origin: str, ram_byte
     """
     import datasets
 
+    encoded = dataset.cast_column("image", datasets.Image(decode=False))
     if inputs.maps is None or "label" not in dataset.column_names:
-        return _blank(len(dataset), inputs)
-    encoded = dataset.cast_column("label", datasets.Image(decode=False)).cast_column("image", datasets.Image(decode=False))
-    reading = inputs.maps
-    decoded = _decoder(encoded, inputs, reading, origin)
+        return _blank(encoded, inputs)
+    encoded = encoded.cast_column("label", datasets.Image(decode=False))
+    decoded = _decoder(encoded, inputs, inputs.maps, origin, workers)
     read: Read = decoded
     content: Callable[[], Iterable[bytes | memoryview]] = partial(_encoded, encoded)
     looked_at = torch.arange(0, len(dataset), -(-len(dataset) // LOOKED_AT))
-    if inputs.augment != "crop" and _held_bytes(dataset, inputs, decoded(looked_at, None)) <= ram_bytes:
-        every = chunks(len(dataset), track, f"decode the maps of {origin}")
-        held = [one for chunk in every for one in decoded(torch.arange(chunk.start, chunk.stop), None)]
+    sizes = [one.numel() for one in decoded(looked_at, None)]  # whose faults are better told before a training than in it
+    fits = inputs.augment != "crop" and len(dataset) * max(sizes, default=0) * 2 <= ram_bytes
+    held = _decoded_within(ram_bytes, decoded, chunks(len(dataset), track, f"decode the maps of {origin}")) if fits else None
+    if held is not None:
         read = partial(_held, held)
         content = lambda: (one.numpy().data.cast("B") for one in held)  # noqa: E731
-        looked_at = torch.arange(len(dataset))
-    if not any(bool((one != IGNORED).any()) for index in looked_at for one in read(index[None], None)):
-        raise DataError(
-            f"{origin}: all pixels of its maps are ignored", hint="correct data.ignore_index, and the values of data.classes"
-        )
+    if not any(bool((one != IGNORED).any()) for index in torch.arange(len(dataset)) for one in read(index[None], None)):
+        raise all_ignored(origin)
 
     def batch(indices: Tensor, variants: Tensor | None) -> Batch:
         return padded(read(indices, variants))
 
     return LabelMaps(len(dataset), batch, content)
+
+
+def _decoded_within(ram_bytes: int, decoded: Read, every: Iterable[range]) -> list[Tensor] | None:
+    """Return all maps; None if they are larger than those that were looked at, and do not fit."""
+    held: list[Tensor] = []
+    for chunk in every:
+        held += decoded(torch.arange(chunk.start, chunk.stop), None)
+        if sum(one.nbytes for one in held) > ram_bytes:
+            return None
+    return held
+
+
+def all_ignored(origin: str) -> DataError:
+    """Return the error of maps that have nothing that is counted."""
+    return DataError(
+        f"{origin}: all pixels of its maps are ignored",
+        hint="correct the values that are no class, --set data.ignore_index=255, or those of the file of data.classes",
+    )
 
 
 def values_in(column: "pa.ChunkedArray", origin: str) -> list[int]:
@@ -73,18 +92,21 @@ def values_in(column: "pa.ChunkedArray", origin: str) -> list[int]:
     return sorted(found)
 
 
-def _blank(count: int, inputs: ImageInputs) -> LabelMaps:
-    """Return maps without a pixel that is counted, for images that have none."""
+def _blank(encoded: "Dataset", inputs: ImageInputs) -> LabelMaps:
+    """Return maps without a pixel that is counted, for images that have none, of the sizes that theirs would have."""
+
+    def size_of(image: Mapping[str, Any]) -> tuple[int, int]:
+        if inputs.maps is None or not inputs.maps.native:
+            return inputs.size
+        width, height = pixels.size_of(image)
+        return height, width
 
     def batch(indices: Tensor, _: Tensor | None) -> Batch:
-        return padded([torch.full(inputs.size, IGNORED)] * len(indices))
+        images = encoded.select(indices.tolist())[:]["image"]
+        with pixels.careful():
+            return padded([torch.full(size_of(image), IGNORED) for image in images])
 
-    return LabelMaps(count, batch, tuple)
-
-
-def _held_bytes(dataset: "Dataset", inputs: ImageInputs, some: list[Tensor]) -> int:
-    most = max(one.numel() for one in some) if some else 0
-    return len(dataset) * most * 2
+    return LabelMaps(len(encoded), batch, tuple)
 
 
 def _held(held: list[Tensor], indices: Tensor, variants: Tensor | None) -> list[Tensor]:
@@ -102,21 +124,29 @@ def _encoded(dataset: "Dataset") -> Iterator[bytes]:
             yield f"{stored['path']} {seen.st_size} {seen.st_mtime_ns}".encode()
 
 
-def _decoder(encoded: "Dataset", inputs: ImageInputs, reading: MapReading, origin: str) -> Read:
+def _decoder(encoded: "Dataset", inputs: ImageInputs, reading: MapReading, origin: str, workers: int) -> Read:
+    checked = set[int]()
+
     def one(stored: Mapping[str, Any], image: Mapping[str, Any], row: int, seen: Window) -> Tensor:
         values = _opened(stored, lambda picture: values_of(picture, reading.classes.colours), row, origin)
         try:
             numbers = numbers_of(values, reading)
         except MapError as error:
             raise _wrong(stored, row, origin, error) from error
-        _check_size(numbers, image, row, origin)
+        if row not in checked:
+            _check_size(numbers, image, row, origin)
+            checked.add(row)
         return torch.from_numpy(numbers) if reading.native else _windowed(numbers, inputs.size, seen)
 
     def read(indices: Tensor, variants: Tensor | None) -> list[Tensor]:
         examples = encoded.select(indices.tolist())[:]
         seen = _windows(inputs, indices, variants)
+        columns = examples["label"], examples["image"], examples["row"], seen
         with pixels.careful():
-            return list(map(one, examples["label"], examples["image"], examples["row"], seen))
+            if workers == 0:
+                return list(map(one, *columns))
+            with ThreadPoolExecutor(workers) as pool:
+                return list(pool.map(one, *columns))
 
     return read
 

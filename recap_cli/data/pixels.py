@@ -86,9 +86,13 @@ def size_of(stored: Mapping[str, Any]) -> tuple[int, int]:
     """Return the (width, height) of an image that is turned upright, without decoding it. Raises as `decode`."""
     import PIL.Image
 
-    with PIL.Image.open(BytesIO(content(stored))) as image:
-        turned = image.getexif().get(ORIENTATION) in TURNED
-        return image.size[::-1] if turned else image.size
+    try:
+        alone = stored["bytes"] is None and stored["path"] and Path(stored["path"]).is_file()
+        with PIL.Image.open(stored["path"] if alone else BytesIO(content(stored))) as image:  # a path is read as far as needed
+            turned = image.getexif().get(ORIENTATION) in TURNED
+            return image.size[::-1] if turned else image.size
+    except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError) as error:
+        raise SizeError(f"it has more than {most_pixels():,} pixels") from error
 
 
 def eight_bits(image: "Image", peaks: list[int] | None = None) -> "Image":

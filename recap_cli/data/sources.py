@@ -21,7 +21,7 @@ from recap_cli.data.columns import Found, Picked, Roles, pick, roles_for
 from recap_cli.data.hub import read_hub
 from recap_cli.data.map_classes import map_classes
 from recap_cli.data.map_folders import read_pairs
-from recap_cli.data.map_split import values_in
+from recap_cli.data.map_split import all_ignored, values_in
 from recap_cli.data.sampling import generator_for
 from recap_cli.data.tables import read_file
 from recap_cli.errors import DataError
@@ -222,6 +222,8 @@ def _labels_of_maps(of: tuple[Found, Picked], task: Task, data: Mapping[str, Any
         return Labels(classes.names)
     (column,) = of[1].labels
     values = [value for value in values_in(column.values, of[0].origin) if value not in classes.ignored]
+    if not values:
+        raise all_ignored(of[0].origin)
     return task.target.learn([replace(column, values=pa.chunked_array([pa.array(values, pa.int64())]), words=True)])
 
 

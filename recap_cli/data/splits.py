@@ -39,4 +39,4 @@ def make_split(
     split = image_split(dataset, inputs, origin=origin, workers=workers, ram_bytes=ram_bytes, track=track)
     if inputs.maps is None:
         return split
-    return replace(split, targets=label_maps(dataset, inputs, origin=origin, ram_bytes=ram_bytes, track=track))
+    return replace(split, targets=label_maps(dataset, inputs, origin=origin, workers=workers, ram_bytes=ram_bytes, track=track))

@@ -10,6 +10,7 @@ from recap_cli.core.adapter import Adapter
 from recap_cli.core.axes import UnitMask
 from recap_cli.core.method import RoundPlan
 from recap_cli.data import sources
+from recap_cli.data.images import largest_image
 from recap_cli.errors import ConformanceError, DataError, ModelError
 from recap_cli.models import build, conformance, create, spec_from_config
 from recap_cli.models.build import ModelSpec
@@ -20,6 +21,7 @@ from recap_cli.rounds.layout import Layout
 from recap_cli.rounds.recipe_model import source_of
 from recap_cli.rounds.record import MASK, PLAN
 from recap_cli.rounds.run_context import Context
+from recap_cli.tasks.calls import task_named
 from recap_cli.trainable.token_rows import TokenRows, used_token_rows
 
 
@@ -28,8 +30,9 @@ class MetaModel:
     """A model without weights: its spec, adapter and layout, the tensors' shapes (on the meta device).
 
     `token_rows` says which rows of the token table the data use; None, where that is not known, stands for all of them.
-    `plan` and `mask` are those of a state's newest round, or None where they are not chosen yet. `round_plan` is that
-    round's, and `round_plans` are the state's.
+    `map_size` is the (height, width) of the largest label map that the model is scored by; None where it is not known, or
+    labels are no maps. `plan` and `mask` are those of a state's newest round, or None where they are not chosen yet.
+    `round_plan` is that round's, and `round_plans` are the state's.
     """
 
     spec: ModelSpec
@@ -41,6 +44,7 @@ class MetaModel:
     round_plan: RoundPlan | None = None
     round_plans: tuple[RoundPlan, ...] = ()
     token_rows: TokenRows | None = None
+    map_size: tuple[int, int] | None = None
 
 
 def of_recipe(recipe: Recipe, label_names: Sequence[str] = ()) -> MetaModel:
@@ -83,7 +87,9 @@ def of_recipe_with_data(recipe: Recipe, track: Track = silent) -> tuple[MetaMode
     """
     raw, notes = _local_data(recipe)
     model = of_recipe(recipe, [] if raw is None else list(raw.label_names))
-    if raw is None or model.spec.image is not None:
+    if raw is not None and model.spec.image is not None:
+        return with_token_rows(model, recipe, raw, track), notes
+    if raw is None:
         return model, notes
     folder = recipe.model.name or (recipe.model.config or {}).get("tokenizer")
     if not isinstance(folder, str) or not Path(folder).expanduser().is_dir():
@@ -95,14 +101,15 @@ def of_recipe_with_data(recipe: Recipe, track: Track = silent) -> tuple[MetaMode
 
 
 def with_token_rows(model: MetaModel, recipe: Recipe, raw: sources.Raw, track: Track = silent) -> MetaModel:
-    """The same with the rows of the token table that the data look up; of images as it is.
+    """The same with the rows of the token table that the data look up; of images, with the size of label maps.
 
     Raises:
         ModelError: there is no tokenizer.
         DataError: the texts cannot be read.
     """
     if model.spec.image is not None:
-        return model
+        maps = task_named(recipe.task.kind).target.maps
+        return replace(model, map_size=largest_image(raw.validation)) if maps else model
     tokenizer = create.tokenizer_of(source_of(recipe), model.spec.config["vocab_size"])
     train, validation = splits_of(recipe, model.spec, tokenizer, track, raw)
     return replace(model, token_rows=used_token_rows(build.on_meta(model.spec), train, validation))

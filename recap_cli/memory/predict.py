@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from recap_cli.core.axes import Axis, Shape, UnitMask, all_units, counts, shapes_of, unit_params
 from recap_cli.core.batch_norms import train_mode
-from recap_cli.core.blocks import block_paths
 from recap_cli.core.criterion import Criterion
 from recap_cli.core.importance import group_scores
 from recap_cli.core.method import RoundPlan, TrainerHook
@@ -187,7 +186,10 @@ def _with_other(usage: Usage, more_bytes: int) -> Usage:
 
 
 def _scored(fakes: Fakes, model: MetaModel, recipe: Recipe, step: Step, kernels: Kernels) -> int:
-    return fakes.evaluation_bytes(step, fakes.like(batch_of(model.spec, recipe, recipe.evaluate.batch_size)), kernels)
+    batch = batch_of(model.spec, recipe, recipe.evaluate.batch_size)
+    if model.map_size is not None:
+        batch["labels"] = torch.zeros(len(batch["labels"]), *model.map_size, dtype=torch.int64, device="meta")
+    return fakes.evaluation_bytes(step, fakes.like(batch), kernels)
 
 
 def grid(
@@ -278,7 +280,7 @@ def prepare(
     small = SmallModel(built, model.layout, round_plans[0], plan, chosen, token_rows)
     hook = with_hook(small, recipe, round_plans, like) if round_plans[0].trains == "training" else None
     if tune.checkpointing:
-        enable_checkpointing(built, block_paths(built, model.layout.axes))
+        enable_checkpointing(built, lambda: blocks_of(built, model.layout.axes, model.spec.model_type))
     trainables = make_trainable(small, placement) if hook is None else make_hook_trainable(small, hook, placement)
     weights -= sum(module.absent for module in built.modules() if isinstance(module, PartialEmbedding))
     optimizer = Optimizer(trainables, rule_of(tune), weight_decay=tune.weight_decay)

@@ -75,10 +75,10 @@ def _create_transformers(source: ModelSource) -> Created:
     processor = None if source.is_image else _tokenizer(folder, given, config.vocab_size, words=words)
     said = SaidHead(transformers_models.label_names(config), given.get("architectures"), given.get("problem_type"))
     transformers_models.set_labels(config, source.labels, source.task.problem_type)
-    image, note = preprocessing.read_image_facts(folder, config) if source.is_image else (None, None)
+    image, note = preprocessing.read_image_facts(folder, config, source.image_size) if source.is_image else (None, None)
     if folder is None and image is not None and source.image_size is not None:
         image["size"] = source.image_size
-        if hasattr(config, "image_size"):
+        if preprocessing.has_own_size(config):
             config.image_size = source.image_size
     new: list[str] = []
     if folder is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recap_cli.errors import ModelError
-from recap_cli.models.specs import INTERPOLATIONS, image_facts
+from recap_cli.models.specs import INTERPOLATIONS, MOST_PIXELS, image_facts
 from recap_cli.untrusted import files
 
 ANY_SIZE = 512  # pixels, of a model that says none: as transformers' processors of SegFormer and others have it
@@ -32,7 +32,7 @@ def value_of(config: Any, key: str, default: Any = None) -> Any:
     return default
 
 
-def square_size(config: Any, given: Mapping[str, Any]) -> int:
+def square_size(config: Any, given: Mapping[str, Any], wanted: int | None = None) -> int:
     """Return the side, in pixels, of the images of a configuration.
 
     A model for any size, as SegFormer, has that of its preprocessing, or that of its backbone's pretraining, or `ANY_SIZE`.
@@ -40,16 +40,31 @@ def square_size(config: Any, given: Mapping[str, Any]) -> int:
     Args:
         config: The configuration.
         given: The values of a preprocessor_config.json; none where there is no such file.
+        wanted: The size that the recipe says, which a model for any size has then.
 
     Raises:
         ModelError: They are not square.
     """
-    size = getattr(config, "image_size", None) or _preprocessed_size(given) or value_of(config, "image_size", ANY_SIZE)
-    sides = set(size) if isinstance(size, list | tuple) else {size}
-    if len(sides) != 1 or not isinstance(next(iter(sides)), int):
-        message = f"the model is for images of size {size}, not square ones"
-        raise ModelError(message, hint="give one side: --set data.image_size=224")
-    return int(next(iter(sides)))
+    if has_own_size(config):
+        return _side(config.image_size)
+    return wanted or _side(_preprocessed_size(given) or value_of(config, "image_size", ANY_SIZE))
+
+
+def has_own_size(config: Any) -> bool:
+    """Whether models of this configuration are made for one size of images.
+
+    Old checkpoints have an `image_size` that their library does not know: it is kept, and means nothing.
+    """
+    return hasattr(config, "image_size") and hasattr(type(config)(), "image_size")
+
+
+def _side(size: Any) -> int:
+    sides = list(size) if isinstance(size, list | tuple) else [size]
+    if not all(type(side) is int and 0 < side <= MOST_PIXELS for side in sides) or len(set(sides)) != 1:
+        raise ModelError(
+            f"the model is for images of size {size}, not square ones", hint="give one side: --set data.image_size=224"
+        )
+    return int(sides[0])
 
 
 def _preprocessed_size(given: Mapping[str, Any]) -> Any:
@@ -59,11 +74,14 @@ def _preprocessed_size(given: Mapping[str, Any]) -> Any:
     return size
 
 
-def read_image_facts(folder: Path | None, config: Any) -> tuple[dict[str, Any], str | None]:
-    """Return the preprocessing of the folder's preprocessor_config.json, and a note if there is no such file."""
+def read_image_facts(folder: Path | None, config: Any, wanted: int | None = None) -> tuple[dict[str, Any], str | None]:
+    """Return the preprocessing of the folder's preprocessor_config.json, and a note if there is no such file.
+
+    `wanted` is the size of images that the recipe says.
+    """
     path = None if folder is None else folder / "preprocessor_config.json"
     given = files.read_object(path) if path is not None and path.is_file() else {}
-    size, channels = square_size(config, given), int(value_of(config, "num_channels", 3))
+    size, channels = square_size(config, given, wanted), int(value_of(config, "num_channels", 3))
     if path is None or not path.is_file():
         note = None if path is None else f"{folder} has no preprocessor_config.json: assumes a mean and std of 0.5"
         return image_facts(size, channels), note

@@ -11,19 +11,19 @@ from torch.utils.checkpoint import checkpoint
 from recap_cli.errors import ModelError
 
 
-def enable_checkpointing(model: nn.Module, blocks: Sequence[str] = ()) -> None:
+def enable_checkpointing(model: nn.Module, blocks: Callable[[], Sequence[str]] = tuple) -> None:
     """Recompute each block's activations in the backward pass instead of keeping them.
 
     Where a model refuses that as a whole, as Mask2Former does, the models inside it that do not refuse recompute theirs: its
-    backbone, say. Those of the `blocks` that are in none of them are recomputed one by one.
+    backbone, say. Of the `blocks`, which are asked for only then, those that are in none of these are recomputed one by one.
 
     Raises:
         ModelError: Neither the model nor any part of it can, and there are no blocks.
     """
     able = list(_recomputing(model, ""))
-    left = [path for path in blocks if not any(path == part or path.startswith(f"{part}.") for part in able if part)]
     if "" in able:
         return
+    left = [path for path in blocks() if not any(path == part or path.startswith(f"{part}.") for part in able)]
     for path in left:
         block = model.get_submodule(path)
         block.forward = partial(_recomputed, block.forward)

@@ -23,10 +23,10 @@ def _of_transformers(source: ModelSource) -> ModelSpec:
     model_type, folder, _, config, _, source = read_transformers(source, only_config=True)
     if source.label_names:
         transformers_models.set_labels(config, source.labels, source.task.problem_type)
-    image = preprocessing.read_image_facts(folder, config)[0] if source.is_image else None
+    image = preprocessing.read_image_facts(folder, config, source.image_size)[0] if source.is_image else None
     if image is not None and source.image_size is not None:
         image["size"] = source.image_size
-        if hasattr(config, "image_size"):
+        if preprocessing.has_own_size(config):
             config.image_size = source.image_size
     names = [str(label) for label in config.id2label.values()]
     values = transformers_models.config_values(config)

@@ -27,6 +27,10 @@ SIZES = (  # keys of configurations that must be 1 or more; `conformance` checks
     *("hidden_size", "dim", "num_attention_heads", "n_heads", "intermediate_size", "hidden_dim"),
     *("vocab_size", "max_position_embeddings", "image_size", "patch_size", "num_channels"),
     *("embed_dim", "num_heads", "depths", "window_size"),  # of models in stages
+    *("hidden_sizes", "patch_sizes", "strides", "sr_ratios", "num_encoder_blocks", "decoder_hidden_size"),  # of SegFormer
+    *("neck_hidden_sizes", "fusion_hidden_size", "pool_scales", "auxiliary_channels"),  # of heads that segment
+    *("feature_size", "mask_feature_size", "fpn_feature_size", "encoder_feedforward_dim", "dim_feedforward"),  # with queries
+    *("num_queries", "train_num_points"),
 )
 LAYERS = ("num_hidden_layers", "n_layers", "depth")  # keys for the number of layers
 ACTIVATIONS = ("hidden_act", "activation")
@@ -35,6 +39,8 @@ CHOICES = (
     "attn_implementation",
     "experts_implementation",
 )  # keys that choose code; also with leading underscores, and with the suffix _internal
+PRETRAINED = "use_pretrained_backbone"
+BACKBONE_HINT = "describe the backbone in backbone_config, and set this key to null"
 NOT_IN_DEFAULTS = {"head_dim", "architectures", "tokenizer", "transformers_version", "_name_or_path", "torch_dtype"}
 
 
@@ -57,6 +63,7 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
     model_type = str(values.get("model_type"))
     check_limits(model_type, rest)
     _check_values(model_type, rest)
+    _check_backbone(model_type, rest)
     rest = {key: value for key, value in rest.items() if not key.strip("_").startswith(CHOICES)}
     if strict and (kind := next((rest[key] for key in DTYPES if key in rest), "float32")) != "float32":
         raise ModelError(f"the weights of a {model_type} are float32, not {kind}", hint="see finetune.weights for less memory")
@@ -307,6 +314,22 @@ def _check_values(model_type: str, values: Mapping[str, Any]) -> None:
             near = get_close_matches(value, sorted(ACT2FN), n=1)
             hint = f"did you mean {near[0]}?" if near else CONFIG_HINT
             raise ModelError(f"{key} of this {model_type} is {value!r}, which transformers does not know", hint=hint)
+    for value in values.values():
+        if isinstance(value, dict) and "model_type" in value:  # the configuration of a backbone, or of a decoder
+            _check_values(str(value["model_type"]), value)
+
+
+def _check_backbone(model_type: str, values: Mapping[str, Any]) -> None:
+    """Refuse a backbone that would be downloaded. That of a decoder's own configuration is never built."""
+    if named := next((key for key in ("backbone", PRETRAINED) if values.get(key)), None):
+        raise ModelError(
+            f"{named} of this {model_type} is {values[named]!r}: transformers would download a backbone", hint=BACKBONE_HINT
+        )
+    inner = values.get("backbone_config")
+    if not isinstance(inner, dict):
+        return
+    if inner.get(PRETRAINED) or inner.get("backbone") or inner.get("model_type") == "timm_backbone":
+        raise ModelError(f"the backbone of this {model_type} is one to download, or of timm", hint=BACKBONE_HINT)
 
 
 def _check_keys(model_type: str, values: dict[str, Any], defaults: Any) -> None:

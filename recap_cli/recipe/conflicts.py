@@ -162,6 +162,9 @@ def _image_conflicts(recipe: "Recipe", task: Task) -> Iterator[Conflict]:
     for name in () if task.target.maps else MAP_KEYS:
         if (found := getattr(data, name)) is not None:
             yield Conflict((f"data.{name}", "task.kind"), f"expected null, for {kind}; found {found}")
+    usual = type(data).model_fields["ignore_index"].default
+    if not task.target.maps and data.ignore_index != usual:
+        yield Conflict(("data.ignore_index", "task.kind"), f"expected {usual}, for {kind}; found {data.ignore_index}")
     allowed = ["none", *(["flip"] if task.inputs == "image" else []), *(["crop"] if task.target.maps else [])]
     if data.augment not in allowed:
         text = f"expected {' or '.join(allowed)}, for {kind}; found {data.augment}"

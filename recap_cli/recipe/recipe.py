@@ -7,6 +7,7 @@ against each other. `recap_cli.recipe.problems` makes the messages, with the pla
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 
 from recap_cli.errors import RecipeError
 from recap_cli.recipe.bounds import MOST_BYTES
+from recap_cli.recipe.classes import read_classes
 from recap_cli.recipe.conflicts import ALTERNATIVES, NEEDS, STAND_IN
 from recap_cli.recipe.distill import Distill
 from recap_cli.recipe.near import near
@@ -122,11 +124,13 @@ def _conflicts_beside(suspects: set[KeyPath], document: Document) -> list[Proble
 def read(source: str, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe in the file `source`, or the shipped one of that name, with overrides.
 
+    It has the content of the file that `data.classes` names, as far as that can be read.
+
     Raises:
         RecipeError: There is no such recipe, it cannot be read, or it has problems.
     """
     if source in _shipped_files():
-        return parse(shipped_text(source), f"{source}.yaml", overrides)
+        return _with_classes(parse(shipped_text(source), f"{source}.yaml", overrides))
     try:
         if Path(source).is_fifo() and not source.startswith(OPEN_PIPES):  # reading a pipe without a writer blocks
             raise RecipeError(f"cannot read the recipe {source}: it is a pipe, not a file", hint=_HINT)
@@ -141,7 +145,18 @@ def read(source: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"cannot read the recipe {source}: {error.strerror}", hint=_HINT) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"cannot read the recipe {source}: it is not UTF-8 text", hint=_HINT) from error
-    return parse(text, source, overrides)
+    return _with_classes(parse(text, source, overrides))
+
+
+def _with_classes(recipe: Recipe) -> Recipe:
+    """Return a recipe with the content of its file of classes; one that cannot be read is told when the data are."""
+    if not isinstance(recipe.data.classes, str):
+        return recipe
+    with suppress(OSError, ValueError, ValidationError):
+        classes = read_classes(Path(recipe.data.classes).expanduser())
+        data = Data.model_validate({**recipe.data.model_dump(), "classes": classes})
+        return recipe.model_copy(update={"data": data})
+    return recipe
 
 
 def _unknown(source: str) -> RecipeError:

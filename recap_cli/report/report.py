@@ -5,7 +5,7 @@ visited are computed here, afterwards, and exactly: each prunable parameter belo
 """
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from recap_cli.core.axes import (
     mask_axes,
     prunable_params,
 )
-from recap_cli.errors import StateError, StorageError, UsageError
+from recap_cli.errors import RecapError, StateError, StorageError, UsageError, lacks_device_memory
+from recap_cli.progress import Track, silent
 from recap_cli.report import pages
+from recap_cli.report.map_examples import MapExamples, map_examples
 from recap_cli.rounds.layout import Layout
 from recap_cli.rounds.plans import teaches
 from recap_cli.rounds.record import WEIGHTS
@@ -33,12 +35,20 @@ from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.status import summary
 from recap_cli.state.manifest import COMMIT, UNDER_WAY, quoted
 from recap_cli.state.store import State
+from recap_cli.tasks.calls import task_named
 
 PAGE = "report.html"
+Say = Callable[[str], None]
 
 
-def report(source: Path, out: Path | None = None) -> Path:
+def report(source: Path, out: Path | None = None, say: Say = lambda _: None, track: Track = silent) -> Path:
     """Write the page of a state's folder, or of results (the file, or the folder it is in); returns where.
+
+    Args:
+        source: a state's folder, or results.
+        out: the page.
+        say: hears what a user should know.
+        track: hears of progress, where models are asked for pictures.
 
     Raises:
         StateError: there is neither, or a state that cannot be used.
@@ -49,8 +59,32 @@ def report(source: Path, out: Path | None = None) -> Path:
     kind = _kind(source)
     place = out if out is not None else (source if source.is_dir() else source.parent) / PAGE
     _check_out(place)
-    text = pages.state_page(of_state(State.open(source))) if kind == "state" else pages.results_page(schema.read(source))
-    return _written(place, text)
+    return _written(place, _state_text(source, say, track) if kind == "state" else pages.results_page(schema.read(source)))
+
+
+def _state_text(source: Path, say: Say, track: Track) -> str:
+    """The page of a state. Without its data or its models it has no pictures, and says why."""
+    state = State.open(source)
+    found = of_state(state)
+    maps, why = _map_examples(state, track)
+    if why is not None:
+        say(f"note: the page has no pictures: {why}")
+    return pages.state_page({**found, "maps": maps, "maps_note": why})
+
+
+def _map_examples(state: State, track: Track) -> tuple[MapExamples | None, str | None]:
+    """The examples of a state whose task predicts label maps, once it has a product; or why they cannot be had."""
+    if state.manifest.best is None or task_named(Context(state).recipe.task.kind).maps_of is None:
+        return None, None
+    try:
+        return map_examples(state, track), None
+    except RecapError as error:  # the rest of the page needs neither data nor models
+        why = error.message
+    except Exception as error:  # of torch, and of no type of ours
+        if not lacks_device_memory(error):
+            raise
+        why = "the memory of the device is too small to run the models"
+    return None, " ".join(why.split())
 
 
 def report_joined(sources: Sequence[Path], out: Path | None) -> Path:
@@ -95,13 +129,19 @@ def of_state(state: State) -> dict[str, Any]:
     changes = list(_changes(context, [row["round"] for row in found["rounds"]]))
     rounds = [row | change for row, change in zip(found["rounds"], changes, strict=True)]
     tuned = {entry["round"]: entry for entry in manifest.history if entry["stage"] == "finetune"}
-    product = (manifest.best or {}).get("folder")
+    product, task = (manifest.best or {}).get("folder"), context.objective.task
+    scored = {number: context.metrics(f"round-{number:03d}") for number in tuned}
+    declared = {metric.name for metric in task.all_metrics}
     return found | {
         "rounds": rounds,
         "method": context.recipe.method,
         "metric": context.recipe.task.metric,
         "task": context.recipe.task.kind,
-        "metrics": {number: context.metrics(f"round-{number:03d}") for number in tuned},
+        "metrics": {
+            at: {name: value for name, value in all_of_it.items() if name in declared} for at, all_of_it in scored.items()
+        },
+        "label_figures": task.figures_by_label(scored[manifest.best["round"]]) if manifest.best else {},
+        "labels": list(context.objective.labels),
         "memory": {number: context.memory(f"round-{number:03d}") for number in tuned},
         "picture": _picture(context, rounds),
         "full_bytes": _bytes(manifest.files, manifest.full),

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from recap_cli.report import state_plots
+from recap_cli.report import map_page, state_plots
 from recap_cli.report.inline_svg import inline
 from recap_cli.report.template import duration, utc
 
@@ -21,6 +21,9 @@ def view(found: Mapping[str, Any]) -> dict[str, Any]:
     best = next((row for row in rounds if row["best"]), None)
     return {
         "notice": notice(found),
+        "maps": map_page.view(found.get("maps")),
+        "maps_note": found.get("maps_note"),
+        "label_tables": map_page.tables(found["label_figures"], found["labels"], found.get("maps")),
         "best_row": best,
         "held": None if best is None else held(best),
         "held_full": None if best is None else held(best, "full_"),

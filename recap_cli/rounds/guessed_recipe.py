@@ -110,11 +110,16 @@ def guess_recipe(model: str, data: str, validation: str | None, ratio: float, ov
         "task": {"kind": kind},
         "data": {**section, **columns},
     }
+    task = task_named(kind)
+    if task.other_classes and not str(checkpoint.saved).endswith(task.auto_class.removeprefix("AutoModel")):
+        values["distill"] = {**SETTINGS["distill"], "hidden_weight": 0.0}  # its decoder's blocks give queries
+        reasons.append("distill.hidden_weight=0: the hidden states of a model with queries are not learned")
     recipe = recipes.parse(yaml.safe_dump(values, sort_keys=False), ORIGIN, sets)
     _check_teacher(recipe.distill.teacher)  # which a whole section may have set
     why = [f"task.kind={kind}: the checkpoint is a {checkpoint.saved}", *reasons]
     why += [f"data.{key}={name}: {_why_column(key)}" for key, name in columns.items()]
-    why += [f"{key}={_value(recipe, key)}: {reason}" for key, reason in TRAINING.items()]
+    said = {reason.partition("=")[0] for reason in reasons}
+    why += [f"{key}={_value(recipe, key)}: {reason}" for key, reason in TRAINING.items() if key not in said]
     return Guessed(recipe, tuple(reason for reason in why if reason.partition("=")[0] not in given))
 
 

@@ -1,6 +1,7 @@
 """How a stage scores groups: the criterion that a recipe names, on the losses of a sample D_s (paper, sec. 3.1.2)."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,7 +12,7 @@ from recap_cli import registry
 from recap_cli.core.axes import Axis
 from recap_cli.core.criterion import Criterion, Losses
 from recap_cli.core.importance import Scores, group_scores
-from recap_cli.data.sampling import batches, sample, seed_for
+from recap_cli.data.sampling import batches, sample, seed_for, seeded
 from recap_cli.data.split import Split
 from recap_cli.machine import devices
 from recap_cli.progress import Track
@@ -68,14 +69,18 @@ def losses_over(context: Context, model: nn.Module, sample: Sample, track: Track
 
     def losses(each: bool) -> Iterator[tuple[Tensor, float]]:
         size = 1 if each else sample.batch_size
-        if task.draws:
-            torch.manual_seed(seed_for(context.recipe.seed, 0, sample.label))
         steps = -(-len(sample.indices) // size)
-        for batch in track(batches(sample.split, sample.indices, size, device=sample.device), sample.label, steps):
-            mean, count = mean_loss(task, forward(batch), batch)
+        every = track(batches(sample.split, sample.indices, size, device=sample.device), sample.label, steps)
+        for number, batch in enumerate(every):
+            with _seeded(context, sample, number) if task.draws else nullcontext():
+                mean, count = mean_loss(task, forward(batch), batch)
             yield mean, float(count) / max(whole, 1.0)
 
     return losses
+
+
+def _seeded(context: Context, sample: Sample, number: int) -> AbstractContextManager[None]:
+    return seeded(seed_for(context.recipe.seed, number, sample.label), sample.device)
 
 
 def draw(recipe: Recipe, split: Split, round: int, stage: str) -> Tensor:

@@ -1,7 +1,7 @@
 """What `eval` scores: the full, the small and the best small model, on the validation data or on other data."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -29,6 +29,7 @@ from recap_cli.rounds.small_model import trainable_entries
 from recap_cli.state.manifest import quoted
 from recap_cli.tasks.calls import task_named
 from recap_cli.training.evaluation import Pass, Predictions, evaluate
+from recap_cli.training.loop import Forward
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,23 @@ class Scored:
     places: Sequence[int] = ()
     files: Sequence[str] | None = None
     note: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model of a state that may be called.
+
+    Attributes:
+        forward: from a batch on `device` to outputs.
+        device: where it takes its batches.
+        round: after which it is as it is.
+        params: how many it has.
+    """
+
+    forward: Forward
+    device: torch.device
+    round: int
+    params: int
 
 
 def validation_data(context: Context, track: Track, *, placed: bool) -> Scored:
@@ -142,21 +160,30 @@ def score_models(
 ) -> Iterator[dict[str, Any]]:
     """A row for each model named; what each says of every example goes to its place in `seen`."""
     for name in which:
-        device = devices.pick(context.recipe.importance.device if name == "full" else context.recipe.finetune.device)
-        tensors, sizes, round = _MODELS[name](context)
-        model = context.model(tensors, sizes)
-        with _on_device(context, name, model, device):
+        with ready(context, name) as model:
             started = perf_counter()
             metrics = evaluate(
-                forward_of(context.spec, model),
+                model.forward,
                 scored.split,
                 context.objective,
-                how=Pass(batch_size=context.recipe.evaluate.batch_size, device=device, track=track, label=f"{name} model"),
+                how=Pass(
+                    batch_size=context.recipe.evaluate.batch_size, device=model.device, track=track, label=f"{name} model"
+                ),
                 each=seen.get(name),
             )
-        params = sum(param.numel() for param in model.parameters())
-        facts = {"model": name, "round": round, "parameters": params}
+        facts = {"model": name, "round": model.round, "parameters": model.params}
         yield {**facts, **(metrics if scored.labelled else {}), "seconds": perf_counter() - started, **scored.note}
+
+
+@contextmanager
+def ready(context: Context, name: str) -> Iterator[Ready]:
+    """Lend the model of a name (`full`, `small`, `best`) on its device. `check_made` comes first; raises as `Context.model`."""
+    device = devices.pick(context.recipe.importance.device if name == "full" else context.recipe.finetune.device)
+    tensors, sizes, round = _MODELS[name](context)
+    model = context.model(tensors, sizes)
+    with _on_device(context, name, model, device):
+        params = sum(param.numel() for param in model.parameters())
+        yield Ready(forward_of(context.spec, model), device, round, params)
 
 
 def _on_device(context: Context, name: str, model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:

@@ -24,6 +24,7 @@ from recap_cli.rounds.layout import Layout
 from recap_cli.rounds.recipe_model import forward_of, objective_of, source_of
 from recap_cli.rounds.teacher_outputs import OTHER_TEACHER, Teacher, block_widths, rows_of_each, soft_targets
 from recap_cli.state.files import free_bytes
+from recap_cli.tasks.calls import task_named
 from recap_cli.tasks.losses import Lesson
 from recap_cli.training.evaluation import Pass, evaluate
 
@@ -81,7 +82,9 @@ def ask_teacher(
     _check_room(path, splits[0].variants * needed, splits[0].variants * of_states, weights)
     if recipe.distill.is_own:  # there is none yet: the first round makes it
         return None
-    teacher = _itself(recipe, full, splits) if recipe.distill.teacher == SELF else _another(recipe, raw, track)
+    maps, image = task_named(recipe.task.kind).target.maps, full.spec.image
+    size = int(image["size"]) if maps and image is not None else None
+    teacher = _itself(recipe, full, splits) if recipe.distill.teacher == SELF else _another(recipe, size, raw, track)
     device = devices.pick(recipe.importance.device)
     how = Pass(recipe.evaluate.batch_size, device, track, "validation of the teacher")
     with teacher.on(device):
@@ -180,13 +183,16 @@ def _itself(recipe: Recipe, full: FullModel, splits: tuple[Split, Split]) -> Tea
     return Teacher(full.model, full.spec, full.layout.axes, splits)
 
 
-def _another(recipe: Recipe, raw: Raw, track: Track) -> Teacher:
-    """Another model of the same task and labels; it sees images at its own size, and texts by its own tokenizer."""
+def _another(recipe: Recipe, size: int | None, raw: Raw, track: Track) -> Teacher:
+    """Another model of the same task and labels; it sees images at its own size, and texts by its own tokenizer.
+
+    Where labels are maps, which have the `size` of the student's images, it sees images of that size.
+    """
     name, library = recipe.distill.teacher, recipe.distill.library or recipe.model.library
     own = recipe.model_copy(
         update={
             "model": Model(name=name, library=library, revision=recipe.distill.revision),
-            "data": recipe.data.model_copy(update={"image_size": None}),
+            "data": recipe.data.model_copy(update={"image_size": size}),
         }
     )
     try:

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from recap_cli.core.blocks import block_paths
 from recap_cli.core.method import TrainerHook
 from recap_cli.core.surgery import IndexMap, compose_index_maps, indices
 from recap_cli.data.sampling import seed_for
 from recap_cli.machine import accounting
 from recap_cli.models.recomputing import enable_checkpointing
 from recap_cli.rounds.custom_training import attach, make_hook_trainable, rates_of
+from recap_cli.rounds.device_policy import blocks_of
 from recap_cli.rounds.plans import teaches
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.small_model import SmallModel, make_trainable, placement_of, rule_of
@@ -48,7 +48,7 @@ def make_trainer(context: Context, number: int, small: SmallModel, device: torch
         hook = attach(small, recipe, context.round_plans[number - 1 :])
     carried = carried_state(context, small, index_map)
     if settings.checkpointing:
-        enable_checkpointing(small.model, block_paths(small.model, small.layout.axes))
+        enable_checkpointing(small.model, lambda: blocks_of(small.model, small.layout.axes, context.spec.model_type))
     if hook is None:
         trainables = make_trainable(small, placement_of(settings, device))
         scale = {trainable.name: 1.0 for trainable in trainables}

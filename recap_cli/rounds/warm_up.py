@@ -84,9 +84,12 @@ def estimate_norms(recipe: Recipe, full: FullModel, split: Split, device: torch.
     if not (norms := new_norms(full.model, full.new)):
         return
     size = recipe.importance.batches * recipe.importance.batch_size
-    chosen = sample(len(split), size, seed=recipe.seed, round=0, stage="statistics of batch norms")
+    chosen = sample(len(split), max(size, 2), seed=recipe.seed, round=0, stage="statistics of batch norms")
+    each = max(2, importance_batch_size(recipe, device))  # a norm may see one value of an image, which alone has no variance
+    if len(chosen) % each == 1:
+        chosen = chosen[:-1]
     with on_device(full.model.eval(), full.layout.axes, device, full.spec.model_type):
-        stream = batches(split, chosen, importance_batch_size(recipe, device), device=device)
+        stream = batches(split, chosen, each, device=device)
         estimate_statistics(norms, forward_of(full.spec, full.model), stream)
 
 

@@ -231,6 +231,7 @@ def _distillation(plain: Distillation, safe: _Guard) -> Distillation:
         safe.checked(plain.rows, "rows for a teacher that are no table of numbers", is_table),
         safe.checked(plain.loss, "a loss of a teacher's outputs that is no number", is_number),
         safe.checked(plain.rows_of_each, "no number of rows for each example", are_counts),
+        None if plain.count is None else safe.checked(plain.count, "a count that is no number", _is_count),
     )
 
 

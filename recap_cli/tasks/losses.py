@@ -66,7 +66,8 @@ def training_loss(task: Task, outputs: Outputs, batch: Batch, lesson: Lesson | N
             hint="see Distillation in docs/plugins/task.md",
         )
     soft = task.distillation.loss(student.float(), teacher, lesson.temperature)
-    soft = soft / (max(count, 1) if isinstance(count, int) else count.clamp(min=1))
+    taught_of = count if task.distillation.count is None else task.distillation.count(batch)
+    soft = soft / (max(taught_of, 1) if isinstance(taught_of, int) else taught_of.clamp(min=1))
     taught = (1 - lesson.weight) * mean + lesson.weight * soft
     if lesson.states is not None:
         taught = taught + lesson.hidden_weight * _mean_distance(task.distillation, lesson.states(), batch)

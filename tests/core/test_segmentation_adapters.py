@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -280,7 +281,7 @@ def test_blocks_that_no_switch_reaches_are_recomputed_one_by_one(name: str) -> N
         enable_checkpointing(by_library)
     library_bytes, _ = saved_bytes(spec, by_library)
     model, _ = segmenter(name)
-    enable_checkpointing(model, block_paths(model, find_axes(build.adapter_of(spec), model)))
+    enable_checkpointing(model, lambda: block_paths(model, find_axes(build.adapter_of(spec), model)))
     recomputed_bytes, gradients = saved_bytes(spec, model)
     assert recomputed_bytes < 0.95 * min(library_bytes, plain_bytes)
     for param, grad in plain.items():
@@ -356,3 +357,18 @@ def test_a_configuration_is_left_as_it_was_given(name: str) -> None:
     before = spec.to_json()
     transformers_models.configure(spec.config)
     assert spec.to_json() == before
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_type": "upernet", "backbone": "org/name"}, "would download a backbone"),
+        ({"model_type": "mask2former", "use_pretrained_backbone": True}, "would download a backbone"),
+        ({"model_type": "mask2former", "backbone_config": {"model_type": "swin", "depths": [0]}}, "depths of this swin is 0"),
+        ({"model_type": "segformer", "sr_ratios": [0, 1, 1, 1]}, "sr_ratios of this segformer is 0"),
+        ({"model_type": "mask2former", "num_queries": 10**9}, "num_queries of this mask2former is 1,000,000,000"),
+    ],
+)
+def test_a_configuration_is_refused_by_its_key_also_in_that_of_a_backbone(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        transformers_models.configure(values)

@@ -2,7 +2,7 @@
 
 import torch
 
-from recap_cli.data.sampling import batches, order, sample, seed_for
+from recap_cli.data.sampling import batches, order, sample, seed_for, seeded
 from recap_cli.data.splits import Split
 
 
@@ -54,3 +54,16 @@ def test_batches_keep_the_order_and_the_rest() -> None:
     assert [len(batch["labels"]) for batch in got] == [4, 4, 2]
     assert torch.equal(torch.cat([batch["inputs"] for batch in got]), chosen)
     assert torch.equal(torch.cat([batch["labels"] for batch in got]), chosen % 2)
+
+
+def test_a_seeded_block_draws_the_same_numbers_and_leaves_the_others_as_they_would_be() -> None:
+    torch.manual_seed(5)
+    wanted = torch.rand(4)
+    torch.manual_seed(5)
+    before = torch.rand(2)
+    drawn = []
+    for _ in range(2):
+        with seeded(7, "cpu"):
+            drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+    assert torch.equal(torch.cat([before, torch.rand(2)]), wanted)

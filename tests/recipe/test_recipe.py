@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from recap_cli import registry
+from recap_cli.data.map_classes import map_classes
 from recap_cli.errors import RecipeError
 from recap_cli.recipe import recipe
 from recap_cli.recipe.recipe import Data, Finetune, Model, Prune, Recipe, Task
@@ -571,7 +572,8 @@ def test_the_shipped_recipes_are_all_there() -> None:
     baselines = [f"vit_base_cifar100_{method}_ft" for method in ("full", "head", "lora")]
     baselines += [f"vit_base_cifar100_{method}" for method in ("movement", "post_ft", "pre_ft")]
     vision = ["vit_base_cifar100", *baselines, "vit_base_tinyimagenet", "vit_large_cifar100"]
-    assert [*texts, "quickstart", *vision] == SHIPPED
+    maps = [f"mask2former_swin_{size}_{data}" for size in ("base", "large") for data in ("cityscapes", "kitti")]
+    assert [*texts, "camvid_mask2former", "camvid_segformer", *maps, "quickstart", *vision] == SHIPPED
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -587,7 +589,18 @@ def test_a_shipped_recipe_opens_with_what_it_is(name: str) -> None:
     assert recipe.read(name).name == name
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name != "quickstart"])
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("mask2former")])
+def test_a_recipe_of_mask2former_has_the_ratios_of_the_paper_and_the_classes_of_cityscapes(name: str) -> None:
+    got = recipe.read(name)
+    assert (got.prune.ratio, got.mask.ratio, got.rounds, got.prune.steps) == (0.333, 0.875, 10, 4)
+    assert got.finetune.optimizer == "sgd"
+    assert (got.model.name or "").startswith(f"facebook/mask2former-swin-{name.split('_')[2]}-")
+    classes = map_classes(got.data.model_dump())
+    assert (len(classes.names), classes.names[0], classes.ids[0], classes.ids[-1]) == (19, "road", 7, 33)
+    assert sorted([*classes.ids, *classes.ignored]) == [*range(34), 255]
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith(("bert", "vit"))])
 def test_a_shipped_recipe_has_the_settings_of_the_paper(name: str) -> None:
     got = recipe.read(name)
     text = name.startswith("bert")

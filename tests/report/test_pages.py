@@ -154,7 +154,7 @@ def read(text: str) -> Reader:
     reader.feed(text)
     reader.close()
     assert reader.open == []
-    assert list(reader.loads()) == ["data:,"]
+    assert [one for one in reader.loads() if not one.startswith("img data:image/")] == ["data:,"]
     assert "http:" not in text.lower()
     assert "https:" not in text.lower()
     assert "@import" not in text

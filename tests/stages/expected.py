@@ -1,7 +1,7 @@
 """What the stages of a recorded run should have written, by the reference; and checks that they did.
 
-The losses of some models draw random points. The reference draws the same ones: it starts from the seed of the stage, and
-goes through the same batches in the same order.
+The losses of some models draw random points. The reference draws the same ones: it has the seeds of the stages, that of each
+batch where importance is computed.
 """
 
 import pytest
@@ -57,9 +57,10 @@ def naive_mask(record: Record, round: int) -> list[Group]:
 def _scores(
     record: Record, model: nn.Module, alive: list[Group], looks: list[Look], criterion: str, *, fine: bool = False
 ) -> dict[Group, float]:
-    if looks:
-        torch.manual_seed(seed_for(record.recipe.seed, 0, looks[0].label))
-    return naive.importance(model, record.axes, alive, [look.batch for look in looks], criterion, fine=fine)
+    def seed_of(number: int) -> int:
+        return seed_for(record.recipe.seed, number, looks[0].label)
+
+    return naive.importance(model, record.axes, alive, [look.batch for look in looks], criterion, fine=fine, seed_of=seed_of)
 
 
 def assert_near(ours: Tensor, expected: Tensor, what: str, near: float = 1e-5) -> None:

@@ -98,10 +98,15 @@ def load(model: nn.Module, tensors: Mapping[str, Tensor], axes: Axes, alive: Seq
                 params[param_name].narrow(dim, start, width).zero_()
 
 
-def gradients(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """The derivative of the mean loss over all examples (or pixels) of the batches, by parameter."""
+def gradients(model: nn.Module, batches: Sequence[Batch], seed_of: Callable[[int], int] | None = None) -> dict[str, Tensor]:
+    """The derivative of the mean loss over all examples (or pixels) of the batches, by parameter; each batch with its seed."""
     model.zero_grad()
-    losses, _, labels = zip(*(judged(model, batch) for batch in batches), strict=True)
+    found = []
+    for number, batch in enumerate(batches):
+        if seed_of is not None:
+            torch.manual_seed(seed_of(number))
+        found.append(judged(model, batch))
+    losses, _, labels = zip(*found, strict=True)
     (torch.stack(losses).sum() / sum(map(counted, labels))).backward()
     return {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
 
@@ -121,7 +126,14 @@ ENTRY_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def importance(
-    model: nn.Module, axes: Axes, alive: Sequence[Group], batches: Sequence[Batch], criterion: str, *, fine: bool = False
+    model: nn.Module,
+    axes: Axes,
+    alive: Sequence[Group],
+    batches: Sequence[Batch],
+    criterion: str,
+    *,
+    fine: bool = False,
+    seed_of: Callable[[int], int] | None = None,
 ) -> dict[Group, float]:
     """The sum over every entry of every group of its score, the model being in evaluation mode."""
     model.eval()
@@ -131,7 +143,7 @@ def importance(
     total = dict.fromkeys(groups, 0.0)
     stretches = {group: list(axes.stretches(group, fine=fine)) for group in groups}
     for sample in samples:
-        grads = gradients(model, sample) if sample else weights
+        grads = gradients(model, sample, seed_of) if sample else weights
         entries = {param: ENTRY_SCORES[criterion](weights[param], grad.double()) for param, grad in grads.items()}
         for group, owned in stretches.items():
             for param, dim, start, width in owned:
