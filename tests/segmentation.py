@@ -71,6 +71,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # of another layout: the mo
     "eomt, SwiGLU": ("eomt", {**EOMT, "use_swiglu_ffn": True}),
 }
 SEGMENTERS = ("segformer", "dpt", "mask2former", "maskformer")  # those that whole rounds are run of
+TYPICAL = ("segformer", "mask2former")  # of them those that go through every test: one with each kind of loss
 UNIVERSAL = ("eomt", "mask2former", "maskformer")  # those of masks and classes
 
 

@@ -36,7 +36,7 @@ from recap_cli.trainable.build import make_partial
 from recap_cli.trainable.moments import COUNT
 from recap_cli.trainable.neuron_order import bring_forward
 from tests.pico import PICO, logits_for
-from tests.segmentation import CONFIGS, SEGMENTERS
+from tests.segmentation import CONFIGS, SEGMENTERS, TYPICAL
 from tests.stages import naive
 from tests.strange import STRANGE, register
 from tests.tiny import tiny
@@ -74,8 +74,13 @@ def rounds_of(name: str) -> Rounds:
     return Rounds(root)
 
 
-@pytest.fixture(params=[*sorted(PICO), *STRANGE, *SEGMENTERS])
+@pytest.fixture(params=[*sorted(PICO), *STRANGE, *TYPICAL])
 def rounds(request: pytest.FixtureRequest) -> Rounds:
+    return rounds_of(request.param)
+
+
+@pytest.fixture(params=[*sorted(PICO), *STRANGE, *SEGMENTERS])
+def all_rounds(request: pytest.FixtureRequest) -> Rounds:
     return rounds_of(request.param)
 
 
@@ -99,8 +104,8 @@ def test_every_registered_adapter_has_a_pico_model() -> None:
     assert {entry.name for entry in registry.entries("adapters") if entry.distribution == "recap-cli"} == types
 
 
-def test_i2_compact_gradients_are_the_dense_gradients_at_those_entries(rounds: Rounds) -> None:
-    context = rounds.at(2, "mask")
+def test_i2_compact_gradients_are_the_dense_gradients_at_those_entries(all_rounds: Rounds) -> None:
+    context = all_rounds.at(2, "mask")
     folder = str(context.state.manifest.small)
     plan, chosen = context.plan(folder), chosen_in(context, folder)
     small = context.state.load_tensors(f"{folder}/{SMALL}")
@@ -108,21 +113,21 @@ def test_i2_compact_gradients_are_the_dense_gradients_at_those_entries(rounds: R
     split, _ = context.splits(lambda items, label, total=None: iter(items))
     (batch,) = batches(split, torch.arange(6), 6)
     dense, partial = (context.model({n: t.clone() for n, t in small.items()}, counts(plan)) for _ in range(2))
-    loss_of(context, dense, batch).backward()
-    there = bring_forward(partial, shrink(context.layout.axes, plan), chosen, index_map)
-    trainables = make_partial(partial, there, frozen=lambda n: frozen_whole(context.layout, context.round_plans[0], n))
+    loss = loss_of(context, dense, batch)
+    loss.backward()
+    forward = bring_forward(partial, shrink(context.layout.axes, plan), chosen, index_map)
+    trainables = make_partial(partial, forward, frozen=lambda n: frozen_whole(context.layout, context.round_plans[0], n))
     loss_of(context, partial, batch).backward()
     wanted = dict(dense.named_parameters())
     for trainable in trainables:
         if (grad := wanted[trainable.name].grad) is not None:
-            torch.testing.assert_close(
-                trainable.grad_param.grad, take(grad, index_map.get(trainable.name, {})), rtol=2e-3, atol=1e-6
-            )
+            there, near = take(grad, index_map.get(trainable.name, {})), 1e-6 * max(1.0, float(loss.detach()))
+            torch.testing.assert_close(trainable.grad_param.grad, there, rtol=2e-3, atol=near)
     assert {trainable.name for trainable in trainables}.isdisjoint(context.layout.embeddings)
 
 
-def test_i3_a_merge_writes_what_trained_and_leaves_every_other_bit(rounds: Rounds) -> None:
-    before, after = rounds.at(2, "finetune"), rounds.at(2, "merge")
+def test_i3_a_merge_writes_what_trained_and_leaves_every_other_bit(all_rounds: Rounds) -> None:
+    before, after = all_rounds.at(2, "finetune"), all_rounds.at(2, "merge")
     folder = str(before.state.manifest.small)
     old, new = before.full_tensors(), after.full_tensors()
     trained = before.state.load_tensors(f"{folder}/{TRAINED}")
@@ -157,7 +162,7 @@ def test_i4_scatter_is_the_inverse_of_gather_and_two_plans_compose(rounds: Round
     assert all(torch.equal(twice[name], at_once[name]) for name in full)
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "timm-vit", "segformer"])
+@pytest.mark.parametrize("name", ["bert", "vit", "timm-vit"])
 def test_i7_stage_by_stage_is_run(name: str, tmp_path: Path) -> None:
     rounds, recipe = rounds_of(name), tiny(name)
     state = init(recipe, tmp_path / "state")
@@ -167,11 +172,11 @@ def test_i7_stage_by_stage_is_run(name: str, tmp_path: Path) -> None:
     assert stored_files(state.path) == stored_files(rounds.root / "state")
 
 
-def test_i7_a_round_stage_by_stage_after_others_is_that_of_run(rounds: Rounds, tmp_path: Path) -> None:
-    shutil.copytree(rounds.root / "1-merge", tmp_path / "state")
+def test_i7_a_round_stage_by_stage_after_others_is_that_of_run(all_rounds: Rounds, tmp_path: Path) -> None:
+    shutil.copytree(all_rounds.root / "1-merge", tmp_path / "state")
     for stage in STEPWISE.values():
         stage(State.open(tmp_path / "state"))
-    assert stored_files(tmp_path / "state") == stored_files(rounds.root / "state")
+    assert stored_files(tmp_path / "state") == stored_files(all_rounds.root / "state")
 
 
 @pytest.mark.parametrize("round", [1, 2])
@@ -183,11 +188,10 @@ def test_i8_optimizer_state_is_two_moments_a_trainable_entry_and_nothing_more(ro
     trainable = sum(t.numel() for t in trained.values())
     assert entry["trainable"] == trainable
     assert entry["optimizer_bytes"] == 2 * 4 * trainable
-    of_round = context.state.load_tensors(f"{folder}/{MOMENTS}")
-    idle = {name for name in trained if not of_round[f"{name}/{COUNT}"].any()}  # no gradient reaches them
-    assert bool(idle) == (context.spec.model_type in ("dpt", "mask2former", "maskformer"))
-    assert entry["gradients_bytes"] == 4 * (trainable - sum(trained[name].numel() for name in idle))
     moments = context.state.load_tensors(f"{folder}/{MOMENTS}")
+    idle = {name for name in trained if not moments[f"{name}/{COUNT}"].any()}  # no gradient reaches them
+    assert bool(idle) == (context.spec.model_type == "mask2former")
+    assert entry["gradients_bytes"] == 4 * (trainable - sum(trained[name].numel() for name in idle))
     assert sum(t.numel() for name, t in moments.items() if not name.endswith(COUNT)) == 2 * trainable
 
 
@@ -257,7 +261,7 @@ def plain_loss(context: Context, model: nn.Module) -> Callable[[Batch], Tensor]:
     return loss
 
 
-@pytest.mark.parametrize("name", [*sorted(PICO), *STRANGE, *SEGMENTERS])
+@pytest.mark.parametrize("name", [*sorted(PICO), *STRANGE, *TYPICAL])
 def test_i5_both_ratios_zero_in_one_round_is_plain_finetuning_to_the_bit(name: str, tmp_path: Path) -> None:
     recipe = tiny(
         name, rounds=1, prune={"ratio": 0.0}, mask={"ratio": 0.0, "train_embeddings": True}, finetune={"weight_decay": 0.1}
@@ -368,7 +372,7 @@ def run_with_stops(recipe: Recipe, path: Path) -> set[tuple[int, str]]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["bert", "timm-vit", "mask2former"])
+@pytest.mark.parametrize("name", ["bert", "timm-vit", "segformer"])
 def test_i6_stopped_in_every_stage_and_resumed_is_uninterrupted(name: str, tmp_path: Path) -> None:
     seen = run_with_stops(tiny(name), tmp_path / "state")
     assert len(seen) >= 7  # init, the importances and the finetuning of both rounds were each stopped once

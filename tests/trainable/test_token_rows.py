@@ -35,6 +35,7 @@ from recap_cli.trainable import token_rows
 from recap_cli.trainable.optim import Optimizer
 from recap_cli.trainable.token_rows import TokenRows, used_token_rows
 from tests.pico import LABELS, PICO, WORDS
+from tests.segmentation import CONFIGS
 from tests.tiny import is_text, one_layer, tiny
 
 TEXTS = sorted(name for name in PICO if is_text(name))
@@ -429,5 +430,5 @@ def test_a_memory_budget_knows_the_rows(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_registered_text_adapters_are_all_here() -> None:
     ours = {entry.name for entry in registry.entries("adapters") if entry.distribution == "recap-cli"}
     specs = [PICO[name]() for name in PICO]
-    images = {spec.model_type for spec in specs if spec.image is not None}
+    images = {spec.model_type for spec in specs if spec.image is not None} | set(CONFIGS)
     assert {PICO[name]().model_type for name in TEXTS} == ours - images
