@@ -103,16 +103,16 @@ def memory(found: dict[str, Any]) -> str:
     steps = "".join(map(real_step, found.get("steps", [])))
     crops = " and ".join(f"{side} px for Swin-{size}" for size, side in found["crops"].items())
     return (
-        "## Memory at the paper's shapes\n\nPredicted: one training step at batch 1 with SGD and a fused backward, 19 classes in "
-        f"the image, random weights. The paper states no crop. Full finetuning here needs what it has there at {crops}.\n\n"
+        "## Memory at the paper's shapes\n\nPredicted: one training step at batch 1 with SGD and a fused backward, 19 classes "
+        f"in the image, random weights. The paper states no crop. Full finetuning here needs what it has there at {crops}.\n\n"
         f"{table(head, rows)}\n\n{steps}"
     )
 
 
 def real_step(one: Cell) -> str:
     return (
-        f"- A real step of {one['method']} with Swin-{one['model']} at {one['side']} px on this CPU let the resident set grow by "
-        f"{one['resident_bytes'] / 1e6:,.0f} MB, {one['share']:.2f} times what is predicted for its kernels.\n"
+        f"- A real step of {one['method']} with Swin-{one['model']} at {one['side']} px on this CPU let the resident set grow "
+        f"by {one['resident_bytes'] / 1e6:,.0f} MB, {one['share']:.2f} times what is predicted for its kernels.\n"
     )
 
 
