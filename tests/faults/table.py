@@ -471,5 +471,26 @@ FAULTS = (
         "(1 - settings.ramp) * (1 - progress))",
         (RISES,),
     ),
+    Fault(
+        "training moves the statistics of batch norms",
+        "recap_cli/core/batch_norms.py",
+        "            module.eval()",
+        "            module.train(on)",
+        ("tests/core/test_batch_norms.py::test_training_leaves_running_statistics_alone_and_all_else_trains",),
+    ),
+    Fault(
+        "label maps are those of other images",
+        "recap_cli/data/map_split.py",
+        "        examples = encoded.select(indices.tolist())[:]",
+        "        examples = encoded.select(sorted(indices.tolist()))[:]",
+        ("tests/data/test_map_split.py::test_maps_in_memory_are_those_that_each_batch_decodes[0-none]",),
+    ),
+    Fault(
+        "the union counts what is right twice",
+        "plugins/tasks/semantic_segmentation.py",
+        "union = true + predicted - right",
+        "union = true + predicted",
+        ("tests/tasks/test_semantic_segmentation.py::test_miou_is_that_of_torchmetrics_where_classes_occur",),
+    ),
 )
 TOGETHER = FAULTS[:3]
