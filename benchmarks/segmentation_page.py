@@ -11,6 +11,8 @@ from tables import ran_on
 
 PAGES = Path(__file__).parent / "pages"
 Cell = dict[str, Any]
+KINDS = ("weights", "gradients", "optimizer")
+FULL = ("full", "fp32")
 TITLES = {
     "dpt": "DPT on the pretrained ViT-tiny",
     "mask2former": "Mask2Former with a small Swin, from random weights",
@@ -34,8 +36,8 @@ Semantic segmentation on CamVid, and predicted memory of Mask2Former at the shap
 def held(cell: Cell) -> str:
     """What a cell held, as a share of full finetuning's."""
     memory = cell["memory"]
-    total = sum(memory[f"{kind}_bytes"] for kind in ("weights", "gradients", "optimizer"))
-    return f"{100 * total / memory['full_finetuning']:.0f} %"
+    total, full = (sum(of[f"{kind}_bytes"] for kind in KINDS) for of in (memory, memory["full_finetuning"]))
+    return f"{100 * total / full:.0f} %"
 
 
 def percent(values: list[float]) -> str:
@@ -114,9 +116,6 @@ def real_step(one: Cell) -> str:
         f"- A real step of {one['method']} with Swin-{one['model']} at {one['side']} px on this CPU let the resident set grow "
         f"by {one['resident_bytes'] / 1e6:,.0f} MB, {one['share']:.2f} times what is predicted for its kernels.\n"
     )
-
-
-FULL = ("full", "fp32")
 
 
 def page() -> str:

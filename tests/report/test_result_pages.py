@@ -24,7 +24,13 @@ def quality(load: Any) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("script", "page"), [("quality_page", "quality.md"), ("tables", "benchmarks.md"), ("memory_page", "memory.md")]
+    ("script", "page"),
+    [
+        ("quality_page", "quality.md"),
+        ("tables", "benchmarks.md"),
+        ("memory_page", "memory.md"),
+        ("segmentation_page", "segmentation.md"),
+    ],
 )
 def test_a_page_is_what_its_script_makes_of_the_results(script: str, page: str, load: Any) -> None:
     assert (ROOT / "benchmarks" / "pages" / page).read_text(encoding="utf-8") == load(script).page()
