@@ -16,6 +16,7 @@ OUTSIDE = {
     "benchmarks/README.md": "lab/README.md",
     "benchmarks/pages/quality.md": "lab/quality.md",
     "benchmarks/pages/memory.md": "lab/memory.md",
+    "benchmarks/pages/segmentation.md": "lab/segmentation.md",
     "benchmarks/pages/memory-methods.svg": "lab/memory-methods.svg",
     "benchmarks/pages/benchmarks.md": "lab/benchmarks.md",
     "CONTRIBUTING.md": "project/CONTRIBUTING.md",
