@@ -385,3 +385,14 @@ def test_a_batch_decodes_maps_only_where_they_do_not_fit_or_are_cropped(
     monkeypatch.setattr(map_split, "open_map", counted)
     split.labels(EVERY)
     assert len(opened) == times * len(SIZES)
+
+
+def test_maps_that_are_larger_than_those_that_were_looked_at_are_not_held() -> None:
+    def decoded(indices: torch.Tensor, _: torch.Tensor | None) -> list[torch.Tensor]:
+        return [torch.zeros(10, int(index) + 1, dtype=torch.int16) for index in indices]
+
+    whole = sum(20 * (index + 1) for index in range(4))
+    every = [range(0, 2), range(2, 4)]
+    held = map_split._decoded_within(whole, decoded, every)
+    assert [one.shape[1] for one in held or []] == [1, 2, 3, 4]
+    assert map_split._decoded_within(whole - 1, decoded, every) is None

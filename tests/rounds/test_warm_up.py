@@ -11,6 +11,7 @@ from recap_cli.data.sampling import batches, sample
 from recap_cli.errors import TrainingError
 from recap_cli.models import transformers_models
 from recap_cli.progress import silent
+from recap_cli.rounds import warm_up
 from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.run_context import Context
 from recap_cli.stages.init import init
@@ -70,3 +71,14 @@ def test_a_batch_norm_of_a_checkpoint_keeps_its_statistics(holds: str, kept: boo
     mean, variance = statistics(Context(init(recipe, tmp_path / "state")))
     assert ((mean == 0.125).all() and (variance == 3.0).all()) == kept
     assert kept or not (set(mean.tolist()) | set(variance.tolist())) & {0.0, 1.0}
+
+
+@pytest.mark.parametrize(("batches_of_sample", "size"), [(4, 13), (40, 1)])  # 40 examples: 13, 13, 13 and 1; and one by one
+def test_batch_norms_are_estimated_on_no_image_alone(
+    batches_of_sample: int, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(warm_up, "estimate_statistics", lambda _, __, stream: seen.extend(len(b["labels"]) for b in stream))
+    importance = {"batches": batches_of_sample, "batch_size": size}
+    init(tiny("segformer", importance=importance, head={"warmup_epochs": 0}), tmp_path / "state")
+    assert seen == ([13] * 3 if size == 13 else [2] * 20)

@@ -16,12 +16,12 @@ from transformers import (
 )
 
 from recap_cli.core.label_maps import LabelMaps, padded
-from recap_cli.core.task import IGNORED, LabelColumn
+from recap_cli.core.task import IGNORED, TEACHER, LabelColumn
 from recap_cli.errors import DataError, PluginError
 from recap_cli.plugins.tasks import semantic_segmentation as segmentation
 from recap_cli.plugins.tasks.semantic_segmentation import SEMANTIC_SEGMENTATION, Queries
 from recap_cli.tasks.calls import task_named
-from recap_cli.tasks.losses import mean_loss
+from recap_cli.tasks.losses import Lesson, mean_loss, training_loss
 
 NAMES = ("road", "tree", "sky", "sea", "pole")  # nothing is a sea or a pole
 SIZES = [(12, 9), (7, 16), (8, 8)]  # of maps: (height, width)
@@ -376,3 +376,15 @@ def test_where_nothing_is_counted_every_figure_is_0() -> None:
     assert segmentation.score([(logits(1), batch)], NAMES) == {"miou": 0.0, "pixel_accuracy": 0.0, "mean_accuracy": 0.0}
     mean, count = mean_loss(SEMANTIC_SEGMENTATION, logits(1), batch)
     assert (float(mean), int(count)) == (0.0, 0)
+
+
+@pytest.mark.parametrize("ignored", [0, 40, 63])
+def test_a_teachers_loss_is_a_mean_over_all_pixels_however_many_are_labelled(ignored: int) -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(1, 3, 2, 2), torch.randn(1, 4, 3)  # a row for each sixteen pixels
+    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
+    labels.view(-1)[:ignored] = IGNORED
+    batch = {"pixel_values": torch.zeros(1, 3, 8, 8), "labels": labels, TEACHER: teacher}
+    found, _ = training_loss(SEMANTIC_SEGMENTATION, student, batch, Lesson(1.0, 1.0))
+    rows = student.permute(0, 2, 3, 1).reshape(4, 3)
+    assert float(found) == pytest.approx(float(F.kl_div(rows.log_softmax(1), teacher[0].softmax(1), reduction="batchmean")))
