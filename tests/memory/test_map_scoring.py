@@ -25,3 +25,12 @@ def test_the_predicted_peak_of_scoring_is_that_of_real_maps_of_their_size() -> N
     batch = {"pixel_values": torch.zeros(3, 3, side, side), "labels": torch.zeros(3, *SIZE, dtype=torch.int64)}
     real = evaluation_bytes(step, batch)
     assert abs(found - real) < 0.1 * real
+
+
+def test_of_a_model_with_queries_the_scores_at_the_size_of_a_map_are_counted() -> None:
+    recipe = tiny("mask2former", evaluate={"batch_size": 3})
+    model, _ = meta_model.of_recipe_with_data(recipe)
+    height, width = 1200, 1600
+    labels_bytes, scores_bytes = 3 * height * width * 8, model.spec.num_labels * height * width * 4  # of all, and of one image
+    found = predicted_bytes(replace(model, map_size=(height, width)), recipe, "full-ft", kernels="cpu")
+    assert found > labels_bytes + scores_bytes
