@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from recap_cli.data.class_folders import IMAGE_SUFFIXES, checked, files_below, is_junk_name
 from recap_cli.errors import DataError
+from recap_cli.recipe.near import near
 from recap_cli.recipe.yaml import setting
 from recap_cli.untrusted.files import some
 
@@ -70,10 +71,11 @@ def _files(path: Path, role: str, name: str, key: str) -> Keyed:
     if folder is None or not files:
         others = sorted(child.name for child in path.iterdir() if child.is_dir() and not is_junk_name(child.name))
         there = f"its folders are: {', '.join(others[:10])}" if others else "it has no folders"
+        meant = (*near(name, others), *others, "FOLDER")[0]
         raise DataError(
             f"{path} has no {what} in {name!r}; {there}",
-            hint=f"name their folder, or a pattern: {setting(f'data.{role}', others[0] if others else 'FOLDER')}; or another "
-            f"folder above both: --set {key}=FOLDER",
+            hint=f"name their folder, or a pattern: {setting(f'data.{role}', meant)}; or another folder above both: "
+            f"--set {key}=FOLDER",
         )
     found: Keyed = {}
     for file in files:

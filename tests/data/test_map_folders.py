@@ -128,7 +128,7 @@ def test_a_name_that_is_not_there_is_not_replaced_by_a_usual_one(image: str, lab
     message, hint = fails(write(tmp_path, "images/0.png", "labels/0.png"), image, label_map)
     wrong = image if image != "images" else label_map
     assert message == f" has no {'images' if wrong == image else 'label maps'} in {wrong!r}; its folders are: images, labels"
-    assert f"--set data.{'image' if wrong == image else 'label_map'}=images" in hint
+    assert ("--set data.image=images" if wrong == image else "--set data.label_map=labels") in hint  # the one that is like it
     assert "--set data.train=FOLDER" in hint
 
 
