@@ -46,8 +46,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fp32, checkpoints": {**LEAN, "finetune.checkpointing": True},
     "bf16, checkpoints, offloaded": {**BF16, "finetune.offload": True},
 }
-METHODS = ("full", "head", "lora", "pre-ft", "recap")
-RIVALS = ("full", "lora", "recap")  # of the last two settings
+METHODS = ("full", "head", "lora", "pre-ft", "recap", "recap-lora")
+RIVALS = ("full", "lora", "recap", "recap-lora")  # of the last two settings
 MB = 1e6
 HOW = "predicted; the real steps measured"
 

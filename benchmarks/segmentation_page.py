@@ -86,7 +86,8 @@ def memory(found: dict[str, Any]) -> str:
     rows = []
     for cell in found["cells"]:
         peak, paper = cell["training_peak_bytes"], found["paper_mb"][cell["model"]]
-        theirs = f"{100 * paper[cell['method']] / paper['full']:.0f} %" if cell["settings"] == "fp32" else "-"
+        is_theirs = cell["settings"] == "fp32" and cell["method"] in paper
+        theirs = f"{100 * paper[cell['method']] / paper['full']:.0f} %" if is_theirs else "-"
         kinds = [f"{cell['at_peak'][f'{kind}_bytes'] / 1e6:.0f}" for kind in ("weights", "optimizer", "activations")]
         share = f"{100 * peak / full[cell['model'], cell['side']]:.0f} %"
         rows.append(

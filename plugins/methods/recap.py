@@ -1,9 +1,11 @@
 """RECAP: K rounds of prune, mask, finetune and merge.
 
 The first rounds explore: each prunes anew. The last rounds keep the plan, so that the remaining groups adapt to each other.
-Exploring rounds prune less, and train fewer entries to make up for the memory. No round holds more weights, gradients and
-optimizer state than the last.
+Exploring rounds prune less, and train fewer entries to make up for the memory. Their batches are taken in parts, as a larger
+model has more activations. So no round holds more than the last.
 """
+
+from math import ceil
 
 from recap_cli.api import Method, RoundPlan, Settings
 
@@ -24,6 +26,7 @@ def round_plans(settings: Settings) -> list[RoundPlan]:
                 lr_window=(0.0, 1.0) if settings.restarts else (number / rounds, (number + 1) / rounds),
                 embeddings=settings.embeddings,
                 product=prune_ratio == settings.prune_ratio,
+                batch_parts=ceil((1 - prune_ratio) / (1 - settings.prune_ratio) - 1e-9),
             )
         )
     return planned

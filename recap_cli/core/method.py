@@ -37,6 +37,7 @@ class RoundPlan:
         embeddings: whether they are trainable too, where the mask decides: True for all of them, "tokens" for the rows of those
             tokens that occur in the training data.
         product: whether this round's small model may be what the run is for.
+        batch_parts: in how many micro-batches, at least, a batch is taken: more hold fewer activations at a time.
     """
 
     prune_ratio: float = 0.0
@@ -47,6 +48,7 @@ class RoundPlan:
     lr_window: tuple[float, float] = (0.0, 1.0)
     embeddings: Embeddings = False
     product: bool = True
+    batch_parts: int = 1
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "lr_window": list(self.lr_window)}

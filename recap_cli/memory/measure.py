@@ -94,11 +94,11 @@ def random_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Real tensors on the CPU of the shapes of these: small random numbers, zeros where they are whole numbers.
 
     Of a mask of tokens the last is masked and the others are not, so that there is padding and something beside it. Variances
-    are 1.
+    are 1, and so are the weights of norms.
     """
     made = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in tensors.items()}
     for name, tensor in made.items():
-        if name.endswith("running_var"):
+        if name.endswith("running_var") or (name.endswith("weight") and tensor.ndim == 1):
             tensor.fill_(1)
         elif tensor.is_floating_point():
             tensor.normal_(std=0.02)

@@ -36,7 +36,15 @@ from recap_cli.rounds.device_policy import blocks_of, importance_batch_size
 from recap_cli.rounds.plans import method_of_name, round_plans_for, teaches
 from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.selection import limits_of
-from recap_cli.rounds.small_model import SmallModel, fine_axes, in_dtype, make_trainable, placement_of, rule_of
+from recap_cli.rounds.small_model import (
+    SmallModel,
+    fine_axes,
+    in_dtype,
+    make_trainable,
+    micro_batch_size_of,
+    placement_of,
+    rule_of,
+)
 from recap_cli.tasks.calls import task_named
 from recap_cli.tasks.losses import mean_loss
 from recap_cli.trainable.embedding import PartialEmbedding
@@ -55,7 +63,8 @@ class Prediction:
     """What one method holds: `usage` of a training step in the first of `round_plans`, which of its own holds most there, the
     peak of scoring over all of them, and the numbers of parameters.
 
-    `weights` are the parameters that lie on the device (without adapters of LoRA), `trainable` the trainable entries.
+    `weights` are the parameters that lie on the device (without adapters of LoRA), `trainable` the trainable entries, and
+    `micro_batch_size` the examples that the step takes at a time.
     """
 
     method: str
@@ -66,6 +75,7 @@ class Prediction:
     total: int
     weights: int
     trainable: int
+    micro_batch_size: int
 
     @property
     def peak_bytes(self) -> int:
@@ -78,7 +88,7 @@ class Prediction:
         return {
             "method": self.method,
             "batch_size": tune.batch_size,
-            "micro_batch_size": tune.micro_batch_size or tune.batch_size,
+            "micro_batch_size": self.micro_batch_size,
             "weights": tune.weights,
             "checkpointing": tune.checkpointing,
             "fused_backward": tune.fused_backward,
@@ -147,17 +157,20 @@ def prunes(method: str) -> bool:
 
 def _predicted(model: MetaModel, recipe: Recipe, method: str, round_plans: Sequence[RoundPlan], kernels: Kernels) -> Prediction:
     fakes, tune = Fakes(), recipe.finetune
-    size = min(tune.batch_size, MICRO_BATCHES * (tune.micro_batch_size or tune.batch_size))
+    bare = build.on_meta(model.spec)
+    micro = micro_batch_size_of(recipe, round_plans[0], bare)
+    size = min(tune.batch_size, MICRO_BATCHES * (micro or tune.batch_size))
     fewer = recipe if size == tune.batch_size else recipes.changed(recipe, {"finetune.batch_size": size})
     step, weights = prepare(model, fewer, method, fakes.like, round_plans=round_plans)
+    step = replace(step, micro_batch_size=micro)
     trainable = sum(trainable.grad_param.numel() for trainable in step.optimizer.trainables)
     usage = _with_other(
         fakes.usage(step, kernels), _held_bytes(model, recipe, tune.batch_size) - _held_bytes(model, recipe, size)
     )
     evaluation = _scored(fakes, model, recipe, step, kernels)
-    parameters = {name for name, _ in build.on_meta(model.spec).named_parameters()}
+    parameters = {name for name, _ in bare.named_parameters()}
     total = sum(model.tensors[name].numel() for name in parameters)
-    return Prediction(method, recipe, round_plans, usage, evaluation, total, weights, trainable)
+    return Prediction(method, recipe, round_plans, usage, evaluation, total, weights, trainable, micro or tune.batch_size)
 
 
 def evaluation_bytes(model: MetaModel, recipe: Recipe, method: str, *, kernels: Kernels = "cuda") -> int:
@@ -289,7 +302,8 @@ def prepare(
     if token_rows is not None:
         batch["input_ids"] += int(token_rows.held[0])  # real ones are zeros, which may be no row that is held
     task = task_named(recipe.task.kind)
-    step = Step(train_mode(built), optimizer, forward, task, batch, tune.micro_batch_size, tune.fused_backward, tune.offload)
+    micro = micro_batch_size_of(recipe, round_plans[0], built)
+    step = Step(train_mode(built), optimizer, forward, task, batch, micro, tune.fused_backward, tune.offload)
     return step, weights
 
 

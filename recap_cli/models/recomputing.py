@@ -1,14 +1,12 @@
 """Activations that are recomputed in the backward pass instead of being kept (Chen et al., 2016), by a library or by block."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from recap_cli.errors import ModelError
+from recap_cli.trainable.recomputed import recompute
 
 
 def enable_checkpointing(model: nn.Module, blocks: Callable[[], Sequence[str]] = tuple) -> None:
@@ -25,16 +23,9 @@ def enable_checkpointing(model: nn.Module, blocks: Callable[[], Sequence[str]] =
         return
     left = [path for path in blocks() if not any(path == part or path.startswith(f"{part}.") for part in able)]
     for path in left:
-        block = model.get_submodule(path)
-        block.forward = partial(_recomputed, block.forward)
+        recompute(model.get_submodule(path))
     if not able and not left:
         raise ModelError(f"{type(model).__name__} cannot recompute its activations", hint="--set finetune.checkpointing=false")
-
-
-def _recomputed(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return plain(*args, **kwargs)
-    return checkpoint(plain, *args, use_reentrant=False, **kwargs)
 
 
 def _recomputing(module: nn.Module, path: str) -> Iterator[str]:

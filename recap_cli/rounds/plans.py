@@ -221,19 +221,20 @@ def _malformed(round_plan: Any) -> str | None:
     """What of a round is not what it should be, taken by itself."""
     if not isinstance(round_plan, RoundPlan):
         return f"is of type {type(round_plan).__name__}, not RoundPlan"
-    numbers = (round_plan.prune_ratio, round_plan.mask_ratio, round_plan.share, *round_plan.lr_window)
-    if len(numbers) != 5 or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
-        return f"has something else than numbers as ratios, share or lr_window: {numbers}"
+    numbers = (round_plan.prune_ratio, round_plan.mask_ratio, round_plan.share, *round_plan.lr_window, round_plan.batch_parts)
+    if len(numbers) != 6 or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
+        return f"has something else than numbers as ratios, share, lr_window or batch_parts: {numbers}"
     start, end = round_plan.lr_window
     if not (
         0 <= round_plan.prune_ratio < 1
         and 0 <= round_plan.mask_ratio < 1
         and round_plan.share > 0
+        and round_plan.batch_parts in range(1, MOST)
         and 0 <= start < end <= 1 + 1e-9
     ):
         return (
             f"is out of range: prune_ratio {round_plan.prune_ratio:g}, mask_ratio {round_plan.mask_ratio:g}, "
-            f"share {round_plan.share:g}, lr_window {start:g} to {end:g}"
+            f"share {round_plan.share:g}, lr_window {start:g} to {end:g}, batch_parts {round_plan.batch_parts}"
         )
     if not isinstance(round_plan.embeddings, bool) and round_plan.embeddings != "tokens":
         return f"has embeddings={round_plan.embeddings!r}, which is none of True, False, 'tokens'"

@@ -59,6 +59,7 @@ class RoundPlanFacts(BaseModel):
     share: Annotated[float, Field(gt=0)]
     lr_window: Annotated[list[float], Field(min_length=2, max_length=2)]
     embeddings: Embeddings
+    batch_parts: Annotated[int, Field(ge=1)] = 1
     product: bool
 
 

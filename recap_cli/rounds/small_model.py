@@ -10,10 +10,11 @@ from recap_cli.core.axes import Axis, UnitMask, mask_axes, shapes_of, shrink
 from recap_cli.core.method import RoundPlan
 from recap_cli.core.surgery import IndexMap, indices
 from recap_cli.core.task import Batch, Outputs
-from recap_cli.recipe.recipe import Finetune
+from recap_cli.recipe.recipe import Finetune, Recipe
 from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.rounds.layout import Layout
 from recap_cli.trainable.build import Trainable, make_partial
+from recap_cli.trainable.full_precision import own_loss
 from recap_cli.trainable.neuron_order import bring_forward
 from recap_cli.trainable.optim import UpdateRule, adamw, sgd
 from recap_cli.trainable.placement import Placement
@@ -79,6 +80,15 @@ def rule_of(settings: Finetune) -> UpdateRule:
     return adamw(betas=settings.betas, eps=settings.eps)
 
 
+def micro_batch_size_of(recipe: Recipe, round_plan: RoundPlan, model: nn.Module) -> int | None:
+    """How many examples of a batch a round takes at a time, if not all of them: the recipe's number, or the round's parts.
+
+    A model with a loss of its own is given what the recipe says.
+    """
+    size, parts = recipe.finetune.micro_batch_size, round_plan.batch_parts if own_loss(model) is None else 1
+    return size if parts == 1 else max(1, (size or recipe.finetune.batch_size) // parts)
+
+
 def fine_axes(layout: Layout, plan: UnitMask) -> list[Axis]:
     """The groups of the mask: one per hidden dimension of the small model that `plan` leaves."""
     return mask_axes(shrink(layout.axes, plan), layout.whole)
@@ -111,7 +121,8 @@ def frozen_whole(layout: Layout, round_plan: RoundPlan, name: str, table: str | 
 def make_trainable(small: SmallModel, placement: Placement) -> list[Trainable]:
     """Make a small model trainable where its mask says so, in place; returns a record for each trainable tensor.
 
-    Of its token table no more is held than its token rows say, where these are known.
+    Of its token table no more is held than its token rows say, where these are known. Where nothing is pruned and nothing
+    masked, training is torch's to the bit.
     """
     index_map = indices(fine_axes(small.layout, small.plan), small.mask, shapes_of(small.model.named_parameters()))
     index_map = bring_forward(small.model, small.axes, small.mask, index_map)
@@ -121,6 +132,7 @@ def make_trainable(small: SmallModel, placement: Placement) -> list[Trainable]:
         frozen=small.is_frozen,
         used_rows=small.token_rows.used_rows() if small.token_rows else None,
         placement=placement,
+        lean=small.round_plan.prune_ratio > 0 or small.round_plan.mask_ratio > 0,
     )
 
 

@@ -24,7 +24,7 @@ from recap_cli.rounds.device_policy import blocks_of, importance_batch_size
 from recap_cli.rounds.plans import lr_window_of, steps_in_round, steps_of, teaches
 from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.run_context import Context
-from recap_cli.rounds.small_model import SmallModel, in_dtype, placement_of
+from recap_cli.rounds.small_model import SmallModel, in_dtype, micro_batch_size_of, placement_of
 from recap_cli.rounds.teacher import lesson_of
 from recap_cli.rounds.teacher_outputs import hidden_blocks
 from recap_cli.rounds.teacher_round import teaching
@@ -112,7 +112,7 @@ def _micro_batch_size(recipe: Recipe, trainer: Trainer) -> int | None:
     """The examples at a time; where the full model visits a device, as many as importance has there."""
     if trainer.teaches and trainer.device.type != "cpu":
         return importance_batch_size(recipe, trainer.device)
-    return recipe.finetune.micro_batch_size
+    return micro_batch_size_of(recipe, trainer.small.round_plan, trainer.small.model)
 
 
 def _epochs(recipe: Recipe, split: Split, before: int, steps: int, device: torch.device) -> Iterator[Batch]:

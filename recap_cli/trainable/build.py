@@ -20,6 +20,7 @@ from recap_cli.core.axes import Axis, Cut
 from recap_cli.core.frozen_weight import FrozenWeight
 from recap_cli.core.surgery import IndexMap, owner_of, put, take
 from recap_cli.core.ties import Once, first_names, names_of
+from recap_cli.trainable.activations import note_origins
 from recap_cli.trainable.embedding import PartialEmbedding, is_lookup, is_plain, places
 from recap_cli.trainable.frozen_weights import (
     Partition,
@@ -31,8 +32,10 @@ from recap_cli.trainable.frozen_weights import (
     rest_of,
 )
 from recap_cli.trainable.full_precision import compute_in_fp32
-from recap_cli.trainable.linear import PartialLinear
+from recap_cli.trainable.linear import PartialLinear, keep_inputs_once
+from recap_cli.trainable.norms import keep_outputs
 from recap_cli.trainable.placement import FP32_ON_CPU, Placement
+from recap_cli.trainable.recomputed import recompute_samples
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def make_partial(
     frozen: Callable[[str], bool],
     used_rows: Mapping[str, Tensor] | None = None,
     placement: Placement = FP32_ON_CPU,
+    lean: bool = True,
 ) -> list[Trainable]:
     """Rebuild `model` in place so that just the entries at `index_map`, and what it does not name, are trainable.
 
@@ -121,6 +125,8 @@ def make_partial(
         used_rows: the rows of embeddings, sorted ids, that the model will ever look up. Unless such a table is trainable whole,
             or has another name too, the other rows are not held.
         placement: where everything goes, and in which form.
+        lean: whether what two layers keep of one tensor is kept once (`norms`, `activations`), and samples not at all
+            (`recomputed`), which rounds otherwise in the last bits. False leaves every operation to torch.
 
     Returns:
         A record for each trainable tensor, named as in the model before: a parameter of several names by its first.
@@ -151,6 +157,11 @@ def make_partial(
             setattr(module, attribute, build.once.make(buffer, "a buffer", partial(buffer.to, placement.device)))
     if placement.dtype != torch.float32:
         compute_in_fp32(model)
+    if lean:
+        keep_outputs(model)
+        note_origins(model)
+        keep_inputs_once(model)
+        recompute_samples(model)
     return list(trainables.values())
 
 

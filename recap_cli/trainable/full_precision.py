@@ -14,15 +14,21 @@ from torch.utils._pytree import tree_map
 
 
 def compute_in_fp32(model: nn.Module) -> None:
-    """Let these parts of a model read what they are given, and their weights, in fp32.
-
-    A loss of its own is the module `criterion`, as models of transformers with queries have it.
-    """
+    """Let these parts of a model read what they are given, and their weights, in fp32."""
     for module in model.modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats:
             module.forward = partial(_normalised, module)  # type: ignore[method-assign]
-    if isinstance(criterion := getattr(model, "criterion", None), nn.Module):
-        criterion.register_forward_pre_hook(_in_fp32, with_kwargs=True)
+    if (loss := own_loss(model)) is not None:
+        loss.register_forward_pre_hook(_in_fp32, with_kwargs=True)
+
+
+def own_loss(model: nn.Module) -> nn.Module | None:
+    """Return the loss that a model computes itself: the module `criterion`, as models of transformers with queries have it.
+
+    It matches queries with the objects of a whole batch, so that the loss of a batch is no sum over its parts.
+    """
+    found = getattr(model, "criterion", None)
+    return found if isinstance(found, nn.Module) else None
 
 
 def _normalised(norm: _BatchNorm, x: Tensor) -> Tensor:

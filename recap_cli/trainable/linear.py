@@ -6,6 +6,8 @@ that size, from `grad_out[:, rows]ᵀ @ x` or `grad_outᵀ @ x[:, cols]`, and sa
 (2412.06289) has the published relative of the idea; it cannot accumulate gradients, and masks by heads and channels only.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from recap_cli.trainable.activations import origin_of
 from recap_cli.trainable.frozen_weights import Partition, Place, QuantizedMatrix, dense_weight
+
+ALL_COLUMNS = Partition(1, None, None)
 
 
 class PartialLinear(nn.Module):
@@ -78,6 +83,20 @@ class PartialLinear(nn.Module):
         return f"{kind}, {trainable} {('rows', 'columns')[self.dim]} trainable"
 
 
+def keep_inputs_once(model: nn.Module) -> None:
+    """Let the linear layers of a model that are trained whole keep no input of which `activations` knows what it is made of."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.requires_grad and "forward" not in vars(module):
+            module.forward = partial(_linear, module)  # type: ignore[method-assign]
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:  # (…, in) → (…, out)
+    if origin_of(x) is None or not torch.is_grad_enabled():
+        return F.linear(x, layer.weight, layer.bias)
+    out: Tensor = _Partial.apply(x, layer.weight, None, layer.weight.detach(), layer.bias, ALL_COLUMNS)
+    return out
+
+
 class _Partial(torch.autograd.Function):
     """`x @ weightᵀ + bias` with gradients for x, for the chosen rows or columns of the weight, and for its bias."""
 
@@ -91,9 +110,9 @@ class _Partial(torch.autograd.Function):
         bias: Tensor | None,
         partition: Partition,
     ) -> Tensor:
-        saved = None
+        saved, ctx.again = None, None
         if ctx.needs_input_grad[1]:
-            saved = x if partition.dim == 0 else _at(x, partition.trainable, keep=False)  # (…, in) or (…, columns)
+            saved, ctx.again = _input(x, partition)  # (…, in) or (…, columns)
         matrix = weight if isinstance(weight, QuantizedMatrix) else None
         dense, masters = (weight, None) if matrix is None else (None, part)
         if not ctx.needs_input_grad[0]:
@@ -105,7 +124,7 @@ class _Partial(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, dense, part = ctx.saved_tensors
+        x, dense, part = ctx.saved_tensors  # (…, in) or (…, columns)
         weight = dense if ctx.matrix is None else ctx.matrix
         needs_part, needs_rows, needs_bias = (ctx.needs_input_grad[i] for i in (1, 2, 4))
         partition = ctx.partition
@@ -115,12 +134,24 @@ class _Partial(torch.autograd.Function):
             rows = _at(flat, partition.trainable, keep=True)
         grad_part, grad_x = None, None
         if needs_part:
+            if ctx.again is not None:
+                x = ctx.again(_at(x, partition.trainable, keep=True))  # (…, columns)
             grad_part = _product(rows, x.reshape(-1, x.shape[-1]), partition.transposed)  # (rows, in) or (out, columns)
         grad_rows = rows.sum(0).float() if needs_rows else None  # (rows,)
         grad_bias = flat.sum(0) if needs_bias else None  # (out,)
         if weight is not None:
             grad_x = grad_out @ _whole(weight, part, partition, grad_out.dtype)  # (…, in)
         return grad_x, grad_part, grad_rows, None, grad_bias, None
+
+
+def _input(x: Tensor, partition: Partition) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+    """What is kept of the input, and what makes the trainable columns of that in the backward pass, if these are not it."""
+    if partition.dim == 0:
+        return x, None  # (…, in)
+    origin = origin_of(x)
+    if origin is not None:
+        return origin.kept, origin.again  # (…, in)
+    return _at(x, partition.trainable, keep=False), None  # (…, columns)
 
 
 def _product(rows: Tensor, x: Tensor, transposed: bool) -> Tensor:

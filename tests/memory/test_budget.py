@@ -75,9 +75,8 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[Peak], list[Recipe]]:
             assert method == "recap"
             asked.append(recipe)
             usage = Usage({"weights": int(peak(recipe) * MB)}, {"weights": int(peak(recipe) * MB)})
-            return Prediction(
-                "recap", recipe, (RoundPlan(recipe.prune.ratio, recipe.mask.ratio),), usage, int(scoring(recipe) * MB), 0, 0, 0
-            )
+            planned = (RoundPlan(recipe.prune.ratio, recipe.mask.ratio),)
+            return Prediction("recap", recipe, planned, usage, int(scoring(recipe) * MB), 0, 0, 0, recipe.finetune.batch_size)
 
         monkeypatch.setattr(recipes, "changed", quickly_changed)
         monkeypatch.setattr(budget, "predict", predict)

@@ -50,11 +50,11 @@ def recipe_of(name: str, larger: bool = False, **sections: Any) -> Recipe:
 
 
 def real(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of these shapes with memory: small random numbers, zeros for what counts, and ones for variances."""
+    """Tensors of these shapes with memory: small random numbers, zeros for what counts, ones for variances and norms."""
     generator = torch.Generator().manual_seed(0)
 
     def made(name: str, tensor: Tensor) -> Tensor:
-        if name.endswith("running_var"):
+        if name.endswith("running_var") or (name.endswith("weight") and tensor.ndim == 1):
             return torch.ones(tensor.shape, dtype=tensor.dtype)
         if not tensor.is_floating_point():
             return torch.zeros(tensor.shape, dtype=tensor.dtype)
@@ -234,14 +234,14 @@ def batch_bytes(step: Step) -> int:
     [
         ("full", "vit", {}, 1e-4),
         ("full", "bert", {"max_grad_norm": 1.0}, 1e-4),
-        ("pre-ft", "vit", {"fused_backward": True}, 1e-4),
+        ("pre-ft", "vit", {"fused_backward": True}, 1e-3),  # the rest is what a norm's backward on the CPU needs within
         ("recap", "bert", {"fused_backward": True}, 1e-4),
         ("recap", "vit", {"micro_batch_size": 4}, 1e-4),
         ("recap", "vit", {"checkpointing": True}, 0.01),  # the rest is what attention on the CPU needs within
         ("lora", "vit", {}, 1e-3),
         ("head", "bert", {}, 1e-4),
         ("recap", "vit", {"weights": "int8"}, 0.1),  # and operations on mixed types: on the CPU, they convert their inputs
-        ("recap", "bert", {"weights": "bf16"}, 0.01),
+        ("recap", "bert", {"weights": "bf16"}, 0.05),  # likewise: a norm divides by an fp32 deviation
         ("recap", "bert", {"weights": "nf4"}, 0.1),  # likewise
     ],
 )

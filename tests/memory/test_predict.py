@@ -116,7 +116,7 @@ def test_a_model_larger_than_the_machine_is_predicted_without_its_memory() -> No
 def test_grids_have_a_row_for_each_setting_that_means_something(monkeypatch: pytest.MonkeyPatch) -> None:
     usage, recipe = Usage({}, {}), tiny("vit", finetune={"micro_batch_size": 4})
     monkeypatch.setattr(
-        predict, "predict", lambda _, recipe, method: Prediction(method, recipe, (RoundPlan(),), usage, 0, 0, 0, 0)
+        predict, "predict", lambda _, recipe, method: Prediction(method, recipe, (RoundPlan(),), usage, 0, 0, 0, 0, 1)
     )
     rows = predict.grid(meta_model.of_recipe(recipe, LABELS), recipe, ["full", "recap"], [2, 6], [0.0, 0.4])
     settings = [(row.recipe.finetune.batch_size, row.recipe.prune.ratio if row.method == "recap" else 0.0) for row in rows]
@@ -179,7 +179,8 @@ def test_labels_come_from_data_that_are_here(tmp_path: Path) -> None:
 
 
 def test_a_state_in_its_last_round_is_predicted_by_the_round_that_held_most(tmp_path: Path) -> None:
-    recipe = tiny("vit", rounds=4, importance={"batches": 1}, finetune={"steps": 1, "fused_backward": True})
+    one = {"steps": 1, "fused_backward": True, "batch_size": 1}  # no part of it is smaller
+    recipe = tiny("vit", rounds=4, importance={"batches": 1}, finetune=one)
     state = run(recipe, tmp_path / "state")
     of_state = predict.predict(meta_model.of_state(Context(state)), recipe, "recap")
     of_recipe = predict.predict(meta_model.of_recipe(recipe, LABELS), recipe, "recap")

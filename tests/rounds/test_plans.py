@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from recap_cli import registry
 from recap_cli.core.method import Method, RoundPlan, Settings
@@ -21,6 +22,7 @@ from recap_cli.rounds.plans import (
     round_plans_of,
     steps_of,
 )
+from recap_cli.rounds.small_model import micro_batch_size_of
 from recap_cli.state.manifest import Manifest
 from tests.pico import LABELS
 from tests.tiny import tiny
@@ -97,6 +99,8 @@ def test_no_round_of_the_ramp_holds_more_than_the_last(prune_ratio: float, mask_
     assert ratios[0] < prune_ratio == ratios[4]
     assert [round_plan.plan for round_plan in found] == ["importance"] * 5 + ["same"] * 5
     assert [round_plan.product for round_plan in found] == [False] * 4 + [True] * 6
+    parts = [round_plan.batch_parts for round_plan in found]
+    assert all(part - 1 < (1 - ratio) / (1 - prune_ratio) - 1e-6 <= part for part, ratio in zip(parts, ratios, strict=True))
 
 
 def test_without_a_ramp_or_rounds_to_ramp_over_every_round_has_the_ratios_asked_for() -> None:
@@ -136,6 +140,37 @@ def test_the_first_round_of_a_ramp_is_predicted_to_hold_no_more_than_the_last(se
     first, last = (predict._predicted(of_recipe, recipe, "recap", planned[at:], "cuda").usage.maxima for at in (0, 3))
     held: list[Kind] = ["weights", "optimizer"] if recipe.finetune.fused_backward else ["weights", "gradients", "optimizer"]
     assert sum(first[kind] for kind in held) <= 1.03 * sum(last[kind] for kind in held)
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch_size"),
+    [({}, 32), (FUSED, 32), ({"weights": "bf16"}, 32), ({"checkpointing": True}, 32), ({}, 4), (FUSED, 4)],
+    ids=str,
+)
+def test_the_peak_of_the_first_round_is_no_higher_as_its_batches_are_taken_in_parts(settings: Any, batch_size: int) -> None:
+    config = {"model_type": "vit", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32}
+    model = {"config": {**config, "intermediate_size": 256, "patch_size": 8, "num_channels": 3}}
+    recipe = tiny("vit", rounds=4, model=model, finetune={"batch_size": batch_size, **settings})
+    planned, of_recipe = round_plans_for(recipe), meta_model.of_recipe(recipe, LABELS)
+    first, last = (predict._predicted(of_recipe, recipe, "recap", planned[at:], "cuda") for at in (0, 3))
+    assert first.usage.peak_bytes <= 1.01 * last.usage.peak_bytes
+    whole = [replace(planned[0], batch_parts=1), *planned[1:]]
+    if batch_size > 4 and not recipe.finetune.checkpointing:
+        assert predict._predicted(of_recipe, recipe, "recap", whole, "cuda").usage.peak_bytes > 1.1 * last.usage.peak_bytes
+
+
+def test_a_batch_is_taken_in_the_parts_of_its_round_or_in_smaller_ones() -> None:
+    for size, micro, parts, expected in (
+        (32, None, 1, None),
+        (32, None, 2, 16),
+        (32, 8, 2, 4),
+        (5, None, 2, 2),
+        (1, None, 3, 1),
+    ):
+        recipe = tiny("vit", finetune={"batch_size": size, "micro_batch_size": micro})
+        assert micro_batch_size_of(recipe, RoundPlan(batch_parts=parts), nn.Linear(1, 1)) == expected
+        matched = nn.ModuleDict({"criterion": nn.Linear(1, 1)})  # the loss of its batch is none of the parts
+        assert micro_batch_size_of(recipe, RoundPlan(batch_parts=parts), matched) == micro
 
 
 @pytest.mark.parametrize(
