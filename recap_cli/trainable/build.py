@@ -125,8 +125,8 @@ def make_partial(
         used_rows: the rows of embeddings, sorted ids, that the model will ever look up. Unless such a table is trainable whole,
             or has another name too, the other rows are not held.
         placement: where everything goes, and in which form.
-        lean: whether what two layers keep of one tensor is kept once (`norms`, `activations`), and samples not at all
-            (`recomputed`), which rounds otherwise in the last bits. False leaves every operation to torch.
+        lean: whether what two layers keep of one tensor is kept once (`norms`, `activations`), which rounds otherwise in the
+            last bits. False leaves every operation to torch.
 
     Returns:
         A record for each trainable tensor, named as in the model before: a parameter of several names by its first.
@@ -161,7 +161,7 @@ def make_partial(
         keep_outputs(model)
         note_origins(model)
         keep_inputs_once(model)
-        recompute_samples(model)
+    recompute_samples(model)
     return list(trainables.values())
 
 
