@@ -3,7 +3,8 @@
     python benchmarks/segmentation.py --model dpt --cases full-ft,lora-ft,pre-ft:0.333,post-ft:0.333,recap:0.333,recap:0.5
     python benchmarks/segmentation.py --model mask2former --cases full-ft,recap:0.333 --seeds 0,1
 
-A case is a method, with its prune ratio where it prunes, and `@RATE` for another learning rate than the table's. All take the
+A case is a method, with its prune ratio where it prunes, `+RULE` for another `prune.rank_by`, and `@RATE` for another learning rate
+than the table's. All take the
 same number of optimizer steps, after the same warm-up of the head. The round is chosen by the 101 validation images; the 233
 test images, which nothing was chosen by, give the figures. Classes are the eleven of Badrinarayanan et al. (2015), at
 360 × 480 pixels, from images that the model sees as squares of `SIDE`.
@@ -81,6 +82,7 @@ def encoder(work: Path) -> Path:
 def recipe_of(model: str, case: str, seed: int, work: Path, epochs: int = EPOCHS) -> Recipe:
     """The recipe of a case."""
     name, _, rate = case.partition("@")
+    name, _, rule = name.partition("+")
     method, _, ratio = name.partition(":")
     data = shared() / "camvid"
     values: dict[str, Any] = {
@@ -102,7 +104,7 @@ def recipe_of(model: str, case: str, seed: int, work: Path, epochs: int = EPOCHS
         "evaluate": {"batch_size": 16},
     }
     if ratio:
-        values["prune"] = {"ratio": float(ratio)}
+        values["prune"] = {"ratio": float(ratio), **({"rank_by": rule} if rule else {})}
     return recipes.parse(yaml.safe_dump(values), values["name"])
 
 

@@ -109,8 +109,8 @@ def memory(found: dict[str, Any]) -> str:
     return (
         "## Memory at the paper's shapes\n\nPredicted: one training step at batch 1 with SGD and a fused backward, 19 classes "
         f"in the image, random weights. The paper states no crop. Full finetuning here needs what it has there at {crops}. "
-        "*plain* is full finetuning as transformers has it; *full* samples again in the backward of deformable attention, as the "
-        "methods below it do.\n\n"
+        "*plain* is full finetuning as transformers has it; *full* samples again in the backward of deformable attention, as "
+        "the methods below it do.\n\n"
         f"{table(head, rows)}\n\n{steps}"
     )
 
