@@ -3,11 +3,10 @@
     python benchmarks/segmentation.py --model dpt --cases full-ft,lora-ft,pre-ft:0.333,post-ft:0.333,recap:0.333,recap:0.5
     python benchmarks/segmentation.py --model mask2former --cases full-ft,recap:0.333 --seeds 0,1
 
-A case is a method, with its prune ratio where it prunes, `+RULE` for another `prune.rank_by`, and `@RATE` for another learning rate
-than the table's. All take the
-same number of optimizer steps, after the same warm-up of the head. The round is chosen by the 101 validation images; the 233
-test images, which nothing was chosen by, give the figures. Classes are the eleven of Badrinarayanan et al. (2015), at
-360 × 480 pixels, from images that the model sees as squares of `SIDE`.
+A case is a method, with its prune ratio where it prunes, `+RULE` for another `prune.rank_by`, and `@RATE` for another learning
+rate than the table's. All take the same number of optimizer steps, after the same warm-up of the head. The round is chosen by
+the 101 validation images; the 233 test images, which nothing was chosen by, give the figures. Classes are the eleven of
+Badrinarayanan et al. (2015), at 360 × 480 pixels, from images that the model sees as squares of `SIDE`.
 
 Goes on where it stopped, below `--work`. Wants the data folder (RECAP_SHARED).
 """

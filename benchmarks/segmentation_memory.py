@@ -7,10 +7,10 @@
 
 The paper states no crop. `--sides` are squares of so many pixels; 0 stands for the largest at which full finetuning with a
 fused backward (fp32, SGD) holds no more than the paper's. `plain` is that; `full` samples again in its backward, as RECAP does.
-Every figure is one training step on tensors without memory, with CUDA's kernels (`recap profile-memory`), from the configuration
-alone: random weights, the 19 classes of Cityscapes all in the image. Nothing here ran on a GPU, which would add cuBLAS's workspace
-and the allocator's fragmentation. `--step` takes a real step on this CPU, with random weights, and compares the growth of the
-process's resident set with the prediction for CPU kernels.
+Every figure is one training step on tensors without memory, with CUDA's kernels (`recap profile-memory`), from the
+configuration alone: random weights, the 19 classes of Cityscapes all in the image. Nothing here ran on a GPU, which would add
+cuBLAS's workspace and the allocator's fragmentation. `--step` takes a real step on this CPU, with random weights, and compares
+the growth of the process's resident set with the prediction for CPU kernels.
 """
 
 import json
