@@ -21,7 +21,7 @@ from recap_cli.recipe.recipe import Recipe
 
 BATCH, PRUNE = 32, 0.333
 VIT = {"model_type": "vit", "image_size": 96, "hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
-MINILM = {"model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+MINILM = {"model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "vocab_size": 12000}
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # a recipe, its model, and what else is set
     "vit-tiny": ("vit_base_cifar100", VIT, {"data.image_size": 96}),
     "minilm": ("bert_base_cola", MINILM, {"data.max_length": 40}),
@@ -34,6 +34,8 @@ MORE = {"electra-base": {"num_attention_heads": 12, "intermediate_size": 3072, "
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"finetune.weights": "bf16"},
+    "fp32, attention again": {"finetune.checkpointing": "attention"},
+    "bf16, attention again": {"finetune.weights": "bf16", "finetune.checkpointing": "attention"},
     "fp32, checkpoints": {"finetune.checkpointing": True},
     "bf16, checkpoints": {"finetune.weights": "bf16", "finetune.checkpointing": True},
 }

@@ -47,10 +47,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": LEAN,
     "bf16, checkpoints": BF16,
     "fp32, checkpoints": {**LEAN, "finetune.checkpointing": True},
+    "fp32, attention again": {**LEAN, "finetune.checkpointing": "attention"},
     "bf16, checkpoints, offloaded": {**BF16, "finetune.offload": True},
 }
 METHODS = ("plain", "full", "head", "lora", "pre-ft", "recap", "recap-lora")
-RIVALS = ("full", "lora", "recap", "recap-lora")  # of the last two settings
+RIVALS = ("full", "lora", "recap", "recap-lora")  # of the last three settings
 MB = 1e6
 HOW = "predicted; the real steps measured"
 

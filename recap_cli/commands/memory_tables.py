@@ -64,7 +64,7 @@ def _settings_text(rows: Sequence[Row]) -> str:
     parts = "" if row["micro_batch_size"] == row["batch_size"] else f" ({row['micro_batch_size']:,} at a time)"
     batch = "" if batch_size is None else f"at batch size {batch_size:,}{parts} "
     names = {"checkpointing": "checkpoints", "fused_backward": "fused backward", "offload": "offloaded optimizer"}
-    flags = [name for key, name in names.items() if row[key]]
+    flags = [f"{name} of {row[key]}" if isinstance(row[key], str) else name for key, name in names.items() if row[key]]
     how = ", ".join([row["optimizer"], f"{row['weights']} weights", *flags])
     return f"{batch}with {how}; scoring at batch size {row['evaluation_batch_size']:,}"
 

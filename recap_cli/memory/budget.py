@@ -71,7 +71,7 @@ LADDER = (
         "nothing but the forward's precision: masters stay fp32",
         lambda r: not (weights := frozen_weight_of(r.finetune.weights)).quantizes and weights.dtype == torch.float32,
     ),
-    _switch("finetune.checkpointing", True, "time: each block runs twice", lambda r: not r.finetune.checkpointing),
+    _switch("finetune.checkpointing", True, "time: each block runs twice", lambda r: r.finetune.checkpointing is not True),
     Rung("finetune.micro_batch_size", micro_batches, float, "time: the same batch in smaller parts"),
     _switch("finetune.offload", True, "time: masters and moments are in main memory", lambda r: not r.finetune.offload),
     Rung("mask.ratio", lambda r: _ratios(r.mask.ratio, MOST_FROZEN), lambda x: 1 - x, "quality: less of the model is trained"),

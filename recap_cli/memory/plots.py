@@ -26,7 +26,7 @@ SETTINGS: dict[str, Callable[[Any], str]] = {
     "micro_batch_size": "micro-batch size {}".format,
     "optimizer": "{}".format,
     "weights": "{}".format,
-    "checkpointing": lambda on: "checkpointing" if on else "no checkpointing",
+    "checkpointing": lambda on: "no checkpointing" if not on else "checkpointing" if on is True else f"checkpointing of {on}",
     "fused_backward": lambda on: "fused backward" if on else "no fused backward",
     "prune_ratio": "prune ratio {:.1%}".format,
     "mask_ratio": "mask ratio {:.1%}".format,

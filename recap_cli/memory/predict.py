@@ -27,7 +27,6 @@ from recap_cli.memory.meta_model import MetaModel, anew
 from recap_cli.memory.tracker import GRANULE_BYTES, KINDS, Kind, Usage
 from recap_cli.models import build
 from recap_cli.models.build import ModelSpec
-from recap_cli.models.recomputing import enable_checkpointing
 from recap_cli.progress import Track, silent
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
@@ -38,6 +37,7 @@ from recap_cli.rounds.recipe_model import forward_of
 from recap_cli.rounds.selection import limits_of
 from recap_cli.rounds.small_model import (
     SmallModel,
+    enable_recomputing,
     fine_axes,
     in_dtype,
     make_trainable,
@@ -292,8 +292,7 @@ def prepare(
     token_rows = model.token_rows or (all_token_rows(built) if round_plans[0].embeddings == "tokens" else None)
     small = SmallModel(built, model.layout, round_plans[0], plan, chosen, token_rows)
     hook = with_hook(small, recipe, round_plans, like) if round_plans[0].trains == "training" else None
-    if tune.checkpointing:
-        enable_checkpointing(built, lambda: blocks_of(built, model.layout.axes, model.spec.model_type))
+    enable_recomputing(built, tune, model.layout, model.spec.model_type)
     trainables = make_trainable(small, placement) if hook is None else make_hook_trainable(small, hook, placement)
     weights -= sum(module.absent for module in built.modules() if isinstance(module, PartialEmbedding))
     optimizer = Optimizer(trainables, rule_of(tune), weight_decay=tune.weight_decay)

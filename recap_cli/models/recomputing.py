@@ -1,10 +1,14 @@
 """Activations that are recomputed in the backward pass instead of being kept (Chen et al., 2016), by a library or by block."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
 
+from recap_cli.core.adapter import is_linear, is_transposed
+from recap_cli.core.axes import Axis
+from recap_cli.core.surgery import owner_of
 from recap_cli.errors import ModelError
 from recap_cli.trainable.recomputed import recompute
 
@@ -26,6 +30,38 @@ def enable_checkpointing(model: nn.Module, blocks: Callable[[], Sequence[str]] =
         recompute(model.get_submodule(path))
     if not able and not left:
         raise ModelError(f"{type(model).__name__} cannot recompute its activations", hint="--set finetune.checkpointing=false")
+
+
+def recompute_attention(model: nn.Module, axes: Sequence[Axis]) -> None:
+    """Recompute the attention of each block that has heads to prune, from its input to what its last matrix reads or gives.
+
+    It is the module that holds query, key and value: with the library's fused kernels these are most of what attention keeps.
+
+    Raises:
+        ModelError: No module holds these and no neurons besides.
+    """
+    others = [cut.param for axis in axes if axis.kind != "heads" for cut in axis.cuts]
+    found = set[str]()
+    for axis in axes:
+        if axis.kind == "heads" and (path := _holder(model, axis)):
+            found.add(path)
+    able = [path for path in sorted(found) if not any(param.startswith(f"{path}.") for param in others)]
+    if not able:
+        raise ModelError(
+            f"no module of {type(model).__name__} is the attention of a block", hint="--set finetune.checkpointing=true"
+        )
+    for path in able:
+        recompute(model.get_submodule(path))
+
+
+def _holder(model: nn.Module, axis: Axis) -> str:
+    """The path of the innermost module that holds all matrices of which the heads are rows; "" if that is the model itself."""
+    rows = []
+    for cut in axis.cuts:
+        layer, attribute = owner_of(model, cut.param)
+        if attribute == "weight" and is_linear(layer) and cut.dim == (1 if is_transposed(layer) else 0):
+            rows.append(cut.param.split(".")[:-2])
+    return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*rows, strict=False)))
 
 
 def _recomputing(module: nn.Module, path: str) -> Iterator[str]:

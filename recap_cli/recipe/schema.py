@@ -27,6 +27,7 @@ from recap_cli.recipe.values import (
     Device,
     Epochs,
     Flag,
+    FlagOrAttention,
     FlagOrTokens,
     Fraction,
     Million,
@@ -271,7 +272,10 @@ class Finetune(BaseModel):
         description="Plugin that holds the weights on the device. With int8 and nf4, frozen matrices are quantized and the "
         "rest is bf16. Trainable weights have fp32 masters.",
     )
-    checkpointing: Flag = Field(default=False, description="True recomputes activations in the backward pass.")
+    checkpointing: FlagOrAttention = Field(
+        default=False,
+        description="True recomputes the activations of each block in the backward pass; attention those of its attention.",
+    )
     fused_backward: Flag = Field(default=False, description="True updates each tensor as soon as its gradient is complete.")
     offload: Flag = Field(
         default=False, description="True keeps masters and moments in main memory, and runs the optimizer there."

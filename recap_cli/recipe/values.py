@@ -110,6 +110,7 @@ Classes = Annotated[
     | Annotated[dict[str, JsonValue], Field(min_length=2, max_length=10**4)],
     WrapValidator(_one_of),
 ]
+FlagOrAttention = Annotated[Flag | Literal["attention"], WrapValidator(_one_of)]
 FlagOrTokens = Annotated[Flag | Literal["tokens"], WrapValidator(_one_of)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), BeforeValidator(as_number)]
 Device = Annotated[

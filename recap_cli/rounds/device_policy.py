@@ -45,5 +45,5 @@ def importance_batch_size(recipe: Recipe, device: torch.device) -> int:
         return recipe.importance.batch_size
     tune = recipe.finetune
     is_half = frozen_weight_of(tune.weights).dtype.itemsize < torch.float32.itemsize
-    size = (tune.micro_batch_size or tune.batch_size) // (1 + is_half) // (1 + tune.checkpointing)
+    size = (tune.micro_batch_size or tune.batch_size) // (1 + is_half) // (1 + bool(tune.checkpointing))
     return min(recipe.importance.batch_size, max(1, size))

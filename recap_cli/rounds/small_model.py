@@ -10,7 +10,9 @@ from recap_cli.core.axes import Axis, UnitMask, mask_axes, shapes_of, shrink
 from recap_cli.core.method import RoundPlan
 from recap_cli.core.surgery import IndexMap, indices
 from recap_cli.core.task import Batch, Outputs
+from recap_cli.models.recomputing import enable_checkpointing, recompute_attention
 from recap_cli.recipe.recipe import Finetune, Recipe
+from recap_cli.rounds.device_policy import blocks_of
 from recap_cli.rounds.frozen_weights import frozen_weight_of
 from recap_cli.rounds.layout import Layout
 from recap_cli.trainable.build import Trainable, make_partial
@@ -87,6 +89,14 @@ def micro_batch_size_of(recipe: Recipe, round_plan: RoundPlan, model: nn.Module)
     """
     size, parts = recipe.finetune.micro_batch_size, round_plan.batch_parts if own_loss(model) is None else 1
     return size if parts == 1 else max(1, (size or recipe.finetune.batch_size) // parts)
+
+
+def enable_recomputing(model: nn.Module, settings: Finetune, layout: Layout, model_type: str) -> None:
+    """Let a model recompute what the recipe says. Raises `ModelError` as `models.recomputing` does."""
+    if settings.checkpointing == "attention":
+        recompute_attention(model, layout.axes)
+    elif settings.checkpointing:
+        enable_checkpointing(model, lambda: blocks_of(model, layout.axes, model_type))
 
 
 def fine_axes(layout: Layout, plan: UnitMask) -> list[Axis]:

@@ -8,12 +8,10 @@ from recap_cli.core.method import TrainerHook
 from recap_cli.core.surgery import IndexMap, compose_index_maps, indices
 from recap_cli.data.sampling import seed_for
 from recap_cli.machine import accounting
-from recap_cli.models.recomputing import enable_checkpointing
 from recap_cli.rounds.custom_training import attach, make_hook_trainable, rates_of
-from recap_cli.rounds.device_policy import blocks_of
 from recap_cli.rounds.plans import teaches
 from recap_cli.rounds.run_context import Context
-from recap_cli.rounds.small_model import SmallModel, make_trainable, placement_of, rule_of
+from recap_cli.rounds.small_model import SmallModel, enable_recomputing, make_trainable, placement_of, rule_of
 from recap_cli.trainable.moments import take_moments
 from recap_cli.trainable.optim import CarriedState, Optimizer
 
@@ -47,8 +45,7 @@ def make_trainer(context: Context, number: int, small: SmallModel, device: torch
         torch.manual_seed(seed_for(recipe.seed, number, "training"))
         hook = attach(small, recipe, context.round_plans[number - 1 :])
     carried = carried_state(context, small, index_map)
-    if settings.checkpointing:
-        enable_checkpointing(small.model, lambda: blocks_of(small.model, small.layout.axes, context.spec.model_type))
+    enable_recomputing(small.model, settings, small.layout, context.spec.model_type)
     if hook is None:
         trainables = make_trainable(small, placement_of(settings, device))
         scale = {trainable.name: 1.0 for trainable in trainables}

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from recap_cli.core.adapter import find_axes
 from recap_cli.errors import ModelError
 from recap_cli.models import build, checkpoints, preprocessing, transformers_models, unexpected_weights
 from recap_cli.models.build import ModelSpec
 from recap_cli.models.create import Created, create_model
 from recap_cli.models.pos_embed import resample
-from recap_cli.models.recomputing import enable_checkpointing
+from recap_cli.models.recomputing import enable_checkpointing, recompute_attention
 from tests.pico import LABELS, PICO, WORDS, logits_for, pico, source_for, write_tokenizer
 
 VISION = {"kind": "image-classification", "label_names": LABELS}
@@ -84,6 +85,36 @@ def test_checkpointing_leaves_the_gradients_as_they_are(name):
         gradients.append({name: param.grad for name, param in model.named_parameters()})
     for param, grad in gradients[0].items():
         torch.testing.assert_close(grad, gradients[1][param])
+
+
+@pytest.mark.parametrize("name", PICO)
+def test_attention_alone_can_be_recomputed(name):
+    found = []
+    for recomputed in (False, True):
+        model, spec = pico(name)
+        if recomputed:
+            recompute_attention(model, find_axes(build.adapter_of(spec), model))
+        for module in model.train().modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        kept = {}
+        pack = lambda tensor, kept=kept: (kept.update({tensor.untyped_storage().data_ptr(): tensor.nbytes}), tensor)[1]  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = logits_for(spec)(model, build.example_batch(spec)).square().sum()
+        loss.backward()
+        found.append(({name: param.grad for name, param in model.named_parameters()}, sum(kept.values())))
+    (plain, all_bytes), (again, fewer_bytes) = found
+    for param, grad in plain.items():
+        torch.testing.assert_close(again[param], grad)
+    assert fewer_bytes < all_bytes
+
+
+def test_a_model_whose_attention_no_module_holds_is_refused():
+    model, spec = pico("vit")
+    neurons = [axis for axis in find_axes(build.adapter_of(spec), model) if axis.kind != "heads"]
+    with pytest.raises(ModelError, match="no module of ViTForImageClassification is the attention of a block") as caught:
+        recompute_attention(model, neurons)
+    assert caught.value.hint == "--set finetune.checkpointing=true"
 
 
 def test_tensors_hold_buffers_that_no_checkpoint_has():

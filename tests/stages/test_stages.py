@@ -219,12 +219,13 @@ def test_checkpointing_runs_every_block_twice(name: str, tmp_path: Path, monkeyp
     assert calls[True] >= calls[False] + 4  # two layers with two norms each
 
 
+@pytest.mark.parametrize("how", [True, "attention"])
 @pytest.mark.parametrize("name", ["bert", "vit", "timm-vit"])
-def test_checkpointing_changes_nothing_but_memory(name: str, tmp_path: Path) -> None:
+def test_checkpointing_changes_nothing_but_memory(name: str, how: bool | str, tmp_path: Path) -> None:
     dropless = {"config": {**tiny(name).model.config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}  # type: ignore[dict-item]
     sections = {} if name == "timm-vit" else {"model": dropless}
     kept = change_of(tmp_path / "kept", name, **sections)
-    recomputed = change_of(tmp_path / "recomputed", name, finetune={"checkpointing": True}, **sections)
+    recomputed = change_of(tmp_path / "recomputed", name, finetune={"checkpointing": how}, **sections)
     for key in kept:
         torch.testing.assert_close(recomputed[key], kept[key], rtol=1e-4, atol=1e-6)
 
