@@ -68,6 +68,12 @@ EXPECTED: dict[str, Sizes] = {
         "model.transformer_module.decoder.layers.1.encoder_attn.heads": 4,
         **stages("model.transformer_module.decoder.layers.{}", [0, 0], [40, 40]),
     },
+    "oneformer": {
+        **stages("model.pixel_level_module.encoder.swin.encoder.layers.{}.blocks.0", *SWIN),
+        "model.pixel_level_module.decoder.encoder.layers.0.neurons": 24,
+        **stages("model.transformer_module.decoder.layers.{}", [0, 0], [40, 40]),
+        "model.transformer_module.decoder.query_transformer.decoder.layers.0.neurons": 40,
+    },
     "beit, shared": {"beit.layers.heads": 4, **stages("beit.layers.{}", [0] * 4, [24] * 4)},
     "data2vec-vision, shared": {
         "data2vec_vision.encoder.layer.heads": 4,
@@ -84,6 +90,7 @@ WHOLE = {  # the matrices of blocks that no axis touches, by what is in their na
     "eomt, SwiGLU": {"layers.1.attention"},
     "mask2former": {"downsample.reduction", "self_attn", "cross_attn"},
     "maskformer": {"downsample.reduction"},
+    "oneformer": {"downsample.reduction", "self_attn", "cross_attn", "multihead_attn"},
 }
 HEAD = {  # the first parts of the names of what a task may make new
     "segformer": {"decode_head"},
@@ -95,6 +102,7 @@ HEAD = {  # the first parts of the names of what a task may make new
     "eomt": {"class_predictor"},
     "mask2former": {"class_predictor"},
     "maskformer": {"class_predictor"},
+    "oneformer": {"model", "criterion"},
 }
 EXPECTED_BLOCKS = {  # those with other blocks than their axes' names say
     "beit, shared": [f"beit.layers.{i}" for i in range(4)],
@@ -150,6 +158,7 @@ def test_a_head_and_embeddings_are_found_and_apart(name: str) -> None:
     head, embeddings = build.head_names(adapter, model), build.embedding_names(adapter, model)
     assert {name.partition(".")[0] for name in head} == HEAD[name if name in HEAD else spec.model_type]
     assert all("hidden_states_norms" in name for name in head if name.startswith("backbone"))
+    assert all(".class_embed." in name for name in head if name.startswith("model"))
     assert all("embeddings" in name for name in embeddings)
     assert embeddings
     assert not set(head) & set(embeddings)
