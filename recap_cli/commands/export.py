@@ -56,12 +56,12 @@ def export(
 
 def _load_lines(state: "State", out: str, form: str) -> list[str]:
     """Return the lines of Python that load the export: with RECAP always, with the library if it can load the form."""
-    from recap_cli.recipe.recipe import parse
-    from recap_cli.tasks.calls import task_named
+    from recap_cli.rounds.run_context import Context
 
-    lines = ["import recap_cli", f"model = recap_cli.load({out!r})"]
-    recipe = parse(state.recipe_text, str(state.path / "recipe.yaml"))
-    if form == "ragged" or recipe.model.library != "transformers":
-        return lines
-    auto = task_named(recipe.task.kind).auto_class
-    return [*lines, f"# or without recap: transformers.{auto}.from_pretrained({out!r})"]
+    lines, spec = ["import recap_cli", f"model = recap_cli.load({out!r})"], Context(state).spec
+    if form != "ragged" and spec.library == "transformers":
+        lines.append(f"# or without recap: transformers.{spec.auto_class}.from_pretrained({out!r})")
+    told = [f"{name}=torch.tensor([{name}])" for name, value in spec.forward.items() if isinstance(value, list)]
+    if told:
+        lines.append(f"# call it with {', '.join(told)}, which stands in spec.json under forward")
+    return lines
