@@ -1,7 +1,7 @@
 """Weights of a checkpoint that the model does not have: those of other tasks are ignored, missing layers are an error."""
 
 import re
-from collections.abc import Collection, Set
+from collections.abc import Collection
 
 from torch import nn
 
@@ -12,7 +12,7 @@ TEXT_MAPPER = ".text_mapper."  # of OneFormer
 BUFFERS = ("masked_bias", "inv_freq", "position_ids", "relative_position_index")  # the library computes these
 
 
-def notes(model: nn.Module, unexpected: Set[str], origin: str) -> list[str]:
+def notes(model: nn.Module, unexpected: Collection[str], origin: str) -> list[str]:
     """Return notes that name the weights of the checkpoint that the model does not have; empty if it has all.
 
     Raises:
@@ -30,10 +30,9 @@ def notes(model: nn.Module, unexpected: Set[str], origin: str) -> list[str]:
             f"{origin} does not fit its config.json, which has no {some(wrong)}",
             hint="check that weights and config.json belong together, first the number of layers",
         )
-    mapper = {name for name in unexpected if TEXT_MAPPER in f".{name}"}
-    found = (
-        [f"ignored weights that this model does not have: {some(sorted(unexpected - mapper))}"] if unexpected - mapper else []
-    )
+    mapper = [name for name in unexpected if TEXT_MAPPER in f".{name}"]
+    others = sorted(set(unexpected).difference(mapper))
+    found = [f"ignored weights that this model does not have: {some(others)}"] if others else []
     if mapper:
         found.append(f"left out the text mapper ({len(mapper)} tensors): only a loss of several tasks at once trains it")
     return found
