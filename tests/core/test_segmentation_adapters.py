@@ -269,7 +269,7 @@ def saved_bytes(spec: build.ModelSpec, model: nn.Module) -> tuple[int, dict[str,
     return total, {name: param.grad for name, param in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["segformer", "upernet", "mask2former", "maskformer"])
+@pytest.mark.parametrize("name", ["segformer", "upernet", "mask2former", "maskformer", "oneformer"])
 def test_what_refuses_to_recompute_as_a_whole_recomputes_its_backbone(name: str) -> None:
     model, spec = segmenter(name)
     plain_bytes, plain = saved_bytes(spec, model)
@@ -281,12 +281,12 @@ def test_what_refuses_to_recompute_as_a_whole_recomputes_its_backbone(name: str)
         torch.testing.assert_close(gradients[param], grad, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mask2former", "eomt", "upernet, ConvNeXt"])
+@pytest.mark.parametrize("name", ["mask2former", "oneformer", "eomt", "upernet, ConvNeXt"])
 def test_blocks_that_no_switch_reaches_are_recomputed_one_by_one(name: str) -> None:
     model, spec = segmenter(name)
     plain_bytes, plain = saved_bytes(spec, model)
     by_library, _ = segmenter(name)
-    if name == "mask2former":
+    if name in ("mask2former", "oneformer"):
         enable_checkpointing(by_library)
     library_bytes, _ = saved_bytes(spec, by_library)
     model, _ = segmenter(name)
@@ -339,6 +339,7 @@ def test_for_other_labels_only_the_head_is_new(name: str, tmp_path: Path) -> Non
         ("beit", "AutoModelForImageClassification"),
         ("data2vec-vision", "AutoModelForImageClassification"),
         ("mask2former", "AutoModel"),
+        ("oneformer", "AutoModel"),
     ],
 )
 def test_what_a_checkpoint_of_less_or_of_another_task_lacks_is_the_head(name: str, auto: str, tmp_path: Path) -> None:
