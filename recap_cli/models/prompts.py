@@ -22,7 +22,7 @@ class Told(NamedTuple):
     """How a model is told its task.
 
     Attributes:
-        forward: Arguments of every forward: a row of ids, without an end padded with zeros. Empty if it is not told.
+        forward: Arguments of every forward: a row of ids, padded with zeros. Empty if it is not told.
         tokenizer: What gave the ids; None if they are made up, or if there are none.
         notes: What a user should know of it.
     """
