@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from recap_cli.models import transformers_models
+from recap_cli.models import prompts, transformers_models
 from recap_cli.models.specs import ModelSpec, image_facts
 
 LABELS = ["road", "tree", "sky"]
 SIDE = 32  # pixels
+PROMPT = "the task is semantic"
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 VIT: dict[str, Any] = {
     **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIDE, "patch_size": 8},
@@ -62,6 +63,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "maskformer": {
         **{"fpn_feature_size": 32, "mask_feature_size": 16, "backbone_config": SWIN, "decoder_config": DETR},
     },
+    "oneformer": {
+        **{"conv_dim": 32, "mask_dim": 32, "hidden_dim": 32, "encoder_feedforward_dim": 24, "encoder_layers": 1},
+        **{"dim_feedforward": 40, "decoder_layers": 3, "query_dec_layers": 1, "num_attention_heads": 4, "num_queries": 4},
+        **{"train_num_points": 8, "task_seq_len": 6, "text_encoder_vocab_size": 64, "backbone_config": SWIN},
+    },
 }
 SHARED = {"use_relative_position_bias": False, "use_shared_relative_position_bias": True}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # of another layout: the model type, and its values
@@ -70,9 +76,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # of another layout: the mo
     "upernet, ConvNeXt": ("upernet", {**UPERNET, "backbone_config": CONVNEXT}),
     "eomt, SwiGLU": ("eomt", {**EOMT, "use_swiglu_ffn": True}),
 }
-SEGMENTERS = ("segformer", "dpt", "mask2former", "maskformer")  # those that whole rounds are run of
+SEGMENTERS = ("segformer", "dpt", "mask2former", "maskformer", "oneformer")  # those that whole rounds are run of
 TYPICAL = ("segformer", "mask2former")  # of them those that go through every test: one with each kind of loss
-UNIVERSAL = ("eomt", "mask2former", "maskformer")  # those of masks and classes
+UNIVERSAL = ("eomt", "mask2former", "maskformer", "oneformer")  # those of masks and classes
 
 
 def spec_of(name: str) -> ModelSpec:
@@ -83,7 +89,8 @@ def spec_of(name: str) -> ModelSpec:
     transformers_models.set_labels(config, LABELS, None)
     kind, image = "semantic-segmentation", image_facts(SIDE, 3)
     spec = ModelSpec("transformers", model_type, {}, len(LABELS), LABELS, kind, image, auto_class=auto)
-    return replace(spec, config=transformers_models.config_values(config))
+    forward = prompts.told(config, spec, PROMPT, None).forward
+    return replace(spec, config=transformers_models.config_values(config), forward=forward)
 
 
 def segmenter(name: str, seed: int = 0) -> tuple[nn.Module, ModelSpec]:

@@ -590,7 +590,9 @@ def test_export_prints_the_path_and_how_to_load_it(
 
     def export(state: State, out: Path, *, which: str, dense: bool, track: Any) -> dict[str, Any]:
         seen.append((which, dense))
-        return {"path": str(out), "form": form, "reason": "its layers differ" if form == "ragged" else None}
+        reason = "its layers differ" if form == "ragged" else None
+        called = {"auto_class": "AutoModelForUniversalSegmentation", "forward": {"task_inputs": [1, 2], "flag": True}}
+        return {"path": str(out), "form": form, "reason": reason, **called}
 
     fake("export", export=export)
     assert main(["export", str(folder), "out", *(["--dense"] if form == "dense" else [])]) == 0
@@ -598,7 +600,8 @@ def test_export_prints_the_path_and_how_to_load_it(
     assert seen == [("best", form == "dense")]
     assert out == "out\n"
     assert "    model = recap_cli.load('out')\n" in err
-    assert ("AutoModelForImageClassification.from_pretrained('out')" in err) is stock
+    assert ("transformers.AutoModelForUniversalSegmentation.from_pretrained('out')" in err) is stock
+    assert "    # call it with task_inputs too: the row stands in spec.json, under forward\n" in err
     assert ("its layers differ" in err) is not stock
 
 
@@ -607,7 +610,7 @@ def test_export_of_the_full_model_and_what_it_refuses(fake: Fake, folder: Path, 
 
     def export(state: State, out: Path, **settings: Any) -> dict[str, Any]:
         seen.append(settings["which"])
-        return {"path": str(out), "form": "stock", "reason": None}
+        return {"path": str(out), "form": "stock", "reason": None, "auto_class": None, "forward": {}}
 
     fake("export", export=export)
     assert main(["export", str(folder), "out", "--which", "full"]) == 0

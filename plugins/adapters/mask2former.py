@@ -1,7 +1,7 @@
-"""Mask2Former and MaskFormer with a Swin backbone: its heads and neurons, and the feedforward blocks of the decoders.
+"""Mask2Former, MaskFormer and OneFormer with a Swin backbone: its heads and neurons, and the decoders' feedforward blocks.
 
-Mask2Former's decoders keep their attention: each of the three forms there has the width of the tokens built in. MaskFormer's
-decoder has plain attention, to itself and to the pixels, and both are pruned.
+The decoders of Mask2Former and OneFormer keep their attention: each form there has the width of the tokens built in.
+MaskFormer's decoder has plain attention, to itself and to the pixels, and both are pruned.
 
 For other classes the class predictor is new, and the weights of the classes in the loss; queries and masks of a checkpoint
 remain.
@@ -28,23 +28,24 @@ def attention(name: str) -> Heads:
     )
 
 
-MASK2FORMER = Adapter(
-    tables=(
-        Heads(
-            block=BLOCK,
-            attention="attention",
-            q="attention.q_proj",
-            k="attention.k_proj",
-            v="attention.v_proj",
-            out="attention.o_proj",
-            head_dim="head_dim",
-            count=("num_attention_heads",),
-            extra=(("attention.relative_position_bias.relative_position_bias_table", 1),),
-        ),
-        Neurons(block=BLOCK, up=("mlp.fc1",), down="mlp.fc2"),
-        Neurons(block="**pixel_level_module.decoder.encoder.layers.*", up=("fc1",), down="fc2"),
-        Neurons(block=DECODER, up=("fc1",), down="fc2"),
+BACKBONE = (
+    Heads(
+        block=BLOCK,
+        attention="attention",
+        q="attention.q_proj",
+        k="attention.k_proj",
+        v="attention.v_proj",
+        out="attention.o_proj",
+        head_dim="head_dim",
+        count=("num_attention_heads",),
+        extra=(("attention.relative_position_bias.relative_position_bias_table", 1),),
     ),
+    Neurons(block=BLOCK, up=("mlp.fc1",), down="mlp.fc2"),
+)
+PIXEL_DECODER = Neurons(block="**pixel_level_module.decoder.encoder.layers.*", up=("fc1",), down="fc2")
+
+MASK2FORMER = Adapter(
+    tables=(*BACKBONE, PIXEL_DECODER, Neurons(block=DECODER, up=("fc1",), down="fc2")),
     embeddings=EMBEDDINGS,
     head=HEAD,
 )
@@ -70,4 +71,15 @@ MASKFORMER = Adapter(
     ),
     embeddings=EMBEDDINGS,
     head=HEAD,
+)
+
+ONEFORMER = Adapter(
+    tables=(
+        *BACKBONE,
+        PIXEL_DECODER,
+        Neurons(block=DECODER, up=("ffn.linear1",), down="ffn.linear2"),
+        Neurons(block="**transformer_module.decoder.query_transformer.decoder.layers.*", up=("linear1",), down="linear2"),
+    ),
+    embeddings=EMBEDDINGS,
+    head=("*transformer_module.decoder.class_embed.*", "criterion.*"),
 )

@@ -2,7 +2,8 @@
 
 A model of `AutoModelForSemanticSegmentation` gives logits on a coarser grid, which are interpolated to the size of the labels,
 as transformers has it. One of `AutoModelForUniversalSegmentation` gives queries, each with a mask and a class (Cheng et al.,
-2021 and 2022); its loss, with its matching and its sampled points, is the model's own.
+2021 and 2022); its loss, with its matching and its sampled points, is the model's own. OneFormer (Jain et al., 2023) is such a
+model, and is told the task in words.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -91,7 +92,8 @@ def encode(columns: Sequence[LabelColumn], labels: Labels) -> "pa.ChunkedArray":
 def read(output: Any) -> Any:
     """Return the logits, (batch, labels, height, width), or `Queries`."""
     if (classes := getattr(output, "class_queries_logits", None)) is not None:
-        return Queries(getattr(output, "loss", None), classes, output.masks_queries_logits)
+        own = getattr(output, "loss", None)
+        return Queries(None if own is None else own.reshape(()), classes, output.masks_queries_logits)  # OneFormer's is of (1,)
     return output.logits
 
 
@@ -315,6 +317,7 @@ SEMANTIC_SEGMENTATION = Task(
     target=MAPS,
     auto_class="AutoModelForSemanticSegmentation",
     other_classes=("AutoModelForUniversalSegmentation", "AutoModelForInstanceSegmentation"),
+    prompt="the task is semantic",  # as OneFormer's processor writes it
     loss=loss,
     count=count,
     read=read,

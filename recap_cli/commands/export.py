@@ -1,16 +1,13 @@
 """`recap export`: write the best small model, or the full one, so that plain Python loads it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from recap_cli import console
 from recap_cli.commands.arguments import JsonOption, open_state
 from recap_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    from recap_cli.state.store import State
 
 FORMS = {
     "stock": "a plain checkpoint of the library",
@@ -49,19 +46,16 @@ def export(
         return
     console.say(f"wrote {FORMS[facts['form']]}{f' ({reason})' if (reason := facts['reason']) else ''}")
     console.say("Load it with:")
-    for line in _load_lines(state, str(out), facts["form"]):
+    for line in _load_lines(facts, str(out)):
         console.say(f"    {line}")
     console.result(str(facts["path"]))
 
 
-def _load_lines(state: "State", out: str, form: str) -> list[str]:
+def _load_lines(facts: dict[str, Any], out: str) -> list[str]:
     """Return the lines of Python that load the export: with RECAP always, with the library if it can load the form."""
-    from recap_cli.recipe.recipe import parse
-    from recap_cli.tasks.calls import task_named
-
     lines = ["import recap_cli", f"model = recap_cli.load({out!r})"]
-    recipe = parse(state.recipe_text, str(state.path / "recipe.yaml"))
-    if form == "ragged" or recipe.model.library != "transformers":
-        return lines
-    auto = task_named(recipe.task.kind).auto_class
-    return [*lines, f"# or without recap: transformers.{auto}.from_pretrained({out!r})"]
+    if facts["form"] != "ragged" and facts["auto_class"] is not None:
+        lines.append(f"# or without recap: transformers.{facts['auto_class']}.from_pretrained({out!r})")
+    if told := [name for name, value in facts["forward"].items() if isinstance(value, list)]:
+        lines.append(f"# call it with {' and '.join(told)} too: the row stands in spec.json, under forward")
+    return lines

@@ -49,7 +49,7 @@ def streamed(model: nn.Module, blocks: Sequence[str], device: torch.device | str
     Raises:
         ValueError: a block that is called is in training mode. It is run twice, and with dropout the two would differ.
         ModelError: an argument of a block carries state from one run to the next: an object such as a cache of keys and
-            values, or a tensor, list or dict that the block changes.
+            values, or a list, dict or tensor of floats that the block changes. Another tensor, such as a mask, it may change.
     """
     inside = {path: model.get_submodule(path) for path in blocks}
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -118,7 +118,11 @@ class _Call:
         self._others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # tensors would keep their graph alive
 
     def run(self, function: Callable[[tuple[Any, ...], dict[str, Any]], Any], tensors: Sequence[Tensor]) -> Any:
-        """The function's result with these tensors in their places. Raises `ModelError` if it changed what it was given."""
+        """The function's result with these tensors in their places.
+
+        Raises:
+            ModelError: it changed what it was given, other than tensors that hold no floats: the caller has copies of these.
+        """
         leaves = list(self._others)
         for i, tensor in zip(self._places, tensors, strict=True):
             leaves[i] = tensor
@@ -152,12 +156,30 @@ def _positional(forward: Callable[..., Any]) -> list[str]:
 
 
 def _snapshot(value: Any) -> tuple[TreeSpec, list[tuple[int, int]]]:
-    """What shows that a value was changed in place: the form of its lists and dicts, what stands in them, and its tensors'
-    versions.
+    """What shows that a value was changed in place: the form of its lists and dicts, what stands in them, and the versions of
+    its tensors of floats.
     """
     leaves, form = tree_flatten(value)
-    has_version = (isinstance(leaf, Tensor) and not leaf.is_inference() for leaf in leaves)
+    has_version = (isinstance(leaf, Tensor) and not leaf.is_inference() and _has_floats(leaf) for leaf in leaves)
     return form, [(id(leaf), leaf._version if has else 0) for leaf, has in zip(leaves, has_version, strict=True)]
+
+
+def _has_floats(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy of a mask, of ids or the like for one run of a block, which may change it, as OneFormer's decoder layers do."""
+    return tensor if _has_floats(tensor) or torch.is_inference_mode_enabled() else tensor.clone()
+
+
+def _as_it_was(tensor: Tensor, given: Tensor, version: int) -> Tensor:
+    """The tensor, or if the block has changed its copy `given`, a copy from before; the caller then sees the change."""
+    if given is tensor or given._version == version:
+        return tensor
+    before = tensor.clone()
+    tensor.copy_(given)
+    return before
 
 
 def _streaming(path: str, block: nn.Module, device: torch.device) -> Callable[..., Any]:
@@ -183,14 +205,20 @@ def _streaming(path: str, block: nn.Module, device: torch.device) -> Callable[..
 
 
 class _Streamed(torch.autograd.Function):
-    """A block as one node of the graph: its inputs are kept, its weights are fetched in the forward and in the backward."""
+    """A block as one node of the graph: its inputs are kept, its weights are fetched in the forward and in the backward.
+
+    Inputs without floats are copied for each run. What a block writes into one is there for the caller after the forward.
+    """
 
     @staticmethod
     def forward(ctx: Any, run: Run, device: torch.device, count: int, *tensors: Tensor) -> tuple[Any, ...]:
         ctx.run, ctx.device, ctx.count = run, device, count
-        ctx.save_for_backward(*tensors)  # the weights among them are on the CPU
         ctx.set_materialize_grads(False)
-        out, form = tree_flatten(run(tensors[:count], [param.to(device, copy=True) for param in tensors[count:]]))
+        given = [_own(tensor) for tensor in tensors[:count]]
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in given]
+        out, form = tree_flatten(run(given, [param.to(device, copy=True) for param in tensors[count:]]))
+        kept = map(_as_it_was, tensors, given, versions)
+        ctx.save_for_backward(*kept, *tensors[count:])  # the weights among them are on the CPU
         return form, *out
 
     @staticmethod
@@ -198,7 +226,7 @@ class _Streamed(torch.autograd.Function):
     def backward(ctx: Any, _: None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
         copies = [
-            (tensor.detach() if i < ctx.count else tensor.detach().to(ctx.device, copy=True)).requires_grad_(need)
+            (_own(tensor.detach()) if i < ctx.count else tensor.detach().to(ctx.device, copy=True)).requires_grad_(need)
             for i, (tensor, need) in enumerate(zip(tensors, needed, strict=True))
         ]
         with torch.enable_grad():

@@ -194,6 +194,7 @@ class Task:
             the size of their labels.
         distillation: how a student learns a teacher's outputs; None if it cannot.
         problem_type: as transformers' configurations call it, for its own loss.
+        prompt: the task in words, for a model that reads them beside an image to know which of several to do, as OneFormer.
         timm: True if models of timm can do it too, whose head then has an output for each label.
         fewest: how many outputs a head has at least.
         extra: the extra of recap-cli that it needs, if any.
@@ -218,6 +219,7 @@ class Task:
     other_classes: Sequence[str] = ()
     distillation: Distillation | None = None
     problem_type: str | None = None
+    prompt: str | None = None
     timm: bool = False
     fewest: int = 2
     extra: str | None = None

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recap_cli.memory.tracker import ASKED, one
+from recap_cli.memory.tracker import ASKED, PLACES, everywhere, one
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD_DIM = 256  # the most that flash attention takes
@@ -41,6 +41,8 @@ class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Answers where a program asks a fake tensor for its value, and no tracker that `answers` is there."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is PLACES:
+            return everywhere(*args)
         return one(args[0].dtype) if func is ASKED else func(*args, **(kwargs or {}))
 
 

@@ -4,11 +4,13 @@ Weights, batch and optimizer state have shapes and no memory, and everything els
 the loop in `training`, the optimizer. The same function runs on real tensors too, which is how the prediction is tested.
 """
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Literal
 
 import torch
@@ -23,7 +25,6 @@ from recap_cli.trainable.optim import Optimizer
 from recap_cli.training.loop import Forward, Steps, train
 
 Kernels = Literal["cuda", "cpu"]
-COMPILING = "is_torchdynamo_compiling"
 MATCHING = "linear_sum_assignment"
 WITHOUT = "training needs no prediction: recap run goes on without one, if the recipe has no finetune.memory_budget"
 
@@ -99,7 +100,7 @@ class Fakes:
             if kernels == "cuda":
                 stack.enter_context(cuda_kernels())
             stack.enter_context(any_matching())
-            stack.enter_context(_without_caches())
+            stack.enter_context(_own_caches())
             stack.enter_context(_silence())
             try:
                 yield
@@ -187,21 +188,25 @@ def _first_ones(costs: Tensor) -> tuple[list[int], list[int]]:
 
 
 @contextmanager
-def _without_caches() -> Iterator[None]:
-    """Inside, models of transformers keep no tensor from one call to the next: a fake one would be there for a real call.
+def _own_caches() -> Iterator[None]:
+    """Inside, what models of transformers keep from one call to the next, such as positions, is fake; afterwards it is gone.
 
-    Some keep positions by `compile_compatible_method_lru_cache`, which asks whether torch compiles, and keeps none then.
+    It counts as long as it is kept: the positions of OneFormer's mask features are as large as these.
     """
-    from transformers import pytorch_utils
-
-    asked = vars(pytorch_utils).get(COMPILING)
-    if asked is not None:
-        setattr(pytorch_utils, COMPILING, lambda: True)
+    _empty_caches()
     try:
         yield
     finally:
-        if asked is not None:
-            setattr(pytorch_utils, COMPILING, asked)
+        _empty_caches()
+
+
+def _empty_caches() -> None:
+    """Empty all that `compile_compatible_method_lru_cache` of transformers keeps, in functions of modules and of classes."""
+    models = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("transformers.models.")]
+    owners = [*models, *(vars(value) for values in models for value in values.values() if isinstance(value, type))]
+    for function in (getattr(value, "__func__", value) for values in owners for value in values.values()):
+        if isinstance(function, FunctionType) and "func_with_cache" in function.__code__.co_freevars:
+            inspect.getclosurevars(function).nonlocals["func_with_cache"].cache_clear()
 
 
 @contextmanager

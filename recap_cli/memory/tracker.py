@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 Kind = Literal["weights", "gradients", "optimizer", "activations", "temporary", "other"]
 KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimizer", "activations", "temporary", "other")
 ASKED = torch.ops.aten._local_scalar_dense.default  # by a program that asks a tensor for its value
+PLACES = torch.ops.aten.nonzero.default  # of what is true; how many there are hangs on the values
 GRANULE_BYTES = 512  # the CUDA allocator hands out multiples
 
 
@@ -29,6 +30,11 @@ def one(dtype: torch.dtype) -> bool | int | float:
     if dtype == torch.bool:
         return True
     return 1.0 if dtype.is_floating_point else 1
+
+
+def everywhere(condition: Tensor) -> Tensor:
+    """Where a fake tensor is true, which is everywhere: (entries, dimensions), int64."""
+    return condition.new_empty((condition.numel(), condition.dim()), dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.answers and func is ASKED:
             return one(args[0].dtype)
-        out = func(*args, **(kwargs or {}))
+        out = everywhere(*args) if self.answers and func is PLACES else func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._add(tensor, self._kind(), self._inside[-1] if self._inside else "")

@@ -16,7 +16,7 @@ from recap_cli.core.adapter import Adapter, matches
 from recap_cli.core.surgery import owner_of, state_sizes
 from recap_cli.core.ties import names_of
 from recap_cli.errors import ModelError
-from recap_cli.models import adapter_calls, preprocessing, timm_models, transformers_models
+from recap_cli.models import adapter_calls, preprocessing, prompts, timm_models, transformers_models
 from recap_cli.models.specs import ModelSpec
 from recap_cli.models.unfilled import meta_device
 from recap_cli.untrusted.files import some
@@ -123,9 +123,19 @@ def forward(spec: ModelSpec) -> Callable[[nn.Module, Batch], Any]:
         wanted = transformers_models.inputs_of(cast(Hashable, type(model))) - {"labels"}
         inputs = {name: tensor for name, tensor in batch.items() if name in wanted}
         no_cache = {"use_cache": False} if "use_cache" in wanted else {}
-        return model(**{**inputs, **spec.forward, **no_cache})
+        return model(**{**inputs, **_for_each(spec.forward, batch), **no_cache})
 
     return run
+
+
+def _for_each(constants: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+    """Return the constant arguments of a forward: a list as a tensor with a row for each image, (images, numbers), int64."""
+    made: dict[str, Any] = dict(constants)
+    for name, value in constants.items():
+        if isinstance(value, list):
+            images = batch["pixel_values"]
+            made[name] = torch.tensor(value, device=images.device).expand(len(images), -1)
+    return made
 
 
 def inputs_of(spec: ModelSpec, model: nn.Module) -> frozenset[str]:
@@ -187,12 +197,19 @@ def describe(spec: ModelSpec, processor: Any) -> dict[str, str | bytes]:
     files["config.json"] = transformers_models.configure(spec.config).to_json_string(use_diff=False)
     if spec.image is not None:
         files["preprocessor_config.json"] = preprocessing.preprocessor_json(spec.image, spec.model_type)
+    if spec.image is not None and processor is not None:
+        files["processor_config.json"] = prompts.processor_json(spec.forward)
     return {**files, **({} if processor is None else transformers_models.files_of(processor))}
 
 
 def load_processor(folder: Path, spec: ModelSpec) -> Any:
-    """Return the tokenizer that `describe` wrote into a folder; None for images, whose preprocessing is in the spec."""
-    return None if spec.image is not None else transformers_models.read_tokenizer(folder, spec.config["vocab_size"])
+    """Return the tokenizer that `describe` wrote into a folder; None where a model of images reads no words, or made-up ones.
+
+    The preprocessing of images is in the spec.
+    """
+    if spec.image is None:
+        return transformers_models.read_tokenizer(folder, spec.config["vocab_size"])
+    return prompts.kept_tokenizer(folder, spec.config) if prompts.INPUT in spec.forward else None
 
 
 def _build(spec: ModelSpec) -> nn.Module:

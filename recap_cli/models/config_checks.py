@@ -36,6 +36,30 @@ def check_padding(config: Any) -> None:
         )
 
 
+def check_widths(config: Any) -> None:
+    """Check that a OneFormer has one width, and a layer behind its first prediction.
+
+    transformers keeps layers between features of two widths where neither a checkpoint nor an optimizer finds them.
+
+    Raises:
+        ModelError: It has several.
+    """
+    if not hasattr(config, "enforce_input_proj"):
+        return
+    widths = {key: getattr(config, key) for key in ("conv_dim", "mask_dim", "hidden_dim")}
+    if len(set(widths.values())) > 1:
+        said = ", ".join(f"{key} is {width}" for key, width in widths.items())
+        raise ModelError(f"a {config.model_type} has one width, but {said}", hint=HINT)
+    if config.enforce_input_proj:
+        raise ModelError(
+            f"enforce_input_proj of this {config.model_type} is true: transformers saves no weights of these layers", hint=HINT
+        )
+    if config.decoder_layers < 2:
+        raise ModelError(
+            f"decoder_layers of this {config.model_type} is {config.decoder_layers}; expected 2 or more", hint=HINT
+        )
+
+
 def check_fit(kind: str, on_meta: "nn.Module", held: int | None = None) -> None:
     """Check that a model fits into this machine and has the size of its checkpoint.
 

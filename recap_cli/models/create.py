@@ -10,7 +10,7 @@ from torch import nn
 
 from recap_cli.core.adapter import Adapter, matches
 from recap_cli.errors import ModelError
-from recap_cli.models import preprocessing, timm_models, transformers_models, unexpected_weights
+from recap_cli.models import preprocessing, prompts, timm_models, transformers_models, unexpected_weights
 from recap_cli.models.build import adapter_of, assemble, on_meta, tensors_of
 from recap_cli.models.checkpoints import LoadReport, count_weights, locate, read_weights
 from recap_cli.models.config_checks import check_limits
@@ -27,7 +27,7 @@ class Created(NamedTuple):
     Attributes:
         model: The model, in eval mode.
         spec: Its spec.
-        processor: Its tokenizer; None for images.
+        processor: Its tokenizer; None for images, unless the model reads its task in words.
         new: The names of its new head weights.
         notes: What a user should know of it.
     """
@@ -72,7 +72,8 @@ def tokenizer_of(source: ModelSource, vocab_size: int) -> Any:
 def _create_transformers(source: ModelSource) -> Created:
     model_type, folder, given, config, adapter, source = read_transformers(source)
     words = source.task.inputs == "words"
-    processor = None if source.is_image else _tokenizer(folder, given, config.vocab_size, words=words)
+    told = prompts.told(config, source, source.task.prompt, folder or _named_tokenizer(given))
+    processor = told.tokenizer if source.is_image else _tokenizer(folder, given, config.vocab_size, words=words)
     said = SaidHead(transformers_models.label_names(config), given.get("architectures"), given.get("problem_type"))
     transformers_models.set_labels(config, source.labels, source.task.problem_type)
     image, note = preprocessing.read_image_facts(folder, config, source.image_size) if source.is_image else (None, None)
@@ -89,15 +90,14 @@ def _create_transformers(source: ModelSource) -> Created:
         model, report = transformers_models.from_folder(folder, source, config)
         new, notes = _settle_head(model, adapter, report, said, source, folder)
     values, labels = transformers_models.to_dict(model), source.labels
-    spec = ModelSpec(
-        "transformers", model_type, values, len(labels), labels, source.task_kind, image, auto_class=source.auto_class
-    )
+    spec = ModelSpec("transformers", model_type, values, len(labels), labels, source.task_kind, image)
+    spec = replace(spec, forward=told.forward, auto_class=source.auto_class)
     transformers_models.keep_no_cache(model)
     if image is not None and source.image_size not in (None, image["size"]):
         model, spec, resampled = _resized(model, spec, adapter, source.image_size)
         if resampled:
             notes.append(f"position embeddings resampled from {image['size']} to {source.image_size} pixels")
-    return Created(model, spec, processor, tuple(new), (*notes, *([note] if note else [])))
+    return Created(model, spec, processor, tuple(new), (*notes, *told.notes, *([note] if note else [])))
 
 
 def _create_timm(source: ModelSource) -> Created:
@@ -115,6 +115,11 @@ def _create_timm(source: ModelSource) -> Created:
     report = timm_models.load_into(model, timm_models.filtered(model, read_weights(folder)))
     new, notes = _settle_head(model, adapter, report, SaidHead(timm_models.label_names(folder)), source, folder)
     return Created(model, spec, None, tuple(new), tuple(notes))
+
+
+def _named_tokenizer(given: Mapping[str, Any]) -> Path | None:
+    """Return the folder of the tokenizer that a configuration names, as one of a text model does; None if it names none."""
+    return locate(str(given["tokenizer"])) if given.get("tokenizer") else None
 
 
 def _tokenizer(folder: Path | None, given: Mapping[str, Any], vocab_size: int, *, words: bool) -> Any:

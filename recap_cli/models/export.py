@@ -78,7 +78,8 @@ def export(product: Product, out: Path | str, *, dense: bool = False, facts: Map
         facts: Further facts for recap.json.
 
     Returns:
-        The content of recap.json, and `path`. `form` is `stock`, `ragged` or `dense`; `reason` is why it is not stock.
+        The content of recap.json, and `path`. `form` is `stock`, `ragged` or `dense`; `reason` is why it is not stock. With
+        them `auto_class` and `forward` of the spec: what opens a model of transformers, and what it is called with.
 
     Raises:
         StorageError: `out` exists and is not empty, or cannot be written.
@@ -104,7 +105,7 @@ def export(product: Product, out: Path | str, *, dense: bool = False, facts: Map
             about |= _write_small(folder, product, logits)
         about["files"] = {path.name: asdict(files.checksum(path)) for path in sorted(folder.iterdir())}
         _write_json(folder / export_manifest.FACTS, about)
-    return {**about, "path": str(out)}
+    return {**about, "path": str(out), "auto_class": product.spec.auto_class, "forward": product.spec.forward}
 
 
 def check_out(out: Path) -> None:

@@ -17,6 +17,7 @@ PROCESSORS = {  # those with a `post_process_semantic_segmentation` that fits th
     "eomt": "MaskFormerImageProcessor",  # its own makes no squares: it wants a size in edges, and keeps the image's shape
     "mask2former": "Mask2FormerImageProcessor",
     "maskformer": "MaskFormerImageProcessor",
+    "oneformer": "OneFormerImageProcessor",
     "segformer": "SegformerImageProcessor",
     "upernet": "SegformerImageProcessor",
 }

@@ -1,8 +1,10 @@
 """The spec of a model from its configuration: no weights are read or downloaded."""
 
+from dataclasses import replace
+
 import torch
 
-from recap_cli.models import preprocessing, timm_models, transformers_models
+from recap_cli.models import preprocessing, prompts, timm_models, transformers_models
 from recap_cli.models.source import ModelSource, check_source, read_timm, read_transformers
 from recap_cli.models.specs import ModelSpec
 from recap_cli.untrusted.files import named
@@ -10,6 +12,8 @@ from recap_cli.untrusted.files import named
 
 def spec_of(source: ModelSource) -> ModelSpec:
     """Return the spec that `create_model` gives, from the configuration alone. Weights are not read or downloaded.
+
+    Nor is a tokenizer: the words that a model is told have made-up ids.
 
     Raises:
         ModelError: Something does not fit.
@@ -30,9 +34,9 @@ def _of_transformers(source: ModelSource) -> ModelSpec:
             config.image_size = source.image_size
     names = [str(label) for label in config.id2label.values()]
     values = transformers_models.config_values(config)
-    return ModelSpec(
-        "transformers", model_type, values, len(names), names, source.task_kind, image, auto_class=source.auto_class
-    )
+    forward = prompts.told(config, source, source.task.prompt, None).forward
+    spec = ModelSpec("transformers", model_type, values, len(names), names, source.task_kind, image)
+    return replace(spec, forward=forward, auto_class=source.auto_class)
 
 
 def _of_timm(source: ModelSource) -> ModelSpec:

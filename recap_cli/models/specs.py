@@ -11,6 +11,7 @@ from recap_cli.errors import ModelError
 AUTO = re.compile(r"AutoModelFor\w+")
 Library = Literal["transformers", "timm"]
 MOST_PIXELS = 1 << 16  # of a side
+MOST_ID = 1 << 31  # of a token
 MOST_VALUE = 1e6  # of a mean or standard deviation of pixels in [0, 1]
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers, 0 … 5
 
@@ -28,7 +29,7 @@ class ModelSpec:
         task_kind: The name of its task.
         image: `size` (pixels, square), `channels`, `mean`, `std` (per channel, of values in [0, 1]) and `interpolation`; None
             for text.
-        forward: Keyword arguments of every forward.
+        forward: Keyword arguments of every forward. A list is a row of whole numbers that each example of a batch has.
         auto_class: The class of transformers that builds it, such as `AutoModelForSequenceClassification`; None for timm. With
             it, a product opens where its task is not installed.
     """
@@ -76,6 +77,7 @@ def _problems(spec: ModelSpec) -> Iterator[str]:
         yield f"model_type is {spec.model_type!r}"
     if not isinstance(spec.config, dict) or not isinstance(spec.forward, dict):
         yield "config or forward is no object"
+    yield from (f"forward has {key} {value!r:.80}" for key, value in spec.forward.items() if not _is_argument(value))
     if spec.library == "timm" and not (isinstance(spec.config.get("architecture"), str) and _is_dict(spec.config.get("args"))):
         yield "config names no architecture, or no args"
     if spec.library == "transformers" and spec.config.get("model_type") != spec.model_type:
@@ -103,6 +105,11 @@ def _image_problems(image: Any) -> Iterator[str]:
             yield f"image has {key} {image[key]!r}"
     if image["interpolation"] not in INTERPOLATIONS:
         yield f"image has interpolation {image['interpolation']!r}"
+
+
+def _is_argument(value: Any) -> bool:
+    """Whether a value may be an argument of a forward: if it is a list, a row of ids."""
+    return not isinstance(value, list) or (bool(value) and all(type(one) is int and 0 <= one < MOST_ID for one in value))
 
 
 def _is_dict(value: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from recap_cli.errors import ModelError
 from recap_cli.models.checkpoints import FOLDER_HINT, QUANTIZED_HINT, LoadReport, count_weights, quiet
 from recap_cli.models.config_checks import HINT as CONFIG_HINT
-from recap_cli.models.config_checks import check_fit, check_limits, check_padding
+from recap_cli.models.config_checks import check_fit, check_limits, check_padding, check_widths
 from recap_cli.models.specs import ModelSpec
 from recap_cli.models.unfilled import meta_device
 from recap_cli.untrusted import files
@@ -30,7 +30,7 @@ SIZES = (  # keys of configurations that must be 1 or more; `conformance` checks
     *("hidden_sizes", "patch_sizes", "strides", "sr_ratios", "num_encoder_blocks", "decoder_hidden_size"),  # of SegFormer
     *("neck_hidden_sizes", "fusion_hidden_size", "pool_scales", "auxiliary_channels"),  # of heads that segment
     *("feature_size", "mask_feature_size", "fpn_feature_size", "encoder_feedforward_dim", "dim_feedforward"),  # with queries
-    *("num_queries", "train_num_points"),
+    *("num_queries", "train_num_points", "conv_dim", "mask_dim", "task_seq_len"),
 )
 LAYERS = ("num_hidden_layers", "n_layers", "depth")  # keys for the number of layers
 ACTIVATIONS = ("hidden_act", "activation")
@@ -84,6 +84,14 @@ def configure(values: dict[str, Any], *, strict: bool = False) -> Any:
             f"this is no configuration of a {model_type}: {first_line}", hint="see model.config in the recipe"
         ) from error
     check_padding(config)
+    check_widths(config)
+    if getattr(config, "is_training", False):  # of OneFormer: its contrastive loss wants a text for each object of an image
+        if strict:
+            raise ModelError(
+                f"is_training of this {model_type} is true: that is for several tasks at once, with texts of the objects",
+                hint="leave out model.config.is_training; the model is trained without it",
+            )
+        config.is_training = False
     return config
 
 
@@ -133,7 +141,7 @@ def from_config(config: Any, wanted: ForTask) -> nn.Module:
         raise ModelError(
             f"a {config.model_type} cannot be built for {wanted.task_kind}: {_first_line(error)}", hint=CONFIG_HINT
         ) from error
-    return model.eval()
+    return model.float().eval()  # OneFormer makes a number of its loss in float64
 
 
 def check_size(config: Any, wanted: ForTask, held: int | None = None) -> None:
@@ -171,7 +179,7 @@ def from_folder(folder: Path, wanted: ForTask, config: Any) -> tuple[nn.Module, 
     except LIBRARY_ERRORS as error:
         raise ModelError(f"{folder} cannot be loaded for {wanted.task_kind}: {_first_line(error)}", hint=FOLDER_HINT) from error
     mismatched = {str(item[0]) for item in info["mismatched_keys"]}
-    return model.eval(), LoadReport(set(info["missing_keys"]), mismatched, set(info["unexpected_keys"]))
+    return model.float().eval(), LoadReport(set(info["missing_keys"]), mismatched, set(info["unexpected_keys"]))
 
 
 def model_type(values: Mapping[str, Any], origin: str) -> str:
@@ -264,6 +272,12 @@ def files_of(tokenizer: Any) -> dict[str, bytes]:
     with TemporaryDirectory() as scratch, quiet():
         tokenizer.save_pretrained(scratch)
         return {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir()) if path.is_file()}
+
+
+def model_inputs(config: Any, wanted: ForTask) -> frozenset[str]:
+    """Return the names of the inputs of the model that is wanted of a configuration."""
+    made = _auto(wanted)._model_mapping[type(config)]
+    return inputs_of(made[0] if isinstance(made, list | tuple) else made)
 
 
 @lru_cache(maxsize=32)

@@ -8,11 +8,12 @@ from torch import nn
 from recap_cli.errors import ModelError
 from recap_cli.untrusted.files import some
 
+TEXT_MAPPER = ".text_mapper."  # of OneFormer
 BUFFERS = ("masked_bias", "inv_freq", "position_ids", "relative_position_index")  # the library computes these
 
 
 def notes(model: nn.Module, unexpected: Collection[str], origin: str) -> list[str]:
-    """Return a note that names the weights of the checkpoint that the model does not have; empty if it has all.
+    """Return notes that name the weights of the checkpoint that the model does not have; empty if it has all.
 
     Raises:
         ModelError: One of them is a trained weight in the model's blocks, or in a further block. Then config.json does not
@@ -29,9 +30,12 @@ def notes(model: nn.Module, unexpected: Collection[str], origin: str) -> list[st
             f"{origin} does not fit its config.json, which has no {some(wrong)}",
             hint="check that weights and config.json belong together, first the number of layers",
         )
-    if not unexpected:
-        return []
-    return [f"ignored weights that this model does not have: {some(sorted(unexpected))}"]
+    mapper = [name for name in unexpected if TEXT_MAPPER in f".{name}"]
+    others = sorted(set(unexpected).difference(mapper))
+    found = [f"ignored weights that this model does not have: {some(others)}"] if others else []
+    if mapper:
+        found.append(f"left out the text mapper ({len(mapper)} tensors): only a loss of several tasks at once trains it")
+    return found
 
 
 def _block(name: str) -> tuple[str, str]:

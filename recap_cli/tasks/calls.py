@@ -95,6 +95,13 @@ def _problem(task: Task) -> str | None:
         return f"has no function as {', '.join(odd)}"
     if task.inputs not in get_args(Inputs):
         return f"has inputs={task.inputs!r}, which is none of {', '.join(get_args(Inputs))}"
+    return _odd_values(task)
+
+
+def _odd_values(task: Task) -> str | None:
+    """What is wrong with a prompt or with metrics, or None."""
+    if not isinstance(task.prompt, str | None):
+        return f"has a prompt of type {type(task.prompt).__name__}, not str"
     if not all(isinstance(metric, Metric) and metric.better in get_args(Better) for metric in task.metrics):
         return "has metrics that are no Metric, or better neither by more nor by less"
     names = [metric.name for metric in task.metrics]

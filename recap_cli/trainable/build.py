@@ -11,6 +11,7 @@ A parameter that several layers hold stays one: one weight, one compact paramete
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,7 @@ def make_partial(
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(path)
+    exchanged: dict[nn.Module, nn.Module] = {}
     for module, (path, *others) in paths.items():
         attributes = [attribute for attribute, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
         names = {attribute: first[f"{path}.{attribute}" if path else attribute] for attribute in attributes}
@@ -150,6 +152,8 @@ def make_partial(
         for place in (path, *others) if made is not None else ():
             owner, attribute = owner_of(model, place)
             setattr(owner, attribute, made)
+            exchanged[module] = cast(nn.Module, made)
+    _exchange_in_lists(model, exchanged)
     for module in model.modules():
         if isinstance(module, PartialLinear | PartialEmbedding | QuantizedEmbedding | QuantizedMatrix):
             continue  # made where it lives, and its parameter may be a view of its weight
@@ -163,6 +167,12 @@ def make_partial(
         keep_inputs_once(model)
     recompute_samples(model)
     return list(trainables.values())
+
+
+def _exchange_in_lists(model: nn.Module, exchanged: Mapping[nn.Module, nn.Module]) -> None:
+    """Exchange layers in plain lists too, by which some modules call them: prediction heads of MaskFormer and its relatives."""
+    for held in (value for module in model.modules() for value in vars(module).values() if isinstance(value, list)):
+        held[:] = [exchanged.get(one, one) if isinstance(one, nn.Module) else one for one in held]
 
 
 def _made(

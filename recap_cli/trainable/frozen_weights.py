@@ -144,6 +144,11 @@ class QuantizedEmbedding(nn.Module):
         super().__init__()
         self.matrix, self.dtype = matrix, dtype
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense table, (ids, width), made anew: for models that read it as a whole, as those with queries do."""
+        return self.matrix.dense(self.dtype)
+
     def forward(self, ids: Tensor) -> Tensor:  # (…) → (…, width)
         return self.matrix.rows(ids, self.dtype)
 

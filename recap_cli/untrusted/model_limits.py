@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 _LIMITS: dict[int, tuple[str, ...]] = {
     1_000: (
         *("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks", "encoder_layers", "decoder_layers"),
-        *("depth", "depths", "num_channels", "in_chans", "num_encoder_blocks"),
+        *("query_dec_layers", "depth", "depths", "num_channels", "in_chans", "num_encoder_blocks"),
     ),
     10_000: (
         *("num_attention_heads", "num_key_value_heads", "n_heads", "n_head", "num_heads", "image_size", "img_size"),
@@ -30,6 +30,7 @@ _LIMITS: dict[int, tuple[str, ...]] = {
         *("num_labels", "num_classes", "type_vocab_size", "train_num_points"),
         *("hidden_sizes", "neck_hidden_sizes", "fusion_hidden_size", "decoder_hidden_size", "auxiliary_channels"),
         *("feature_size", "mask_feature_size", "fpn_feature_size", "encoder_feedforward_dim", "dim_feedforward"),
+        *("conv_dim", "mask_dim", "task_seq_len"),
     ),
     100_000_000: ("vocab_size", "max_position_embeddings", "n_positions"),
 }

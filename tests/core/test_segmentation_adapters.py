@@ -68,6 +68,12 @@ EXPECTED: dict[str, Sizes] = {
         "model.transformer_module.decoder.layers.1.encoder_attn.heads": 4,
         **stages("model.transformer_module.decoder.layers.{}", [0, 0], [40, 40]),
     },
+    "oneformer": {
+        **stages("model.pixel_level_module.encoder.swin.encoder.layers.{}.blocks.0", *SWIN),
+        "model.pixel_level_module.decoder.encoder.layers.0.neurons": 24,
+        **stages("model.transformer_module.decoder.layers.{}", [0, 0], [40, 40]),
+        "model.transformer_module.decoder.query_transformer.decoder.layers.0.neurons": 40,
+    },
     "beit, shared": {"beit.layers.heads": 4, **stages("beit.layers.{}", [0] * 4, [24] * 4)},
     "data2vec-vision, shared": {
         "data2vec_vision.encoder.layer.heads": 4,
@@ -84,6 +90,7 @@ WHOLE = {  # the matrices of blocks that no axis touches, by what is in their na
     "eomt, SwiGLU": {"layers.1.attention"},
     "mask2former": {"downsample.reduction", "self_attn", "cross_attn"},
     "maskformer": {"downsample.reduction"},
+    "oneformer": {"downsample.reduction", "self_attn", "cross_attn", "multihead_attn"},
 }
 HEAD = {  # the first parts of the names of what a task may make new
     "segformer": {"decode_head"},
@@ -95,6 +102,7 @@ HEAD = {  # the first parts of the names of what a task may make new
     "eomt": {"class_predictor"},
     "mask2former": {"class_predictor"},
     "maskformer": {"class_predictor"},
+    "oneformer": {"model", "criterion"},
 }
 EXPECTED_BLOCKS = {  # those with other blocks than their axes' names say
     "beit, shared": [f"beit.layers.{i}" for i in range(4)],
@@ -150,6 +158,7 @@ def test_a_head_and_embeddings_are_found_and_apart(name: str) -> None:
     head, embeddings = build.head_names(adapter, model), build.embedding_names(adapter, model)
     assert {name.partition(".")[0] for name in head} == HEAD[name if name in HEAD else spec.model_type]
     assert all("hidden_states_norms" in name for name in head if name.startswith("backbone"))
+    assert all(".class_embed." in name for name in head if name.startswith("model"))
     assert all("embeddings" in name for name in embeddings)
     assert embeddings
     assert not set(head) & set(embeddings)
@@ -260,7 +269,7 @@ def saved_bytes(spec: build.ModelSpec, model: nn.Module) -> tuple[int, dict[str,
     return total, {name: param.grad for name, param in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["segformer", "upernet", "mask2former", "maskformer"])
+@pytest.mark.parametrize("name", ["segformer", "upernet", "mask2former", "maskformer", "oneformer"])
 def test_what_refuses_to_recompute_as_a_whole_recomputes_its_backbone(name: str) -> None:
     model, spec = segmenter(name)
     plain_bytes, plain = saved_bytes(spec, model)
@@ -272,12 +281,12 @@ def test_what_refuses_to_recompute_as_a_whole_recomputes_its_backbone(name: str)
         torch.testing.assert_close(gradients[param], grad, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mask2former", "eomt", "upernet, ConvNeXt"])
+@pytest.mark.parametrize("name", ["mask2former", "oneformer", "eomt", "upernet, ConvNeXt"])
 def test_blocks_that_no_switch_reaches_are_recomputed_one_by_one(name: str) -> None:
     model, spec = segmenter(name)
     plain_bytes, plain = saved_bytes(spec, model)
     by_library, _ = segmenter(name)
-    if name == "mask2former":
+    if name in ("mask2former", "oneformer"):
         enable_checkpointing(by_library)
     library_bytes, _ = saved_bytes(spec, by_library)
     model, _ = segmenter(name)
@@ -330,6 +339,7 @@ def test_for_other_labels_only_the_head_is_new(name: str, tmp_path: Path) -> Non
         ("beit", "AutoModelForImageClassification"),
         ("data2vec-vision", "AutoModelForImageClassification"),
         ("mask2former", "AutoModel"),
+        ("oneformer", "AutoModel"),
     ],
 )
 def test_what_a_checkpoint_of_less_or_of_another_task_lacks_is_the_head(name: str, auto: str, tmp_path: Path) -> None:

@@ -402,6 +402,36 @@ def test_a_cache_that_torch_can_take_apart_is_refused_as_any_other() -> None:
         model.block(torch.ones(2, 4), Registered([torch.ones(1)]), notes={})
 
 
+class Writing(nn.Module):
+    """A block that adds up how often it runs, and hides the other half of its outputs each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, runs: Tensor, shown: Tensor) -> Tensor:
+        runs += 1
+        shown ^= True
+        return self.layer(x) * shown.float() * runs.float()
+
+
+def test_what_a_block_writes_into_a_mask_is_seen_after_its_forward_and_not_twice() -> None:
+    found: list[list[Tensor]] = []
+    for streams in (False, True):
+        torch.manual_seed(0)
+        model = nn.ModuleList([Writing(), Writing()]).eval()
+        x, runs, shown = torch.ones(2, 4, requires_grad=True), torch.ones((), dtype=torch.int64), torch.arange(4) % 2 == 0
+        with streamed(model, ["0", "1"] if streams else [], "cpu"):
+            out = model[1](model[0](x, runs, shown), runs, shown)
+            out.sum().backward(retain_graph=True)
+            out.sum().backward()
+        grads = [param.grad for param in model.parameters()]
+        found.append([out.detach(), runs, shown, x.grad, *grads])  # type: ignore[list-item]
+    assert int(found[0][1]) == 3
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
 def test_arguments_that_a_block_leaves_alone_are_streamed() -> None:
     model = Around("not at all").eval()
     wanted = model(torch.ones(2, 4))

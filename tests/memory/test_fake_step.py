@@ -106,7 +106,8 @@ def test_a_step_is_predicted_within_one_percent(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "weights"), [*((name, "fp32") for name in segmentation.CONFIGS), ("segformer", "bf16"), ("maskformer", "bf16")]
+    ("name", "weights"),
+    [*((name, "fp32") for name in segmentation.CONFIGS), ("segformer", "bf16"), ("maskformer", "bf16"), ("oneformer", "bf16")],
 )
 def test_a_step_on_label_maps_is_predicted_within_one_percent(name: str, weights: str) -> None:
     recipe, fakes = tiny(name, finetune={"weights": weights}), Fakes()
@@ -115,6 +116,17 @@ def test_a_step_on_label_maps_is_predicted_within_one_percent(name: str, weights
     step = predict.prepare(of_recipe, recipe, "recap", real)[0]  # after a step on fakes: it has left none in the model's caches
     step.batch["labels"][:] = torch.arange(segmentation.SIDE) % len(segmentation.LABELS)  # a prediction has every class in each
     assert_near(predicted, fake_step.usage(step))
+
+
+@pytest.mark.parametrize("name", ["oneformer", "maskformer"])
+def test_a_prediction_is_the_same_after_a_step_whose_positions_the_model_keeps(name: str) -> None:
+    recipe = tiny(name)
+    of_recipe, found = meta_model.of_recipe(recipe, segmentation.LABELS), list[Usage]()
+    for _ in range(2):
+        fakes = Fakes()
+        found.append(fakes.usage(predict.prepare(of_recipe, recipe, "recap", fakes.like)[0], "cpu"))
+        fake_step.usage(predict.prepare(of_recipe, recipe, "recap", real)[0])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("method", ["full", "recap", "lora"])
@@ -387,6 +399,7 @@ def test_a_fake_number_is_one_and_what_is_asked_for_is_true() -> None:
     with fakes.mode, Answers():
         assert bool(torch.zeros(3).isfinite().all())
         assert (torch.zeros(3).sum().item(), torch.zeros(3, dtype=torch.int64).sum().item()) == (1.0, 1)
+        assert [found.shape for found in torch.where(torch.zeros(2, 3) > 0)] == [(6,), (6,)]
 
 
 def test_texts_are_predicted_with_the_mask_that_padding_makes() -> None:

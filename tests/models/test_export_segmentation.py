@@ -69,8 +69,9 @@ def test_a_dense_model_and_its_processor_are_opened_by_transformers_alone(name: 
     assert image.size == (width, height) != (SIDE, SIDE)
     inputs = processor(image, return_tensors="pt")
     assert_a_shade(inputs["pixel_values"], batch["pixel_values"], std=0.5)
+    told = {key: torch.tensor([row]) for key, row in spec.forward.items()}
     with torch.no_grad():
-        found = model(inputs["pixel_values"])
+        found = model(inputs["pixel_values"], **told)
     for key in found.keys() & {"logits", "class_queries_logits", "masks_queries_logits"}:
         found[key] = 3 * torch.randn(found[key].shape, generator=torch.Generator().manual_seed(0))  # so that all classes occur
     (labels,) = processor.post_process_semantic_segmentation(found, target_sizes=[(height, width)])

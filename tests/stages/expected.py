@@ -12,6 +12,7 @@ from recap_cli.data.sampling import seed_for
 from recap_cli.training.evaluation import SEED
 from tests.stages import naive
 from tests.stages.naive import Group, Memory
+from tests.stages.naive_losses import is_told
 from tests.stages.witness import Look, Record, indices_of
 from tests.tiny import VALIDATION
 
@@ -90,20 +91,21 @@ def check_training(record: Record, rounds: int, steps: int) -> None:
         torch.manual_seed(seed_for(recipe.seed, round, "finetune"))
         rates = naive.rates(recipe, round, steps)
         naive.finetune(model, full, trains, memory, training, [look.batch for look in looks], rates)
-        check_full_model(record, round, full, trains)
+        # a bias before a norm of OneFormer has no gradient but rounding, which moves it by 3e-8
+        check_full_model(record, round, full, trains, near=1e-4 if is_told(model) else 1e-5)
         if tune.carry_moments:
             # gradients of the next steps feel the rounding of those before: up to 7e-5 of the largest on one processor of
             # three; with queries, whose points and masks a rounding may change, up to 5e-4
-            check_moments(record, round, memory, near=3e-3 if hasattr(model, "class_predictor") else 3e-4)
+            check_moments(record, round, memory, near=3e-3 if hasattr(model, "class_predictor") or is_told(model) else 3e-4)
         else:
             memory = Memory(memory.shapes)
         check_metrics(record, round, model)
 
 
-def check_full_model(record: Record, round: int, full: dict[str, Tensor], trains: dict[str, Tensor]) -> None:
+def check_full_model(record: Record, round: int, full: dict[str, Tensor], trains: dict[str, Tensor], near: float) -> None:
     before, after = record.full(round - 1), record.full(round)
     for param, expected in full.items():
-        assert_near(after[param], expected, f"{param} after round {round}")
+        assert_near(after[param], expected, f"{param} after round {round}", near)
         assert torch.equal(after[param][~trains[param]], before[param][~trains[param]]), param
     assert all(torch.equal(after[n], before[n]) for n in before.keys() - full.keys())  # statistics of batch norms
     changed = sum(int((after[n] != before[n]).sum()) for n in full)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 IGNORED = -100  # of a label map, as `cross_entropy` has it
+TOLD = [1, 2, 3, 4, 0, 0]  # a OneFormer without a tokenizer: a number for each of four words, and zeros
 Batch = dict[str, Tensor]
 
 
@@ -33,7 +34,13 @@ def queries_of(model: nn.Module, batch: Batch) -> Any:
         nearest = labels[rows][:, columns]
         classes.append(torch.tensor([label for label in nearest.unique().tolist() if label != IGNORED]))
         masks.append(torch.stack([(nearest == label).float() for label in classes[-1]]))
-    return model(batch["pixel_values"], mask_labels=masks, class_labels=classes)
+    told = {"task_inputs": torch.tensor([TOLD] * len(masks))} if is_told(model) else {}
+    return model(batch["pixel_values"], mask_labels=masks, class_labels=classes, **told)
+
+
+def is_told(model: nn.Module) -> bool:
+    """Whether a model is told its task."""
+    return type(model).__name__.startswith("OneFormer")
 
 
 def judged(model: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -42,10 +49,10 @@ def judged(model: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor], list[T
         logits = logits_of(model, batch)
         return cross_entropy(logits, batch["labels"], reduction="sum"), list(logits), list(batch["labels"])
     own, maps = None, maps_of(batch)
-    if hasattr(model, "class_predictor"):
+    if hasattr(model, "class_predictor") or is_told(model):
         out = queries_of(model, batch)
         classes = out.class_queries_logits.softmax(2)[:, :, :-1]  # without "no object"
-        scores, own = (classes[..., None, None] * out.masks_queries_logits.sigmoid()[:, :, None]).sum(1), out.loss
+        scores, own = (classes[..., None, None] * out.masks_queries_logits.sigmoid()[:, :, None]).sum(1), out.loss.sum()
     else:
         scores = model(batch["pixel_values"]).logits
     found = [interpolate(one[None], labels.shape, mode="bilinear")[0] for one, labels in zip(scores, maps, strict=True)]

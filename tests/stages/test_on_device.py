@@ -42,6 +42,7 @@ def decided(state: State) -> dict[str, Any]:
         *((name, 2, 5) for name in ("bert", "vit", "timm-vit-packed-glu")),  # warm-up, two gradual steps, mask, eval
         ("segformer", 3, 6),  # and the statistics of its new batch norm
         ("mask2former", 7, 5),
+        ("oneformer", 8, 5),
     ],
 )
 def test_streamed_stages_choose_the_same_plan_and_mask(

@@ -36,9 +36,10 @@ NO_DROPOUT: dict[str, Any] = {
     "segformer": {"classifier_dropout_prob": 0.0},
     "dpt": {"semantic_classifier_dropout": 0.0},
     "maskformer": {"decoder_config": {**DETR, "dropout": 0.0}},
+    "oneformer": {"dropout": 0.0},
     "other": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 }
-EPS = {"mask2former": 1.0, "maskformer": 1.0, "other": 1e-3}
+EPS = {"mask2former": 1.0, "maskformer": 1.0, "oneformer": 1.0, "other": 1e-3}
 """Of AdamW. In models with queries a rounding may decide: which points are chosen, what a mask hides, what a match is. AdamW
 makes steps of the rounding itself where a gradient is 0 but for it: weights differed by 4 % of the largest at 1e-3, and by 3e-6
 at 1.0."""

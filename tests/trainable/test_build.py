@@ -438,6 +438,33 @@ def test_a_frozen_table_that_does_more_than_look_up_stays_as_it_is(name: str, ta
     torch.testing.assert_close(model(ids).float(), wanted, rtol=1e-2, atol=1e-2)
 
 
+class Queries(nn.Module):
+    """Calls a layer by a plain list, and reads a table as a whole: so do models with queries in transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(20, 8), nn.Linear(8, 12)
+        self.layers = [self.layer, nn.Identity()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x + self.table.weight.mean()
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_layer_in_a_list_is_exchanged_there_and_a_table_is_read_as_a_whole(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = Queries(), torch.randn(3, 8)
+    wanted = model(x).detach()
+    make_partial(model, {}, placement=Placement(weights=weights_of(name, torch.float32)), frozen=lambda _: True)
+    assert model.layers[0] is model.layer
+    assert all(param.ndim == 1 for param in model.parameters())
+    found = model(x)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, wanted, rtol=0.2, atol=0.2)
+
+
 def test_nothing_of_a_quantized_layer_that_is_still_asks_for_a_gradient() -> None:
     model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
     make_partial(

@@ -60,7 +60,7 @@ def test_a_loss_of_the_models_own_is_given_fp32(placement: Placement, dtype: tor
     )
 
 
-@pytest.mark.parametrize("name", ["segformer", "mask2former"])
+@pytest.mark.parametrize("name", ["segformer", "mask2former", "oneformer"])
 def test_a_round_on_bf16_weights_is_near_that_on_fp32(name: str, tmp_path: Path) -> None:
     losses = {}
     for weights in ("fp32", "bf16"):
