@@ -6,7 +6,7 @@
 A case is a teacher and settings of the student. The teacher takes half of the task's optimizer steps and the student the other
 half, so that all takes as many as any method of `quality.py`. With `own` the run makes its teacher itself
 (`distill.teacher: lora`); with another name the student begins at that model, exported, which is its teacher too. With `none`
-there is no teacher, and RECAP has all steps. Scored are the validation data, which chose the round where there are several,
+there is no teacher, and RECAP, or another method, has all steps. Scored are the validation data, which chose the round where there are several,
 and examples that nothing was chosen by. On these the full model is scored too, as the rounds have left it (`full_held_out`).
 Results that say `whole` are of an earlier commit, whose `prune.compensate` gave back the whole cut after its last gradual step;
 `comp` is as it is now, in each step.
@@ -41,8 +41,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "flip": {"data": {"augment": "flip"}},
     "rf0": {"mask": {"ratio": 0.0}},
     "rf25": {"mask": {"ratio": 0.25}},
-    "lr0.4": {"finetune": {"lr": 0.4}},  # times the student's own rate, as are the others
-    "lr2": {"finetune": {"lr": 2.0}},
+    **{f"lr{times}": {"finetune": {"lr": times}} for times in (0.2, 0.4, 2, 4)},  # times the student's own rate
+    "x4": {},  # four times the steps, the teacher's too
+    **{method: {"method": method} for method in ("full-ft", "lora-ft", "post-ft")},
     "untaught": {"distill": {"teacher": None}},
     "quarter": {"distill": {"steps_share": 0.25}},
     "third": {"distill": {"steps_share": 0.333}},
@@ -69,6 +70,7 @@ def recipe_of(task: str, case: str, seed: int, work: Path) -> Recipe:
         sections["finetune"]["lr"] *= lr
     rounds = distillation.quality.COMMON["rounds"]  # the task's epochs are of each of so many rounds
     share = 1.0 if teacher in ("own", "none") else 0.5
+    share *= 4 if "x4" in names.split("+") else 1
     epochs = distillation.quality.TASKS[task]["finetune"]["epochs"] * rounds / sections.get("rounds", rounds) * share
     sections["finetune"]["epochs"] = epochs
     return distillation.recipe_for(task, seed, **sections)
