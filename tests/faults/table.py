@@ -46,6 +46,7 @@ OWN_TEACHER = (
 )
 WANDA = "tests/core/test_importance.py::test_wanda_scores_the_rows_of_what_no_layer_reads_and_refuses_what_is_no_matrix"
 IN_STEPS = "tests/core/test_gradual.py::test_a_weight_that_both_steps_cut_has_both_changes_and_the_full_model_neither"
+ONCE = "tests/trainable/test_kept_once.py::"
 RIDGE = "tests/core/test_compensation.py::test_the_ridge_is_the_one_that_leaves_least_where_it_was_not_fitted"
 
 
@@ -491,6 +492,34 @@ FAULTS = (
         "union = true + predicted - right",
         "union = true + predicted",
         ("tests/tasks/test_semantic_segmentation.py::test_miou_is_that_of_torchmetrics_where_classes_occur",),
+    ),
+    Fault(
+        "a norm's backward reads its output as if it had no bias",
+        "recap_cli/trainable/norms.py",
+        "x = out.clone() if bias is None else out - bias",
+        "x = out.clone()",
+        (f"{ONCE}test_a_norm_has_the_gradients_of_torchs[True-True]",),
+    ),
+    Fault(
+        "columns are made again of another activation function",
+        "recap_cli/trainable/activations.py",
+        "Origin(args[0].detach(), module.forward, out._version)",
+        "Origin(args[0].detach(), torch.relu, out._version)",
+        (f"{ONCE}test_the_trainable_columns_are_made_again_of_what_is_kept_anyway[GELU-None-False-scattered]",),
+    ),
+    Fault(
+        "what was written to in between counts as what it was",
+        "recap_cli/trainable/activations.py",
+        "if found is not None and found.version == x._version",
+        "if found is not None",
+        (f"{ONCE}test_the_trainable_columns_are_made_again_of_what_is_kept_anyway[LeakyReLU-added_in_place-True-scattered]",),
+    ),
+    Fault(
+        "a round of the ramp takes its batches whole",
+        "plugins/methods/recap.py",
+        "ceil((1 - prune_ratio) / (1 - settings.prune_ratio) - 1e-9)",
+        "ceil((1 - settings.prune_ratio) / (1 - prune_ratio) - 1e-9)",
+        (RISES,),
     ),
 )
 TOGETHER = FAULTS[:3]
