@@ -186,6 +186,25 @@ TASKS = {
 }
 
 
+def activations(found: Result) -> str:
+    """Predicted peaks at a batch where activations decide."""
+    peaks = {(cell["model"], cell["settings"], cell["case"]): cell["peak_bytes"] / 1e6 for cell in found["cells"]}
+    cases = list(dict.fromkeys(cell["case"] for cell in found["cells"]))
+    rows = []
+    for model, settings in dict.fromkeys((cell["model"], cell["settings"]) for cell in found["cells"]):
+        mine = {case: peaks[model, settings, case] for case in cases}
+        shown = [f"{mb:.0f}" + (f" ({mb / mine['lora']:.2f})" if "recap" in case else "") for case, mb in mine.items()]
+        rows.append([model, settings, *shown])
+    return f"""## Where activations decide
+
+Peaks of a training step at batch {found["batch"]} with AdamW, *predicted*, in MB; in brackets RECAP's over LoRA's. RECAP has
+r_p = {found["prune_ratio"]:.1%} and the r_f of its column, LoRA rank 8 on query and value. *Attention again* is
+`finetune.checkpointing=attention`, for all methods of a row. MiniLM has a table of 12,000 tokens there, as SST-2 uses.
+
+{table(["model", "settings", *cases], rows)}
+"""
+
+
 def frozen_weights(found: Result) -> str:
     """Predicted peaks by frozen weight and method, and what the weights cost in time."""
     weights = list(dict.fromkeys(row["weights"] for row in found["held"]))
@@ -319,6 +338,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "pruning": pruning,
     "merge_speed": merge_speed,
     "token_rows": token_rows,
+    "activations": activations,
     "frozen_weights": frozen_weights,
     "frozen_weights_sst2": frozen_weights_quality,
     "frozen_weights_cifar100": frozen_weights_quality,
