@@ -4,6 +4,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from types import FunctionType, NoneType
 from typing import Any, cast
 
 import torch
@@ -42,7 +43,8 @@ __all__ = [
 
 Batch = Mapping[str, Any]
 EXAMPLE_TOKENS = 12
-_TABLES = (dict, OrderedDict, set)
+_ATOMS = frozenset({bool, int, float, str, NoneType, FunctionType, type})  # a copy of one is itself
+_TABLES = frozenset({dict, OrderedDict, set})  # most of those of a module, of its hooks, are empty
 
 
 def adapter_of(spec: ModelSpec) -> Adapter:
@@ -79,9 +81,26 @@ def on_meta(spec: ModelSpec) -> nn.Module:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy. Half of the time of `copy.deepcopy` went into tables of hooks that are empty: they are made here."""
-    tables = (value for module in model.modules() for value in vars(module).values() if type(value) in _TABLES and not value)
-    return copy.deepcopy(model, {id(table): type(table)() for table in tables})
+    """Return a deep copy, as `copy.deepcopy` makes, in a third of its time: that looks at every name and number of a module."""
+    modules = [module for module in model.modules() if _is_plain(type(module))]
+    made: dict[int, Any] = {id(module): type(module).__new__(type(module)) for module in modules}
+    for module in modules:
+        vars(made[id(module)]).update((name, _copy_of(value, made)) for name, value in vars(module).items())
+    return copy.deepcopy(model, made)
+
+
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether a deep copy of a module has copies of its attributes, and nothing else is done to it."""
+    usual = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__setstate__ is nn.Module.__setstate__
+    return usual and kind.__getstate__ is nn.Module.__getstate__ and not hasattr(kind, "__deepcopy__")  # type: ignore[attr-defined]
+
+
+def _copy_of(value: Any, made: dict[int, Any]) -> Any:
+    if type(value) in _ATOMS:
+        return value
+    if type(value) in _TABLES and not value:
+        return made.setdefault(id(value), type(value)())
+    return copy.deepcopy(value, made)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
