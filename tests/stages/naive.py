@@ -141,13 +141,17 @@ def importance(
     weights = {name: param.detach().double() for name, param in model.named_parameters()}
     groups = [g for group in alive for g in axes.fine_of(group)] if fine else list(alive)
     total = dict.fromkeys(groups, 0.0)
-    stretches = {group: list(axes.stretches(group, fine=fine)) for group in groups}
+    entries = {name: torch.zeros_like(weight) for name, weight in weights.items()}  # the mean over the samples
     for sample in samples:
         grads = gradients(model, sample, seed_of) if sample else weights
-        entries = {param: ENTRY_SCORES[criterion](weights[param], grad.double()) for param, grad in grads.items()}
-        for group, owned in stretches.items():
-            for param, dim, start, width in owned:
-                total[group] += float(entries[param].narrow(dim, start, width).sum()) / len(samples)
+        for param, grad in grads.items():
+            entries[param] += ENTRY_SCORES[criterion](weights[param], grad.double()) / len(samples)
+    sums: dict[tuple[str, int], list[float]] = {}  # of the entries of a parameter at each index of a dimension
+    for group in groups:
+        for param, dim, start, width in axes.stretches(group, fine=fine):
+            if (param, dim) not in sums:
+                sums[param, dim] = entries[param].movedim(dim, 0).reshape(axes.shapes[param][dim], -1).sum(1).tolist()
+            total[group] += sum(sums[param, dim][start : start + width])
     return total
 
 

@@ -1,6 +1,5 @@
 """A run of the stages, one after another as their commands would, with a record of what they looked at and what they wrote."""
 
-import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,8 +78,8 @@ class Record:
         return Axes(layout["axes"], shapes, layout["whole_trained"], layout["whole_frozen"])
 
     def model(self) -> nn.Module:
-        """A full model of the run's architecture, with weights of no meaning."""
-        return copy.deepcopy(_built(self.texts["spec.json"]))
+        """The full model of the run's architecture, with weights of no meaning: the same one each time."""
+        return _built(self.texts["spec.json"])
 
     def full(self, round: int) -> dict[str, Tensor]:
         """The full model's weights after a round, 0 being `init`."""
