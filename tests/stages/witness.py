@@ -1,6 +1,7 @@
 """A run of the stages, one after another as their commands would, with a record of what they looked at and what they wrote."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from recap_cli.data.splits import Split
 from recap_cli.models import build
 from recap_cli.models.specs import ModelSpec
 from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds.run_context import Context
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
@@ -66,6 +68,14 @@ class Record:
     texts: dict[str, str] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    root: Path = Path()
+
+    def folder(self, round: int, stage: str) -> Path:
+        """The state as it was after a stage of the first two rounds, if the record was told to keep it."""
+        return self.root / f"{round}-{stage}"
+
+    def at(self, round: int, stage: str) -> Context:
+        return Context(State.open(self.folder(round, stage)))
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -163,10 +173,15 @@ def watching(record: Record, at: list[Any]) -> Iterator[Any]:
         Split.batch = plain  # type: ignore[method-assign]
 
 
-def witnessed(recipe: Recipe, stop: tuple[int, str] | None = None, folder: Path | None = None) -> Record:
-    """Run the stages of a recipe up to `stop` (round, stage), each on the state as it lies on the disk."""
-    path = (folder or Path(mkdtemp(prefix="recap-witness-"))) / "state"
-    record, at = Record(recipe), [0, "init"]
+def witnessed(
+    recipe: Recipe, stop: tuple[int, str] | None = None, folder: Path | None = None, *, kept_rounds: int = 0
+) -> Record:
+    """Run the stages of a recipe up to `stop` (round, stage), each on the state as it lies on the disk.
+
+    Of the first `kept_rounds` rounds the state after each stage is copied.
+    """
+    root = folder or Path(mkdtemp(prefix="recap-witness-"))
+    path, record, at = root / "state", Record(recipe, root=root), [0, "init"]
     with watching(record, at) as track:
         init(recipe, path, track=track)
         _put_down(record, path, at)
@@ -177,6 +192,8 @@ def witnessed(recipe: Recipe, stop: tuple[int, str] | None = None, folder: Path 
                 at[:] = [round, name]
                 stage(State.open(path), track=track)
                 _put_down(record, path, at)
+                if round <= kept_rounds:
+                    shutil.copytree(path, record.folder(round, name))
                 if tuple(at) == stop:
                     return record
     return record
@@ -218,4 +235,4 @@ def still(name: str, **sections: Any) -> Recipe:
 @cache
 def record_of(name: str) -> Record:
     """Three rounds of one adapter's pico model, run once per process."""
-    return witnessed(still(name))
+    return witnessed(still(name), kept_rounds=2)
