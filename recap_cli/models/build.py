@@ -85,7 +85,8 @@ def copied(model: nn.Module) -> nn.Module:
     modules = [module for module in model.modules() if _is_plain(type(module))]
     made: dict[int, Any] = {id(module): type(module).__new__(type(module)) for module in modules}
     for module in modules:
-        vars(made[id(module)]).update((name, _copy_of(value, made)) for name, value in module.__getstate__().items())
+        state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
+        vars(made[id(module)]).update((name, _copy_of(value, made)) for name, value in state.items())
     return copy.deepcopy(model, made)
 
 
