@@ -69,6 +69,7 @@ class Record:
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     root: Path = Path()
+    read: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
 
     def folder(self, round: int, stage: str) -> Path:
         """The state as it was after a stage of the first two rounds, if the record was told to keep it."""
@@ -203,14 +204,18 @@ def _put_down(record: Record, path: Path, at: list[Any]) -> None:
     state = State.open(path)
     for folder in path.glob("full-*"):
         record.texts |= {name: (folder / name).read_text() for name in ("layout.json", "spec.json")}
-    record.files[at[0], at[1]] = {str(f.relative_to(path)): _copied(f) for f in path.rglob("*.safetensors")}
+    record.files[at[0], at[1]] = {str(f.relative_to(path)): _copied(f, record.read) for f in path.rglob("*.safetensors")}
     if at[1] == "finetune":
         record.metrics[at[0]] = json.loads((path / f"round-{at[0]:03d}" / "metrics.json").read_text())
     record.history, record.best = list(state.manifest.history), state.manifest.best
 
 
-def _copied(file: Path) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in load_file(file).items()}  # the file may go with its round
+def _copied(file: Path, read: dict[Any, dict[str, Tensor]]) -> dict[str, Tensor]:
+    now = file.stat()
+    key = file, now.st_ino, now.st_mtime_ns, now.st_size  # most of the files are those of the stage before
+    if key not in read:
+        read[key] = {name: tensor.clone() for name, tensor in load_file(file).items()}  # the file may go with its round
+    return read[key]
 
 
 def still(name: str, **sections: Any) -> Recipe:
