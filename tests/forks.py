@@ -17,7 +17,10 @@ from tests.limits import HANG_SECONDS
 
 SERVER = multiprocessing.get_context("forkserver")  # one for all of a worker; it never computes
 SERVER.set_forkserver_preload(
-    ["recap_cli.cli", "recap_cli.stages.run", "transformers.models.vit.modeling_vit", "torchmetrics.functional.classification"]
+    [
+        *("recap_cli.cli", "recap_cli.stages.run", "datasets"),
+        *("transformers.models.vit.modeling_vit", "torchmetrics.functional.classification"),
+    ]
 )
 
 

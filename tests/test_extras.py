@@ -236,7 +236,6 @@ LINES = (
     "export s product",
     "profile-memory tiny.yaml",
     "compare tiny.yaml --seeds 0 --dry-run",
-    "run tiny.yaml --state t",
     "run quickstart --dry-run",
     "init quickstart --state q --set head.warmup_epochs=0",
 )
@@ -254,7 +253,7 @@ import recap_cli
 assert recap_cli.load("product").config.num_labels == 3
 print(codes, file=sys.stderr, flush=True)
 from tests.calls import here
-processes.run = here  # its cell by a call: that a run needs no extra is seen above
+processes.run = here  # its cell by a call of `run`, which needs no extra either
 sys.exit(main({COMPARISON!r}))
 """
 

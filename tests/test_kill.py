@@ -91,6 +91,7 @@ def test_the_runs_of_a_comparison_end_with_it_when_it_is_killed(tmp_path: Path, 
     assert killed.wait() == -signal.SIGKILL
     run.wait(HANG_SECONDS)  # raises if it goes on
     assert State.open(cell).manifest.stage in ("mask", "finetune")  # and not as if it had run to its end
+    assert "\nround 1 mask" in (out / "logs" / f"{cell.name}.log").read_text(encoding="utf-8")
     monkeypatch.setattr(processes, "run", here)
     assert main([*arguments, "--out", str(out)]) == 0  # the same command goes on, whatever its runs are
 

@@ -4,6 +4,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from types import FunctionType, NoneType
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from recap_cli import registry
 from recap_cli.core import adapter as adapters
 from recap_cli.core.adapter import Adapter, matches
-from recap_cli.core.surgery import owner_of, state_sizes
+from recap_cli.core.surgery import modules_by_name, state_sizes
 from recap_cli.core.ties import names_of
 from recap_cli.errors import ModelError
 from recap_cli.models import adapter_calls, preprocessing, prompts, timm_models, transformers_models
@@ -42,7 +43,8 @@ __all__ = [
 
 Batch = Mapping[str, Any]
 EXAMPLE_TOKENS = 12
-_TABLES = (dict, OrderedDict, set)
+_ATOMS = frozenset({bool, int, float, str, NoneType, FunctionType, type})  # a copy of one is itself
+_TABLES = frozenset({dict, OrderedDict, set})  # most of those of a module, of its hooks, are empty
 
 
 def adapter_of(spec: ModelSpec) -> Adapter:
@@ -79,9 +81,27 @@ def on_meta(spec: ModelSpec) -> nn.Module:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy. Half of the time of `copy.deepcopy` went into tables of hooks that are empty: they are made here."""
-    tables = (value for module in model.modules() for value in vars(module).values() if type(value) in _TABLES and not value)
-    return copy.deepcopy(model, {id(table): type(table)() for table in tables})
+    """Return a deep copy, as `copy.deepcopy` makes, in a third of its time: that looks at every name and number of a module."""
+    modules = [module for module in model.modules() if _is_plain(type(module))]
+    made: dict[int, Any] = {id(module): type(module).__new__(type(module)) for module in modules}
+    for module in modules:
+        state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
+        vars(made[id(module)]).update((name, _copy_of(value, made)) for name, value in state.items())
+    return copy.deepcopy(model, made)
+
+
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether a deep copy of a module has copies of its attributes, and nothing else is done to it."""
+    usual = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__setstate__ is nn.Module.__setstate__
+    return usual and kind.__getstate__ is nn.Module.__getstate__ and not hasattr(kind, "__deepcopy__")
+
+
+def _copy_of(value: Any, made: dict[int, Any]) -> Any:
+    if type(value) in _ATOMS:
+        return value
+    if type(value) in _TABLES and not value:
+        return made.setdefault(id(value), type(value)())
+    return copy.deepcopy(value, made)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -103,11 +123,11 @@ def assemble(spec: ModelSpec, tensors: Mapping[str, Tensor], adapter: Adapter, s
         ModelError: A tensor is missing, or the model does not have one.
     """
     model = on_meta(spec)
-    aliases = _aliases(model)
+    aliases, owners = _aliases(model), modules_by_name(model)
     for names, is_parameter in aliases:
         given = next((tensors[name] for name in names if name in tensors), None)
         if given is not None:
-            _place(model, names, nn.Parameter(given, requires_grad=given.is_floating_point()) if is_parameter else given)
+            _place(owners, names, nn.Parameter(given, requires_grad=given.is_floating_point()) if is_parameter else given)
     _check_complete(model, tensors)
     state_sizes(model, [name for names, is_parameter in aliases if is_parameter for name in names])
     adapters.resize(adapter, model, sizes)
@@ -228,10 +248,10 @@ def _aliases(model: nn.Module) -> list[tuple[list[str], bool]]:
     return list(found.values())
 
 
-def _place(model: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
+def _place(owners: Mapping[str, nn.Module], names: Sequence[str], tensor: Tensor) -> None:
     for name in names:
-        owner, attribute = owner_of(model, name)
-        setattr(owner, attribute, tensor)
+        path, _, attribute = name.rpartition(".")
+        setattr(owners[path], attribute, tensor)
 
 
 def _check_complete(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -2,10 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recap_cli.memory import plot_parts, plot_style
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 MARK = '<meta name="generator" content="recap report'  # at the head of every page: by it we know our own
 MARK_WITHIN_BYTES = 1000
@@ -13,6 +17,19 @@ MARK_WITHIN_BYTES = 1000
 
 def render(name: str, values: Mapping[str, Any]) -> str:
     """The text of a template with these values; a name that the values lack is an error."""
+    names = {"ink": plot_style.INK, "soft": plot_style.SOFT, "line": plot_style.LINE, "page": plot_style.PAPER}
+    fixed = {
+        "mark": MARK,
+        "recap_version": metadata.version("recap-cli"),
+        "palette": {plot_style.variable(colour): (colour, dark) for colour, dark in plot_style.palette().items()},
+        "neutrals": {name: plot_style.variable(colour) for name, colour in (names | {"accent": plot_style.ACCENT}).items()},
+    }
+    return _environment().get_template(name).render(**fixed, **values)
+
+
+@cache
+def _environment() -> "Environment":
+    """The room of the templates, which compiles each of them once: that takes as long as drawing a picture."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     room = Environment(
@@ -32,14 +49,7 @@ def render(name: str, values: Mapping[str, Any]) -> str:
         "plain": plain,
         "utc": utc,
     }
-    names = {"ink": plot_style.INK, "soft": plot_style.SOFT, "line": plot_style.LINE, "page": plot_style.PAPER}
-    fixed = {
-        "mark": MARK,
-        "recap_version": metadata.version("recap-cli"),
-        "palette": {plot_style.variable(colour): (colour, dark) for colour, dark in plot_style.palette().items()},
-        "neutrals": {name: plot_style.variable(colour) for name, colour in (names | {"accent": plot_style.ACCENT}).items()},
-    }
-    return room.get_template(name).render(**fixed, **values)
+    return room
 
 
 def megabytes(value: float | None) -> str:

@@ -1,4 +1,7 @@
-"""`recap compare` as it is typed: what it prints, what it refuses and how, and one comparison with real processes."""
+"""`recap compare` as it is typed: what it prints, what it refuses and how.
+
+Its runs are calls here: `tests/test_kill.py` has one in a process of its own, `tests/compare/test_runner.py` other processes.
+"""
 
 import json
 import shlex
@@ -14,6 +17,7 @@ from recap_cli.cli import INTERRUPTED, main
 from recap_cli.compare import cell, processes
 from recap_cli.errors import ComparisonError, DataError, PluginError, RecipeError, StateError, UsageError
 from recap_cli.recipe import recipe as recipes
+from tests.calls import here
 from tests.tiny import data_folder, tiny
 
 Answer = tuple[int, str, str]
@@ -47,6 +51,7 @@ def found_share() -> float:
 
 
 def test_a_comparison_runs_its_cells_and_then_has_nothing_left_to_do(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "run", here)
     grid = "--methods recap --ratios 0.3,0.9 --seeds 0 --out out --lrs 0.01 --set finetune.steps=2"
     code, out, err = ask(f"tiny.yaml {grid}")
     assert code == ComparisonError.exit_code

@@ -67,6 +67,9 @@ def _scores(
 def assert_near(ours: Tensor, expected: Tensor, what: str, near: float = 1e-5) -> None:
     """To a thousandth of each entry, or to `near` of the largest."""
     scale = float(expected.abs().max())
+    alike = (ours.dtype, ours.shape) == (expected.dtype, expected.shape)
+    if alike and torch.allclose(ours, expected, rtol=1e-3, atol=near * max(scale, 1e-3)):
+        return  # what follows says where they differ, and takes ten times as long
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=near * max(scale, 1e-3), msg=lambda m: f"{what}: {m}")
 
 

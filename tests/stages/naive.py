@@ -141,13 +141,17 @@ def importance(
     weights = {name: param.detach().double() for name, param in model.named_parameters()}
     groups = [g for group in alive for g in axes.fine_of(group)] if fine else list(alive)
     total = dict.fromkeys(groups, 0.0)
-    stretches = {group: list(axes.stretches(group, fine=fine)) for group in groups}
+    entries = {name: torch.zeros_like(weight) for name, weight in weights.items()}  # the mean over the samples
     for sample in samples:
         grads = gradients(model, sample, seed_of) if sample else weights
-        entries = {param: ENTRY_SCORES[criterion](weights[param], grad.double()) for param, grad in grads.items()}
-        for group, owned in stretches.items():
-            for param, dim, start, width in owned:
-                total[group] += float(entries[param].narrow(dim, start, width).sum()) / len(samples)
+        for param, grad in grads.items():
+            entries[param] += ENTRY_SCORES[criterion](weights[param], grad.double()) / len(samples)
+    sums: dict[tuple[str, int], list[float]] = {}  # of the entries of a parameter at each index of a dimension
+    for group in groups:
+        for param, dim, start, width in axes.stretches(group, fine=fine):
+            if (param, dim) not in sums:
+                sums[param, dim] = entries[param].movedim(dim, 0).reshape(axes.shapes[param][dim], -1).sum(1).tolist()
+            total[group] += sum(sums[param, dim][start : start + width])
     return total
 
 
@@ -272,39 +276,39 @@ def finetune(
     and `memory` are changed in place.
     """
     params = {name: param for name, param in model.named_parameters() if bool(trains[name].any())}
-    flat: list[tuple[str, Tensor, nn.Parameter]] = []
+    flat: list[tuple[str, Tensor, nn.Parameter]] = []  # a parameter, where its entries of one age are, and these
     for name, param in params.items():
         memory.start(name, training.idle_decay)
         for age in memory.counts[name][trains[name]].unique().tolist():
-            at = trains[name] & (memory.counts[name] == age)
-            flat.append((name, at, nn.Parameter(param.detach()[at].clone())))
+            at = (trains[name] & (memory.counts[name] == age)).flatten().nonzero()[:, 0]
+            flat.append((name, at, nn.Parameter(param.detach().flatten()[at])))
     decay = {name: training.weight_decay if param.ndim > 1 else 0.0 for name, param in params.items()}
     optimizer = training.rule([{"params": [values], "weight_decay": decay[name]} for name, _, values in flat])
     for name, at, values in flat:
-        age = int(memory.counts[name][at][0])
+        age = int(memory.counts[name].view(-1)[at[0]])
         optimizer.state[values] = {"step": torch.tensor(float(age))}
-        optimizer.state[values] |= {TORCH_NAMES[m]: tensor[at].clone() for m, tensor in memory.moments[name].items()}
+        optimizer.state[values] |= {TORCH_NAMES[m]: tensor.view(-1)[at] for m, tensor in memory.moments[name].items()}
     train_mode(model)
     for batch, (rate, head_rate) in zip(batches, rates, strict=True):
         grads = gradients(model, [batch])
         if training.clip is not None:
-            norm = torch.sqrt(sum((grads[n][at] ** 2).sum() for n, at, _ in flat if n in grads))
+            norm = torch.sqrt(sum((grads[n].flatten()[at] ** 2).sum() for n, at, _ in flat if n in grads))
             grads = {name: grad * min(1.0, training.clip / float(norm)) for name, grad in grads.items()}
         for (name, at, values), group in zip(flat, optimizer.param_groups, strict=True):
-            values.grad = grads[name][at] if name in grads else None
+            values.grad = grads[name].flatten()[at] if name in grads else None
             group["lr"] = head_rate if name in training.head else rate
         optimizer.step()
         with torch.no_grad():
             for name, at, values in flat:
-                params[name][at] = values
-                memory.counts[name][at] += name in grads
+                params[name].view(-1)[at] = values
+                memory.counts[name].view(-1)[at] += name in grads
     for name, of in memory.moments.items():
         for moment, tensor in of.items():
             tensor[~trains[name]] *= training.idle_decay[moment]  # eq. (5)
     for name, at, values in flat:
-        tensors[name][at] = values.detach()  # eq. (6)
+        tensors[name].view(-1)[at] = values.detach()  # eq. (6)
         for moment, tensor in memory.moments[name].items():
-            tensor[at] = optimizer.state[values][TORCH_NAMES[moment]]
+            tensor.view(-1)[at] = optimizer.state[values][TORCH_NAMES[moment]]
 
 
 def evaluate(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:

@@ -182,9 +182,7 @@ def test_a_block_at_a_time_gives_the_same_to_the_bit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_is_its_stages_and_the_product_is_never_the_teacher(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_its_stages_and_the_product_is_never_the_teacher(kind: str, tmp_path: Path) -> None:
     recipe = taught("bert", kind, mask={"train_embeddings": "tokens"}, patience=2)
     whole, stepwise = run(recipe, tmp_path / "run"), init(recipe, tmp_path / "stages")
     for number, stage in enumerate([*STAGES] * 3):
@@ -202,8 +200,11 @@ def test_a_run_is_its_stages_and_the_product_is_never_the_teacher(
     assert told["teacher"] == whole.manifest.history[3]["accuracy"]
     assert whole.manifest.history[4]["metric"] == "accuracy"  # which `merge` prints the teacher's figure by
     assert [row["steps"] for row in told["rounds"]] == [5, 3, 2]
+
+
+def test_patience_does_not_count_the_metric_of_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, [(1.0, 0.1), (0.4, 0.6), (0.5, 0.5), (0.4, 0.6), (0.9, 0.1)])
-    longer = taught("bert", kind, patience=1, rounds=4, finetune={"epochs": 0.5}, prune={"ramp": 1})
+    longer = taught("vit", "lora", patience=1, rounds=4, finetune={"epochs": 0.5}, prune={"ramp": 1})
     patient = run(longer, tmp_path / "scripted")
     assert patient.manifest.round == 4  # the teacher's 1.0 does not count: the second student round is better than the first
     assert patient.manifest.best is not None
@@ -228,15 +229,15 @@ def test_what_it_holds_is_a_block_and_what_stands_outside_counted_by_hand(tmp_pa
 def test_the_prediction_of_its_peak_grows_by_the_inputs_of_a_block_and_not_by_its_weights(kind: str) -> None:
     held, weights = {}, {}
     larger = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "image_size": 48}
-    for layers in (2, 5):
+    for layers in (5, 2):
         base = tiny("vit")
         config = {**(base.model.config or {}), **larger, "num_hidden_layers": layers}
         recipe = taught("vit", kind, model={"config": config}, importance={"batch_size": 4}, finetune={"batch_size": 4})
         of_recipe = meta_model.of_recipe(recipe, LABELS)
         held[layers] = teacher.teacher_bytes(of_recipe, recipe)
         weights[layers] = sum(tensor.nbytes for tensor in of_recipe.tensors.values())
-        student, alone = (predict.predict(of_recipe, one, "recap") for one in (recipe, base_of(recipe)))
-        assert student.usage == alone.usage  # the student's step holds what it holds without a teacher
+    student, alone = (predict.predict(of_recipe, one, "recap") for one in (recipe, base_of(recipe)))
+    assert student.usage == alone.usage  # the student's step holds what it holds without a teacher
     per_block, inputs = (weights[5] - weights[2]) / 3, 4 * 37 * 128 * 4
     assert per_block < held[2]
     assert 0.9 * inputs <= (held[5] - held[2]) / 3 <= 1.5 * inputs < per_block / 4

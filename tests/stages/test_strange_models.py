@@ -1,6 +1,6 @@
 """Models that nothing here was written for, by adapters of a few lines: checks, importance, methods, devices, what is told.
 
-Whole rounds of them by RECAP are in test_invariants.py (I1 to I9) and test_algorithm.py (against the naive reference).
+Whole rounds of them by RECAP are in test_algorithm.py (against the naive reference, I2 to I9) and test_invariants.py (I5).
 """
 
 from dataclasses import replace

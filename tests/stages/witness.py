@@ -1,7 +1,7 @@
 """A run of the stages, one after another as their commands would, with a record of what they looked at and what they wrote."""
 
-import copy
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from recap_cli.data.splits import Split
 from recap_cli.models import build
 from recap_cli.models.specs import ModelSpec
 from recap_cli.recipe.recipe import Recipe
+from recap_cli.rounds.run_context import Context
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
@@ -68,6 +69,15 @@ class Record:
     texts: dict[str, str] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    root: Path = Path()
+    read: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
+
+    def folder(self, round: int, stage: str) -> Path:
+        """The state as it was after a stage of the first two rounds, if the record was told to keep it."""
+        return self.root / f"{round}-{stage}"
+
+    def at(self, round: int, stage: str) -> Context:
+        return Context(State.open(self.folder(round, stage)))
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -80,8 +90,8 @@ class Record:
         return Axes(layout["axes"], shapes, layout["whole_trained"], layout["whole_frozen"])
 
     def model(self) -> nn.Module:
-        """A full model of the run's architecture, with weights of no meaning."""
-        return copy.deepcopy(_built(self.texts["spec.json"]))
+        """The full model of the run's architecture, with weights of no meaning: the same one each time."""
+        return _built(self.texts["spec.json"])
 
     def full(self, round: int) -> dict[str, Tensor]:
         """The full model's weights after a round, 0 being `init`."""
@@ -165,10 +175,15 @@ def watching(record: Record, at: list[Any]) -> Iterator[Any]:
         Split.batch = plain  # type: ignore[method-assign]
 
 
-def witnessed(recipe: Recipe, stop: tuple[int, str] | None = None, folder: Path | None = None) -> Record:
-    """Run the stages of a recipe up to `stop` (round, stage), each on the state as it lies on the disk."""
-    path = (folder or Path(mkdtemp(prefix="recap-witness-"))) / "state"
-    record, at = Record(recipe), [0, "init"]
+def witnessed(
+    recipe: Recipe, stop: tuple[int, str] | None = None, folder: Path | None = None, *, kept_rounds: int = 0
+) -> Record:
+    """Run the stages of a recipe up to `stop` (round, stage), each on the state as it lies on the disk.
+
+    Of the first `kept_rounds` rounds the state after each stage is copied.
+    """
+    root = folder or Path(mkdtemp(prefix="recap-witness-"))
+    path, record, at = root / "state", Record(recipe, root=root), [0, "init"]
     with watching(record, at) as track:
         init(recipe, path, track=track)
         _put_down(record, path, at)
@@ -179,6 +194,8 @@ def witnessed(recipe: Recipe, stop: tuple[int, str] | None = None, folder: Path 
                 at[:] = [round, name]
                 stage(State.open(path), track=track)
                 _put_down(record, path, at)
+                if round <= kept_rounds:
+                    shutil.copytree(path, record.folder(round, name))
                 if tuple(at) == stop:
                     return record
     return record
@@ -188,14 +205,18 @@ def _put_down(record: Record, path: Path, at: list[Any]) -> None:
     state = State.open(path)
     for folder in path.glob("full-*"):
         record.texts |= {name: (folder / name).read_text() for name in ("layout.json", "spec.json")}
-    record.files[at[0], at[1]] = {str(f.relative_to(path)): _copied(f) for f in path.rglob("*.safetensors")}
+    record.files[at[0], at[1]] = {str(f.relative_to(path)): _copied(f, record.read) for f in path.rglob("*.safetensors")}
     if at[1] == "finetune":
         record.metrics[at[0]] = json.loads((path / f"round-{at[0]:03d}" / "metrics.json").read_text())
     record.history, record.best = list(state.manifest.history), state.manifest.best
 
 
-def _copied(file: Path) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in load_file(file).items()}  # the file may go with its round
+def _copied(file: Path, read: dict[Any, dict[str, Tensor]]) -> dict[str, Tensor]:
+    now = file.stat()
+    key = file, now.st_ino, now.st_mtime_ns, now.st_size  # most of the files are those of the stage before
+    if key not in read:
+        read[key] = {name: tensor.clone() for name, tensor in load_file(file).items()}  # the file may go with its round
+    return read[key]
 
 
 def still(name: str, **sections: Any) -> Recipe:
@@ -220,4 +241,4 @@ def still(name: str, **sections: Any) -> Recipe:
 @cache
 def record_of(name: str) -> Record:
     """Three rounds of one adapter's pico model, run once per process."""
-    return witnessed(still(name))
+    return witnessed(still(name), kept_rounds=2)
