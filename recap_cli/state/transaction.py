@@ -4,10 +4,11 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,8 @@ class Transaction:
         self._announced: set[str] = set()
         self._dropped: set[str] = set()
         self._amended: dict[str, Any] = {}  # what a change of the recipe commits instead of a stage
-        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="recap-state")
         self._hashing: dict[str, tuple[storage.Fingerprint, Future[None], Future[Checksum]]] = {}
+        self._under_way: list[Future[Any]] = []
         self._started = time.monotonic()
 
     def path(self, rel: str) -> Path:
@@ -159,7 +160,8 @@ class Transaction:
     def _checksum(self, rel: str) -> None:
         path = self._root / rel
         seen = storage.fingerprint(path)
-        self._hashing[rel] = seen, self._threads.submit(storage.flush, path), self._threads.submit(storage.checksum, path)
+        self._hashing[rel] = seen, threads().submit(storage.flush, path), threads().submit(storage.checksum, path)
+        self._under_way += self._hashing[rel][1:]
 
     def _in_the_way(self, path: Path) -> StateError:
         return StateError(
@@ -217,7 +219,18 @@ class Transaction:
         return {**entry, **self.facts}
 
     def _close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """Wait until no thread looks at the new files any more."""
+        wait([future for future in self._under_way if not future.cancel()])
+
+
+@cache
+def threads() -> ThreadPoolExecutor:
+    """Return the threads that flush and hash files. They are kept: to start them took a tenth of a stage of a small model."""
+    return ThreadPoolExecutor(max_workers=4, thread_name_prefix="recap-state")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=threads.cache_clear)  # a child has none of its parent's threads
 
 
 def _now() -> str:
