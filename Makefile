@@ -1,9 +1,9 @@
 # The commands that people and CI share. PYTHON is the interpreter of the environment the project is installed in.
 PYTHON ?= python
 
-.PHONY: check format lint types test proof site docs pages bench mutants fuzz
+.PHONY: check format lint types test wide proof site docs pages bench mutants fuzz
 
-check: lint types test proof site
+check: lint types test wide proof site
 
 format:
 	$(PYTHON) -m ruff format .
@@ -18,6 +18,9 @@ types:
 
 test:
 	$(PYTHON) -m pytest
+
+wide:  # the tests of models that are like another one
+	$(PYTHON) -m pytest -m wide
 
 proof:  # the named faults, each against its tests, and a sample of `make fuzz`
 	$(PYTHON) -m pytest -m proof tests/faults tests/fuzz

@@ -18,6 +18,20 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would its children
 
+LIKE = {  # a pico model → one of the same adapter's tables, or of the same blocks, that `pytest` alone tests too
+    "deit": "vit",
+    "dinov2-swiglu": "dinov2",
+    "roberta": "bert",
+    "electra": "bert",
+    "timm-vit-distilled": "timm-vit",
+    "timm-vit-packed-glu": "timm-vit",
+    "timm-vit-qk-norm": "timm-vit",
+    "dpt": "vit",
+    "data2vec-vision": "beit",
+    "upernet": "swin",
+    "maskformer": "mask2former",
+    "oneformer": "mask2former",
+}
 ROOM_BYTES = 4 * 2**30
 LONG = (  # files of 3 s and more, the longest first: one that begins last would leave the other worker idle
     "tests/fuzz/test_fuzz.py",
@@ -85,8 +99,13 @@ def pytest_collection() -> Iterator[None]:
         atexit.register(gc.unfreeze)  # libraries count then what was not let go; pytest looks ten times for garbage before
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first: with `--dist loadfile` each is the work of one worker."""
+    """Long files first: with `--dist loadfile` each is the work of one worker. Models like another one are for `make wide`."""
+    for item in items:
+        params = getattr(item, "callspec", None)
+        if params is not None and any(isinstance(value, str) and value in LIKE for value in params.params.values()):
+            item.add_marker(pytest.mark.wide)
     rank = {file: place for place, file in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(LONG)))
 
