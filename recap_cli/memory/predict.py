@@ -291,8 +291,8 @@ def prepare(
     weights = sum(param.numel() for param in built.parameters())
     token_rows = model.token_rows or (all_token_rows(built) if round_plans[0].embeddings == "tokens" else None)
     small = SmallModel(built, model.layout, round_plans[0], plan, chosen, token_rows)
-    hook = with_hook(small, recipe, round_plans, like) if round_plans[0].trains == "training" else None
     enable_recomputing(built, tune, model.layout, model.spec.model_type)
+    hook = with_hook(small, recipe, round_plans, like) if round_plans[0].trains == "training" else None
     trainables = make_trainable(small, placement) if hook is None else make_hook_trainable(small, hook, placement)
     weights -= sum(module.absent for module in built.modules() if isinstance(module, PartialEmbedding))
     optimizer = Optimizer(trainables, rule_of(tune), weight_decay=tune.weight_decay)

@@ -40,12 +40,12 @@ def make_trainer(context: Context, number: int, small: SmallModel, device: torch
     accounting.reset(device)
     recipe, settings = context.recipe, context.recipe.finetune
     index_map = small.trainable_entries()  # of the model as it is: what follows changes it
+    enable_recomputing(small.model, settings, small.layout, context.spec.model_type)  # by the names of its parameters as it is
     hook = None
     if small.round_plan.trains == "training":
         torch.manual_seed(seed_for(recipe.seed, number, "training"))
         hook = attach(small, recipe, context.round_plans[number - 1 :])
     carried = carried_state(context, small, index_map)
-    enable_recomputing(small.model, settings, small.layout, context.spec.model_type)
     if hook is None:
         trainables = make_trainable(small, placement_of(settings, device))
         scale = {trainable.name: 1.0 for trainable in trainables}

@@ -292,6 +292,17 @@ def test_methods_run_with_the_settings_of_memory(method: str, settings: dict[str
     assert held[0] < held[1] or settings == {"offload": True} or method in ("movement", "post-ft")  # which hold masters of all
 
 
+@pytest.mark.parametrize("method", ["recap-lora", "movement"])
+def test_attention_is_found_by_the_names_that_a_model_has_before_a_training_of_its_own(method: str, tmp_path: Path) -> None:
+    plain, again = (
+        run(tiny("vit", method=method, rounds=1, finetune={"checkpointing": how}), tmp_path / str(how))
+        for how in (False, "attention")
+    )
+    expected = Context(plain).full_tensors()
+    for name, tensor in Context(again).full_tensors().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
+
+
 def strangers(training: Any, trains: str = "training") -> Method:
     return Method("A stranger's.", lambda _: [RoundPlan(trains=trains)], training=training)  # type: ignore[arg-type]
 
