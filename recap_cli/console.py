@@ -12,10 +12,11 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from recap_cli.printable import escaped_in_json, printable
-from recap_cli.progress import Item
+from recap_cli.progress import Item, Label
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -106,10 +107,11 @@ def records(rows: Sequence[Mapping[str, Any]], *, title: str | None = None, is_r
 
 def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
     """Yield the items and show progress, as a `recap_cli.progress.Track`: a bar on a terminal, else plain lines."""
+    now = partial(_now, label) if isinstance(label, Label) else str
     label = printable(label)
     count = total if total is not None else operator.length_hint(items, -1)
     known = count if count >= 0 else None
-    return _bar(items, label, known) if _is_terminal(sys.stderr) else _lines(items, label, known)
+    return (_bar if _is_terminal(sys.stderr) else _lines)(items, label, known, now)
 
 
 def close() -> None:
@@ -220,7 +222,7 @@ def _console(stream: TextIO) -> "Console":
     return Console(file=stream, width=fixed, markup=False, highlight=False, emoji=False)
 
 
-def _bar(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
+def _bar(items: Iterable[Item], label: str, total: int | None, now: Callable[[], str]) -> Iterator[Item]:
     """Yield the items under a bar that disappears when the loop ends. An inner loop adds its bar below."""
     outermost = not _live
     progress = _bars() if outermost else _live[-1]
@@ -231,7 +233,7 @@ def _bar(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]
     try:
         for item in items:
             yield item
-            progress.advance(task)
+            progress.update(task, advance=1, description=f"{label}, {word}" if (word := now()) else label)
     finally:
         progress.remove_task(task)
         if outermost:
@@ -254,7 +256,7 @@ def _bars() -> "Progress":
     )
 
 
-def _lines(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
+def _lines(items: Iterable[Item], label: str, total: int | None, now: Callable[[], str]) -> Iterator[Item]:
     """Yield the items, with a plain line at the start, every ten seconds, and at the end of all but the shortest loops."""
     of_total = "" if total is None else f" of {total:,}"
     say(f"{label}: 0{of_total} ..." if of_total else f"{label} ...")
@@ -263,11 +265,19 @@ def _lines(items: Iterable[Item], label: str, total: int | None) -> Iterator[Ite
     for item in items:
         yield item
         done += 1
-        now = time.monotonic()
-        if now - last >= LINE_SECONDS and done != total:
-            last = now
-            left = "" if not total or done > total else f", {duration((now - start) / done * (total - done))} left"
-            say(f"{label}: {done:,}{of_total}, {duration(now - start)}{left}")
+        at = time.monotonic()
+        if at - last >= LINE_SECONDS and done != total:
+            last = at
+            left = "" if not total or done > total else f", {duration((at - start) / done * (total - done))} left"
+            say(f"{label}: {done:,}{of_total}, {duration(at - start)}{left}{_comma(now())}")
     took = time.monotonic() - start
     if took >= SHORT_SECONDS:
-        say(f"{label}: {done:,}{of_total} in {duration(took)}")
+        say(f"{label}: {done:,}{of_total} in {duration(took)}{_comma(now())}")
+
+
+def _now(label: Label) -> str:
+    return printable(label.now)
+
+
+def _comma(word: str) -> str:
+    return f", {word}" if word else ""

@@ -6,8 +6,14 @@ from typing import Protocol, TypeVar
 Item = TypeVar("Item")
 
 
+class Label(str):
+    """A label, with a word on how the loop goes that may change while it runs."""
+
+    now = ""
+
+
 class Track(Protocol):
-    """Yields the items, and reports the label, the total and each item as it goes."""
+    """Yields the items, and reports the label (of a `Label` its word too), the total and each item as it goes."""
 
     def __call__(self, items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]: ...
 

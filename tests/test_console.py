@@ -10,6 +10,7 @@ import pytest
 
 from recap_cli import console
 from recap_cli.errors import DataError
+from recap_cli.progress import Label
 from recap_cli.report.template import milliseconds
 
 
@@ -153,6 +154,28 @@ def test_progress_in_a_log_file_speaks_at_most_every_ten_seconds(capsys: pytest.
     err = capsys.readouterr().err.splitlines()
     assert err[1] == "score: 3 of 6, 12.0 s, 12.0 s left"
     assert len(err) == 3
+
+
+def test_what_a_label_has_to_say_stands_beside_the_progress(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(console, "SHORT_SECONDS", 0.0)
+    label = Label("finetune")
+    for number in console.track(range(3), label):
+        label.now = f"loss {number}.5"
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "finetune: 0 of 3 ..."
+    assert [line.rpartition(", ")[2] for line in said[1:]] == ["loss 0.5", "loss 1.5", "loss 2.5"]
+
+    def act() -> None:
+        for number in console.track(range(3), label):
+            label.now = f"loss {number}.5\x1b[2J"
+            console._live[-1].refresh()
+
+    shown = on_terminal(act)
+    assert "loss 1.5" in shown
+    assert "\x1b[2J" not in shown
 
 
 @pytest.mark.usefixtures("_slow_clock")

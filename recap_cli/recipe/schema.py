@@ -281,6 +281,9 @@ class Finetune(BaseModel):
         default=False, description="True keeps masters and moments in main memory, and runs the optimizer there."
     )
     carry_moments: Flag = Field(default=True, description="True keeps the optimizer's moments from round to round. Paper: V.")
+    log_every: Million = Field(
+        default=10, description="Optimizer steps between two looks at the loss, for which a device is waited."
+    )
     device: Device = Field(
         default="auto", description="Device that trains the small model; auto is an accelerator if there is one."
     )

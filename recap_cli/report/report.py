@@ -142,6 +142,7 @@ def of_state(state: State) -> dict[str, Any]:
         },
         "label_figures": task.figures_by_label(scored[manifest.best["round"]]) if manifest.best else {},
         "labels": list(context.objective.labels),
+        "looks": {number: context.looks(f"round-{number:03d}") for number in tuned},
         "memory": {number: context.memory(f"round-{number:03d}") for number in tuned},
         "picture": _picture(context, rounds),
         "full_bytes": _bytes(manifest.files, manifest.full),

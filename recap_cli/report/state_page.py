@@ -69,6 +69,7 @@ def _figures(found: Mapping[str, Any], tuned: Sequence[Row]) -> dict[str, str | 
     held_label = "memory held while finetuning, by round, against full finetuning"
     figures = {
         "metric": (state_plots.metric_by_round(tuned, metric) if tuned else None, f"{metric} after each round"),
+        "loss": (state_plots.loss_by_step(found["looks"]), "training loss over the steps of all rounds"),
         "change": (state_plots.change_by_round(rounds), visited),
         "memory": (state_plots.memory_by_round(tuned) if tuned else None, held_label),
         "time": (state_plots.time_by_round(rounds, duration) if rounds else None, "time of each round, by stage"),

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from recap_cli.memory.picture import PAGE, Picture, picture
 from recap_cli.memory.plot_bars import Part, Stack, stack_page
-from recap_cli.memory.plot_parts import Marks, grid, legend, legend_below, legend_height, mark, megabytes, percent, y_label
+from recap_cli.memory.plot_parts import (
+    Marks,
+    grid,
+    legend,
+    legend_below,
+    legend_height,
+    mark,
+    megabytes,
+    numbers,
+    percent,
+    y_label,
+)
 from recap_cli.memory.plot_style import ACCENT, INK, KINDS, LINE, METHODS, PAPER, SOFT, STAGES
 from recap_cli.memory.tracker import Kind
 
@@ -25,6 +36,7 @@ SQUARE = 18.0  # points from square to square, where there is room
 FULL = 0.8  # a share that colours a cell so much that the letters in it are those of the page, on white and on dark
 BESIDE: Mapping[str, Any] = {"textcoords": "offset points", "va": "center", "color": SOFT}  # a number beside its marks
 MOST_TICKS = 10
+MOST_POINTS = 300  # of a curve
 HELD_KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimizer")
 CHANGES = {
     "coverage": ("visited by updates so far", METHODS["lora-ft"], "-"),
@@ -52,6 +64,36 @@ def metric_by_round(rows: Sequence[Row], metric: str) -> Picture:
             axes.plot(places, heights, linestyle="none", label=best, clip_on=False, zorder=4, **ring)
         axes.margins(y=0.12)
         _over_rounds(drawn, axes, [row["round"] for row in rows], metric)
+    return drawn
+
+
+def loss_by_step(looks: Mapping[int, Sequence[Row]]) -> Picture | None:
+    """Draw the training loss over the steps of all rounds, with a line where a round ends; None without any step.
+
+    Of more than some hundred looks several are drawn as one, at their mean.
+    """
+    steps, losses, texts, ends = list[int](), list[float](), list[str](), list[int]()
+    each = math.ceil(sum(map(len, looks.values())) / MOST_POINTS)
+    for number, seen in looks.items():
+        before = ends[-1] if ends else 0
+        for at in range(0, len(seen), each):
+            together = seen[at : at + each]
+            look = {**together[-1], "loss": sum(one["loss"] for one in together) / len(together)}
+            steps.append(before + look["step"])
+            losses.append(look["loss"])
+            texts.append(f"round {number}, step {look['step']:,}: {look['loss']:.4f} at {look['lr']:.1e}")
+        ends += [before + seen[-1]["step"]] if seen else []
+    if not steps:
+        return None
+    with picture(PAGE, HEIGHT) as drawn:
+        axes = drawn.figure.add_subplot()
+        for end in ends[:-1]:
+            axes.axvline(end, color=LINE, linewidth=0.8, zorder=1)
+        mark(drawn, axes, Marks(steps, losses, (), texts), METHODS["recap"], label=None, linestyle="-", markersize=3.5)
+        axes.margins(x=0.02, y=0.1)
+        numbers(axes.xaxis, "optimizer steps")
+        y_label(drawn, axes, "training loss")
+        grid(axes.yaxis)
     return drawn
 
 

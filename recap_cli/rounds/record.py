@@ -34,7 +34,7 @@ PLAN, IMPORTANCE, COMPENSATION, MASK, ROWS, SMALL, TRAINED, SCORES = (
     "trained.safetensors",
     "scores.safetensors",
 )
-METRICS, MEMORY = "metrics.json", "memory.json"
+METRICS, MEMORY, LOOKS = "metrics.json", "memory.json", "steps.jsonl"
 TEACHER_FOLDER, TARGETS, STATES = "teacher-000", "targets.safetensors", "states.safetensors"
 
 FULL_FILES = (WEIGHTS, SPEC, LAYOUT)

@@ -1,11 +1,12 @@
 """What a finetuning leaves in the state: the trained values, their moments, the metrics, and what was held."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from recap_cli.machine import accounting
 from recap_cli.rounds.custom_training import result_of
-from recap_cli.rounds.record import MEMORY, METRICS, MOMENTS, ROWS, SCORES, TRAINED
+from recap_cli.rounds.record import LOOKS, MEMORY, METRICS, MOMENTS, ROWS, SCORES, TRAINED
 from recap_cli.rounds.run_context import Context
 from recap_cli.rounds.trainer import Trainer
 from recap_cli.state.store import Transaction
@@ -46,6 +47,7 @@ def write_results(transaction: Transaction, context: Context, trainer: Trainer, 
     held |= accounting.measured(trainer.device, outcome.peak)
     transaction.save_json(f"{folder}/{MEMORY}", held)
     transaction.save_json(f"{folder}/{METRICS}", outcome.metrics)
+    transaction.save_text(f"{folder}/{LOOKS}", "".join(f"{json.dumps(asdict(look))}\n" for look in run.looks))
     lr, head_lr = context.lr(trainer.small.round_plan), context.head_lr(trainer.small.round_plan)
     transaction.facts |= {
         "metric": recipe.task.metric,

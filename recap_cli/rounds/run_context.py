@@ -34,6 +34,7 @@ from recap_cli.rounds.record import (
     COMPENSATION,
     IMPORTANCE,
     LAYOUT,
+    LOOKS,
     MASK,
     MEMORY,
     METRICS,
@@ -273,6 +274,11 @@ class Context:
     def metrics(self, folder: str) -> dict[str, float]:
         """Loss and metrics of a round's small model on the validation data."""
         return stored.metrics(self.state, f"{folder}/{METRICS}", self.recipe.metric.name)
+
+    def looks(self, folder: str) -> list[dict[str, Any]]:
+        """The losses of a round's steps, as they were seen; none of a round before they were kept."""
+        rel = f"{folder}/{LOOKS}"
+        return stored.looks(self.state, rel) if rel in self.state.manifest.files else []
 
     def memory(self, folder: str) -> dict[str, Any]:
         """Bytes held and measured while finetuning in a round."""

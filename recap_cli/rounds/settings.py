@@ -26,6 +26,7 @@ EXECUTION = (
     "finetune.checkpointing",
     "finetune.fused_backward",
     "finetune.offload",
+    "finetune.log_every",
     "finetune.device",
     "evaluate.batch_size",
 )

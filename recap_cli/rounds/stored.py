@@ -101,6 +101,23 @@ def metrics(state: State, rel: str, metric: str) -> dict[str, float]:
     return found
 
 
+class Seen(BaseModel):
+    """A line of steps.jsonl, as far as it is read again."""
+
+    model_config = OPEN
+
+    step: Size
+    loss: Annotated[float, Field(allow_inf_nan=False)]
+    lr: Annotated[float, Field(allow_inf_nan=False)]
+
+
+def looks(state: State, rel: str) -> list[dict[str, Any]]:
+    """What was seen of the steps of a round, in their order. Raises as `State.verified`, and `CorruptStateError`."""
+    text = state.load_text(rel)
+    with meant(state.path / rel):
+        return [Seen.model_validate_json(line).model_dump() for line in text.splitlines()]
+
+
 def memory(state: State, rel: str) -> dict[str, Any]:
     """What a finetuning held. Raises as `State.verified`, and `CorruptStateError`."""
     text = state.load_text(rel)

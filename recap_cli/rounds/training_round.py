@@ -17,7 +17,7 @@ from recap_cli.data.soft_targets import fingerprint
 from recap_cli.data.split import Split
 from recap_cli.errors import TrainingError
 from recap_cli.machine import accounting
-from recap_cli.progress import Track
+from recap_cli.progress import Label, Track
 from recap_cli.recipe.recipe import Recipe
 from recap_cli.rounds.custom_training import stepping
 from recap_cli.rounds.device_policy import blocks_of, importance_batch_size
@@ -33,7 +33,7 @@ from recap_cli.tasks.losses import Lesson
 from recap_cli.trainable.optim import Optimizer, learning_rate
 from recap_cli.trainable.token_rows import used_token_rows
 from recap_cli.training.evaluation import Pass, evaluate
-from recap_cli.training.loop import Forward, Steps, Training, train
+from recap_cli.training.loop import Forward, Look, Steps, Training, train
 
 NOT_COMMITTED = "the round is not committed"
 LOWER_THE_RATE = (
@@ -70,18 +70,25 @@ def train_round(context: Context, trainer: Trainer, split: Split, track: Track) 
         warmup = settings.warmup_ratio
         return learning_rate(first + step, steps=whole, peak=peak, schedule=settings.schedule, warmup_ratio=warmup)
 
+    label = Label(f"finetune, round {number}")
+
+    def show(look: Look) -> None:
+        label.now = f"loss {look.loss:.4f}"
+
     with _taught_forward(context, trainer) as (forward, lesson):
         return train(
             forward,
             context.objective.task,
             trainer.optimizer,
-            track(_epochs(recipe, split, before, steps, device), f"finetune, round {number}", steps),
+            track(_epochs(recipe, split, before, steps, device), label, steps),
             steps=Steps(
                 rate=rate,
                 micro_batch_size=_micro_batch_size(recipe, trainer),
                 max_grad_norm=settings.max_grad_norm,
                 fused_backward=settings.fused_backward,
                 before_step=stepping(trainer.hook, trainer.optimizer, steps),
+                log_every=settings.log_every,
+                on_log=show,
                 if_not_finite=NOT_COMMITTED,
                 hint=LOWER_THE_RATE,
                 lesson=lesson,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from time import perf_counter
 
 import torch
@@ -29,6 +30,8 @@ class Steps:
         max_grad_norm: gradients are clipped to this norm; None: they are not.
         fused_backward: True updates each tensor as soon as its gradient is complete, and frees it before the next one is made.
         before_step: runs before each step, with its number.
+        log_every: after so many steps their losses are looked at, for which a device is waited.
+        on_log: hears of each look.
         if_not_finite: what a loss that is not finite means to the caller, as the error goes on.
         hint: what a user can do then.
         lesson: how much is learned from a teacher, whose outputs are in each batch; None: nothing.
@@ -39,9 +42,28 @@ class Steps:
     max_grad_norm: float | None = None
     fused_backward: bool = False
     before_step: Callable[[int], None] = lambda _: None
+    log_every: int = 10
+    on_log: "Callable[[Look], None]" = lambda _: None
     if_not_finite: str = "nothing is kept"
     hint: str | None = None
     lesson: Lesson | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """What some steps of a training came to.
+
+    Attributes:
+        step: Steps that are done, these included.
+        loss: Mean loss of these.
+        lr: Learning rate of the last of them.
+        seconds: Since the training began.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -53,12 +75,14 @@ class Training:
         loss: Mean loss over the last tenth of the steps.
         seconds: Their time.
         gradient_bytes: The most bytes of gradients held at once.
+        looks: What came of every `log_every` steps.
     """
 
     steps: int
     loss: float
     seconds: float
     gradient_bytes: int
+    looks: tuple[Look, ...] = ()
 
 
 def train(forward: Forward, task: Task, optimizer: Optimizer, batches: Iterable[Batch], steps: Steps) -> Training:
@@ -72,26 +96,40 @@ def train(forward: Forward, task: Task, optimizer: Optimizer, batches: Iterable[
         steps: How each step is taken.
 
     Raises:
-        TrainingError: A loss is not finite.
+        TrainingError: A loss is not finite. It is found at the next look at the losses.
     """
-    losses: list[Tensor] = []
+    losses: list[float] = []
+    unseen: list[Tensor] = []
+    looks: list[Look] = []
     watch = _GradientWatch(optimizer.trainables)
     started = perf_counter()
+
+    def look() -> None:
+        found = [float(loss) for loss in torch.stack(unseen).cpu()]
+        unseen.clear()
+        _check_finite(found, len(losses), steps)
+        losses.extend(found)
+        looks.append(Look(len(losses), sum(found) / len(found), optimizer.lr, perf_counter() - started))
+        steps.on_log(looks[-1])
+
     with ExitStack() as stack:
         complete = stack.enter_context(_fused(optimizer, watch)) if steps.fused_backward else None
         for step, batch in enumerate(batches):
             optimizer.lr = steps.rate(step)
             steps.before_step(step)
-            losses.append(_accumulate(forward, task, batch, steps, complete))
+            unseen.append(_accumulate(forward, task, batch, steps, complete))
             if complete is None:
                 watch.all_held()
                 _clip(optimizer.trainables, steps.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            _check_finite(losses[-1], step, steps)
+            if len(unseen) == steps.log_every:
+                look()
+    if unseen:
+        look()
     tail = losses[-max(1, len(losses) // 10) :]
-    mean = float(torch.stack(tail).mean()) if tail else float("nan")
-    return Training(len(losses), mean, perf_counter() - started, watch.peak_bytes)
+    mean = sum(tail) / len(tail) if tail else float("nan")
+    return Training(len(losses), mean, perf_counter() - started, watch.peak_bytes, tuple(looks))
 
 
 def _accumulate(forward: Forward, task: Task, batch: Batch, steps: Steps, complete: "_Complete | None") -> Tensor:
@@ -172,6 +210,8 @@ def _clip(trainables: Iterable[Trainable], max_grad_norm: float | None) -> None:
         nn.utils.clip_grad_norm_([trainable.grad_param for trainable in trainables], max_grad_norm)
 
 
-def _check_finite(loss: Tensor, step: int, steps: Steps) -> None:
-    if not torch.isfinite(loss):
-        raise TrainingError(f"the loss is {float(loss)} at step {step + 1}; {steps.if_not_finite}", hint=steps.hint)
+def _check_finite(found: Iterable[float], before: int, steps: Steps) -> None:
+    """Refuse losses that are not finite, of the steps after so many."""
+    for step, loss in enumerate(found, before + 1):
+        if not isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {step}; {steps.if_not_finite}", hint=steps.hint)

@@ -41,6 +41,26 @@ def test_the_metric_of_each_round_stands_at_its_value_and_the_best_has_a_square(
     assert "the best, which is the product" in words(drawing)
 
 
+def test_the_loss_goes_on_over_the_rounds_with_a_line_where_one_ends() -> None:
+    def seen(*losses: float) -> list[dict[str, Any]]:
+        return [{"step": 10 * n, "loss": loss, "lr": 1e-3} for n, loss in enumerate(losses, 1)]
+
+    drawn = state_plots.loss_by_step({1: seen(3.0, 2.5), 2: [], 3: seen(2.0, 1.5, 1.0)})
+    assert drawn is not None
+    (axes,) = drawn.figure.axes
+    line, curve = axes.lines
+    assert list(line.get_xdata()) == [20, 20]
+    assert list(curve.get_xdata()) == [10, 20, 30, 40, 50]
+    assert list(curve.get_ydata()) == [3.0, 2.5, 2.0, 1.5, 1.0]
+    assert state_plots.loss_by_step({1: []}) is None
+    many = state_plots.loss_by_step({1: seen(*map(float, range(1200))), 2: seen(7.0)})
+    assert many is not None
+    curve = many.figure.axes[0].lines[-1]
+    assert list(curve.get_ydata())[:2] == [2.0, 7.0]  # each of five
+    assert list(curve.get_xdata())[-2:] == [12_000, 12_010]
+    assert len(curve.get_xdata()) == 241
+
+
 def test_what_is_not_known_of_a_round_has_no_mark() -> None:
     rows = [row(1, coverage=0.25, overlap=None), row(2, coverage=0.5, overlap=0.75), row(3, coverage=None, overlap=0.9)]
     drawing = drawn(state_plots.change_by_round(rows))

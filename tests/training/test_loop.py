@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from recap_cli.core.batch_norms import train_mode
 from recap_cli.core.task import IGNORED, Batch, Task
+from recap_cli.errors import TrainingError
 from recap_cli.plugins.tasks.classification import TEXT_CLASSIFICATION
 from recap_cli.plugins.tasks.multi_label import TEXT_MULTI_LABEL
 from recap_cli.plugins.tasks.semantic_segmentation import SEMANTIC_SEGMENTATION
@@ -15,7 +16,7 @@ from recap_cli.plugins.tasks.text_regression import TEXT_REGRESSION
 from recap_cli.plugins.tasks.token_classification import TOKEN_CLASSIFICATION
 from recap_cli.trainable.build import make_partial
 from recap_cli.trainable.optim import Optimizer, sgd
-from recap_cli.training.loop import Steps, Training, train
+from recap_cli.training.loop import Look, Steps, Training, train
 
 EXAMPLES, TOKENS, WIDTH, LABELS = 5, 7, 4, 3
 WORDS = (7, 1, 0, 2, 1)  # of each example: one has most of them, one has none
@@ -109,6 +110,42 @@ def test_with_a_batch_norm_the_gradient_of_micro_batches_is_that_of_the_whole_ba
 def test_a_fused_step_waits_for_the_last_micro_batch() -> None:
     plain, fused = stepped("words", 2)[0], stepped("words", 2, fused_backward=True)[0]
     assert all(torch.equal(plain[name], fused[name]) for name in plain)
+
+
+def training(log_every: int, *, steps: int = 7, bad: int | None = None, **how: Any) -> tuple[Training, list[Look]]:
+    """Some steps on one batch, whose loss is not finite from the step `bad` on, and what was heard of them."""
+    torch.manual_seed(0)
+    model, heard, at = nn.Linear(WIDTH, LABELS), list[Look](), iter(range(1, steps + 1))
+
+    def forward(batch: Batch) -> Tensor:
+        out: Tensor = model(batch["x"])
+        return out * float("nan") if next(at) == bad else out
+
+    optimizer = Optimizer(make_partial(model, {}, frozen=lambda _: False), sgd(momentum=0.0))
+    rate = Steps(rate=lambda step: 0.1 / (1 + step), log_every=log_every, on_log=heard.append, **how)
+    return train(forward, TASKS["classes"], optimizer, [batch_of("classes")] * steps, rate), heard
+
+
+def test_losses_are_looked_at_every_few_steps_and_at_the_end() -> None:
+    each, _ = training(1)
+    assert [look.step for look in each.looks] == [1, 2, 3, 4, 5, 6, 7]
+    assert each.loss == each.looks[-1].loss  # of the last tenth of the steps
+    assert each.looks[0].loss > each.looks[-1].loss
+    found, heard = training(3)
+    assert found.looks == tuple(heard)
+    assert [look.step for look in heard] == [3, 6, 7]
+    losses = [look.loss for look in each.looks]
+    assert [look.loss for look in heard] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:6]) / 3, losses[6]])
+    assert [look.lr for look in heard] == pytest.approx([0.1 / 3, 0.1 / 6, 0.1 / 7])
+    assert 0 < heard[0].seconds < heard[1].seconds < heard[2].seconds <= found.seconds
+    assert training(3, steps=0)[0].looks == ()
+
+
+@pytest.mark.parametrize("log_every", [1, 3, 100])
+def test_the_first_loss_that_is_not_finite_is_named_however_late_it_is_seen(log_every: int) -> None:
+    with pytest.raises(TrainingError, match="the loss is nan at step 5; all is lost") as caught:
+        training(log_every, bad=5, if_not_finite="all is lost", hint="go slow")
+    assert caught.value.hint == "go slow"
 
 
 def test_a_batch_without_a_word_gives_no_loss_and_no_gradient() -> None:
