@@ -104,7 +104,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first: with `--dist loadfile` each is the work of one worker. Models like another one are for `make wide`."""
     for item in items:
         params = getattr(item, "callspec", None)
-        if params is not None and any(isinstance(value, str) and value in LIKE for value in params.params.values()):
+        if (
+            params is not None
+            and item.get_closest_marker("proof") is None
+            and any(isinstance(value, str) and value in LIKE for value in params.params.values())
+        ):
             item.add_marker(pytest.mark.wide)
     rank = {file: place for place, file in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(LONG)))

@@ -523,7 +523,7 @@ def test_the_page_on_states_names_all_files_of_a_round() -> None:
     from recap_cli.rounds import record
 
     files = {record.PLAN, record.IMPORTANCE, record.COMPENSATION, record.MASK, record.ROWS, record.SCORES}
-    files |= {record.METRICS, record.MEMORY}
+    files |= {record.METRICS, record.MEMORY, record.LOOKS}
     page = text_of("docs/reference/state.md")
     tree = page.partition("  round-001/\n")[2].partition("  round-002/")[0]
     assert set(re.findall(r"^    (\S+)", tree, re.MULTILINE)) == files

@@ -1,8 +1,8 @@
 """RECAP: K rounds of prune, mask, finetune and merge.
 
 The first rounds explore: each prunes anew. The last rounds keep the plan, so that the remaining groups adapt to each other.
-Exploring rounds prune less, and train fewer entries to make up for the memory. Their batches are taken in parts, as a larger
-model has more activations. So no round holds more than the last.
+Exploring rounds prune less, and train fewer entries to make up for the memory: no round holds more weights, gradients and
+optimizer state than the last. Their batches are taken in parts, as a larger model has more activations.
 """
 
 from math import ceil

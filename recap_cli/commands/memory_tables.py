@@ -61,12 +61,21 @@ def _settings_text(rows: Sequence[Row]) -> str:
     """Return the settings that all rows have in common: `at batch size 8 (4 at a time) with adamw, bf16 weights`."""
     row = rows[0]
     batch_size = row["batch_size"] if len({row["batch_size"] for row in rows}) == 1 else None
-    parts = "" if row["micro_batch_size"] == row["batch_size"] else f" ({row['micro_batch_size']:,} at a time)"
-    batch = "" if batch_size is None else f"at batch size {batch_size:,}{parts} "
+    batch = "" if batch_size is None else f"at batch size {batch_size:,}{_parts_text(rows)} "
     names = {"checkpointing": "checkpoints", "fused_backward": "fused backward", "offload": "offloaded optimizer"}
     flags = [f"{name} of {row[key]}" if isinstance(row[key], str) else name for key, name in names.items() if row[key]]
     how = ", ".join([row["optimizer"], f"{row['weights']} weights", *flags])
     return f"{batch}with {how}; scoring at batch size {row['evaluation_batch_size']:,}"
+
+
+def _parts_text(rows: Sequence[Row]) -> str:
+    """Return how much of a batch is taken at a time, of each method if they differ, as in ` (recap 4 at a time)`."""
+    parts = {row["method"]: row["micro_batch_size"] for row in rows if row["micro_batch_size"] != row["batch_size"]}
+    if not parts:
+        return ""
+    if len(parts) == len(rows) and len(set(parts.values())) == 1:
+        return f" ({rows[0]['micro_batch_size']:,} at a time)"
+    return f" ({', '.join(f'{method} {size:,} at a time' for method, size in parts.items())})"
 
 
 def _blocks_of_rows(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:

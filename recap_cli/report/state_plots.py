@@ -73,7 +73,7 @@ def loss_by_step(looks: Mapping[int, Sequence[Row]]) -> Picture | None:
     Of more than some hundred looks several are drawn as one, at their mean.
     """
     steps, losses, texts, ends = list[int](), list[float](), list[str](), list[int]()
-    each = math.ceil(sum(map(len, looks.values())) / MOST_POINTS)
+    each = max(1, math.ceil(sum(map(len, looks.values())) / MOST_POINTS))
     for number, seen in looks.items():
         before = ends[-1] if ends else 0
         for at in range(0, len(seen), each):

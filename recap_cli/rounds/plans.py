@@ -229,7 +229,8 @@ def _malformed(round_plan: Any) -> str | None:
         0 <= round_plan.prune_ratio < 1
         and 0 <= round_plan.mask_ratio < 1
         and round_plan.share > 0
-        and round_plan.batch_parts in range(1, MOST)
+        and type(round_plan.batch_parts) is int
+        and 1 <= round_plan.batch_parts < MOST
         and 0 <= start < end <= 1 + 1e-9
     ):
         return (

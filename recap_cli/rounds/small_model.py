@@ -23,6 +23,8 @@ from recap_cli.trainable.placement import Placement
 from recap_cli.trainable.token_rows import TokenRows
 from recap_cli.training.loop import Forward
 
+FEW = 8  # examples: fewer are not taken in parts
+
 
 @dataclass(frozen=True)
 class SmallModel:
@@ -85,10 +87,12 @@ def rule_of(settings: Finetune) -> UpdateRule:
 def micro_batch_size_of(recipe: Recipe, round_plan: RoundPlan, model: nn.Module) -> int | None:
     """How many examples of a batch a round takes at a time, if not all of them: the recipe's number, or the round's parts.
 
-    A model with a loss of its own is given what the recipe says.
+    A model with a loss of its own is given what the recipe says. So is a batch of few examples: the gradients that are held
+    between its parts would be more than the activations that are not.
     """
-    size, parts = recipe.finetune.micro_batch_size, round_plan.batch_parts if own_loss(model) is None else 1
-    return size if parts == 1 else max(1, (size or recipe.finetune.batch_size) // parts)
+    size = recipe.finetune.micro_batch_size or recipe.finetune.batch_size
+    parts = round_plan.batch_parts if own_loss(model) is None and size >= FEW else 1
+    return recipe.finetune.micro_batch_size if parts == 1 else max(1, size // parts)
 
 
 def enable_recomputing(model: nn.Module, settings: Finetune, layout: Layout, model_type: str) -> None:

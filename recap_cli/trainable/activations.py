@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 ATTENTION = "ScaledDotProduct"  # in the names of the nodes that torch's fused attentions have in the graph
 KEEP_OUTPUT = {"ReLU", "Sigmoid", "Tanh"}
@@ -19,7 +20,7 @@ KEEP_INPUT = {
     *("MishActivation", "NewGELUActivation", "QuickGELUActivation", "SiLUActivation"),
 }
 LIBRARIES = ("torch.nn.modules.activation", "transformers.activations")
-ORIGIN = "_recap_origin"  # an attribute of what an activation function returns
+ORIGIN = "_recap_origin"  # an attribute of a tensor: of what an activation function returns, or False where nothing is known
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def note_origins(model: nn.Module) -> None:
         kind = type(module)
         if kind.__module__ in LIBRARIES and kind.__name__ in KEEP_OUTPUT:
             module.register_forward_hook(_output_is_kept)
-        elif kind.__module__ in LIBRARIES and kind.__name__ in KEEP_INPUT:
+        elif kind.__module__ in LIBRARIES and kind.__name__ in KEEP_INPUT and not getattr(module, "inplace", False):
             module.register_forward_hook(_input_is_kept)
 
 
@@ -51,11 +52,21 @@ def origin_of(x: Tensor) -> Origin | None:
     """What autograd keeps of a tensor whoever else needs it, or None if that is not known."""
     if not x.requires_grad:
         return None
+    found: Origin | bool | None = getattr(x, ORIGIN, None)
     base = x._base if x._is_view() else x
-    if base is not None and ATTENTION in type(base.grad_fn).__name__:
+    if found is not False and base is not None and ATTENTION in type(base.grad_fn).__name__:
         return Origin(x.detach(), _itself, x._version)
-    found: Origin | None = getattr(x, ORIGIN, None)
-    return found if found is not None and found.version == x._version else None
+    return found if isinstance(found, Origin) and found.version == x._version else None
+
+
+def forget_origins(values: Any) -> None:
+    """Let tensors in `values`, of any structure, say nothing of what they are made of.
+
+    Nobody keeps what is on the other side of a region that is recomputed; and the region must find the same in each run.
+    """
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            setattr(leaf, ORIGIN, False)
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -68,5 +79,5 @@ def _output_is_kept(_: nn.Module, args: Any, out: Tensor) -> None:
 
 
 def _input_is_kept(module: nn.Module, args: Any, out: Tensor) -> None:
-    if torch.is_grad_enabled() and out.requires_grad:
+    if torch.is_grad_enabled() and out.requires_grad and args:
         setattr(out, ORIGIN, Origin(args[0].detach(), module.forward, out._version))

@@ -90,10 +90,10 @@ def keep_inputs_once(model: nn.Module) -> None:
             module.forward = partial(_linear, module)  # type: ignore[method-assign]
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:  # (…, in) → (…, out)
-    if origin_of(x) is None or not torch.is_grad_enabled():
-        return F.linear(x, layer.weight, layer.bias)
-    out: Tensor = _Partial.apply(x, layer.weight, None, layer.weight.detach(), layer.bias, ALL_COLUMNS)
+def _linear(layer: nn.Linear, input: Tensor) -> Tensor:  # (…, in) → (…, out)
+    if origin_of(input) is None or not torch.is_grad_enabled():
+        return F.linear(input, layer.weight, layer.bias)
+    out: Tensor = _Partial.apply(input, layer.weight, None, layer.weight.detach(), layer.bias, ALL_COLUMNS)
     return out
 
 

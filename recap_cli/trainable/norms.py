@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 PLAIN = {("torch.nn.modules.normalization", "LayerNorm"), ("timm.layers.norm", "LayerNorm")}
 SMALLEST = 1e-6  # of a weight that is divided by
 FAR = {torch.float32: 64.0}  # how many times a bias may be as large as its weight: so many roundings are in the quotient
-FAR_ELSE = 4.0
+FAR_ELSE = 1.0  # of bf16
+FAINT = 0.05  # of a norm's median weight: one below that may come near to 0 in training, where bf16 has no digits left
 MOST_FAR = 0.25  # of a norm's features: beyond that it keeps its input
 
 
@@ -41,15 +42,18 @@ def _far(module: nn.LayerNorm) -> Tensor | None:
     weight, bias = module.weight, module.bias
     if weight is None or type(weight.detach()) is not Tensor or weight.is_meta:
         return None
-    size = torch.zeros_like(weight, dtype=torch.float32) if bias is None else bias.detach().abs().float()
-    found = (size > FAR.get(weight.dtype, FAR_ELSE) * weight.detach().abs()) | (weight.detach().abs() < SMALLEST)
+    own = weight.detach().abs().float()
+    size = torch.zeros_like(own) if bias is None else bias.detach().abs().float()
+    found = (size > FAR.get(weight.dtype, FAR_ELSE) * own) | (own < SMALLEST)
+    if weight.dtype not in FAR:
+        found |= own < FAINT * own.median()
     return found.nonzero().flatten() if found.any() else None
 
 
-def _normalised(module: nn.LayerNorm, far: Tensor | None, x: Tensor) -> Tensor:  # (…, features) → (…, features)
+def _normalised(module: nn.LayerNorm, far: Tensor | None, input: Tensor) -> Tensor:  # (…, features) → (…, features)
     if not torch.is_grad_enabled():
-        return nn.functional.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
-    out: Tensor = _Norm.apply(x, module.weight, module.bias, module.eps, far)
+        return nn.functional.layer_norm(input, module.normalized_shape, module.weight, module.bias, module.eps)
+    out: Tensor = _Norm.apply(input, module.weight, module.bias, module.eps, far)
     return out
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from recap_cli.trainable.activations import forget_origins
+
 SAMPLING = "scaledeformableattention"  # in the names of classes, in small letters
 
 
@@ -30,4 +32,7 @@ def recompute_samples(model: nn.Module) -> None:
 def _recomputed(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return plain(*args, **kwargs)
-    return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+    forget_origins((args, kwargs))
+    out = checkpoint(plain, *args, use_reentrant=False, **kwargs)
+    forget_origins(out)
+    return out

@@ -107,7 +107,7 @@ def test_a_step_is_predicted_within_one_percent(case: Case) -> None:
 
 @pytest.mark.parametrize(
     ("name", "weights"),
-    [*((name, "fp32") for name in segmentation.CONFIGS), ("segformer", "bf16"), ("maskformer", "bf16")],
+    [*((name, "fp32") for name in segmentation.CONFIGS), ("segformer", "bf16"), ("mask2former", "bf16")],
 )
 def test_a_step_on_label_maps_is_predicted_within_one_percent(name: str, weights: str) -> None:
     recipe, fakes = tiny(name, finetune={"weights": weights}), Fakes()
