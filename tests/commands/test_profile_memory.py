@@ -13,6 +13,7 @@ import pytest
 
 from recap_cli import errors
 from recap_cli.cli import main
+from recap_cli.commands.memory_tables import _parts_text
 from recap_cli.memory import budget, meta_model, predict
 from recap_cli.recipe import recipe as recipes
 from recap_cli.recipe.recipe import Recipe
@@ -179,6 +180,16 @@ def test_a_grid_has_a_table_a_method_and_one_of_peaks(ask: Any) -> None:
     peaks = out[out.index("Peak instant") : out.index("Parameters")]
     assert len([line for line in peaks.splitlines() if "%" in line]) == 4
     assert "--batch-sizes ignore finetune.micro_batch_size=4" in err
+
+
+def test_what_is_taken_at_a_time_is_said_of_all_methods_or_of_those_that_it_is_true_of() -> None:
+    def text(**sizes: int) -> str:
+        return _parts_text([{"method": method, "batch_size": 32, "micro_batch_size": size} for method, size in sizes.items()])
+
+    assert text(full=32, lora=32) == ""
+    assert text(full=4, recap=4) == " (4 at a time)"
+    assert text(full=32, recap=16) == " (recap 16 at a time)"
+    assert text(full=8, recap=4) == " (full 8 at a time, recap 4 at a time)"
 
 
 def test_importance_on_an_accelerator_is_predicted_too(ask: Any) -> None:
