@@ -6,13 +6,15 @@ entry by entry: one that is trained for the first time in round 7 is one step ol
 
 Where all counts are equal the arithmetic is that of `torch.optim.SGD` and `torch.optim.AdamW` (`foreach=False`), to the bit.
 That holds in the first round, and in all of them if everything is trainable in each.
+
+Tensors are updated several at a time, by torch's `_foreach` functions: a GPU would wait for one call after another.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import cos, pi
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +23,10 @@ from recap_cli.trainable.build import Trainable
 
 Moments = dict[str, Tensor]
 Count = int | Tensor  # steps taken before the next one: one number, or one per row or column, shaped to broadcast
-Apply = Callable[[Tensor, Tensor, Moments, Count, float, float], None]
+Counts = int | list[Tensor]  # of several tensors: one number for all, or those of each
+Tensors = list[Tensor]
+Apply = Callable[[Tensors, Tensors, Mapping[str, Tensors], Counts, float, float], None]
+PARTS = 8  # a step makes at most one tensor as large as this part of all that is trained, or as its largest tensor
 Schedule = Literal["linear", "cosine", "constant"]
 
 
@@ -32,8 +37,8 @@ class UpdateRule:
     Attributes:
         name: as a recipe names it.
         idle_decay: its moments, each with the factor it decays by in a round that an entry sits out (eq. (5)).
-        apply: `apply(master, grad, moments, count, lr, weight_decay)` updates `master` in place; all are fp32 and of one shape.
-            It may write into `grad` too, and makes no more than one tensor of that shape.
+        apply: `apply(masters, grads, moments, counts, lr, weight_decay)` updates `masters` in place. Gradients and moments have
+            their shapes; all are fp32. It may write into `grads` too, and makes no more than one tensor of each shape.
     """
 
     name: str
@@ -44,12 +49,16 @@ class UpdateRule:
 def sgd(*, momentum: float) -> UpdateRule:
     """SGD as in `torch.optim.SGD`: weight decay is added to the gradient; without momentum there are no moments."""
 
-    def apply(master: Tensor, grad: Tensor, moments: Moments, count: Count, lr: float, weight_decay: float) -> None:
+    def apply(
+        masters: Tensors, grads: Tensors, moments: Mapping[str, Tensors], counts: Counts, lr: float, weight_decay: float
+    ) -> None:
         if weight_decay:
-            grad = grad.add_(master, alpha=weight_decay)
+            torch._foreach_add_(grads, masters, alpha=weight_decay)
         if momentum:
-            grad = moments["momentum"].mul_(momentum).add_(grad)
-        master.add_(grad, alpha=-lr)
+            torch._foreach_mul_(moments["momentum"], momentum)
+            torch._foreach_add_(moments["momentum"], grads)
+            grads = moments["momentum"]
+        torch._foreach_add_(masters, grads, alpha=-lr)
 
     return UpdateRule("sgd", {"momentum": momentum} if momentum else {}, apply)
 
@@ -58,22 +67,29 @@ def adamw(*, betas: tuple[float, float], eps: float) -> UpdateRule:
     """AdamW (1711.05101) as in `torch.optim.AdamW`, with the bias correction of each entry's own count."""
     beta1, beta2 = betas
 
-    def apply(master: Tensor, grad: Tensor, moments: Moments, count: Count, lr: float, weight_decay: float) -> None:
-        mean, square = moments["exp_avg"], moments["exp_avg_sq"]
+    def apply(
+        masters: Tensors, grads: Tensors, moments: Mapping[str, Tensors], counts: Counts, lr: float, weight_decay: float
+    ) -> None:
+        means, squares = moments["exp_avg"], moments["exp_avg_sq"]
         if weight_decay:
-            master.mul_(1 - lr * weight_decay)
-        mean.lerp_(grad, 1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        if isinstance(count, int):
-            correction = (1 - beta2 ** (count + 1)) ** 0.5
-            denominator = square.sqrt().div_(correction).add_(eps)
-            master.addcdiv_(mean, denominator, value=-lr / (1 - beta1 ** (count + 1)))
+            torch._foreach_mul_(masters, 1 - lr * weight_decay)
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        denominators = list(torch._foreach_sqrt(squares))
+        if isinstance(counts, int):
+            torch._foreach_div_(denominators, (1 - beta2 ** (counts + 1)) ** 0.5)
+            torch._foreach_add_(denominators, eps)
+            torch._foreach_addcdiv_(masters, means, denominators, -lr / (1 - beta1 ** (counts + 1)))
         else:
-            t = (count + 1).double()  # (rows, 1) or (1, columns), on the CPU: MPS knows no float64
-            root = (1 - beta2**t).sqrt().to(master.dtype).to(master.device)
-            rate = (lr / (1 - beta1**t)).to(master.dtype).to(master.device)
-            denominator = square.sqrt().div_(root).add_(eps)
-            master.sub_(torch.div(mean, denominator, out=denominator).mul_(rate))
+            # m / (1 − β1^t) / (√v / √(1 − β2^t) + ε) is √(1 − β2^t) / (1 − β1^t) · m / (√v + √(1 − β2^t) · ε)
+            t = torch.cat([count.flatten() for count in counts]).add(1).double()  # on the CPU: MPS knows no float64
+            root = (1 - beta2**t).sqrt()
+            torch._foreach_add_(denominators, _like(counts, eps * root, masters[0]))
+            for mean, denominator in zip(means, denominators, strict=True):
+                torch.div(mean, denominator, out=denominator)
+            torch._foreach_mul_(denominators, _like(counts, lr * root / (1 - beta1**t), masters[0]))
+            torch._foreach_sub_(masters, denominators)
 
     return UpdateRule("adamw", {"exp_avg": beta1, "exp_avg_sq": beta2}, apply)
 
@@ -124,22 +140,52 @@ class Optimizer:
         self._scale = {s.name: (scale or {}).get(s.name, 1.0) for s in trainables}
 
     def step(self) -> None:
-        """Update every trainable tensor that has a gradient."""
-        for trainable in self.trainables:
-            self.step_one(trainable)
+        """Update every trainable tensor that has a gradient, those of one age together."""
+        for together in self._together():
+            self._update(together)
 
-    @torch.no_grad()
     def step_one(self, trainable: Trainable) -> None:
         """Update one trainable tensor, if it has a gradient."""
-        if trainable.grad_param.grad is None:
-            return
-        decay = self.weight_decay if trainable.grad_param.ndim > 1 else 0.0
-        count = self._before[trainable.name] + self._steps[trainable.name]
-        master = trainable.master
-        grad = trainable.grad_param.grad.to(master.device, master.dtype)
-        self.rule.apply(master, grad, self.moments[trainable.name], count, self.lr * self._scale[trainable.name], decay)
-        self._steps[trainable.name] += 1
-        trainable.write_back(master)
+        if trainable.grad_param.grad is not None:
+            self._update([trainable])
+
+    def _together(self) -> Iterator[list[Trainable]]:
+        """Tensors that one call may update: of one rate, of one age or all of several, and not too many entries in all."""
+        sizes = {trainable.name: trainable.grad_param.numel() for trainable in self.trainables}
+        most = max(max(sizes.values(), default=0), sum(sizes.values()) // PARTS)
+        alike: dict[Any, list[Trainable]] = {}
+        for trainable in self.trainables:
+            if trainable.grad_param.grad is not None:
+                age = self._age(trainable) if isinstance(self._before[trainable.name], int) else None
+                alike.setdefault((age, self._scale[trainable.name], self._decay(trainable)), []).append(trainable)
+        for group in alike.values():
+            chunk, entries = list[Trainable](), 0
+            for trainable in group:
+                if chunk and entries + sizes[trainable.name] > most:
+                    yield chunk
+                    chunk, entries = [], 0
+                chunk.append(trainable)
+                entries += sizes[trainable.name]
+            yield chunk
+
+    @torch.no_grad()
+    def _update(self, together: Sequence[Trainable]) -> None:
+        first, counts = together[0], [self._age(trainable) for trainable in together]
+        masters = [trainable.master for trainable in together]
+        grads = [cast(Tensor, trainable.grad_param.grad) for trainable in together]
+        grads = [grad.to(master.device, master.dtype) for grad, master in zip(grads, masters, strict=True)]
+        moments = {name: [self.moments[trainable.name][name] for trainable in together] for name in self.rule.idle_decay}
+        ages = counts[0] if isinstance(counts[0], int) else cast(list[Tensor], counts)
+        self.rule.apply(masters, grads, moments, ages, self.lr * self._scale[first.name], self._decay(first))
+        for trainable, master in zip(together, masters, strict=True):
+            self._steps[trainable.name] += 1
+            trainable.write_back(master)
+
+    def _age(self, trainable: Trainable) -> Count:
+        return self._before[trainable.name] + self._steps[trainable.name]
+
+    def _decay(self, trainable: Trainable) -> float:
+        return self.weight_decay if trainable.grad_param.ndim > 1 else 0.0
 
     def zero_grad(self) -> None:
         """Free every gradient."""
@@ -154,6 +200,13 @@ class Optimizer:
     def state_bytes(self) -> int:
         """Bytes held for moments; the step counts, one per row or column at most, are on the CPU in any case."""
         return sum(tensor.nbytes for moments in self.moments.values() for tensor in moments.values())
+
+
+def _like(counts: Sequence[Tensor], values: Tensor, master: Tensor) -> list[Tensor]:
+    """One value for each count, in the shapes of the counts, and of the type and on the device of a master."""
+    there = values.to(master.dtype).to(master.device)  # (rows and columns of all tensors,)
+    parts = torch.split(there, [count.numel() for count in counts])
+    return [part.view(count.shape) for part, count in zip(parts, counts, strict=True)]
 
 
 def learning_rate(step: int, *, steps: int, peak: float, schedule: Schedule, warmup_ratio: float) -> float:

@@ -349,15 +349,15 @@ FAULTS = (
     Fault(
         "the bias correction of a whole tensor is one step late",
         "recap_cli/trainable/optim.py",
-        "correction = (1 - beta2 ** (count + 1)) ** 0.5",
-        "correction = (1 - beta2 ** (count + 2)) ** 0.5",
+        "torch._foreach_div_(denominators, (1 - beta2 ** (counts + 1)) ** 0.5)",
+        "torch._foreach_div_(denominators, (1 - beta2 ** (counts + 2)) ** 0.5)",
         ("tests/trainable/test_optim.py::test_ten_steps_are_torchs_own_to_the_bit[adamw]",),
     ),
     Fault(
         "all entries are as old as the oldest",
         "recap_cli/trainable/optim.py",
-        "t = (count + 1).double()",
-        "t = (count.max() + 1).double()",
+        "t = torch.cat([count.flatten() for count in counts]).add(1).double()",
+        "t = torch.cat([count.flatten() for count in counts]).add(1).double().fill_(8.0)",
         ("tests/trainable/test_optim.py::test_entries_of_different_ages_each_match_an_optimizer_of_their_own_age",),
     ),
     Fault(
