@@ -154,6 +154,12 @@ def test_a_layer_that_mixes_neurons_is_no_depthwise_convolution(convolution):
         find_axes(MIXED, mixed(convolution))
 
 
+def test_a_block_without_the_convolution_of_a_table_is_none_of_its_blocks():
+    model = tree({"b.0.fc1": nn.Linear(WIDTH, HIDDEN), "b.0.fc2": nn.Linear(HIDDEN, WIDTH)})
+    with pytest.raises(LookupError, match="no neurons found"):
+        find_axes(MIXED, model)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_covers_all_but_the_output_biases(name):
     model = model_of(name)

@@ -5,7 +5,8 @@ from dataclasses import fields
 import pytest
 
 from recap_cli.core.adapter import Heads
-from recap_cli.core.method import Method
+from recap_cli.core.frozen_weight import FrozenWeight
+from recap_cli.core.method import Method, Settings
 from recap_cli.core.ragged import Ragged
 from recap_cli.core.ranking import Limits
 from recap_cli.core.task import Labels, Task
@@ -29,6 +30,8 @@ from recap_cli.training.loop import Steps
         (Task, "extra", None),
         (Heads, "shared", False),
         (Ragged, "left", False),
+        (FrozenWeight, "name", ""),
+        (Settings, "ramp", 1.0),
         (Labels, "words", True),
         (Limits, "rank_by", "parameter"),
         (Steps, "hint", None),

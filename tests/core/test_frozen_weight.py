@@ -174,6 +174,29 @@ def test_an_unknown_name_is_answered_with_near_ones() -> None:
     assert "did you mean nf4" in str(caught.value.hint)
 
 
+def test_a_longer_row_must_have_more_bytes() -> None:
+    int8 = WEIGHTS["int8"].nbytes
+    for more in (0, -1):
+
+        def nbytes(shape: tuple[int, int], more: int = more) -> int:
+            return int8(shape) if shape[1] < 2**20 else 2**20 + more * shape[1] // 2**20  # type: ignore[misc]
+
+        with pytest.raises(PluginError, match="failed in nbytes: ValueError: a longer row has no more bytes"):
+            check(replace(WEIGHTS["int8"], nbytes=nbytes))
+
+
+def test_a_check_tries_rows_of_whole_blocks_and_of_broken_ones() -> None:
+    """Blocks of 32 or 64 entries are usual; a plugin may fail in either case."""
+    seen = set()
+
+    def quantize(matrix: Tensor) -> Any:
+        seen.add(matrix.shape[1] % 64 == 0)
+        return WEIGHTS["int8"].quantize(matrix)  # type: ignore[misc]
+
+    check(replace(WEIGHTS["int8"], quantize=quantize))
+    assert seen == {True, False}
+
+
 def test_a_check_draws_nothing_from_the_generator_of_torch() -> None:
     before = torch.random.get_rng_state()
     check(WEIGHTS["int8"])

@@ -1,5 +1,6 @@
 """What two layers keep of one tensor for the backward pass is kept once, and the gradients are torch's on the plain layers."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -161,6 +162,33 @@ def test_activation_functions_keep_what_is_said_of_them_and_work_entry_by_entry(
     assert kept.untyped_storage().data_ptr() in seen
     columns = torch.tensor([0, 5, 17])
     torch.testing.assert_close(module(x[:, columns]), out[:, columns])
+
+
+def test_no_function_that_keeps_its_input_and_works_entry_by_entry_is_forgotten() -> None:
+    others = {"Hardshrink", "Hardsigmoid", "Hardtanh", "Softshrink", "Softsign", "Tanhshrink"}  # in no feedforward block
+    found = set()
+    for name, kind in vars(torch.nn.modules.activation).items():
+        own = isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == activations.LIBRARIES[0]
+        if not own or name == "Softmax2d":  # of images
+            continue
+        try:
+            module = kind()
+        except TypeError:  # of those that need a size
+            continue
+        x, seen = input_of(BATCH, NEURONS).requires_grad_(), set[int]()
+
+        def note(tensor: Tensor, seen: set[int] = seen) -> Tensor:
+            seen.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # softmax asks for its dimension
+            out = module(x)
+            alone = module(x[:, [0, 5]])
+        each = not list(module.parameters()) and out.shape == x.shape and torch.allclose(alone, out[:, [0, 5]])
+        if each and x.untyped_storage().data_ptr() in seen and name != "RReLU":  # whose slopes are drawn
+            found.add(name)
+    assert found - others == {name for name in activations.KEEP_INPUT if hasattr(nn, name)}
 
 
 class Block(nn.Module):
