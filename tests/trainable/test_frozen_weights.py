@@ -75,6 +75,7 @@ def test_a_matrix_without_a_part_is_the_whole_weight_as_the_layer_keeps_it(name:
 def test_places_are_slices_where_indices_stand_side_by_side() -> None:
     assert place_of(SIDE_BY_SIDE, "cpu") == slice(3, 7)
     assert place_of(torch.tensor([5]), "cpu") == slice(5, 6)
+    assert place_of(torch.tensor([], dtype=torch.int64), "cpu") == slice(0, 0)
     found = place_of(SCATTERED, "cpu")
     assert isinstance(found, Tensor)
     assert torch.equal(found, SCATTERED)

@@ -1,6 +1,7 @@
 """The masked optimizer against torch's own on the sub-tensors, counts of different ages, and learning rates."""
 
 from collections.abc import Callable
+from math import cos, pi
 
 import pytest
 import torch
@@ -92,6 +93,11 @@ def test_a_linear_rate_rises_and_falls_to_zero() -> None:
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[-1] == pytest.approx(1 / 8)
     assert learning_rate(9, steps=10, peak=2.0, schedule="constant", warmup_ratio=0.0) == 2.0
+    cosine = [learning_rate(s, steps=8, peak=2.0, schedule="cosine", warmup_ratio=0.0) for s in range(8)]
+    assert cosine[0] == 2.0
+    assert cosine[4] == pytest.approx(1.0)
+    assert cosine == sorted(cosine, reverse=True)
+    assert cosine[7] == pytest.approx(1 - cos(pi / 8))
 
 
 COUNTS = {
