@@ -35,6 +35,7 @@ from recap_cli.training.loop import Steps
         (Labels, "words", True),
         (Limits, "rank_by", "parameter"),
         (Steps, "hint", None),
+        (Steps, "if_not_finite", "nothing is kept"),
     ],
 )
 def test_a_default_is_the_one_that_plugins_rely_on(record: type, name: str, default: object) -> None:

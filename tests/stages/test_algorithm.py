@@ -78,6 +78,14 @@ def test_the_order_of_examples_runs_through_all_rounds_epoch_after_epoch(name: s
     assert not any(look.validation for look in looks)
 
 
+def test_what_a_mask_lets_move_is_counted_layer_by_layer() -> None:
+    context = record_of("vit").at(2, "mask")
+    chosen = chosen_in(context, str(context.state.manifest.small))
+    counted = {kind: [int(chosen[f"vit.layers.{n}.{kind}"].sum()) for n in range(2)] for kind in ("heads", "neurons")}
+    assert context.state.manifest.history[-1]["trainable_dimensions"] == counted
+    assert all(count > 0 for layers in counted.values() for count in layers)
+
+
 @pytest.fixture(params=[*sorted(PICO), *STRANGE, *TYPICAL])
 def rounds(request: pytest.FixtureRequest) -> Record:
     return record_of(request.param)

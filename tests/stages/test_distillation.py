@@ -347,6 +347,12 @@ def test_a_disk_without_room_is_said_before_anything_is_computed(tmp_path: Path,
     assert "name a --state on another disk" in hint
     monkeypatch.setattr(teacher, "free_bytes", lambda _: TRAIN * 3 * 2 + weights)
     assert PLACE in init(recipe, tmp_path / "state").manifest.files
+    flipped = distilled("image-classification", data={"augment": "flip"})  # each image as it is, and flipped
+    weights = 4 * Context(init(tiny("vit"), tmp_path / "images")).state.manifest.made["parameters"]
+    monkeypatch.setattr(teacher, "free_bytes", lambda _: 2 * TRAIN * 3 * 2 + weights - 1)
+    refusal(flipped, tmp_path / "flipped", StorageError)
+    monkeypatch.setattr(teacher, "free_bytes", lambda _: 2 * TRAIN * 3 * 2 + weights)
+    assert PLACE in init(flipped, tmp_path / "flipped").manifest.files
 
 
 def test_data_that_changed_since_the_teacher_saw_them_are_refused(tmp_path: Path) -> None:

@@ -269,6 +269,12 @@ def test_stage_by_stage_is_what_run_does(method: str, tmp_path: Path) -> None:
     assert files_of(state.path) == files_of(run_of(method))
 
 
+@pytest.mark.parametrize(("method", "counted"), [("lora-ft", False), ("recap", True)])
+def test_what_a_mask_lets_move_is_noted_unless_a_training_of_its_own_says_it(method: str, counted: bool) -> None:
+    (entry, *_) = (one for one in State.open(run_of(method)).manifest.history if one["stage"] == "mask")
+    assert ("trainable_dimensions" in entry, "trainable_prunable" in entry) == (counted, counted)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_product_of_every_method_is_exported_and_loads(method: str, tmp_path: Path) -> None:
     copied = tmp_path / "state"

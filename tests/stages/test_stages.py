@@ -1,6 +1,7 @@
 """What stages refuse, and what each finetuning setting does, on tiny states."""
 
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Callable
@@ -667,7 +668,7 @@ def test_a_device_that_is_too_small_is_explained_and_the_state_goes_on_with_less
         finetune(state)
     told, hint = caught.value.message, str(caught.value.hint)
     assert told.startswith(f"cpu: out of memory in `finetune` of round 1, while {doing}, where 2.00 GiB more were asked for;")
-    assert "this run held weights 0." in told
+    assert re.search(r"this run held weights 0\.[1-9]", told), told
     assert "gradients " in told
     assert "optimizer state " in told
     assert held

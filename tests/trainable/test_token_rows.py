@@ -83,7 +83,12 @@ def test_the_rows_are_those_of_the_tokens_in_the_data(name: str, tmp_path: Path)
     assert found.size == len(context.full_tensors()[found.table]) == 64
     assert found.held.tolist() == ids(*SPECIAL, "w0", "w1", "w2", "w7", "w9", "w30", "w31")
     assert found.trained.tolist() == ids("[CLS]", "[SEP]", "w0", "w1", "w2", "w7", "w9")
-    again = TokenRows.from_tensors(found.to_tensors())
+    stored = found.to_tensors()
+    assert {key.rpartition("/")[2]: tensor.dtype for key, tensor in stored.items() if "/" in key} == {
+        "held": torch.int32,
+        "trained": torch.int32,
+    }
+    again = TokenRows.from_tensors(stored)
     assert (again.table, again.size, again.held.tolist(), again.trained.tolist()) == (
         *(found.table, found.size),
         *(found.held.tolist(), found.trained.tolist()),
@@ -330,6 +335,10 @@ def test_there_is_no_such_table_where_the_model_uses_it_otherwise() -> None:
         split = Split("", torch.zeros(1), lambda *_: {}, torch.tensor([0, 2]), torch.tensor([3]))
         return used_token_rows(model, split, split)
 
+    known, special = torch.tensor([0, 2]), torch.tensor([3])
+    for train, validation, own in ((None, known, special), (known, None, special), (known, known, None)):
+        splits = [Split("", torch.zeros(1), lambda *_: {}, tokens, own) for tokens in (train, validation)]
+        assert used_token_rows(Model(nn.Embedding(4, 2)), *splits) is None
     table, tied = nn.Embedding(4, 2), nn.Linear(2, 4, bias=False)
     tied.weight = table.weight
     assert found(Model(table)).held.tolist() == [0, 2, 3]
