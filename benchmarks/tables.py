@@ -77,6 +77,23 @@ threads, random weights); the bar was {found["bar"]}×.
 """
 
 
+def optimizer_speed(found: Result) -> str:
+    """Host time of an optimizer step against torch's own."""
+    seconds = found["cpu_seconds"]
+    base = seconds["torch, foreach"]
+    rows = [
+        [name, f"{1e3 * median(times):.2f}", f"{median(a / b for a, b in zip(times, base, strict=True)):.2f}"]
+        for name, times in seconds.items()
+    ]
+    return f"""## Host time of an optimizer step
+
+{found["tensors"]} matrices of {found["side"]} × {found["side"]}, AdamW, one thread on the CPU, where calls count more than arithmetic, *measured*.
+*Mixed ages* is every round after the first, where the rows of a tensor have taken different numbers of steps.
+
+{table(["optimizer", "ms", "to torch's foreach"], rows)}
+"""
+
+
 def pruning(found: Result) -> str:
     """Pruning against Torch-Pruning."""
     rows = []
@@ -335,6 +352,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "partial_memory": partial_memory,
     "partial_speed": partial_speed,
     "step_speed": step_speed,
+    "optimizer_speed": optimizer_speed,
     "pruning": pruning,
     "merge_speed": merge_speed,
     "token_rows": token_rows,
