@@ -87,8 +87,9 @@ def optimizer_speed(found: Result) -> str:
     ]
     return f"""## Host time of an optimizer step
 
-{found["tensors"]} matrices of {found["side"]} × {found["side"]}, AdamW, one thread on the CPU, where calls count more than arithmetic, *measured*.
-*Mixed ages* is every round after the first, where the rows of a tensor have taken different numbers of steps.
+{found["tensors"]} matrices of {found["side"]} × {found["side"]}, AdamW, one thread on the CPU, where calls count more than
+arithmetic, *measured*. *Mixed ages* is every round after the first: the rows of a tensor have taken different numbers of
+steps.
 
 {table(["optimizer", "ms", "to torch's foreach"], rows)}
 """
