@@ -5,7 +5,7 @@ visited are computed here, afterwards, and exactly: each prunable parameter belo
 """
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from recap_cli.core.axes import (
     mask_axes,
     prunable_params,
 )
-from recap_cli.errors import RecapError, StateError, StorageError, UsageError, lacks_device_memory
+from recap_cli.errors import CorruptStateError, RecapError, StateError, StorageError, UsageError, lacks_device_memory
 from recap_cli.progress import Track, silent
 from recap_cli.report import pages
 from recap_cli.report.map_examples import MapExamples, map_examples
@@ -66,6 +66,8 @@ def _state_text(source: Path, say: Say, track: Track) -> str:
     """The page of a state. Without its data or its models it has no pictures, and says why."""
     state = State.open(source)
     found = of_state(state)
+    if found["looks_note"] is not None:
+        say(f"note: the page has no training loss: {found['looks_note']}")
     maps, why = _map_examples(state, track)
     if why is not None:
         say(f"note: the page has no pictures: {why}")
@@ -142,7 +144,7 @@ def of_state(state: State) -> dict[str, Any]:
         },
         "label_figures": task.figures_by_label(scored[manifest.best["round"]]) if manifest.best else {},
         "labels": list(context.objective.labels),
-        "looks": {number: context.looks(f"round-{number:03d}") for number in tuned},
+        **_looks(context, tuned),
         "memory": {number: context.memory(f"round-{number:03d}") for number in tuned},
         "picture": _picture(context, rounds),
         "full_bytes": _bytes(manifest.files, manifest.full),
@@ -153,6 +155,14 @@ def of_state(state: State) -> dict[str, Any]:
         "plugins": manifest.plugins.get("used", []),
         "as_of": manifest.history[-1]["finished"],
     }
+
+
+def _looks(context: Context, numbers: Iterable[int]) -> dict[str, Any]:
+    """The losses of the steps of each round; without a file of them, which nothing else needs, none, and why."""
+    try:
+        return {"looks": {number: context.looks(f"round-{number:03d}") for number in numbers}, "looks_note": None}
+    except CorruptStateError as error:
+        return {"looks": {}, "looks_note": error.message}
 
 
 def overlap(axes: Sequence[Axis], shapes: Mapping[str, Shape], before: UnitMask, now: UnitMask) -> float | None:

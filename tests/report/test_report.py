@@ -1,6 +1,7 @@
 """`recap report`: what it computes of a state and of results, which pages it makes, and what it refuses."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,19 @@ def test_a_state_in_the_middle_of_a_run_gives_a_page_that_says_so(tmp_path: Path
         assert ("No round is merged yet" in text) == (number < 4)
         assert f"recap run --state {state.path}" in text
         assert (f"Round {manifest.round} is under way: {manifest.stage} is done" in text) == (number not in (0, 4))
+
+
+@pytest.mark.parametrize("what", ["missing", "cut"])
+def test_without_the_losses_of_a_round_the_page_has_all_else_and_a_note_says_why(what: str, tmp_path: Path) -> None:
+    state, notes = run(tiny("vit", rounds=1), tmp_path / "state"), list[str]()
+    assert "Training loss" in said(report(state.path, tmp_path / "whole.html", say=notes.append))
+    assert not notes
+    file = state.path / "round-001" / "steps.jsonl"
+    file.unlink() if what == "missing" else file.write_text("{}")
+    text = said(report(state.path, tmp_path / "page.html", say=notes.append))
+    assert "Training loss" not in text
+    assert "Round by round" in text
+    assert re.search(r"^note: the page has no training loss: .*round-001/steps\.jsonl: it (is missing|has 2 bytes)", notes[0])
 
 
 def test_changed_settings_stand_on_the_page_with_what_they_were(tmp_path: Path) -> None:
