@@ -138,6 +138,8 @@ class Optimizer:
         self._before = {s.name: _count(s, carried.counts.get(s.name), carried.along.get(s.name)) for s in trainables}
         self._steps = {s.name: 0 for s in trainables}
         self._scale = {s.name: (scale or {}).get(s.name, 1.0) for s in trainables}
+        self._sizes = {s.name: s.grad_param.numel() for s in trainables}
+        self._most = max(max(self._sizes.values(), default=0), sum(self._sizes.values()) // PARTS)
 
     def step(self) -> None:
         """Update every trainable tensor that has a gradient, those of one age together."""
@@ -151,8 +153,6 @@ class Optimizer:
 
     def _together(self) -> Iterator[list[Trainable]]:
         """Tensors that one call may update: of one rate, of one age or all of several, and not too many entries in all."""
-        sizes = {trainable.name: trainable.grad_param.numel() for trainable in self.trainables}
-        most = max(max(sizes.values(), default=0), sum(sizes.values()) // PARTS)
         alike: dict[Any, list[Trainable]] = {}
         for trainable in self.trainables:
             if trainable.grad_param.grad is not None:
@@ -161,11 +161,11 @@ class Optimizer:
         for group in alike.values():
             chunk, entries = list[Trainable](), 0
             for trainable in group:
-                if chunk and entries + sizes[trainable.name] > most:
+                if chunk and entries + self._sizes[trainable.name] > self._most:
                     yield chunk
                     chunk, entries = [], 0
                 chunk.append(trainable)
-                entries += sizes[trainable.name]
+                entries += self._sizes[trainable.name]
             yield chunk
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """The batches of a round, what a ruined one says, and what its record holds."""
 
+import json
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 from recap_cli.errors import TrainingError
+from recap_cli.progress import Label
 from recap_cli.rounds import training_round
 from recap_cli.stages.finetune import finetune
 from recap_cli.stages.init import init
 from recap_cli.stages.mask import mask
 from recap_cli.stages.prune import prune
 from recap_cli.stages.run import run
+from recap_cli.training.loop import Steps, Training
 from tests.tiny import tiny
 
 
@@ -33,6 +36,33 @@ def test_what_is_flipped_is_drawn_by_the_seed_and_anew_in_each_epoch(monkeypatch
 
     assert len({*seeds_of(0), *seeds_of(1)}) == 4
     assert seeds_of(0) == seeds_of(0)
+
+
+def test_a_round_looks_at_its_losses_as_often_as_the_recipe_says_and_shows_the_last(tmp_path: Path) -> None:
+    state = init(tiny("vit", rounds=1, finetune={"steps": 7, "log_every": 3}), tmp_path / "state")
+    prune(state), mask(state)
+    heard = list[Label]()
+
+    def track(items: Any, label: str, total: int | None = None) -> Any:
+        heard.extend([label] if isinstance(label, Label) else [])
+        return iter(items)
+
+    finetune(state, track=track)
+    looks = [json.loads(line) for line in (state.path / "round-001/steps.jsonl").read_text().splitlines()]
+    assert [look["step"] for look in looks] == [3, 6, 7]
+    assert [label.now for label in heard] == [f"loss {looks[-1]['loss']:.4f}"]
+
+
+def test_only_the_rounds_of_the_ramp_take_their_batches_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, taken = training_round.train, list[int | None]()
+
+    def train(*args: Any, steps: Steps) -> Training:
+        taken.append(steps.micro_batch_size)
+        return plain(*args, steps=steps)
+
+    monkeypatch.setattr(training_round, "train", train)
+    run(tiny("vit", rounds=4, finetune={"steps": 1, "batch_size": 8}), tmp_path / "state")
+    assert taken == [4, None, None, None]
 
 
 def test_what_a_last_step_has_ruined_is_named_with_what_to_do() -> None:

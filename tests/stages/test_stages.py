@@ -220,6 +220,21 @@ def test_checkpointing_runs_every_block_twice(name: str, tmp_path: Path, monkeyp
     assert calls[True] >= calls[False] + 4  # two layers with two norms each
 
 
+@pytest.mark.parametrize("name", ["bert", "vit", "timm-vit"])
+def test_checkpointing_of_attention_runs_it_twice(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend, calls = torch.nn.functional.scaled_dot_product_attention, dict[Any, int]()
+    made(tmp_path / "before", "mask", name, rounds=1, finetune={"steps": 1})  # copied below: what it attends to is not counted
+    for how in (False, "attention"):
+
+        def counted(*args: Any, on: Any = how, **settings: Any) -> Any:
+            calls[on] = calls.get(on, 0) + torch.is_grad_enabled()
+            return attend(*args, **settings)
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+        change_of(tmp_path / str(how), name, finetune={"checkpointing": how, "steps": 1})
+    assert calls["attention"] == calls[False] + 2  # two layers, in one step
+
+
 @pytest.mark.parametrize("how", [True, "attention"])
 @pytest.mark.parametrize("name", ["bert", "vit", "timm-vit"])
 def test_checkpointing_changes_nothing_but_memory(name: str, how: bool | str, tmp_path: Path) -> None:
